@@ -1,0 +1,121 @@
+"""CIFAR-10 and the public CIFAR ResNets, for benchmarks and reference tests.
+
+The data folder is `shared/data` beside the checkout, or where CLASSFILTERS_DATA points.
+"""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+DATA = Path(
+    os.environ.get("CLASSFILTERS_DATA", Path(__file__).resolve().parents[2] / "shared" / "data")
+)
+CLASSES = (
+    "airplane",
+    "automobile",
+    "bird",
+    "cat",
+    "deer",
+    "dog",
+    "frog",
+    "horse",
+    "ship",
+    "truck",
+)
+MEAN = torch.tensor([0.485, 0.456, 0.406]).reshape(1, 3, 1, 1)
+STD = torch.tensor([0.229, 0.224, 0.225]).reshape(1, 3, 1, 1)
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut that subsamples and pads with zeros (option A)."""
+
+    def __init__(self, in_channels: int, channels: int, stride: int = 1) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.stride = stride
+        self.padding = (channels - in_channels) // 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Block output."""
+        out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        if self.stride != 1 or self.padding:
+            x = x[:, :, :: self.stride, :: self.stride]
+            x = F.pad(x, (0, 0, 0, 0, self.padding, self.padding))
+        return F.relu(out + x)
+
+
+class CifarResNet(nn.Module):
+    """ResNet of depth 6n + 2 for 32x32 images (He et al. 2016): 16, 32, 64 channels."""
+
+    def __init__(self, depth: int = 20) -> None:
+        super().__init__()
+        blocks = (depth - 2) // 6
+        self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.layer1 = self._stage(16, 16, blocks, 1)
+        self.layer2 = self._stage(16, 32, blocks, 2)
+        self.layer3 = self._stage(32, 64, blocks, 2)
+        self.linear = nn.Linear(64, 10)
+
+    @staticmethod
+    def _stage(in_channels: int, channels: int, blocks: int, stride: int) -> nn.Sequential:
+        first = BasicBlock(in_channels, channels, stride)
+        return nn.Sequential(first, *(BasicBlock(channels, channels) for _ in range(blocks - 1)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (N, 10) of normalised images (N, 3, 32, 32)."""
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        return self.linear(x.mean((2, 3)))
+
+
+def available() -> bool:
+    """Whether the data folder is there."""
+    return (DATA / "cifar10_test.npz").is_file()
+
+
+def pretrained(depth: int = 20, name: str | None = None) -> CifarResNet:
+    """A public checkpoint, in evaluation mode."""
+    model = CifarResNet(depth)
+    state = load_file(DATA / (name or f"resnet{depth}_cifar10.safetensors"))
+    model.load_state_dict({key: value for key, value in state.items() if key != "gate"})
+    return model.eval()
+
+
+def images(split: str = "test", count: int | None = None) -> tuple[Tensor, Tensor]:
+    """Normalised images and labels of the test split or of the 20,000 training images."""
+    file = DATA / ("cifar10_test.npz" if split == "test" else "cifar10_train20k.npz")
+    with np.load(file, allow_pickle=False) as data:
+        x, y = data["x"], data["y"].astype(np.int64)
+    if count is not None and count < len(x):  # the files are ordered by class
+        chosen = np.random.default_rng(0).permutation(len(x))[:count]
+        x, y = x[chosen], y[chosen]
+    pixels = torch.from_numpy(x).permute(0, 3, 1, 2).float().div_(255)
+    return (pixels - MEAN) / STD, torch.from_numpy(y)
+
+
+def loader(
+    split: str = "test", count: int | None = None, batch_size: int = 250, shuffle: bool = False
+) -> DataLoader:
+    """Batches of (images, labels)."""
+    dataset = TensorDataset(*images(split, count))
+    return DataLoader(dataset, batch_size=batch_size, shuffle=shuffle)
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, batches: DataLoader) -> float:
+    """Top-1 accuracy in per cent."""
+    right = total = 0
+    for x, y in batches:
+        right += int((model(x).argmax(1) == y).sum())
+        total += len(y)
+    return 100 * right / total

@@ -1,0 +1,1 @@
+"""Machinery below the public names; nothing here is part of the API."""

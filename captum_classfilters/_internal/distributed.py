@@ -1,0 +1,28 @@
+"""The little that ranks tell each other besides what torchmetrics merges."""
+
+from typing import Any
+
+import torch.distributed
+
+
+def is_distributed() -> bool:
+    """Whether more than one process works on the data."""
+    return (
+        torch.distributed.is_available()
+        and torch.distributed.is_initialized()
+        and torch.distributed.get_world_size() > 1
+    )
+
+
+def gather(value: Any) -> list[Any]:
+    """One object from every rank, in order of rank."""
+    if not is_distributed():
+        return [value]
+    values: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def is_main_process() -> bool:
+    """Whether this process may print."""
+    return not is_distributed() or torch.distributed.get_rank() == 0

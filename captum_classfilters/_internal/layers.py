@@ -1,0 +1,159 @@
+"""Finding layers, their names and the axis that holds their filters."""
+
+import difflib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_CHANNELS_FIRST = (
+    nn.modules.conv._ConvNd,
+    nn.modules.batchnorm._BatchNorm,
+    nn.modules.instancenorm._InstanceNorm,
+    nn.GroupNorm,
+)
+_CHANNELS_LAST = (nn.Linear, nn.Bilinear, nn.LayerNorm, nn.Embedding)
+
+
+def module_of(forward_func: Callable[..., Any] | None) -> nn.Module | None:
+    """The model behind a forward function: itself, or the owner of a bound method."""
+    if isinstance(forward_func, nn.Module):
+        return forward_func
+    owner = getattr(forward_func, "__self__", None)
+    return owner if isinstance(owner, nn.Module) else None
+
+
+def find_layer(model: nn.Module | None, name: str) -> nn.Module:
+    """The submodule with this dotted name; the error names the nearest ones."""
+    if model is None:
+        raise ValueError(
+            f"The layer is given by its name, {name!r}, but the forward function is not a module "
+            "or a module's bound method; pass the layer's module instead of its name."
+        )
+    names = dict(model.named_modules())
+    if name in names and name:
+        return names[name]
+    near = difflib.get_close_matches(name, [key for key in names if key], n=3, cutoff=0.3)
+    hint = f"Did you mean {', '.join(map(repr, near))}?" if near else "The model has no submodules."
+    raise ValueError(f"The model {type(model).__name__} has no layer {name!r}. {hint}")
+
+
+def layer_name(model: nn.Module | None, layer: nn.Module | None) -> str:
+    """The dotted name of a layer in its model, or its class name when it is not found there."""
+    if model is not None:
+        for name, module in model.named_modules():
+            if module is layer:
+                return name.removeprefix("module.") or type(layer).__name__
+    return type(layer).__name__
+
+
+def declared_filters(layer: nn.Module) -> int | None:
+    """The number of filters that the last weighted module inside a layer declares, if any."""
+    declared = None
+    for module in layer.modules():
+        width = _width(module)
+        declared = width if width is not None else declared
+    return declared
+
+
+def _width(module: nn.Module) -> int | None:
+    """Filters that one weighted leaf puts out; None for anything else."""
+    for attribute in ("out_channels", "num_features", "num_channels", "out_features"):
+        if isinstance(module, _CHANNELS_FIRST + _CHANNELS_LAST) and hasattr(module, attribute):
+            return int(getattr(module, attribute))
+    if isinstance(module, nn.LayerNorm):
+        return int(module.normalized_shape[-1])
+    if isinstance(module, nn.Embedding):
+        return int(module.embedding_dim)
+    return None
+
+
+def filter_axis(layer: nn.Module | None, tensor: Tensor, channel_dim: int | None = None) -> int:
+    r"""Which axis of a layer's tensor holds the filters.
+
+    Two-dimensional tensors are (N, K). Elsewhere a convolution or batch normalisation says 1, a
+    linear layer or layer normalisation says the last axis, and a block follows the number of
+    filters that its last weighted module declares when exactly one axis has that size. Everything
+    else, a ReLU say, is read in PyTorch's order (N, K, ...). ``channel_dim`` overrules all.
+    """
+    if tensor.dim() < 2:
+        raise ValueError(
+            f"The layer {type(layer).__name__} puts out a tensor of shape {tuple(tensor.shape)}, "
+            "which has no channel dimension; a layer needs (N, K), (N, K, L), (N, K, H, W), "
+            "(N, K, D, H, W) or a channels-last form of these."
+        )
+    if channel_dim is not None:
+        axis = channel_dim % tensor.dim() if -tensor.dim() <= channel_dim < tensor.dim() else 0
+        if axis == 0:
+            raise ValueError(
+                f"channel_dim={channel_dim} does not name a channel axis of a tensor of shape "
+                f"{tuple(tensor.shape)}; axis 0 is the batch."
+            )
+        return axis
+    last = tensor.dim() - 1
+    if last == 1 or layer is None or isinstance(layer, _CHANNELS_FIRST):
+        return 1
+    if isinstance(layer, _CHANNELS_LAST):
+        return last
+    width = declared_filters(layer)
+    matches = [axis for axis in range(1, tensor.dim()) if tensor.shape[axis] == width]
+    return matches[0] if len(matches) == 1 else 1
+
+
+def positions_last(tensor: Tensor, axis: int) -> Tensor:
+    """(N, ..., K, ...) seen as (N, K, P), P the positions of a filter; P = 1 for (N, K)."""
+    return tensor.movedim(axis, 1).reshape(tensor.shape[0], tensor.shape[axis], -1)
+
+
+def along_filters(values: Tensor, like: Tensor, axis: int) -> Tensor:
+    """(N, K) shaped so that it broadcasts over the positions of a layer's tensor."""
+    shape = [1] * like.dim()
+    shape[0], shape[axis] = values.shape
+    return values.reshape(shape)
+
+
+@contextmanager
+def runs_once(layers: list[nn.Module], names: list[str]) -> Iterator[None]:
+    """Check that each layer runs exactly once in the forward pass made inside the block."""
+    runs: dict[int, dict[Any, int]] = {id(layer): {} for layer in layers}
+
+    def count(layer: nn.Module) -> Callable[..., None]:
+        def hook(_module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+            # Replicas of a data-parallel model run once on each device.
+            first = output[0] if isinstance(output, (tuple, list)) and output else output
+            device = first.device if isinstance(first, Tensor) else None
+            runs[id(layer)][device] = runs[id(layer)].get(device, 0) + 1
+
+        return hook
+
+    handles = [layer.register_forward_hook(count(layer)) for layer in layers]
+    try:
+        yield
+    except AssertionError as error:
+        # Captum's own words for a layer without outputs do not name the layer.
+        if "did not obtain any outputs" not in str(error):
+            raise
+    finally:
+        for handle in handles:
+            handle.remove()
+    for layer, name in zip(layers, names, strict=True):
+        check_runs(name, max(runs[id(layer)].values(), default=0))
+
+
+def check_runs(name: str, runs: int) -> None:
+    """Raise if a layer was not reached exactly once in a forward pass."""
+    if runs == 0:
+        raise ValueError(f"The layer {name!r} was never reached by the forward pass.")
+    if runs > 1:
+        raise ValueError(
+            f"The layer {name!r} was reached {runs} times in one forward pass, so it has no single "
+            "output; choose the block that contains one use of it, or give each use a module."
+        )
+
+
+def check_finite(values: Tensor, what: str) -> None:
+    """Raise if a tensor holds NaN or Inf."""
+    if not bool(torch.isfinite(values).all()):
+        raise ValueError(f"{what} hold NaN or Inf.")

@@ -1,0 +1,615 @@
+"""The result table of every identification method: classes by filters."""
+
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+from torchmetrics.functional import spearman_corrcoef
+
+if TYPE_CHECKING:
+    import pandas
+
+_SCHEMA = "captum_classfilters.ClassFilters"
+_SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Agreement:
+    r"""How far two tables agree.
+
+    Args:
+
+        overlap (Tensor): Shape (C,). Share of the smaller selection that both tables select;
+                    NaN where one of them selects nothing for the class.
+        chance (Tensor): Shape (C,). The overlap expected of random sets of the same sizes.
+        rank_correlation (Tensor): Shape (C,). Spearman's correlation of the scores; NaN for a
+                    class without images or with constant scores.
+    """
+
+    overlap: Tensor
+    chance: Tensor
+    rank_correlation: Tensor
+
+    @property
+    def mean_overlap(self) -> float:
+        """Mean overlap over the classes that both tables select filters for."""
+        return float(self.overlap.nanmean())
+
+    @property
+    def mean_chance(self) -> float:
+        """Mean chance level over the same classes."""
+        return float(self.chance.nanmean())
+
+    @property
+    def mean_rank_correlation(self) -> float:
+        """Mean rank correlation over the classes that have one."""
+        return float(self.rank_correlation.nanmean())
+
+
+@dataclass(frozen=True)
+class ClassOverlap:
+    r"""How far classes share filters within one table.
+
+    Args:
+
+        count (Tensor): Shape (C, C). Number of filters that two classes share.
+        jaccard (Tensor): Shape (C, C). Shared filters over all filters of the two; NaN where
+                    neither has any.
+        classes_per_filter (Tensor): Shape (K,). Number of classes that select each filter.
+    """
+
+    count: Tensor
+    jaccard: Tensor
+    classes_per_filter: Tensor
+
+
+class ClassFilters:
+    r"""
+    Classes by filters: scores, the filters selected for each class, and where they come from.
+
+    Every identification method returns one of these tables, and every head, plot and metric takes
+    one. It is immutable: tensors are handed out as copies, and :meth:`select` returns a new table.
+
+    Args:
+
+        scores (Tensor): Shape (C, K). Score of each filter for each class, higher is more
+                    important. Rows of classes without images are NaN.
+        counts (Tensor): Shape (C,). Number of images behind each row.
+        selected (Tensor, optional): Shape (C, K), bool. Filters selected for each class.
+                    Default: None (no filter is selected)
+        standard_errors (Tensor, optional): Shape (C, K). Standard error of each score.
+                    Default: None
+        class_names (sequence of str, optional): C names. Default: ``"0"`` to ``"C-1"``
+        layer (str): Dotted name of the layer.
+        method (str): Name of the identification method.
+        provenance (mapping, optional): Anything JSON can hold: versions, options, model hash.
+                    Default: None
+
+    Raises:
+        ValueError: Shapes do not fit, a class without images has selected filters, or a score of
+                    a class with images is NaN or infinite.
+
+    Examples::
+
+        >>> import torch
+        >>> from captum_classfilters import ClassFilters
+        >>> table = ClassFilters(
+        ...     torch.tensor([[3., 1., 2.], [0., 5., 5.]]), counts=torch.tensor([10, 10]),
+        ...     class_names=["cat", "dog"], layer="conv", method="Example")
+        >>> table = table.select(num_filters=2)
+        >>> table.filters_of("cat").tolist()
+        [0, 2]
+        >>> table.classes_of(2)
+        ['cat', 'dog']
+    """
+
+    __slots__ = (
+        "_counts",
+        "_scores",
+        "_selected",
+        "_standard_errors",
+        "class_names",
+        "layer",
+        "method",
+        "provenance",
+    )
+
+    _scores: Tensor
+    _counts: Tensor
+    _selected: Tensor
+    _standard_errors: Tensor | None
+    class_names: tuple[str, ...]
+    layer: str
+    method: str
+    provenance: Mapping[str, Any]
+
+    def __init__(
+        self,
+        scores: Tensor,
+        counts: Tensor,
+        selected: Tensor | None = None,
+        standard_errors: Tensor | None = None,
+        class_names: Sequence[str] | None = None,
+        layer: str = "",
+        method: str = "",
+        provenance: Mapping[str, Any] | None = None,
+    ) -> None:
+        if scores.dim() != 2 or 0 in scores.shape:
+            raise ValueError(f"scores have shape {tuple(scores.shape)}; expected (C, K).")
+        num_classes = scores.shape[0]
+        if selected is None:
+            selected = torch.zeros(scores.shape, dtype=torch.bool)
+        if class_names is None:
+            class_names = [str(index) for index in range(num_classes)]
+        _check_table(scores, counts, selected, standard_errors, class_names)
+        values = {
+            "_scores": _own(scores, torch.float64),
+            "_counts": _own(counts, torch.int64),
+            "_selected": _own(selected, torch.bool),
+            "_standard_errors": None
+            if standard_errors is None
+            else _own(standard_errors, torch.float64),
+            "class_names": tuple(str(name) for name in class_names),
+            "layer": layer,
+            "method": method,
+            "provenance": MappingProxyType(json.loads(json.dumps(dict(provenance or {})))),
+        }
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(
+            f"ClassFilters is immutable; make a new table instead of setting {name}."
+        )
+
+    def __delattr__(self, name: str) -> None:
+        raise AttributeError("ClassFilters is immutable.")
+
+    # -- reading ---------------------------------------------------------------------------------
+
+    @property
+    def scores(self) -> Tensor:
+        """Scores (C, K), float64; NaN for classes without images."""
+        return self._scores.clone()
+
+    @property
+    def selected(self) -> Tensor:
+        """Selected filters (C, K), bool."""
+        return self._selected.clone()
+
+    @property
+    def counts(self) -> Tensor:
+        """Number of images of each class (C,), int64."""
+        return self._counts.clone()
+
+    @property
+    def standard_errors(self) -> Tensor | None:
+        """Standard errors of the scores (C, K), or None."""
+        return None if self._standard_errors is None else self._standard_errors.clone()
+
+    @property
+    def num_classes(self) -> int:
+        """C."""
+        return self._scores.shape[0]
+
+    @property
+    def num_filters(self) -> int:
+        """K."""
+        return self._scores.shape[1]
+
+    @property
+    def classes_without_images(self) -> list[str]:
+        """Names of the classes that no image was seen of."""
+        return [
+            name for name, count in zip(self.class_names, self._counts, strict=True) if count == 0
+        ]
+
+    def class_index(self, class_: int | str) -> int:
+        """Index of a class given by its index or its name.
+
+        Args:
+
+            class_ (int or str): The class.
+
+        Returns:
+            *int*: Its row in the table.
+
+        Raises:
+            ValueError: There is no such class.
+        """
+        if isinstance(class_, str):
+            if class_ not in self.class_names:
+                raise ValueError(f"No class named {class_!r}; the names are {self.class_names}.")
+            return self.class_names.index(class_)
+        index = int(class_)
+        if not 0 <= index < self.num_classes:
+            raise ValueError(f"Class {index} is out of range; the table has {self.num_classes}.")
+        return index
+
+    def filters_of(self, class_: int | str) -> Tensor:
+        """Filters selected for a class, highest score first.
+
+        Args:
+
+            class_ (int or str): Index or name of the class.
+
+        Returns:
+            *Tensor* of int64, shape (number selected,). Equal scores keep the filters' order.
+        """
+        row = self.class_index(class_)
+        order = _descending(self._scores[row])
+        return order[self._selected[row][order]]
+
+    def classes_of(self, filter_: int) -> list[str]:
+        """Names of the classes that a filter is selected for.
+
+        Args:
+
+            filter_ (int): Index of the filter.
+
+        Returns:
+            *list of str*.
+        """
+        if not 0 <= filter_ < self.num_filters:
+            raise ValueError(f"Filter {filter_} is out of range; the layer has {self.num_filters}.")
+        return [
+            self.class_names[row] for row in self._selected[:, filter_].nonzero()[:, 0].tolist()
+        ]
+
+    # -- choosing --------------------------------------------------------------------------------
+
+    def select(self, num_filters: int | None = None, mass: float | None = None) -> "ClassFilters":
+        r"""
+        Choose filters for each class, in the order of their scores.
+
+        Ties go to the filter with the lower index. Classes without images select nothing, and a
+        warning names them.
+
+        Args:
+
+            num_filters (int, optional): Select this many filters for each class.
+                        Default: None
+            mass (float, optional): Select the smallest set whose share of the class's positive
+                        scores reaches this number in (0, 1]; at least one filter.
+                        Default: None
+
+        Returns:
+            *ClassFilters*: A new table with the same scores.
+
+        Raises:
+            ValueError: Not exactly one rule is given, or its value is out of range.
+        """
+        if (num_filters is None) == (mass is None):
+            raise ValueError("Give exactly one of num_filters and mass.")
+        if num_filters is not None:
+            sizes = self._checked_number(num_filters)
+        else:
+            sizes = self._sizes_for_mass(float(mass))  # type: ignore[arg-type]
+        return self._with_sizes(sizes)
+
+    def with_selection(self, selected: Tensor) -> "ClassFilters":
+        """The same table with another selection, for rules of the user's own.
+
+        Args:
+
+            selected (Tensor): Shape (C, K), bool.
+
+        Returns:
+            *ClassFilters*: A new table.
+        """
+        return self._replace(selected=selected)
+
+    def _checked_number(self, num_filters: int) -> Tensor:
+        if isinstance(num_filters, bool) or int(num_filters) != num_filters:
+            raise ValueError(f"num_filters={num_filters!r} is not a whole number.")
+        if not 1 <= num_filters <= self.num_filters:
+            raise ValueError(
+                f"num_filters={num_filters} is out of range: the layer {self.layer!r} has "
+                f"{self.num_filters} filters, so choose 1 to {self.num_filters}."
+            )
+        return torch.full((self.num_classes,), int(num_filters))
+
+    def _sizes_for_mass(self, mass: float) -> Tensor:
+        if not 0 < mass <= 1:
+            raise ValueError(f"mass={mass} is out of range; choose a share in (0, 1].")
+        positive = self._scores.clamp(min=0).nan_to_num(0.0).sort(1, descending=True).values
+        cumulative = positive.cumsum(1)
+        # A relative tolerance keeps rounding in the sum from asking for one filter too many.
+        reached = cumulative >= mass * cumulative[:, -1:] * (1 - 1e-12)
+        return reached.to(torch.int64).argmax(1) + 1
+
+    def _with_sizes(self, sizes: Tensor) -> "ClassFilters":
+        missing = self.classes_without_images
+        if missing:
+            warnings.warn(
+                f"No filters are selected for {len(missing)} class(es) without images: "
+                f"{', '.join(missing[:10])}{' ...' if len(missing) > 10 else ''}.",
+                stacklevel=3,
+            )
+        order = _descending(self._scores)
+        rank = torch.empty_like(order)
+        rank.scatter_(1, order, torch.arange(self.num_filters).expand_as(order))
+        return self._replace(selected=(rank < sizes[:, None]) & (self._counts > 0)[:, None])
+
+    # -- comparing -------------------------------------------------------------------------------
+
+    def agreement(self, other: "ClassFilters", num_filters: int | None = None) -> Agreement:
+        r"""
+        Compare with another table over the same classes and filters.
+
+        Args:
+
+            other (ClassFilters): The other table.
+            num_filters (int, optional): Compare the best so many filters of each; by default the
+                        selections as they are.
+                        Default: None
+
+        Returns:
+            *Agreement*: Overlap, its chance level and Spearman's rank correlation for each class.
+            For sets of k1 and k2 of K filters chance is max(k1, k2) / K.
+
+        Raises:
+            ValueError: The tables have different shapes.
+        """
+        if self._scores.shape != other._scores.shape:
+            raise ValueError(
+                f"The tables have shapes {tuple(self._scores.shape)} and "
+                f"{tuple(other._scores.shape)}; only equal shapes can be compared."
+            )
+        mine, theirs = self, other
+        if num_filters is not None:
+            mine, theirs = self.select(num_filters), other.select(num_filters)
+        sizes = torch.stack([mine._selected.sum(1), theirs._selected.sum(1)]).to(torch.float64)
+        shared = (mine._selected & theirs._selected).sum(1).to(torch.float64)
+        empty = sizes.min(0).values == 0
+        nothing = torch.full_like(shared, float("nan"))
+        return Agreement(
+            overlap=torch.where(empty, nothing, shared / sizes.min(0).values),
+            chance=torch.where(empty, nothing, sizes.max(0).values / self.num_filters),
+            rank_correlation=_rank_correlation(self._scores, other._scores),
+        )
+
+    def overlap(self) -> ClassOverlap:
+        """How far the classes of this table share filters.
+
+        Returns:
+            *ClassOverlap*: Shared counts and Jaccard similarity (C, C), classes per filter (K,).
+        """
+        member = self._selected.to(torch.float64)
+        count = member @ member.T
+        size = member.sum(1)
+        return ClassOverlap(
+            count=count.to(torch.int64),
+            jaccard=count / (size[:, None] + size[None, :] - count),
+            classes_per_filter=self._selected.sum(0),
+        )
+
+    # -- keeping ---------------------------------------------------------------------------------
+
+    def to_pandas(self) -> "pandas.DataFrame":
+        """The table in long form, one row per class and filter.
+
+        Returns:
+            *pandas.DataFrame* with the columns class, filter, score, standard_error (where known),
+            selected and images. Needs the extra ``pandas``.
+        """
+        import pandas
+
+        num_classes, num_filters = self._scores.shape
+        columns = {
+            "class": [name for name in self.class_names for _ in range(num_filters)],
+            "filter": list(range(num_filters)) * num_classes,
+            "score": self._scores.flatten().numpy(),
+            "selected": self._selected.flatten().numpy(),
+            "images": self._counts.repeat_interleave(num_filters).numpy(),
+        }
+        if self._standard_errors is not None:
+            columns["standard_error"] = self._standard_errors.flatten().numpy()
+        return pandas.DataFrame(columns)
+
+    def save(self, path: str | os.PathLike[str], overwrite: bool = False) -> None:
+        r"""
+        Save as one safetensors file, its metadata as JSON in the file's header.
+
+        The file is written beside its place and moved there when it is complete: a full disk or a
+        kill leaves an older file as it was.
+
+        Args:
+
+            path (path): Where to save.
+            overwrite (bool): Replace a file that is there.
+                        Default: False
+
+        Raises:
+            FileExistsError: The file is there and ``overwrite`` is False.
+            OSError: It cannot be written; nothing has changed.
+        """
+        path = Path(path)
+        if path.exists() and not overwrite:
+            raise FileExistsError(f"{path} exists; pass overwrite=True to replace it.")
+        tensors = {"scores": self._scores, "counts": self._counts, "selected": self._selected}
+        if self._standard_errors is not None:
+            tensors["standard_errors"] = self._standard_errors
+        metadata = {
+            "schema": _SCHEMA,
+            "schema_version": _SCHEMA_VERSION,
+            "class_names": self.class_names,
+            "layer": self.layer,
+            "method": self.method,
+            "provenance": dict(self.provenance),
+        }
+        _write_atomically(path, save(tensors, metadata={"class_filters": json.dumps(metadata)}))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "ClassFilters":
+        """Load a saved table; no code in the file can run.
+
+        Args:
+
+            path (path): A file that :meth:`save` wrote.
+
+        Returns:
+            *ClassFilters*.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: The file is truncated, foreign, or of a newer schema.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"There is no file {path}.")
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = json.loads((file.metadata() or {}).get("class_filters", "null"))
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, ValueError) as error:
+            raise ValueError(f"{path} is not a complete ClassFilters file: {error}") from error
+        if not isinstance(metadata, dict) or metadata.get("schema") != _SCHEMA:
+            raise ValueError(
+                f"{path} is a safetensors file, but does not hold a ClassFilters table."
+            )
+        if metadata.get("schema_version", 0) > _SCHEMA_VERSION:
+            raise ValueError(
+                f"{path} has schema version {metadata['schema_version']}; this version of "
+                f"captum_classfilters reads up to {_SCHEMA_VERSION}. Please upgrade."
+            )
+        try:
+            return cls(
+                class_names=metadata["class_names"],
+                layer=metadata["layer"],
+                method=metadata["method"],
+                provenance=metadata["provenance"],
+                **tensors,
+            )
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path} lacks parts of a ClassFilters table: {error}") from error
+
+    def _replace(self, **changes: Any) -> "ClassFilters":
+        parts = {
+            "scores": self._scores,
+            "counts": self._counts,
+            "selected": self._selected,
+            "standard_errors": self._standard_errors,
+            "class_names": self.class_names,
+            "layer": self.layer,
+            "method": self.method,
+            "provenance": self.provenance,
+        }
+        return ClassFilters(**{**parts, **changes})
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        parts = (self._scores, self._counts, self._selected, self._standard_errors)
+        return ClassFilters, (
+            *parts,
+            self.class_names,
+            self.layer,
+            self.method,
+            dict(self.provenance),
+        )
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, ClassFilters):
+            return NotImplemented
+        return (
+            self.class_names == other.class_names
+            and (self.layer, self.method) == (other.layer, other.method)
+            and dict(self.provenance) == dict(other.provenance)
+            and all(
+                _equal(getattr(self, name), getattr(other, name))
+                for name in ("_scores", "_counts", "_selected", "_standard_errors")
+            )
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        sizes = self._selected.sum(1)
+        low, high = int(sizes.min()), int(sizes.max())
+        chosen = f"{low}" if low == high else f"{low} to {high}"
+        return (
+            f"ClassFilters({self.method} at {self.layer!r}: {self.num_classes} classes x "
+            f"{self.num_filters} filters, {int(self._counts.sum())} images, "
+            f"{chosen} filters selected per class)"
+        )
+
+
+def _check_table(
+    scores: Tensor,
+    counts: Tensor,
+    selected: Tensor,
+    standard_errors: Tensor | None,
+    class_names: Sequence[str],
+) -> None:
+    num_classes = scores.shape[0]
+    if counts.shape != (num_classes,) or bool((counts < 0).any()):
+        raise ValueError(f"counts must be {num_classes} numbers of images, one for each class.")
+    for name, table in (("selected", selected), ("standard_errors", standard_errors)):
+        if table is not None and table.shape != scores.shape:
+            raise ValueError(
+                f"{name} has shape {tuple(table.shape)}; expected that of scores, "
+                f"{tuple(scores.shape)}."
+            )
+    if selected.dtype != torch.bool:
+        raise ValueError(f"selected is {selected.dtype}; expected a bool mask of shape (C, K).")
+    if len(class_names) != num_classes or len(set(map(str, class_names))) != num_classes:
+        raise ValueError(f"class_names must be {num_classes} different names.")
+    seen = counts > 0
+    if not bool(torch.isfinite(scores[seen]).all()):
+        raise ValueError("scores of classes with images hold NaN or Inf.")
+    if bool(selected[~seen].any()):
+        raise ValueError("Filters are selected for a class without images.")
+
+
+def _own(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A private copy on the CPU."""
+    return tensor.detach().to(device="cpu", dtype=dtype, copy=True).contiguous()
+
+
+def _equal(left: Tensor | None, right: Tensor | None) -> bool:
+    if left is None or right is None:
+        return left is right
+    if left.is_floating_point():
+        return bool(torch.equal(left.nan_to_num(), right.nan_to_num())) and bool(
+            torch.equal(left.isnan(), right.isnan())
+        )
+    return bool(torch.equal(left, right))
+
+
+def _descending(scores: Tensor) -> Tensor:
+    """Indices by falling score; ties in the order of the filters, NaN last."""
+    return scores.nan_to_num(nan=-float("inf")).sort(dim=-1, descending=True, stable=True).indices
+
+
+def _rank_correlation(left: Tensor, right: Tensor) -> Tensor:
+    result = torch.full((len(left),), float("nan"), dtype=torch.float64)
+    usable = torch.isfinite(left).all(1) & torch.isfinite(right).all(1)
+    usable &= (left.std(1) > 0) & (right.std(1) > 0) if left.shape[1] > 1 else False
+    for row in usable.nonzero()[:, 0].tolist():
+        result[row] = spearman_corrcoef(left[row], right[row])
+    return result
+
+
+def _write_atomically(path: Path, data: bytes) -> None:
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(temporary, 0o666 & ~mask)  # mkstemp's files are private; ours are ordinary
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
