@@ -22,7 +22,7 @@ def fingerprint(model: nn.Module | None) -> str | None:
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         plain = tensor.detach().cpu().contiguous()
         if plain.numel():
-            digest.update(memoryview(plain.flatten().view(torch.uint8).numpy()))
+            digest.update(plain.flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -291,8 +291,8 @@ def _head_parts(name: str, module: nn.Module) -> tuple[Tensor, Tensor | None, in
             f"The head {name!r} is a {type(module).__name__}, which cannot be decomposed; expected "
             "an nn.Linear or an ungrouped 1x1 convolution."
         )
-    weight: Tensor = module.weight.detach()  # type: ignore[assignment,operator]
-    bias: Tensor | None = module.bias
+    weight: Tensor = module.weight.detach()  # type: ignore[operator]
+    bias: Tensor | None = module.bias  # type: ignore[assignment]
     return weight.flatten(1), bias, weight.dim() - 2
 
 
