@@ -1,0 +1,49 @@
+"""Sphinx configuration. Tutorials are executed while the documentation is built."""
+
+from pathlib import Path
+
+import jupytext
+
+from captum_classfilters import __version__
+
+project = "captum_classfilters"
+author = "The captum_classfilters developers"
+copyright = f"2026, {author}"  # noqa: A001 (Sphinx's name)
+version = release = __version__
+
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.viewcode",
+]
+html_theme = "furo"
+html_title = f"captum_classfilters {__version__}"
+exclude_patterns = ["_build", "jupyter_execute"]
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "none"  # the docstrings give types with shapes
+autodoc_preserve_defaults = True
+autoclass_content = "class"
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+
+myst_enable_extensions = ["dollarmath", "amsmath", "colon_fence"]
+myst_heading_anchors = 3
+nb_execution_mode = "force"
+nb_execution_timeout = 600
+nb_execution_raise_on_error = True
+nb_execution_excludepatterns = ["*.md"]
+nb_merge_streams = True
+nb_execution_show_tb = True
+
+# The tutorials are plain scripts with cells (jupytext's percent format); here they are notebooks.
+_here = Path(__file__).parent
+_notebooks = _here / "tutorials"
+_notebooks.mkdir(exist_ok=True)
+for script in sorted((_here.parent / "tutorials").glob("*.py")):
+    notebook = _notebooks / f"{script.stem}.ipynb"
+    text = jupytext.writes(jupytext.read(script), fmt="ipynb")
+    if not notebook.exists() or notebook.read_text() != text:
+        notebook.write_text(text)
