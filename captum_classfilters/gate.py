@@ -12,6 +12,7 @@ from captum_classfilters._internal.layers import (
     check_runs,
     declared_filters,
     filter_axis,
+    filters_before,
     find_layer,
     layer_name,
     module_of,
@@ -78,7 +79,12 @@ class FilterGate(nn.Module):
         self.layer_name = layer_name(self.model, self._layer[0])
         self.channel_dim = channel_dim
         self.device_ids = device_ids or getattr(forward_func, "device_ids", None)
-        self._num_filters = num_filters or declared_filters(self._layer[0])
+        # Only a first guess for `ones`: a forward pass corrects it, or says what is wrong.
+        self._num_filters = (
+            num_filters
+            or declared_filters(self._layer[0])
+            or filters_before(self.model, self._layer[0])
+        )
 
     @property
     def num_filters(self) -> int:

@@ -58,6 +58,16 @@ def declared_filters(layer: nn.Module) -> int | None:
     return declared
 
 
+def filters_before(model: nn.Module | None, layer: nn.Module) -> int | None:
+    """The number of filters that the weighted module registered before a layer declares, if any."""
+    declared = None
+    for module in model.modules() if model is not None else ():
+        if module is layer:
+            return declared
+        declared = _width(module) or declared
+    return None
+
+
 def _width(module: nn.Module) -> int | None:
     """Filters that one weighted leaf puts out; None for anything else."""
     for attribute in ("out_channels", "num_features", "num_channels", "out_features"):
