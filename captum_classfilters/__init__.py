@@ -7,20 +7,37 @@ from captum_classfilters.attr import (
     LayerFilterFrequency,
 )
 from captum_classfilters.class_filters import Agreement, ClassFilters, ClassOverlap
+from captum_classfilters.filter_layers import FilterLayer, FilterLayers, list_filter_layers
 from captum_classfilters.gate import FilterGate
 from captum_classfilters.identify import identify_class_filters
-from captum_classfilters.networks import DecomposedLinear, decompose
+from captum_classfilters.networks import (
+    AccuracyCurve,
+    DecomposedLinear,
+    accuracy_curve,
+    decompose,
+    fine_tune,
+    refit_head,
+    select_by_accuracy,
+)
 
 __all__ = [
+    "AccuracyCurve",
     "Agreement",
     "ClassFilterSaliency",
     "ClassFilters",
     "ClassOverlap",
     "DecomposedLinear",
     "FilterGate",
+    "FilterLayer",
+    "FilterLayers",
     "LayerFilterContribution",
     "LayerFilterFrequency",
     "__version__",
+    "accuracy_curve",
     "decompose",
+    "fine_tune",
     "identify_class_filters",
+    "list_filter_layers",
+    "refit_head",
+    "select_by_accuracy",
 ]

@@ -105,9 +105,10 @@ def filter_axis(layer: nn.Module | None, tensor: Tensor, channel_dim: int | None
     last = tensor.dim() - 1
     if last == 1 or layer is None or isinstance(layer, _CHANNELS_FIRST):
         return 1
-    if isinstance(layer, _CHANNELS_LAST):
-        return last
     width = declared_filters(layer)
+    # Subclasses may transpose: torchvision's LayerNorm2d is a LayerNorm on (N, K, H, W).
+    if type(layer) in _CHANNELS_LAST and tensor.shape[last] == width:
+        return last
     matches = [axis for axis in range(1, tensor.dim()) if tensor.shape[axis] == width]
     return matches[0] if len(matches) == 1 else 1
 

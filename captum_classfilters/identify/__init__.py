@@ -1,6 +1,7 @@
 """Data set to class filters: one streaming pass, mergeable statistics."""
 
+from captum_classfilters.identify.collect_features import collect_features
 from captum_classfilters.identify.identify_class_filters import identify_class_filters
 from captum_classfilters.identify.statistics import ClassFilterSums
 
-__all__ = ["ClassFilterSums", "identify_class_filters"]
+__all__ = ["ClassFilterSums", "collect_features", "identify_class_filters"]

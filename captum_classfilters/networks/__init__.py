@@ -1,10 +1,43 @@
-"""Model in, model out: the decomposed head."""
+"""Model in, model out: decomposed heads, refitting, fine-tuning, selection by accuracy."""
 
+from captum_classfilters.networks.accuracy_curve import (
+    AccuracyCurve,
+    accuracy_curve,
+    select_by_accuracy,
+)
+from captum_classfilters.networks.compare_heads import HeadComparison, HeadCost, compare_heads
 from captum_classfilters.networks.decompose import (
     DecomposedLinear,
     decompose,
+    decomposed_head,
     find_head,
+    head_name,
     replace_head,
 )
+from captum_classfilters.networks.evaluate_classifier import ClassifierScores, evaluate_classifier
+from captum_classfilters.networks.fine_tune import Epoch, fine_tune
+from captum_classfilters.networks.refit import fit_linear, refit_head
+from captum_classfilters.networks.remove_class import RemovedClass, remove_class
 
-__all__ = ["DecomposedLinear", "decompose", "find_head", "replace_head"]
+__all__ = [
+    "AccuracyCurve",
+    "ClassifierScores",
+    "DecomposedLinear",
+    "Epoch",
+    "HeadComparison",
+    "HeadCost",
+    "RemovedClass",
+    "accuracy_curve",
+    "compare_heads",
+    "decompose",
+    "decomposed_head",
+    "evaluate_classifier",
+    "find_head",
+    "fine_tune",
+    "fit_linear",
+    "head_name",
+    "refit_head",
+    "remove_class",
+    "replace_head",
+    "select_by_accuracy",
+]

@@ -10,11 +10,7 @@ from torch import Tensor, nn
 
 from captum_classfilters._internal.guard import model_left_as_found
 from captum_classfilters._internal.head import how_layer_feeds, is_linear, record_head
-from captum_classfilters._internal.layers import (
-    filter_axis,
-    find_layer,
-    layer_name,
-)
+from captum_classfilters._internal.layers import filter_axis, find_layer, layer_name
 from captum_classfilters.class_filters import ClassFilters
 
 logger = logging.getLogger("captum_classfilters")
@@ -138,6 +134,22 @@ class DecomposedLinear(nn.Module):
         trained: nn.Module = layer.train(self.training)
         return trained
 
+    def refit(self, features: Tensor, labels: Tensor, **options: Any) -> list[float]:
+        """Fit the weights to cached features, in place.
+
+        Args:
+
+            features (Tensor): Shape (N, F), the head's inputs.
+            labels (Tensor): Shape (N,).
+            options: As for :func:`captum_classfilters.networks.fit_linear`.
+
+        Returns:
+            *list of float*: The objective before, and after each evaluation.
+        """
+        from captum_classfilters.networks.refit import fit_linear
+
+        return fit_linear(self, features, labels, **options)
+
     def extra_repr(self) -> str:
         """Sizes, for printing."""
         return (
@@ -242,16 +254,51 @@ def decompose(
         >>> decompose(net, table)[4]
         DecomposedLinear(in_features=8, out_features=2, weights=6, bias=True)
     """
+    name, decomposed = decomposed_head(
+        model,
+        class_filters,
+        head=head,
+        missing=missing,
+        dropped_means=dropped_means,
+        example_inputs=example_inputs,
+    )
+    return replace_head(model, name, decomposed)
+
+
+def decomposed_head(
+    model: nn.Module,
+    class_filters: ClassFilters,
+    *,
+    head: str | None = None,
+    missing: Missing = "error",
+    dropped_means: Tensor | None = None,
+    example_inputs: Any = None,
+) -> tuple[str, DecomposedLinear]:
+    r"""
+    The decomposed head alone, without a copy of the model; arguments as for :func:`decompose`.
+
+    Args:
+
+        model (nn.Module): The model.
+        class_filters (ClassFilters): A table with a selection.
+        head (str, optional): The head's dotted name.
+        missing (str): What to do for classes without selected filters.
+        dropped_means (Tensor, optional): Mean of each feature (F,), to fold into the bias.
+        example_inputs (Tensor or tuple, optional): A batch on which to check the table's layer.
+
+    Returns:
+        *tuple* of the head's name and the :class:`DecomposedLinear`.
+
+    Raises:
+        ValueError: As for :func:`decompose`.
+    """
     feed = class_filters.provenance.get("feeds_head") or {}
-    name = head or feed.get("name")
-    module = find_layer(model, name) if name else None
-    if module is None:
-        name, module = find_head(model, example_inputs)
-    assert name is not None
+    name = head or head_name(model, class_filters, example_inputs)
+    module = find_layer(model, name)
     weight, bias, convolution_dims = _head_parts(name, module)
     if example_inputs is not None:
         feed = {"name": name, "by": _checked_feed(model, class_filters, name, example_inputs)}
-    mask = _feature_mask(class_filters, weight, name, feed)
+    mask = _feature_mask(class_filters, weight, name, feed, trusted=head is not None)
     mask = _without_missing(mask, class_filters, missing)
     if dropped_means is not None:
         if dropped_means.shape != weight.shape[1:]:
@@ -263,7 +310,23 @@ def decompose(
         bias = offset if bias is None else bias + offset
     decomposed = DecomposedLinear(weight, bias, mask, convolution_dims)
     decomposed.train(module.training)
-    return replace_head(model, name, decomposed)
+    return name, decomposed
+
+
+def head_name(model: nn.Module, class_filters: ClassFilters, example_inputs: Any = None) -> str:
+    """The head that a table was found to feed, or else the model's last linear layer.
+
+    Args:
+
+        model (nn.Module): The model.
+        class_filters (ClassFilters): The table.
+        example_inputs (Tensor or tuple, optional): A batch to run.
+
+    Returns:
+        *str*: Its dotted name.
+    """
+    feed = class_filters.provenance.get("feeds_head") or {}
+    return str(feed["name"]) if "name" in feed else find_head(model, example_inputs)[0]
 
 
 def replace_head(model: nn.Module, name: str, head: nn.Module) -> nn.Module:
@@ -296,7 +359,9 @@ def _head_parts(name: str, module: nn.Module) -> tuple[Tensor, Tensor | None, in
     return weight.flatten(1), bias, weight.dim() - 2
 
 
-def _feature_mask(class_filters: ClassFilters, weight: Tensor, name: str, feed: Any) -> Tensor:
+def _feature_mask(
+    class_filters: ClassFilters, weight: Tensor, name: str, feed: Any, trusted: bool
+) -> Tensor:
     """Which features of the head each class keeps (C, F)."""
     num_classes, num_features = weight.shape
     if class_filters.num_classes != num_classes:
@@ -305,15 +370,24 @@ def _feature_mask(class_filters: ClassFilters, weight: Tensor, name: str, feed: 
             f"{class_filters.num_classes} classes."
         )
     num_filters = class_filters.num_filters
+    advice = (
+        f"Find the filters at the layer that feeds the head, or at the head's own input: "
+        f"LayerFilterFrequency(model, {name!r}).identify(data, attribute_to_layer_input=True)."
+    )
     flattened = feed.get("by") == "flatten" and num_features % num_filters == 0
     if num_features != num_filters and not flattened:
         raise ValueError(
             f"The head {name!r} takes {num_features} features, but class_filters holds "
-            f"{num_filters} filters of {class_filters.layer!r}. Find the filters at the layer that "
-            f"feeds the head, or at the head's own input: LayerFilterFrequency(model, {name!r})"
-            ".identify(data, attribute_to_layer_input=True)."
+            f"{num_filters} filters of {class_filters.layer!r}. {advice}"
         )
-    if not feed and class_filters.layer != name:
+    watched = "feeds_head" in class_filters.provenance
+    if not feed and not trusted and watched:
+        raise ValueError(
+            f"The layer {class_filters.layer!r} does not feed the head {name!r}: its outputs, or "
+            f"their means over positions, were not the head's inputs. {advice} To pair filter k "
+            f"with feature k all the same, pass head={name!r}."
+        )
+    if not feed and not watched:
         logger.warning(
             "class_filters does not say whether %r feeds the head %r; pass example_inputs.",
             class_filters.layer,
