@@ -17,7 +17,7 @@ def refit_head(
     dataloader: Iterable[Any],
     *,
     head: str | None = None,
-    weight_decay: float = 1e-2,
+    weight_decay: float = 1e-4,
     label_smoothing: float = 0.0,
     max_iterations: int = 200,
     show_progress: bool = True,
@@ -39,7 +39,7 @@ def refit_head(
         head (str, optional): Dotted name of the head. By default the last linear layer.
                     Default: None
         weight_decay (float): :math:`\lambda`.
-                    Default: 1e-2
+                    Default: 1e-4
         label_smoothing (float): As for ``torch.nn.functional.cross_entropy``.
                     Default: 0.0
         max_iterations (int): Iterations of L-BFGS at most.
@@ -77,7 +77,7 @@ def fit_linear(
     module: nn.Linear | DecomposedLinear,
     features: Tensor,
     labels: Tensor,
-    weight_decay: float = 1e-2,
+    weight_decay: float = 1e-4,
     label_smoothing: float = 0.0,
     max_iterations: int = 200,
 ) -> list[float]:
@@ -90,7 +90,7 @@ def fit_linear(
         features (Tensor): Shape (N, F).
         labels (Tensor): Shape (N,), class indices.
         weight_decay (float): Strength of the pull.
-                    Default: 1e-2
+                    Default: 1e-4
         label_smoothing (float): Smoothing of the labels.
                     Default: 0.0
         max_iterations (int): Iterations of L-BFGS at most.
