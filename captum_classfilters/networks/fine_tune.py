@@ -8,9 +8,10 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from captum_classfilters._internal.guard import model_left_as_found
 from captum_classfilters.networks.evaluate_classifier import evaluate_classifier
 
 logger = logging.getLogger("captum_classfilters")
@@ -47,6 +48,9 @@ def fine_tune(
     scheduler: Any = None,
     freeze: Freeze = "nothing",
     label_smoothing: float = 0.0,
+    teacher: nn.Module | None = None,
+    teacher_weight: float = 0.9,
+    temperature: float = 2.0,
     show_progress: bool = True,
 ) -> list[Epoch]:
     r"""
@@ -72,6 +76,15 @@ def fine_tune(
                     Default: "nothing"
         label_smoothing (float): As for ``torch.nn.functional.cross_entropy``.
                     Default: 0.0
+        teacher (nn.Module, optional): The full network, say, whose logits on the same images are
+                    learned beside the labels (Hinton et al. 2015,
+                    https://arxiv.org/abs/1503.02531). It helps where the network has seen the
+                    training images and their labels teach it little more.
+                    Default: None
+        teacher_weight (float): Share of the loss that follows the teacher.
+                    Default: 0.9
+        temperature (float): Of both softmaxes in that share.
+                    Default: 2.0
         show_progress (bool): Show progress bars.
                     Default: True
 
@@ -95,10 +108,11 @@ def fine_tune(
     try:
         trained = _trained_parameters(model, freeze)
         optimizer = optimizer or torch.optim.Adam(trained, lr=learning_rate)
+        criterion = _Criterion(label_smoothing, teacher, teacher_weight, temperature)
         for epoch in range(1, epochs + 1):
             _train_mode(model, freeze)
             bar = tqdm(train_loader, desc=f"epoch {epoch}", unit="batch", disable=not show_progress)
-            loss, accuracy = _one_epoch(model, bar, optimizer, scheduler, label_smoothing)
+            loss, accuracy = _one_epoch(model, bar, optimizer, scheduler, criterion)
             history.append(_measured(model, validation_loader, epoch, loss, accuracy))
             if history[-1].validation_accuracy > best_accuracy:
                 best, best_accuracy = _copied(model), history[-1].validation_accuracy
@@ -117,7 +131,7 @@ def _one_epoch(
     batches: Iterable[Any],
     optimizer: torch.optim.Optimizer,
     scheduler: Any,
-    label_smoothing: float,
+    criterion: "_Criterion",
 ) -> tuple[float, float]:
     device = next(model.parameters()).device
     total, right, seen = 0.0, 0, 0
@@ -125,7 +139,7 @@ def _one_epoch(
         images, labels = images.to(device), labels.to(device)
         optimizer.zero_grad(set_to_none=True)
         logits = model(images)
-        loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+        loss = criterion(logits, labels, images)
         if not bool(torch.isfinite(loss)):
             raise ValueError("The training loss is NaN or Inf; lower the learning rate.")
         loss.backward()
@@ -138,6 +152,26 @@ def _one_epoch(
     if not seen:
         raise ValueError("The training loader is empty.")
     return total / seen, right / seen
+
+
+@dataclass(frozen=True)
+class _Criterion:
+    """Cross-entropy with the labels, and with a teacher's softened predictions."""
+
+    label_smoothing: float
+    teacher: nn.Module | None
+    teacher_weight: float
+    temperature: float
+
+    def __call__(self, logits: Tensor, labels: Tensor, images: Tensor) -> Tensor:
+        loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+        if self.teacher is None:
+            return loss
+        with torch.no_grad(), model_left_as_found(self.teacher, evaluation=True):
+            taught = (self.teacher(images) / self.temperature).softmax(1)
+        # The factor keeps gradients of one size whatever the temperature.
+        softened = F.cross_entropy(logits / self.temperature, taught) * self.temperature**2
+        return (1 - self.teacher_weight) * loss + self.teacher_weight * softened
 
 
 def _measured(

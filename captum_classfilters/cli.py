@@ -1,0 +1,126 @@
+"""The command line: a thin reader of arguments."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from captum_classfilters._version import __version__
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+
+        arguments (sequence of str, optional): By default those of the process.
+
+    Returns:
+        *int*: 0, or 2 after an error that the message on standard error explains.
+    """
+    parsed = _parser().parse_args(arguments)
+    try:
+        return int(parsed.run(parsed))
+    except (ValueError, OSError, ImportError) as error:
+        if parsed.debug:
+            raise
+        print(f"captum-classfilters: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="captum-classfilters",
+        description="Find the filters of a CNN that decide each class.",
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    demo = commands.add_parser("demo", help="the whole job on handwritten digits, offline")
+    demo.add_argument("--output", default="demo-output", help="folder (default: %(default)s)")
+    demo.add_argument("--epochs", type=int, default=20, help="of training (default: %(default)s)")
+    demo.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    _common(demo, _demo)
+
+    identify = commands.add_parser("identify", help="your own torchvision model and image folder")
+    identify.add_argument("--model", required=True, help="any torchvision classifier, resnet18 say")
+    identify.add_argument("--checkpoint", help="safetensors file or PyTorch state dict")
+    identify.add_argument(
+        "--random-weights", action="store_true", help="go on without a checkpoint"
+    )
+    identify.add_argument("--data", required=True, help="folder with one subfolder for each class")
+    identify.add_argument("--layer", required=True, help="dotted name, layer4 say; see `layers`")
+    identify.add_argument("--output", required=True, help="folder for the results")
+    identify.add_argument(
+        "--method",
+        nargs="+",
+        default=["frequency", "contribution"],
+        help="frequency, contribution (default: both, in one pass)",
+    )
+    identify.add_argument("--num-filters", type=int, default=5, help="(default: %(default)s)")
+    identify.add_argument("--num-classes", type=int, help="outputs of the model")
+    identify.add_argument("--batch-size", type=int, default=32, help="(default: %(default)s)")
+    identify.add_argument("--image-size", type=int, default=224, help="(default: %(default)s)")
+    identify.add_argument("--limit", type=int, help="use this many images at most")
+    identify.add_argument(
+        "--explain", type=int, default=0, help="images to explain beside Integrated Gradients"
+    )
+    identify.add_argument("--device", default="cpu", help="(default: %(default)s)")
+    identify.add_argument("--overwrite", action="store_true", help="replace results")
+    _common(identify, _identify)
+
+    layers = commands.add_parser("layers", help="which layers of a torchvision model qualify")
+    layers.add_argument("--model", required=True, help="any torchvision classifier")
+    layers.add_argument("--image-size", type=int, default=224, help="(default: %(default)s)")
+    _common(layers, _layers)
+    return parser
+
+
+def _common(parser: argparse.ArgumentParser, run: object) -> None:
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    parser.add_argument("--debug", action="store_true", help="show where an error comes from")
+    parser.set_defaults(run=run)
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from captum_classfilters.demo import run_demo
+
+    run_demo(
+        arguments.output,
+        epochs=arguments.epochs,
+        seed=arguments.seed,
+        show_progress=not arguments.quiet,
+    )
+    return 0
+
+
+def _identify(arguments: argparse.Namespace) -> int:
+    from captum_classfilters.identify_folder import FolderJob, run_identify
+
+    run_identify(
+        FolderJob(
+            model=arguments.model,
+            data=arguments.data,
+            layer=arguments.layer,
+            output=arguments.output,
+            checkpoint=arguments.checkpoint,
+            random_weights=arguments.random_weights,
+            methods=tuple(arguments.method),
+            num_filters=arguments.num_filters,
+            num_classes=arguments.num_classes,
+            batch_size=arguments.batch_size,
+            image_size=arguments.image_size,
+            limit=arguments.limit,
+            explain=arguments.explain,
+            device=arguments.device,
+            overwrite=arguments.overwrite,
+            show_progress=not arguments.quiet,
+        )
+    )
+    return 0
+
+
+def _layers(arguments: argparse.Namespace) -> int:
+    from captum_classfilters.identify_folder import layer_table
+
+    print(layer_table(arguments.model, arguments.image_size))
+    return 0

@@ -1,0 +1,13 @@
+"""Pictures of class filters; needs the extra ``plot``."""
+
+from captum_classfilters.visualize.accuracy_curve import plot_accuracy_curve
+from captum_classfilters.visualize.class_filters import plot_class_filters, plot_class_overlap
+from captum_classfilters.visualize.explanations import plot_explanations, plot_filter_maps
+
+__all__ = [
+    "plot_accuracy_curve",
+    "plot_class_filters",
+    "plot_class_overlap",
+    "plot_explanations",
+    "plot_filter_maps",
+]
