@@ -9,7 +9,12 @@ from torch import Tensor, nn
 
 from captum_classfilters._internal.guard import model_left_as_found
 from captum_classfilters._internal.head import how_layer_feeds, record_head
-from captum_classfilters._internal.layers import declared_filters, filter_axis, layer_name
+from captum_classfilters._internal.layers import (
+    declared_filters,
+    filter_axis,
+    layer_layout,
+    layer_name,
+)
 
 if TYPE_CHECKING:
     import pandas
@@ -25,7 +30,8 @@ class FilterLayer:
         name (str): Dotted name.
         type (str): Class of the module.
         shape (tuple of int or None): Shape of its output, N first.
-        channel_dim (int or None): Axis of its filters.
+        runs (int): How often it ran in one forward pass.
+        channel_dim (int or None): Axis of its filters; every method may be given it.
         num_filters (int or None): K.
         feeds_head (str or None): How its output becomes the input of the last linear layer:
                     ``"mean"`` over positions, ``"identical"`` or ``"flatten"``. Contributions are
@@ -37,6 +43,7 @@ class FilterLayer:
     name: str
     type: str
     shape: tuple[int, ...] | None
+    runs: int
     channel_dim: int | None
     num_filters: int | None
     feeds_head: str | None
@@ -158,13 +165,13 @@ def list_filter_layers(
         raise ValueError("example_inputs must hold at least one example.")
     names = {module: name for name, module in model.named_modules() if name}
     calls: dict[nn.Module, list[Any]] = {}
-    producers: dict[nn.Module, int | None] = {}
-    last_width: list[int | None] = [None]
+    producers: dict[nn.Module, nn.Module | None] = {}
+    last_weighted: list[nn.Module | None] = [None]  # the weighted leaf that ran last
 
     def hook(module: nn.Module, _inputs: Any, output: Any) -> None:
-        if not list(module.children()):
-            last_width[0] = declared_filters(module) or last_width[0]
-        producers[module] = last_width[0]
+        if not list(module.children()) and declared_filters(module) is not None:
+            last_weighted[0] = module
+        producers[module] = last_weighted[0]
         # Copies, because in-place successors overwrite what a module put out.
         kept = output.detach().clone() if isinstance(output, Tensor) else output
         calls.setdefault(module, []).append(kept)
@@ -185,8 +192,10 @@ def list_filter_layers(
     for module in [*calls, *(module for module in names if module not in calls)]:
         if leaves_only and list(module.children()):
             continue
-        found = _Found(names[module], module, calls.get(module, []), producers.get(module), batch)
-        layers.append(found.describe(features, output))
+        producer = producers.get(module)
+        before = calls[producer][-1].shape if producer in calls else None
+        found = _Found(names[module], module, calls.get(module, []), producer, before, batch)
+        layers.append(found.describe(features, output, head.is_output(output)))
     return FilterLayers(layers, layer_name(model, head.module) if head.module else None)
 
 
@@ -197,25 +206,36 @@ class _Found:
     name: str
     module: nn.Module
     outputs: list[Any]
-    producer: int | None
+    producer: nn.Module | None
+    producer_shape: torch.Size | None
     batch: int
 
-    def describe(self, features: Tensor | None, model_output: Any) -> FilterLayer:
-        """The module as a row of the table."""
+    def describe(self, features: Tensor | None, model_output: Any, ends: bool) -> FilterLayer:
+        """The module as a row of the table; ``ends`` says that the model ends in its head."""
         output: Any = self.outputs[0] if self.outputs else None
         shape = tuple(output.shape) if isinstance(output, Tensor) else None
         reason = self._reason(output)
         if reason:
             return self._row(shape, None, None, None, False, reason)
-        axis, remark = self._axis(output)
-        feed = None
-        if features is not None:
-            maps = output.movedim(axis, 1).flatten(2) if output.dim() > 2 else output
-            flat = features.flatten(2) if features.dim() > 2 else features
-            feed = how_layer_feeds(flat, maps, 1)
+        try:
+            axis, remark = self._axis(output)
+        except ValueError:
+            last = output.dim() - 1
+            reason = f"filters on axis 1 or {last}? Same size: give channel_dim=1 or channel_dim=-1"
+            return self._row(shape, None, output.shape[1], None, False, reason)
+        feed = None if features is None else self._feed(features, output, axis)
         if isinstance(model_output, Tensor) and torch.equal(output, model_output):
             feed, remark = None, "puts out the logits"
+        if feed and not ends:
+            remark = "contributions are not exact: the model goes on after its last linear layer"
         return self._row(shape, axis, output.shape[axis], feed, True, remark)
+
+    @staticmethod
+    def _feed(features: Tensor, output: Tensor, axis: int) -> str | None:
+        if features.dim() > 2:  # a convolution sees the layer's own maps, or none
+            return how_layer_feeds(features, output, axis)
+        maps = output.movedim(axis, 1).flatten(2) if output.dim() > 2 else output
+        return how_layer_feeds(features, maps, 1)
 
     def _reason(self, output: Any) -> str:
         if not self.outputs:
@@ -237,10 +257,15 @@ class _Found:
         axis = filter_axis(self.module, output)
         if declared_filters(self.module) is not None or output.dim() == 2:
             return axis, ""
-        # A module without weights keeps the layout of the last weighted module before it.
-        matches = [one for one in range(1, output.dim()) if output.shape[one] == self.producer]
-        if len(matches) == 1 and matches[0] != axis:
-            return matches[0], f"needs channel_dim={matches[0] - output.dim()}"
+        # A module without weights keeps the layout of the last weighted module that ran before it.
+        width = declared_filters(self.producer) if self.producer is not None else None
+        last = output.dim() - 1
+        fits = [one for one in (1, last) if output.shape[one] == width]
+        kept_last = layer_layout(self.producer) == "last" and output.shape == self.producer_shape
+        if fits == [last] or (len(fits) == 2 and kept_last):
+            return last, "needs channel_dim=-1"
+        if len(fits) == 2 and layer_layout(self.producer) != "first":
+            raise ValueError("Axis 1 and the last axis have the same size.")
         return axis, ""
 
     def _row(
@@ -253,4 +278,5 @@ class _Found:
         reason: str,
     ) -> FilterLayer:
         kind = type(self.module).__name__
-        return FilterLayer(self.name, kind, shape, axis, num_filters, feed, qualifies, reason)
+        runs = len(self.outputs)
+        return FilterLayer(self.name, kind, shape, runs, axis, num_filters, feed, qualifies, reason)

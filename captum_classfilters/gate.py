@@ -9,6 +9,7 @@ from torch.nn.parallel.scatter_gather import scatter
 
 from captum_classfilters._internal.layers import (
     along_filters,
+    check_batch,
     check_runs,
     declared_filters,
     filter_axis,
@@ -175,4 +176,6 @@ class FilterGate(nn.Module):
                 f"The gates have shape {tuple(gates.shape)}, but the layer {self.layer_name!r} has "
                 f"{output.shape[axis]} filters: expected ({output.shape[0]}, {output.shape[axis]})."
             )
+        if len(gates) > 1:
+            check_batch(self.layer_name, len(output), len(gates))
         return output * along_filters(gates.to(output), output, axis)

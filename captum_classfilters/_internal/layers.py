@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -73,20 +73,33 @@ def _width(module: nn.Module) -> int | None:
     for attribute in ("out_channels", "num_features", "num_channels", "out_features"):
         if isinstance(module, _CHANNELS_FIRST + _CHANNELS_LAST) and hasattr(module, attribute):
             return int(getattr(module, attribute))
-    if isinstance(module, nn.LayerNorm):
-        return int(module.normalized_shape[-1])
+    if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) == 1:
+        return int(module.normalized_shape[0])
     if isinstance(module, nn.Embedding):
         return int(module.embedding_dim)
     return None
 
 
+def layer_layout(module: nn.Module | None) -> Literal["first", "last"] | None:
+    """Where one weighted leaf puts its channels; None where its class does not say."""
+    if isinstance(module, _CHANNELS_FIRST):
+        return "first"
+    if isinstance(module, nn.LayerNorm):
+        # A subclass with its own forward may well normalise axis 1 of (N, K, H, W).
+        own_forward = type(module).forward is not nn.LayerNorm.forward
+        return None if own_forward or len(module.normalized_shape) > 1 else "last"
+    return "last" if isinstance(module, _CHANNELS_LAST) else None
+
+
 def filter_axis(layer: nn.Module | None, tensor: Tensor, channel_dim: int | None = None) -> int:
-    r"""Which axis of a layer's tensor holds the filters.
+    r"""Which axis of a layer's tensor holds the filters: 1, or the last.
 
     Two-dimensional tensors are (N, K). Elsewhere a convolution or batch normalisation says 1, a
-    linear layer or layer normalisation says the last axis, and a block follows the number of
-    filters that its last weighted module declares when exactly one axis has that size. Everything
-    else, a ReLU say, is read in PyTorch's order (N, K, ...). ``channel_dim`` overrules all.
+    linear layer or layer normalisation says the last axis. A block of convolutions says 1. A block
+    with linear layers inside follows its weighted modules, the last one first: the first of them
+    whose number of filters is the size of axis 1 or of the last axis decides; if it is the size of
+    both, the block cannot be read without ``channel_dim``. Everything without weights, a ReLU say,
+    is read in PyTorch's order (N, K, ...). ``channel_dim`` overrules all.
     """
     if tensor.dim() < 2:
         raise ValueError(
@@ -103,14 +116,47 @@ def filter_axis(layer: nn.Module | None, tensor: Tensor, channel_dim: int | None
             )
         return axis
     last = tensor.dim() - 1
-    if last == 1 or layer is None or isinstance(layer, _CHANNELS_FIRST):
+    if last == 1 or layer is None:
         return 1
-    width = declared_filters(layer)
-    # Subclasses may transpose: torchvision's LayerNorm2d is a LayerNorm on (N, K, H, W).
-    if type(layer) in _CHANNELS_LAST and tensor.shape[last] == width:
-        return last
-    matches = [axis for axis in range(1, tensor.dim()) if tensor.shape[axis] == width]
-    return matches[0] if len(matches) == 1 else 1
+    leaves = [leaf for leaf in layer.modules() if _width(leaf) is not None]
+    layouts = {layer_layout(leaf) for leaf in leaves} - {None}
+    if leaves == [layer] and layouts:
+        return 1 if layouts == {"first"} else last
+    if layouts == {"first"}:
+        return last if _moved_last(leaves[-1], tensor) else 1
+    for leaf in reversed(leaves):
+        first_fits, last_fits = (tensor.shape[axis] == _width(leaf) for axis in (1, last))
+        if first_fits and last_fits and "last" in layouts:
+            raise ValueError(
+                f"The layer {type(layer).__name__} puts out {tuple(tensor.shape)}: axis 1 and axis "
+                f"{last} both have the size of its {_width(leaf)} filters. Say which one holds "
+                f"them: channel_dim=1 or channel_dim=-1."
+            )
+        if first_fits or last_fits:
+            return 1 if first_fits else last
+    return last if layouts == {"last"} else 1
+
+
+def _moved_last(leaf: nn.Module, tensor: Tensor) -> bool:
+    """Whether a block of convolutions moved its filters to the last axis, as patches become tokens.
+
+    A block that concatenates branches is wider on axis 1 than its last convolution, and one of its
+    maps may by chance be as wide as that convolution; neither is taken for a move.
+    """
+    width = _width(leaf)
+    if width is None or tensor.shape[-1] != width or tensor.shape[1] == width:
+        return False
+    dimensions = len(leaf.kernel_size) + 2 if isinstance(leaf, nn.modules.conv._ConvNd) else None
+    return tensor.shape[1] < width or (dimensions is not None and tensor.dim() < dimensions)
+
+
+def check_batch(name: str, rows: int, num_images: int) -> None:
+    """Raise if axis 0 of a layer's tensor is not the batch, as where an image is cut in windows."""
+    if rows != num_images:
+        raise ValueError(
+            f"The layer {name!r} puts out {rows} rows for {num_images} images: axis 0 is not the "
+            "batch. Choose the block around it, whose output has one row for each image."
+        )
 
 
 def positions_last(tensor: Tensor, axis: int) -> Tensor:

@@ -9,6 +9,7 @@ from tqdm.auto import tqdm
 
 from captum_classfilters._internal.guard import model_left_as_found
 from captum_classfilters._internal.layers import (
+    check_batch,
     check_runs,
     filter_axis,
     find_layer,
@@ -88,6 +89,7 @@ def collect_features(
                 batch.clear()
                 model(*(part.to(device) for part in parts))
                 check_runs(name, len(batch))
+                check_batch(name, len(batch[0]), len(parts[0]))
                 features.append(batch[0].cpu())
                 labels.append(torch.as_tensor(targets).cpu())
     finally:

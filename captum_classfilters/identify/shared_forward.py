@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from captum_classfilters._internal.head import Feed, HeadRecord, how_layer_feeds, record_head
 from captum_classfilters._internal.layers import (
+    check_batch,
     check_runs,
     filter_axis,
     layer_name,
@@ -112,6 +113,8 @@ class SharedForward:
             self.output = self.forward_func(*inputs)
         for tap in self._taps.values():
             check_runs(tap.name, tap.runs)
+            if tap.means is not None:
+                check_batch(tap.name, len(tap.means), len(inputs[0]))
         self.head_name = layer_name(self.model, head.module) if head.module else None
         for tap in self._taps.values():
             tap.feed = self._how(tap, head)
