@@ -1,5 +1,6 @@
 """The linear layer at the end of a model, and how another layer feeds it."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -114,4 +115,6 @@ def how_layer_feeds(features: Tensor, activation: Tensor, axis: int) -> Feed | N
 
 def _same(left: Tensor, right: Tensor) -> bool:
     scale = float(right.abs().max()) if right.numel() else 0.0
+    if not math.isfinite(scale):
+        return False
     return torch.allclose(left, right, rtol=1e-4, atol=1e-5 * max(scale, 1e-6))

@@ -49,7 +49,7 @@ class LayerFilterAttribution(LayerAttribution):
         LayerAttribution.__init__(self, forward_func, _resolved(forward_func, layer), device_ids)
         self.channel_dim = channel_dim
 
-    def filter_scores(self, attributions: Tensor) -> Tensor:
+    def filter_scores(self, attributions: Tensor, attribute_to_layer_input: bool = False) -> Tensor:
         r"""
         Sum attributions over each filter's positions.
 
@@ -57,11 +57,14 @@ class LayerFilterAttribution(LayerAttribution):
 
             attributions (Tensor): What ``attribute`` returned for one layer, shape (N, K, ...), or
                         channels last.
+            attribute_to_layer_input (bool): They belong to the layer's input.
+                        Default: False
 
         Returns:
             *Tensor* of shape (N, K).
         """
-        layer = self.layer if isinstance(self.layer, nn.Module) else None
+        known = isinstance(self.layer, nn.Module) and not attribute_to_layer_input
+        layer = self.layer if known else None
         axis = filter_axis(layer, attributions, self.channel_dim)
         return positions_last(attributions, axis).sum(2)
 

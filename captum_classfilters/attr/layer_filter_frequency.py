@@ -128,7 +128,10 @@ class LayerFilterFrequency(LayerFilterAttribution):
                 attribute_to_layer_input=attribute_to_layer_input,
             )
         votes = [
-            tuple(self._votes_like(tensor, layer) for tensor in tensors)
+            tuple(
+                self._votes_like(tensor, None if attribute_to_layer_input else layer)
+                for tensor in tensors
+            )
             for layer, tensors in zip(layers, activations, strict=True)
         ]
         return self._formatted(votes)

@@ -183,7 +183,10 @@ class _Job:
                 "class filters need one tensor, (N, K) or (N, K, ...)."
             )
         channel_dim = getattr(self.method, "channel_dim", None)
-        axis = filter_axis(self.method.layer, attributions, channel_dim)
+        at_input = kwargs.get("attribute_to_layer_input", False)
+        # One channel, as Grad-CAM's maps have, is no layout that the layer could tell.
+        layer = None if at_input or attributions.shape[1] == 1 else self.method.layer
+        axis = filter_axis(layer, attributions, channel_dim)
         return _REDUCTIONS[self.reduction](positions_last(attributions.detach(), axis))
 
 

@@ -1,0 +1,119 @@
+"""Tiny models that can be computed by hand, and small data."""
+
+import torch
+from torch import Tensor, nn
+
+
+def pool_linear(
+    filters: int = 6, classes: int = 3, bias: bool = True, seed: int = 0
+) -> nn.Sequential:
+    """Convolution, ReLU, average, linear: contributions are exact at layer "1"."""
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(2, filters, 3),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(filters, classes, bias=bias),
+    ).eval()
+
+
+def deep(seed: int = 0) -> nn.Sequential:
+    """Two stages with batch normalisation and in-place ReLU; "stage1" is an inner layer."""
+    torch.manual_seed(seed)
+    model = nn.Sequential()
+    model.add_module(
+        "stage1", nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(True))
+    )
+    model.add_module(
+        "stage2", nn.Sequential(nn.Conv2d(4, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(True))
+    )
+    model.add_module("pool", nn.AdaptiveAvgPool2d(1))
+    model.add_module("flatten", nn.Flatten())
+    model.add_module("head", nn.Linear(6, 3))
+    return model.eval()
+
+
+class TwoInputs(nn.Module):
+    """Two images in, logits out, with an additional scale."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv2d(2, 4, 3)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, left: Tensor, right: Tensor, scale: float = 1.0) -> Tensor:
+        return self.head(torch.relu(self.conv(left + right)).mean((2, 3)) * scale)
+
+
+class TwoTensors(nn.Module):
+    """A layer that puts out a tuple."""
+
+    class Split(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return x[:, :2], x[:, 2:]
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv2d(2, 5, 3)
+        self.split = self.Split()
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = self.split(torch.relu(self.conv(x)))
+        return self.head(torch.cat([left, right], 1).mean((2, 3)))
+
+
+class ChannelsLast(nn.Module):
+    """`pool_linear` with its maps as (N, H, W, K)."""
+
+    class Transpose(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.permute(0, 2, 3, 1)
+
+    def __init__(self, twin: nn.Sequential) -> None:
+        super().__init__()
+        self.conv, self.relu, self.head = twin[0], nn.ReLU(), twin[4]
+        self.transpose = self.Transpose()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.transpose(self.relu(self.conv(x))).mean((1, 2)))
+
+
+class Reused(nn.Module):
+    """A ReLU that runs twice and a convolution that never does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.relu, self.unused = nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Conv2d(2, 4, 3)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.relu(self.relu(self.conv(x)).mean((2, 3))))
+
+
+def images(number: int = 8, size: int = 6, seed: int = 1) -> Tensor:
+    """Images (N, 2, size, size)."""
+    return torch.randn(number, 2, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+def batches(number: int = 24, classes: int = 3, batch_size: int = 5, size: int = 6):
+    """Batches of images and labels, the last one smaller."""
+    x = images(number, size)
+    y = torch.arange(number) * 7 % classes
+    return [(x[i : i + batch_size], y[i : i + batch_size]) for i in range(0, number, batch_size)]
+
+
+def joined(data):
+    """All images and labels of some batches."""
+    return torch.cat([x for x, _ in data]), torch.cat([y for _, y in data])
+
+
+def hooks_of(model: nn.Module) -> int:
+    """Number of hooks registered anywhere in a model."""
+    return sum(
+        len(module._forward_hooks) + len(module._forward_pre_hooks) + len(module._backward_hooks)
+        for module in model.modules()
+    )

@@ -1,0 +1,144 @@
+"""Gate space: Captum's input methods and metrics over filters."""
+
+import copy
+
+import pytest
+import torch
+from captum.attr import FeatureAblation, IntegratedGradients, ShapleyValueSampling
+from captum.metrics import infidelity, infidelity_perturb_func_decorator, sensitivity_max
+from torch import nn
+
+from captum_classfilters import FilterGate, LayerFilterContribution
+from tests.models import (
+    ChannelsLast,
+    Reused,
+    TwoInputs,
+    TwoTensors,
+    deep,
+    hooks_of,
+    images,
+    pool_linear,
+)
+
+
+@pytest.mark.parametrize("dims", [0, 1, 2, 3])
+def test_any_number_of_positions(dims):
+    torch.manual_seed(0)
+    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    layer = kinds[dims](2, 5) if dims == 0 else kinds[dims](2, 5, 1)
+    model = nn.Sequential(layer, nn.Flatten(), nn.Linear(5 * 3**dims, 2))
+    x = torch.randn(4, 2, *([3] * dims))
+    gate = FilterGate(model, layer)
+    assert torch.equal(gate(gate.ones(4), x), model(x))
+    gates = torch.rand(4, 5)
+    shape = (4, 5) + (1,) * dims
+    assert torch.allclose(gate(gates, x), model[1:](layer(x) * gates.reshape(shape)))
+
+
+@pytest.mark.parametrize("wrap", [lambda m: m, lambda m: m.forward, nn.DataParallel])
+def test_forward_functions(wrap):
+    model, x = deep(), images()
+    gate = FilterGate(wrap(model), model.stage1)
+    gates = gate.ones(8)
+    assert gates.shape == (8, 4)
+    assert torch.equal(gate(gates, x), model(x))
+    gates[:, 1] = 0
+    expected = model.stage1(x)
+    expected[:, 1] = 0
+    assert torch.allclose(gate(gates, x), model[1:](expected))
+    assert hooks_of(model) == 0
+
+
+def test_one_row_gates_all_images_and_further_inputs_pass():
+    model = TwoInputs().eval()
+    gate = FilterGate(model, "conv")
+    inputs = (images(seed=1), images(seed=2), 2.0)
+    half = torch.full((1, 4), 0.5)
+    assert torch.allclose(gate(half, *inputs), gate(half.expand(8, 4), *inputs))
+
+
+def test_channels_last():
+    twin, x = pool_linear(), images()
+    model = ChannelsLast(twin).eval()
+    gate = FilterGate(model, "transpose", num_filters=6, channel_dim=-1)
+    gates = torch.rand(8, 6)
+    assert torch.allclose(gate(gates, x), FilterGate(twin, "1")(gates, x), atol=1e-6)
+
+
+def test_captums_methods_agree_with_exact_contributions():
+    model, x = pool_linear(), images()
+    target = torch.arange(8) % 3
+    method = LayerFilterContribution(model, "1")
+    exact = method.filter_scores(method.attribute(x, target=target))
+    gate = FilterGate(model, "1")
+    gates, options = gate.ones(8), {"target": target, "additional_forward_args": x}
+    for captum_method in (IntegratedGradients(gate), FeatureAblation(gate)):
+        assert torch.allclose(captum_method.attribute(gates, **options).float(), exact, atol=1e-5)
+    shapley = ShapleyValueSampling(gate).attribute(gates, n_samples=2, **options)
+    assert torch.allclose(shapley, exact, atol=1e-5)
+
+
+def test_captums_metrics_over_filters():
+    model, x = pool_linear(), images()
+    method = LayerFilterContribution(model, "1")
+    exact = method.filter_scores(method.attribute(x, target=1))
+    gate = FilterGate(model, "1")
+    options = {"target": 1, "additional_forward_args": x}
+
+    @infidelity_perturb_func_decorator(True)
+    def drop(gates):
+        return gates * (torch.rand_like(gates) > 0.5)
+
+    assert infidelity(gate, drop, gate.ones(8), exact, **options).max() <= 1e-10
+    torch.manual_seed(0)
+    random = torch.randn_like(exact) * exact.std()
+    assert infidelity(gate, drop, gate.ones(8), random, **options).mean() >= 1e-3
+    ablation = FeatureAblation(gate)
+    sensitivity = sensitivity_max(ablation.attribute, gate.ones(8), **options)
+    assert sensitivity.shape == (8,)
+
+
+def test_state_dict_and_copies():
+    model, x = deep(), images()
+    gate = FilterGate(model, "stage1")
+    assert set(gate.state_dict()) == {f"model.{key}" for key in model.state_dict()}
+    twin = copy.deepcopy(gate)
+    gates = torch.rand(8, 4)
+    assert torch.equal(twin(gates, x), gate(gates, x))
+    assert hooks_of(twin) == 0
+
+
+def test_gates_have_gradients():
+    gate = FilterGate(deep(), "stage1")
+    gates = gate.ones(8).requires_grad_()
+    gate(gates, images()).sum().backward()
+    assert gates.grad.abs().sum() > 0
+
+
+def test_number_of_filters_is_corrected_by_a_forward_pass():
+    model, x = pool_linear(), images()
+    gate = FilterGate(model, "2")  # a pool: guessed from the convolution before it
+    assert gate.num_filters == 6
+    alone = FilterGate(model.forward, nn.Identity())
+    with pytest.raises(RuntimeError, match="does not declare"):
+        alone.ones(1)
+    wrong = FilterGate(model, "1", num_filters=9)
+    with pytest.raises(ValueError, match=r"'1' has 6 filters: expected \(8, 6\)"):
+        wrong(wrong.ones(8), x)
+    assert wrong.num_filters == 6
+
+
+def test_bad_layers():
+    with pytest.raises(ValueError, match=r"no layer 'stage3'.*'stage2'"):
+        FilterGate(deep(), "stage3")
+    with pytest.raises(ValueError, match="not a module"):
+        FilterGate(lambda x: x, "stage3")
+    with pytest.raises(ValueError, match="reached 2 times"):
+        FilterGate(Reused(), "relu")(torch.ones(8, 4), images())
+    with pytest.raises(ValueError, match="never reached"):
+        FilterGate(Reused(), "unused")(torch.ones(8, 4), images())
+    with pytest.raises(ValueError, match="single tensor"):
+        FilterGate(TwoTensors(), "split")(torch.ones(8, 5), images())
+    flat = nn.Sequential(nn.Flatten(0), nn.Unflatten(0, (8, -1)))
+    with pytest.raises(ValueError, match="no channel dimension"):
+        FilterGate(flat, "0")(torch.ones(8, 5), images())
