@@ -36,7 +36,7 @@ def class_selectivity_index(class_means: Tensor) -> Tensor:
 
         >>> import torch
         >>> from captum_classfilters.evaluate import class_selectivity_index
-        >>> class_selectivity_index(torch.tensor([[1., 1.], [0., 1.]]))
+        >>> class_selectivity_index(torch.tensor([[1., 1.], [0., 1.]])).round(decimals=3)
         tensor([1., 0.])
     """
     means = class_means[~class_means.isnan().any(1)]
