@@ -1,7 +1,7 @@
 """Which layers of a model have filters that the methods can use, and why the others do not."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -165,13 +165,14 @@ def list_filter_layers(
         raise ValueError("example_inputs must hold at least one example.")
     names = {module: name for name, module in model.named_modules() if name}
     calls: dict[nn.Module, list[Any]] = {}
-    producers: dict[nn.Module, nn.Module | None] = {}
-    last_weighted: list[nn.Module | None] = [None]  # the weighted leaf that ran last
+    producers: dict[nn.Module, _Producer] = {}
+    producer = _Producer()
 
-    def hook(module: nn.Module, _inputs: Any, output: Any) -> None:
-        if not list(module.children()) and declared_filters(module) is not None:
-            last_weighted[0] = module
-        producers[module] = last_weighted[0]
+    def hook(module: nn.Module, module_inputs: Any, output: Any) -> None:
+        nonlocal producer
+        if not list(module.children()):
+            producer = producer.before(module, module_inputs, output)
+        producers[module] = replace(producer, output=None)
         # Copies, because in-place successors overwrite what a module put out.
         kept = output.detach().clone() if isinstance(output, Tensor) else output
         calls.setdefault(module, []).append(kept)
@@ -192,11 +193,33 @@ def list_filter_layers(
     for module in [*calls, *(module for module in names if module not in calls)]:
         if leaves_only and list(module.children()):
             continue
-        producer = producers.get(module)
-        before = calls[producer][-1].shape if producer in calls else None
-        found = _Found(names[module], module, calls.get(module, []), producer, before, batch)
+        found = _Found(
+            names[module], module, calls.get(module, []), producers.get(module, producer), batch
+        )
         layers.append(found.describe(features, output, head.is_output(output)))
     return FilterLayers(layers, layer_name(model, head.module) if head.module else None)
+
+
+@dataclass
+class _Producer:
+    """The weighted leaf that ran last, and what later modules without weights made of its output."""
+
+    module: nn.Module | None = None
+    output: Any = None
+    kept: bool = False  # nothing but functions of single elements followed
+    moved: bool = False  # the last module permuted its input's axes
+
+    def before(self, module: nn.Module, inputs: Any, output: Any) -> "_Producer":
+        """The producer of a leaf's output."""
+        if declared_filters(module) is not None:
+            return _Producer(module, output, kept=True)
+        given = inputs[0] if isinstance(inputs, tuple) and inputs else None
+        if not isinstance(given, Tensor) or not isinstance(output, Tensor):
+            return _Producer(self.module)
+        same_strides = given.shape == output.shape and given.stride() == output.stride()
+        kept = given is self.output and same_strides
+        moved = given.data_ptr() == output.data_ptr() and not same_strides
+        return _Producer(self.module, output if kept else None, kept, moved)
 
 
 @dataclass
@@ -206,8 +229,7 @@ class _Found:
     name: str
     module: nn.Module
     outputs: list[Any]
-    producer: nn.Module | None
-    producer_shape: torch.Size | None
+    producer: _Producer
     batch: int
 
     def describe(self, features: Tensor | None, model_output: Any, ends: bool) -> FilterLayer:
@@ -258,15 +280,17 @@ class _Found:
         if declared_filters(self.module) is not None or output.dim() == 2:
             return axis, ""
         # A module without weights keeps the layout of the last weighted module that ran before it.
-        width = declared_filters(self.producer) if self.producer is not None else None
+        before = self.producer.module
+        width = declared_filters(before) if before is not None else None
         last = output.dim() - 1
         fits = [one for one in (1, last) if output.shape[one] == width]
-        kept_last = layer_layout(self.producer) == "last" and output.shape == self.producer_shape
-        if fits == [last] or (len(fits) == 2 and kept_last):
-            return last, "needs channel_dim=-1"
-        if len(fits) == 2 and layer_layout(self.producer) != "first":
-            raise ValueError("Axis 1 and the last axis have the same size.")
-        return axis, ""
+        if fits == [1, last]:
+            layout = layer_layout(before)
+            if layout == "last" and self.producer.kept:
+                fits = [last]
+            elif layout != "first" or self.producer.moved:
+                raise ValueError("Axis 1 and the last axis have the same size.")
+        return (last, "needs channel_dim=-1") if fits == [last] else (axis, "")
 
     def _row(
         self,

@@ -281,6 +281,26 @@ def test_an_ambiguous_block_does_not_qualify_until_it_is_told() -> None:
     assert "channel_dim=1 or channel_dim=-1" in row.reason
 
 
+def test_modules_without_weights_between_equal_axes() -> None:
+    # Six filters on maps of six by six, and 6 hidden units: sizes say nothing, only the order does.
+    net = nn.Sequential(
+        nn.Conv2d(6, 6, 1),
+        nn.ReLU(inplace=True),
+        nn.MaxPool2d(1),
+        _Permute(0, 2, 3, 1),
+        nn.Linear(6, 6),
+        nn.GELU(),
+        nn.Dropout(),
+        _Permute(0, 3, 1, 2),
+        nn.ReLU(),
+    )
+    layers = list_filter_layers(net, torch.rand(2, 6, 6, 6))
+    found = [layers[str(index)].channel_dim for index in range(9)]
+    assert found == [1, 1, 1, None, 3, 3, 3, None, None]
+    assert all("Same size" in layers[str(index)].reason for index in (3, 7, 8))
+    assert not any(layers[str(index)].qualifies for index in (3, 7, 8))
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_the_model_is_left_as_found(fails: bool) -> None:
     net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.Dropout(), nn.Flatten(), nn.Linear(54, 2)).train()
