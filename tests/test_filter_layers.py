@@ -122,7 +122,7 @@ def test_linear_and_layer_norm_are_read_on_the_last_axis(size: tuple) -> None:
     assert _axis(nn.LayerNorm(6), tensor) == 3
 
 
-@pytest.mark.parametrize("size", [(5, 5), (6, 5), (8, 7)])
+@pytest.mark.parametrize("size", [(5, 5), (6, 5), (8, 7), (6, 6)])
 def test_layer_norm_with_its_own_forward_is_read_by_size(size: tuple) -> None:
     assert _axis(_ChannelsFirstNorm(6), torch.rand(2, 6, *size)) == 1
     assert filter_axis(_ChannelsFirstNorm(6), torch.rand(2, 9, *size[1:], 6)) == 3
@@ -138,6 +138,20 @@ def test_blocks_that_leave_their_last_module_behind() -> None:
     assert _axis(_Merging(5), torch.rand(2, 4, 3, 5)) == 3
     assert _axis(_Tokens(6), torch.rand(2, 3, 4, 4)) == 2  # four tokens
     assert _axis(_Tokens(6), torch.rand(2, 3, 8, 8)) == 2  # sixteen: more tokens than filters
+
+
+def test_blocks_that_reshape_what_their_last_module_puts_out() -> None:
+    images = torch.rand(2, 3, 2, 3)
+    moved = nn.Sequential(nn.Conv2d(3, 6, 1), _Permute(0, 2, 3, 1))
+    assert _axis(moved, images) == 3
+    assert _axis(nn.Sequential(nn.Conv2d(3, 6, 1), nn.Flatten(2)), images) == 1  # six positions
+    doubled = nn.Sequential(nn.Linear(3, 6), nn.ZeroPad1d((0, 6)))  # wider than any module says
+    assert _axis(doubled, torch.rand(2, 5, 3)) == 2
+
+
+def test_the_last_weighted_module_decides_first() -> None:
+    block = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 6))
+    assert _axis(block, torch.rand(2, 4, 5, 3)) == 3  # axis 1 has the size of the first
 
 
 def test_a_block_of_equal_axes_must_be_told() -> None:
@@ -316,6 +330,16 @@ def test_the_model_is_left_as_found(fails: bool) -> None:
     assert [module.training for module in net] == [True, True, True, False]
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
     assert all(parameter.grad is None for parameter in net.parameters())
+
+
+def test_running_statistics_stay_and_the_pass_is_in_evaluation_mode() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.Flatten(), nn.Linear(54, 2))
+    seen = []
+    net[1].register_forward_pre_hook(lambda module, _inputs: seen.append(module.training))
+    before = net[1].running_mean.clone()
+    list_filter_layers(net.train(), torch.rand(2, 3, 5, 5))
+    assert seen == [False]
+    torch.testing.assert_close(net[1].running_mean, before, rtol=0, atol=0)
 
 
 def test_only_one_forward_pass_is_made() -> None:
