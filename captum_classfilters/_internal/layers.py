@@ -87,7 +87,7 @@ def layer_layout(module: nn.Module | None) -> Literal["first", "last"] | None:
     if isinstance(module, nn.LayerNorm):
         # A subclass with its own forward may well normalise axis 1 of (N, K, H, W).
         own_forward = type(module).forward is not nn.LayerNorm.forward
-        return None if own_forward or len(module.normalized_shape) > 1 else "last"
+        return None if own_forward else "last"
     return "last" if isinstance(module, _CHANNELS_LAST) else None
 
 
