@@ -3,6 +3,7 @@
 from captum_classfilters._version import __version__
 from captum_classfilters.attr import (
     ClassFilterSaliency,
+    LayerFilterAblation,
     LayerFilterContribution,
     LayerFilterFrequency,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "FilterGate",
     "FilterLayer",
     "FilterLayers",
+    "LayerFilterAblation",
     "LayerFilterContribution",
     "LayerFilterFrequency",
     "__version__",

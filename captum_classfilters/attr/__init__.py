@@ -1,7 +1,13 @@
 """Per-image evidence: Captum attributions whose features are filters."""
 
 from captum_classfilters.attr.class_filter_saliency import ClassFilterSaliency
+from captum_classfilters.attr.layer_filter_ablation import LayerFilterAblation
 from captum_classfilters.attr.layer_filter_contribution import LayerFilterContribution
 from captum_classfilters.attr.layer_filter_frequency import LayerFilterFrequency
 
-__all__ = ["ClassFilterSaliency", "LayerFilterContribution", "LayerFilterFrequency"]
+__all__ = [
+    "ClassFilterSaliency",
+    "LayerFilterAblation",
+    "LayerFilterContribution",
+    "LayerFilterFrequency",
+]

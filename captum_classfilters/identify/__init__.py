@@ -1,7 +1,23 @@
 """Data set to class filters: one streaming pass, mergeable statistics."""
 
+from captum_classfilters.identify.accuracy_reduction import (
+    AccuracyReduction,
+    MetricReduction,
+    accuracy_reduction,
+    binomial_interval,
+    metric_reduction,
+)
 from captum_classfilters.identify.collect_features import collect_features
 from captum_classfilters.identify.identify_class_filters import identify_class_filters
 from captum_classfilters.identify.statistics import ClassFilterSums
 
-__all__ = ["ClassFilterSums", "collect_features", "identify_class_filters"]
+__all__ = [
+    "AccuracyReduction",
+    "ClassFilterSums",
+    "MetricReduction",
+    "accuracy_reduction",
+    "binomial_interval",
+    "collect_features",
+    "identify_class_filters",
+    "metric_reduction",
+]

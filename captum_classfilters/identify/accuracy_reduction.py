@@ -1,0 +1,400 @@
+"""Abbasi-Asl and Yu: the accuracy that a network loses when a filter is removed."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from captum_classfilters._internal.guard import model_left_as_found
+from captum_classfilters._internal.layers import layer_name, module_of
+from captum_classfilters._internal.provenance import provenance
+from captum_classfilters._internal.suffix import SuffixReplay
+from captum_classfilters.attr import LayerFilterAblation
+from captum_classfilters.class_filters import ClassFilters
+from captum_classfilters.identify.identify_class_filters import _dataset_names, _split
+from captum_classfilters.identify.statistics import class_labels
+
+
+@dataclass(frozen=True)
+class AccuracyReduction:
+    r"""
+    Classification accuracy reduction (CAR) of each filter, over all images and class by class.
+
+    Args:
+
+        counts (Tensor): Shape (C,). Number of images M_c of each class.
+        correct (Tensor): Shape (C,). How many of them the full network classifies correctly.
+        lost (Tensor): Shape (C, K). How many become wrong when a filter is removed.
+        gained (Tensor): Shape (C, K). How many become right.
+        log_probability_drop (Tensor): Shape (C, K). Mean drop of the true class's log-probability,
+                    which is the increase of the cross-entropy; the soft form of CAR.
+        probability_drop (Tensor): Shape (C, K). Mean drop of the true class's probability.
+        class_names (tuple of str): C names.
+        layer (str): Dotted name of the layer.
+        provenance (dict): Where the numbers come from.
+    """
+
+    counts: Tensor
+    correct: Tensor
+    lost: Tensor
+    gained: Tensor
+    log_probability_drop: Tensor
+    probability_drop: Tensor
+    class_names: tuple[str, ...]
+    layer: str
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def accuracy(self) -> float:
+        """Accuracy of the full network."""
+        return float(self.correct.sum() / self.counts.sum())
+
+    @property
+    def reduction(self) -> Tensor:
+        """CAR (K,): accuracy minus the accuracy without the filter; negative if removal helps."""
+        return (self.lost - self.gained).sum(0).double() / self.counts.sum()
+
+    @property
+    def class_reduction(self) -> Tensor:
+        """CAR of each class (C, K), in the accuracy of its images; NaN without images.
+
+        Weighted by the classes' shares of the images, the rows sum to :attr:`reduction`.
+        """
+        return (self.lost - self.gained).double() / self.counts[:, None]
+
+    @property
+    def loss_increase(self) -> Tensor:
+        """Increase of the mean cross-entropy (K,), which breaks ties of CAR."""
+        weights = self.counts.double()[:, None] / self.counts.sum()
+        return (self.log_probability_drop.nan_to_num() * weights).sum(0)
+
+    def interval(self, confidence: float = 0.95) -> Tensor:
+        """Interval of CAR (K, 2); see :meth:`class_interval`."""
+        lost, gained = self.lost.sum(0), self.gained.sum(0)
+        return _difference_interval(lost, gained, self.counts.sum(), confidence)
+
+    def class_interval(self, confidence: float = 0.95) -> Tensor:
+        r"""
+        Interval of each class's CAR, from exact binomial intervals.
+
+        CAR is the share of images lost minus the share gained. Each share gets a Clopper-Pearson
+        interval at half the error probability, so the difference of the bounds covers with at least
+        the stated confidence, for any number of images.
+
+        Args:
+
+            confidence (float): Coverage, between 0 and 1.
+                        Default: 0.95
+
+        Returns:
+            *Tensor* of shape (C, K, 2), lower and upper end; NaN for classes without images.
+
+        Raises:
+            ValueError: ``confidence`` is not between 0 and 1.
+        """
+        counts = self.counts[:, None].expand_as(self.lost)
+        return _difference_interval(self.lost, self.gained, counts, confidence)
+
+    def to_class_filters(self, num_filters: int, soft: bool = False) -> ClassFilters:
+        r"""
+        The table of each class's CAR, with its filters of largest CAR selected.
+
+        Args:
+
+            num_filters (int): Filters to select for each class.
+            soft (bool): Use the drop of the log-probability, which has no ties, instead.
+                        Default: False
+
+        Returns:
+            *ClassFilters*.
+        """
+        return ClassFilters(
+            scores=self.log_probability_drop if soft else self.class_reduction,
+            counts=self.counts,
+            class_names=self.class_names,
+            layer=self.layer,
+            method="SoftAccuracyReduction" if soft else "AccuracyReduction",
+            provenance=self.provenance,
+        ).select(num_filters=num_filters)
+
+
+@dataclass(frozen=True)
+class MetricReduction:
+    r"""
+    How far a metric falls when a filter is removed.
+
+    Args:
+
+        metric (float): The metric of the full network.
+        without (Tensor): Shape (K,). The metric without each filter.
+        layer (str): Dotted name of the layer.
+    """
+
+    metric: float
+    without: Tensor
+    layer: str
+
+    @property
+    def reduction(self) -> Tensor:
+        """The metric minus the metric without the filter (K,)."""
+        return self.metric - self.without
+
+
+def accuracy_reduction(
+    method: LayerFilterAblation,
+    dataloader: Iterable[Any],
+    *,
+    num_classes: int | None = None,
+    class_names: Sequence[str] | None = None,
+    attribute_to_layer_input: bool = False,
+    perturbations_per_eval: int | None = None,
+    device: torch.device | str | None = None,
+    show_progress: bool = True,
+) -> AccuracyReduction:
+    r"""
+    Classification accuracy reduction (CAR) of every filter of a layer, and of every class.
+
+    .. math:: \mathrm{CAR}(i, L) = \mathrm{Acc}(N) - \mathrm{Acc}(N(-i, L)), \qquad
+        \mathrm{CAR}^c(i, L) = \mathrm{Acc}_c(N) - \mathrm{Acc}_c(N(-i, L))
+
+    where :math:`N(-i, L)` is the network without filter *i* of layer *L* and :math:`\mathrm{Acc}_c`
+    the top-1 accuracy on the images of class *c*. A filter is removed from the layer's output; with
+    normalisations across channels after the layer this differs from deleting it.
+
+    Source: Abbasi-Asl and Yu: *Structural Compression of Convolutional Neural Networks with
+    Applications in Interpretability*, Frontiers in Big Data 4 (2021),
+    https://arxiv.org/abs/1705.07356. The formula per class is the restriction of the first.
+
+    Args:
+
+        method (LayerFilterAblation): The model, the layer and the replacement of removed filters.
+        dataloader (iterable): Batches of (inputs, labels).
+        num_classes (int, optional): C. By default the number of the model's outputs.
+        class_names (sequence of str, optional): C names. By default those of the data set.
+        attribute_to_layer_input (bool): Remove filters of the layer's input.
+                    Default: False
+        perturbations_per_eval (int, optional): Filters removed per replay. By default as many as
+                    a memory budget allows.
+        device (torch.device or str, optional): Where the batches go; by default where they are.
+        show_progress (bool): Show a progress bar over the batches.
+                    Default: True
+
+    Returns:
+        *AccuracyReduction*.
+
+    Raises:
+        ValueError: The loader is empty, labels are not class indices, outputs are not (N, C), or
+                    the method has several layers.
+
+    Examples::
+
+        >>> import torch
+        >>> from captum_classfilters import LayerFilterAblation
+        >>> net = torch.nn.Sequential(
+        ...     torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1),
+        ...     torch.nn.Flatten(), torch.nn.Linear(8, 2))
+        >>> data = [(torch.rand(4, 3, 6, 6), torch.tensor([0, 1, 1, 0]))]
+        >>> ablation = LayerFilterAblation(net, net[1])
+        >>> car = ablation.identify(data, metric="accuracy", show_progress=False)
+        >>> car.class_reduction.shape, car.counts.tolist()
+        (torch.Size([2, 8]), [2, 2])
+        >>> shares = car.counts / car.counts.sum()
+        >>> torch.allclose((shares[:, None] * car.class_reduction).sum(0), car.reduction)
+        True
+    """
+    sums: _Sums | None = None
+    batches = _replays(method, dataloader, attribute_to_layer_input, device, show_progress)
+    with model_left_as_found(module_of(method.forward_func), evaluation=True):
+        for number, replay, raw_labels in batches:
+            if replay.output.dim() != 2:
+                raise ValueError(
+                    f"The model puts out {tuple(replay.output.shape)}; accuracy needs (N, C)."
+                )
+            classes = num_classes or replay.output.shape[1]
+            labels = class_labels(raw_labels, replay.num_images, classes, number)
+            if sums is None:
+                sums = _Sums(classes, replay.num_filters)
+            sums.add(replay, labels.to(replay.output.device), perturbations_per_eval)
+    if sums is None:
+        raise ValueError("The data loader is empty: there is no image to measure accuracy on.")
+    return sums.result(method, class_names or _dataset_names(dataloader))
+
+
+def metric_reduction(
+    method: LayerFilterAblation,
+    dataloader: Iterable[Any],
+    metric: Callable[[Tensor, Tensor], Any],
+    *,
+    attribute_to_layer_input: bool = False,
+    perturbations_per_eval: int | None = None,
+    device: torch.device | str | None = None,
+    show_progress: bool = True,
+) -> MetricReduction:
+    r"""
+    The form of CAR for regression (RAR) and any other metric: how far it falls without a filter.
+
+    The metric is a function of all outputs and labels, a correlation say; larger must be better.
+    The outputs without each filter are held in memory, K times those of the data set.
+
+    Args:
+
+        method (LayerFilterAblation): The model, the layer and the replacement of removed filters.
+        dataloader (iterable): Batches of (inputs, labels), labels Tensors with N rows.
+        metric (Callable): From all outputs (M, ...) and labels (M, ...) to a number.
+        attribute_to_layer_input (bool): Remove filters of the layer's input.
+                    Default: False
+        perturbations_per_eval (int, optional): Filters removed per replay. By default as many as
+                    a memory budget allows.
+        device (torch.device or str, optional): Where the batches go; by default where they are.
+        show_progress (bool): Show a progress bar over the batches.
+                    Default: True
+
+    Returns:
+        *MetricReduction*.
+
+    Raises:
+        ValueError: The loader is empty or the method has several layers.
+    """
+    full, without, labels = [], [], []
+    batches = _replays(method, dataloader, attribute_to_layer_input, device, show_progress)
+    with model_left_as_found(module_of(method.forward_func), evaluation=True):
+        for _number, replay, raw_labels in batches:
+            each = torch.eye(replay.num_filters, dtype=torch.bool)
+            full.append(replay.output)
+            without.append(replay.outputs(each, perturbations_per_eval))
+            labels.append(torch.as_tensor(raw_labels).to(replay.output.device))
+    if not full:
+        raise ValueError("The data loader is empty: there is nothing to measure the metric on.")
+    truth = torch.cat(labels)
+    values = [float(metric(outputs, truth)) for outputs in torch.cat(without, 1)]
+    return MetricReduction(
+        metric=float(metric(torch.cat(full), truth)),
+        without=torch.tensor(values, dtype=torch.float64),
+        layer=method._layer_names()[0],
+    )
+
+
+class _Sums:
+    """Whole-number counts and sums, so that the order of the batches does not matter."""
+
+    def __init__(self, num_classes: int, num_filters: int) -> None:
+        self.counts = torch.zeros(num_classes, dtype=torch.int64)
+        self.correct = torch.zeros(num_classes, dtype=torch.int64)
+        self.lost = torch.zeros(num_classes, num_filters, dtype=torch.int64)
+        self.gained = torch.zeros(num_classes, num_filters, dtype=torch.int64)
+        self.log_drop = torch.zeros(num_classes, num_filters, dtype=torch.float64)
+        self.drop = torch.zeros(num_classes, num_filters, dtype=torch.float64)
+
+    def add(self, replay: SuffixReplay, labels: Tensor, at_once: int | None) -> None:
+        """Add a batch, some filters at a time."""
+        right, log_probability = _right_and_log_probability(replay.output, labels)
+        place = labels.cpu()
+        self.counts += torch.bincount(place, minlength=len(self.counts))
+        self.correct.index_add_(0, place, right.long().cpu())
+        filters = torch.arange(replay.num_filters)
+        for some in filters.split(replay.rows_per_replay(at_once)):
+            removed = some[:, None] == filters
+            outputs = replay.outputs(removed, at_once)
+            still, log_without = _right_and_log_probability(outputs, labels)
+            parts = {
+                "lost": (right & ~still).long(),
+                "gained": (still & ~right).long(),
+                "log_drop": (log_probability - log_without).double(),
+                "drop": (log_probability.exp() - log_without.exp()).double(),
+            }
+            for name, values in parts.items():
+                getattr(self, name)[:, some] += torch.zeros(
+                    len(self.counts), len(some), dtype=values.dtype
+                ).index_add_(0, place, values.T.cpu())
+
+    def result(
+        self, method: LayerFilterAblation, class_names: Sequence[str] | None
+    ) -> AccuracyReduction:
+        """The counts of all batches, with what they come from."""
+        number = self.counts.double()[:, None]
+        names = class_names
+        if names is None or len(names) != len(self.counts):
+            names = [str(label) for label in range(len(self.counts))]
+        return AccuracyReduction(
+            counts=self.counts,
+            correct=self.correct,
+            lost=self.lost,
+            gained=self.gained,
+            log_probability_drop=self.log_drop / number,
+            probability_drop=self.drop / number,
+            class_names=tuple(names),
+            layer=method._layer_names()[0],
+            provenance=provenance(
+                module_of(method.forward_func),
+                options=method.options,
+                feeds_head=None,
+                num_images=int(self.counts.sum()),
+            ),
+        )
+
+
+def _replays(
+    method: LayerFilterAblation,
+    dataloader: Iterable[Any],
+    at_input: bool,
+    device: torch.device | str | None,
+    show_progress: bool,
+) -> Iterator[tuple[int, SuffixReplay, Any]]:
+    """Each batch's number, replay and labels."""
+    layers = method._layers()
+    if len(layers) != 1:
+        names = ", ".join(method._layer_names())
+        raise ValueError(f"The method has several layers ({names}); measure them one by one.")
+    name = layer_name(module_of(method.forward_func), layers[0])
+    bar = tqdm(dataloader, desc=f"without {name}", unit="batch", disable=not show_progress)
+    for number, batch in enumerate(bar):
+        inputs, labels = _split(batch, number, device)
+        if len(inputs[0]):
+            yield number, method._replay(layers[0], inputs, at_input=at_input), labels
+
+
+def _right_and_log_probability(outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Whether each output (..., N, C) is right, and the label's log-probability: (..., N)."""
+    index = labels.expand(outputs.shape[:-1])[..., None]
+    log_probability = outputs.log_softmax(-1).gather(-1, index)[..., 0]
+    return outputs.argmax(-1) == labels, log_probability
+
+
+def _difference_interval(lost: Tensor, gained: Tensor, counts: Tensor, confidence: float) -> Tensor:
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence={confidence} must lie between 0 and 1.")
+    each = 1 - (1 - confidence) / 2
+    lost_low, lost_high = binomial_interval(lost, counts, each).unbind(-1)
+    gained_low, gained_high = binomial_interval(gained, counts, each).unbind(-1)
+    return torch.stack([lost_low - gained_high, lost_high - gained_low], -1)
+
+
+def binomial_interval(successes: Tensor, counts: Tensor, confidence: float = 0.95) -> Tensor:
+    r"""
+    Clopper and Pearson's exact interval of a share.
+
+    Args:
+
+        successes (Tensor): Numbers of successes, any shape.
+        counts (Tensor): Numbers of trials, broadcastable to ``successes``.
+        confidence (float): Coverage, between 0 and 1.
+                    Default: 0.95
+
+    Returns:
+        *Tensor* of float64, the shape of ``successes`` and a last axis of lower and upper end; NaN
+        where there are no trials.
+    """
+    from scipy.stats import beta
+
+    tail = (1 - confidence) / 2
+    number = counts.expand_as(successes).double()
+    hits = successes.double()
+    low = torch.as_tensor(beta.ppf(tail, hits.numpy(), (number - hits + 1).numpy()))
+    high = torch.as_tensor(beta.ppf(1 - tail, (hits + 1).numpy(), (number - hits).numpy()))
+    low = torch.where(hits == 0, torch.zeros_like(hits), low)
+    high = torch.where(hits == number, torch.ones_like(hits), high)
+    interval = torch.stack([low, high], -1)
+    return torch.where((number > 0)[..., None], interval, torch.full_like(interval, torch.nan))

@@ -1,0 +1,170 @@
+"""Drops of the target's score: explicit formulas, Captum's own ablation, Captum's habits."""
+
+import pytest
+import torch
+from captum.attr import LayerFeatureAblation, NoiseTunnel
+from torch import nn
+
+from captum_classfilters import LayerFilterAblation, identify_class_filters
+from tests.models import (
+    ChannelsLast,
+    TwoInputs,
+    batches,
+    deep,
+    hooks_of,
+    images,
+    joined,
+    pool_linear,
+)
+
+
+def captum_drops(model, layer, inputs, baselines=None, at_input=False, num_filters=None, **options):
+    """Captum's ablation with one feature per filter, as (N, K)."""
+    mask = torch.arange(num_filters).reshape(1, -1, 1, 1)
+    maps = LayerFeatureAblation(model, layer).attribute(
+        inputs, baselines, layer_mask=mask, attribute_to_layer_input=at_input, **options
+    )
+    return maps[:, :, 0, 0]
+
+
+def test_hand_computed_drops_at_a_linear_head():
+    model = pool_linear()
+    target = torch.tensor([0, 2, 1, 1, 0, 2, 0, 1])
+    ablation = LayerFilterAblation(model, "1")
+    drops = ablation.attribute(images(), target=target)
+    activation = model[1](model[0](images()))
+    expected = activation.mean((2, 3)) * model[4].weight[target]
+    assert drops.shape == activation.shape
+    torch.testing.assert_close(ablation.filter_scores(drops), expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("at_input", [False, True])
+@pytest.mark.parametrize("rows", [None, 3])
+@pytest.mark.parametrize(
+    ("make", "name", "sizes"),
+    [
+        (pool_linear, "1", (6, 6)),
+        (deep, "stage1.2", (4, 4)),
+        (deep, "stage2.0", (6, 4)),
+    ],
+)
+def test_same_as_captum(make, name, sizes, rows, at_input):
+    model = make()
+    layer = model.get_submodule(name)
+    ablation = LayerFilterAblation(model, layer)
+    for baseline in (None, 0.3):
+        drops = ablation.attribute(
+            images(), baseline, 1, attribute_to_layer_input=at_input, perturbations_per_eval=rows
+        )
+        expected = captum_drops(
+            model, layer, images(), baseline, at_input, sizes[at_input], target=1
+        )
+        torch.testing.assert_close(
+            ablation.filter_scores(drops, at_input), expected, rtol=1e-4, atol=1e-6
+        )
+
+
+@pytest.mark.parametrize("target", [1, (2,), [0, 1, 2, 0, 1, 2, 0, 1], torch.arange(8) % 3])
+def test_every_form_of_target_with_several_filters_at_once(target):
+    model = deep()
+    ablation = LayerFilterAblation(model, model.stage1)
+    drops = ablation.attribute(images(), target=target, perturbations_per_eval=3)
+    expected = captum_drops(model, model.stage1, images(), num_filters=4, target=target)
+    torch.testing.assert_close(ablation.filter_scores(drops), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("score", "function"),
+    [("probability", torch.softmax), ("log_probability", torch.log_softmax)],
+)
+def test_scores_of_the_softmax(score, function):
+    model = deep()
+    ablation = LayerFilterAblation(model, model.stage1, score=score)
+    expected = captum_drops(
+        lambda x: function(model(x), 1), model.stage1, images(), num_filters=4, target=2
+    )
+    drops = ablation.filter_scores(ablation.attribute(images(), target=2))
+    torch.testing.assert_close(drops, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_mean_and_resampled_replacement():
+    model, x = deep(), images()
+    activation = model.stage1(x).detach()
+    means = activation.mean((0, 2, 3), keepdim=True)
+    ablation = LayerFilterAblation(model, "stage1", replacement="mean")
+    expected = captum_drops(model, model.stage1, x, means, num_filters=4, target=0)
+    drops = ablation.filter_scores(ablation.attribute(x, target=0))
+    torch.testing.assert_close(drops, expected, rtol=1e-4, atol=1e-6)
+
+    state = torch.get_rng_state()
+    ablation = LayerFilterAblation(model, "stage1", replacement="resample", seed=3)
+    drops = ablation.filter_scores(ablation.attribute(x, target=0))
+    assert torch.equal(state, torch.get_rng_state())
+    order = torch.randperm(8, generator=torch.Generator().manual_seed(3)).tolist()
+    donors = {order[i]: order[i - 1] for i in range(8)}
+    others = activation[[donors[i] for i in range(8)]]
+    expected = captum_drops(model, model.stage1, x, others, num_filters=4, target=0)
+    torch.testing.assert_close(drops, expected, rtol=1e-4, atol=1e-6)
+    with pytest.raises(ValueError, match="two images"):
+        ablation.attribute(x[:1], target=0)
+
+
+def test_channels_last_and_several_inputs():
+    twin = pool_linear()
+    first = LayerFilterAblation(twin, twin[1]).attribute(images(), target=1)
+    other = ChannelsLast(twin).eval()
+    method = LayerFilterAblation(other, other.transpose, channel_dim=-1)
+    last = method.attribute(images(), target=1)
+    torch.testing.assert_close(last.permute(0, 3, 1, 2), first)
+
+    model, inputs = TwoInputs().eval(), (images(), images(seed=5))
+    ablation = LayerFilterAblation(model, model.conv)
+    drops = ablation.attribute(inputs, target=0, additional_forward_args=2.0)
+    expected = captum_drops(
+        model, model.conv, inputs, num_filters=4, target=0, additional_forward_args=2.0
+    )
+    torch.testing.assert_close(ablation.filter_scores(drops), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_several_layers_bound_method_and_noise_tunnel():
+    model = deep()
+    both = LayerFilterAblation(model.forward, [model.stage1, model.stage2])
+    one, two = both.attribute(images(), target=0)
+    single = LayerFilterAblation(model, "stage2")
+    torch.testing.assert_close(two, single.attribute(images(), target=0))
+    assert one.shape == (8, 4, 6, 6)
+    assert one.is_contiguous()
+    smooth = NoiseTunnel(single).attribute(images(), nt_samples=2, stdevs=0.0, target=0)
+    torch.testing.assert_close(smooth, two, rtol=1e-4, atol=1e-6)
+    assert single.multiplies_by_inputs
+    assert hooks_of(model) == 0
+
+
+def test_class_table_holds_the_mean_drops():
+    model, data = deep(), batches()
+    ablation = LayerFilterAblation(model, "stage1")
+    table = ablation.identify(data, num_filters=2, show_progress=False)
+    x, y = joined(data)
+    drops = ablation.filter_scores(ablation.attribute(x, target=y)).double()
+    expected = torch.stack([drops[y == label].mean(0) for label in range(3)])
+    torch.testing.assert_close(table.scores, expected, rtol=1e-4, atol=1e-6)
+    assert table.method == "LayerFilterAblation"
+    (same,) = identify_class_filters([ablation], data, num_filters=2, show_progress=False)
+    assert torch.equal(same.scores, table.scores)
+
+
+def test_bad_input():
+    model = deep()
+    with pytest.raises(ValueError, match="score='accuracy'"):
+        LayerFilterAblation(model, "stage1", score="accuracy")
+    with pytest.raises(ValueError, match="replacement='noise'"):
+        LayerFilterAblation(model, "stage1", replacement="noise")
+    with pytest.raises(ValueError, match="must be at least 1"):
+        LayerFilterAblation(model, "stage1").attribute(images(), perturbations_per_eval=0)
+    with pytest.raises(ValueError, match="expected None"):
+        LayerFilterAblation(model, "stage1").identify(batches(), metric="f1")
+    with pytest.raises(AssertionError, match="does not pick one"):  # as everywhere in Captum
+        LayerFilterAblation(model, "stage1").attribute(images())
+    maps_out = nn.Sequential(nn.Conv2d(2, 3, 1), nn.ReLU()).eval()
+    with pytest.raises(AssertionError, match="does not pick one"):
+        LayerFilterAblation(maps_out, "0").attribute(images())
