@@ -69,7 +69,7 @@ class RepeatedBatch(Tensor):
     @staticmethod
     def __new__(cls, rows: Tensor, copies: int, is_view: bool = False) -> "RepeatedBatch":
         shape = (rows.shape[0] * copies, *rows.shape[1:])
-        batch: RepeatedBatch = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        batch: RepeatedBatch = Tensor._make_wrapper_subclass(
             cls, shape, dtype=rows.dtype, device=rows.device, requires_grad=False
         )
         batch.rows, batch.copies, batch.is_view = rows, copies, is_view
@@ -88,7 +88,7 @@ class RepeatedBatch(Tensor):
         self.rows, self.copies = rows, copies
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls,
         func: Any,
         types: Any,

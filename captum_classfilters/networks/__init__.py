@@ -16,6 +16,7 @@ from captum_classfilters.networks.decompose import (
 )
 from captum_classfilters.networks.evaluate_classifier import ClassifierScores, evaluate_classifier
 from captum_classfilters.networks.fine_tune import Epoch, fine_tune
+from captum_classfilters.networks.greedy_filter_pruning import GreedyFilterPruning, PruningOrder
 from captum_classfilters.networks.refit import fit_linear, refit_head
 from captum_classfilters.networks.remove_class import RemovedClass, remove_class
 
@@ -24,8 +25,10 @@ __all__ = [
     "ClassifierScores",
     "DecomposedLinear",
     "Epoch",
+    "GreedyFilterPruning",
     "HeadComparison",
     "HeadCost",
+    "PruningOrder",
     "RemovedClass",
     "accuracy_curve",
     "compare_heads",
