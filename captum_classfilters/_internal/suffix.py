@@ -105,10 +105,7 @@ class SuffixReplay:
             check_batch(self.name, len(self.activation), self.num_images)
             stands_in = replacement(self.activation) if replacement else 0 * self.activation[:1]
             self.stands_in = stands_in.to(self.activation).expand_as(self.activation)
-            if self._cut:
-                self._check_cut()
-            if closed_form:
-                self._find_closed_form()
+            self._find_way(closed_form)
 
     @property
     def num_filters(self) -> int:
@@ -150,6 +147,15 @@ class SuffixReplay:
             if self._cut:
                 return torch.cat([self._replay(rows) for rows in removed.split(at_once)])
             return torch.stack([self._whole(row) for row in removed])
+
+    def drops_of_single_filters(self, classes: Tensor) -> Tensor | None:
+        """Drop of each image's output for its class (N,) without each filter, (N, K), from the
+        weights of the head; None where that is not how outputs are found."""
+        if self._feed is None:
+            return None
+        assert self._weight is not None
+        weight = self._weight[classes.to(self._weight.device)]
+        return -(self._change * weight.reshape(self._change.shape)).sum(2)
 
     # -- the first run ---------------------------------------------------------------------------
 
@@ -272,40 +278,48 @@ class SuffixReplay:
 
     # -- which way holds -------------------------------------------------------------------------
 
-    def _check_cut(self) -> None:
-        """Replay with nothing and with all replaced: the former must be the recorded output.
+    def _find_way(self, closed_form: bool) -> None:
+        """Try a replay, and the closed form against it, on a few sets of filters.
 
-        The latter is there for what it might do to the former, through statistics of the batch.
+        With nothing replaced a replay must be the recorded output. The other sets are there for
+        what they might do to that one, through statistics of the batch, and for the closed form:
+        what the batch shows of its head must also hold with filters replaced.
         """
-        reason = ""
+        feed = self._change_at_head() if closed_form else None
+        sets = torch.zeros(3 if feed else 2, self.num_filters, dtype=torch.bool)
+        sets[1] = True
+        if feed:
+            sets[2, int(self._change.abs().sum((0, 2)).argmax())] = True
+        outputs = self._checked_replay(sets) if self._cut else None
+        if feed:
+            if outputs is None:
+                outputs = torch.stack([self._whole(row) for row in sets])
+            self._feed = feed if _alike(self._from_weights(sets), outputs) else None
+
+    def _checked_replay(self, sets: Tensor) -> Tensor | None:
+        """A replay whose first set is empty; None, said once, if the model does not allow it."""
         try:
-            sets = torch.tensor([[False], [True]]).expand(2, self.num_filters)
-            if not _alike(self._replay(sets)[0], self.output):
-                reason = "a replay with nothing replaced differs from the model's output"
+            outputs = self._replay(sets)
+            if _alike(outputs[0], self.output):
+                return outputs
+            reason = "a replay with nothing replaced differs from the model's output"
         except Exception as error:
             reason = str(error).split("\n")[0]
-        if reason:
-            self._cut = False
-            message = f"{type(self.model or self.forward_func).__name__} at {self.name!r}"
-            if message not in _reported:
-                _reported.add(message)
-                logger.warning("%s: the whole model runs for each filter (%s).", message, reason)
+        self._cut = False
+        message = f"{type(self.model or self.forward_func).__name__} at {self.name!r}"
+        if message not in _reported:
+            _reported.add(message)
+            logger.warning("%s: the whole model runs for each filter (%s).", message, reason)
+        return None
 
-    def _find_closed_form(self) -> None:
+    def _change_at_head(self) -> Feed | None:
+        """How the layer seems to feed the head; keeps what changes there without each filter."""
         if self._weight is None or self._features is None or self._features.dim() != 2:
-            return
+            return None
         feed = how_layer_feeds(self._features, self.activation, self.axis)
         change = positions_last(self.stands_in - self.activation, self.axis)
-        if feed is None:
-            return
         self._change = change if feed == "flatten" else change.mean(2, keepdim=True)
-        # What the batch shows must also hold without filters: try all, and the strongest alone.
-        sets = torch.ones(2, self.num_filters, dtype=torch.bool)
-        sets[1] = False
-        sets[1, int(self._change.abs().sum((0, 2)).argmax())] = True
-        expected = self._replay(sets) if self._cut else torch.stack([*map(self._whole, sets)])
-        if _alike(self._from_weights(sets), expected):
-            self._feed = feed
+        return feed
 
 
 @contextmanager

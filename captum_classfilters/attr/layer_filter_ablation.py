@@ -16,7 +16,11 @@ from captum_classfilters._internal.captum import (
 )
 from captum_classfilters._internal.layers import along_filters, filter_axis
 from captum_classfilters._internal.suffix import SuffixReplay
-from captum_classfilters.attr._layer_filter_attribution import LayerFilterAttribution, Layers
+from captum_classfilters.attr._layer_filter_attribution import (
+    LayerFilterAttribution,
+    Layers,
+    class_indices,
+)
 
 Replacement = Literal["zero", "mean", "resample"]
 Score = Literal["logit", "probability", "log_probability"]
@@ -254,6 +258,11 @@ class LayerFilterAblation(LayerFilterAttribution, PerturbationAttribution):
         """Drop of the target's score for each image and filter (N, K)."""
         score = _SCORES[self.score]
         full = _of_targets(score(replay.output), target, replay.num_images)
+        if self.score == "logit" and replay.way == "closed form":
+            classes = class_indices(replay.output.shape[1], target, replay.num_images)
+            drops = replay.drops_of_single_filters(classes)
+            assert drops is not None
+            return drops
         removed = torch.eye(replay.num_filters, dtype=torch.bool)
         parts: list[Tensor] = []
         with tqdm(
