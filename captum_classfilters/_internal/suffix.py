@@ -189,7 +189,7 @@ class SuffixReplay:
         with (
             record_head(self.model if closed_form else None) as head,
             self._tapped(take),
-            _instead(self.model if self._cut else None, run),
+            _instead(self._watched() if self._cut else [], run),
         ):
             output = self.forward_func(*self.arguments)
         check_runs(self.name, len(runs))
@@ -220,6 +220,20 @@ class SuffixReplay:
         finally:
             handle.remove()
 
+    def _watched(self) -> list[nn.Module]:
+        """Modules around the layer and beside it; what they call inside needs no record."""
+        if self.model is None:
+            return []
+        around = [one for one in self.model.modules() if self.layer in one.modules()]
+        watched = {id(one): one for one in around}
+        beside = [child for one in around if one is not self.layer for child in one.children()]
+        while beside:
+            child = beside.pop()
+            watched[id(child)] = child
+            if isinstance(child, (nn.ModuleList, nn.ModuleDict)):  # never called themselves
+                beside.extend(child.children())
+        return list(watched.values())
+
     # -- three ways ------------------------------------------------------------------------------
 
     def _mask(self, removed: Tensor) -> Tensor:
@@ -248,7 +262,7 @@ class SuffixReplay:
                 stack.pop()
 
         arguments = [self._repeated(argument, copies) for argument in self.arguments]
-        with self._tapped(lambda _value: perturbed), _instead(self.model, run):
+        with self._tapped(lambda _value: perturbed), _instead(self._watched(), run):
             output = _tensor_output(all_rows(self.forward_func(*arguments)))
         if output.shape != (copies * self.output.shape[0], *self.output.shape[1:]):
             raise CannotReplayError("the output does not grow with the batch")
@@ -324,10 +338,9 @@ class SuffixReplay:
 
 @contextmanager
 def _instead(
-    model: nn.Module | None, run: Callable[[nn.Module, Any, Any, Any], Any]
+    modules: list[nn.Module], run: Callable[[nn.Module, Any, Any, Any], Any]
 ) -> Iterator[None]:
-    """Let a function stand in for the forward of every module of a model."""
-    modules = list(model.modules()) if model is not None else []
+    """Let a function stand in for the forward of some modules."""
     missing = object()
     found = [module.__dict__.get("forward", missing) for module in modules]
 
