@@ -8,7 +8,7 @@ from captum_classfilters import __version__
 
 project = "captum_classfilters"
 author = "The captum_classfilters developers"
-copyright = f"2026, {author}"  # noqa: A001 (Sphinx's name)
+copyright = f"2026, {author}"
 version = release = __version__
 
 extensions = [

@@ -20,10 +20,6 @@
 
 # %%
 import torch
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
-from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
 
 from captum_classfilters import (
     ClassFilterSaliency,
@@ -34,10 +30,13 @@ from captum_classfilters import (
     identify_class_filters,
     refit_head,
 )
+from captum_classfilters.demo import load_digits, small_cnn, train_classifier
+from captum_classfilters.networks import evaluate_classifier
 from captum_classfilters.visualize import (
     plot_accuracy_curve,
     plot_class_filters,
     plot_explanations,
+    plot_filter_maps,
 )
 
 _ = torch.manual_seed(0)
@@ -45,40 +44,17 @@ _ = torch.manual_seed(0)
 # %% [markdown]
 # ## Data and a network
 #
-# Two convolutions, an average over positions, one linear layer. Filters are *ranked* on the
+# Three convolutions, an average over positions, one linear layer. Filters are *ranked* on the
 # training images and everything is *scored* on the test images.
 
 # %%
 digits = load_digits()
-images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16
-labels = torch.tensor(digits.target)
-train_x, test_x, train_y, test_y = train_test_split(
-    images, labels, test_size=0.4, random_state=0, stratify=labels
-)
-train = DataLoader(TensorDataset(train_x, train_y), batch_size=64, shuffle=True)
-test = DataLoader(TensorDataset(test_x, test_y), batch_size=256)
-
-model = nn.Sequential(
-    nn.Conv2d(1, 16, 3, padding=1),
-    nn.ReLU(),
-    nn.Conv2d(16, 48, 3, padding=1),
-    nn.ReLU(),
-    nn.AdaptiveAvgPool2d(1),
-    nn.Flatten(),
-    nn.Linear(48, 10),
-)
-optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
-for _epoch in range(25):
-    for x, y in train:
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(model(x), y).backward()
-        optimizer.step()
-model.eval()
+model = train_classifier(small_cnn(), digits.train, epochs=15, show_progress=False)
+print(model)
 
 
-def accuracy(network: nn.Module) -> float:
-    with torch.no_grad():
-        return float((network(test_x).argmax(1) == test_y).float().mean())
+def accuracy(network: torch.nn.Module) -> float:
+    return evaluate_classifier(network, digits.test, show_progress=False).accuracy
 
 
 print(f"test accuracy {accuracy(model):.3f}")
@@ -94,13 +70,12 @@ print(f"test accuracy {accuracy(model):.3f}")
 #   linear layer this is exact: the contributions of an image add up to its logit minus the bias.
 
 # %%
-layer = model[3]  # the second ReLU: 48 filters
 tables = identify_class_filters(
     {
-        "frequency": LayerFilterFrequency(model, layer, top_k=5),
-        "contribution": LayerFilterContribution(model, layer),
+        "frequency": LayerFilterFrequency(model, "filters", top_k=5),
+        "contribution": LayerFilterContribution(model, "filters"),
     },
-    train,
+    digits.train,
     num_filters=5,
     show_progress=False,
 )
@@ -123,14 +98,14 @@ print(f"overlap {agreement.mean_overlap:.2f}, by chance {agreement.mean_chance:.
 # ## Do they suffice?
 #
 # `decompose` gives a copy of the network in which each class's logit sees its own five filters and
-# nothing else: 60 numbers in the head instead of 490. `refit_head` trains these on the training
+# nothing else: 60 numbers in the head instead of 650. `refit_head` trains these on the training
 # images; nothing before the head changes.
 
 # %%
 decomposed = decompose(model, contribution)
 print(decomposed[-1])
 before = accuracy(decomposed)
-refit_head(decomposed, train, show_progress=False)
+refit_head(decomposed, digits.train, show_progress=False)
 print(
     f"full {accuracy(model):.3f}, five filters a class {before:.3f}, refitted {accuracy(decomposed):.3f}"
 )
@@ -140,7 +115,11 @@ print(
 
 # %%
 curve = accuracy_curve(
-    model, tables, test, num_filters=(1, 2, 3, 5, 8, 12, 16, 24, 32, 48), show_progress=False
+    model,
+    tables,
+    digits.test,
+    num_filters=(1, 2, 3, 5, 8, 12, 16, 24, 32, 48, 64),
+    show_progress=False,
 )
 figure, _ = plot_accuracy_curve(curve)
 
@@ -148,17 +127,29 @@ figure, _ = plot_accuracy_curve(curve)
 # ## Where do they look?
 #
 # `ClassFilterSaliency` explains an image through the class's filters alone, in the image's shape, so
-# that all of Captum's tools take it. As a map of the filters' contributions:
+# that all of Captum's tools take it: as a gradient that flows through these filters alone, or as a
+# map of their contributions (here of 4×4 positions, hence coarse).
 
 # %%
-chosen = [int((test_y == digit).nonzero()[0]) for digit in (0, 3, 7)]
-saliency = ClassFilterSaliency(model, layer, contribution, mode="activation_map")
-maps = saliency.attribute(test_x[chosen], target=test_y[chosen])
+chosen = [int((digits.test_labels == digit).nonzero()[0]) for digit in (0, 3, 7)]
+images, labels = digits.test_images[chosen], digits.test_labels[chosen]
+saliency = ClassFilterSaliency(model, "filters", contribution)
+maps = ClassFilterSaliency(model, "filters", contribution, mode="activation_map")
 figure, _ = plot_explanations(
-    test_x[chosen],
-    {"class filters": maps},
-    titles=[f"a {digit}" for digit in test_y[chosen].tolist()],
+    images,
+    {
+        "through class filters": saliency.attribute(images, target=labels, n_steps=50),
+        "class filter maps": maps.attribute(images, target=labels),
+    },
+    titles=[f"a {digit}" for digit in labels.tolist()],
 )
+
+# %% [markdown]
+# Filter by filter, with what each adds to the logit of *three*:
+
+# %%
+attributions = LayerFilterContribution(model, "filters").attribute(images, target=labels)
+figure, _ = plot_filter_maps(images[1], attributions[1], contribution, 3, title="a 3")
 
 # %% [markdown]
 # ## Keep the result

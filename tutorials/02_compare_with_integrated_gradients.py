@@ -22,7 +22,7 @@
 #    `IntegratedGradients` explains *them*, beside `LayerFilterContribution`.
 #
 # Scores from different spaces are not comparable with each other: an infidelity over 64 pixels and
-# one over 48 filters measure different perturbations.
+# one over 64 filters measure different perturbations.
 
 # %%
 import time
@@ -30,16 +30,13 @@ import time
 import torch
 from captum.attr import FeatureAblation, IntegratedGradients, NoiseTunnel
 from captum.metrics import infidelity, infidelity_perturb_func_decorator, sensitivity_max
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
-from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
 
 from captum_classfilters import (
     ClassFilterSaliency,
     FilterGate,
     LayerFilterContribution,
 )
+from captum_classfilters.demo import load_digits, small_cnn, train_classifier
 from captum_classfilters.visualize import plot_explanations
 
 _ = torch.manual_seed(0)
@@ -49,35 +46,12 @@ _ = torch.manual_seed(0)
 
 # %%
 digits = load_digits()
-images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16
-labels = torch.tensor(digits.target)
-train_x, test_x, train_y, test_y = train_test_split(
-    images, labels, test_size=0.4, random_state=0, stratify=labels
-)
-train = DataLoader(TensorDataset(train_x, train_y), batch_size=64, shuffle=True)
-
-model = nn.Sequential(
-    nn.Conv2d(1, 16, 3, padding=1),
-    nn.ReLU(),
-    nn.Conv2d(16, 48, 3, padding=1),
-    nn.ReLU(),
-    nn.AdaptiveAvgPool2d(1),
-    nn.Flatten(),
-    nn.Linear(48, 10),
-)
-optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
-for _epoch in range(25):
-    for x, y in train:
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(model(x), y).backward()
-        optimizer.step()
-model.eval()
-
-layer = model[3]
+model = train_classifier(small_cnn(), digits.train, epochs=15, show_progress=False)
+layer = "filters"
 contribution = LayerFilterContribution(model, layer)
-class_filters = contribution.identify(train, num_filters=5, show_progress=False)
+class_filters = contribution.identify(digits.train, num_filters=5, show_progress=False)
 
-x, y = test_x[:100], test_y[:100]
+x, y = digits.test_images[:100], digits.test_labels[:100]
 
 # %% [markdown]
 # ## In the image's space
@@ -89,7 +63,7 @@ x, y = test_x[:100], test_y[:100]
 # %%
 integrated_gradients = IntegratedGradients(model)
 saliency = ClassFilterSaliency(model, layer, class_filters)
-everything = ClassFilterSaliency(model, layer, class_filters.select(num_filters=48))
+everything = ClassFilterSaliency(model, layer, class_filters.select(num_filters=64))
 
 same = torch.allclose(
     everything.attribute(x, target=y, n_steps=50),
@@ -123,8 +97,8 @@ def judge(name: str, explain, **options) -> None:
 
 
 judge("Integrated Gradients, 50 steps", integrated_gradients.attribute, n_steps=50)
-judge("class filters (5 of 48), 50 steps", saliency.attribute, n_steps=50)
-judge("class filters (5 of 48), one gradient", saliency.attribute)
+judge("class filters (5 of 64), 50 steps", saliency.attribute, n_steps=50)
+judge("class filters (5 of 64), one gradient", saliency.attribute)
 
 # %% [markdown]
 # Infidelity asks how well pixel scores predict the logit's change when a fifth of the pixels go
@@ -155,7 +129,7 @@ print(smooth.shape)
 # %% [markdown]
 # ## In gate space
 #
-# The gates of the 48 filters are the inputs now, all ones; the images are an additional argument.
+# The gates of the 64 filters are the inputs now, all ones; the images are an additional argument.
 # Captum's methods need no change.
 
 # %%

@@ -231,7 +231,7 @@ class ClassFilterSaliency(GradientAttribution):
         flags = apply_gradient_requirements(points, warn=False)
         name = layer_name(module_of(self.forward_func), self.layer)
         with torch.enable_grad():
-            with runs_once([self.layer], [name]):
+            with runs_once([self.layer], lambda: [name]):
                 saved, output = _forward_layer_distributed_eval(
                     self.forward_func,
                     points,

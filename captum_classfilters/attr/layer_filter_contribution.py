@@ -202,7 +202,7 @@ class _Call:
             _keep(self.layers, captured, self.at_input),
             record_head(model) as head,
         ):
-            with runs_once(self.layers, self.method._layer_names()):
+            with runs_once(self.layers, self.method._layer_names):
                 output = _run_forward(
                     self.method.forward_func, self.inputs, None, self.additional_forward_args
                 )
@@ -278,8 +278,11 @@ class _Call:
     def _gradients_and_activations(
         self, layers: list[nn.Module], grad_kwargs: dict[str, Any] | None
     ) -> tuple[list[tuple[Tensor, ...]], list[tuple[Tensor, ...]]]:
-        names = dict(zip(map(id, self.layers), self.method._layer_names(), strict=True))
-        with runs_once(layers, [names[id(layer)] for layer in layers]):
+        def names() -> list[str]:
+            known = dict(zip(map(id, self.layers), self.method._layer_names(), strict=True))
+            return [known[id(layer)] for layer in layers]
+
+        with runs_once(layers, names):
             gradients, activations = compute_layer_gradients_and_eval(
                 self.method.forward_func,
                 layers,

@@ -118,7 +118,7 @@ class LayerFilterFrequency(LayerFilterAttribution):
         """
         inputs = _format_tensor_into_tuples(inputs)
         layers = self._layers()
-        with runs_once(layers, self._layer_names()):
+        with runs_once(layers, self._layer_names):
             activations = _forward_layer_eval(
                 self.forward_func,
                 inputs,

@@ -1,0 +1,94 @@
+"""Published numbers on public weights; skipped where the data folder is absent."""
+
+import pytest
+import torch
+
+from benchmarks import cifar10
+from benchmarks.reproduce_badola import RELEASED
+from captum_classfilters import (
+    LayerFilterContribution,
+    LayerFilterFrequency,
+    accuracy_curve,
+    decompose,
+    identify_class_filters,
+    refit_head,
+)
+from captum_classfilters.evaluate import model_essentiality
+from captum_classfilters.networks import find_head
+
+pytestmark = [
+    pytest.mark.reference,
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not cifar10.available(),
+        reason="CIFAR-10 and the public ResNet checkpoints are absent (set CLASSFILTERS_DATA)",
+    ),
+]
+QUIET = {"show_progress": False}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return cifar10.pretrained(20)
+
+
+@pytest.fixture(scope="module")
+def train():
+    return cifar10.loader("train", 8000)
+
+
+@pytest.fixture(scope="module")
+def test_images():
+    return cifar10.loader("test")
+
+
+@pytest.fixture(scope="module")
+def tables(model, train):
+    methods = {
+        "frequency": LayerFilterFrequency(model, "layer3"),
+        "contribution": LayerFilterContribution(model, "layer3"),
+    }
+    return identify_class_filters(methods, train, num_filters=5, **QUIET)
+
+
+def test_accuracy_with_five_filters_a_class(model, tables, test_images):
+    curve = accuracy_curve(model, tables, test_images, num_filters=(5,), random_seeds=3, **QUIET)
+    assert 100 * curve.full_accuracy == pytest.approx(91.73, abs=0.1)
+    assert 100 * curve.accuracy["frequency"][0] == pytest.approx(88.7, abs=0.4)
+    assert 100 * curve.accuracy["contribution"][0] >= 89.0
+    assert 100 * curve.random_mean[0] < 50
+
+
+def test_frequency_sets_are_the_authors(tables):
+    released = torch.zeros(10, 64, dtype=torch.bool)
+    for row, filters in enumerate(RELEASED):
+        released[row, filters] = True
+    assert (tables["frequency"].selected & released).sum() / 10 >= 4.5
+
+
+def test_refitted_head(model, tables, train, test_images):
+    decomposed = decompose(model, tables["contribution"])
+    backbone = model.layer3[2].conv2.weight.detach().clone()
+    refit_head(decomposed, train, **QUIET)
+    assert torch.equal(decomposed.layer3[2].conv2.weight, backbone)
+    assert cifar10.accuracy(decomposed, test_images) >= 90.6  # 90.85 with all training images
+    assert sum(p.numel() for p in find_head(decomposed)[1].parameters()) == 60
+
+
+def test_class_filters_are_necessary_and_sufficient(model, tables):
+    result = model_essentiality(
+        model, tables["contribution"], cifar10.loader("test", 2000), **QUIET
+    )
+    assert result.at_set.mean() < 0.6 < 0.8 < result.at_complement.mean()
+    assert result.random_at_set.mean() > 0.85
+    assert result.random_at_complement.mean() < 0.3
+
+
+def test_contributions_are_exact(model):
+    images, labels = cifar10.images("test", 64)
+    method = LayerFilterContribution(model, "layer3")
+    attributions, delta = method.attribute(images, target=labels, return_convergence_delta=True)
+    assert delta.abs().max() < 1e-4
+    with torch.no_grad():
+        logits = model(images).gather(1, labels[:, None])[:, 0] - model.linear.bias[labels]
+    assert torch.allclose(method.filter_scores(attributions).sum(1), logits, atol=1e-4)
