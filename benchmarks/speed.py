@@ -126,7 +126,7 @@ def main() -> None:
         labels = torch.randint(0, 10, (arguments.images,))
     loader = DataLoader(TensorDataset(images, labels), batch_size=250)
     identification(model, loader, arguments.repetitions)
-    for number in (1, 8, 32):
+    for number in (1, 8, 64):
         explanation(model, images[:number], labels[:number], arguments.repetitions)
     print(
         "\nThe physical limit of both is one forward pass: identification and exact contributions add "

@@ -135,8 +135,7 @@ class LayerFilterContribution(LayerFilterAttribution, GradientAttribution):
                         Default: None
 
         Returns:
-            *Tensor*, *tuple[Tensor, ...]* or *list* of **attributions**, or 2-element tuple of
-            **attributions**, **delta**:
+            **attributions**, or the 2-element tuple **attributions**, **delta**:
             - **attributions** (*Tensor*, *tuple[Tensor, ...]* or *list*):
                         Contributions shaped like the layer, in units of the output; their sum over
                         a filter's positions is the filter's contribution. A tuple for layers of
