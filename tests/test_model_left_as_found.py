@@ -10,6 +10,7 @@ from captum_classfilters import (
     ClassFilters,
     ClassFilterSaliency,
     FilterGate,
+    LayerFilterAblation,
     LayerFilterContribution,
     LayerFilterFrequency,
     accuracy_curve,
@@ -20,7 +21,7 @@ from captum_classfilters import (
 )
 from captum_classfilters.evaluate import layer_sweep, model_essentiality
 from captum_classfilters.identify import collect_features
-from captum_classfilters.networks import compare_heads, evaluate_classifier
+from captum_classfilters.networks import GreedyFilterPruning, compare_heads, evaluate_classifier
 from tests.models import batches, images
 
 QUIET = {"show_progress": False}
@@ -91,6 +92,11 @@ ENTRIES = {
     "saliency maps": lambda m: ClassFilterSaliency(
         m, "2", table(), mode="activation_map"
     ).attribute(images(), target=0),
+    "ablation": lambda m: LayerFilterAblation(m, "0").attribute(images(), target=0),
+    "accuracy reduction": lambda m: LayerFilterAblation(m, "2").identify(
+        batches(), metric="accuracy", **QUIET
+    ),
+    "greedy pruning": lambda m: GreedyFilterPruning(m, "2").run(batches(), num_filters=4, **QUIET),
     "gate": lambda m: FilterGate(m, "2")(torch.ones(8, 6), images()),
     "list_filter_layers": lambda m: list_filter_layers(m, images()),
     "decompose": lambda m: decompose(m, table(), example_inputs=images()),
@@ -106,6 +112,7 @@ ENTRIES = {
 }
 # Captum's contract: per-image methods run the model as it is, its own random layers included.
 PER_IMAGE = {
+    "ablation",
     "frequency",
     "contribution",
     "contribution at an inner layer",
