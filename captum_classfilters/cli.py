@@ -48,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
         "--random-weights", action="store_true", help="go on without a checkpoint"
     )
     identify.add_argument("--data", required=True, help="folder with one subfolder for each class")
-    identify.add_argument("--layer", required=True, help="dotted name, layer4 say; see `layers`")
+    identify.add_argument("--layer", help="dotted name, layer4 say; `layers` lists them")
     identify.add_argument("--output", required=True, help="folder for the results")
     identify.add_argument(
         "--method",

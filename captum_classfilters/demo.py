@@ -267,7 +267,7 @@ def _metrics(
     model: nn.Module, table: ClassFilters, digits: Digits, seed: int
 ) -> dict[str, dict[str, dict[str, float]]]:
     """Infidelity, max-sensitivity and time; pixel space and gate space are never compared."""
-    images, labels = digits.test_images[:100], digits.test_labels[:100]
+    images, labels = digits.test_images[:50], digits.test_labels[:50]
     integrated = IntegratedGradients(model)
     saliency = ClassFilterSaliency(model, "filters", table)
     pixels = {

@@ -55,7 +55,7 @@ class FolderJob:
 
     model: str
     data: str | os.PathLike[str]
-    layer: str
+    layer: str | None
     output: str | os.PathLike[str]
     checkpoint: str | os.PathLike[str] | None = None
     random_weights: bool = False
@@ -90,6 +90,11 @@ def run_identify(job: FolderJob, write: Callable[[str], None] = print) -> dict[s
     Raises:
         ValueError, OSError: With what was wrong, and what would be right.
     """
+    if job.layer is None:
+        raise ValueError(
+            f"No layer is named; `captum-classfilters layers --model {job.model}` lists which layers "
+            "qualify, and which of them feed the head."
+        )
     output = _prepared_output(job)
     dataset = image_folder(job.data, job.image_size)
     model = load_model(
@@ -131,7 +136,7 @@ def load_model(
         name (str): Name of a torchvision classifier.
         checkpoint (path, optional): safetensors, or a state dict that ``torch.load`` reads with
                     ``weights_only=True``.
-        num_classes (int, optional): C; by default the length of the checkpoint's last tensor.
+        num_classes (int, optional): C; by default as the checkpoint's last layer.
         folder_classes (int): C without a checkpoint.
         random_weights (bool): Allow no checkpoint.
 
@@ -158,12 +163,14 @@ def load_model(
         built: nn.Module = models.get_model(name, weights=None, num_classes=folder_classes)
         return built.eval()
     state = _state_dict(Path(checkpoint))
-    outputs = num_classes or len(list(state.values())[-1])
-    options = {"aux_logits": False} if name in ("googlenet", "inception_v3") else {}
-    if options:
-        state = {key: value for key, value in state.items() if not key.lower().startswith("aux")}
-        options["init_weights"] = False
-    model: nn.Module = models.get_model(name, weights=None, num_classes=outputs, **options)
+    # Heads of auxiliary classifiers are used in training alone.
+    state = {key: value for key, value in state.items() if not key.lower().startswith("aux")}
+    model = _without_auxiliary(models.get_model(name, weights=None, num_classes=folder_classes))
+    # The model's own last tensor, because a file need not keep the order of the layers.
+    last = list(model.state_dict())[-1]
+    outputs = num_classes or (len(state[last]) if last in state else folder_classes)
+    if outputs != folder_classes:
+        model = _without_auxiliary(models.get_model(name, weights=None, num_classes=outputs))
     own = model.state_dict()
     missing = [key for key in own if key not in state]
     unexpected = [key for key in state if key not in own]
@@ -179,6 +186,16 @@ def load_model(
         )
     model.load_state_dict({key: value.to(own[key].dtype) for key, value in state.items()})
     return model.eval()
+
+
+def _without_auxiliary(model: nn.Module) -> nn.Module:
+    """The model without the classifiers that torchvision adds for training (Inception, GoogLeNet)."""
+    if hasattr(model, "aux_logits"):
+        model.aux_logits = False  # type: ignore[assignment]
+        for name, _ in list(model.named_children()):
+            if name.lower().startswith("aux"):
+                setattr(model, name, None)
+    return model
 
 
 def image_folder(path: str | os.PathLike[str], image_size: int) -> Any:

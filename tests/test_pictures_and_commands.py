@@ -171,7 +171,8 @@ def arguments(folder, checkpoint, output, **changes):
         "--image-size": 32,
         **changes,
     }
-    flat = [str(part) for item in options.items() for part in item if part is not None]
+    given = {name: value for name, value in options.items() if value is not None}
+    flat = [str(part) for item in given.items() for part in item]
     return ["identify", *flat, "--quiet"]
 
 
@@ -204,6 +205,7 @@ class TestCommands:
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
+            ({"--layer": None}, "`captum-classfilters layers --model resnet18`"),
             ({"--model": "resnet19"}, "no classifier 'resnet19'; the nearest names: resnet18"),
             ({"--layer": "layer5"}, "no layer 'layer5'. Did you mean 'layer4'"),
             ({"--model": "resnet34"}, "not one of resnet34: missing layer1.2.conv1.weight"),

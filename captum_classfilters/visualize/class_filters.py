@@ -72,8 +72,7 @@ def plot_class_filters(
         "filter, beside the class it scores highest for" if order == "class" else "filter"
     )
     axes.set_title(title or f"{class_filters.method} at {class_filters.layer}", loc="left")
-    unit = "share of the class's images" if _is_frequency(class_filters) else "mean score"
-    figure.colorbar(image, ax=axes, label=unit, pad=0.01)
+    figure.colorbar(image, ax=axes, label=_unit(class_filters), pad=0.01)
     return figure, axes
 
 
@@ -127,8 +126,14 @@ def _by_class(scores: torch.Tensor) -> torch.Tensor:
     return by_score[owner[by_score].sort(stable=True).indices]
 
 
-def _is_frequency(class_filters: ClassFilters) -> bool:
-    return "Frequency" in class_filters.method
+def _unit(class_filters: ClassFilters) -> str:
+    """What a score is in, for the methods of this package."""
+    units = {
+        "LayerFilterFrequency": "share of the class's images",
+        "LayerFilterContribution": "mean contribution to the logit",
+        "LayerFilterAblation": "mean drop of the score",
+    }
+    return units.get(class_filters.method, "score")
 
 
 def _ticks(setter: Any, names: Any, **options: Any) -> None:
