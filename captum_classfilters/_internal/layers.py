@@ -171,6 +171,19 @@ def along_filters(values: Tensor, like: Tensor, axis: int) -> Tensor:
     return values.reshape(shape)
 
 
+def only_tensor(value: Any, name: str) -> Tensor:
+    """The single tensor that a layer takes or puts out."""
+    if isinstance(value, (tuple, list)) and len(value) == 1:
+        value = value[0]
+    if not isinstance(value, Tensor):
+        raise ValueError(
+            f"The layer {name!r} handles a {type(value).__name__}, not a single tensor; choose one of "
+            "the layers inside it, or explain single images with a method whose `attribute` takes "
+            "layers of several tensors."
+        )
+    return value
+
+
 @contextmanager
 def runs_once(layers: list[nn.Module], names: Callable[[], list[str]]) -> Iterator[None]:
     """Check that each layer runs exactly once in the forward pass made inside the block."""

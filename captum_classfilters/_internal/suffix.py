@@ -17,6 +17,7 @@ from captum_classfilters._internal.layers import (
     filter_axis,
     layer_name,
     module_of,
+    only_tensor,
     positions_last,
 )
 from captum_classfilters._internal.repeated import CannotReplayError, RepeatedBatch, all_rows
@@ -166,7 +167,7 @@ class SuffixReplay:
         def take(value: Any) -> None:
             runs.append(1)
             # In-place successors overwrite a layer's output, so what is kept is a copy.
-            self.activation = _only_tensor(value, self.name).clone()
+            self.activation = only_tensor(value, self.name).clone()
 
         def run(module: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
             call = _Call(module)
@@ -278,7 +279,7 @@ class SuffixReplay:
         mask = self._mask(removed[None])[0]
 
         def replace(value: Any) -> Tensor:
-            return torch.where(mask, self.stands_in, _only_tensor(value, self.name))
+            return torch.where(mask, self.stands_in, only_tensor(value, self.name))
 
         with self._tapped(replace):
             return _tensor_output(self.forward_func(*self.arguments))
@@ -404,17 +405,6 @@ def _alike(left: Tensor, right: Tensor) -> bool:
         return torch.equal(left, right)
     scale = max(1e-6, float(right.abs().max())) if right.numel() else 1.0
     return torch.allclose(left, right, rtol=1e-4, atol=1e-5 * scale, equal_nan=True)
-
-
-def _only_tensor(value: Any, name: str) -> Tensor:
-    if isinstance(value, (tuple, list)) and len(value) == 1:
-        value = value[0]
-    if not isinstance(value, Tensor):
-        raise ValueError(
-            f"The layer {name!r} handles a {type(value).__name__}, not a single tensor; filters "
-            "are removed from one tensor, so choose one of the layers inside it."
-        )
-    return value
 
 
 def _tensor_output(output: Any) -> Tensor:

@@ -14,7 +14,7 @@ from captum_classfilters._internal.provenance import provenance
 from captum_classfilters._internal.suffix import SuffixReplay
 from captum_classfilters.attr import LayerFilterAblation
 from captum_classfilters.class_filters import ClassFilters
-from captum_classfilters.identify.identify_class_filters import _dataset_names, _split
+from captum_classfilters.identify._batches import dataset_names, split_batch
 from captum_classfilters.identify.statistics import class_labels
 
 
@@ -220,7 +220,7 @@ def accuracy_reduction(
             sums.add(replay, labels.to(replay.output.device), perturbations_per_eval)
     if sums is None:
         raise ValueError("The data loader is empty: there is no image to measure accuracy on.")
-    return sums.result(method, class_names or _dataset_names(dataloader))
+    return sums.result(method, class_names or dataset_names(dataloader))
 
 
 def metric_reduction(
@@ -351,7 +351,7 @@ def _replays(
     name = layer_name(module_of(method.forward_func), layers[0])
     bar = tqdm(dataloader, desc=f"without {name}", unit="batch", disable=not show_progress)
     for number, batch in enumerate(bar):
-        inputs, labels = _split(batch, number, device)
+        inputs, labels = split_batch(batch, number, device)
         if len(inputs[0]):
             yield number, method._replay(layers[0], inputs, at_input=at_input), labels
 

@@ -23,6 +23,7 @@ from captum_classfilters._internal.layers import (
 from captum_classfilters._internal.provenance import provenance
 from captum_classfilters.attr import LayerFilterContribution, LayerFilterFrequency
 from captum_classfilters.class_filters import ClassFilters
+from captum_classfilters.identify._batches import dataset_names, split_batch
 from captum_classfilters.identify.shared_forward import SharedForward
 from captum_classfilters.identify.statistics import ClassFilterSums, class_labels
 
@@ -128,8 +129,8 @@ def identify_class_filters(
             disable=not (show_progress and is_main_process()),
         )
         for number, batch in enumerate(bar):
-            collector.add(number, *_split(batch, number, device or _device(jobs)))
-    names = class_names if class_names is not None else _dataset_names(dataloader)
+            collector.add(number, *split_batch(batch, number, device or _device(jobs)))
+    names = class_names if class_names is not None else dataset_names(dataloader)
     tables = collector.tables(names, class_names is not None, mass)
     return _like_methods(methods, jobs, tables)
 
@@ -362,25 +363,8 @@ def _like_methods(methods: Any, jobs: list[_Job], tables: list[ClassFilters]) ->
     return list(results.values()) if isinstance(methods, Sequence) else results[0]
 
 
-def _split(batch: Any, number: int, device: Any) -> tuple[tuple[Tensor, ...], Any]:
-    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-        raise ValueError(
-            f"Batch {number} is a {type(batch).__name__}; expected a pair (inputs, labels)."
-        )
-    inputs, labels = batch
-    inputs = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
-    if not inputs or not all(isinstance(one, Tensor) for one in inputs):
-        raise ValueError(f"The inputs of batch {number} are not Tensors.")
-    return tuple(one.to(device) if device is not None else one for one in inputs), labels
-
-
 def _device(jobs: list[_Job]) -> torch.device | None:
     if jobs[0].model is None:
         return None
     parameter = next(jobs[0].model.parameters(), None)
     return None if parameter is None else parameter.device
-
-
-def _dataset_names(dataloader: Any) -> Sequence[str] | None:
-    names = getattr(getattr(dataloader, "dataset", None), "classes", None)
-    return [str(name) for name in names] if isinstance(names, (list, tuple)) else None

@@ -15,6 +15,7 @@ from captum_classfilters._internal.layers import (
     filter_axis,
     layer_name,
     module_of,
+    only_tensor,
     positions_last,
 )
 from captum_classfilters.attr import LayerFilterContribution, LayerFilterFrequency
@@ -150,7 +151,7 @@ class SharedForward:
     def _register(self, tap: _Tap, differentiable: bool) -> Any:
         def take(value: Any) -> Any:
             tap.runs += 1
-            tensor = _only_tensor(value, tap.name)
+            tensor = only_tensor(value, tap.name)
             if differentiable:
                 if not tensor.requires_grad:
                     tensor = tensor.detach().requires_grad_()
@@ -213,14 +214,3 @@ def own_logits(output: Any, labels: Tensor) -> Tensor:
         shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise ValueError(f"The model puts out {shape}; contributions need logits (N, C).")
     return output.gather(1, labels.to(output.device)[:, None])[:, 0]
-
-
-def _only_tensor(value: Any, name: str) -> Tensor:
-    if isinstance(value, (tuple, list)) and len(value) == 1:
-        value = value[0]
-    if not isinstance(value, Tensor):
-        raise ValueError(
-            f"The layer {name!r} handles a {type(value).__name__}, not a single tensor; identify "
-            "at one of the layers inside it, or use `attribute`, which takes layers of several."
-        )
-    return value
