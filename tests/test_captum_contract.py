@@ -1,0 +1,166 @@
+"""Captum's own configurations, which it ships for its generic suites, over our layer methods."""
+
+import copy
+
+import pytest
+import torch
+from captum.attr import ClassSummarizer, CommonStats, NoiseTunnel
+from captum.concept import TCAV, Concept
+from captum.testing.attr.helpers.test_config import config
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from captum_classfilters import LayerFilterAblation, LayerFilterContribution, LayerFilterFrequency
+from tests.models import deep, hooks_of, images
+
+NAMES = (
+    "conv_layer_single_target",
+    "basic_layer_in_place",
+    "basic_layer_multi_output",
+    "basic_layer_multi_input",
+    "basic_layer_multiple_target",
+    "basic_layer_tensor_multiple_target",
+    "basic_layer_multiple_tuple_target",
+)
+ENTRIES = [entry for entry in config if entry["name"] in NAMES]
+METHODS = {
+    "frequency": lambda model, layer: LayerFilterFrequency(model, layer, top_k=2),
+    "contribution": LayerFilterContribution,
+    "ablation": LayerFilterAblation,
+}
+cases = pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry["name"])
+
+
+@pytest.fixture(params=METHODS)
+def make(request):
+    return METHODS[request.param]
+
+
+def prepared(entry):
+    """A copy of the configured model, its layer, and the arguments."""
+    model = copy.deepcopy(entry["model"])
+    return model, model.get_submodule(entry["layer"]), dict(entry["attribute_args"])
+
+
+def skip_unsupported(make, entry):
+    if make is LayerFilterAblation and entry["name"] == "basic_layer_multi_output":
+        pytest.skip("ablation takes layers of one tensor, and says so")
+
+
+def tensors(value):
+    return value if isinstance(value, tuple) else (value,)
+
+
+def sliced(value, index):
+    """One example of inputs or further arguments."""
+    if isinstance(value, tuple):
+        return tuple(sliced(part, index) for part in value)
+    return value[index : index + 1] if isinstance(value, Tensor) and value.dim() else value
+
+
+def test_all_seven_configurations_are_there():
+    assert {entry["name"] for entry in ENTRIES} == set(NAMES)
+
+
+@cases
+def test_a_batch_is_its_examples(make, entry):
+    skip_unsupported(make, entry)
+    model, layer, arguments = prepared(entry)
+    method = make(model, layer)
+    together = tensors(method.attribute(**arguments))
+    targets = arguments["target"]
+    several = isinstance(targets, (list, Tensor)) and len(targets) > 1
+    number = len(tensors(arguments["inputs"])[0])
+    for index in range(number):
+        one = {name: sliced(value, index) for name, value in arguments.items() if name != "target"}
+        one["target"] = targets[index] if several else targets
+        if isinstance(one["target"], Tensor):
+            one["target"] = int(one["target"])
+        alone = tensors(make(model, layer).attribute(**one))
+        for whole, part in zip(together, alone, strict=True):
+            assert torch.allclose(whole[index : index + 1], part, atol=1e-4)
+
+
+@cases
+def test_noise_tunnel_without_noise(make, entry):
+    skip_unsupported(make, entry)
+    model, layer, arguments = prepared(entry)
+    method = make(model, layer)
+    plain = tensors(method.attribute(**arguments))
+    smooth = tensors(NoiseTunnel(method).attribute(**arguments, nt_samples=2, stdevs=0.0))
+    for expected, found in zip(plain, smooth, strict=True):
+        assert torch.allclose(expected, found, atol=1e-4)
+
+
+@cases
+def test_hooks_are_removed(make, entry):
+    skip_unsupported(make, entry)
+    model, layer, arguments = prepared(entry)
+    method = make(model, layer)
+    method.attribute(**arguments)
+    assert hooks_of(model) == 0
+    if not isinstance(method, LayerFilterFrequency):  # its votes need no target
+        with pytest.raises(AssertionError):
+            method.attribute(**{**arguments, "target": (9999,) * 20})
+        assert hooks_of(model) == 0
+
+    def failing(*_args, **_kwargs):
+        raise AssertionError("a failing module")
+
+    layer.forward = failing
+    with pytest.raises(AssertionError):
+        method.attribute(**arguments)
+    assert hooks_of(model) == 0
+
+
+class Endless(IterableDataset):
+    """Random images of a concept."""
+
+    def __init__(self, shift):
+        self.shift = shift
+
+    def __iter__(self):
+        generator = torch.Generator().manual_seed(int(10 * self.shift))
+        for _ in range(12):
+            yield torch.randn(2, 6, 6, generator=generator) + self.shift
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["contribution", "frequency"])
+def test_tcav_takes_our_methods(name, tmp_path):
+    model = deep()
+    concepts = [
+        Concept(id=index, name=f"concept{index}", data_iter=DataLoader(Endless(shift), 4))
+        for index, shift in enumerate((0.0, 2.0))
+    ]
+    tcav = TCAV(
+        model=model,
+        layers=["stage1"],
+        layer_attr_method=METHODS[name](model, None),
+        save_path=str(tmp_path),
+        test_split_ratio=0.5,
+    )
+    scores = tcav.interpret(images(4), experimental_sets=[concepts], target=1)
+    result = next(iter(scores.values()))["stage1"]
+    assert result["sign_count"].shape == (2,)
+    assert float(result["sign_count"].sum()) == pytest.approx(1.0, abs=0.51)
+
+
+def test_class_summarizer_agrees_with_identify():
+    model, x = deep(), images()
+    labels = torch.arange(8) % 3
+    method = LayerFilterContribution(model, "stage2")
+    summarizer = ClassSummarizer(stats=CommonStats())
+    scores = method.filter_scores(method.attribute(x, target=labels))
+    summarizer.update(scores, labels.tolist())
+    table = method.identify([(x, labels)], show_progress=False)
+    for class_ in range(3):
+        mean = summarizer.class_summaries[class_][0]["mean"]
+        assert torch.allclose(mean.double(), table.scores[class_], atol=1e-6)
+
+
+def test_a_method_without_a_layer_can_be_made():
+    method = LayerFilterContribution(deep(), None)
+    method.layer = method.forward_func.stage2
+    assert method.attribute(images(), target=0).shape == (8, 6, 6, 6)
+    assert isinstance(method.layer, nn.Module)
