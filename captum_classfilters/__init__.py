@@ -3,6 +3,7 @@
 from captum_classfilters._version import __version__
 from captum_classfilters.attr import (
     ClassFilterSaliency,
+    LayerClassGate,
     LayerFilterAblation,
     LayerFilterContribution,
     LayerFilterFrequency,
@@ -13,6 +14,7 @@ from captum_classfilters.gate import FilterGate
 from captum_classfilters.identify import identify_class_filters
 from captum_classfilters.networks import (
     AccuracyCurve,
+    ClassSpecificGate,
     DecomposedLinear,
     accuracy_curve,
     decompose,
@@ -27,10 +29,12 @@ __all__ = [
     "ClassFilterSaliency",
     "ClassFilters",
     "ClassOverlap",
+    "ClassSpecificGate",
     "DecomposedLinear",
     "FilterGate",
     "FilterLayer",
     "FilterLayers",
+    "LayerClassGate",
     "LayerFilterAblation",
     "LayerFilterContribution",
     "LayerFilterFrequency",

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from benchmarks import cifar10
 from benchmarks.reproduce_badola import RELEASED
 from captum_classfilters import (
+    LayerClassGate,
     LayerFilterContribution,
     LayerFilterFrequency,
     accuracy_curve,
@@ -92,3 +94,20 @@ def test_contributions_are_exact(model):
     with torch.no_grad():
         logits = model(images).gather(1, labels[:, None])[:, 0] - model.linear.bias[labels]
     assert torch.allclose(method.filter_scores(attributions).sum(1), logits, atol=1e-4)
+
+
+def test_high_gates_of_the_public_gated_network_are_its_class_filters():
+    gated = cifar10.pretrained(20, "resnet20_csg_cifar10.safetensors")
+    gates = load_file(cifar10.DATA / "resnet20_csg_cifar10.safetensors")["gate"]
+    test = cifar10.loader("test", 2000)
+    found = {}
+    for descending in (True, False):
+        method = LayerClassGate(gated, "layer3", gates, descending=descending)
+        found[descending] = model_essentiality(
+            gated, method.class_filters(num_filters=5), test, head="linear", **QUIET
+        )
+    # Read the right way round, five filters a class are nearly all that the network needs.
+    assert found[True].at_set.mean() < 0.4
+    assert found[True].at_complement.mean() > 0.85
+    assert found[False].at_set.mean() > 0.8
+    assert found[False].at_complement.mean() < 0.2

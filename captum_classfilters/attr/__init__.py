@@ -1,12 +1,14 @@
 """Per-image evidence: Captum attributions whose features are filters."""
 
 from captum_classfilters.attr.class_filter_saliency import ClassFilterSaliency
+from captum_classfilters.attr.layer_class_gate import LayerClassGate
 from captum_classfilters.attr.layer_filter_ablation import LayerFilterAblation
 from captum_classfilters.attr.layer_filter_contribution import LayerFilterContribution
 from captum_classfilters.attr.layer_filter_frequency import LayerFilterFrequency
 
 __all__ = [
     "ClassFilterSaliency",
+    "LayerClassGate",
     "LayerFilterAblation",
     "LayerFilterContribution",
     "LayerFilterFrequency",

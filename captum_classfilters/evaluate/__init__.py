@@ -6,8 +6,21 @@ from captum_classfilters.evaluate.essentiality import (
     essentiality,
     model_essentiality,
 )
+from captum_classfilters.evaluate.gate_measures import (
+    assign_filters,
+    class_share,
+    density_interval,
+    filter_correlation,
+    gate_similarity,
+)
 from captum_classfilters.evaluate.gram_spectrum import GramSpectrum, gram_spectrum
 from captum_classfilters.evaluate.layer_sweep import LayerMeasurement, layer_sweep
+from captum_classfilters.evaluate.masking import MaskingResult, masking_test
+from captum_classfilters.evaluate.mutual_information import (
+    mutual_information_bound,
+    mutual_information_matrix,
+    mutual_information_score,
+)
 from captum_classfilters.evaluate.selectivity import (
     class_means,
     class_selectivity_index,
@@ -24,16 +37,26 @@ __all__ = [
     "Essentiality",
     "GramSpectrum",
     "LayerMeasurement",
+    "MaskingResult",
     "SetOverlap",
     "TopMass",
+    "assign_filters",
     "class_means",
     "class_selectivity_index",
+    "class_share",
+    "density_interval",
     "essentiality",
+    "filter_correlation",
+    "gate_similarity",
     "gram_spectrum",
     "layer_sweep",
+    "masking_test",
     "membership_information",
     "mixture_entropy_score",
     "model_essentiality",
+    "mutual_information_bound",
+    "mutual_information_matrix",
+    "mutual_information_score",
     "psi",
     "psi_floor",
     "selectivity_regulariser",

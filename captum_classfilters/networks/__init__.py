@@ -5,6 +5,7 @@ from captum_classfilters.networks.accuracy_curve import (
     accuracy_curve,
     select_by_accuracy,
 )
+from captum_classfilters.networks.class_specific_gate import ClassSpecificGate
 from captum_classfilters.networks.compare_heads import HeadComparison, HeadCost, compare_heads
 from captum_classfilters.networks.decompose import (
     DecomposedLinear,
@@ -16,15 +17,20 @@ from captum_classfilters.networks.decompose import (
 )
 from captum_classfilters.networks.evaluate_classifier import ClassifierScores, evaluate_classifier
 from captum_classfilters.networks.fine_tune import Epoch, fine_tune
+from captum_classfilters.networks.gated_training import GatedEpoch, GatedTrainer, GateSchedule
 from captum_classfilters.networks.greedy_filter_pruning import GreedyFilterPruning, PruningOrder
 from captum_classfilters.networks.refit import fit_linear, refit_head
 from captum_classfilters.networks.remove_class import RemovedClass, remove_class
 
 __all__ = [
     "AccuracyCurve",
+    "ClassSpecificGate",
     "ClassifierScores",
     "DecomposedLinear",
     "Epoch",
+    "GateSchedule",
+    "GatedEpoch",
+    "GatedTrainer",
     "GreedyFilterPruning",
     "HeadComparison",
     "HeadCost",

@@ -1,0 +1,175 @@
+"""Liang et al.: evidence read from a trained class-specific gate."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from captum_classfilters._internal.captum import (
+    TargetType,
+    _format_tensor_into_tuples,
+    _forward_layer_eval,
+    log_usage,
+)
+from captum_classfilters._internal.layers import (
+    along_filters,
+    filter_axis,
+    module_of,
+    runs_once,
+)
+from captum_classfilters._internal.provenance import provenance
+from captum_classfilters.attr._layer_filter_attribution import LayerFilterAttribution, class_indices
+from captum_classfilters.class_filters import ClassFilters
+
+
+class LayerClassGate(LayerFilterAttribution):
+    r"""
+    The gates of the target's class, as a layer attribution.
+
+    A network trained with a class-specific gate (Liang et al., https://arxiv.org/abs/2007.08194) says
+    itself which filters belong to a class: those whose gate :math:`G_{ck}` is **high**. The
+    attribution of an image is its activation times the gate of the target's class,
+    :math:`G_{ck} \, a_{khw}`, so that maps show where the class's filters respond;
+    :meth:`class_filters` gives the table of the gates themselves.
+
+    Args:
+
+        forward_func (Callable): The forward function of the model.
+        layer (nn.Module or str): The gated layer, or its dotted name.
+        gate (Tensor): Shape (C, K), the gates; ``ClassSpecificGate.weight``, say.
+        device_ids (list of int, optional): Devices of a hidden ``DataParallel`` model.
+                    Default: None
+        descending (bool): High gates mark a class's filters. False takes the lowest instead, which
+                    is how some published comparisons have read them, to their disadvantage.
+                    Default: True
+        channel_dim (int, optional): Axis of the filters, where it cannot be told from the layer.
+                    Default: None
+
+    Raises:
+        ValueError: The gate is not a finite matrix.
+
+    Examples::
+
+        >>> import torch
+        >>> from captum_classfilters import LayerClassGate
+        >>> net = torch.nn.Sequential(
+        ...     torch.nn.Conv2d(3, 2, 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(),
+        ...     torch.nn.Linear(2, 2))
+        >>> method = LayerClassGate(net, net[0], torch.eye(2))
+        >>> method.attribute(torch.rand(4, 3, 6, 6), target=1)[:, 0].abs().max()
+        tensor(0.)
+        >>> method.class_filters(num_filters=1).filters_of(1)
+        tensor([1])
+    """
+
+    def __init__(
+        self,
+        forward_func: Callable[..., Tensor],
+        layer: nn.Module | str | None,
+        gate: Tensor,
+        device_ids: list[int] | None = None,
+        descending: bool = True,
+        channel_dim: int | None = None,
+    ) -> None:
+        LayerFilterAttribution.__init__(self, forward_func, layer, device_ids, channel_dim)
+        if gate.dim() != 2 or not bool(torch.isfinite(gate).all()):
+            raise ValueError(
+                f"The gate has shape {tuple(gate.shape)}; expected finite gates (C, K)."
+            )
+        self.gate = gate.detach().clone() if descending else -gate.detach()
+        self.descending = descending
+
+    @property
+    def multiplies_by_inputs(self) -> bool:
+        """True: gates times activations."""
+        return True
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The method's own options, for the record."""
+        return {"descending": self.descending}
+
+    @log_usage(part_of_slo=True)
+    def attribute(
+        self,
+        inputs: Tensor | tuple[Tensor, ...],
+        target: TargetType = None,
+        additional_forward_args: Any = None,
+        attribute_to_layer_input: bool = False,
+    ) -> Any:
+        r"""
+        Args:
+
+            inputs (Tensor or tuple[Tensor, ...]): Input of the model, N examples first.
+            target (int, tuple, Tensor or list): The class, in any of Captum's forms for (N, C).
+                        Default: None
+            additional_forward_args (Any, optional): Further arguments of the forward function.
+                        Default: None
+            attribute_to_layer_input (bool): Use the layer's input instead of its output.
+                        Default: False
+
+        Returns:
+            *Tensor* of **attributions**:
+            - **attributions** (*Tensor*):
+                        Shaped like the layer.
+
+        Raises:
+            ValueError: The layer has another number of filters than the gate.
+        """
+        formatted: tuple[Tensor, ...] = _format_tensor_into_tuples(inputs)
+        layers = self._layers()
+        with runs_once(layers, self._layer_names):
+            ((activation,),) = _forward_layer_eval(
+                self.forward_func,
+                formatted,
+                layers,
+                additional_forward_args,
+                device_ids=self.device_ids,
+                attribute_to_layer_input=attribute_to_layer_input,
+            )
+        layer = None if attribute_to_layer_input else layers[0]
+        axis = filter_axis(layer, activation, self.channel_dim)
+        if activation.shape[axis] != self.gate.shape[1]:
+            raise ValueError(
+                f"The layer has {activation.shape[axis]} filters, the gate {self.gate.shape[1]}."
+            )
+        rows = class_indices(len(self.gate), target, len(activation))
+        gates = self.gate[rows.to(self.gate.device)].to(activation)
+        return self._formatted([(activation * along_filters(gates, activation, axis),)])
+
+    def class_filters(
+        self,
+        num_filters: int | None = None,
+        counts: Tensor | None = None,
+        class_names: Sequence[str] | None = None,
+    ) -> ClassFilters:
+        r"""
+        The gates as a table; no image is needed.
+
+        Args:
+
+            num_filters (int, optional): Select this many filters for each class.
+                        Default: None
+            counts (Tensor, optional): Shape (C,), images that the gate was trained on. A class
+                        with none is marked, and no filters are selected for it. By default one
+                        image for each class.
+            class_names (sequence of str, optional): C names.
+                        Default: None
+
+        Returns:
+            *ClassFilters*: Scores are the gates.
+        """
+        model = module_of(self.forward_func)
+        scores = self.gate.double().cpu()
+        counts = torch.ones(len(scores)) if counts is None else counts
+        scores = torch.where(counts[:, None] > 0, scores, torch.full_like(scores, float("nan")))
+        table = ClassFilters(
+            scores=scores,
+            counts=counts,
+            class_names=class_names,
+            layer=self._layer_names()[0],
+            method=type(self).__name__,
+            provenance=provenance(model, options=self.options),
+        )
+        return table if num_filters is None else table.select(num_filters=num_filters)

@@ -1,0 +1,94 @@
+"""Measures of how class-specific a gate, or a network's filters, are."""
+
+import torch
+from torch import Tensor
+
+from captum_classfilters.class_filters import ClassFilters
+
+
+def density_interval(num_classes: int, num_filters: int, limit: float | None = None) -> Tensor:
+    r"""
+    The attainable range of a gate's L1-density.
+
+    Every filter is fully open for one class, hence at least 1/C; the hinge regulariser presses down
+    to ``limit`` / (C K).
+
+    Args:
+
+        num_classes (int): C.
+        num_filters (int): K.
+        limit (float, optional): The hinge's *g*, K by default.
+                    Default: None
+
+    Returns:
+        *Tensor* of shape (2,), lower and upper end.
+    """
+    upper = (num_filters if limit is None else limit) / (num_classes * num_filters)
+    return torch.tensor([1 / num_classes, max(upper, 1 / num_classes)], dtype=torch.float64)
+
+
+def class_share(gate: Tensor, threshold: float = 0.5) -> Tensor:
+    r"""
+    How many filters are open for each pair of classes.
+
+    Args:
+
+        gate (Tensor): Shape (C, K).
+        threshold (float): A gate above it counts as open.
+                    Default: 0.5
+
+    Returns:
+        *Tensor* of shape (C, C), int64; the diagonal holds each class's own open filters.
+    """
+    opened = (gate > threshold).to(torch.float64)
+    return (opened @ opened.T).to(torch.int64)
+
+
+def gate_similarity(gate: Tensor) -> float:
+    r"""
+    Sum over ordered pairs of classes of the cosine between their gates (CSI); lower is more specific.
+
+    .. math:: \mathrm{CSI} = \sum_{i \ne j} \cos(G_{i \cdot}, G_{j \cdot})
+
+    Args:
+
+        gate (Tensor): Shape (C, K).
+
+    Returns:
+        *float*, between 0 and C (C - 1) for gates in [0, 1].
+    """
+    rows = torch.nn.functional.normalize(gate.detach().double(), dim=1)
+    cosine = rows @ rows.T
+    return float(cosine.sum() - cosine.diagonal().sum())
+
+
+def filter_correlation(weight: Tensor) -> Tensor:
+    r"""
+    Absolute cosine between filters' weights, zero on the diagonal.
+
+    Args:
+
+        weight (Tensor): Shape (K, ...), the weight of a convolution or linear layer.
+
+    Returns:
+        *Tensor* of shape (K, K).
+    """
+    rows = torch.nn.functional.normalize(weight.detach().flatten(1).double(), dim=1)
+    return (rows @ rows.T - torch.eye(len(rows), dtype=torch.float64, device=rows.device)).abs()
+
+
+def assign_filters(scores: Tensor | ClassFilters) -> Tensor:
+    r"""
+    The class of each filter: the one with its highest score; the lower class on a tie.
+
+    Args:
+
+        scores (Tensor or ClassFilters): Shape (C, K): gates, contributions, or transposed mutual
+                    information.
+
+    Returns:
+        *Tensor* of shape (K,), int64.
+    """
+    table = scores.scores if isinstance(scores, ClassFilters) else scores
+    filled = table.nan_to_num(nan=-float("inf"))
+    return filled.T.sort(dim=1, descending=True, stable=True).indices[:, 0]

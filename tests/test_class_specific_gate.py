@@ -1,0 +1,297 @@
+"""The class-specific gate: projection, regulariser, hook, training, measures."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from captum_classfilters import ClassFilters, ClassSpecificGate, LayerClassGate
+from captum_classfilters.evaluate import (
+    assign_filters,
+    class_share,
+    density_interval,
+    filter_correlation,
+    gate_similarity,
+    masking_test,
+)
+from captum_classfilters.networks import GatedTrainer, GateSchedule
+from tests.models import batches, deep, hooks_of, images, pool_linear
+
+QUIET = {"show_progress": False}
+
+
+def gate_with(columns, projection="rescale"):
+    weight = torch.tensor(columns).T.contiguous()
+    gate = ClassSpecificGate(*weight.shape, projection=projection)
+    with torch.no_grad():
+        gate.weight.copy_(weight)
+    return gate
+
+
+class TestProjection:
+    def test_rescale_divides_by_the_largest_and_clips(self):
+        gate = gate_with([[0.5, 0.25, -0.1], [2.0, 1.0, 0.0]])
+        gate.project()
+        assert torch.allclose(gate.weight.T, torch.tensor([[1.0, 0.5, 0.0], [1.0, 0.5, 0.0]]))
+
+    @pytest.mark.parametrize("projection", ["rescale", "euclidean"])
+    def test_corner_cases_of_the_released_formula(self, projection):
+        gate = gate_with([[0.0, 0.0, 0.0], [-2.0, -1.0, -3.0]], projection)
+        gate.project()
+        # Zeros would give NaN and negative columns would open fully.
+        assert gate.weight.T.tolist() == [[1, 0, 0], [0, 1, 0]]
+
+    def test_euclidean_is_the_nearest_point(self):
+        torch.manual_seed(0)
+        gate = gate_with((2 * torch.rand(30, 3) - 0.5).tolist(), "euclidean")
+        before = gate.weight.detach().T.clone()
+        gate.project()
+        after = gate.weight.detach().T
+        for column, found in zip(before, after, strict=True):
+            candidates = []
+            for opened in range(3):
+                point = column.clamp(0, 1)
+                point[opened] = 1.0
+                candidates.append(point)
+            best = min(float((column - point).norm()) for point in candidates)
+            assert float((column - found).norm()) == pytest.approx(best, abs=1e-6)
+
+    def test_projected_gates_are_feasible_and_stay(self):
+        torch.manual_seed(0)
+        for projection in ("rescale", "euclidean"):
+            gate = gate_with(torch.randn(20, 4).tolist(), projection)
+            gate.project()
+            assert gate.weight.min() >= 0
+            assert torch.equal(gate.weight.max(0).values, torch.ones(20))
+            first = gate.weight.detach().clone()
+            gate.project()
+            assert torch.allclose(gate.weight, first)
+
+    def test_refuses_gates_that_are_not_finite(self):
+        gate = gate_with([[float("nan"), 1.0]])
+        with pytest.raises(ValueError, match="gates hold NaN"):
+            gate.project()
+
+
+def test_regulariser_family():
+    gate = gate_with([[1.0, 0.5], [1.0, 0.0], [0.25, 1.0]])  # C = 2, K = 3, sum 3.75
+    assert float(gate.regulariser().detach()) == pytest.approx(0.75)
+    assert float(gate.regulariser(limit=10).detach()) == 0
+    assert float(gate.regulariser(distance="l2").detach()) == pytest.approx(0.5625)
+    assert float(gate.regulariser(distance="smooth_l1").detach()) == pytest.approx(0.28125)
+    assert float(gate.regulariser("l1").detach()) == pytest.approx(3.75)
+    assert float(gate.regulariser("column_limit", limit=1.1).detach()) == pytest.approx(0.55)
+    expected = (1.5**2 + 1 + 1.25**2) ** 0.5
+    assert float(gate.regulariser("l12").detach()) == pytest.approx(expected)
+    assert float(gate.regulariser("column_maximum").detach()) == pytest.approx(3.0)
+    assert gate.density == pytest.approx(3.75 / 6)
+    with pytest.raises(ValueError, match="kind='l3'"):
+        gate.regulariser("l3")
+
+
+class TestHook:
+    def test_gates_inside_the_block_only(self):
+        model, x, y = pool_linear(), images(), torch.arange(8) % 3
+        gate = ClassSpecificGate(3, 6, initial=torch.rand(3, 6)).attach(model, "1")
+        plain = model(x)
+        with gate.gating(y):
+            gated = model(x)
+        means = model[:4](x) * gate.weight[y]
+        assert torch.allclose(gated, F.linear(means, model[4].weight, model[4].bias), atol=1e-6)
+        assert torch.equal(model(x), plain)
+        assert set(model.state_dict()) == set(pool_linear().state_dict())
+        gate.detach()
+        assert hooks_of(model) == 0
+
+    def test_bad_input(self):
+        model, x = pool_linear(), images()
+        gate = ClassSpecificGate(3, 6)
+        with pytest.raises(ValueError, match="not attached"), gate.gating(torch.zeros(8).long()):
+            pass
+        gate.attach(model, "1")
+        with pytest.raises(ValueError, match="attached already"):
+            gate.attach(model, "0")
+        with pytest.raises(ValueError, match="Another gate"):
+            ClassSpecificGate(3, 6).attach(model, "1")
+        for labels, message in (
+            (None, "needs the labels"),
+            (torch.zeros(8), "torch.float32"),
+            (torch.full((8,), 3), "out of range"),
+        ):
+            with pytest.raises(ValueError, match=message), gate.gating(labels):
+                pass
+        with pytest.raises(ValueError, match="for 5 labels"), gate.gating(torch.zeros(5).long()):
+            model(x)
+        with pytest.raises(ValueError, match="never reached"), gate.gating(torch.zeros(8).long()):
+            pass
+        wrong = ClassSpecificGate(3, 5).attach(pool_linear(), "1")
+        with (
+            pytest.raises(ValueError, match="gate has 5 filters"),
+            wrong.gating(torch.zeros(8).long()),
+        ):
+            wrong._layer[0](torch.rand(8, 6, 4, 4))
+        with pytest.raises(ValueError, match="hold NaN"):
+            ClassSpecificGate(1, 1, initial=torch.tensor([[float("nan")]]))
+        with pytest.raises(ValueError, match="projection='simplex'"):
+            ClassSpecificGate(1, 1, projection="simplex")
+
+
+def test_schedule_is_two_plain_steps_and_a_gated_one():
+    schedule = GateSchedule(warmup=3)
+    assert [schedule.is_gated(epoch, 0) for epoch in range(9)] == [
+        False, False, False, False, False, True, False, False, True,
+    ]  # fmt: skip
+    by_batch = GateSchedule(unit="batch", period=2)
+    assert [by_batch.is_gated(0, batch) for batch in range(4)] == [False, True, False, True]
+    assert GateSchedule(unit="joint").is_gated(0, 0)
+    with pytest.raises(ValueError, match="between 1 and period"):
+        GateSchedule(gated=4)
+
+
+def separable():
+    torch.manual_seed(0)
+    x, y = 0.1 * torch.randn(120, 2, 6, 6), torch.arange(120) % 3
+    x[y == 0, 0] += 1
+    x[y == 1, 1] += 1
+    return x, y
+
+
+def trainer_of(model, **options):
+    gate = ClassSpecificGate(3, 6).attach(model, "stage2")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2, gamma=0.5)
+    return GatedTrainer(model, gate, optimizer, scheduler=scheduler, regularisation=0.05, **options)
+
+
+def loader(seed=0):
+    x, y = separable()
+    order = torch.Generator().manual_seed(seed)
+    return DataLoader(TensorDataset(x, y), batch_size=24, shuffle=True, generator=order)
+
+
+class TestTraining:
+    def test_learns_and_keeps_the_gate_feasible(self):
+        model = deep()
+        trainer = trainer_of(model)
+        history = trainer.fit(loader(), loader(1), epochs=9, **QUIET)
+        assert [epoch.gated_share for epoch in history] == [0, 0, 1] * 3
+        assert history[-1].validation_accuracy > 0.9
+        weight = trainer.gate.weight
+        assert torch.equal(weight.max(0).values, torch.ones(6))
+        assert history[-1].density < history[0].density + 0.5
+        assert trainer.gate.density >= 1 / 3 - 1e-6
+
+    @pytest.mark.parametrize("unit", ["batch", "joint"])
+    def test_other_schedules(self, unit):
+        trainer = trainer_of(deep(), schedule=GateSchedule(unit=unit, period=2))
+        history = trainer.fit(loader(), epochs=4, **QUIET)
+        assert history[-1].gated_share == (1.0 if unit == "joint" else 0.4)
+        assert history[-1].accuracy > 0.6
+
+    def test_resuming_goes_on_exactly(self, tmp_path):
+        whole = trainer_of(deep())
+        torch.manual_seed(5)
+        batches_ = [list(loader(epoch)) for epoch in range(6)]
+        for epoch in range(6):
+            whole.fit(batches_[epoch], epochs=epoch + 1, **QUIET)
+        first = trainer_of(deep())
+        for epoch in range(3):
+            first.fit(batches_[epoch], epochs=epoch + 1, **QUIET)
+        torch.save(first.state_dict(), tmp_path / "state.pt")
+        second = trainer_of(deep(seed=9))
+        second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+        for epoch in range(3, 6):
+            second.fit(batches_[epoch], epochs=epoch + 1, **QUIET)
+        assert second.history == whole.history
+        assert torch.equal(second.gate.weight, whole.gate.weight)
+        for key, value in second.model.state_dict().items():
+            assert torch.equal(value, whole.model.state_dict()[key])
+
+    def test_bad_input(self):
+        model = deep()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with pytest.raises(ValueError, match="not attached"):
+            GatedTrainer(model, ClassSpecificGate(3, 6), optimizer)
+        gate = ClassSpecificGate(3, 6).attach(model, "stage2")
+        other = torch.optim.SGD(model.parameters(), lr=0.1)
+        with pytest.raises(ValueError, match="does not hold the gate"):
+            GatedTrainer(model, gate, optimizer, gated_optimizer=other)
+        trainer = GatedTrainer(model, gate, optimizer)
+        with pytest.raises(ValueError, match="empty"):
+            trainer.fit([], epochs=1, **QUIET)
+        state = trainer.state_dict()
+        del state["gate"]
+        with pytest.raises(ValueError, match="differs in gate"):
+            trainer.load_state_dict(state)
+
+    def test_a_copy_of_a_gate_is_not_attached(self):
+        gate = ClassSpecificGate(3, 6).attach(deep(), "stage2")
+        assert copy.deepcopy(gate)._layer is None
+
+
+class TestLayerClassGate:
+    gates = torch.tensor([[0.9, 0.1, 0.5, 0.0, 0.2, 0.3], [0.0, 1.0, 0.6, 0.2, 0.1, 0.4]])
+
+    def method(self, **options):
+        gates = torch.cat([self.gates, torch.rand(1, 6)])
+        return LayerClassGate(pool_linear(), "1", gates, **options)
+
+    def test_high_gates_are_the_classs_filters(self):
+        assert self.method().class_filters(num_filters=2).filters_of(0).tolist() == [0, 2]
+        lowest = self.method(descending=False).class_filters(num_filters=2)
+        assert lowest.filters_of(0).tolist() == [3, 1]
+
+    def test_attribution_is_gate_times_activation(self):
+        method, x = self.method(), images()
+        activation = method.forward_func[1](method.forward_func[0](x))
+        expected = activation * self.gates[torch.tensor([0, 1] * 4)][:, :, None, None]
+        assert torch.allclose(method.attribute(x, target=[0, 1] * 4), expected, atol=1e-6)
+        table = method.identify(batches(), num_filters=2, **QUIET)
+        assert table.method == "LayerClassGate"
+
+    def test_bad_input(self):
+        with pytest.raises(ValueError, match="finite gates"):
+            LayerClassGate(pool_linear(), "1", torch.rand(3))
+        with pytest.raises(ValueError, match=r"6 filters, the gate 4"):
+            LayerClassGate(pool_linear(), "1", torch.rand(3, 4)).attribute(images(), target=0)
+
+
+class TestMeasures:
+    gate = torch.tensor([[1.0, 0.6, 0.0], [0.0, 1.0, 1.0]])
+
+    def test_shares_similarity_and_interval(self):
+        assert class_share(self.gate).tolist() == [[2, 1], [1, 2]]
+        cosine = 0.6 / ((1.36**0.5) * (2**0.5))
+        assert gate_similarity(self.gate) == pytest.approx(2 * cosine)
+        assert density_interval(10, 64).tolist() == pytest.approx([0.1, 0.1])
+        assert density_interval(6, 10, limit=12).tolist() == pytest.approx([1 / 6, 0.2])
+
+    def test_correlation_and_assignment(self):
+        weight = torch.tensor([[1.0, 0.0], [-2.0, 0.0], [0.0, 3.0]])
+        assert filter_correlation(weight).tolist() == [[0, 1, 0], [1, 0, 0], [0, 0, 0]]
+        assert assign_filters(torch.tensor([[1.0, 0.0, 2.0], [1.0, 3.0, 0.0]])).tolist() == [
+            0,
+            1,
+            0,
+        ]
+
+    def test_masking_a_class_removes_it_alone(self):
+        model = nn.Sequential(nn.Identity(), nn.Linear(4, 2, bias=False))
+        with torch.no_grad():
+            model[1].weight.copy_(torch.eye(2, 4))
+        x = torch.tensor([[2.0, 1.0, 0, 0], [1.0, 2.0, 0, 0]]).repeat(5, 1)
+        data = [(x, torch.arange(10) % 2)]
+        mask = torch.eye(2, 4).bool()
+        table = ClassFilters(mask.double(), torch.ones(2)).with_selection(mask)
+        result = masking_test(model, model[0], table, data, **QUIET)
+        assert result.clean.tolist() == [1, 1]
+        assert result.recall.tolist() == [[0, 1], [1, 0]]
+        assert result.own.tolist() == [0, 0]
+        assert result.loss_of_others == 0
+        kept = masking_test(model, model[0], table, data, mode="keep", **QUIET)
+        assert kept.recall.tolist() == [[1, 0], [0, 1]]
+        with pytest.raises(ValueError, match="mode='drop'"):
+            masking_test(model, model[0], table, data, mode="drop")
