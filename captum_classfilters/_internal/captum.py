@@ -5,12 +5,10 @@ but an underscore is an underscore: if Captum moves one, this file is the one to
 """
 
 from captum._utils.common import (
-    _extract_device,
     _format_additional_forward_args,
     _format_output,
     _format_tensor_into_tuples,
     _is_tuple,
-    _reduce_list,
     _run_forward,
     _select_targets,
     _sort_key_list,
@@ -31,7 +29,6 @@ from captum.log import log_usage
 __all__ = [
     "BaselineType",
     "TargetType",
-    "_extract_device",
     "_extract_device_ids",
     "_format_additional_forward_args",
     "_format_input_baseline",
@@ -40,7 +37,6 @@ __all__ = [
     "_forward_layer_distributed_eval",
     "_forward_layer_eval",
     "_is_tuple",
-    "_reduce_list",
     "_run_forward",
     "_select_targets",
     "_sort_key_list",

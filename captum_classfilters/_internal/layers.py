@@ -223,9 +223,3 @@ def check_runs(name: str, runs: int) -> None:
             f"The layer {name!r} was reached {runs} times in one forward pass, so it has no single "
             "output; choose the block that contains one use of it, or give each use a module."
         )
-
-
-def check_finite(values: Tensor, what: str) -> None:
-    """Raise if a tensor holds NaN or Inf."""
-    if not bool(torch.isfinite(values).all()):
-        raise ValueError(f"{what} hold NaN or Inf.")
