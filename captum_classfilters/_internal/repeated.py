@@ -19,7 +19,7 @@ _IMAGE_BY_IMAGE = {
     _aten.avg_pool2d,
     _aten._adaptive_avg_pool2d,
 }
-_POINTWISE = {
+POINTWISE = {
     _aten.relu,
     _aten.relu_,
     _aten.sigmoid,
@@ -96,14 +96,16 @@ class RepeatedBatch(Tensor):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Run an operation on one copy where that is exact, on all rows elsewhere."""
+        if any(one is not RepeatedBatch for one in types):
+            return NotImplemented  # the other kind knows what to do with both
         kwargs = kwargs or {}
         tensors = [one for one in tree_flatten((args, kwargs))[0] if isinstance(one, Tensor)]
         batches = [one for one in tensors if isinstance(one, RepeatedBatch)]
         copies = batches[0].copies
         shared = _stays_shared(func, args, kwargs, tensors, batches)
         operands = tree_map(_rows if shared else _all_rows, (args, kwargs))
-        written = _written(func, args)
-        if written is not None:
+        written = written_argument(func, args)
+        if isinstance(written, RepeatedBatch):
             # The rows may be a record, or shared with another batch: never write into them.
             target = operands[0][0].clone() if operands[0][0] is written.rows else operands[0][0]
             result = func(target, *operands[0][1:], **operands[1])
@@ -119,7 +121,7 @@ class RepeatedBatch(Tensor):
 
 
 def all_rows(value: Any) -> Any:
-    """The value with every repeated batch written out."""
+    """The value with every shared batch written out."""
     return tree_map(_all_rows, value)
 
 
@@ -133,20 +135,20 @@ def _rows(value: Any) -> Any:
 
 
 def _all_rows(value: Any) -> Any:
-    return value.all_rows() if isinstance(value, RepeatedBatch) else value
+    return value.all_rows() if hasattr(value, "all_rows") else value
 
 
-def _written(func: Any, args: tuple[Any, ...]) -> RepeatedBatch | None:
-    """The batch that an operation writes into, if it does."""
+def written_argument(func: Any, args: tuple[Any, ...]) -> Any:
+    """The tensor that an operation writes into, if it does; of ours, only the first may be one."""
     if not func._schema.is_mutable:
         return None
     for position, argument in enumerate(func._schema.arguments):
         if argument.alias_info is None or not argument.alias_info.is_write:
             continue
         value = args[position] if position < len(args) else None
-        if isinstance(value, RepeatedBatch):
-            if position:
-                raise CannotReplayError(f"{func} writes into a shared tensor")
+        if position and hasattr(value, "all_rows"):
+            raise CannotReplayError(f"{func} writes into a shared tensor")
+        if not position:
             return value
     return None
 
@@ -166,7 +168,7 @@ def _stays_shared(
     rule: Callable[..., bool] | None = _RULES.get(packet)
     if rule is not None:
         return others == 0 and rule(args)
-    if packet in _POINTWISE:
+    if packet in POINTWISE:
         same_rank = len({batch.dim() for batch in batches}) == 1
         return same_rank and all(
             isinstance(one, RepeatedBatch) or one.dim() == 0 for one in tensors
