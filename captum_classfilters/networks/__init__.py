@@ -18,7 +18,10 @@ from captum_classfilters.networks.decompose import (
 from captum_classfilters.networks.evaluate_classifier import ClassifierScores, evaluate_classifier
 from captum_classfilters.networks.fine_tune import Epoch, fine_tune
 from captum_classfilters.networks.gated_training import GatedEpoch, GatedTrainer, GateSchedule
-from captum_classfilters.networks.greedy_filter_pruning import GreedyFilterPruning, PruningOrder
+from captum_classfilters.networks.greedy_filter_pruning import GreedyFilterPruning
+from captum_classfilters.networks.layerwise_fine_tuning import LayerwiseFineTuning
+from captum_classfilters.networks.masked_filters import masked_filters
+from captum_classfilters.networks.pruning_order import PruningOrder
 from captum_classfilters.networks.refit import fit_linear, refit_head
 from captum_classfilters.networks.remove_class import RemovedClass, remove_class
 
@@ -34,6 +37,7 @@ __all__ = [
     "GreedyFilterPruning",
     "HeadComparison",
     "HeadCost",
+    "LayerwiseFineTuning",
     "PruningOrder",
     "RemovedClass",
     "accuracy_curve",
@@ -45,6 +49,7 @@ __all__ = [
     "fine_tune",
     "fit_linear",
     "head_name",
+    "masked_filters",
     "refit_head",
     "remove_class",
     "replace_head",

@@ -1,12 +1,11 @@
 """Abbasi-Asl and Yu: remove the filter that costs the least accuracy, again and again."""
 
-import json
+import copy
 import os
-import tempfile
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,66 +16,39 @@ from captum_classfilters._internal.layers import find_layer, layer_name, module_
 from captum_classfilters._internal.provenance import fingerprint
 from captum_classfilters._internal.suffix import SuffixReplay
 from captum_classfilters.identify.statistics import class_labels
+from captum_classfilters.networks._candidates import Candidates, accuracy_without
+from captum_classfilters.networks.masked_filters import masked_filters
+from captum_classfilters.networks.pruning_order import PruningOrder
 
-
-@dataclass
-class PruningOrder:
-    r"""
-    The order in which a layer's filters were removed, and the accuracy on the way.
-
-    Args:
-
-        layer (str): Dotted name of the layer.
-        num_filters (int): K.
-        order (list of int): Filters in the order of their removal.
-        accuracy (list of float): Accuracy before the first removal and after each, on the images
-                    that chose the filters.
-        report_accuracy (list of float): The same on the images kept for reporting; empty without
-                    these.
-        model_sha256 (str or None): Fingerprint of the model.
-    """
-
-    layer: str
-    num_filters: int
-    order: list[int] = field(default_factory=list)
-    accuracy: list[float] = field(default_factory=list)
-    report_accuracy: list[float] = field(default_factory=list)
-    model_sha256: str | None = None
-
-    def kept(self, number: int | None = None) -> Tensor:
-        """Which filters are left (K,), bool: after all removals, or when ``number`` were left."""
-        removed = len(self.order) if number is None else self.num_filters - number
-        if not 0 <= removed <= len(self.order):
-            raise ValueError(
-                f"number={number}: the order leaves {self.num_filters - len(self.order)} to "
-                f"{self.num_filters} filters."
-            )
-        kept = torch.ones(self.num_filters, dtype=torch.bool)
-        kept[self.order[:removed]] = False
-        return kept
+Schedule = Literal["layer_by_layer", "all_layers"]
+Batches = list[tuple[tuple[Tensor, ...], Any]]
+Replays = Iterable[tuple[SuffixReplay, Tensor]]
 
 
 class GreedyFilterPruning:
     r"""
-    CAR compression: greedy removal of a layer's filters by classification accuracy reduction.
+    CAR compression: greedy removal of filters by classification accuracy reduction.
 
     In each step the accuracy without each remaining filter is measured on the network as it is by
     then, and the filter whose removal leaves the highest accuracy goes. Equal accuracies are
-    decided by the lower increase of the mean cross-entropy, then by the lower index. Ranking once
-    instead misses that filters stand in for each other.
+    decided by the lower increase of the mean cross-entropy, then by the smaller L1 norm of the
+    filter's weights where the layer has any, then by the lower index. Ranking once instead misses
+    that filters stand in for each other.
 
     Source: Abbasi-Asl and Yu: *Structural Compression of Convolutional Neural Networks with
     Applications in Interpretability*, Frontiers in Big Data 4 (2021),
     https://arxiv.org/abs/1705.07356.
 
-    The batches' prefixes are recorded once and held in memory for all steps, so a step costs only
-    what follows the layer. The model is not changed: filters are masked in the layer's output.
+    What comes before a layer runs once and is held in memory for all steps, so a step costs only
+    what follows the layer. The model is not changed: filters are masked in the layer's output, and
+    fine-tuning works on a copy. A mask leaves what later modules make of a zero, the shift of a
+    batch normalisation say, so name the module that ends with the activation.
 
     Args:
 
         forward_func (Callable): The forward function of the model.
-        layer (nn.Module or str): The layer, or its dotted name.
-        channel_dim (int, optional): Axis of the filters, where it cannot be told from the layer.
+        layer (nn.Module, str or list of these): The layer or layers, or their dotted names.
+        channel_dim (int, optional): Axis of the filters, where it cannot be told from the layers.
                     Default: None
 
     Examples::
@@ -96,13 +68,16 @@ class GreedyFilterPruning:
     def __init__(
         self,
         forward_func: Callable[..., Tensor],
-        layer: nn.Module | str,
+        layer: nn.Module | str | Sequence[nn.Module | str],
         channel_dim: int | None = None,
     ) -> None:
         self.forward_func = forward_func
         self.model = module_of(forward_func)
-        self.layer = find_layer(self.model, layer) if isinstance(layer, str) else layer
-        self.layer_name = layer_name(self.model, self.layer)
+        several: list[Any] = list(layer) if isinstance(layer, (list, tuple)) else [layer]
+        if not several:
+            raise ValueError("The list of layers is empty.")
+        modules = [find_layer(self.model, one) if isinstance(one, str) else one for one in several]
+        self.layers = {layer_name(self.model, one): one for one in modules}
         self.channel_dim = channel_dim
 
     def run(
@@ -110,11 +85,16 @@ class GreedyFilterPruning:
         dataloader: Iterable[Any],
         report_dataloader: Iterable[Any] | None = None,
         *,
-        num_filters: int | None = None,
+        num_filters: int | Mapping[str, int] | None = None,
         ratio: float | None = None,
         min_accuracy: float | None = None,
+        schedule: Schedule = "layer_by_layer",
+        fine_tune: Callable[[nn.Module], Any] | None = None,
+        fine_tune_every: int = 1,
+        error_probability: float | None = None,
         state_path: str | os.PathLike[str] | None = None,
         perturbations_per_eval: int | None = None,
+        seed: int = 0,
         show_progress: bool = True,
     ) -> PruningOrder:
         r"""
@@ -126,14 +106,31 @@ class GreedyFilterPruning:
             report_dataloader (iterable, optional): Other batches to report the accuracy on; the
                         accuracy on the images that chose is too good.
                         Default: None
-            num_filters (int, optional): Keep this many filters.
-            ratio (float, optional): Stop when K over the number of filters left reaches this.
-            min_accuracy (float, optional): Stop before the accuracy on ``dataloader`` falls below
-                        this.
-            state_path (str or path, optional): A JSON file written after every removal; if it
-                        exists, the run continues from it.
+            num_filters (int or dict of str to int, optional): Keep this many filters of each layer,
+                        or of all together where ``schedule`` is ``"all_layers"``.
+            ratio (float, optional): Stop when K over the number of filters left reaches this, for
+                        each layer, or for all together where ``schedule`` is ``"all_layers"``.
+            min_accuracy (float, optional): Stop before the accuracy on ``dataloader``, after
+                        fine-tuning, falls below this.
+            schedule (str): ``"layer_by_layer"``, in the order given, or ``"all_layers"``: each step
+                        removes the filter of any layer whose removal costs the least.
+                        Default: "layer_by_layer"
+            fine_tune (Callable, optional): Trains the network it is given in place, filters
+                        masked; :class:`LayerwiseFineTuning` say.
+                        Default: None
+            fine_tune_every (int): Removals between two fine-tunings.
+                        Default: 1
+            error_probability (float, optional): Stop running a candidate once it is not the best
+                        one beyond chance; each step removes another filter than the best with at
+                        most this probability. Batches should be small and in random order.
+                        Default: None
+            state_path (str or path, optional): A safetensors file written after every removal; if
+                        it exists, the run continues from it.
             perturbations_per_eval (int, optional): Filters per replay. By default as many as a
                         memory budget allows.
+            seed (int): Each fine-tuning starts from a random state of its own, made from this, so
+                        that a run that was continued draws the same batches.
+                        Default: 0
             show_progress (bool): Show a progress bar over the removals.
                         Default: True
 
@@ -143,161 +140,318 @@ class GreedyFilterPruning:
         Raises:
             ValueError: No bound is given; a bound would remove every filter or lies above the
                         start; the loaders hold different classes; the state belongs to another
-                        model or layer.
+                        model or other layers; an option is unknown.
         """
         if num_filters is None and ratio is None and min_accuracy is None:
             raise ValueError("Give at least one of num_filters, ratio and min_accuracy.")
+        _check_options(schedule, fine_tune, self.model, error_probability, fine_tune_every)
         with model_left_as_found(self.model, evaluation=True):
-            images = self._recorded(dataloader, "dataloader")
-            report = (
-                [] if report_dataloader is None else self._recorded(report_dataloader, "report")
-            )
-            _check_classes(images, report)
-            total = images[0][0].num_filters
-            keep = _number_to_keep(total, num_filters, ratio)
-            result = self._started(images, report, total, min_accuracy, state_path)
+            network = self._network(dataloader, report_dataloader, fine_tune is not None)
+            totals = network.num_filters()
+            groups = _groups(totals, schedule, num_filters, ratio)
+            result = network.started(totals, min_accuracy, state_path)
+            step = _Step(
+                network, min_accuracy, fine_tune, fine_tune_every, error_probability, seed,
+                perturbations_per_eval,
+            )  # fmt: skip
             with tqdm(
-                total=total - keep,
-                initial=len(result.order),
-                desc=f"pruning {self.layer_name}",
+                total=sum(sum(totals[name] for name in group) - keep for group, keep in groups),
+                initial=len(result.removed),
+                desc=f"pruning {', '.join(self.layers)}",
                 disable=not show_progress,
             ) as bar:
-                while total - len(result.order) > keep:
-                    if not self._step(result, images, report, min_accuracy, perturbations_per_eval):
-                        break
-                    _save(result, state_path)
-                    bar.update()
+                for group, keep in groups:
+                    while _left(result, group) > keep and step(result, group):
+                        if state_path is not None:
+                            result.save(state_path)
+                        bar.update()
         return result
 
-    def _recorded(self, dataloader: Iterable[Any], name: str) -> list[tuple[SuffixReplay, Tensor]]:
-        recorded = []
-        for number, (inputs, labels) in enumerate(dataloader):
-            images = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
-            if not len(images[0]):
-                continue
-            replay = SuffixReplay(
-                self.forward_func, self.layer, images, channel_dim=self.channel_dim
-            )
+    def _network(
+        self, dataloader: Iterable[Any], report: Iterable[Any] | None, tuned: bool
+    ) -> "_Network":
+        forward_func, layers = self.forward_func, self.layers
+        if tuned:
+            assert isinstance(self.model, nn.Module)
+            forward_func = copy.deepcopy(self.model)
+            layers = {name: find_layer(forward_func, name) for name in layers}
+        network = _Network(
+            forward_func,
+            layers,
+            self.channel_dim,
+            _batches(dataloader, "dataloader"),
+            [] if report is None else _batches(report, "report"),
+            fingerprint(self.model),
+        )
+        network.check_classes()
+        return network
+
+
+@dataclass
+class _Network:
+    """The network as it is by now, and the images to run it on."""
+
+    forward_func: Callable[..., Tensor]
+    layers: dict[str, nn.Module]
+    channel_dim: int | None
+    images: Batches
+    report: Batches
+    model_sha256: str | None
+    _recorded: dict[bool, list[tuple[SuffixReplay, Tensor]]] = field(default_factory=dict)
+    _recorded_at: str | None = None
+
+    def num_filters(self) -> dict[str, int]:
+        """K of each layer."""
+        first = self.images[:1]
+        return {name: next(self._run(name, first))[0].num_filters for name in self.layers}
+
+    def without_others(self, name: str, masks: Mapping[str, Tensor]) -> Any:
+        """A block in which the other layers lack what they have lost."""
+        model = module_of(self.forward_func)
+        others = {other: mask for other, mask in masks.items() if other != name}
+        return masked_filters(model or nn.Module(), others, self.channel_dim)
+
+    def replays(self, name: str, report: bool, keep: bool) -> Replays:
+        """Batches recorded up to a layer; held in memory on demand."""
+        batches = self.report if report else self.images
+        if not keep:
+            return self._run(name, batches)
+        if self._recorded_at != name:
+            self.forget()
+        self._recorded_at = name
+        if report not in self._recorded:
+            self._recorded[report] = list(self._run(name, batches))
+        return self._recorded[report]
+
+    def forget(self) -> None:
+        """Forget what was recorded: the network has changed."""
+        self._recorded.clear()
+        self._recorded_at = None
+
+    @property
+    def module(self) -> nn.Module:
+        """The network, where it is tuned."""
+        model = module_of(self.forward_func)
+        assert model is not None
+        return model
+
+    def _run(self, name: str, batches: Batches) -> Iterator[tuple[SuffixReplay, Tensor]]:
+        layer = self.layers[name]
+        for number, (inputs, labels) in enumerate(batches):
+            replay = SuffixReplay(self.forward_func, layer, inputs, channel_dim=self.channel_dim)
             if replay.output.dim() != 2:
                 raise ValueError(
                     f"The model puts out {tuple(replay.output.shape)}; accuracy needs (N, C)."
                 )
-            classes = replay.output.shape[1]
-            truth = class_labels(labels, replay.num_images, classes, number)
-            recorded.append((replay, truth.to(replay.output.device)))
-        if not recorded:
-            raise ValueError(f"The {name} loader is empty.")
-        return recorded
+            truth = class_labels(labels, replay.num_images, replay.output.shape[1], number)
+            yield replay, truth.to(replay.output.device)
 
-    def _started(
+    def check_classes(self) -> None:
+        """The images to report on must hold the classes of those that choose."""
+        if not self.report:
+            return
+        one, other = (
+            set(torch.cat([torch.as_tensor(labels).cpu() for _, labels in part]).tolist())
+            for part in (self.images, self.report)
+        )
+        if one != other:
+            raise ValueError(
+                "The loaders hold different classes: "
+                f"{sorted(one - other)} only among the images that choose, "
+                f"{sorted(other - one)} only among those that report."
+            )
+
+    def measure(self, name: str, masks: dict[str, Tensor], report: bool, keep: bool) -> float:
+        """Accuracy of the network as it is."""
+        with self.without_others(name, masks):
+            return accuracy_without(self.replays(name, report, keep), ~masks[name])[0]
+
+    def started(
         self,
-        images: Sequence[tuple[SuffixReplay, Tensor]],
-        report: Sequence[tuple[SuffixReplay, Tensor]],
-        total: int,
+        totals: dict[str, int],
         min_accuracy: float | None,
         state_path: str | os.PathLike[str] | None,
     ) -> PruningOrder:
-        nothing = torch.zeros(1, total, dtype=torch.bool)
-        print_of_model = fingerprint(self.model)
-        start = _measure(images, nothing, 1)[0][0]
+        """A new record, or the one that is to be continued."""
+        masks = {name: torch.ones(total, dtype=torch.bool) for name, total in totals.items()}
+        first = next(iter(totals))
+        start = self.measure(first, masks, False, keep=True)
         if min_accuracy is not None and min_accuracy > start:
             raise ValueError(
                 f"min_accuracy={min_accuracy} lies above the accuracy at the start, {start:.4f}."
             )
         if state_path is not None and Path(state_path).exists():
-            state = PruningOrder(**json.loads(Path(state_path).read_text()))
-            same = (state.layer, state.num_filters, state.model_sha256, state.accuracy[0])
-            if same != (self.layer_name, total, print_of_model, start):
-                raise ValueError(
-                    f"{state_path} holds the state of another run: layer {state.layer!r} with "
-                    f"{state.num_filters} filters; remove it, or continue with the same model, "
-                    "layer and images."
-                )
-            return state
+            return self._continued(PruningOrder.load(state_path), totals, start, state_path)
         return PruningOrder(
-            layer=self.layer_name,
-            num_filters=total,
+            filters=totals,
             accuracy=[start],
-            report_accuracy=[_measure(report, nothing, 1)[0][0]] if report else [],
-            model_sha256=print_of_model,
+            report_accuracy=[self.measure(first, masks, True, keep=True)] if self.report else [],
+            model_sha256=self.model_sha256,
         )
 
-    @staticmethod
-    def _step(
-        result: PruningOrder,
-        images: Sequence[tuple[SuffixReplay, Tensor]],
-        report: Sequence[tuple[SuffixReplay, Tensor]],
-        min_accuracy: float | None,
-        at_once: int | None,
-    ) -> bool:
+    def _continued(
+        self, state: PruningOrder, totals: dict[str, int], start: float, path: Any
+    ) -> PruningOrder:
+        same = (state.filters, state.model_sha256, state.accuracy[0], bool(state.report_accuracy))
+        if same != (totals, self.model_sha256, start, bool(self.report)):
+            raise ValueError(
+                f"{path} holds the state of another run, over {state.filters}; remove it, or "
+                "continue with the same model, layers and images."
+            )
+        if state.weights is not None:
+            self.module.load_state_dict(state.weights)
+            self.forget()
+        return state
+
+
+@dataclass
+class _Step:
+    """One removal."""
+
+    network: _Network
+    min_accuracy: float | None
+    fine_tune: Callable[[nn.Module], Any] | None
+    fine_tune_every: int
+    error_probability: float | None
+    seed: int
+    at_once: int | None
+
+    def __call__(self, result: PruningOrder, group: Sequence[str]) -> bool:
         """Remove the next filter; False if that would break the accuracy bound."""
-        kept = result.kept()
-        candidates = kept.nonzero()[:, 0]
-        removed = ~kept | (candidates[:, None] == torch.arange(result.num_filters))
-        accuracy, loss = _measure(images, removed, at_once)
-        # Highest accuracy, then lowest cross-entropy, then lowest index.
-        best = min(range(len(candidates)), key=lambda one: (-accuracy[one], loss[one], one))
-        if min_accuracy is not None and accuracy[best] < min_accuracy:
+        keep = len(group) == 1
+        measured = [(name, *self._candidates(result, name, keep)) for name in group]
+        best = min(
+            (-float(candidates.accuracy[row]), float(candidates.mean_loss[row]), size, place, row)
+            for place, (_, _, candidates, sizes) in enumerate(measured)
+            for row, size in enumerate(sizes)
+        )
+        name, filters, _, _ = measured[best[3]]
+        accuracy, removal = -best[0], (name, int(filters[best[4]]))
+        result.removed.append(removal)
+        weights = result.weights
+        due = self.fine_tune is not None and len(result.removed) % self.fine_tune_every == 0
+        before = _state(self.network.module) if due else {}
+        if due:
+            accuracy = self._tuned(result, name, keep)
+        if self.min_accuracy is not None and accuracy < self.min_accuracy:
+            result.removed.pop()
+            if due:
+                result.weights = weights
+                self.network.module.load_state_dict(before)
+                self.network.forget()
             return False
-        result.order.append(int(candidates[best]))
-        result.accuracy.append(accuracy[best])
-        if report:
-            result.report_accuracy.append(_measure(report, removed[best : best + 1], 1)[0][0])
+        result.accuracy.append(accuracy)
+        result.evaluations.append(sum(one.evaluations for _, _, one, _ in measured))
+        result.possible_evaluations.append(
+            sum(one.possible_evaluations for _, _, one, _ in measured)
+        )
+        if self.network.report:
+            result.report_accuracy.append(self.network.measure(name, result.masks(), True, keep))
         return True
 
+    def _candidates(
+        self, result: PruningOrder, name: str, keep: bool
+    ) -> tuple[Tensor, Candidates, list[float]]:
+        """A layer's remaining filters, what removing them does, and their L1 norms."""
+        masks = result.masks()
+        kept = masks[name]
+        filters = kept.nonzero()[:, 0] if int(kept.sum()) > 1 else torch.zeros(0, dtype=torch.int64)
+        removed = ~kept | (filters[:, None] == torch.arange(len(kept)))
+        candidates = Candidates(removed, self.error_probability, len(self.network.images))
+        if len(filters):
+            with self.network.without_others(name, masks):
+                candidates.measure(self.network.replays(name, False, keep), self.at_once)
+        return filters, candidates, _norms(self.network.layers[name], filters, len(kept))
 
-def _measure(
-    images: Sequence[tuple[SuffixReplay, Tensor]], removed: Tensor, at_once: int | None
-) -> tuple[list[float], list[float]]:
-    """Accuracy and mean cross-entropy without each set of filters (P, K)."""
-    right = torch.zeros(len(removed), dtype=torch.int64)
-    loss = torch.zeros(len(removed), dtype=torch.float64)
-    number = 0
-    for replay, labels in images:
-        number += len(labels)
-        size = replay.rows_per_replay(at_once)
-        for start in range(0, len(removed), size):
-            outputs = replay.outputs(removed[start : start + size], size)
-            rows = slice(start, start + len(outputs))
-            right[rows] += (outputs.argmax(2) == labels).sum(1).cpu()
-            index = labels.expand(outputs.shape[:2])[..., None]
-            loss[rows] -= outputs.double().log_softmax(2).gather(2, index).sum((1, 2)).cpu()
-    return (right.double() / number).tolist(), (loss / number).tolist()
+    def _tuned(self, result: PruningOrder, name: str, keep: bool) -> float:
+        """Train the network without the removed filters; its accuracy then."""
+        assert self.fine_tune is not None
+        model, masks = self.network.module, result.masks()
+        torch.manual_seed(self.seed + len(result.removed))
+        with masked_filters(model, masks, self.network.channel_dim):
+            self.fine_tune(model)
+        model.eval()
+        result.weights = _state(model)
+        self.network.forget()
+        return self.network.measure(name, masks, False, keep)
 
 
-def _check_classes(
-    images: Sequence[tuple[SuffixReplay, Tensor]], report: Sequence[tuple[SuffixReplay, Tensor]]
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    return {name: one.detach().clone() for name, one in model.state_dict().items()}
+
+
+def _norms(layer: nn.Module, filters: Tensor, number: int) -> list[float]:
+    """L1 norm of each filter's weights; 0 where the layer itself has none."""
+    weight = getattr(layer, "weight", None)
+    if not isinstance(weight, Tensor) or weight.dim() < 2 or len(weight) != number:
+        return [0.0] * len(filters)
+    sums = weight.detach().flatten(1).abs().sum(1).cpu()
+    return [float(one) for one in sums[filters]]
+
+
+def _batches(dataloader: Iterable[Any], name: str) -> Batches:
+    batches = []
+    for inputs, labels in dataloader:
+        images = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
+        if len(images[0]):
+            batches.append((images, labels))
+    if not batches:
+        raise ValueError(f"The {name} loader is empty.")
+    return batches
+
+
+def _left(result: PruningOrder, group: Sequence[str]) -> int:
+    return sum(int(result.kept(layer=name).sum()) for name in group)
+
+
+def _groups(
+    totals: dict[str, int],
+    schedule: Schedule,
+    num_filters: int | Mapping[str, int] | None,
+    ratio: float | None,
+) -> list[tuple[list[str], int]]:
+    """Layers that compete with each other, and how many filters they keep together."""
+    if schedule == "all_layers":
+        if isinstance(num_filters, Mapping):
+            raise ValueError("num_filters must be one number where all layers compete.")
+        total = sum(totals.values())
+        return [(list(totals), _number_to_keep(total, len(totals), num_filters, ratio))]
+    given = dict(num_filters) if isinstance(num_filters, Mapping) else {}
+    if unknown := set(given) - set(totals):
+        raise ValueError(f"num_filters names {sorted(unknown)}, but the layers are {list(totals)}.")
+    one = None if isinstance(num_filters, Mapping) else num_filters
+    return [
+        ([name], _number_to_keep(total, 1, given.get(name, one), ratio))
+        for name, total in totals.items()
+    ]
+
+
+def _number_to_keep(total: int, least: int, num_filters: int | None, ratio: float | None) -> int:
+    if num_filters is not None and not least <= num_filters <= total:
+        raise ValueError(
+            f"num_filters={num_filters}: expected {least} to {total}; a layer cannot lose every "
+            "filter."
+        )
+    if ratio is not None and not 1 <= ratio <= total / least:
+        raise ValueError(
+            f"ratio={ratio}: expected 1 to {total / least:g}; a layer cannot lose every filter."
+        )
+    by_ratio = least if ratio is None else int(total / ratio)
+    return max(least if num_filters is None else num_filters, by_ratio, least)
+
+
+def _check_options(
+    schedule: str,
+    fine_tune: Any,
+    model: nn.Module | None,
+    error_probability: float | None,
+    fine_tune_every: int,
 ) -> None:
-    if not report:
-        return
-    one, other = (
-        set(torch.cat([labels for _, labels in part]).tolist()) for part in (images, report)
-    )
-    if one != other:
-        raise ValueError(
-            "The loaders hold different classes: "
-            f"{sorted(one - other)} only among the images that choose, {sorted(other - one)} only "
-            "among those that report."
-        )
-
-
-def _number_to_keep(total: int, num_filters: int | None, ratio: float | None) -> int:
-    if num_filters is not None and not 1 <= num_filters <= total:
-        raise ValueError(
-            f"num_filters={num_filters}: expected 1 to {total}; a layer cannot lose every filter."
-        )
-    if ratio is not None and not 1 <= ratio <= total:
-        raise ValueError(f"ratio={ratio}: expected 1 to {total}, the number of filters.")
-    by_ratio = 1 if ratio is None else int(total / ratio)
-    return max(1 if num_filters is None else num_filters, by_ratio, 1)
-
-
-def _save(result: PruningOrder, path: str | os.PathLike[str] | None) -> None:
-    """Write the state so that a kill at any moment leaves the old file or the new one."""
-    if path is None:
-        return
-    target = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=target.name)
-    with os.fdopen(handle, "w") as file:
-        json.dump(asdict(result), file)
-    os.replace(temporary, target)
+    if schedule not in ("layer_by_layer", "all_layers"):
+        raise ValueError(f"schedule={schedule!r}; choose 'layer_by_layer' or 'all_layers'.")
+    if fine_tune is not None and model is None:
+        raise ValueError("Fine-tuning needs the model itself, not a function of it.")
+    if fine_tune_every < 1:
+        raise ValueError(f"fine_tune_every={fine_tune_every} must be at least 1.")
+    if error_probability is not None and not 0 < error_probability < 1:
+        raise ValueError(f"error_probability={error_probability} must lie between 0 and 1.")
