@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 
 from captum_classfilters import (
+    LayerFilterAblation,
     LayerFilterContribution,
     LayerFilterFrequency,
     identify_class_filters,
@@ -24,6 +25,12 @@ def tables(model, data):
     )
 
 
+def reduction(model, data):
+    return LayerFilterAblation(model, "stage1").identify(
+        data, metric="accuracy", show_progress=False
+    )
+
+
 def main() -> None:
     torch.set_num_threads(1)
     folder, split = sys.argv[1], int(sys.argv[2])
@@ -33,6 +40,7 @@ def main() -> None:
     share = data[:split] if rank == 0 else data[split:]
     for name, table in tables(deep(), share).items():
         table.save(f"{folder}/{split}-{rank}-{name}.safetensors")
+    torch.save(vars(reduction(deep(), share)), f"{folder}/{split}-{rank}-reduction.pt")
     dist.barrier()
     dist.destroy_process_group()
 

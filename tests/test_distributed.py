@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from captum_classfilters import ClassFilters
-from tests.distributed_worker import tables
+from tests.distributed_worker import reduction, tables
 from tests.models import batches, deep
 
 ROOT = Path(__file__).parents[1]
@@ -44,3 +44,10 @@ def test_two_ranks_give_the_table_of_one_process(tmp_path, split):
             assert torch.allclose(
                 found.standard_errors, expected.standard_errors, rtol=1e-5, atol=1e-9
             )
+    expected = reduction(deep(), batches())
+    for rank in range(2):
+        found = torch.load(tmp_path / f"{split}-{rank}-reduction.pt")
+        for name in ("counts", "correct", "lost", "gained"):
+            assert torch.equal(found[name], getattr(expected, name))
+        assert torch.allclose(found["log_probability_drop"], expected.log_probability_drop)
+    assert int(expected.counts.sum()) == sum(len(labels) for _, labels in batches())

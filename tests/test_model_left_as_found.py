@@ -21,7 +21,12 @@ from captum_classfilters import (
 )
 from captum_classfilters.evaluate import layer_sweep, model_essentiality
 from captum_classfilters.identify import collect_features
-from captum_classfilters.networks import GreedyFilterPruning, compare_heads, evaluate_classifier
+from captum_classfilters.networks import (
+    GreedyFilterPruning,
+    LayerwiseFineTuning,
+    compare_heads,
+    evaluate_classifier,
+)
 from tests.models import batches, images
 
 QUIET = {"show_progress": False}
@@ -97,6 +102,13 @@ ENTRIES = {
         batches(), metric="accuracy", **QUIET
     ),
     "greedy pruning": lambda m: GreedyFilterPruning(m, "2").run(batches(), num_filters=4, **QUIET),
+    "greedy pruning of layers with fine-tuning": lambda m: GreedyFilterPruning(m, ["0", "2"]).run(
+        batches(),
+        num_filters=10,
+        schedule="all_layers",
+        fine_tune=LayerwiseFineTuning(batches(), 0.1, num_steps=2),
+        **QUIET,
+    ),
     "gate": lambda m: FilterGate(m, "2")(torch.ones(8, 6), images()),
     "list_filter_layers": lambda m: list_filter_layers(m, images()),
     "decompose": lambda m: decompose(m, table(), example_inputs=images()),

@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torchmetrics import Metric
 from tqdm.auto import tqdm
 
+from captum_classfilters._internal.distributed import gather, is_main_process
 from captum_classfilters._internal.guard import model_left_as_found
 from captum_classfilters._internal.layers import layer_name, module_of
 from captum_classfilters._internal.provenance import provenance
@@ -164,6 +166,8 @@ def accuracy_reduction(
     the top-1 accuracy on the images of class *c*. A filter is removed from the layer's output; with
     normalisations across channels after the layer this differs from deleting it.
 
+    Under ``torchrun`` each process measures its share of the images, and every process gets the sum.
+
     Source: Abbasi-Asl and Yu: *Structural Compression of Convolutional Neural Networks with
     Applications in Interpretability*, Frontiers in Big Data 4 (2021),
     https://arxiv.org/abs/1705.07356. The formula per class is the restriction of the first.
@@ -217,9 +221,13 @@ def accuracy_reduction(
             labels = class_labels(raw_labels, replay.num_images, classes, number)
             if sums is None:
                 sums = _Sums(classes, replay.num_filters)
-            sums.add(replay, labels.to(replay.output.device), perturbations_per_eval)
-    if sums is None:
+            sums.update(replay, labels.to(replay.output.device), perturbations_per_eval)
+    # A process may have no image; it still takes part in the sum.
+    sizes = [one for one in gather(None if sums is None else tuple(sums.lost.shape)) if one]
+    if not sizes:
         raise ValueError("The data loader is empty: there is no image to measure accuracy on.")
+    if sums is None:
+        sums = _Sums(*sizes[0])
     return sums.result(method, class_names or dataset_names(dataloader))
 
 
@@ -277,18 +285,32 @@ def metric_reduction(
     )
 
 
-class _Sums:
+class _Sums(Metric):
     """Whole-number counts and sums, so that the order of the batches does not matter."""
 
-    def __init__(self, num_classes: int, num_filters: int) -> None:
-        self.counts = torch.zeros(num_classes, dtype=torch.int64)
-        self.correct = torch.zeros(num_classes, dtype=torch.int64)
-        self.lost = torch.zeros(num_classes, num_filters, dtype=torch.int64)
-        self.gained = torch.zeros(num_classes, num_filters, dtype=torch.int64)
-        self.log_drop = torch.zeros(num_classes, num_filters, dtype=torch.float64)
-        self.drop = torch.zeros(num_classes, num_filters, dtype=torch.float64)
+    full_state_update = False
+    counts: Tensor
+    correct: Tensor
+    lost: Tensor
+    gained: Tensor
+    log_drop: Tensor
+    drop: Tensor
 
-    def add(self, replay: SuffixReplay, labels: Tensor, at_once: int | None) -> None:
+    def __init__(self, num_classes: int, num_filters: int) -> None:
+        super().__init__()
+        table = torch.zeros(num_classes, num_filters)
+        states = {
+            "counts": table[:, 0].long(),
+            "correct": table[:, 0].long(),
+            "lost": table.long(),
+            "gained": table.long(),
+            "log_drop": table.double(),
+            "drop": table.double(),
+        }
+        for name, zeros in states.items():
+            self.add_state(name, zeros, dist_reduce_fx="sum")
+
+    def update(self, replay: SuffixReplay, labels: Tensor, at_once: int | None) -> None:
         """Add a batch, some filters at a time."""
         right, log_probability = _right_and_log_probability(replay.output, labels)
         place = labels.cpu()
@@ -310,28 +332,34 @@ class _Sums:
                     len(self.counts), len(some), dtype=values.dtype
                 ).index_add_(0, place, values.T.cpu())
 
+    def compute(self) -> dict[str, Tensor]:
+        """The states, summed over processes."""
+        return {name: getattr(self, name).clone() for name in self._defaults}
+
     def result(
         self, method: LayerFilterAblation, class_names: Sequence[str] | None
     ) -> AccuracyReduction:
         """The counts of all batches, with what they come from."""
-        number = self.counts.double()[:, None]
+        sums = self.compute()
+        counts = sums["counts"]
+        number = counts.double()[:, None]
         names = class_names
-        if names is None or len(names) != len(self.counts):
-            names = [str(label) for label in range(len(self.counts))]
+        if names is None or len(names) != len(counts):
+            names = [str(label) for label in range(len(counts))]
         return AccuracyReduction(
-            counts=self.counts,
-            correct=self.correct,
-            lost=self.lost,
-            gained=self.gained,
-            log_probability_drop=self.log_drop / number,
-            probability_drop=self.drop / number,
+            counts=counts,
+            correct=sums["correct"],
+            lost=sums["lost"],
+            gained=sums["gained"],
+            log_probability_drop=sums["log_drop"] / number,
+            probability_drop=sums["drop"] / number,
             class_names=tuple(names),
             layer=method._layer_names()[0],
             provenance=provenance(
                 module_of(method.forward_func),
                 options=method.options,
                 feeds_head=None,
-                num_images=int(self.counts.sum()),
+                num_images=int(counts.sum()),
             ),
         )
 
@@ -349,7 +377,8 @@ def _replays(
         names = ", ".join(method._layer_names())
         raise ValueError(f"The method has several layers ({names}); measure them one by one.")
     name = layer_name(module_of(method.forward_func), layers[0])
-    bar = tqdm(dataloader, desc=f"without {name}", unit="batch", disable=not show_progress)
+    quiet = not show_progress or not is_main_process()
+    bar = tqdm(dataloader, desc=f"without {name}", unit="batch", disable=quiet)
     for number, batch in enumerate(bar):
         inputs, labels = split_batch(batch, number, device)
         if len(inputs[0]):
