@@ -103,8 +103,12 @@ class RepeatedBatch(Tensor):
         batches = [one for one in tensors if isinstance(one, RepeatedBatch)]
         copies = batches[0].copies
         shared = _stays_shared(func, args, kwargs, tensors, batches)
-        operands = tree_map(_rows if shared else _all_rows, (args, kwargs))
         written = written_argument(func, args)
+        if not shared and _broadcasts(func, tensors, batches, written):
+            apart = tree_map(lambda one: _apart(one, copies), (args, kwargs))
+            result = func(*apart[0], **apart[1])  # writes through a view, where it writes
+            return result.reshape(batches[0].shape) if written is None else written
+        operands = tree_map(_rows if shared else _all_rows, (args, kwargs))
         if isinstance(written, RepeatedBatch):
             # The rows may be a record, or shared with another batch: never write into them.
             target = operands[0][0].clone() if operands[0][0] is written.rows else operands[0][0]
@@ -136,6 +140,29 @@ def _rows(value: Any) -> Any:
 
 def _all_rows(value: Any) -> Any:
     return value.all_rows() if hasattr(value, "all_rows") else value
+
+
+def _broadcasts(
+    func: Any, tensors: list[Tensor], batches: list[RepeatedBatch], written: Any
+) -> bool:
+    """Whether full tensors can be computed with the one copy, without writing it out."""
+    full = [one for one in tensors if one.dim()]
+    return (
+        func.overloadpacket in POINTWISE
+        and not isinstance(written, RepeatedBatch)
+        and len({(one.copies, len(one.rows)) for one in batches}) == 1
+        and all(one.shape == batches[0].shape for one in full)
+        and all(one.is_contiguous() for one in full if not isinstance(one, RepeatedBatch))
+    )
+
+
+def _apart(value: Any, copies: int) -> Any:
+    """Copies on an axis of their own, or one copy that broadcasts over it."""
+    if isinstance(value, RepeatedBatch):
+        return value.rows
+    if isinstance(value, Tensor) and value.dim():
+        return value.unflatten(0, (copies, -1))
+    return value
 
 
 def written_argument(func: Any, args: tuple[Any, ...]) -> Any:
