@@ -17,11 +17,19 @@ from captum_classfilters import (
     decompose,
     identify_class_filters,
     list_filter_layers,
+    prune_filters,
     select_by_accuracy,
 )
 from captum_classfilters.evaluate import layer_sweep, model_essentiality
 from captum_classfilters.identify import collect_features
-from captum_classfilters.networks import GreedyFilterPruning, compare_heads, evaluate_classifier
+from captum_classfilters.networks import (
+    ClassFilterImportance,
+    GreedyFilterPruning,
+    compare_heads,
+    compare_networks,
+    evaluate_classifier,
+    prunable_layers,
+)
 from tests.models import batches, images
 
 QUIET = {"show_progress": False}
@@ -107,8 +115,20 @@ ENTRIES = {
     "compare_heads": lambda m: compare_heads(
         m, decompose(m, table(), head="7"), images(), repetitions=1
     ),
+    "compare_networks": lambda m: compare_networks(m, copy.deepcopy(m), images(), repetitions=1),
+    "prune_filters": lambda m: prune_filters(m, "0", images(), remove=[1]),
+    "prunable_layers": lambda m: prunable_layers(m, images()),
+    "torch_pruning importance": lambda m: ClassFilterImportance(m, table(), images()),
     "layer_sweep": lambda m: layer_sweep(m, ["2"], batches(), **QUIET),
     "model_essentiality": lambda m: model_essentiality(m, table(), batches(), **QUIET),
+}
+# These run the model once.
+ONE_PASS = {
+    "list_filter_layers",
+    "decompose",
+    "prune_filters",
+    "prunable_layers",
+    "torch_pruning importance",
 }
 # Captum's contract: per-image methods run the model as it is, its own random layers included.
 PER_IMAGE = {
@@ -146,7 +166,7 @@ def test_left_as_found(name, fails):
     random_state = torch.get_rng_state()
     if fails:
         model[3].calls_left = 0 if name in PER_IMAGE else 1
-        if name in ("list_filter_layers", "decompose"):
+        if name in ONE_PASS:
             model[3].calls_left = 0
         with pytest.raises(RuntimeError, match="alarm"):
             ENTRIES[name](model)

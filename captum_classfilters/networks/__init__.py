@@ -5,8 +5,15 @@ from captum_classfilters.networks.accuracy_curve import (
     accuracy_curve,
     select_by_accuracy,
 )
+from captum_classfilters.networks.class_filter_importance import ClassFilterImportance
 from captum_classfilters.networks.class_specific_gate import ClassSpecificGate
 from captum_classfilters.networks.compare_heads import HeadComparison, HeadCost, compare_heads
+from captum_classfilters.networks.compare_networks import (
+    NetworkComparison,
+    NetworkCost,
+    compare_networks,
+    multiply_adds,
+)
 from captum_classfilters.networks.decompose import (
     DecomposedLinear,
     decompose,
@@ -19,11 +26,18 @@ from captum_classfilters.networks.evaluate_classifier import ClassifierScores, e
 from captum_classfilters.networks.fine_tune import Epoch, fine_tune
 from captum_classfilters.networks.gated_training import GatedEpoch, GatedTrainer, GateSchedule
 from captum_classfilters.networks.greedy_filter_pruning import GreedyFilterPruning, PruningOrder
+from captum_classfilters.networks.prunable_layers import (
+    PrunableLayer,
+    PrunableLayers,
+    prunable_layers,
+)
+from captum_classfilters.networks.prune_filters import prune_filters
 from captum_classfilters.networks.refit import fit_linear, refit_head
 from captum_classfilters.networks.remove_class import RemovedClass, remove_class
 
 __all__ = [
     "AccuracyCurve",
+    "ClassFilterImportance",
     "ClassSpecificGate",
     "ClassifierScores",
     "DecomposedLinear",
@@ -34,10 +48,15 @@ __all__ = [
     "GreedyFilterPruning",
     "HeadComparison",
     "HeadCost",
+    "NetworkComparison",
+    "NetworkCost",
+    "PrunableLayer",
+    "PrunableLayers",
     "PruningOrder",
     "RemovedClass",
     "accuracy_curve",
     "compare_heads",
+    "compare_networks",
     "decompose",
     "decomposed_head",
     "evaluate_classifier",
@@ -45,6 +64,9 @@ __all__ = [
     "fine_tune",
     "fit_linear",
     "head_name",
+    "multiply_adds",
+    "prunable_layers",
+    "prune_filters",
     "refit_head",
     "remove_class",
     "replace_head",
