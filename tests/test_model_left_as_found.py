@@ -21,13 +21,15 @@ from captum_classfilters import (
     select_by_accuracy,
 )
 from captum_classfilters.evaluate import layer_sweep, model_essentiality
-from captum_classfilters.identify import collect_features
+from captum_classfilters.identify import activation_scores, collect_features
 from captum_classfilters.networks import (
     ClassFilterImportance,
     GreedyFilterPruning,
+    accuracy_after_removal,
     compare_heads,
     compare_networks,
     evaluate_classifier,
+    filter_importance_baselines,
     prunable_layers,
 )
 from tests.models import batches, images
@@ -119,6 +121,9 @@ ENTRIES = {
     "prune_filters": lambda m: prune_filters(m, "0", images(), remove=[1]),
     "prunable_layers": lambda m: prunable_layers(m, images()),
     "torch_pruning importance": lambda m: ClassFilterImportance(m, table(), images()),
+    "activation_scores": lambda m: activation_scores(m, "2", batches(), **QUIET),
+    "baselines": lambda m: filter_importance_baselines(m, "2", batches(), **QUIET),
+    "accuracy_after_removal": lambda m: accuracy_after_removal(m, "2", [1, 0], batches(), **QUIET),
     "layer_sweep": lambda m: layer_sweep(m, ["2"], batches(), **QUIET),
     "model_essentiality": lambda m: model_essentiality(m, table(), batches(), **QUIET),
 }

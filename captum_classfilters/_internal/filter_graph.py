@@ -50,7 +50,8 @@ class Reach:
 
     Args:
 
-        consumers (dict): For each layer that reads the filters, which of its inputs they are.
+        consumers (dict): For each layer that reads the filters, which of its inputs they are ...
+        read_filters (dict): ... and which filter each of these inputs is.
         removed_with (list of str): Normalisations, depthwise convolutions and gates that lose them
                     as well.
         tied_to (list of str): Layers whose filters are added to these.
@@ -58,6 +59,7 @@ class Reach:
     """
 
     consumers: dict[str, list[int]] = field(default_factory=dict)
+    read_filters: dict[str, list[int]] = field(default_factory=dict)
     removed_with: list[str] = field(default_factory=list)
     tied_to: list[str] = field(default_factory=list)
     reason: str = ""
@@ -172,7 +174,8 @@ class FilterGraph:
         mixing: list[str] = []
         grouped: list[str] = []
         repeated: list[str] = []
-        for dependency, places in group:
+        for item in group.items:
+            dependency, places = item
             node = dependency.target
             reads = self._reads(dependency)
             ends = ends or not (reads or node.outputs)
@@ -189,6 +192,7 @@ class FilterGraph:
                 mixing.append(name)
             if reads:
                 reach.consumers[name] = list(places)
+                reach.read_filters[name] = list(item.root_idxs)
             elif not own:
                 reach.removed_with.append(name)
                 if self._is_root(node):
@@ -290,9 +294,9 @@ class FilterGraph:
         if self.graph.module2node[root] is node:
             return every, every
         group = self.group(root, every)
-        for item, (dependency, places) in zip(group.items, group.items, strict=True):
-            if dependency.target is node:
-                return list(item.root_idxs), list(places)
+        for item in group.items:
+            if item.dep.target is node:
+                return list(item.root_idxs), list(item.idxs)
         return [], []
 
     def mask_point(self, module: nn.Module) -> nn.Module:

@@ -5,6 +5,12 @@ from captum_classfilters.networks.accuracy_curve import (
     accuracy_curve,
     select_by_accuracy,
 )
+from captum_classfilters.networks.baseline_scores import (
+    filter_importance_baselines,
+    incoming_weight_scores,
+    outgoing_weight_scores,
+    random_scores,
+)
 from captum_classfilters.networks.class_filter_importance import ClassFilterImportance
 from captum_classfilters.networks.class_specific_gate import ClassSpecificGate
 from captum_classfilters.networks.compare_heads import HeadComparison, HeadCost, compare_heads
@@ -33,6 +39,11 @@ from captum_classfilters.networks.prunable_layers import (
 )
 from captum_classfilters.networks.prune_filters import prune_filters
 from captum_classfilters.networks.refit import fit_linear, refit_head
+from captum_classfilters.networks.removal_curve import (
+    RemovalCurves,
+    accuracy_after_removal,
+    removal_order,
+)
 from captum_classfilters.networks.remove_class import RemovedClass, remove_class
 
 __all__ = [
@@ -53,21 +64,28 @@ __all__ = [
     "PrunableLayer",
     "PrunableLayers",
     "PruningOrder",
+    "RemovalCurves",
     "RemovedClass",
+    "accuracy_after_removal",
     "accuracy_curve",
     "compare_heads",
     "compare_networks",
     "decompose",
     "decomposed_head",
     "evaluate_classifier",
+    "filter_importance_baselines",
     "find_head",
     "fine_tune",
     "fit_linear",
     "head_name",
+    "incoming_weight_scores",
     "multiply_adds",
+    "outgoing_weight_scores",
     "prunable_layers",
     "prune_filters",
+    "random_scores",
     "refit_head",
+    "removal_order",
     "remove_class",
     "replace_head",
     "select_by_accuracy",
