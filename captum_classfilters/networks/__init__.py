@@ -45,12 +45,24 @@ from captum_classfilters.networks.removal_curve import (
     removal_order,
 )
 from captum_classfilters.networks.remove_class import RemovedClass, remove_class
+from captum_classfilters.networks.weight_compression import (
+    CompressedLayer,
+    CompressedWeights,
+    CompressionReport,
+    compress_layer,
+    encode_weights,
+    kmeans_quantize,
+    magnitude_prune,
+)
 
 __all__ = [
     "AccuracyCurve",
     "ClassFilterImportance",
     "ClassSpecificGate",
     "ClassifierScores",
+    "CompressedLayer",
+    "CompressedWeights",
+    "CompressionReport",
     "DecomposedLinear",
     "Epoch",
     "GateSchedule",
@@ -70,8 +82,10 @@ __all__ = [
     "accuracy_curve",
     "compare_heads",
     "compare_networks",
+    "compress_layer",
     "decompose",
     "decomposed_head",
+    "encode_weights",
     "evaluate_classifier",
     "filter_importance_baselines",
     "find_head",
@@ -79,6 +93,8 @@ __all__ = [
     "fit_linear",
     "head_name",
     "incoming_weight_scores",
+    "kmeans_quantize",
+    "magnitude_prune",
     "multiply_adds",
     "outgoing_weight_scores",
     "prunable_layers",
