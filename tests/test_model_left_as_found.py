@@ -28,9 +28,11 @@ from captum_classfilters.networks import (
     accuracy_after_removal,
     compare_heads,
     compare_networks,
+    compress_layer,
     evaluate_classifier,
     filter_importance_baselines,
     prunable_layers,
+    specialise,
 )
 from tests.models import batches, images
 
@@ -124,6 +126,8 @@ ENTRIES = {
     "activation_scores": lambda m: activation_scores(m, "2", batches(), **QUIET),
     "baselines": lambda m: filter_importance_baselines(m, "2", batches(), **QUIET),
     "accuracy_after_removal": lambda m: accuracy_after_removal(m, "2", [1, 0], batches(), **QUIET),
+    "compress_layer": lambda m: compress_layer(m, "0", images()),
+    "specialise": lambda m: specialise(m, table(), [0, 2], images(), dataloader=batches(), **QUIET),
     "layer_sweep": lambda m: layer_sweep(m, ["2"], batches(), **QUIET),
     "model_essentiality": lambda m: model_essentiality(m, table(), batches(), **QUIET),
 }
@@ -131,6 +135,7 @@ ENTRIES = {
 ONE_PASS = {
     "list_filter_layers",
     "decompose",
+    "compress_layer",
     "prune_filters",
     "prunable_layers",
     "torch_pruning importance",

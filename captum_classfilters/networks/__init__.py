@@ -45,6 +45,11 @@ from captum_classfilters.networks.removal_curve import (
     removal_order,
 )
 from captum_classfilters.networks.remove_class import RemovedClass, remove_class
+from captum_classfilters.networks.specialise import (
+    Specialist,
+    SpecialistAccuracy,
+    specialise,
+)
 from captum_classfilters.networks.weight_compression import (
     CompressedLayer,
     CompressedWeights,
@@ -78,6 +83,8 @@ __all__ = [
     "PruningOrder",
     "RemovalCurves",
     "RemovedClass",
+    "Specialist",
+    "SpecialistAccuracy",
     "accuracy_after_removal",
     "accuracy_curve",
     "compare_heads",
@@ -105,4 +112,5 @@ __all__ = [
     "remove_class",
     "replace_head",
     "select_by_accuracy",
+    "specialise",
 ]
