@@ -19,6 +19,7 @@ from captum_classfilters.networks import (
     accuracy_curve,
     decompose,
     fine_tune,
+    prune_filters,
     refit_head,
     select_by_accuracy,
 )
@@ -44,6 +45,7 @@ __all__ = [
     "fine_tune",
     "identify_class_filters",
     "list_filter_layers",
+    "prune_filters",
     "refit_head",
     "select_by_accuracy",
 ]

@@ -17,15 +17,23 @@ from captum_classfilters import (
     decompose,
     identify_class_filters,
     list_filter_layers,
+    prune_filters,
     select_by_accuracy,
 )
 from captum_classfilters.evaluate import layer_sweep, model_essentiality
-from captum_classfilters.identify import collect_features
+from captum_classfilters.identify import activation_scores, collect_features
 from captum_classfilters.networks import (
+    ClassFilterImportance,
     GreedyFilterPruning,
     LayerwiseFineTuning,
+    accuracy_after_removal,
     compare_heads,
+    compare_networks,
+    compress_layer,
     evaluate_classifier,
+    filter_importance_baselines,
+    prunable_layers,
+    specialise,
 )
 from tests.models import batches, images
 
@@ -119,8 +127,26 @@ ENTRIES = {
     "compare_heads": lambda m: compare_heads(
         m, decompose(m, table(), head="7"), images(), repetitions=1
     ),
+    "compare_networks": lambda m: compare_networks(m, copy.deepcopy(m), images(), repetitions=1),
+    "prune_filters": lambda m: prune_filters(m, "0", images(), remove=[1]),
+    "prunable_layers": lambda m: prunable_layers(m, images()),
+    "torch_pruning importance": lambda m: ClassFilterImportance(m, table(), images()),
+    "activation_scores": lambda m: activation_scores(m, "2", batches(), **QUIET),
+    "baselines": lambda m: filter_importance_baselines(m, "2", batches(), **QUIET),
+    "accuracy_after_removal": lambda m: accuracy_after_removal(m, "2", [1, 0], batches(), **QUIET),
+    "compress_layer": lambda m: compress_layer(m, "0", images()),
+    "specialise": lambda m: specialise(m, table(), [0, 2], images(), dataloader=batches(), **QUIET),
     "layer_sweep": lambda m: layer_sweep(m, ["2"], batches(), **QUIET),
     "model_essentiality": lambda m: model_essentiality(m, table(), batches(), **QUIET),
+}
+# These run the model once.
+ONE_PASS = {
+    "list_filter_layers",
+    "decompose",
+    "compress_layer",
+    "prune_filters",
+    "prunable_layers",
+    "torch_pruning importance",
 }
 # Captum's contract: per-image methods run the model as it is, its own random layers included.
 PER_IMAGE = {
@@ -158,7 +184,7 @@ def test_left_as_found(name, fails):
     random_state = torch.get_rng_state()
     if fails:
         model[3].calls_left = 0 if name in PER_IMAGE else 1
-        if name in ("list_filter_layers", "decompose"):
+        if name in ONE_PASS:
             model[3].calls_left = 0
         with pytest.raises(RuntimeError, match="alarm"):
             ENTRIES[name](model)

@@ -7,15 +7,18 @@ from captum_classfilters.identify.accuracy_reduction import (
     binomial_interval,
     metric_reduction,
 )
+from captum_classfilters.identify.activation_scores import ActivationScores, activation_scores
 from captum_classfilters.identify.collect_features import collect_features
 from captum_classfilters.identify.identify_class_filters import identify_class_filters
 from captum_classfilters.identify.statistics import ClassFilterSums
 
 __all__ = [
     "AccuracyReduction",
+    "ActivationScores",
     "ClassFilterSums",
     "MetricReduction",
     "accuracy_reduction",
+    "activation_scores",
     "binomial_interval",
     "collect_features",
     "identify_class_filters",

@@ -1,13 +1,13 @@
 """What a decomposed head saves: parameters, multiply-adds, bytes, measured time."""
 
-import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from captum_classfilters._internal.guard import model_left_as_found
+from captum_classfilters._internal.timing import interleaved_seconds, median_and_interquartile
 from captum_classfilters.networks.decompose import find_head
 
 
@@ -89,43 +89,24 @@ def compare_heads(
         *HeadComparison*.
     """
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    models = (before, after)
-    times: tuple[list[float], list[float]] = ([], [])
     with (
         model_left_as_found(before, evaluation=True),
         model_left_as_found(after, evaluation=True),
-        torch.inference_mode(),
     ):
-        for repetition in range(repetitions + 3):
-            for model, own in zip(models, times, strict=True):
-                seconds = _timed(model, inputs)
-                if repetition >= 3:  # the first passes warm up
-                    own.append(seconds)
+        times = interleaved_seconds((before, after), (inputs, inputs), repetitions)
     return HeadComparison(_cost(before, times[0]), _cost(after, times[1]))
 
 
-def _timed(model: nn.Module, inputs: tuple[Any, ...]) -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    started = time.perf_counter()
-    model(*inputs)
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
-
-
-def _cost(model: nn.Module, times: list[float]) -> HeadCost:
+def _cost(model: nn.Module, times: Sequence[float]) -> HeadCost:
     _, head = find_head(model)
     tensors = [*head.parameters(), *head.buffers()]
     weights = head.weight.numel()  # type: ignore[operator]
-    quartiles = torch.tensor(times, dtype=torch.float64).quantile(
-        torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
-    )
+    seconds, spread = median_and_interquartile(times)
     return HeadCost(
         head_parameters=sum(parameter.numel() for parameter in head.parameters()),
         head_multiply_adds=int(weights),
         head_bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        seconds=float(quartiles[1]),
-        seconds_interquartile=float(quartiles[2] - quartiles[0]),
+        seconds=seconds,
+        seconds_interquartile=spread,
     )

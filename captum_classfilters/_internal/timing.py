@@ -1,0 +1,41 @@
+"""Times of forward passes, measured in turn so that a busy machine slows all models alike."""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+_WARM_UP = 3
+
+
+def interleaved_seconds(
+    models: Sequence[nn.Module], inputs: Sequence[tuple[Any, ...]], repetitions: int
+) -> list[list[float]]:
+    """Seconds of each forward pass of each model, the models taking turns after a warm-up."""
+    times: list[list[float]] = [[] for _ in models]
+    with torch.inference_mode():
+        for repetition in range(repetitions + _WARM_UP):
+            for model, arguments, own in zip(models, inputs, times, strict=True):
+                seconds = _timed(model, arguments)
+                if repetition >= _WARM_UP:
+                    own.append(seconds)
+    return times
+
+
+def median_and_interquartile(times: Sequence[float]) -> tuple[float, float]:
+    """Median and interquartile range."""
+    at = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
+    low, middle, high = torch.tensor(times, dtype=torch.float64).quantile(at).tolist()
+    return middle, high - low
+
+
+def _timed(model: nn.Module, inputs: tuple[Any, ...]) -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    model(*inputs)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
