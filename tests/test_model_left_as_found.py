@@ -20,7 +20,7 @@ from captum_classfilters import (
     prune_filters,
     select_by_accuracy,
 )
-from captum_classfilters.evaluate import layer_sweep, model_essentiality
+from captum_classfilters.evaluate import layer_sweep, model_essentiality, response_chroma
 from captum_classfilters.identify import activation_scores, collect_features
 from captum_classfilters.networks import (
     ClassFilterImportance,
@@ -53,6 +53,13 @@ class Alarm(nn.Module):
                 raise RuntimeError("alarm")
             self.calls_left -= 1
         return x
+
+
+class TwoOfThree(nn.Module):
+    """Red and green, for a model that reads two colours."""
+
+    def forward(self, x):
+        return x[:, :2]
 
 
 def make_model():
@@ -136,6 +143,9 @@ ENTRIES = {
     "accuracy_after_removal": lambda m: accuracy_after_removal(m, "2", [1, 0], batches(), **QUIET),
     "compress_layer": lambda m: compress_layer(m, "0", images()),
     "specialise": lambda m: specialise(m, table(), [0, 2], images(), dataloader=batches(), **QUIET),
+    "response_chroma": lambda m: response_chroma(
+        nn.Sequential(TwoOfThree(), m), "1.2", [torch.ones(4, 3, 6, 6)] * 2, **QUIET
+    ),
     "layer_sweep": lambda m: layer_sweep(m, ["2"], batches(), **QUIET),
     "model_essentiality": lambda m: model_essentiality(m, table(), batches(), **QUIET),
 }

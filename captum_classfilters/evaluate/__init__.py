@@ -1,10 +1,24 @@
 """Measurements of class filters: sparsity, selectivity, overlap, essentiality, spectra."""
 
 from captum_classfilters.evaluate.breadth_scores import mixture_entropy_score, union_score
+from captum_classfilters.evaluate.class_interpretation import (
+    ClassEffect,
+    FilterInterpretation,
+    class_interpretation,
+    interpretation_table,
+)
+from captum_classfilters.evaluate.colour import greyed, response_chroma, weight_chroma
 from captum_classfilters.evaluate.essentiality import (
     Essentiality,
     essentiality,
     model_essentiality,
+)
+from captum_classfilters.evaluate.filter_diversity import (
+    Coverage,
+    coverage,
+    diversity,
+    effective_rank,
+    filter_clusters,
 )
 from captum_classfilters.evaluate.gate_measures import (
     assign_filters,
@@ -21,6 +35,7 @@ from captum_classfilters.evaluate.mutual_information import (
     mutual_information_matrix,
     mutual_information_score,
 )
+from captum_classfilters.evaluate.removal_selectivity import SelectivityTest, selectivity_test
 from captum_classfilters.evaluate.selectivity import (
     class_means,
     class_selectivity_index,
@@ -34,21 +49,32 @@ from captum_classfilters.evaluate.set_overlap import (
 from captum_classfilters.evaluate.sparsity import TopMass, psi, psi_floor, top_mass
 
 __all__ = [
+    "ClassEffect",
+    "Coverage",
     "Essentiality",
+    "FilterInterpretation",
     "GramSpectrum",
     "LayerMeasurement",
     "MaskingResult",
+    "SelectivityTest",
     "SetOverlap",
     "TopMass",
     "assign_filters",
+    "class_interpretation",
     "class_means",
     "class_selectivity_index",
     "class_share",
+    "coverage",
     "density_interval",
+    "diversity",
+    "effective_rank",
     "essentiality",
+    "filter_clusters",
     "filter_correlation",
     "gate_similarity",
     "gram_spectrum",
+    "greyed",
+    "interpretation_table",
     "layer_sweep",
     "masking_test",
     "membership_information",
@@ -59,8 +85,11 @@ __all__ = [
     "mutual_information_score",
     "psi",
     "psi_floor",
+    "response_chroma",
     "selectivity_regulariser",
+    "selectivity_test",
     "set_overlap",
     "top_mass",
     "union_score",
+    "weight_chroma",
 ]

@@ -200,7 +200,7 @@ def kmeans_quantize(weights: Tensor, clusters: int, seed: int = 0) -> tuple[Tens
 
     Raises:
         ValueError: There are no weights or no clusters.
-        ImportError: scikit-learn, of the extra ``compress``, is not installed.
+        ImportError: scikit-learn, of the extra ``prune``, is not installed.
     """
     if clusters < 1 or weights.numel() == 0:
         raise ValueError(
@@ -210,7 +210,7 @@ def kmeans_quantize(weights: Tensor, clusters: int, seed: int = 0) -> tuple[Tens
         from sklearn.cluster import KMeans
     except ImportError as error:
         raise ImportError(
-            "Quantising needs scikit-learn: pip install 'captum-classfilters[compress]'."
+            "Quantising needs scikit-learn: pip install 'captum-classfilters[prune]'."
         ) from error
     flat = weights.detach().cpu().flatten()
     values, codes = flat.unique(return_inverse=True)
@@ -243,7 +243,7 @@ def encode_weights(weights: Tensor, codebook: Tensor, codes: Tensor) -> Compress
 
     Raises:
         ValueError: There is not one code for each weight that is not zero.
-        ImportError: bitarray, of the extra ``compress``, is not installed.
+        ImportError: bitarray, of the extra ``prune``, is not installed.
     """
     present = weights.detach().cpu().flatten() != 0
     if codes.numel() != int(present.sum()) or not len(codes):
@@ -306,7 +306,7 @@ def compress_layer(
 
     Raises:
         ValueError: The layer has no weights, no weight is left, or a number is out of range.
-        ImportError: The extra ``compress`` is not installed.
+        ImportError: The extra ``prune`` is not installed.
 
     Examples::
 
@@ -412,7 +412,7 @@ def _bitarray() -> Any:
         import bitarray.util
     except ImportError as error:
         raise ImportError(
-            "Coding weights needs bitarray: pip install 'captum-classfilters[compress]'."
+            "Coding weights needs bitarray: pip install 'captum-classfilters[prune]'."
         ) from error
     return bitarray
 

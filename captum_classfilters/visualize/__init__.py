@@ -3,11 +3,19 @@
 from captum_classfilters.visualize.accuracy_curve import plot_accuracy_curve
 from captum_classfilters.visualize.class_filters import plot_class_filters, plot_class_overlap
 from captum_classfilters.visualize.explanations import plot_explanations, plot_filter_maps
+from captum_classfilters.visualize.pruning import (
+    plot_class_bars,
+    plot_filter_grid,
+    plot_removal_curves,
+)
 
 __all__ = [
     "plot_accuracy_curve",
+    "plot_class_bars",
     "plot_class_filters",
     "plot_class_overlap",
     "plot_explanations",
+    "plot_filter_grid",
     "plot_filter_maps",
+    "plot_removal_curves",
 ]
