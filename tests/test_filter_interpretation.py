@@ -125,7 +125,7 @@ def test_published_counts_at_a_base_rate_of_a_half(number, kind, count, p):
 
 def test_ranks_against_scipy_and_by_hand():
     selective = torch.tensor([True, False, True, False, False, True])
-    order = PruningOrder("layer", 6, order=[2, 1, 0, 4], accuracy=[1.0] * 5)
+    order = PruningOrder({"layer": 6}, [("layer", one) for one in (2, 1, 0, 4)])
     found = selectivity_test(order, selective, top=3)
     # Places: 3, 2, 1, -, 4, -; the two that stayed share 5.5.
     rank = np.array([3, 2, 1, 5.5, 4, 5.5])

@@ -31,7 +31,7 @@ def test_filter_grid_is_in_the_order_of_removal():
     assert [len(axes.lines) for axes in grid] == [1, 0, 1, 0, 0, 0, 0]
     assert "removed" in figure.get_suptitle()
     assert "dot: colour" in figure.get_suptitle()
-    order = PruningOrder("layer", 7, order=[6, 0], accuracy=[1.0] * 3)
+    order = PruningOrder({"layer": 7}, [("layer", 6), ("layer", 0)])
     _, grid = plot_filter_grid(torch.randn(7, 20, 5, 5), order, columns=3)
     assert [axes.get_title() for axes in grid][:2] == ["6 ✕1", "0 ✕2"]
 
