@@ -4,7 +4,20 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from captum_classfilters.demo import run_demo
+import torch
+from matplotlib.figure import Figure
+from torch.utils.data import DataLoader, Subset
+
+from captum_classfilters import LayerFilterAblation
+from captum_classfilters.demo import load_digits, run_demo, small_cnn, train_classifier
+from captum_classfilters.evaluate import class_interpretation
+from captum_classfilters.networks import (
+    GreedyFilterPruning,
+    accuracy_after_removal,
+    filter_importance_baselines,
+    removal_order,
+)
+from captum_classfilters.visualize import plot_class_bars, plot_filter_grid, plot_removal_curves
 
 FIGURES = Path(__file__).parent / "figures"
 NAMES = {
@@ -21,6 +34,39 @@ def main() -> None:
         run_demo(folder)
         for source, name in NAMES.items():
             shutil.copy(Path(folder) / source, FIGURES / name)
+    for name, figure in pruning_figures().items():
+        figure.savefig(FIGURES / name, dpi=110)
+
+
+def pruning_figures() -> dict[str, Figure]:
+    """Filters of the digits network removed in several orders, chosen on training images."""
+    torch.manual_seed(0)
+    digits = load_digits()
+    model = train_classifier(small_cnn(), digits.train, show_progress=False)
+    choose = DataLoader(Subset(digits.train.dataset, range(300)), batch_size=100)
+    quiet = {"show_progress": False}
+    car = LayerFilterAblation(model, "second").identify(choose, metric="accuracy", **quiet)
+    greedy = GreedyFilterPruning(model, "second").run(choose, num_filters=1, **quiet)
+    scores = filter_importance_baselines(model, "second", choose, **quiet)
+    orders = {
+        "CAR, greedy": greedy,
+        "CAR, ranked once": removal_order(car.reduction),
+        **{name: removal_order(one) for name, one in scores.items()},
+    }
+    curves = accuracy_after_removal(model, "second", orders, digits.test, **quiet)
+    print(curves.table())
+    first = GreedyFilterPruning(model, "first").run(choose, num_filters=20, **quiet)
+    weights = model.get_submodule("first")[0].weight  # type: ignore[index]
+    reduction = LayerFilterAblation(model, "filters").identify(
+        digits.test, metric="accuracy", **quiet
+    )
+    strongest = reduction.reduction.sort(descending=True).indices[:3].tolist()
+    told = class_interpretation(reduction, num_classes=3)
+    return {
+        "removal_curves.png": plot_removal_curves(curves)[0],
+        "filter_grid.png": plot_filter_grid(weights, first)[0],
+        "class_bars.png": plot_class_bars([told[one] for one in strongest])[0],
+    }
 
 
 if __name__ == "__main__":
