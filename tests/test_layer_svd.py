@@ -339,3 +339,27 @@ def test_pruned_and_parametrised_layers():
     )
     pruned = prune.l1_unstructured(nn.Linear(6, 4), "weight", 0.5)
     assert np.count_nonzero(weight_matrix(pruned).matrices.numpy()) == 12
+
+
+@pytest.mark.slow
+def test_every_torchvision_classifier_is_listed_whole():
+    """No weight of two or more axes is missed, but tokens and tables of positions."""
+    names = torchvision.models.list_models(module=torchvision.models)
+    assert len(names) >= 80
+    for name in names:
+        options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+        regnet = name.startswith("regnet")  # computes its widths with tensors, which meta cannot
+        if regnet and not name.endswith("400mf"):
+            continue
+        with torch.device("cpu" if regnet else "meta"):
+            model = torchvision.models.get_model(name, weights=None, **options)
+        svds = model_svd(model)
+        held = {id(svds.module(layer)) for layer in svds}
+        missed = [
+            f"{path}.{parameter}"
+            for path, module in model.named_modules()
+            for parameter, value in module.named_parameters(recurse=False)
+            if value.dim() > 1 and id(module) not in held
+        ]
+        known = ("class_token", "pos_embedding", "relative_position_bias_table", "scale")
+        assert not [one for one in missed if not one.endswith(known)], name

@@ -155,8 +155,8 @@ for k in (1, 2, 3, 5, 8):
 # %% [markdown]
 # ## Is the first direction special?
 #
-# The first direction carries the largest share of the weight's energy. Does it tell classes apart? The share of
-# the variance of its mean signal that lies between classes, beside the other directions':
+# The first direction carries the largest share of the weight's energy. Does it tell classes apart? The
+# share of the variance of its mean signal that lies between classes, beside the other directions':
 
 # %%
 values = direction_signals(model, x, [name])[name]

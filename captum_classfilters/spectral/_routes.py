@@ -13,7 +13,7 @@ _DIRECT_UP_TO = 64
 _RANDOMISED_FROM = 1024
 _RANDOMISED_SHARE = 16
 # Columns of the Gram matrix that are held in float64 at a time, and its blocks of rows.
-_COLUMNS_AT_ONCE = 2048
+_COLUMNS_AT_ONCE = 512
 _ROWS_AT_ONCE = 1024
 # Singular values below this share of the largest have no direction that the Gram matrix can tell.
 _NEGLIGIBLE = 1e-6
