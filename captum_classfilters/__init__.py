@@ -23,6 +23,7 @@ from captum_classfilters.networks import (
     refit_head,
     select_by_accuracy,
 )
+from captum_classfilters.spectral import LayerSingularDirection
 
 __all__ = [
     "AccuracyCurve",
@@ -39,6 +40,7 @@ __all__ = [
     "LayerFilterAblation",
     "LayerFilterContribution",
     "LayerFilterFrequency",
+    "LayerSingularDirection",
     "__version__",
     "accuracy_curve",
     "decompose",

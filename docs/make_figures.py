@@ -17,7 +17,14 @@ from captum_classfilters.networks import (
     filter_importance_baselines,
     removal_order,
 )
-from captum_classfilters.visualize import plot_class_bars, plot_filter_grid, plot_removal_curves
+from captum_classfilters.spectral import compare_with_random
+from captum_classfilters.visualize import (
+    plot_class_bars,
+    plot_exponents,
+    plot_filter_grid,
+    plot_removal_curves,
+    plot_spectrum,
+)
 
 FIGURES = Path(__file__).parent / "figures"
 NAMES = {
@@ -27,6 +34,17 @@ NAMES = {
 }
 
 
+def spectra() -> None:
+    """Spectra of the demo's network, and of its random twin."""
+    torch.manual_seed(0)
+    model = train_classifier(small_cnn(), load_digits().train, epochs=20)
+    compared = compare_with_random(model)
+    figure, _ = plot_spectrum(compared.model["filters.0"])
+    figure.savefig(FIGURES / "spectrum.png", dpi=110)
+    figure, _ = plot_exponents({"trained": compared.model, "random twin": compared.twin})
+    figure.savefig(FIGURES / "exponents.png", dpi=110)
+
+
 def main() -> None:
     """Run the demo and keep its pictures."""
     FIGURES.mkdir(exist_ok=True)
@@ -34,6 +52,7 @@ def main() -> None:
         run_demo(folder)
         for source, name in NAMES.items():
             shutil.copy(Path(folder) / source, FIGURES / name)
+    spectra()
     for name, figure in pruning_figures().items():
         figure.savefig(FIGURES / name, dpi=110)
 

@@ -13,6 +13,7 @@ from captum_classfilters import (
     LayerFilterAblation,
     LayerFilterContribution,
     LayerFilterFrequency,
+    LayerSingularDirection,
     accuracy_curve,
     decompose,
     identify_class_filters,
@@ -34,6 +35,14 @@ from captum_classfilters.networks import (
     filter_importance_baselines,
     prunable_layers,
     specialise,
+)
+from captum_classfilters.spectral import (
+    compare_with_random,
+    direction_signals,
+    factor_layer,
+    layer_svd,
+    model_spectra,
+    model_svd,
 )
 from tests.models import batches, images
 
@@ -147,6 +156,14 @@ ENTRIES = {
         nn.Sequential(TwoOfThree(), m), "1.2", [torch.ones(4, 3, 6, 6)] * 2, **QUIET
     ),
     "layer_sweep": lambda m: layer_sweep(m, ["2"], batches(), **QUIET),
+    "direction signals": lambda m: direction_signals(m, images()),
+    "singular directions": lambda m: LayerSingularDirection(m, "0").attribute(images()),
+    "contributions of directions": lambda m: LayerSingularDirection(
+        m, "0", evidence="contribution"
+    ).attribute(images(), target=0),
+    "identify directions": lambda m: LayerSingularDirection(
+        m, "0", evidence="contribution"
+    ).identify(batches(), **QUIET),
     "model_essentiality": lambda m: model_essentiality(m, table(), batches(), **QUIET),
 }
 # These run the model once.
@@ -168,6 +185,17 @@ PER_IMAGE = {
     "saliency",
     "saliency maps",
     "gate",
+    "direction signals",
+    "singular directions",
+    "contributions of directions",
+}
+# These read weights and never run the model.
+WEIGHTS_ONLY = {
+    "layer_svd": lambda m: layer_svd(m[0]),
+    "model_svd": lambda m: [svd.left for svd in model_svd(m).values()],
+    "model_spectra": model_spectra,
+    "compare_with_random": compare_with_random,
+    "factor_layer": lambda m: factor_layer(m, "0").train(),
 }
 
 
@@ -205,6 +233,17 @@ def test_left_as_found(name, fails):
         assert torch.equal(state[key], value), key
     if name not in PER_IMAGE:
         assert torch.equal(torch.get_rng_state(), random_state)
+
+
+@pytest.mark.parametrize("name", WEIGHTS_ONLY)
+def test_left_as_found_by_what_reads_weights(name):
+    model = make_model()
+    before, state = snapshot(model), copy.deepcopy(model.state_dict())
+    random_state = torch.get_rng_state()
+    WEIGHTS_ONLY[name](model)
+    assert snapshot(model) == before
+    assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random_state)
 
 
 def test_a_loader_that_fails_in_mid_pass():

@@ -15,6 +15,7 @@ def test_there_are_tutorials():
         "01_class_filters_in_five_minutes",
         "02_compare_with_integrated_gradients",
         "04_prune_with_car",
+        "06_spectral_view",
     }
 
 

@@ -8,6 +8,7 @@ from captum_classfilters.visualize.pruning import (
     plot_filter_grid,
     plot_removal_curves,
 )
+from captum_classfilters.visualize.spectra import plot_exponents, plot_spectrum
 
 __all__ = [
     "plot_accuracy_curve",
@@ -15,7 +16,9 @@ __all__ = [
     "plot_class_filters",
     "plot_class_overlap",
     "plot_explanations",
+    "plot_exponents",
     "plot_filter_grid",
     "plot_filter_maps",
     "plot_removal_curves",
+    "plot_spectrum",
 ]
