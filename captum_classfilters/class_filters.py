@@ -2,7 +2,6 @@
 
 import json
 import os
-import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 from torchmetrics.functional import spearman_corrcoef
+
+from captum_classfilters._internal.files import write_atomically
 
 if TYPE_CHECKING:
     import pandas
@@ -448,7 +449,7 @@ class ClassFilters:
             "method": self.method,
             "provenance": dict(self.provenance),
         }
-        _write_atomically(path, save(tensors, metadata={"class_filters": json.dumps(metadata)}))
+        write_atomically(path, save(tensors, metadata={"class_filters": json.dumps(metadata)}))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "ClassFilters":
@@ -597,19 +598,3 @@ def _rank_correlation(left: Tensor, right: Tensor) -> Tensor:
     for row in usable.nonzero()[:, 0].tolist():
         result[row] = spearman_corrcoef(left[row], right[row])
     return result
-
-
-def _write_atomically(path: Path, data: bytes) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)  # mkstemp's files are private; ours are ordinary
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

@@ -1,0 +1,131 @@
+"""The three ways to a singular value decomposition of a matrix, and the choice among them."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Method = Literal["auto", "direct", "gram", "randomised"]
+
+# Below this many directions LAPACK's own decomposition is as fast as the Gram matrix.
+_DIRECT_UP_TO = 64
+# A truncated decomposition is worth a randomised sketch where it drops most of a large matrix.
+_RANDOMISED_FROM = 1024
+_RANDOMISED_SHARE = 16
+# Columns of the Gram matrix that are held in float64 at a time, and its blocks of rows.
+_COLUMNS_AT_ONCE = 2048
+_ROWS_AT_ONCE = 1024
+# Singular values below this share of the largest have no direction that the Gram matrix can tell.
+_NEGLIGIBLE = 1e-6
+
+
+def choose_route(rows: int, columns: int, rank: int | None, method: Method) -> str:
+    """The route that ``method="auto"`` takes for a matrix of this size; any other method itself."""
+    if method != "auto":
+        return method
+    directions = min(rows, columns)
+    if directions <= _DIRECT_UP_TO:
+        return "direct"
+    few = rank is not None and rank * _RANDOMISED_SHARE <= directions
+    return "randomised" if few and directions >= _RANDOMISED_FROM else "gram"
+
+
+def decompose(
+    matrices: Tensor, rank: int | None, route: str, right: bool
+) -> tuple[Tensor, Tensor, Tensor | None, str]:
+    """Left (G, d, r), values (G, r), right (G, r, n) or None, and the route taken in the end."""
+    matrices = matrices.detach()
+    matrices = matrices if matrices.dtype == torch.float64 else matrices.float()
+    found = None if route == "direct" else _each(matrices, rank, route, right)
+    if found is None:
+        route = route if route == "direct" else "direct, the weight being of lower rank"
+        found = _direct(matrices)
+    left, values, rows = found
+    left, rows = _fixed_signs(
+        left[..., :rank], rows[:, :rank] if right and rows is not None else None
+    )
+    return (
+        left.to(matrices.dtype).contiguous(),
+        values[:, :rank].to(matrices.dtype).contiguous(),
+        None if rows is None else rows.to(matrices.dtype).contiguous(),
+        route,
+    )
+
+
+def _each(
+    matrices: Tensor, rank: int | None, route: str, right: bool
+) -> tuple[Tensor, Tensor, Tensor | None] | None:
+    """Each group by itself; None where one of them loses directions."""
+    lefts, values, rights = [], [], []
+    for matrix in matrices:
+        found = _gram(matrix, right) if route == "gram" else _randomised(matrix, rank)
+        if found is None:
+            return None
+        lefts.append(found[0])
+        values.append(found[1])
+        rights.append(found[2])
+    rows = [one for one in rights if one is not None]
+    return torch.stack(lefts), torch.stack(values), torch.stack(rows) if rows else None
+
+
+def _direct(matrices: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    left, values, right = torch.linalg.svd(matrices, full_matrices=False)
+    return left, values, right
+
+
+def _gram(matrix: Tensor, right: bool) -> tuple[Tensor, Tensor, Tensor | None] | None:
+    """Through the eigenvectors of the smaller Gram matrix; None where directions are lost in it."""
+    rows, columns = matrix.shape
+    wide = rows <= columns
+    squares, vectors = torch.linalg.eigh(_gram_matrix(matrix if wide else matrix.T))
+    values = squares.flip(0).clamp(min=0).sqrt()
+    vectors = vectors.flip(1)
+    # Only the other side's vectors are divided by the values; one side alone is always safe.
+    if (right or not wide) and values[-1] <= _NEGLIGIBLE * values[0]:
+        return None
+    if not wide:
+        return _times(matrix, vectors) / values, values, vectors.T
+    return vectors, values, _times(matrix.T, vectors).T / values[:, None] if right else None
+
+
+def _gram_matrix(matrix: Tensor) -> Tensor:
+    """M M^T in float64, by blocks: never a float64 copy of M, and only half of the products."""
+    rows, columns = matrix.shape
+    gram = torch.zeros(rows, rows, dtype=torch.float64, device=matrix.device)
+    for start in range(0, columns, _COLUMNS_AT_ONCE):
+        part = matrix[:, start : start + _COLUMNS_AT_ONCE].double()
+        for top in range(0, rows, _ROWS_AT_ONCE):
+            # Blocks on and below the diagonal, which is all that `eigh` reads.
+            block = part[top : top + _ROWS_AT_ONCE]
+            end = top + len(block)
+            gram[top:end, :end].addmm_(block, part[:end].T)
+    return gram
+
+
+def _times(matrix: Tensor, vectors: Tensor) -> Tensor:
+    """M V in float64, by blocks of rows of M."""
+    blocks = [block.double() @ vectors for block in matrix.split(_COLUMNS_AT_ONCE)]
+    return torch.cat(blocks)
+
+
+def _randomised(matrix: Tensor, rank: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Halko et al.'s randomised sketch, with the same random numbers every time."""
+    rank = min(matrix.shape) if rank is None else rank
+    sketch = min(rank + max(10, rank // 2), *matrix.shape)
+    devices = [matrix.device] if matrix.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(0)
+        left, _values, _right = torch.svd_lowrank(matrix, q=sketch, niter=6)
+    # The rotated sketch satisfies U^T M = S V^T to rounding only if V is formed from U itself.
+    projected = left.T @ matrix
+    values = projected.norm(dim=1)
+    order = values.sort(descending=True, stable=True).indices
+    scale = values.clamp(min=torch.finfo(values.dtype).tiny)
+    return left[:, order], values[order], (projected / scale[:, None])[order]
+
+
+def _fixed_signs(left: Tensor, right: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The entry of each left vector that is largest in size becomes positive."""
+    largest = left.gather(1, left.abs().argmax(1, keepdim=True))
+    signs = torch.where(largest < 0, -1.0, 1.0).to(left.dtype)
+    return left * signs, None if right is None else right * signs.mT

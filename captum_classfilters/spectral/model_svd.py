@@ -1,0 +1,241 @@
+"""The singular directions of all layers of a model, computed when asked for."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from captum_classfilters._internal.files import write_atomically
+from captum_classfilters._internal.layers import find_layer
+from captum_classfilters.spectral._routes import Method
+from captum_classfilters.spectral.layer_svd import LayerSVD, check_method, matrix_svd
+from captum_classfilters.spectral.weight_matrix import (
+    WeightMatrix,
+    can_decompose,
+    unfold,
+    weight_matrix,
+)
+
+_SCHEMA = "captum_classfilters/layer_svd/1"
+
+
+class ModelSVD(Mapping[str, LayerSVD]):
+    """Layer names and their decompositions; each is computed, or read, at its first use.
+
+    Use :func:`model_svd` to make one.
+
+    Args:
+
+        model (nn.Module): The model.
+        sources (mapping): Layer names and where their weights are.
+        options (mapping): ``rank``, ``method`` and ``right`` of :func:`layer_svd`.
+        cache (path, optional): Folder of decompositions on disk.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sources: Mapping[str, tuple[nn.Module, str | None]],
+        options: tuple[int | None, Method, bool],
+        cache: Path | None,
+    ) -> None:
+        self.model = model
+        self.rank, self.method, self.right = options
+        self.cache = cache
+        self._sources = dict(sources)
+        self._found: dict[str, LayerSVD] = {}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sources)
+
+    def __len__(self) -> int:
+        return len(self._sources)
+
+    def __getitem__(self, name: str) -> LayerSVD:
+        if name not in self._found:
+            if name not in self._sources:
+                raise KeyError(f"{name!r} is not among the layers {', '.join(self._sources)}.")
+            self._found[name] = self._decomposed(name)
+        return self._found[name]
+
+    def matrix(self, name: str) -> WeightMatrix:
+        """The unfolded weight of a layer, a view where possible.
+
+        Args:
+
+            name (str): One of the names.
+
+        Returns:
+            *WeightMatrix*.
+        """
+        module, part = self._sources[name]
+        if part is None:
+            return weight_matrix(module, name)
+        assert isinstance(module, nn.MultiheadAttention)
+        return unfold(_projection(module, part), "linear", 1, f"The projection {name!r}")
+
+    def routes(self) -> dict[str, str]:
+        """How each layer decomposed so far was decomposed.
+
+        Returns:
+            *dict* of layer names and routes; ``", from disk"`` follows those read from the cache.
+        """
+        return {name: svd.route for name, svd in self._found.items()}
+
+    def forget(self, name: str | None = None) -> None:
+        """Drop a decomposition, or all of them, from memory; the cache on disk stays.
+
+        Args:
+
+            name (str, optional): Which; by default all.
+        """
+        if name is None:
+            self._found.clear()
+        else:
+            self._found.pop(name, None)
+
+    def _decomposed(self, name: str) -> LayerSVD:
+        weight = self.matrix(name)
+        # Layers differ in size, so one rank for a model is an upper bound.
+        rank = None if self.rank is None else min(self.rank, *weight.matrices.shape[1:])
+        if self.cache is None:
+            return matrix_svd(weight, repr(name), rank, self.method, self.right)
+        options = {"rank": rank, "method": self.method, "right": self.right}
+        path = self.cache / f"{_key(weight, options)}.safetensors"
+        stored = _read(path, weight.matrices.device)
+        if stored is not None:
+            return stored
+        svd = matrix_svd(weight, repr(name), rank, self.method, self.right)
+        self.cache.mkdir(parents=True, exist_ok=True)
+        _write(path, svd)
+        return svd
+
+
+def model_svd(
+    model: nn.Module,
+    layers: Sequence[str] | None = None,
+    *,
+    rank: int | None = None,
+    method: Method = "auto",
+    right: bool = False,
+    cache: str | os.PathLike[str] | None = None,
+) -> ModelSVD:
+    r"""
+    The decompositions of all convolutions and linear layers of a model, layer by layer when asked.
+
+    No class of model is known by name. The query, key and value projections of a
+    ``MultiheadAttention`` are parameters, not layers; they are listed as ``"<name>.query"``,
+    ``"<name>.key"`` and ``"<name>.value"``, three linear layers that share their input, beside its
+    ``"<name>.out_proj"``. They have spectra, but no output of their own to take signals from.
+
+    Args:
+
+        model (nn.Module): The model; it is only read.
+        layers (sequence of str, optional): Names of the layers wanted, in this order; by default
+                    all, in the order in which the model lists them.
+        rank (int, optional): As for :func:`layer_svd`; layers with fewer directions give all they
+                    have.
+                    Default: None
+        method (str): As for :func:`layer_svd`.
+                    Default: "auto"
+        right (bool): Also keep the right vectors. Signals need the left ones only.
+                    Default: False
+        cache (path, optional): A folder in which decompositions are kept, each under the SHA-256 of
+                    its weight and options: a changed weight is decomposed again, an unchanged one is
+                    read, whatever its layer is called.
+                    Default: None
+
+    Returns:
+        *ModelSVD*: A mapping from layer names to :class:`LayerSVD`.
+
+    Raises:
+        ValueError: A layer is unknown or cannot be decomposed, or the model has none that can.
+
+    Examples::
+
+        >>> import torch
+        >>> from captum_classfilters.spectral import model_svd
+        >>> net = torch.nn.Sequential(
+        ...     torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(32, 2))
+        >>> svds = model_svd(net)
+        >>> list(svds), svds["3"].left.shape
+        (['0', '3'], torch.Size([2, 2]))
+        >>> svds.routes()
+        {'3': 'direct'}
+    """
+    check_method(method)
+    sources = _sources(model)
+    if layers is not None:
+        if isinstance(layers, str):
+            raise ValueError(f"layers={layers!r} is one string; pass a list of names.")
+        for name in layers:
+            if name not in sources:
+                weight_matrix(find_layer(model, name), name)  # says what is wrong with it
+                sources[name] = (find_layer(model, name), None)  # a second name of a shared layer
+        sources = {name: sources[name] for name in layers}
+    if not sources:
+        raise ValueError(
+            f"The model {type(model).__name__} has no convolution or linear layer to decompose."
+        )
+    folder = None if cache is None else Path(cache)
+    return ModelSVD(model, sources, (rank, method, right), folder)
+
+
+def _sources(model: nn.Module) -> dict[str, tuple[nn.Module, str | None]]:
+    """Where each decomposable weight of a model is: a module, and the part of it if not its weight."""
+    found: dict[str, tuple[nn.Module, str | None]] = {}
+    for name, module in model.named_modules():
+        if can_decompose(module):
+            found[name or type(module).__name__] = (module, None)
+        elif isinstance(module, nn.MultiheadAttention):
+            for part in ("query", "key", "value"):
+                found[f"{name}.{part}" if name else part] = (module, part)
+    return found
+
+
+def _projection(attention: nn.MultiheadAttention, part: str) -> Tensor:
+    if attention.in_proj_weight is not None:
+        parts = attention.in_proj_weight.detach().chunk(3)
+        return parts[("query", "key", "value").index(part)]
+    separate: Tensor = getattr(attention, f"{part[0]}_proj_weight")
+    return separate.detach()
+
+
+def _key(weight: WeightMatrix, options: Mapping[str, object]) -> str:
+    """SHA-256 of a weight's bytes and of everything else that decides its decomposition."""
+    digest = hashlib.sha256(_SCHEMA.encode())
+    shape = (tuple(weight.matrices.shape), weight.folded, weight.kind, str(weight.matrices.dtype))
+    digest.update(json.dumps([shape, options], sort_keys=True).encode())
+    for matrix in weight.matrices:
+        plain = matrix.cpu().contiguous()
+        digest.update(plain.flatten().view(torch.uint8).numpy())  # no second copy of the weight
+    return digest.hexdigest()
+
+
+def _write(path: Path, svd: LayerSVD) -> None:
+    tensors = {"blocks": svd.blocks, "values": svd.values}
+    if svd.right is not None:
+        tensors["right"] = svd.right
+    details = {"kind": svd.kind, "columns": svd.columns, "route": svd.route, "schema": _SCHEMA}
+    plain = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    write_atomically(path, save(plain, metadata={"layer_svd": json.dumps(details)}))
+
+
+def _read(path: Path, device: torch.device) -> LayerSVD | None:
+    """A stored decomposition; None where there is none, or a damaged one, which is then replaced."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            details = json.loads((file.metadata() or {}).get("layer_svd", "null"))
+            tensors = {name: file.get_tensor(name).to(device) for name in file.keys()}  # noqa: SIM118
+    except (FileNotFoundError, SafetensorError, ValueError):
+        return None
+    if not isinstance(details, dict) or details.pop("schema", None) != _SCHEMA:
+        return None
+    details["route"] += ", from disk"
+    return LayerSVD(tensors["blocks"], tensors["values"], tensors.get("right"), **details)

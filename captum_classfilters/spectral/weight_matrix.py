@@ -1,0 +1,104 @@
+"""A layer's weight as one matrix per group, a row for each output filter."""
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+class WeightMatrix(NamedTuple):
+    """The unfolded weight of a layer.
+
+    Args:
+
+        matrices (Tensor): Shape (G, d / G, n): for each group, a row for each output filter.
+        folded (tuple of int): Shape of one row before unfolding: (c / G, *kernel), or (in,).
+        kind (str): ``"convolution"``, ``"transposed convolution"`` or ``"linear"``.
+    """
+
+    matrices: Tensor
+    folded: tuple[int, ...]
+    kind: Literal["convolution", "transposed convolution", "linear"]
+
+
+def can_decompose(module: nn.Module) -> bool:
+    """Whether a module is of a class that :func:`weight_matrix` unfolds."""
+    return isinstance(module, (nn.Linear, *_CONVOLUTIONS, *_TRANSPOSED))
+
+
+def weight_matrix(module: nn.Module, name: str | None = None) -> WeightMatrix:
+    r"""
+    Unfold a convolution's or linear layer's weight along its output filters.
+
+    A convolution's weight (d, c / G, kh, kw) gives G matrices of d / G rows and
+    :math:`(c / G) \cdot kh \cdot kw` columns, flattened in memory order; a transposed convolution's is
+    turned first, so that rows are output filters here too; a linear layer's (d, c) is one matrix.
+
+    Args:
+
+        module (nn.Module): The layer.
+        name (str, optional): What error messages call it.
+                    Default: None
+
+    Returns:
+        *WeightMatrix*.
+
+    Raises:
+        ValueError: The module has no weight, one that is no linear map from channels to channels, a
+                    quantised or not yet initialised one, or one with NaN or infinite entries.
+    """
+    called = f"{type(module).__name__}" + (f" {name!r}" if name else "")
+    weight = getattr(module, "weight", None)
+    if callable(weight) and not isinstance(weight, Tensor):
+        raise ValueError(
+            f"{called} is quantised: its weight is packed integers. Decompose the floating-point "
+            "layer that it was made from."
+        )
+    if isinstance(module, nn.MultiheadAttention):
+        raise ValueError(
+            f"{called} holds several weights; `model_svd` lists its query, key and value projections "
+            "and its `out_proj` separately."
+        )
+    if not isinstance(weight, Tensor):
+        raise ValueError(
+            f"{called} has no weight of its own, so it has no singular directions. Choose a "
+            "convolution or a linear layer inside or before it."
+        )
+    if isinstance(weight, nn.parameter.UninitializedParameter):
+        raise ValueError(
+            f"{called} has no weight yet; run the model once so that it learns its shape."
+        )
+    if not can_decompose(module):
+        raise ValueError(
+            f"{called} has a weight of shape {tuple(weight.shape)}, but it is not a convolution or a "
+            "linear layer. Choose one of these, a normalisation's neighbour say."
+        )
+    return unfold(weight.detach(), _kind(module), getattr(module, "groups", 1), called)
+
+
+def unfold(weight: Tensor, kind: str, groups: int, called: str) -> WeightMatrix:
+    """The matrices of a weight that is known to be one of a convolution or a linear layer."""
+    if weight.is_complex() or not weight.is_floating_point():
+        raise ValueError(f"{called} has a weight of {weight.dtype}; expected real numbers.")
+    bad = ~torch.isfinite(weight)
+    if bool(bad.any()):
+        first = tuple(bad.nonzero()[0].tolist())
+        raise ValueError(
+            f"{called} has {int(bad.sum())} NaN or infinite entries in its weight, the first at "
+            f"{first}; a decomposition needs finite numbers."
+        )
+    if kind == "transposed convolution":
+        # (c, d / G, *kernel): channels are grouped on axis 0, filters are axis 1 of each group.
+        parts = weight.unflatten(0, (groups, -1)).transpose(1, 2)
+    else:
+        parts = weight.unflatten(0, (groups, -1))
+    return WeightMatrix(parts.flatten(2), tuple(parts.shape[2:]), kind)  # type: ignore[arg-type]
+
+
+def _kind(module: nn.Module) -> str:
+    if isinstance(module, _TRANSPOSED):
+        return "transposed convolution"
+    return "linear" if isinstance(module, nn.Linear) else "convolution"

@@ -1,0 +1,341 @@
+"""Singular directions of one layer, and of all layers of a model."""
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from safetensors.torch import load_file
+from torch import nn
+from torch.nn.utils import prune
+
+from captum_classfilters.spectral import layer_svd, model_svd, weight_matrix
+
+SIZES = {1: (13,), 2: (9, 8), 3: (7, 6, 5)}
+
+
+def bias_of(layer):
+    return 0 if layer.bias is None else layer.bias.reshape(-1, *[1] * (layer.weight.dim() - 2))
+
+
+CONVOLUTIONS = [
+    (kind, {"groups": groups, "stride": stride, "dilation": dilation, "bias": bias})
+    for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    for groups, stride, dilation, bias in [
+        (1, 1, 1, True),
+        (1, 2, 2, False),
+        (2, 2, 1, True),
+        (4, 1, 2, True),
+    ]
+]
+
+
+@pytest.mark.parametrize(("kind", "options"), CONVOLUTIONS)
+@pytest.mark.parametrize("method", ["auto", "direct", "gram"])
+def test_signals_from_outputs_are_those_from_inputs(kind, options, method):
+    torch.manual_seed(0)
+    layer = kind(4, 12, 3, padding=1, **options)
+    images = torch.randn(3, 4, *SIZES[layer.weight.dim() - 2])
+    svd = layer_svd(layer, method=method)
+    with torch.no_grad():
+        signals = svd.signals(layer(images) - bias_of(layer))
+        expected = svd.signals_from_input(layer, images)
+    assert signals.shape[1] == len(svd)
+    assert (signals - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("kind", [nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_transposed_convolutions_too(kind, groups):
+    torch.manual_seed(0)
+    layer = kind(4, 6, 3, stride=2, padding=1, output_padding=1, groups=groups)
+    images = torch.randn(2, 4, *SIZES[layer.weight.dim() - 2])
+    svd = layer_svd(layer)
+    with torch.no_grad():
+        signals = svd.signals(layer(images) - bias_of(layer))
+        assert (signals - svd.signals_from_input(layer, images)).abs().max() < 1e-5
+    assert svd.left.shape == (6, len(svd))
+
+
+@pytest.mark.parametrize("shape", [(7, 20), (20, 7), (90, 150), (150, 90), (90, 90)])
+@pytest.mark.parametrize("method", ["auto", "direct", "gram"])
+def test_linear_layers_of_any_aspect(shape, method):
+    torch.manual_seed(0)
+    layer = nn.Linear(shape[1], shape[0])
+    svd = layer_svd(layer, method=method)
+    weight = layer.weight.detach().double()
+    assert torch.allclose(
+        svd.left.double() * svd.values.double() @ svd.right.double(), weight, atol=1e-6
+    )
+    assert torch.allclose(svd.values.double(), torch.linalg.svdvals(weight), atol=2e-6)
+    eye = torch.eye(min(shape))
+    assert torch.allclose(svd.left.T @ svd.left, eye, atol=2e-3 if shape == (90, 90) else 1e-5)
+    tokens = torch.randn(2, 5, shape[1])
+    with torch.no_grad():
+        signals = svd.signals(layer(tokens) - layer.bias)
+        assert (signals - svd.signals_from_input(layer, tokens)).abs().max() < 1e-5
+
+
+def test_a_decomposition_by_hand():
+    layer = nn.Conv2d(1, 2, (1, 2), bias=False)
+    layer.weight.data = torch.tensor([[0.0, -3.0], [2.0, 0.0]]).reshape(2, 1, 1, 2)
+    svd = layer_svd(layer)
+    assert torch.allclose(svd.values, torch.tensor([3.0, 2.0]))
+    assert torch.allclose(svd.left, torch.eye(2))
+    assert torch.allclose(svd.right.flatten(1), torch.tensor([[0.0, -1.0], [1.0, 0.0]]))
+
+
+@pytest.mark.parametrize("method", ["direct", "gram", "randomised"])
+def test_signs_are_fixed(method):
+    torch.manual_seed(1)
+    weight = torch.randn(40, 70)
+    layer = nn.Linear(70, 40)
+    for sign in (1, -1):
+        layer.weight.data = sign * weight
+        svd = layer_svd(layer, method=method, rank=5)
+        largest = svd.left.gather(0, svd.left.abs().argmax(0, keepdim=True))
+        assert (largest > 0).all()
+        if sign == 1:
+            first = svd
+    assert torch.allclose(first.left, svd.left, atol=1e-4)
+    assert torch.allclose(first.right, -svd.right, atol=1e-4)
+
+
+def test_groups_are_decomposed_one_by_one():
+    torch.manual_seed(0)
+    layer = nn.Conv2d(6, 8, 3, groups=2)
+    svd = layer_svd(layer)
+    for group in range(2):
+        part = nn.Conv2d(3, 4, 3)
+        part.weight.data = layer.weight.data[4 * group : 4 * group + 4]
+        alone = layer_svd(part)
+        own = slice(4 * group, 4 * group + 4)
+        assert torch.allclose(svd.values[own], alone.values, atol=1e-6)
+        assert torch.allclose(svd.left[own, own], alone.left, atol=1e-5)
+        assert torch.allclose(svd.right[own], alone.right, atol=1e-5)
+    assert (svd.left[:4, 4:] == 0).all()
+    assert svd.shape == (4, 27)
+    first = svd.truncate(1)
+    assert first.values.tolist() == [svd.values[0], svd.values[4]]
+    assert torch.equal(first.left, svd.left[:, [0, 4]])
+
+
+def test_depthwise_directions_are_the_filters():
+    layer = nn.Conv2d(5, 5, 3, groups=5, bias=False)
+    svd = layer_svd(layer)
+    assert torch.equal(svd.left, torch.eye(5))
+    assert torch.allclose(svd.values, layer.weight.detach().flatten(1).norm(dim=1))
+
+
+def test_routes_are_chosen_by_size_and_reported():
+    torch.manual_seed(0)
+    assert layer_svd(nn.Linear(200, 64)).route == "direct"
+    assert layer_svd(nn.Linear(200, 65)).route == "gram"
+    large = nn.Linear(1030, 1024)
+    before = torch.get_rng_state()
+    svd = layer_svd(large, rank=4)
+    assert svd.route == "randomised"
+    assert not svd.complete
+    assert torch.equal(before, torch.get_rng_state())
+    assert torch.equal(svd.left, layer_svd(large, rank=4).left)  # the same numbers every time
+    exact = torch.linalg.svdvals(large.weight.detach())[:4]
+    assert (svd.values <= exact * (1 + 1e-5)).all()
+    assert (svd.values > 0.97 * exact).all()
+    tokens = torch.randn(2, 1030)
+    with torch.no_grad():
+        signals = svd.signals(large(tokens) - large.bias)
+        assert (signals - svd.signals_from_input(large, tokens)).abs().max() < 1e-5
+
+
+def test_gram_route_of_a_singular_weight():
+    layer = nn.Linear(100, 80)
+    layer.weight.data[40:] = layer.weight.data[:40]
+    svd = layer_svd(layer)
+    assert svd.route == "direct, the weight being of lower rank"
+    assert torch.allclose(svd.left.T @ svd.left, torch.eye(80), atol=1e-5)
+    assert torch.allclose(svd.right @ svd.right.T, torch.eye(80), atol=1e-5)
+    left_only = layer_svd(layer, right=False)
+    assert left_only.route == "gram"
+    assert torch.allclose(left_only.left.T @ left_only.left, torch.eye(80), atol=1e-5)
+    layer.weight.data.zero_()
+    assert layer_svd(layer).values.sum() == 0
+
+
+def test_precision_follows_the_weight():
+    layer = nn.Linear(90, 70)
+    assert layer_svd(layer.double()).left.dtype == torch.float64
+    assert layer_svd(layer.bfloat16()).left.dtype == torch.float32
+    signals = layer_svd(layer).signals(torch.randn(2, 70, dtype=torch.bfloat16))
+    assert signals.dtype == torch.bfloat16
+
+
+class TestModels:
+    def net(self):
+        torch.manual_seed(0)
+        return nn.Sequential(
+            nn.Conv2d(3, 70, 3), nn.ReLU(inplace=True), nn.BatchNorm2d(70), nn.Flatten(),
+            nn.Linear(70, 5),
+        )  # fmt: skip
+
+    def test_lazy(self):
+        svds = model_svd(self.net())
+        assert list(svds) == ["0", "4"]
+        assert svds.routes() == {}
+        assert svds["4"].left.shape == (5, 5)
+        assert svds.routes() == {"4": "direct"}
+        assert svds["4"] is svds["4"]
+        svds.forget()
+        assert svds.routes() == {}
+        with pytest.raises(KeyError, match="'5' is not among the layers 0, 4"):
+            svds["5"]
+
+    def test_cache(self, tmp_path):
+        net, folder = self.net(), tmp_path / "svds"
+        first = model_svd(net, cache=folder, right=True)
+        for name in first:
+            assert "disk" not in first[name].route
+        again = model_svd(net, cache=folder, right=True)
+        for name in again:
+            assert torch.equal(first[name].left, again[name].left)
+            assert torch.equal(first[name].right, again[name].right)
+            assert torch.equal(first[name].values, again[name].values)
+            assert again[name].shape == first[name].shape
+            assert again[name].route == first[name].route + ", from disk"
+        assert "disk" not in model_svd(net, cache=folder)["0"].route  # without right vectors
+        assert "disk" not in model_svd(net, cache=folder, rank=2, right=True)["0"].route
+        net[0].weight.data[0, 0, 0, 0] += 1
+        changed = model_svd(net, cache=folder, right=True)
+        assert "disk" not in changed["0"].route
+        assert "disk" in changed["4"].route
+
+    def test_damaged_cache_is_replaced(self, tmp_path):
+        net = self.net()
+        expected = model_svd(net, cache=tmp_path)["4"]
+        (file,) = tmp_path.iterdir()
+        file.write_bytes(file.read_bytes()[:-50])
+        found = model_svd(net, cache=tmp_path)["4"]
+        assert torch.equal(found.left, expected.left)
+        assert "disk" not in found.route
+        assert "left" not in load_file(file)  # readable again
+
+    def test_rank_is_an_upper_bound(self):
+        svds = model_svd(self.net(), rank=10)
+        assert [len(svds[name]) for name in svds] == [10, 5]
+
+    def test_attention_is_three_projections(self):
+        torch.manual_seed(0)
+        attention = nn.MultiheadAttention(8, 2)
+        svds = model_svd(nn.Sequential(attention))
+        assert list(svds) == ["0.query", "0.key", "0.value", "0.out_proj"]
+        for part, name in enumerate(("0.query", "0.key", "0.value")):
+            block = attention.in_proj_weight.detach()[8 * part : 8 * part + 8]
+            assert torch.allclose(svds[name].values, torch.linalg.svdvals(block), atol=1e-5)
+        different = nn.MultiheadAttention(8, 2, kdim=4, vdim=6)
+        svds = model_svd(different)
+        assert svds["key"].shape == (8, 4)
+        assert svds["value"].shape == (8, 6)
+
+    def test_bad_layers(self):
+        with pytest.raises(ValueError, match="BatchNorm2d '2' has a weight of shape"):
+            model_svd(self.net(), ["2"])
+        with pytest.raises(ValueError, match="ReLU '1' has no weight"):
+            model_svd(self.net(), ["1"])
+        with pytest.raises(ValueError, match="no layer '9'"):
+            model_svd(self.net(), ["9"])
+        with pytest.raises(ValueError, match="one string"):
+            model_svd(self.net(), "0")
+        with pytest.raises(ValueError, match="no convolution or linear layer"):
+            model_svd(nn.ReLU())
+        with pytest.raises(ValueError, match="method='svd'; choose one of auto"):
+            model_svd(self.net(), method="svd")
+        net = self.net()
+        net[4].weight.data[1, 2] = float("nan")
+        with pytest.raises(ValueError, match=r"Linear '4' has 1 NaN .* first at \(1, 2\)"):
+            model_svd(net)["4"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [
+        ("resnet18", 21),
+        ("vit_b_16", 2 + 6 * 12),
+        ("convnext_tiny", None),
+        ("mobilenet_v3_small", None),
+        ("densenet121", None),
+        ("shufflenet_v2_x0_5", None),
+        ("swin_t", None),
+        ("googlenet", None),
+        ("regnet_y_400mf", None),
+    ],
+)
+def test_torchvision_families(name, layers):
+    options = {"init_weights": False} if name == "googlenet" else {}
+    model = torchvision.models.get_model(name, weights=None, **options)
+    svds = model_svd(model)
+    expected = sum(isinstance(m, (nn.Conv2d, nn.Linear)) for m in model.modules())
+    expected += 3 * sum(isinstance(m, nn.MultiheadAttention) for m in model.modules())
+    assert len(svds) == expected == (layers or expected)
+    for layer in list(svds)[:: max(1, len(svds) // 6)]:
+        matrix = svds.matrix(layer)
+        energy = matrix.matrices.double().square().sum()
+        assert svds[layer].values.double().square().sum() == pytest.approx(float(energy), rel=1e-5)
+        assert svds[layer].num_filters == matrix.matrices.shape[0] * matrix.matrices.shape[1]
+
+
+class TestBadLayers:
+    def test_without_a_weight(self):
+        with pytest.raises(ValueError, match="MaxPool2d has no weight of its own"):
+            layer_svd(nn.MaxPool2d(2))
+        with pytest.raises(ValueError, match="Sequential has no weight of its own"):
+            layer_svd(nn.Sequential(nn.Linear(2, 2)))
+        with pytest.raises(ValueError, match=r"Embedding has a weight of shape \(4, 3\)"):
+            layer_svd(nn.Embedding(4, 3))
+
+    def test_quantised(self):
+        layer = torch.ao.nn.quantized.Conv2d(3, 4, 3)
+        with pytest.raises(ValueError, match="Conv2d is quantised"):
+            layer_svd(layer)
+
+    def test_uninitialised(self):
+        with pytest.raises(ValueError, match="LazyConv2d has no weight yet"):
+            layer_svd(nn.LazyConv2d(4, 3))
+
+    def test_attention(self):
+        with pytest.raises(ValueError, match="`model_svd` lists its query"):
+            layer_svd(nn.MultiheadAttention(4, 2))
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+    def test_not_finite(self, value):
+        layer = nn.Conv2d(3, 4, 3)
+        layer.weight.data[2, 1, 0, 2] = value
+        with pytest.raises(ValueError, match=r"1 NaN or infinite .* first at \(2, 1, 0, 2\)"):
+            layer_svd(layer)
+
+    @pytest.mark.parametrize("rank", [0, 5, -1, True, 2.0])
+    def test_rank(self, rank):
+        with pytest.raises(ValueError, match=r"not possible for Conv2d.* from 1 to 4"):
+            layer_svd(nn.Conv2d(3, 4, 3), rank=rank)
+
+    def test_rank_of_groups(self):
+        with pytest.raises(ValueError, match="groups have matrices of 4 rows and 9 columns"):
+            layer_svd(nn.Conv2d(2, 8, 3, groups=2), rank=5)
+
+    def test_method_and_outputs(self):
+        with pytest.raises(ValueError, match="method='svd'"):
+            layer_svd(nn.Linear(3, 4), method="svd")
+        with pytest.raises(ValueError, match=r"of 4 filters; an output of shape \(2, 3\)"):
+            layer_svd(nn.Linear(3, 4)).signals(torch.rand(2, 3))
+        svd = layer_svd(nn.Linear(3, 4), right=False)
+        with pytest.raises(ValueError, match="right=True"):
+            svd.signals_from_input(nn.Linear(3, 4), torch.rand(2, 3))
+        with pytest.raises(ValueError, match="rank=9 is not possible"):
+            svd.truncate(9)
+
+
+def test_pruned_and_parametrised_layers():
+    layer = nn.utils.parametrizations.weight_norm(nn.Linear(6, 4))
+    assert torch.allclose(
+        layer_svd(layer).values, torch.linalg.svdvals(layer.weight.detach()), atol=1e-6
+    )
+    pruned = prune.l1_unstructured(nn.Linear(6, 4), "weight", 0.5)
+    assert np.count_nonzero(weight_matrix(pruned).matrices.numpy()) == 12
