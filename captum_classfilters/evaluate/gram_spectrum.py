@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from captum_classfilters._internal.energy import number_for_energy
 from captum_classfilters.evaluate._features import checked_features, class_rows
 
 
@@ -42,9 +43,9 @@ class GramSpectrum:
         Returns:
             *Tensor* of int64.
         """
-        return _number_for(self.eigenvalues, energy)
+        return number_for_energy(self.eigenvalues, energy)
 
-    def overall_number_for(self, energy: float = 0.95) -> int:
+    def overallnumber_for_energy(self, energy: float = 0.95) -> int:
         """The same for all images together.
 
         Args:
@@ -54,7 +55,7 @@ class GramSpectrum:
         Returns:
             *int*.
         """
-        return int(_number_for(self.overall[None], energy)[0])
+        return int(number_for_energy(self.overall[None], energy)[0])
 
 
 def gram_spectrum(
@@ -87,10 +88,3 @@ def gram_spectrum(
 
     classes = [spectrum(features[row]) for row in class_rows(labels, number)]
     return GramSpectrum(torch.stack(classes), spectrum(features))
-
-
-def _number_for(eigenvalues: Tensor, energy: float) -> Tensor:
-    if not 0 < energy <= 1:
-        raise ValueError(f"energy={energy} is out of range; choose a share in (0, 1].")
-    share = eigenvalues.cumsum(1) / eigenvalues.sum(1, keepdim=True)
-    return (share < energy * (1 - 1e-12)).sum(1) + 1

@@ -129,3 +129,13 @@ def _fixed_signs(left: Tensor, right: Tensor | None) -> tuple[Tensor, Tensor | N
     largest = left.gather(1, left.abs().argmax(1, keepdim=True))
     signs = torch.where(largest < 0, -1.0, 1.0).to(left.dtype)
     return left * signs, None if right is None else right * signs.mT
+
+
+def singular_values(matrices: Tensor) -> Tensor:
+    """Singular values (G, r) in float64, without vectors."""
+    found = []
+    for matrix in matrices:
+        rows, columns = matrix.shape
+        gram = _gram_matrix(matrix if rows <= columns else matrix.T)
+        found.append(torch.linalg.eigvalsh(gram).flip(0).clamp(min=0).sqrt())
+    return torch.stack(found)

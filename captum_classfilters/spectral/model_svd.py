@@ -64,17 +64,43 @@ class ModelSVD(Mapping[str, LayerSVD]):
             self._found[name] = self._decomposed(name)
         return self._found[name]
 
-    def matrix(self, name: str) -> WeightMatrix:
-        """The unfolded weight of a layer, a view where possible.
+    def module(self, name: str) -> nn.Module:
+        """The module that holds a layer's weight.
 
         Args:
 
             name (str): One of the names.
 
         Returns:
+            *nn.Module*.
+        """
+        return self._sources[name][0]
+
+    def held(self, name: str) -> LayerSVD | None:
+        """A layer's decomposition if it is in memory already.
+
+        Args:
+
+            name (str): One of the names.
+
+        Returns:
+            *LayerSVD* or None.
+        """
+        return self._found.get(name)
+
+    def matrix(self, name: str, module: nn.Module | None = None) -> WeightMatrix:
+        """The unfolded weight of a layer, a view where possible.
+
+        Args:
+
+            name (str): One of the names.
+            module (nn.Module, optional): Read it from another module of the same kind.
+
+        Returns:
             *WeightMatrix*.
         """
-        module, part = self._sources[name]
+        own, part = self._sources[name]
+        module = own if module is None else module
         if part is None:
             return weight_matrix(module, name)
         assert isinstance(module, nn.MultiheadAttention)

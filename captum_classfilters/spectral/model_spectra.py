@@ -1,0 +1,338 @@
+"""Random-matrix statistics of the weights of a model."""
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from captum_classfilters._internal.guard import model_left_as_found
+from captum_classfilters.spectral.eigenvalues import eigenvalues
+from captum_classfilters.spectral.marchenko_pastur import MarchenkoPasturFit, fit_marchenko_pastur
+from captum_classfilters.spectral.model_svd import ModelSVD, model_svd
+from captum_classfilters.spectral.power_law import PowerLaw, fit_power_law
+from captum_classfilters.spectral.weight_matrix import WeightMatrix
+
+if TYPE_CHECKING:
+    import pandas
+
+Verdict = Literal["good", "fair", "untrained"]
+_GOOD_UP_TO, _FAIR_UP_TO = 4.0, 7.0
+
+
+def layer_verdict(alpha: float) -> Verdict:
+    r"""
+    How well trained a layer looks, by :math:`\mu = 2 (\alpha - 1)`.
+
+    Heavy tails tell trained weights from random ones: ``"good"`` for :math:`\mu` up to 4
+    (:math:`\alpha` up to 3), ``"fair"`` up to 7, ``"untrained"`` above.
+
+    Args:
+
+        alpha (float): The exponent of :func:`fit_power_law`.
+
+    Returns:
+        *str*.
+    """
+    if not alpha > 1:
+        raise ValueError(f"alpha={alpha} is no exponent of a power law; it must be above 1.")
+    mu = 2 * (alpha - 1)
+    return "good" if mu <= _GOOD_UP_TO else "fair" if mu <= _FAIR_UP_TO else "untrained"
+
+
+@dataclass(frozen=True)
+class LayerSpectrum:
+    r"""
+    The eigenvalues of one layer's weight, and what random-matrix theory says of them.
+
+    Args:
+
+        name (str): The layer.
+        shape (tuple of int): Rows and columns of the matrix (of one group).
+        values (Tensor): Eigenvalues, falling; see :func:`eigenvalues`.
+        power_law (PowerLaw): Its tail.
+        marchenko_pastur (MarchenkoPasturFit): Its bulk.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    values: Tensor
+    power_law: PowerLaw
+    marchenko_pastur: MarchenkoPasturFit
+
+    @property
+    def largest(self) -> float:
+        """The largest eigenvalue."""
+        return float(self.values[0])
+
+    @property
+    def verdict(self) -> Verdict:
+        """See :func:`layer_verdict`."""
+        return layer_verdict(self.power_law.alpha)
+
+    @property
+    def weighted_exponent(self) -> float:
+        r""":math:`\alpha \ln \lambda_{max}`."""
+        return self.power_law.alpha * math.log(self.largest)
+
+
+@dataclass(frozen=True)
+class ModelSpectra:
+    r"""
+    The spectra of a model's layers, in the model's order.
+
+    Args:
+
+        layers (tuple of LayerSpectrum): One for each layer.
+        skipped (dict): Layers without a spectrum, and why.
+    """
+
+    layers: tuple[LayerSpectrum, ...]
+    skipped: dict[str, str]
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __iter__(self) -> Iterator[LayerSpectrum]:
+        return iter(self.layers)
+
+    def __getitem__(self, name: str) -> LayerSpectrum:
+        for layer in self.layers:
+            if layer.name == name:
+                return layer
+        reason = self.skipped.get(name)
+        names = ", ".join(layer.name for layer in self.layers)
+        raise KeyError(f"{name!r}: {reason}" if reason else f"{name!r} is not among {names}.")
+
+    @property
+    def universal_metric(self) -> float:
+        r"""The mean over layers of :math:`\alpha \ln \lambda_{max}`."""
+        return sum(layer.weighted_exponent for layer in self.layers) / len(self.layers)
+
+    def to_pandas(self) -> "pandas.DataFrame":
+        """A row for each layer; needs the extra ``pandas``.
+
+        Returns:
+            *pandas.DataFrame*.
+        """
+        import pandas
+
+        return pandas.DataFrame([_row(layer) for layer in self.layers]).set_index("layer")
+
+
+def model_spectra(model: nn.Module | ModelSVD, layers: Sequence[str] | None = None) -> ModelSpectra:
+    r"""
+    Random-matrix statistics of every convolution and linear layer of a model.
+
+    Only singular values are computed, one layer at a time. Layers with fewer than two different
+    eigenvalues, a head of one output say, have no tail to fit and are listed as skipped.
+
+    Args:
+
+        model (nn.Module or ModelSVD): The model, only read; or its decompositions.
+        layers (sequence of str, optional): Names of the layers; by default all.
+
+    Returns:
+        *ModelSpectra*.
+
+    Raises:
+        ValueError: As for :func:`model_svd`, or no layer has a spectrum.
+
+    Examples::
+
+        >>> import torch
+        >>> from captum_classfilters.spectral import model_spectra
+        >>> _ = torch.manual_seed(0)
+        >>> spectra = model_spectra(torch.nn.Sequential(torch.nn.Linear(300, 200)))
+        >>> spectra["0"].verdict, spectra["0"].marchenko_pastur.num_outliers
+        ('untrained', 0)
+    """
+    svds = model if isinstance(model, ModelSVD) else model_svd(model)
+    if layers is not None:
+        svds = model_svd(svds.model, layers)
+    return _spectra({name: _read(svds, name) for name in svds})
+
+
+def universal_metric(model: nn.Module | ModelSVD, layers: Sequence[str] | None = None) -> float:
+    r"""
+    The universal metric of a model, the mean over its layers of :math:`\alpha \ln \lambda_{max}`.
+
+    It rises as a network is trained, and is to be compared inside one family of networks. The
+    logarithm is natural and the mean unweighted; :math:`\lambda = S^2 / d` with *d* the rows of the
+    unfolded weight.
+
+    Source: Martin, Mahoney: *Heavy-tailed universality predicts trends in test accuracies for very
+    large pre-trained deep neural networks* (2020), https://arxiv.org/abs/1901.08278, in the form used
+    by the authors of *The SVD of Convolutional Weights*.
+
+    Args:
+
+        model (nn.Module or ModelSVD): The model, only read; or its decompositions.
+        layers (sequence of str, optional): Names of the layers; by default all convolutions and
+                    linear layers.
+
+    Returns:
+        *float*.
+
+    Examples::
+
+        >>> import torch
+        >>> from captum_classfilters.spectral import universal_metric
+        >>> layer = torch.nn.Linear(2, 2)
+        >>> layer.weight.data = torch.diag(torch.tensor([2.0, 1.0]))  # eigenvalues 2 and 1/2
+        >>> round(universal_metric(layer), 4)  # (1 + 2 / ln 4) ln 2
+        1.6931
+    """
+    return model_spectra(model, layers).universal_metric
+
+
+@dataclass(frozen=True)
+class SpectraComparison:
+    """The spectra of a model and of its random twin.
+
+    Args:
+
+        model (ModelSpectra): The model's.
+        twin (ModelSpectra): The twin's, with the same layers.
+    """
+
+    model: ModelSpectra
+    twin: ModelSpectra
+
+    def to_pandas(self) -> "pandas.DataFrame":
+        """A row for each layer, the twin's columns beside the model's; needs the extra ``pandas``.
+
+        Returns:
+            *pandas.DataFrame*.
+        """
+        return self.model.to_pandas().join(
+            self.twin.to_pandas().drop(columns=["rows", "columns"]), rsuffix=" of twin"
+        )
+
+
+def compare_with_random(
+    model: nn.Module,
+    twin: Literal["reset", "shuffled"] | nn.Module = "reset",
+    layers: Sequence[str] | None = None,
+    *,
+    seed: int = 0,
+) -> SpectraComparison:
+    r"""
+    Compare the spectra of a model with those of a randomly initialised twin.
+
+    The twin is never built as a whole: one layer at a time is copied and initialised again.
+
+    Args:
+
+        model (nn.Module): The model, only read.
+        twin (str or nn.Module): ``"reset"`` initialises a copy of each layer by its own
+                    ``reset_parameters``; ``"shuffled"`` shuffles the entries of each weight, which
+                    keeps their distribution and so the scale; a model of the same layers, freshly
+                    made say, is taken as it is.
+                    Default: "reset"
+        layers (sequence of str, optional): Names of the layers; by default all.
+        seed (int): Of the twin; PyTorch's random state is left as found.
+                    Default: 0
+
+    Returns:
+        *SpectraComparison*.
+
+    Raises:
+        ValueError: A layer cannot be initialised again, or the twin lacks one.
+    """
+    svds = model_svd(model, layers)
+    if isinstance(twin, nn.Module):
+        others = model_svd(twin)
+        missing = [name for name in svds if name not in others]
+        if missing:
+            raise ValueError(f"The twin has no layers {', '.join(missing)}, which the model has.")
+        weights = {name: others.matrix(name) for name in svds}
+        return SpectraComparison(model_spectra(svds), _spectra(_readers(weights)))
+    makers: dict[str, Callable[[ModelSVD, str], WeightMatrix]] = {
+        "reset": _reset,
+        "shuffled": _shuffled,
+    }
+    if twin not in makers:
+        raise ValueError(f"twin={twin!r}; choose 'reset', 'shuffled' or pass a model.")
+    with model_left_as_found(None):
+        torch.manual_seed(seed)
+        random = _spectra({name: _made(makers[twin], svds, name) for name in svds})
+    return SpectraComparison(model_spectra(svds), random)
+
+
+Reader = Callable[[], tuple[tuple[int, int], Tensor]]
+
+
+def _read(svds: ModelSVD, name: str) -> Reader:
+    def read() -> tuple[tuple[int, int], Tensor]:
+        held = svds.held(name)
+        if held is not None and held.complete:
+            return held.shape, eigenvalues(held)
+        return _of_weight(svds.matrix(name))
+
+    return read
+
+
+def _readers(weights: dict[str, WeightMatrix]) -> dict[str, Reader]:
+    return {name: (lambda weight=weight: _of_weight(weight)) for name, weight in weights.items()}  # type: ignore[misc]
+
+
+def _made(maker: Callable[[ModelSVD, str], WeightMatrix], svds: ModelSVD, name: str) -> Reader:
+    return lambda: _of_weight(maker(svds, name))
+
+
+def _of_weight(weight: WeightMatrix) -> tuple[tuple[int, int], Tensor]:
+    _, rows, columns = weight.matrices.shape
+    return (rows, columns), eigenvalues(weight)
+
+
+def _spectra(readers: dict[str, Reader]) -> ModelSpectra:
+    found, skipped = [], {}
+    for name, reader in readers.items():
+        shape, values = reader()
+        if len(values[values > 0].unique()) < 2:
+            skipped[name] = "fewer than two different positive eigenvalues"
+            continue
+        bulk = fit_marchenko_pastur(values, shape)
+        found.append(LayerSpectrum(name, shape, values, fit_power_law(values), bulk))
+    if not found:
+        raise ValueError(
+            "No layer has two different positive eigenvalues, so there is no spectrum to describe."
+        )
+    return ModelSpectra(tuple(found), skipped)
+
+
+def _reset(svds: ModelSVD, name: str) -> WeightMatrix:
+    module = svds.module(name)
+    fresh = copy.deepcopy(module)
+    reset = getattr(fresh, "reset_parameters", None) or getattr(fresh, "_reset_parameters", None)
+    if reset is None:
+        raise ValueError(
+            f"{type(module).__name__} {name!r} has no `reset_parameters`; choose twin='shuffled' or "
+            "pass a freshly made model."
+        )
+    reset()
+    return svds.matrix(name, fresh)
+
+
+def _shuffled(svds: ModelSVD, name: str) -> WeightMatrix:
+    weight = svds.matrix(name)
+    flat = weight.matrices.flatten(1)
+    order = torch.stack([torch.randperm(flat.shape[1]) for _ in flat]).to(flat.device)
+    return weight._replace(matrices=flat.gather(1, order).reshape(weight.matrices.shape))
+
+
+def _row(layer: LayerSpectrum) -> dict[str, Any]:
+    return {
+        "layer": layer.name,
+        "rows": layer.shape[0],
+        "columns": layer.shape[1],
+        "alpha": layer.power_law.alpha,
+        "largest eigenvalue": layer.largest,
+        "verdict": layer.verdict,
+        "outliers": layer.marchenko_pastur.num_outliers,
+        "distance from Marchenko-Pastur": layer.marchenko_pastur.distance,
+    }
