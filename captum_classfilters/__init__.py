@@ -22,6 +22,7 @@ from captum_classfilters.networks import (
     refit_head,
     select_by_accuracy,
 )
+from captum_classfilters.spectral import LayerSingularDirection
 
 __all__ = [
     "AccuracyCurve",
@@ -38,6 +39,7 @@ __all__ = [
     "LayerFilterAblation",
     "LayerFilterContribution",
     "LayerFilterFrequency",
+    "LayerSingularDirection",
     "__version__",
     "accuracy_curve",
     "decompose",

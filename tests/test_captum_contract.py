@@ -10,7 +10,12 @@ from captum.testing.attr.helpers.test_config import config
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from captum_classfilters import LayerFilterAblation, LayerFilterContribution, LayerFilterFrequency
+from captum_classfilters import (
+    LayerFilterAblation,
+    LayerFilterContribution,
+    LayerFilterFrequency,
+    LayerSingularDirection,
+)
 from tests.models import deep, hooks_of, images
 
 NAMES = (
@@ -27,6 +32,9 @@ METHODS = {
     "frequency": lambda model, layer: LayerFilterFrequency(model, layer, top_k=2),
     "contribution": LayerFilterContribution,
     "ablation": LayerFilterAblation,
+    "directions": lambda model, layer: LayerSingularDirection(
+        model, layer, evidence="contribution"
+    ),
 }
 cases = pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry["name"])
 
@@ -45,6 +53,9 @@ def prepared(entry):
 def skip_unsupported(make, entry):
     if make is LayerFilterAblation and entry["name"] == "basic_layer_multi_output":
         pytest.skip("ablation takes layers of one tensor, and says so")
+    layer = entry["model"].get_submodule(entry["layer"])
+    if make is METHODS["directions"] and not isinstance(layer, (nn.Conv2d, nn.Linear)):
+        pytest.skip("only a layer with a weight has singular directions")
 
 
 def tensors(value):

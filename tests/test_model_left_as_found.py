@@ -13,6 +13,7 @@ from captum_classfilters import (
     LayerFilterAblation,
     LayerFilterContribution,
     LayerFilterFrequency,
+    LayerSingularDirection,
     accuracy_curve,
     decompose,
     identify_class_filters,
@@ -22,6 +23,14 @@ from captum_classfilters import (
 from captum_classfilters.evaluate import layer_sweep, model_essentiality
 from captum_classfilters.identify import collect_features
 from captum_classfilters.networks import GreedyFilterPruning, compare_heads, evaluate_classifier
+from captum_classfilters.spectral import (
+    compare_with_random,
+    direction_signals,
+    factor_layer,
+    layer_svd,
+    model_spectra,
+    model_svd,
+)
 from tests.models import batches, images
 
 QUIET = {"show_progress": False}
@@ -108,6 +117,14 @@ ENTRIES = {
         m, decompose(m, table(), head="7"), images(), repetitions=1
     ),
     "layer_sweep": lambda m: layer_sweep(m, ["2"], batches(), **QUIET),
+    "direction signals": lambda m: direction_signals(m, images()),
+    "singular directions": lambda m: LayerSingularDirection(m, "0").attribute(images()),
+    "contributions of directions": lambda m: LayerSingularDirection(
+        m, "0", evidence="contribution"
+    ).attribute(images(), target=0),
+    "identify directions": lambda m: LayerSingularDirection(
+        m, "0", evidence="contribution"
+    ).identify(batches(), **QUIET),
     "model_essentiality": lambda m: model_essentiality(m, table(), batches(), **QUIET),
 }
 # Captum's contract: per-image methods run the model as it is, its own random layers included.
@@ -120,6 +137,17 @@ PER_IMAGE = {
     "saliency",
     "saliency maps",
     "gate",
+    "direction signals",
+    "singular directions",
+    "contributions of directions",
+}
+# These read weights and never run the model.
+WEIGHTS_ONLY = {
+    "layer_svd": lambda m: layer_svd(m[0]),
+    "model_svd": lambda m: [svd.left for svd in model_svd(m).values()],
+    "model_spectra": model_spectra,
+    "compare_with_random": compare_with_random,
+    "factor_layer": lambda m: factor_layer(m, "0").train(),
 }
 
 
@@ -157,6 +185,17 @@ def test_left_as_found(name, fails):
         assert torch.equal(state[key], value), key
     if name not in PER_IMAGE:
         assert torch.equal(torch.get_rng_state(), random_state)
+
+
+@pytest.mark.parametrize("name", WEIGHTS_ONLY)
+def test_left_as_found_by_what_reads_weights(name):
+    model = make_model()
+    before, state = snapshot(model), copy.deepcopy(model.state_dict())
+    random_state = torch.get_rng_state()
+    WEIGHTS_ONLY[name](model)
+    assert snapshot(model) == before
+    assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random_state)
 
 
 def test_a_loader_that_fails_in_mid_pass():

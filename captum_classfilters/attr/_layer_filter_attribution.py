@@ -39,6 +39,9 @@ class LayerFilterAttribution(LayerAttribution):
                     Default: None
     """
 
+    # What the features are, where they are not the layer's filters; it ends a table's layer name.
+    features_name: str | None = None
+
     def __init__(
         self,
         forward_func: Callable[..., Tensor],

@@ -151,6 +151,8 @@ class _Job:
         self.reduction = reduction
         self.model = module_of(method.forward_func)
         self.layer_name = layer_name(self.model, method.layer)
+        features = getattr(method, "features_name", None)
+        self.table_layer = f"{self.layer_name}.{features}" if features else self.layer_name
         self.sums: ClassFilterSums | None = None
         self.feed: dict[str, str] | None = None
 
@@ -292,7 +294,7 @@ class _Collector:
             counts=sums["count"],
             standard_errors=sums["standard_error"],
             class_names=names,
-            layer=job.layer_name,
+            layer=job.table_layer,
             method=job.name,
             provenance=provenance(
                 job.model,

@@ -1,6 +1,8 @@
 """The spectral view: singular directions of a layer's weight, and their statistics."""
 
 from captum_classfilters.spectral.eigenvalues import eigenvalues
+from captum_classfilters.spectral.factored_layer import FactoredLayer, factor_layer
+from captum_classfilters.spectral.layer_singular_direction import LayerSingularDirection
 from captum_classfilters.spectral.layer_svd import LayerSVD, layer_svd
 from captum_classfilters.spectral.marchenko_pastur import (
     MarchenkoPastur,
@@ -26,10 +28,13 @@ from captum_classfilters.spectral.select_rank import (
     select_rank,
     stable_rank,
 )
+from captum_classfilters.spectral.signals import direction_signals
 from captum_classfilters.spectral.weight_matrix import WeightMatrix, weight_matrix
 
 __all__ = [
+    "FactoredLayer",
     "LayerSVD",
+    "LayerSingularDirection",
     "LayerSpectrum",
     "MarchenkoPastur",
     "MarchenkoPasturFit",
@@ -39,8 +44,10 @@ __all__ = [
     "SpectraComparison",
     "WeightMatrix",
     "compare_with_random",
+    "direction_signals",
     "effective_rank",
     "eigenvalues",
+    "factor_layer",
     "fit_marchenko_pastur",
     "fit_power_law",
     "gavish_donoho_threshold",

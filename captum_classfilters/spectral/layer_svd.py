@@ -118,15 +118,27 @@ class LayerSVD:
         Raises:
             ValueError: The right vectors were not asked for.
         """
-        weight = self.values.reshape(-1, *[1] * (self._right().dim() - 1)) * self._right()
-        if self.kind == "transposed convolution":
-            grouped = weight.unflatten(0, (self.groups, -1)).transpose(1, 2)
-            weight = grouped.flatten(0, 1)
-        replaced = {"weight": weight.to(inputs)}
+        replaced = {"weight": self.input_weight().to(inputs)}
         if getattr(module, "bias", None) is not None:
             replaced["bias"] = torch.zeros(len(self), dtype=inputs.dtype, device=inputs.device)
         result: Tensor = functional_call(module, replaced, (inputs,))
         return result
+
+    def input_weight(self) -> Tensor:
+        r"""
+        :math:`S V^\top` as the weight of a layer of the same kind with R filters.
+
+        Returns:
+            *Tensor*: (R, c / G, *kernel), (R, in), or (c, R / G, *kernel) for a transposed convolution.
+
+        Raises:
+            ValueError: The right vectors were not asked for.
+        """
+        right = self._right()
+        weight = self.values.reshape(-1, *[1] * (right.dim() - 1)) * right
+        if self.kind == "transposed convolution":
+            weight = weight.unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(0, 1)
+        return weight
 
     def truncate(self, rank: int) -> "LayerSVD":
         """The first ``rank`` directions of each group.
