@@ -10,7 +10,7 @@ import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from scipy.integrate import quad
+from scipy.integrate import quad, trapezoid
 from torch import nn
 
 from benchmarks import cifar10
@@ -33,6 +33,7 @@ from captum_classfilters.spectral import (
     universal_metric,
     weight_matrix,
 )
+from captum_classfilters.visualize import plot_exponents, plot_spectrum
 
 # Shapes of He-initialised convolutions, with their effective ranks.
 HE_INITIALISED = [
@@ -347,6 +348,45 @@ class TestModels:
             compare_with_random(self.net(), "other")
         with pytest.raises(ValueError, match="The twin has no layers 3"):
             compare_with_random(self.net(), self.net()[:2])
+
+
+class TestPictures:
+    def spectra(self, spikes):
+        layer = nn.Linear(480, 120)
+        layer.weight.data = spiked(spikes=spikes).float()
+        return model_spectra(nn.Sequential(layer, nn.Linear(120, 30)))
+
+    def test_spectrum_shows_the_law_of_the_bulk_and_the_power_law(self):
+        spectrum = self.spectra(5)["0"]
+        figure, (left, right) = plot_spectrum(spectrum)
+        drawn = {line.get_label(): line for line in left.lines}
+        x, density = drawn["Marchenko-Pastur"].get_data()
+        # The law's area is the share of eigenvalues in the bulk, and it ends at the edge.
+        assert trapezoid(density, x) == pytest.approx(115 / 120, abs=0.01)
+        assert x[-1] == pytest.approx(spectrum.marchenko_pastur.law.upper)
+        marked = drawn["5 above the edge"].get_xdata()
+        assert sorted(marked) == pytest.approx(sorted(spectrum.values[:5].tolist()))
+        area = sum(bar.get_height() * bar.get_width() for bar in left.patches)
+        assert area == pytest.approx(1)
+        eigenvalues, law = right.lines[:2]
+        assert len(eigenvalues.get_xdata()) == 120
+        slope = np.diff(np.log(law.get_ydata())) / np.diff(np.log(law.get_xdata()))
+        assert slope == pytest.approx(np.full(49, 1 - spectrum.power_law.alpha))
+        assert figure._repr_png_()[:4] == b"\x89PNG"
+
+    def test_exponents_of_several_models(self):
+        one, two = self.spectra(5), self.spectra(0)
+        _, axes = plot_exponents({"spiked": one, "random": two})
+        lines = [line for line in axes.lines if len(line.get_xdata()) == 2]
+        for line, spectra in zip(lines, (one, two), strict=True):
+            assert line.get_ydata() == pytest.approx([layer.power_law.alpha for layer in spectra])
+        assert [label.get_text() for label in axes.get_xticklabels()] == ["0", "1"]
+        _, axes = plot_exponents(one)
+        assert axes.get_legend().get_texts()[0].get_text().startswith("universal metric")
+        with pytest.raises(ValueError, match="'other' are not those of the first"):
+            plot_exponents({"spiked": one, "other": model_spectra(nn.Linear(9, 9))})
+        with pytest.raises(ValueError, match="spectra is empty"):
+            plot_exponents({})
 
 
 def test_untrained_resnet18():

@@ -3,11 +3,14 @@
 from captum_classfilters.visualize.accuracy_curve import plot_accuracy_curve
 from captum_classfilters.visualize.class_filters import plot_class_filters, plot_class_overlap
 from captum_classfilters.visualize.explanations import plot_explanations, plot_filter_maps
+from captum_classfilters.visualize.spectra import plot_exponents, plot_spectrum
 
 __all__ = [
     "plot_accuracy_curve",
     "plot_class_filters",
     "plot_class_overlap",
     "plot_explanations",
+    "plot_exponents",
     "plot_filter_maps",
+    "plot_spectrum",
 ]
