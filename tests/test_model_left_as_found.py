@@ -21,7 +21,7 @@ from captum_classfilters import (
     select_by_accuracy,
 )
 from captum_classfilters.evaluate import layer_sweep, model_essentiality
-from captum_classfilters.identify import collect_features
+from captum_classfilters.identify import collect_features, exemplars, receptive_field, unit_scores
 from captum_classfilters.networks import GreedyFilterPruning, compare_heads, evaluate_classifier
 from captum_classfilters.spectral import (
     compare_with_random,
@@ -30,7 +30,10 @@ from captum_classfilters.spectral import (
     layer_svd,
     model_spectra,
     model_svd,
+    profile_graph,
+    profile_images,
 )
+from captum_classfilters.visualize import FeatureObjective, visualize_features
 from tests.models import batches, images
 
 QUIET = {"show_progress": False}
@@ -110,6 +113,14 @@ ENTRIES = {
     "list_filter_layers": lambda m: list_filter_layers(m, images()),
     "decompose": lambda m: decompose(m, table(), example_inputs=images()),
     "collect_features": lambda m: collect_features(m, "2", batches(), **QUIET),
+    "exemplars": lambda m: exemplars(m, ["0", "2"], batches(), **QUIET),
+    "receptive_field": lambda m: receptive_field(m, "2", images()),
+    "unit_scores": lambda m: unit_scores(m, ["0", "2"], batches(), **QUIET),
+    "profile_images": lambda m: profile_images(m, ["0", "2"], batches(), **QUIET),
+    "profile_graph": lambda m: profile_graph(m, ["0", "7"], batches(), **QUIET),
+    "visualize_features": lambda m: visualize_features(
+        m, FeatureObjective.of_filter("2", 1), (2, 6, 6), steps=2, **QUIET
+    ),
     "accuracy_curve": lambda m: accuracy_curve(m, table(), batches(), **QUIET),
     "select_by_accuracy": lambda m: select_by_accuracy(m, table(), batches(), keep=0.1, **QUIET),
     "evaluate_classifier": lambda m: evaluate_classifier(m, batches(), **QUIET),
@@ -174,7 +185,7 @@ def test_left_as_found(name, fails):
     random_state = torch.get_rng_state()
     if fails:
         model[3].calls_left = 0 if name in PER_IMAGE else 1
-        if name in ("list_filter_layers", "decompose"):
+        if name in ("list_filter_layers", "decompose", "receptive_field"):
             model[3].calls_left = 0
         with pytest.raises(RuntimeError, match="alarm"):
             ENTRIES[name](model)
