@@ -22,7 +22,13 @@ from captum_classfilters import (
     select_by_accuracy,
 )
 from captum_classfilters.evaluate import layer_sweep, model_essentiality, response_chroma
-from captum_classfilters.identify import activation_scores, collect_features
+from captum_classfilters.identify import (
+    activation_scores,
+    collect_features,
+    exemplars,
+    receptive_field,
+    unit_scores,
+)
 from captum_classfilters.networks import (
     ClassFilterImportance,
     GreedyFilterPruning,
@@ -43,7 +49,10 @@ from captum_classfilters.spectral import (
     layer_svd,
     model_spectra,
     model_svd,
+    profile_graph,
+    profile_images,
 )
+from captum_classfilters.visualize import FeatureObjective, visualize_features
 from tests.models import batches, images
 
 QUIET = {"show_progress": False}
@@ -137,6 +146,14 @@ ENTRIES = {
     "list_filter_layers": lambda m: list_filter_layers(m, images()),
     "decompose": lambda m: decompose(m, table(), example_inputs=images()),
     "collect_features": lambda m: collect_features(m, "2", batches(), **QUIET),
+    "exemplars": lambda m: exemplars(m, ["0", "2"], batches(), **QUIET),
+    "receptive_field": lambda m: receptive_field(m, "2", images()),
+    "unit_scores": lambda m: unit_scores(m, ["0", "2"], batches(), **QUIET),
+    "profile_images": lambda m: profile_images(m, ["0", "2"], batches(), **QUIET),
+    "profile_graph": lambda m: profile_graph(m, ["0", "7"], batches(), **QUIET),
+    "visualize_features": lambda m: visualize_features(
+        m, FeatureObjective.of_filter("2", 1), (2, 6, 6), steps=2, **QUIET
+    ),
     "accuracy_curve": lambda m: accuracy_curve(m, table(), batches(), **QUIET),
     "select_by_accuracy": lambda m: select_by_accuracy(m, table(), batches(), keep=0.1, **QUIET),
     "evaluate_classifier": lambda m: evaluate_classifier(m, batches(), **QUIET),
@@ -174,6 +191,7 @@ ONE_PASS = {
     "prune_filters",
     "prunable_layers",
     "torch_pruning importance",
+    "receptive_field",
 }
 # Captum's contract: per-image methods run the model as it is, its own random layers included.
 PER_IMAGE = {

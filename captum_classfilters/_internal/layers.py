@@ -1,7 +1,7 @@
 """Finding layers, their names and the axis that holds their filters."""
 
 import difflib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -46,6 +46,15 @@ def layer_name(model: nn.Module | None, layer: nn.Module | None) -> str:
             if module is layer:
                 return name.removeprefix("module.") or type(layer).__name__
     return type(layer).__name__
+
+
+def find_layers(
+    model: nn.Module, layers: str | nn.Module | Sequence[str | nn.Module]
+) -> dict[str, nn.Module]:
+    """One layer or several, given as modules or dotted names, by their names."""
+    given = [layers] if isinstance(layers, (str, nn.Module)) else layers
+    modules = [find_layer(model, one) if isinstance(one, str) else one for one in given]
+    return {layer_name(model, module): module for module in modules}
 
 
 def declared_filters(layer: nn.Module) -> int | None:

@@ -1,7 +1,15 @@
 """The spectral view: singular directions of a layer's weight, and their statistics."""
 
+from captum_classfilters.spectral.class_separation import (
+    SeparationTest,
+    class_jaccard,
+    separation_scores,
+    separation_test,
+)
 from captum_classfilters.spectral.eigenvalues import eigenvalues
 from captum_classfilters.spectral.factored_layer import FactoredLayer, factor_layer
+from captum_classfilters.spectral.hypergraph import Hypergraph, class_hypergraph
+from captum_classfilters.spectral.influential import influential
 from captum_classfilters.spectral.layer_singular_direction import LayerSingularDirection
 from captum_classfilters.spectral.layer_svd import LayerSVD, layer_svd
 from captum_classfilters.spectral.marchenko_pastur import (
@@ -21,6 +29,18 @@ from captum_classfilters.spectral.model_spectra import (
 )
 from captum_classfilters.spectral.model_svd import ModelSVD, model_svd
 from captum_classfilters.spectral.power_law import PowerLaw, fit_power_law
+from captum_classfilters.spectral.profile_graph import (
+    distance_matrix,
+    persistence,
+    profile_graph,
+)
+from captum_classfilters.spectral.profile_similarity import (
+    average_jaccard,
+    instance_jaccard,
+    jaccard,
+    similarity_matrix,
+)
+from captum_classfilters.spectral.profiles import ImageProfiles, Profile, profile_images
 from captum_classfilters.spectral.select_rank import (
     effective_rank,
     gavish_donoho_threshold,
@@ -33,6 +53,8 @@ from captum_classfilters.spectral.weight_matrix import WeightMatrix, weight_matr
 
 __all__ = [
     "FactoredLayer",
+    "Hypergraph",
+    "ImageProfiles",
     "LayerSVD",
     "LayerSingularDirection",
     "LayerSpectrum",
@@ -41,23 +63,38 @@ __all__ = [
     "ModelSVD",
     "ModelSpectra",
     "PowerLaw",
+    "Profile",
+    "SeparationTest",
     "SpectraComparison",
     "WeightMatrix",
+    "average_jaccard",
+    "class_hypergraph",
+    "class_jaccard",
     "compare_with_random",
     "direction_signals",
+    "distance_matrix",
     "effective_rank",
     "eigenvalues",
     "factor_layer",
     "fit_marchenko_pastur",
     "fit_power_law",
     "gavish_donoho_threshold",
+    "influential",
+    "instance_jaccard",
+    "jaccard",
     "layer_svd",
     "layer_verdict",
     "marchenko_pastur_edge",
     "model_spectra",
     "model_svd",
     "permutation_threshold",
+    "persistence",
+    "profile_graph",
+    "profile_images",
     "select_rank",
+    "separation_scores",
+    "separation_test",
+    "similarity_matrix",
     "stable_rank",
     "universal_metric",
     "weight_matrix",

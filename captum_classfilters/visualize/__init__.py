@@ -2,7 +2,17 @@
 
 from captum_classfilters.visualize.accuracy_curve import plot_accuracy_curve
 from captum_classfilters.visualize.class_filters import plot_class_filters, plot_class_overlap
+from captum_classfilters.visualize.exemplars import plot_exemplars
 from captum_classfilters.visualize.explanations import plot_explanations, plot_filter_maps
+from captum_classfilters.visualize.feature_visualization import (
+    FeatureObjective,
+    FeatureVisualization,
+    RandomTransform,
+    colour_root,
+    visualize_features,
+)
+from captum_classfilters.visualize.hypergraph import plot_class_separation, plot_hypergraph
+from captum_classfilters.visualize.profile_similarity import plot_profile_similarity
 from captum_classfilters.visualize.pruning import (
     plot_class_bars,
     plot_filter_grid,
@@ -11,14 +21,23 @@ from captum_classfilters.visualize.pruning import (
 from captum_classfilters.visualize.spectra import plot_exponents, plot_spectrum
 
 __all__ = [
+    "FeatureObjective",
+    "FeatureVisualization",
+    "RandomTransform",
+    "colour_root",
     "plot_accuracy_curve",
     "plot_class_bars",
     "plot_class_filters",
     "plot_class_overlap",
+    "plot_class_separation",
+    "plot_exemplars",
     "plot_explanations",
     "plot_exponents",
     "plot_filter_grid",
     "plot_filter_maps",
+    "plot_hypergraph",
+    "plot_profile_similarity",
     "plot_removal_curves",
     "plot_spectrum",
+    "visualize_features",
 ]

@@ -1,0 +1,462 @@
+"""Images optimised to drive filters, directions and sums of them."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import trange
+
+from captum_classfilters._internal.guard import model_left_as_found
+from captum_classfilters._internal.layers import (
+    check_batch,
+    check_runs,
+    filter_axis,
+    find_layer,
+    layer_name,
+    only_tensor,
+    positions_last,
+)
+
+Position = tuple[int, ...] | Literal["centre"] | None
+Transform = Callable[[Tensor, torch.Generator], Tensor]
+
+
+@dataclass(frozen=True)
+class _Term:
+    """One weighted sum of a layer's filters, averaged over positions or at one of them."""
+
+    layer: str | nn.Module
+    filter: int | None
+    direction: Tensor | None
+    position: Position
+    weight: float
+    channel_dim: int | None
+
+
+@dataclass(frozen=True)
+class FeatureObjective:
+    r"""
+    What an image shall drive; made by :meth:`of_filter` and :meth:`of_direction`.
+
+    Objectives add, and take numbers as factors, so that ``a - 0.5 * b`` drives *a* up and *b* down.
+
+    Args:
+
+        terms (tuple): Its summands.
+    """
+
+    terms: tuple[_Term, ...]
+
+    @classmethod
+    def of_filter(
+        cls,
+        layer: str | nn.Module,
+        filter: int,
+        *,
+        position: Position = None,
+        channel_dim: int | None = None,
+    ) -> "FeatureObjective":
+        r"""
+        A filter's mean over positions, or its value at one.
+
+        Args:
+
+            layer (str or nn.Module): The layer, or its dotted name.
+            filter (int): The filter.
+            position (tuple, str, optional): Indices into the layer's map, (row, column) for a
+                        convolution, or ``"centre"``; all positions by default.
+                        Default: None
+            channel_dim (int, optional): Axis of the filters, where the layer does not tell it.
+                        Default: None
+
+        Returns:
+            *FeatureObjective*.
+        """
+        return cls((_Term(layer, filter, None, position, 1.0, channel_dim),))
+
+    @classmethod
+    def of_direction(
+        cls,
+        layer: str | nn.Module,
+        direction: Tensor,
+        *,
+        position: Position = None,
+        channel_dim: int | None = None,
+    ) -> "FeatureObjective":
+        r"""
+        A weighted sum of a layer's filters, a left singular vector say.
+
+        Args:
+
+            layer (str or nn.Module): The layer, or its dotted name.
+            direction (Tensor): Shape (K,), weights of the filters.
+            position (tuple, str, optional): As in :meth:`of_filter`.
+                        Default: None
+            channel_dim (int, optional): Axis of the filters, where the layer does not tell it.
+                        Default: None
+
+        Returns:
+            *FeatureObjective*.
+
+        Raises:
+            ValueError: The direction is not a vector.
+        """
+        if direction.dim() != 1:
+            raise ValueError(
+                f"direction has shape {tuple(direction.shape)}; expected a vector (K,), one column "
+                "of the left singular vectors say."
+            )
+        return cls((_Term(layer, None, direction.detach(), position, 1.0, channel_dim),))
+
+    def __add__(self, other: "FeatureObjective") -> "FeatureObjective":
+        return FeatureObjective(self.terms + other.terms)
+
+    def __mul__(self, factor: float) -> "FeatureObjective":
+        return FeatureObjective(
+            tuple(replace(term, weight=term.weight * float(factor)) for term in self.terms)
+        )
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> "FeatureObjective":
+        return self * -1.0
+
+    def __sub__(self, other: "FeatureObjective") -> "FeatureObjective":
+        return self + -other
+
+
+@dataclass(frozen=True)
+class RandomTransform:
+    r"""
+    Shift, scale and turn every image at random, so that no single pixel pattern is driven.
+
+    Args:
+
+        jitter (float): Largest shift, as a share of the image's side.
+                    Default: 1/16
+        scale (tuple of float): Smallest and largest factor.
+                    Default: (0.9, 1.1)
+        rotate (float): Largest angle, in degrees, either way.
+                    Default: 10.0
+    """
+
+    jitter: float = 1 / 16
+    scale: tuple[float, float] = (0.9, 1.1)
+    rotate: float = 10.0
+
+    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """Transform a batch.
+
+        Args:
+
+            images (Tensor): Shape (N, C, H, W).
+            generator (torch.Generator): Where all randomness comes from, on the CPU.
+
+        Returns:
+            *Tensor* of the same shape; pixels from outside are the mirrored image's.
+        """
+        number, _, height, width = images.shape
+        draw = torch.rand(4, number, generator=generator)
+        angle = (2 * draw[0] - 1) * math.radians(self.rotate)
+        factor = self.scale[0] + draw[1] * (self.scale[1] - self.scale[0])
+        shift = 2 * self.jitter * (2 * draw[2:] - 1)  # the grid spans [-1, 1]
+        cosine, sine = angle.cos() / factor, angle.sin() / factor
+        # Coordinates are shares of the sides, so a turn of a rectangle needs their ratio.
+        matrix = torch.stack(
+            [
+                torch.stack([cosine, -sine * height / width, shift[0]], -1),
+                torch.stack([sine * width / height, cosine, shift[1]], -1),
+            ],
+            1,
+        ).to(images)
+        grid = nn.functional.affine_grid(matrix, list(images.shape), align_corners=False)
+        return nn.functional.grid_sample(
+            images, grid, padding_mode="reflection", align_corners=False
+        )
+
+
+@dataclass(frozen=True)
+class FeatureVisualization:
+    r"""
+    Optimised images and what they reach.
+
+    Args:
+
+        images (Tensor): Shape (B, C, H, W), in [0, 1]: one image for each objective.
+        values (Tensor): Shape (B,): the objectives at these images, untransformed.
+        initial (Tensor): Shape (B,): the objectives at the images of the start.
+        history (Tensor): Shape (steps, B): the objectives during optimisation, transformed.
+    """
+
+    images: Tensor
+    values: Tensor
+    initial: Tensor
+    history: Tensor
+
+
+def visualize_features(
+    model: nn.Module,
+    objectives: FeatureObjective | Sequence[FeatureObjective],
+    image_shape: tuple[int, int, int] = (3, 224, 224),
+    *,
+    steps: int = 256,
+    learning_rate: float = 0.05,
+    parametrization: Literal["fourier", "pixel"] = "fourier",
+    colour_root: Tensor | None = None,
+    transform: Transform | Literal["default"] | None = "default",
+    normalize: Callable[[Tensor], Tensor] | None = None,
+    seed: int = 0,
+    show_progress: bool = True,
+) -> FeatureVisualization:
+    r"""
+    Optimise one image for each objective by gradient ascent.
+
+    The image is a sigmoid of free parameters: pixels, or Fourier coefficients divided by their
+    frequency, which makes low frequencies as easy to move as high ones. All images are optimised
+    in one batch by Adam. Random numbers come from a generator of their own; the global random state
+    is not touched, and on the CPU the same seed gives the same images.
+
+    Source: Olah, Mordvintsev and Schubert: *Feature Visualization*, Distill (2017),
+    https://doi.org/10.23915/distill.00007.
+
+    Args:
+
+        model (nn.Module): The model, with one image input. It runs in evaluation mode and is left
+                    as found.
+        objectives (FeatureObjective or sequence): What each image shall drive. The same objective
+                    twice gives two images, from different starts.
+        image_shape (tuple of int): (C, H, W) of the model's input.
+                    Default: (3, 224, 224)
+        steps (int): Steps of Adam.
+                    Default: 256
+        learning_rate (float): Of Adam.
+                    Default: 0.05
+        parametrization (str): ``"fourier"`` or ``"pixel"``.
+                    Default: "fourier"
+        colour_root (Tensor, optional): Shape (C, C): :func:`colour_root` of images like the
+                    model's, so that colours vary together as they do there. Without it channels
+                    are independent.
+                    Default: None
+        transform (Callable, optional): Called with the images and a generator at each step; by
+                    default :class:`RandomTransform`, and ``None`` transforms nothing.
+        normalize (Callable, optional): From images in [0, 1] to what the model expects,
+                    ``torchvision.transforms.Normalize(mean, std)`` say.
+                    Default: None
+        seed (int): Of the start and the transforms.
+                    Default: 0
+        show_progress (bool): Show a progress bar.
+                    Default: True
+
+    Returns:
+        *FeatureVisualization*.
+
+    Raises:
+        ValueError: An option, a filter, a direction or a position does not fit the model, or an
+            objective becomes NaN.
+
+    Examples::
+
+        >>> import torch
+        >>> from captum_classfilters.visualize import FeatureObjective, visualize_features
+        >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU())
+        >>> objective = FeatureObjective.of_filter("0", 2, position="centre")
+        >>> seen = visualize_features(
+        ...     net, [objective, -objective], (3, 16, 16), steps=8, show_progress=False)
+        >>> seen.images.shape
+        torch.Size([2, 3, 16, 16])
+        >>> bool((seen.values > seen.initial).all())
+        True
+    """
+    wanted = [objectives] if isinstance(objectives, FeatureObjective) else list(objectives)
+    if not wanted:
+        raise ValueError("There are no objectives.")
+    if len(image_shape) != 3 or min(image_shape) < 1:
+        raise ValueError(f"image_shape={image_shape}; expected (C, H, W).")
+    if steps < 1:
+        raise ValueError(f"steps={steps}; expected a positive number.")
+    if isinstance(transform, str):
+        if transform != "default":
+            raise ValueError(f"transform={transform!r}; expected a callable, or None.")
+        transform = RandomTransform()
+    generator = torch.Generator().manual_seed(seed)
+    place = next(model.parameters(), torch.empty(0))
+    picture = _Picture(
+        parametrization, (len(wanted), *image_shape), colour_root, generator, place.device
+    )
+    probe = _Probe(model, wanted)
+
+    def values_of(images: Tensor) -> Tensor:
+        return probe(images if normalize is None else normalize(images))
+
+    history = []
+    with model_left_as_found(model, evaluation=True, freeze=True), torch.enable_grad():
+        with torch.no_grad():
+            initial = values_of(picture.images())
+        optimizer = torch.optim.Adam([picture.parameter], lr=learning_rate)
+        bar = trange(steps, desc="optimising", unit="step", disable=not show_progress)
+        for _ in bar:
+            images = picture.images()
+            values = values_of(images if transform is None else transform(images, generator))
+            if bool(values.isnan().any()):
+                raise ValueError(
+                    f"Objective {int(values.isnan().nonzero()[0])} became NaN; lower the learning "
+                    f"rate ({learning_rate}), and look at the model's weights."
+                )
+            optimizer.zero_grad()
+            (-values.sum()).backward()
+            optimizer.step()
+            history.append(values.detach().cpu())
+            bar.set_postfix(objective=f"{float(values.detach().mean()):.3g}", refresh=False)
+        with torch.no_grad():
+            final = picture.images()
+            reached = values_of(final)
+    return FeatureVisualization(final.cpu(), reached.cpu(), initial.cpu(), torch.stack(history))
+
+
+def colour_root(images: Tensor) -> Tensor:
+    r"""
+    A matrix that gives independent channels the colours' covariance, scaled to unit norm.
+
+    Args:
+
+        images (Tensor): Shape (N, C, H, W), in [0, 1].
+
+    Returns:
+        *Tensor* of shape (C, C): the symmetric root of the pixels' covariance, divided by its
+        largest column norm.
+
+    Raises:
+        ValueError: The images do not have this shape.
+
+    Examples::
+
+        >>> import torch
+        >>> from captum_classfilters.visualize import colour_root
+        >>> grey = torch.rand(4, 1, 8, 8).expand(4, 3, 8, 8)
+        >>> colour_root(grey).allclose(torch.full((3, 3), 3 ** -0.5), atol=1e-4)
+        True
+    """
+    if images.dim() != 4:
+        raise ValueError(f"images have shape {tuple(images.shape)}; expected (N, C, H, W).")
+    pixels = images.detach().double().movedim(1, 0).flatten(1)
+    pixels = pixels - pixels.mean(1, keepdim=True)
+    values, vectors = torch.linalg.eigh(pixels @ pixels.T / pixels.shape[1])
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    return (root / root.norm(dim=0).max().clamp(min=1e-12)).float()
+
+
+class _Picture:
+    """Images as a function of free parameters."""
+
+    def __init__(
+        self,
+        parametrization: str,
+        shape: tuple[int, ...],
+        colours: Tensor | None,
+        generator: torch.Generator,
+        device: torch.device,
+    ) -> None:
+        channels, height, width = shape[1:]
+        if colours is not None and tuple(colours.shape) != (channels, channels):
+            raise ValueError(
+                f"colour_root has shape {tuple(colours.shape)}; images of {channels} channels need "
+                f"({channels}, {channels})."
+            )
+        self.colours = None if colours is None else colours.to(device)
+        self.size = (height, width)
+        self.scale: Tensor | None = None
+        if parametrization == "fourier":
+            rows = torch.fft.fftfreq(height)[:, None]
+            columns = torch.fft.rfftfreq(width)[None]
+            frequency = (rows.square() + columns.square()).sqrt()
+            # The factor undoes the norm of the transform, so that pixels vary alike at any size.
+            factor = math.sqrt(height * width) / frequency.clamp(min=1 / max(height, width))
+            self.scale = (factor / 4)[..., None].to(device)
+            shape = (*shape[:2], height, width // 2 + 1, 2)
+        elif parametrization != "pixel":
+            raise ValueError(f"parametrization={parametrization!r}; choose 'fourier' or 'pixel'.")
+        start = 0.01 * torch.randn(shape, generator=generator)
+        self.parameter = start.to(device).requires_grad_()
+
+    def images(self) -> Tensor:
+        """Shape (B, C, H, W), in [0, 1]."""
+        values = self.parameter
+        if self.scale is not None:
+            spectrum = torch.view_as_complex(values * self.scale)
+            values = torch.fft.irfft2(spectrum, s=self.size, norm="ortho")
+        if self.colours is not None:
+            values = torch.einsum("nchw,dc->ndhw", values, self.colours)
+        return values.sigmoid()
+
+
+class _Probe:
+    """The objectives' values at a batch, the b-th image's under the b-th objective."""
+
+    def __init__(self, model: nn.Module, objectives: Sequence[FeatureObjective]) -> None:
+        self.model, self.number = model, len(objectives)
+        self.by_layer: dict[nn.Module, list[tuple[int, _Term]]] = {}
+        for index, objective in enumerate(objectives):
+            for term in objective.terms:
+                layer = term.layer
+                module = find_layer(model, layer) if isinstance(layer, str) else layer
+                self.by_layer.setdefault(module, []).append((index, term))
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Values (B,)."""
+        parts: list[list[Tensor]] = [[] for _ in range(self.number)]
+        runs = dict.fromkeys(self.by_layer, 0)
+
+        def hook(module: nn.Module, _inputs: Any, output: Any) -> None:
+            runs[module] += 1
+            name = layer_name(self.model, module)
+            tensor = only_tensor(output, name)
+            check_batch(name, len(tensor), self.number)
+            for index, term in self.by_layer[module]:
+                parts[index].append(_value(term, name, module, tensor, index))
+
+        handles = [module.register_forward_hook(hook) for module in self.by_layer]
+        try:
+            self.model(images)
+        finally:
+            for handle in handles:
+                handle.remove()
+        for module, number in runs.items():
+            check_runs(layer_name(self.model, module), number)
+        return torch.stack([torch.stack(part).sum() for part in parts])
+
+
+def _value(term: _Term, name: str, module: nn.Module, tensor: Tensor, row: int) -> Tensor:
+    """One term's value at one image of the layer's output."""
+    axis = filter_axis(module, tensor, term.channel_dim)
+    positions = (*tensor.shape[1:axis], *tensor.shape[axis + 1 :])
+    maps = positions_last(tensor[row : row + 1], axis)[0]
+    if term.filter is not None:
+        if not 0 <= term.filter < len(maps):
+            raise ValueError(
+                f"filter={term.filter}; the layer {name!r} has filters 0 to {len(maps) - 1}."
+            )
+        units = maps[term.filter]
+    else:
+        assert term.direction is not None
+        if len(term.direction) != len(maps):
+            raise ValueError(
+                f"direction has {len(term.direction)} entries; the layer {name!r} has {len(maps)} "
+                "filters."
+            )
+        units = term.direction.to(maps) @ maps
+    if term.position is None:
+        return term.weight * units.mean()
+    place = term.position
+    if place == "centre":
+        place = tuple(size // 2 for size in positions)
+    inside = len(place) == len(positions) and all(
+        0 <= at < size for at, size in zip(place, positions, strict=True)
+    )
+    if not inside:
+        raise ValueError(
+            f"position={place}; the layer {name!r} has positions of shape {positions}."
+        )
+    return term.weight * units.reshape(positions)[place]

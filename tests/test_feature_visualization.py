@@ -1,0 +1,238 @@
+"""Optimised images against optima known by hand; the options; what is left behind."""
+
+import pytest
+import torch
+from torch import nn
+
+from captum_classfilters.visualize import (
+    FeatureObjective,
+    RandomTransform,
+    colour_root,
+    visualize_features,
+)
+from tests.models import ChannelsLast, Reused, deep, hooks_of, pool_linear
+
+QUIET = {"show_progress": False}
+of_filter, of_direction = FeatureObjective.of_filter, FeatureObjective.of_direction
+
+
+def hand_made():
+    """Two filters of three channels, 3x3; no entry is zero."""
+    model = nn.Sequential(nn.Conv2d(3, 2, 3, bias=False))
+    generator = torch.Generator().manual_seed(5)
+    model[0].weight.data.copy_(torch.randn(2, 3, 3, 3, generator=generator))
+    return model
+
+
+def optimum(weight):
+    """The best image in [0, 1] for one linear unit: 1 where its weight is positive, else 0."""
+    return (weight > 0).float()
+
+
+@pytest.mark.parametrize("parametrization", ["pixel", "fourier"])
+def test_a_linear_unit_gets_its_own_pattern(parametrization):
+    model = hand_made()
+    weight = model[0].weight.detach()
+    up = of_filter("0", 0, position="centre")
+    direction = torch.tensor([0.6, -0.8])
+    both = of_direction("0", direction, position=(1, 1))
+    seen = visualize_features(
+        model,
+        [up, -up, both],
+        (3, 5, 5),
+        steps=400,
+        learning_rate=0.1,
+        parametrization=parametrization,
+        transform=None,
+        **QUIET,
+    )
+    combined = torch.einsum("k,kchw->chw", direction, weight)
+    patterns = [weight[0], -weight[0], combined]
+    for image, pattern, value in zip(seen.images, patterns, seen.values, strict=True):
+        window = image[:, 1:4, 1:4]  # what the unit sees: position (1, 1) of a 3 x 3 map
+        torch.testing.assert_close(window, optimum(pattern), atol=0.03, rtol=0)
+        best = float((optimum(pattern) * pattern).sum())
+        assert 0.97 * best < float(value) <= best
+    if parametrization == "pixel":
+        outside = torch.ones(5, 5, dtype=torch.bool)
+        outside[1:4, 1:4] = False
+        # Pixels without a gradient stay at their start, sigmoid(N(0, 0.01)).
+        assert float((seen.images[..., outside] - 0.5).abs().max()) < 0.02
+
+
+def test_sums_are_sums():
+    model = deep()
+    a, b = of_filter("stage1", 1), of_filter("stage2", 2, position="centre")
+    options = {"steps": 1, "transform": None, "seed": 3, **QUIET}
+    alone = [visualize_features(model, one, (2, 8, 8), **options).initial for one in (a, b)]
+    mixed = visualize_features(model, a - 0.5 * b, (2, 8, 8), **options).initial
+    torch.testing.assert_close(mixed, alone[0] - 0.5 * alone[1])
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 8), (2, 15, 22)])
+@pytest.mark.parametrize("parametrization", ["pixel", "fourier"])
+def test_far_above_start_and_random_images(shape, parametrization):
+    model = deep()
+    objectives = [of_filter("stage2.1", k) for k in range(6)]
+    seen = visualize_features(
+        model, objectives, shape, steps=60, parametrization=parametrization, **QUIET
+    )
+    assert seen.images.shape == (6, *shape)
+    assert seen.history.shape == (60, 6)
+    assert bool((seen.images >= 0).all())
+    assert bool((seen.images <= 1).all())
+    noise = torch.rand(200, *shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        means = model.stage2[1](model.stage2[0](model.stage1(noise))).mean((2, 3))
+        again = model.stage2[1](model.stage2[0](model.stage1(seen.images))).mean((2, 3))
+    torch.testing.assert_close(again.diagonal(), seen.values)
+    assert bool((seen.values > means.amax(0) + means.std(0)).all())
+    assert bool((seen.values > seen.initial + means.std(0)).all())
+
+
+def test_same_seed_same_images_and_no_global_randomness():
+    model, objective = deep(), of_filter("stage2", 0)
+    torch.manual_seed(11)
+    before = torch.get_rng_state()
+    runs = [
+        visualize_features(model, [objective] * 2, (2, 8, 8), steps=5, seed=seed, **QUIET).images
+        for seed in (0, 0, 1)
+    ]
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(runs[0], runs[1])
+    assert not torch.allclose(runs[0], runs[2])
+    assert not torch.allclose(runs[0][0], runs[0][1])  # two starts
+    assert hooks_of(model) == 0
+
+
+def test_inside_no_grad_and_with_in_place_successors():
+    model = deep()
+    with torch.no_grad():  # "stage1.1" is followed by an in-place ReLU
+        seen = visualize_features(model, of_filter("stage1.1", 0), (2, 6, 6), steps=20, **QUIET)
+    assert float(seen.values) > float(seen.initial)
+
+
+def test_normalisation_is_applied():
+    model = hand_made()
+    seen = visualize_features(
+        model, of_filter("0", 0), (3, 6, 6), normalize=lambda x: 2 * x - 1, steps=1, **QUIET
+    )
+    with torch.no_grad():
+        expected = model(2 * seen.images - 1)[0, 0].mean()
+    torch.testing.assert_close(seen.values[0], expected)
+
+
+def test_channels_last_layer():
+    twin = pool_linear()
+    options = {"steps": 3, **QUIET}
+    first = visualize_features(twin, of_filter("1", 2, position=(1, 2)), (2, 6, 6), **options)
+    last = visualize_features(
+        ChannelsLast(twin),
+        of_filter("transpose", 2, position=(1, 2), channel_dim=-1),
+        (2, 6, 6),
+        **options,
+    )
+    torch.testing.assert_close(first.images, last.images)
+
+
+def test_one_channel_and_colours():
+    model = nn.Sequential(nn.Conv2d(1, 2, 3))
+    assert visualize_features(
+        model, of_filter("0", 0), (1, 7, 9), steps=2, **QUIET
+    ).images.shape == (
+        1,
+        1,
+        7,
+        9,
+    )
+    grey = colour_root(torch.rand(4, 1, 8, 8).expand(4, 3, 8, 8))
+    seen = visualize_features(
+        hand_made(), of_filter("0", 0), (3, 8, 8), steps=5, colour_root=grey, **QUIET
+    )
+    spread = seen.images.amax(1) - seen.images.amin(1)
+    assert float(spread.max()) < 1e-3  # colours that only vary together stay grey
+    assert float(seen.images.std()) > 0.01
+
+
+def test_colour_root_is_the_root_of_the_covariance():
+    mixing = torch.tensor([[1.0, 0.3, 0.0], [0.0, 0.5, 0.2], [0.4, 0.0, 0.8]])
+    noise = torch.rand(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    images = torch.einsum("dc,nchw->ndhw", mixing, noise)
+    root = colour_root(images)
+    covariance = torch.cov(images.movedim(1, 0).flatten(1), correction=0)
+    squared = root @ root
+    torch.testing.assert_close(squared / squared.trace(), covariance / covariance.trace())
+    assert float(root.norm(dim=0).max()) == pytest.approx(1)
+    with pytest.raises(ValueError, match=r"expected \(N, C, H, W\)"):
+        colour_root(torch.rand(3, 4))
+
+
+# Transforms
+
+
+def disk(height=40, width=60):
+    rows = torch.arange(height)[:, None] - (height - 1) / 2
+    columns = torch.arange(width)[None] - (width - 1) / 2
+    return (-(rows**2 + columns**2) / 40).exp()[None, None]
+
+
+def centre(image):
+    mass = image[0, 0] / image.sum()
+    rows, columns = torch.meshgrid(*map(torch.arange, mass.shape), indexing="ij")
+    return float((mass * rows).sum()), float((mass * columns).sum())
+
+
+def test_transform_without_change_is_the_identity():
+    x = torch.rand(3, 2, 7, 9)
+    same = RandomTransform(0.0, (1.0, 1.0), 0.0)(x, torch.Generator())
+    torch.testing.assert_close(same, x, atol=1e-5, rtol=1e-5)
+
+
+def test_transforms_do_what_they_say():
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(5):
+        turned = RandomTransform(0.0, (1.0, 1.0), 180.0)(disk(), generator)
+        # Round also in a rectangle; beyond 19 pixels from its centre the mirror shows.
+        torch.testing.assert_close(turned[..., 12:48], disk()[..., 12:48], atol=0.03, rtol=0)
+    larger = RandomTransform(0.0, (1.5, 1.5), 0.0)(disk(), generator)
+    assert float(larger.sum() / disk().sum()) == pytest.approx(1.5**2, rel=0.02)
+    moved = [centre(RandomTransform(0.1, (1.0, 1.0), 0.0)(disk(), generator)) for _ in range(30)]
+    rows = torch.tensor([row - 19.5 for row, _ in moved]).abs()
+    columns = torch.tensor([column - 29.5 for _, column in moved]).abs()
+    assert 2 < float(rows.max()) <= 4.1
+    assert 3 < float(columns.max()) <= 6.1
+    stripe = torch.zeros(1, 1, 21, 21)
+    stripe[..., 10, :] = 1
+    turned = RandomTransform(0.0, (1.0, 1.0), 45.0)(stripe, generator)
+    assert float((turned - stripe).abs().max()) > 0.5
+
+
+def test_bad_input():
+    model, objective = deep(), of_filter("stage2", 0)
+    cases = [
+        ({"objectives": []}, "no objectives"),
+        ({"image_shape": (3, 8)}, r"expected \(C, H, W\)"),
+        ({"steps": 0}, "steps=0"),
+        ({"parametrization": "wavelet"}, "choose 'fourier' or 'pixel'"),
+        ({"transform": "none"}, "expected a callable"),
+        ({"colour_root": torch.eye(3)}, "images of 2 channels need"),
+        ({"objectives": of_filter("stage2", 6)}, "has filters 0 to 5"),
+        ({"objectives": of_filter("stage2", -1)}, "has filters 0 to 5"),
+        ({"objectives": of_filter("stage3", 1)}, "no layer 'stage3'"),
+        ({"objectives": of_direction("stage2", torch.ones(5))}, "5 entries; the layer"),
+        ({"objectives": of_filter("stage2", 0, position=(8, 0))}, "positions of shape"),
+        ({"objectives": of_filter("stage2", 0, position=(1,))}, "positions of shape"),
+    ]
+    for options, message in cases:
+        arguments = dict(objectives=objective, image_shape=(2, 8, 8), steps=1, **QUIET) | options
+        with pytest.raises(ValueError, match=message):
+            visualize_features(model, **arguments)
+    with pytest.raises(ValueError, match="expected a vector"):
+        of_direction("stage2", torch.ones(6, 2))
+    with pytest.raises(ValueError, match="reached 2 times"):
+        visualize_features(Reused(), of_filter("relu", 0), (2, 6, 6), steps=1, **QUIET)
+    broken = deep()
+    broken.stage1[0].weight.data[0] = float("nan")
+    with pytest.raises(ValueError, match="became NaN"):
+        visualize_features(broken, objective, (2, 8, 8), steps=1, **QUIET)
+    assert hooks_of(model) == hooks_of(broken) == 0
