@@ -19,6 +19,7 @@ from captum_classfilters import (
     list_filter_layers,
     select_by_accuracy,
 )
+from captum_classfilters.attr import filter_activation_maps, filter_gradient_maps
 from captum_classfilters.evaluate import layer_sweep, model_essentiality
 from captum_classfilters.identify import collect_features
 from captum_classfilters.networks import (
@@ -97,6 +98,8 @@ ENTRIES = {
     "saliency maps": lambda m: ClassFilterSaliency(
         m, "2", table(), mode="activation_map"
     ).attribute(images(), target=0),
+    "filter activation maps": lambda m: filter_activation_maps(m, "2", images()),
+    "filter gradient maps": lambda m: filter_gradient_maps(m, "2", images(), torch.arange(2)),
     "ablation": lambda m: LayerFilterAblation(m, "0").attribute(images(), target=0),
     "accuracy reduction": lambda m: LayerFilterAblation(m, "2").identify(
         batches(), metric="accuracy", **QUIET
@@ -134,6 +137,8 @@ PER_IMAGE = {
     "gate",
 }
 
+ONE_PASS = {"list_filter_layers", "decompose", "filter activation maps", "filter gradient maps"}
+
 
 def snapshot(model):
     return {
@@ -158,7 +163,7 @@ def test_left_as_found(name, fails):
     random_state = torch.get_rng_state()
     if fails:
         model[3].calls_left = 0 if name in PER_IMAGE else 1
-        if name in ("list_filter_layers", "decompose"):
+        if name in ONE_PASS:
             model[3].calls_left = 0
         with pytest.raises(RuntimeError, match="alarm"):
             ENTRIES[name](model)

@@ -15,6 +15,13 @@ from captum_classfilters.evaluate.gate_measures import (
 )
 from captum_classfilters.evaluate.gram_spectrum import GramSpectrum, gram_spectrum
 from captum_classfilters.evaluate.layer_sweep import LayerMeasurement, layer_sweep
+from captum_classfilters.evaluate.localization import (
+    Localization,
+    boxes_to_masks,
+    centre_box_maps,
+    choose_threshold,
+    localization,
+)
 from captum_classfilters.evaluate.masking import MaskingResult, masking_test
 from captum_classfilters.evaluate.mutual_information import (
     mutual_information_bound,
@@ -37,10 +44,14 @@ __all__ = [
     "Essentiality",
     "GramSpectrum",
     "LayerMeasurement",
+    "Localization",
     "MaskingResult",
     "SetOverlap",
     "TopMass",
     "assign_filters",
+    "boxes_to_masks",
+    "centre_box_maps",
+    "choose_threshold",
     "class_means",
     "class_selectivity_index",
     "class_share",
@@ -50,6 +61,7 @@ __all__ = [
     "gate_similarity",
     "gram_spectrum",
     "layer_sweep",
+    "localization",
     "masking_test",
     "membership_information",
     "mixture_entropy_score",
