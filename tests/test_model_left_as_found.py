@@ -20,7 +20,7 @@ from captum_classfilters import (
     select_by_accuracy,
 )
 from captum_classfilters.attr import filter_activation_maps, filter_gradient_maps
-from captum_classfilters.evaluate import layer_sweep, model_essentiality
+from captum_classfilters.evaluate import adversarial_detection, layer_sweep, model_essentiality
 from captum_classfilters.identify import collect_features
 from captum_classfilters.networks import (
     GreedyFilterPruning,
@@ -100,6 +100,9 @@ ENTRIES = {
     ).attribute(images(), target=0),
     "filter activation maps": lambda m: filter_activation_maps(m, "2", images()),
     "filter gradient maps": lambda m: filter_gradient_maps(m, "2", images(), torch.arange(2)),
+    "adversarial detection": lambda m: adversarial_detection(
+        m, "2", batches(), lambda x, y: x + 1, folds=2, **QUIET
+    ),
     "ablation": lambda m: LayerFilterAblation(m, "0").attribute(images(), target=0),
     "accuracy reduction": lambda m: LayerFilterAblation(m, "2").identify(
         batches(), metric="accuracy", **QUIET

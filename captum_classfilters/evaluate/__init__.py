@@ -1,5 +1,9 @@
 """Measurements of class filters: sparsity, selectivity, overlap, essentiality, spectra."""
 
+from captum_classfilters.evaluate.adversarial_detection import (
+    AdversarialDetection,
+    adversarial_detection,
+)
 from captum_classfilters.evaluate.breadth_scores import mixture_entropy_score, union_score
 from captum_classfilters.evaluate.essentiality import (
     Essentiality,
@@ -41,6 +45,7 @@ from captum_classfilters.evaluate.set_overlap import (
 from captum_classfilters.evaluate.sparsity import TopMass, psi, psi_floor, top_mass
 
 __all__ = [
+    "AdversarialDetection",
     "Essentiality",
     "GramSpectrum",
     "LayerMeasurement",
@@ -48,6 +53,7 @@ __all__ = [
     "MaskingResult",
     "SetOverlap",
     "TopMass",
+    "adversarial_detection",
     "assign_filters",
     "boxes_to_masks",
     "centre_box_maps",
