@@ -64,6 +64,7 @@ def public() -> None:
         "random": random_sets(),
     }
     features, labels = collect_features(model, "layer3", test, **QUIET)
+    example = next(iter(test))[0][:2]
     full = evaluate_classifier(model, test, **QUIET).accuracy
     print(f"Public gated ResNet-20, layer3, all filters: test accuracy {full:.4f}\n")
     print(
@@ -75,7 +76,8 @@ def public() -> None:
         noise = essentiality(features, labels, model.linear.weight, model.linear.bias, table)
         shared = table.agreement(tables["gate, highest"]).mean_overlap
         overlap = set_overlap(table, random_seeds=1)
-        accuracy = evaluate_classifier(decompose(model, table, head="linear"), test, **QUIET)
+        decomposed = decompose(model, table, head="linear", example_inputs=example)
+        accuracy = evaluate_classifier(decomposed, test, **QUIET)
         print(
             f"| {name} | {float(noise.at_set.mean()):.3f} | "
             f"{float(noise.at_complement.mean()):.3f} | {shared:.2f} | {overlap.mean_jaccard:.3f} | "

@@ -29,7 +29,7 @@ def _second(batch: Any) -> Tensor:
     return labels
 
 
-class ClassGateCallback(Callback):  # type: ignore[misc]
+class ClassGateCallback(Callback):
     r"""
     Lightning callback that trains a class-specific gate beside any ``training_step``.
 

@@ -88,9 +88,10 @@ def plot_gate_and_weight(
         axes.tick_params(labelsize=7)
         axes.set_title(name, loc="left", size=9)
         figure.colorbar(image, ax=axes, pad=0.01)
-    grid[-1].set_xlabel(
-        "filter, beside the class of its highest gate" if order == "class" else "filter"
-    )
+    for place, name in ((2, "highest gate"), (3, "largest weight")):
+        if place < len(parts):
+            beside = f"filter, beside the class of its {name}" if order == "class" else "filter"
+            grid[place].set_xlabel(beside, size=9)
     if title is not None:
         figure.suptitle(title, x=0.01, ha="left")
     return figure, grid
