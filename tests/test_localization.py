@@ -12,6 +12,7 @@ from captum_classfilters.evaluate import (
     boxes_to_masks,
     centre_box_maps,
     choose_threshold,
+    filter_localization,
     localization,
 )
 from tests.models import ChannelsLast, images, pool_linear
@@ -199,3 +200,76 @@ class TestLocalization:
             localization(maps, box).average_precision(2)
         with pytest.raises(ValueError, match="no labels"):
             localization(maps, box).by_class()
+
+
+class TestFilterLocalization:
+    def planted(self):
+        """Filter k fires on the object of class k, filter 2 everywhere a little, filter 3 never."""
+        boxes = torch.tensor([[0, 0, 4, 4], [4, 4, 8, 8]]).repeat(3, 1)
+        labels = torch.arange(6) % 2
+        masks = boxes_to_masks(boxes, (8, 8)).float()
+        activations = torch.zeros(6, 4, 8, 8)
+        for image, label in enumerate(labels):
+            activations[image, label] = masks[image]
+        activations[:, 2] = torch.rand(6, 8, 8, generator=torch.Generator().manual_seed(0))
+        return activations, boxes, labels
+
+    def test_planted_filters(self):
+        activations, boxes, labels = self.planted()
+        found = filter_localization(activations, boxes, labels, size=(8, 8), share=0.125)
+        assert found.filter_class.tolist()[:2] == [0, 1]
+        assert found.iou[0].tolist() == [1, 0]
+        assert found.iou[1].tolist() == [0, 1]
+        assert found.iou[3].tolist() == [0, 0]  # at its minimum everywhere: nowhere active
+        assert found.precision[:2].tolist() == [[1, 0], [0, 1]]
+        number, overlap, precision = found.by_class()[1]
+        own = found.filter_class == 1
+        assert number == int(own.sum())
+        assert overlap == pytest.approx(float(found.iou[own, 1].mean()))
+        assert precision == pytest.approx(float(found.precision[own, 1].mean()))
+
+    def test_threshold_is_over_all_images(self):
+        activations = torch.arange(20.0).reshape(5, 1, 2, 2)
+        masks = torch.ones(5, 2, 2, dtype=torch.bool)
+        labels = torch.zeros(5, dtype=torch.int64)
+        found = filter_localization(activations, masks, labels, share=0.3)
+        assert found.thresholds.tolist() == [14.0]  # 14 to 19 are the highest six
+        assert found.iou.tolist() == [[pytest.approx((0.5 + 1) / 5)]]
+
+    def test_other_images_take_over_thresholds_and_classes(self):
+        activations, boxes, labels = self.planted()
+        first = filter_localization(activations[:4], boxes[:4], labels[:4], size=(8, 8))
+        second = filter_localization(
+            activations[4:],
+            boxes[4:],
+            labels[4:],
+            size=(8, 8),
+            thresholds=first.thresholds,
+            filter_class=first.filter_class,
+        )
+        assert torch.equal(second.filter_class, first.filter_class)
+        assert torch.equal(second.thresholds, first.thresholds)
+        own = [float(second.iou[k, c]) for k, c in enumerate(first.filter_class.tolist())]
+        assert second.average_iou == pytest.approx(sum(own) / 4)
+
+    def test_bad_input(self):
+        activations, boxes, labels = self.planted()
+        for arguments, options, message in (
+            ((activations[0], boxes, labels), {"size": (8, 8)}, "expected .N, K, h, w."),
+            ((activations, boxes, labels), {}, "Boxes need size"),
+            ((activations, boxes[:2], labels), {"size": (8, 8)}, "objects are"),
+            ((activations, boxes + 20, labels), {"size": (8, 8)}, "outside the image"),
+            ((activations, boxes, labels), {"size": (8, 8), "share": 1.0}, "share=1.0"),
+            (
+                (activations, boxes, labels),
+                {"size": (8, 8), "thresholds": torch.zeros(3)},
+                "for 4 filters",
+            ),
+            (
+                (activations, boxes, labels),
+                {"size": (8, 8), "filter_class": torch.zeros(3).long()},
+                "for 4 filters",
+            ),
+        ):
+            with pytest.raises(ValueError, match=message):
+                filter_localization(*arguments, **options)

@@ -10,6 +10,10 @@ from captum_classfilters.evaluate.essentiality import (
     essentiality,
     model_essentiality,
 )
+from captum_classfilters.evaluate.filter_localization import (
+    FilterLocalization,
+    filter_localization,
+)
 from captum_classfilters.evaluate.gate_measures import (
     assign_filters,
     class_share,
@@ -47,6 +51,7 @@ from captum_classfilters.evaluate.sparsity import TopMass, psi, psi_floor, top_m
 __all__ = [
     "AdversarialDetection",
     "Essentiality",
+    "FilterLocalization",
     "GramSpectrum",
     "LayerMeasurement",
     "Localization",
@@ -64,6 +69,7 @@ __all__ = [
     "density_interval",
     "essentiality",
     "filter_correlation",
+    "filter_localization",
     "gate_similarity",
     "gram_spectrum",
     "layer_sweep",
