@@ -166,7 +166,7 @@ def adversarial() -> None:
     for seed in range(3):
         setting = digits_setting(seed)
         for training in ("plain", "both paths in every batch"):
-            model, _ = trained(seed, training, setting, 2e-3)
+            model, _ = trained(seed, training, setting, 5e-3)
             fgsm = FGSM(model, loss_func=loss, lower_bound=0.0, upper_bound=1.0)
             pgd = PGD(model, loss_func=loss, lower_bound=0.0, upper_bound=1.0)
             attacks = {
@@ -207,7 +207,7 @@ def main() -> None:
         if not (cifar10.DATA / "mnist.npz").is_file():
             raise SystemExit("mnist.npz is absent; set CLASSFILTERS_DATA.")
         compare(
-            mnist_setting, [("plain", 1e-4), ("plain", 2e-3), ("both paths in every batch", 2e-3)]
+            mnist_setting, [("plain", 1e-4), ("plain", 5e-3), ("both paths in every batch", 5e-3)]
         )
     elif arguments.adversarial:
         adversarial()
@@ -217,8 +217,8 @@ def main() -> None:
         runs = [
             ("plain", 1e-4),
             ("every third epoch gated", 1e-4),
-            ("plain", 2e-3),
-            ("both paths in every batch", 2e-3),
+            ("plain", 5e-3),
+            ("both paths in every batch", 5e-3),
         ]
         compare(digits_setting, runs)
 
