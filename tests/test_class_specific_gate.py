@@ -335,6 +335,23 @@ def test_a_class_absent_from_training():
     assert len(table.filters_of(0)) == 2
 
 
+def test_more_gates_than_the_model_has_classes():
+    model = deep()
+    gate = ClassSpecificGate(4, 6).attach(model, "stage2")
+    trainer = GatedTrainer(model, gate, torch.optim.SGD(model.parameters(), lr=0.1))
+    with pytest.raises(ValueError, match="tells 3 classes apart, but the gate has 4"):
+        trainer.step(*separable(), gated=True)
+
+
+def test_gates_that_become_nan_in_training_are_named():
+    model = deep()
+    trainer = trainer_of(model, schedule=GateSchedule(unit="joint"))
+    x, y = separable()
+    x[0, 0, 0, 0] = float("nan")
+    with pytest.raises(ValueError, match="gates hold NaN"):
+        trainer.fit([(x, y)], epochs=1, **QUIET)
+
+
 def test_too_many_classes_for_the_gate_are_named():
     x, y = separable()
     model = deep()
