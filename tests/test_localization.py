@@ -134,6 +134,13 @@ class TestLocalization:
         found = localization(torch.ones(2, 4, 4), objects)
         assert found.hit.tolist() == [0.25, 0.5]
 
+    def test_a_constant_map_keeps_everything(self):
+        objects = torch.tensor([[0, 0, 2, 2]])
+        for rule in ("share", "level"):
+            found = localization(torch.ones(1, 4, 4), objects, rule=rule, value=0.5)
+            assert found.iou.tolist() == found.box_iou.tolist() == [0.25]
+            assert choose_threshold(torch.ones(1, 4, 4), objects, rule=rule)[1] == 0.25
+
     def test_tolerance(self):
         maps = torch.zeros(1, 5, 5)
         maps[0, 0, 4] = 1

@@ -14,6 +14,7 @@ def test_there_are_tutorials():
     assert {path.stem for path in TUTORIALS} >= {
         "01_class_filters_in_five_minutes",
         "02_compare_with_integrated_gradients",
+        "05_train_class_specific_filters",
     }
 
 

@@ -111,7 +111,8 @@ def localization(
         rule (str): What of a map is kept: ``"share"`` this share of the image's pixels, the highest
                     ones; ``"level"`` what is above this level between the map's minimum and
                     maximum; ``"value"`` what is above this value, a number or (n,) numbers, one for
-                    each of the n maps.
+                    each of the n maps. Pixels equal to the threshold are kept, all pixels of a
+                    constant map therefore, unless the rule is ``"value"``.
                     Default: "share"
         value (float or Tensor): The share, level or value.
                     Default: 0.3
