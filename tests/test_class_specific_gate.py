@@ -295,3 +295,73 @@ class TestMeasures:
         assert kept.recall.tolist() == [[1, 0], [0, 1]]
         with pytest.raises(ValueError, match="mode='drop'"):
             masking_test(model, model[0], table, data, mode="drop")
+
+
+def test_three_lines_in_a_loop_of_ones_own_are_the_trainers_gated_step():
+    x, y = separable()
+    own, theirs = deep().train(), deep().train()
+    gate = ClassSpecificGate(3, 6).attach(own, "stage2")
+    optimizer = torch.optim.SGD([*own.parameters(), *gate.parameters()], lr=0.05, momentum=0.9)
+    trainer = trainer_of(theirs)
+    theirs.train()
+    for _ in range(3):
+        optimizer.zero_grad()
+        with gate.gating(y):  # 1
+            loss = F.cross_entropy(own(x), y)
+        loss = loss + 0.05 * gate.regulariser()  # 2
+        loss.backward()
+        optimizer.step()
+        gate.project()  # 3
+        trainer.step(x, y, gated=True)
+    assert torch.allclose(gate.weight, trainer.gate.weight, atol=1e-6)
+    assert not torch.allclose(gate.weight, torch.full((3, 6), 0.5))
+    for key, value in own.state_dict().items():
+        assert torch.allclose(value.float(), theirs.state_dict()[key].float(), atol=1e-6), key
+
+
+def test_a_class_absent_from_training():
+    x, y = separable()
+    model = deep()
+    trainer = trainer_of(model, schedule=GateSchedule(unit="joint"))
+    present = y < 2
+    trainer.fit([(x[present], y[present])], epochs=4, **QUIET)
+    weight = trainer.gate.weight.detach()
+    assert bool(torch.isfinite(weight).all())
+    assert torch.equal(weight.max(0).values, torch.ones(6))
+    counts = torch.bincount(y[present], minlength=3)
+    table = LayerClassGate(model, "stage2", weight).class_filters(num_filters=2, counts=counts)
+    assert table.scores[2].isnan().all()
+    assert table.filters_of(2).tolist() == []
+    assert len(table.filters_of(0)) == 2
+
+
+def test_more_gates_than_the_model_has_classes():
+    model = deep()
+    gate = ClassSpecificGate(4, 6).attach(model, "stage2")
+    trainer = GatedTrainer(model, gate, torch.optim.SGD(model.parameters(), lr=0.1))
+    with pytest.raises(ValueError, match="tells 3 classes apart, but the gate has 4"):
+        trainer.step(*separable(), gated=True)
+
+
+def test_gates_that_become_nan_in_training_are_named():
+    model = deep()
+    trainer = trainer_of(model, schedule=GateSchedule(unit="joint"))
+    x, y = separable()
+    x[0, 0, 0, 0] = float("nan")
+    with pytest.raises(ValueError, match="gates hold NaN"):
+        trainer.fit([(x, y)], epochs=1, **QUIET)
+
+
+def test_too_many_classes_for_the_gate_are_named():
+    x, y = separable()
+    model = deep()
+    gate = ClassSpecificGate(2, 6).attach(model, "stage2")
+    trainer = GatedTrainer(
+        model,
+        gate,
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        schedule=GateSchedule(unit="joint"),
+    )
+    with pytest.raises(ValueError, match="the gate has 2 classes"):
+        trainer.fit([(x, y)], epochs=1, **QUIET)
+    assert gate._labels is None

@@ -21,7 +21,13 @@ from captum_classfilters import (
     prune_filters,
     select_by_accuracy,
 )
-from captum_classfilters.evaluate import layer_sweep, model_essentiality, response_chroma
+from captum_classfilters.attr import filter_activation_maps, filter_gradient_maps
+from captum_classfilters.evaluate import (
+    adversarial_detection,
+    layer_sweep,
+    model_essentiality,
+    response_chroma,
+)
 from captum_classfilters.identify import (
     activation_scores,
     collect_features,
@@ -130,6 +136,11 @@ ENTRIES = {
     "saliency maps": lambda m: ClassFilterSaliency(
         m, "2", table(), mode="activation_map"
     ).attribute(images(), target=0),
+    "filter activation maps": lambda m: filter_activation_maps(m, "2", images()),
+    "filter gradient maps": lambda m: filter_gradient_maps(m, "2", images(), torch.arange(2)),
+    "adversarial detection": lambda m: adversarial_detection(
+        m, "2", batches(), lambda x, y: x + 1, folds=2, **QUIET
+    ),
     "ablation": lambda m: LayerFilterAblation(m, "0").attribute(images(), target=0),
     "accuracy reduction": lambda m: LayerFilterAblation(m, "2").identify(
         batches(), metric="accuracy", **QUIET
@@ -192,6 +203,8 @@ ONE_PASS = {
     "prunable_layers",
     "torch_pruning importance",
     "receptive_field",
+    "filter activation maps",
+    "filter gradient maps",
 }
 # Captum's contract: per-image methods run the model as it is, its own random layers included.
 PER_IMAGE = {

@@ -16,6 +16,7 @@ def test_there_are_tutorials():
         "02_compare_with_integrated_gradients",
         "04_prune_with_car",
         "06_spectral_view",
+        "05_train_class_specific_filters",
     }
 
 

@@ -1,6 +1,7 @@
 """Per-image evidence: Captum attributions whose features are filters."""
 
 from captum_classfilters.attr.class_filter_saliency import ClassFilterSaliency
+from captum_classfilters.attr.filter_maps import filter_activation_maps, filter_gradient_maps
 from captum_classfilters.attr.layer_class_gate import LayerClassGate
 from captum_classfilters.attr.layer_filter_ablation import LayerFilterAblation
 from captum_classfilters.attr.layer_filter_contribution import LayerFilterContribution
@@ -12,4 +13,6 @@ __all__ = [
     "LayerFilterAblation",
     "LayerFilterContribution",
     "LayerFilterFrequency",
+    "filter_activation_maps",
+    "filter_gradient_maps",
 ]

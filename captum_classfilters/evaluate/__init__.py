@@ -1,5 +1,9 @@
 """Measurements of class filters: sparsity, selectivity, overlap, essentiality, spectra."""
 
+from captum_classfilters.evaluate.adversarial_detection import (
+    AdversarialDetection,
+    adversarial_detection,
+)
 from captum_classfilters.evaluate.breadth_scores import mixture_entropy_score, union_score
 from captum_classfilters.evaluate.class_interpretation import (
     ClassEffect,
@@ -20,6 +24,10 @@ from captum_classfilters.evaluate.filter_diversity import (
     effective_rank,
     filter_clusters,
 )
+from captum_classfilters.evaluate.filter_localization import (
+    FilterLocalization,
+    filter_localization,
+)
 from captum_classfilters.evaluate.gate_measures import (
     assign_filters,
     class_share,
@@ -29,6 +37,13 @@ from captum_classfilters.evaluate.gate_measures import (
 )
 from captum_classfilters.evaluate.gram_spectrum import GramSpectrum, gram_spectrum
 from captum_classfilters.evaluate.layer_sweep import LayerMeasurement, layer_sweep
+from captum_classfilters.evaluate.localization import (
+    Localization,
+    boxes_to_masks,
+    centre_box_maps,
+    choose_threshold,
+    localization,
+)
 from captum_classfilters.evaluate.masking import MaskingResult, masking_test
 from captum_classfilters.evaluate.mutual_information import (
     mutual_information_bound,
@@ -49,17 +64,24 @@ from captum_classfilters.evaluate.set_overlap import (
 from captum_classfilters.evaluate.sparsity import TopMass, psi, psi_floor, top_mass
 
 __all__ = [
+    "AdversarialDetection",
     "ClassEffect",
     "Coverage",
     "Essentiality",
     "FilterInterpretation",
+    "FilterLocalization",
     "GramSpectrum",
     "LayerMeasurement",
+    "Localization",
     "MaskingResult",
     "SelectivityTest",
     "SetOverlap",
     "TopMass",
+    "adversarial_detection",
     "assign_filters",
+    "boxes_to_masks",
+    "centre_box_maps",
+    "choose_threshold",
     "class_interpretation",
     "class_means",
     "class_selectivity_index",
@@ -71,11 +93,13 @@ __all__ = [
     "essentiality",
     "filter_clusters",
     "filter_correlation",
+    "filter_localization",
     "gate_similarity",
     "gram_spectrum",
     "greyed",
     "interpretation_table",
     "layer_sweep",
+    "localization",
     "masking_test",
     "membership_information",
     "mixture_entropy_score",

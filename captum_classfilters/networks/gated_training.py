@@ -219,6 +219,9 @@ class GatedTrainer:
 
         Returns:
             *tuple* of the loss and the number of correct predictions on the trained path.
+
+        Raises:
+            ValueError: The model and the gate differ in their number of classes.
         """
         optimizer = self.gated_optimizer if gated else self.optimizer
         optimizer.zero_grad(set_to_none=True)
@@ -228,6 +231,11 @@ class GatedTrainer:
         else:
             with self.gate.gating(labels):
                 logits = self.model(images)
+            if logits.shape[1] != self.gate.num_classes:
+                raise ValueError(
+                    f"The model tells {logits.shape[1]} classes apart, but the gate has "
+                    f"{self.gate.num_classes}."
+                )
             loss = self.gated_weight * self.criterion(logits, labels)
             loss = loss + self.regularisation * self.regulariser(self.gate)
             if self.schedule.unit == "joint":

@@ -2,6 +2,11 @@
 
 from captum_classfilters.visualize.accuracy_curve import plot_accuracy_curve
 from captum_classfilters.visualize.class_filters import plot_class_filters, plot_class_overlap
+from captum_classfilters.visualize.class_specific_gate import (
+    plot_filter_correlation,
+    plot_gate_and_weight,
+    plot_mutual_information,
+)
 from captum_classfilters.visualize.exemplars import plot_exemplars
 from captum_classfilters.visualize.explanations import plot_explanations, plot_filter_maps
 from captum_classfilters.visualize.feature_visualization import (
@@ -33,9 +38,12 @@ __all__ = [
     "plot_exemplars",
     "plot_explanations",
     "plot_exponents",
+    "plot_filter_correlation",
     "plot_filter_grid",
     "plot_filter_maps",
+    "plot_gate_and_weight",
     "plot_hypergraph",
+    "plot_mutual_information",
     "plot_profile_similarity",
     "plot_removal_curves",
     "plot_spectrum",
