@@ -20,7 +20,11 @@ from captum_classfilters import (
     select_by_accuracy,
 )
 from captum_classfilters.evaluate import layer_sweep, model_essentiality
-from captum_classfilters.identify import collect_features
+from captum_classfilters.identify import (
+    collect_evidence,
+    collect_features,
+    random_weights_null,
+)
 from captum_classfilters.networks import GreedyFilterPruning, compare_heads, evaluate_classifier
 from tests.models import batches, images
 
@@ -80,6 +84,13 @@ def both_methods(model):
 
 ENTRIES = {
     "identify": lambda m: identify_class_filters(both_methods(m), batches(), **QUIET),
+    "identify with significance": lambda m: identify_class_filters(
+        both_methods(m), batches(), significance=True, **QUIET
+    ),
+    "collect_evidence": lambda m: collect_evidence(both_methods(m), batches(), **QUIET),
+    "random weights": lambda m: random_weights_null(
+        LayerFilterContribution(m, "0"), batches(), repetitions=1, **QUIET
+    ),
     "frequency": lambda m: LayerFilterFrequency(m, "2").attribute(images(), target=0),
     "contribution": lambda m: LayerFilterContribution(m, "2").attribute(images(), target=0),
     "contribution at an inner layer": lambda m: LayerFilterContribution(m, "0").attribute(
