@@ -6,6 +6,10 @@ from captum_classfilters.evaluate.essentiality import (
     essentiality,
     model_essentiality,
 )
+from captum_classfilters.evaluate.feature_tables import (
+    mutual_information_filters,
+    selectivity_filters,
+)
 from captum_classfilters.evaluate.gate_measures import (
     assign_filters,
     class_share,
@@ -55,10 +59,12 @@ __all__ = [
     "mixture_entropy_score",
     "model_essentiality",
     "mutual_information_bound",
+    "mutual_information_filters",
     "mutual_information_matrix",
     "mutual_information_score",
     "psi",
     "psi_floor",
+    "selectivity_filters",
     "selectivity_regulariser",
     "set_overlap",
     "top_mass",
