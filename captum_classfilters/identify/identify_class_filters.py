@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from typing import Any, Literal
 
 import torch
-from captum.attr import LayerAttribution
+from captum.attr import LayerAttribution, LayerDeepLift
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -222,6 +222,11 @@ class Job:
         parameters = inspect.signature(self.method.attribute).parameters
         if "target" in parameters:
             kwargs.setdefault("target", labels.to(inputs[0].device))
+        if isinstance(self.method, LayerDeepLift):
+            # It hooks gradients before the layer, where frozen parameters leave none.
+            inputs = tuple(
+                one.detach().requires_grad_() if one.is_floating_point() else one for one in inputs
+            )
         attributions = self.method.attribute(inputs if len(inputs) > 1 else inputs[0], **kwargs)
         if not isinstance(attributions, Tensor):
             raise ValueError(
