@@ -1,6 +1,11 @@
 """Measurements of class filters: sparsity, selectivity, overlap, essentiality, spectra."""
 
 from captum_classfilters.evaluate.breadth_scores import mixture_entropy_score, union_score
+from captum_classfilters.evaluate.compare_methods import (
+    MethodComparison,
+    compare_methods,
+    standard_methods,
+)
 from captum_classfilters.evaluate.essentiality import (
     Essentiality,
     essentiality,
@@ -42,12 +47,14 @@ __all__ = [
     "GramSpectrum",
     "LayerMeasurement",
     "MaskingResult",
+    "MethodComparison",
     "SetOverlap",
     "TopMass",
     "assign_filters",
     "class_means",
     "class_selectivity_index",
     "class_share",
+    "compare_methods",
     "density_interval",
     "essentiality",
     "filter_correlation",
@@ -67,6 +74,7 @@ __all__ = [
     "selectivity_filters",
     "selectivity_regulariser",
     "set_overlap",
+    "standard_methods",
     "top_mass",
     "union_score",
 ]

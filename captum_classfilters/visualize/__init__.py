@@ -3,6 +3,7 @@
 from captum_classfilters.visualize.accuracy_curve import plot_accuracy_curve
 from captum_classfilters.visualize.class_filters import plot_class_filters, plot_class_overlap
 from captum_classfilters.visualize.explanations import plot_explanations, plot_filter_maps
+from captum_classfilters.visualize.method_comparison import plot_method_comparison
 
 __all__ = [
     "plot_accuracy_curve",
@@ -10,4 +11,5 @@ __all__ = [
     "plot_class_overlap",
     "plot_explanations",
     "plot_filter_maps",
+    "plot_method_comparison",
 ]
