@@ -19,10 +19,12 @@ from captum_classfilters import (
     list_filter_layers,
     select_by_accuracy,
 )
-from captum_classfilters.evaluate import layer_sweep, model_essentiality
+from captum_classfilters.evaluate import compare_methods, layer_sweep, model_essentiality
 from captum_classfilters.identify import (
     collect_evidence,
     collect_features,
+    confusion_filters,
+    contrast_classes,
     random_weights_null,
 )
 from captum_classfilters.networks import GreedyFilterPruning, compare_heads, evaluate_classifier
@@ -88,6 +90,13 @@ ENTRIES = {
         both_methods(m), batches(), significance=True, **QUIET
     ),
     "collect_evidence": lambda m: collect_evidence(both_methods(m), batches(), **QUIET),
+    "contrast_classes": lambda m: contrast_classes(
+        LayerFilterContribution(m, "0"), batches(), 0, 1, **QUIET
+    ),
+    "confusion_filters": lambda m: confusion_filters(
+        LayerFilterContribution(m, "0"), batches(), **QUIET
+    ),
+    "compare_methods": lambda m: compare_methods(m, "2", batches(), batches(), **QUIET),
     "random weights": lambda m: random_weights_null(
         LayerFilterContribution(m, "0"), batches(), repetitions=1, **QUIET
     ),

@@ -8,6 +8,12 @@ from captum_classfilters.identify.accuracy_reduction import (
     metric_reduction,
 )
 from captum_classfilters.identify.collect_features import collect_features
+from captum_classfilters.identify.contrastive import (
+    ConfusionFilters,
+    FilterContrast,
+    confusion_filters,
+    contrast_classes,
+)
 from captum_classfilters.identify.evidence import Evidence, Stability, collect_evidence
 from captum_classfilters.identify.identify_class_filters import identify_class_filters
 from captum_classfilters.identify.random_weights import (
@@ -26,7 +32,9 @@ from captum_classfilters.identify.statistics import ClassFilterSums
 __all__ = [
     "AccuracyReduction",
     "ClassFilterSums",
+    "ConfusionFilters",
     "Evidence",
+    "FilterContrast",
     "LabelPermutation",
     "MetricReduction",
     "RandomWeightsNull",
@@ -35,6 +43,8 @@ __all__ = [
     "binomial_interval",
     "collect_evidence",
     "collect_features",
+    "confusion_filters",
+    "contrast_classes",
     "false_discovery_adjusted",
     "identify_class_filters",
     "metric_reduction",

@@ -159,7 +159,7 @@ def collect(
             disable=not (show_progress and is_main_process()),
         )
         for number, batch in enumerate(bar):
-            collector.add(number, *split_batch(batch, number, device or _device(jobs)))
+            collector.add(number, *split_batch(batch, number, device or device_of(jobs)))
 
 
 def _permutation_test(significance: bool | LabelPermutation) -> LabelPermutation | None:
@@ -478,7 +478,8 @@ def like_methods(methods: Any, jobs: list[Job], tables: Sequence[Any]) -> Any:
     return list(results.values()) if isinstance(methods, Sequence) else results[0]
 
 
-def _device(jobs: list[Job]) -> torch.device | None:
+def device_of(jobs: list[Job]) -> torch.device | None:
+    """Where the first model's parameters are; None without any."""
     if jobs[0].model is None:
         return None
     parameter = next(jobs[0].model.parameters(), None)
