@@ -1,11 +1,11 @@
 """Methods against methods on ResNet-20 and CIFAR-10: agreement, sufficiency, cost; is it chance?
 
-    python -m benchmarks.method_agreement [--layers layer3 layer2] [--picture agreement.png]
+    python -m benchmarks.method_agreement [--picture agreement.png]
+    python -m benchmarks.method_agreement --layers layer2 --train 1000 --test 500
     python -m benchmarks.method_agreement --calibration
 
-The first form compares all methods at each layer: filters found on 5,000 training images,
-sufficiency on 2,000 test images. The second finds filters for labels without meaning, twenty times,
-and counts discoveries.
+The first forms compare all methods at each layer: filters found on training images, sufficiency on
+test images. The last finds filters for labels without meaning, twenty times, and counts discoveries.
 """
 
 import argparse
@@ -28,8 +28,7 @@ from captum_classfilters.identify import binomial_interval, collect_evidence
 from captum_classfilters.visualize import plot_method_comparison
 
 
-def compare(model, layer, gate, picture) -> None:
-    train, test = cifar10.loader("train", 5000), cifar10.loader("test", 2000)
+def compare(model, layer, gate, train, test, picture) -> None:
     found = compare_methods(model, layer, train, test, num_filters=5, gate=gate)
     print(f"\n{layer}, {found.tables['contribution'].num_filters} filters\n\n{found}", flush=True)
     if picture is not None:
@@ -37,9 +36,8 @@ def compare(model, layer, gate, picture) -> None:
         figure.savefig(picture.with_stem(f"{picture.stem}_{layer}"), dpi=110)
 
 
-def significant(model, layer) -> None:
+def significant(model, layer, train) -> None:
     """Discoveries for the true labels, and stability over halves of the images."""
-    train = cifar10.loader("train", 5000)
     methods = {
         "frequency": LayerFilterFrequency(model, layer, top_k=5),
         "contribution": LayerFilterContribution(model, layer),
@@ -107,7 +105,9 @@ def calibrate(model, layers, runs: int = 20) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--layers", nargs="+", default=["layer3", "layer2"])
+    parser.add_argument("--layers", nargs="+", default=["layer3"])
+    parser.add_argument("--train", type=int, default=5000)
+    parser.add_argument("--test", type=int, default=2000)
     parser.add_argument("--calibration", action="store_true")
     parser.add_argument("--picture", type=Path)
     arguments = parser.parse_args()
@@ -117,15 +117,25 @@ def main() -> None:
     if arguments.calibration:
         calibrate(model, arguments.layers)
         return
+    train = cifar10.loader("train", arguments.train)
+    test = cifar10.loader("test", arguments.test)
     for layer in arguments.layers:
-        compare(model, layer, None, arguments.picture)
-        significant(model, layer)
-    # The public network that was trained with a gate at its last stage.
-    gated = cifar10.pretrained(20, "resnet20_csg_cifar10.safetensors")
-    gate = load_file(cifar10.DATA / "resnet20_csg_cifar10.safetensors")["gate"]
-    print("\nThe network trained with a class-specific gate:")
-    picture = arguments.picture and arguments.picture.with_stem(f"{arguments.picture.stem}_gated")
-    compare(gated, "layer3", gate, picture)
+        compare(model, layer, None, train, test, arguments.picture)
+        significant(model, layer, train)
+    if "layer3" in arguments.layers:
+        # The public network that was trained with a gate at its last stage.
+        gated = cifar10.pretrained(20, "resnet20_csg_cifar10.safetensors")
+        gate = load_file(cifar10.DATA / "resnet20_csg_cifar10.safetensors")["gate"]
+        print("\nThe network trained with a class-specific gate:")
+        picture = arguments.picture
+        compare(
+            gated,
+            "layer3",
+            gate,
+            train,
+            test,
+            picture and picture.with_stem(f"{picture.stem}_gated"),
+        )
 
 
 if __name__ == "__main__":

@@ -117,6 +117,19 @@ def test_agreement_cost_and_the_control():
     assert str(found).count("\n") == 8
 
 
+def test_a_method_that_cannot_tell_has_no_correlation_and_spoils_no_mean():
+    model = deep()
+    methods = two_methods(model, "stage2")
+    methods["same"] = ClassFilters(torch.ones(3, 6), torch.ones(3), layer="stage2")
+    found = compare_methods(
+        model, "stage2", batches(60), batches(44), methods=methods, num_filters=2, **QUIET
+    )
+    assert found.rank_correlation[2, :2].isnan().all()
+    frame = found.to_pandas()["rank correlation with the others"]
+    assert frame["votes"] == pytest.approx(float(found.rank_correlation[0, 1]))
+    assert np.isnan(frame["same"])
+
+
 def test_the_standard_methods_and_what_does_not_apply():
     planted = planted_network()
     gate = torch.rand(4, 17)

@@ -52,7 +52,7 @@ class MethodComparison:
                     mean over classes.
         chance (float): The overlap expected of random sets, k / K.
         rank_correlation (Tensor): Shape (M, M). Spearman's correlation of two methods' scores of all
-                    filters, mean over classes.
+                    filters, mean over classes; NaN where all scores of a method are equal.
         hits (Tensor): Shape (M, C). Images of a class that are still recognised when the logit of
                     every class is computed with that class's k filters alone.
         random_hits (Tensor): Shape (R, C). The same for random filters.
@@ -111,8 +111,6 @@ class MethodComparison:
 
     def _rows(self) -> list[dict[str, Any]]:
         interval = self.sufficiency_interval()
-        number = len(self.names)
-        others = (number - 1) or float("nan")
         k = self.num_filters
         rows = [
             {
@@ -120,9 +118,8 @@ class MethodComparison:
                 f"sufficiency at {k}": float(self.sufficiency[row]),
                 "low": float(interval[row, 0]),
                 "high": float(interval[row, 1]),
-                f"overlap@{k} with the others": float(self.overlap[row].sum() - 1) / others,
-                "rank correlation with the others": float(self.rank_correlation[row].sum() - 1)
-                / others,
+                f"overlap@{k} with the others": _mean_of_others(self.overlap, row),
+                "rank correlation with the others": _mean_of_others(self.rank_correlation, row),
                 "seconds": self.seconds[name],
             }
             for row, name in enumerate(self.names)
@@ -369,6 +366,12 @@ def _agreements(tables: list[ClassFilters]) -> tuple[Tensor, Tensor]:
             overlap[row, column] = overlap[column, row] = agreement.mean_overlap
             correlation[row, column] = correlation[column, row] = agreement.mean_rank_correlation
     return overlap, correlation
+
+
+def _mean_of_others(table: Tensor, row: int) -> float:
+    """Mean of a row without its diagonal; methods of constant scores have no correlation."""
+    others = torch.arange(len(table)) != row
+    return float(table[row, others].nanmean())
 
 
 def _random_masks(like: Tensor, num_filters: int, seeds: int) -> Tensor:

@@ -185,18 +185,21 @@ def permutation_p_values(
     if int(labels.min()) < 0 or int(labels.max()) >= number:
         raise ValueError(f"labels are out of range: expected 0 to {number - 1}.")
     generator = torch.Generator().manual_seed(seed)
-    values, classes = evidence.detach().cpu().double(), labels.cpu().long()
+    values, classes = evidence.detach().cpu(), labels.cpu().long()
     counts = torch.bincount(classes, minlength=number)
     if foreign is None:
-        exceeded = _exceeded_by_relabelling(values, classes, number, permutations, generator)
+        exceeded = _exceeded_by_relabelling(
+            values.double(), classes, number, permutations, generator
+        )
     else:
         assert foreign_targets is not None
         _check_pair(foreign, foreign_targets, "foreign", "foreign_targets")
-        others, targets = foreign.detach().cpu().double(), foreign_targets.cpu().long()
+        others, targets = foreign.detach().cpu(), foreign_targets.cpu().long()
         exceeded = torch.zeros(number, values.shape[1], dtype=torch.int64)
         for class_ in counts.nonzero()[:, 0].tolist():
-            own, pool = values[classes == class_], others[targets == class_]
-            exceeded[class_] = _exceeded_in_pool(own, pool, permutations, generator)
+            own = values[classes == class_].double()
+            asked = others[targets == class_].double()
+            exceeded[class_] = _exceeded_in_pool(own, asked, permutations, generator)
     p_values = (1 + exceeded.double()) / (1 + permutations)
     return p_values.masked_fill((counts == 0)[:, None], float("nan"))
 

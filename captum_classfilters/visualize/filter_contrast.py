@@ -46,8 +46,8 @@ def plot_filter_contrast(
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_yticks(rows, [f"filter {index}" for index in shown.tolist()], fontsize=8)
     axes.invert_yaxis()
-    axes.set_xlabel(f"evidence for {contrast.favoured} (right) or {contrast.against} (left)")
-    default = f"{contrast.favoured} rather than {contrast.against}, {contrast.num_images} images"
+    axes.set_xlabel(f"evidence for {contrast.favoured} rather than {contrast.against}")
+    default = f"{contrast.method} at {contrast.layer}, {contrast.num_images} images"
     axes.set_title(title or default, loc="left", fontsize=10)
     axes.grid(axis="x", color="0.9")
     axes.set_axisbelow(True)
