@@ -218,8 +218,8 @@ def collect_evidence(
 
         methods (LayerAttribution, or a sequence or mapping of them): What to measure, and where.
         dataloader (iterable): Batches of (inputs, labels).
-        num_classes, class_names, reduction, attribute_kwargs, attribute_to_layer_input, device,
-        show_progress: As for :func:`identify_class_filters`.
+        num_classes, class_names, device, show_progress: As for :func:`identify_class_filters`.
+        reduction, attribute_kwargs, attribute_to_layer_input: Likewise.
 
     Returns:
         *Evidence* for one method, a *list* for a sequence, a *dict* for a mapping.
