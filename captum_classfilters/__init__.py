@@ -11,7 +11,7 @@ from captum_classfilters.attr import (
 from captum_classfilters.class_filters import Agreement, ClassFilters, ClassOverlap
 from captum_classfilters.filter_layers import FilterLayer, FilterLayers, list_filter_layers
 from captum_classfilters.gate import FilterGate
-from captum_classfilters.identify import identify_class_filters
+from captum_classfilters.identify import LabelPermutation, identify_class_filters
 from captum_classfilters.networks import (
     AccuracyCurve,
     ClassSpecificGate,
@@ -36,6 +36,7 @@ __all__ = [
     "FilterGate",
     "FilterLayer",
     "FilterLayers",
+    "LabelPermutation",
     "LayerClassGate",
     "LayerFilterAblation",
     "LayerFilterContribution",

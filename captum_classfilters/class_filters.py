@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import pandas
 
 _SCHEMA = "captum_classfilters.ClassFilters"
-_SCHEMA_VERSION = 1
+_SCHEMA_VERSION = 2  # 2: p_values and q_values; files without them are still written as 1
 
 
 @dataclass(frozen=True)
@@ -95,10 +95,16 @@ class ClassFilters:
         method (str): Name of the identification method.
         provenance (mapping, optional): Anything JSON can hold: versions, options, model hash.
                     Default: None
+        p_values (Tensor, optional): Shape (C, K). Probability, under the null that ``provenance``
+                    names, of a score as large; NaN for classes without images.
+                    Default: None
+        q_values (Tensor, optional): Shape (C, K). The p-values adjusted for the number of cells:
+                    the smallest false discovery rate at which a cell is a discovery.
+                    Default: None
 
     Raises:
-        ValueError: Shapes do not fit, a class without images has selected filters, or a score of
-                    a class with images is NaN or infinite.
+        ValueError: Shapes do not fit, a class without images has selected filters, a score of a
+                    class with images is NaN or infinite, or its p- or q-value is no probability.
 
     Examples::
 
@@ -116,6 +122,8 @@ class ClassFilters:
 
     __slots__ = (
         "_counts",
+        "_p_values",
+        "_q_values",
         "_scores",
         "_selected",
         "_standard_errors",
@@ -129,6 +137,8 @@ class ClassFilters:
     _counts: Tensor
     _selected: Tensor
     _standard_errors: Tensor | None
+    _p_values: Tensor | None
+    _q_values: Tensor | None
     class_names: tuple[str, ...]
     layer: str
     method: str
@@ -144,6 +154,8 @@ class ClassFilters:
         layer: str = "",
         method: str = "",
         provenance: Mapping[str, Any] | None = None,
+        p_values: Tensor | None = None,
+        q_values: Tensor | None = None,
     ) -> None:
         if scores.dim() != 2 or 0 in scores.shape:
             raise ValueError(f"scores have shape {tuple(scores.shape)}; expected (C, K).")
@@ -152,14 +164,22 @@ class ClassFilters:
             selected = torch.zeros(scores.shape, dtype=torch.bool)
         if class_names is None:
             class_names = [str(index) for index in range(num_classes)]
-        _check_table(scores, counts, selected, standard_errors, class_names)
+        tables = {
+            "selected": selected,
+            "standard_errors": standard_errors,
+            "p_values": p_values,
+            "q_values": q_values,
+        }
+        _check_table(scores, counts, tables, class_names)
         values = {
             "_scores": _own(scores, torch.float64),
             "_counts": _own(counts, torch.int64),
             "_selected": _own(selected, torch.bool),
-            "_standard_errors": None
-            if standard_errors is None
-            else _own(standard_errors, torch.float64),
+            **{
+                f"_{name}": None if table is None else _own(table, torch.float64)
+                for name, table in tables.items()
+                if name != "selected"
+            },
             "class_names": tuple(str(name) for name in class_names),
             "layer": layer,
             "method": method,
@@ -197,6 +217,16 @@ class ClassFilters:
     def standard_errors(self) -> Tensor | None:
         """Standard errors of the scores (C, K), or None."""
         return None if self._standard_errors is None else self._standard_errors.clone()
+
+    @property
+    def p_values(self) -> Tensor | None:
+        """P-values of the scores (C, K), or None where significance was not asked for."""
+        return None if self._p_values is None else self._p_values.clone()
+
+    @property
+    def q_values(self) -> Tensor | None:
+        """P-values adjusted over the whole table (C, K), or None."""
+        return None if self._q_values is None else self._q_values.clone()
 
     @property
     def num_classes(self) -> int:
@@ -269,7 +299,12 @@ class ClassFilters:
 
     # -- choosing --------------------------------------------------------------------------------
 
-    def select(self, num_filters: int | None = None, mass: float | None = None) -> "ClassFilters":
+    def select(
+        self,
+        num_filters: int | None = None,
+        mass: float | None = None,
+        fdr: float | None = None,
+    ) -> "ClassFilters":
         r"""
         Choose filters for each class, in the order of their scores.
 
@@ -283,20 +318,48 @@ class ClassFilters:
             mass (float, optional): Select the smallest set whose share of the class's positive
                         scores reaches this number in (0, 1]; at least one filter.
                         Default: None
+            fdr (float, optional): Select the cells whose q-value is at most this false discovery
+                        rate and whose score is positive: all of them, or with ``num_filters`` at
+                        most that many for each class. A class may end up with none.
+                        Default: None
 
         Returns:
             *ClassFilters*: A new table with the same scores.
 
         Raises:
-            ValueError: Not exactly one rule is given, or its value is out of range.
+            ValueError: Not exactly one of ``num_filters`` and ``mass`` is given (at most
+                        ``num_filters`` beside ``fdr``), a value is out of range, or ``fdr`` is
+                        asked of a table without q-values.
         """
+        if fdr is not None:
+            return self._discoveries(fdr, num_filters, mass)
         if (num_filters is None) == (mass is None):
-            raise ValueError("Give exactly one of num_filters and mass.")
+            raise ValueError("Give exactly one of num_filters and mass, or fdr.")
         if num_filters is not None:
             sizes = self._checked_number(num_filters)
         else:
             sizes = self._sizes_for_mass(float(mass))  # type: ignore[arg-type]
         return self._with_sizes(sizes)
+
+    def _discoveries(
+        self, fdr: float, num_filters: int | None, mass: float | None
+    ) -> "ClassFilters":
+        if mass is not None:
+            raise ValueError("fdr goes with num_filters, not with mass.")
+        if not 0 < fdr < 1:
+            raise ValueError(f"fdr={fdr} is out of range; choose a rate between 0 and 1.")
+        if self._q_values is None:
+            raise ValueError(
+                "The table has no q-values; identify with significance=True, or use num_filters or "
+                "mass."
+            )
+        # NaN, of classes without images, compares false.
+        found = (self._q_values <= fdr) & (self._scores > 0)
+        if num_filters is not None:
+            allowed = self._checked_number(num_filters)[:, None]
+            ranked = self._scores.masked_fill(~found, -float("inf"))
+            found &= _ranks(_descending(ranked)) < allowed
+        return self._replace(selected=found)
 
     def with_selection(self, selected: Tensor) -> "ClassFilters":
         """The same table with another selection, for rules of the user's own.
@@ -337,9 +400,7 @@ class ClassFilters:
                 f"{', '.join(missing[:10])}{' ...' if len(missing) > 10 else ''}.",
                 stacklevel=3,
             )
-        order = _descending(self._scores)
-        rank = torch.empty_like(order)
-        rank.scatter_(1, order, torch.arange(self.num_filters).expand_as(order))
+        rank = _ranks(_descending(self._scores))
         return self._replace(selected=(rank < sizes[:, None]) & (self._counts > 0)[:, None])
 
     # -- comparing -------------------------------------------------------------------------------
@@ -401,8 +462,8 @@ class ClassFilters:
         """The table in long form, one row per class and filter.
 
         Returns:
-            *pandas.DataFrame* with the columns class, filter, score, standard_error (where known),
-            selected and images. Needs the extra ``pandas``.
+            *pandas.DataFrame* with the columns class, filter, score, selected, images and, where
+            known, standard_error, p_value and q_value. Needs the extra ``pandas``.
         """
         import pandas
 
@@ -414,8 +475,8 @@ class ClassFilters:
             "selected": self._selected.flatten().numpy(),
             "images": self._counts.repeat_interleave(num_filters).numpy(),
         }
-        if self._standard_errors is not None:
-            columns["standard_error"] = self._standard_errors.flatten().numpy()
+        for name, table in self._optional_tables().items():
+            columns[name.removesuffix("s")] = table.flatten().numpy()
         return pandas.DataFrame(columns)
 
     def save(self, path: str | os.PathLike[str], overwrite: bool = False) -> None:
@@ -439,11 +500,10 @@ class ClassFilters:
         if path.exists() and not overwrite:
             raise FileExistsError(f"{path} exists; pass overwrite=True to replace it.")
         tensors = {"scores": self._scores, "counts": self._counts, "selected": self._selected}
-        if self._standard_errors is not None:
-            tensors["standard_errors"] = self._standard_errors
+        tensors.update(self._optional_tables())
         metadata = {
             "schema": _SCHEMA,
-            "schema_version": _SCHEMA_VERSION,
+            "schema_version": 1 if self._p_values is None and self._q_values is None else 2,
             "class_names": self.class_names,
             "layer": self.layer,
             "method": self.method,
@@ -495,8 +555,15 @@ class ClassFilters:
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path} lacks parts of a ClassFilters table: {error}") from error
 
-    def _replace(self, **changes: Any) -> "ClassFilters":
-        parts = {
+    def _optional_tables(self) -> dict[str, Tensor]:
+        """The tables (C, K) beside the scores that this one has."""
+        names = ("standard_errors", "p_values", "q_values")
+        tables = {name: getattr(self, f"_{name}") for name in names}
+        return {name: table for name, table in tables.items() if table is not None}
+
+    def _parts(self) -> dict[str, Any]:
+        """The arguments that make this table, in the constructor's order."""
+        return {
             "scores": self._scores,
             "counts": self._counts,
             "selected": self._selected,
@@ -504,19 +571,16 @@ class ClassFilters:
             "class_names": self.class_names,
             "layer": self.layer,
             "method": self.method,
-            "provenance": self.provenance,
+            "provenance": dict(self.provenance),
+            "p_values": self._p_values,
+            "q_values": self._q_values,
         }
-        return ClassFilters(**{**parts, **changes})
+
+    def _replace(self, **changes: Any) -> "ClassFilters":
+        return ClassFilters(**{**self._parts(), **changes})
 
     def __reduce__(self) -> tuple[Any, ...]:
-        parts = (self._scores, self._counts, self._selected, self._standard_errors)
-        return ClassFilters, (
-            *parts,
-            self.class_names,
-            self.layer,
-            self.method,
-            dict(self.provenance),
-        )
+        return ClassFilters, tuple(self._parts().values())
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, ClassFilters):
@@ -527,7 +591,8 @@ class ClassFilters:
             and dict(self.provenance) == dict(other.provenance)
             and all(
                 _equal(getattr(self, name), getattr(other, name))
-                for name in ("_scores", "_counts", "_selected", "_standard_errors")
+                for name in self.__slots__
+                if name.startswith("_")
             )
         )
 
@@ -547,19 +612,20 @@ class ClassFilters:
 def _check_table(
     scores: Tensor,
     counts: Tensor,
-    selected: Tensor,
-    standard_errors: Tensor | None,
+    tables: Mapping[str, Tensor | None],
     class_names: Sequence[str],
 ) -> None:
     num_classes = scores.shape[0]
     if counts.shape != (num_classes,) or bool((counts < 0).any()):
         raise ValueError(f"counts must be {num_classes} numbers of images, one for each class.")
-    for name, table in (("selected", selected), ("standard_errors", standard_errors)):
+    for name, table in tables.items():
         if table is not None and table.shape != scores.shape:
             raise ValueError(
                 f"{name} has shape {tuple(table.shape)}; expected that of scores, "
                 f"{tuple(scores.shape)}."
             )
+    selected = tables["selected"]
+    assert selected is not None
     if selected.dtype != torch.bool:
         raise ValueError(f"selected is {selected.dtype}; expected a bool mask of shape (C, K).")
     if len(class_names) != num_classes or len(set(map(str, class_names))) != num_classes:
@@ -567,6 +633,10 @@ def _check_table(
     seen = counts > 0
     if not bool(torch.isfinite(scores[seen]).all()):
         raise ValueError("scores of classes with images hold NaN or Inf.")
+    for name in ("p_values", "q_values"):
+        table = tables[name]
+        if table is not None and not bool(((table[seen] >= 0) & (table[seen] <= 1)).all()):
+            raise ValueError(f"{name} of classes with images must lie in [0, 1].")
     if bool(selected[~seen].any()):
         raise ValueError("Filters are selected for a class without images.")
 
@@ -589,6 +659,12 @@ def _equal(left: Tensor | None, right: Tensor | None) -> bool:
 def _descending(scores: Tensor) -> Tensor:
     """Indices by falling score; ties in the order of the filters, NaN last."""
     return scores.nan_to_num(nan=-float("inf")).sort(dim=-1, descending=True, stable=True).indices
+
+
+def _ranks(order: Tensor) -> Tensor:
+    """The place of each filter in an order, row by row."""
+    places = torch.arange(order.shape[1]).expand_as(order)
+    return torch.empty_like(order).scatter_(1, order, places)
 
 
 def _rank_correlation(left: Tensor, right: Tensor) -> Tensor:

@@ -8,9 +8,10 @@ import torch
 from matplotlib.figure import Figure
 from torch.utils.data import DataLoader, Subset
 
-from captum_classfilters import LayerFilterAblation
+from captum_classfilters import LayerFilterAblation, LayerFilterContribution
 from captum_classfilters.demo import load_digits, run_demo, small_cnn, train_classifier
-from captum_classfilters.evaluate import class_interpretation
+from captum_classfilters.evaluate import class_interpretation, compare_methods
+from captum_classfilters.identify import contrast_classes
 from captum_classfilters.networks import (
     GreedyFilterPruning,
     accuracy_after_removal,
@@ -21,7 +22,9 @@ from captum_classfilters.spectral import compare_with_random
 from captum_classfilters.visualize import (
     plot_class_bars,
     plot_exponents,
+    plot_filter_contrast,
     plot_filter_grid,
+    plot_method_comparison,
     plot_removal_curves,
     plot_spectrum,
 )
@@ -46,13 +49,14 @@ def spectra() -> None:
 
 
 def main() -> None:
-    """Run the demo and keep its pictures."""
+    """Run the demo and keep its pictures; draw those that it has not."""
     FIGURES.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         run_demo(folder)
         for source, name in NAMES.items():
             shutil.copy(Path(folder) / source, FIGURES / name)
     spectra()
+    draw_comparisons()
     for name, figure in pruning_figures().items():
         figure.savefig(FIGURES / name, dpi=110)
 
@@ -86,6 +90,20 @@ def pruning_figures() -> dict[str, Figure]:
         "filter_grid.png": plot_filter_grid(weights, first)[0],
         "class_bars.png": plot_class_bars([told[one] for one in strongest])[0],
     }
+
+
+def draw_comparisons() -> None:
+    """Methods against methods, and digit against digit."""
+    torch.manual_seed(0)
+    digits = load_digits()
+    model = train_classifier(small_cnn(), digits.train)
+    comparison = compare_methods(model, "filters", digits.train, digits.test)
+    figure, _ = plot_method_comparison(comparison)
+    figure.savefig(FIGURES / "method_comparison.png", dpi=110)
+    method = LayerFilterContribution(model, "filters")
+    contrast = contrast_classes(method, digits.test, 3, 8)
+    figure, _ = plot_filter_contrast(contrast, num_filters=5)
+    figure.savefig(FIGURES / "filter_contrast.png", dpi=110)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,12 @@ def tables(model, data):
         "inner contribution": LayerFilterContribution(model, "stage1"),
     }
     return identify_class_filters(
-        methods, data, num_filters=2, class_names=["a", "b", "c"], show_progress=False
+        methods,
+        data,
+        num_filters=2,
+        class_names=["a", "b", "c"],
+        significance=True,
+        show_progress=False,
     )
 
 

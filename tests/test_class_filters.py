@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from scipy.stats import spearmanr
 
@@ -248,3 +249,72 @@ class TestFiles:
         with pytest.raises(ValueError, match="not a complete"):
             ClassFilters.load(path)
         assert not proof.exists()
+
+
+class TestSignificance:
+    Q_VALUES = torch.tensor(
+        [[0.01, 0.2, 0.05, 0.04], [0.01, 0.06, 0.03, 0.01], [0.9, 0.9, 0.9, 0.9]],
+        dtype=torch.float64,
+    )
+
+    def significant(self, **options):
+        return table(p_values=self.Q_VALUES / 2, q_values=self.Q_VALUES, **options)
+
+    def test_discoveries_are_positive_cells_up_to_the_rate(self):
+        chosen = self.significant().select(fdr=0.05)
+        # Filter 0 of class 1 has a score of 0, its filter 3 one of -1; class 2 has none.
+        assert [chosen.filters_of(row).tolist() for row in range(3)] == [[0, 2, 3], [2], []]
+        assert torch.equal(chosen.q_values, self.Q_VALUES)
+        loose = self.significant().select(fdr=0.06)
+        assert loose.filters_of(1).tolist() == [1, 2]
+
+    def test_at_most_so_many_discoveries(self):
+        chosen = self.significant().select(num_filters=2, fdr=0.05)
+        assert [chosen.filters_of(row).tolist() for row in range(3)] == [[0, 2], [2], []]
+
+    def test_classes_without_images_discover_nothing(self):
+        scores, q_values = SCORES.clone(), self.Q_VALUES.clone()
+        scores[1] = q_values[1] = float("nan")
+        found = ClassFilters(scores, torch.tensor([5, 0, 5]), q_values=q_values)
+        assert found.select(fdr=0.05).selected[1].sum() == 0
+
+    def test_bad_rules(self):
+        with pytest.raises(ValueError, match="no q-values; identify with significance=True"):
+            table().select(fdr=0.05)
+        with pytest.raises(ValueError, match="fdr=5 is out of range"):
+            self.significant().select(fdr=5)
+        with pytest.raises(ValueError, match="not with mass"):
+            self.significant().select(fdr=0.05, mass=0.5)
+        with pytest.raises(ValueError, match="num_filters=9 is out of range"):
+            self.significant().select(fdr=0.05, num_filters=9)
+        with pytest.raises(
+            ValueError, match=r"p_values of classes with images must lie in \[0, 1\]"
+        ):
+            table(p_values=SCORES)
+        with pytest.raises(ValueError, match="q_values has shape"):
+            table(q_values=self.Q_VALUES[:, :2])
+
+    def test_kept_in_files_copies_and_frames(self, tmp_path):
+        found = self.significant(standard_errors=SCORES.abs()).select(fdr=0.05)
+        found.save(tmp_path / "a.safetensors")
+        for other in (
+            ClassFilters.load(tmp_path / "a.safetensors"),
+            pickle.loads(pickle.dumps(found)),
+            copy.deepcopy(found),
+        ):
+            assert other == found
+            assert torch.equal(other.p_values, found.p_values)
+        assert found != table(standard_errors=SCORES.abs()).with_selection(found.selected)
+        frame = found.to_pandas()
+        np.testing.assert_allclose(frame["q_value"], found.q_values.flatten())
+        np.testing.assert_allclose(frame["p_value"], found.p_values.flatten())
+        assert "q_value" not in table().to_pandas()
+
+    def test_files_without_significance_are_those_of_schema_one(self, tmp_path):
+        """So that they can be read by versions that know no significance, and the reverse."""
+        for name, one, version in (("old", full_table(), 1), ("new", self.significant(), 2)):
+            one.save(tmp_path / name)
+            with safe_open(tmp_path / name, framework="pt") as file:
+                metadata = json.loads(file.metadata()["class_filters"])
+            assert metadata["schema_version"] == version
+        assert ClassFilters.load(tmp_path / "old").q_values is None

@@ -6,6 +6,7 @@ import torch
 from captum.attr import (
     LayerActivation,
     LayerConductance,
+    LayerDeepLift,
     LayerFeatureAblation,
     LayerGradCam,
     LayerGradientXActivation,
@@ -199,6 +200,18 @@ class TestOnePass:
         by_function = LayerFilterContribution(lambda x: model(x), model.stage2)
         found = by_function.identify(data, num_classes=3, **QUIET)
         assert torch.allclose(tables[0].scores, found.scores, atol=1e-6)
+
+    def test_deep_lift_hooks_gradients_before_the_layer(self):
+        model, data = deep(), batches()
+        model.stage1[2] = nn.ReLU()  # DeepLift takes no in-place ReLU
+        model.stage2[2] = nn.ReLU()
+        x, y = joined(data)
+        found = identify_class_filters(LayerDeepLift(model, model.stage2), data, **QUIET)
+        each = LayerDeepLift(model, model.stage2).attribute(x, target=y).detach().sum((2, 3))
+        for class_ in range(3):
+            expected = each[y == class_].double().mean(0)
+            assert torch.allclose(found.scores[class_], expected, atol=1e-6)
+        assert not x.requires_grad
 
     def test_several_inputs_and_channels_last(self):
         model = TwoInputs().eval()

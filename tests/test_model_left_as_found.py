@@ -24,14 +24,19 @@ from captum_classfilters import (
 from captum_classfilters.attr import filter_activation_maps, filter_gradient_maps
 from captum_classfilters.evaluate import (
     adversarial_detection,
+    compare_methods,
     layer_sweep,
     model_essentiality,
     response_chroma,
 )
 from captum_classfilters.identify import (
     activation_scores,
+    collect_evidence,
     collect_features,
+    confusion_filters,
+    contrast_classes,
     exemplars,
+    random_weights_null,
     receptive_field,
     unit_scores,
 )
@@ -124,6 +129,20 @@ def both_methods(model):
 
 ENTRIES = {
     "identify": lambda m: identify_class_filters(both_methods(m), batches(), **QUIET),
+    "identify with significance": lambda m: identify_class_filters(
+        both_methods(m), batches(), significance=True, **QUIET
+    ),
+    "collect_evidence": lambda m: collect_evidence(both_methods(m), batches(), **QUIET),
+    "contrast_classes": lambda m: contrast_classes(
+        LayerFilterContribution(m, "0"), batches(), 0, 1, **QUIET
+    ),
+    "confusion_filters": lambda m: confusion_filters(
+        LayerFilterContribution(m, "0"), batches(), **QUIET
+    ),
+    "compare_methods": lambda m: compare_methods(m, "2", batches(), batches(), **QUIET),
+    "random weights": lambda m: random_weights_null(
+        LayerFilterContribution(m, "0"), batches(), repetitions=1, **QUIET
+    ),
     "frequency": lambda m: LayerFilterFrequency(m, "2").attribute(images(), target=0),
     "contribution": lambda m: LayerFilterContribution(m, "2").attribute(images(), target=0),
     "contribution at an inner layer": lambda m: LayerFilterContribution(m, "0").attribute(

@@ -23,6 +23,11 @@ def gather(value: Any) -> list[Any]:
     return values
 
 
+def rank() -> int:
+    """The number of this process, 0 if it is the only one."""
+    return torch.distributed.get_rank() if is_distributed() else 0
+
+
 def is_main_process() -> bool:
     """Whether this process may print."""
-    return not is_distributed() or torch.distributed.get_rank() == 0
+    return rank() == 0

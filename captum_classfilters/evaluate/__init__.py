@@ -12,10 +12,19 @@ from captum_classfilters.evaluate.class_interpretation import (
     interpretation_table,
 )
 from captum_classfilters.evaluate.colour import greyed, response_chroma, weight_chroma
+from captum_classfilters.evaluate.compare_methods import (
+    MethodComparison,
+    compare_methods,
+    standard_methods,
+)
 from captum_classfilters.evaluate.essentiality import (
     Essentiality,
     essentiality,
     model_essentiality,
+)
+from captum_classfilters.evaluate.feature_tables import (
+    mutual_information_filters,
+    selectivity_filters,
 )
 from captum_classfilters.evaluate.filter_diversity import (
     Coverage,
@@ -74,6 +83,7 @@ __all__ = [
     "LayerMeasurement",
     "Localization",
     "MaskingResult",
+    "MethodComparison",
     "SelectivityTest",
     "SetOverlap",
     "TopMass",
@@ -86,6 +96,7 @@ __all__ = [
     "class_means",
     "class_selectivity_index",
     "class_share",
+    "compare_methods",
     "coverage",
     "density_interval",
     "diversity",
@@ -105,14 +116,17 @@ __all__ = [
     "mixture_entropy_score",
     "model_essentiality",
     "mutual_information_bound",
+    "mutual_information_filters",
     "mutual_information_matrix",
     "mutual_information_score",
     "psi",
     "psi_floor",
     "response_chroma",
+    "selectivity_filters",
     "selectivity_regulariser",
     "selectivity_test",
     "set_overlap",
+    "standard_methods",
     "top_mass",
     "union_score",
     "weight_chroma",

@@ -9,9 +9,27 @@ from captum_classfilters.identify.accuracy_reduction import (
 )
 from captum_classfilters.identify.activation_scores import ActivationScores, activation_scores
 from captum_classfilters.identify.collect_features import collect_features
+from captum_classfilters.identify.contrastive import (
+    ConfusionFilters,
+    FilterContrast,
+    confusion_filters,
+    contrast_classes,
+)
+from captum_classfilters.identify.evidence import Evidence, Stability, collect_evidence
 from captum_classfilters.identify.exemplars import Exemplars, ExemplarSide, exemplars
 from captum_classfilters.identify.identify_class_filters import identify_class_filters
+from captum_classfilters.identify.random_weights import (
+    RandomWeightsNull,
+    random_weights_null,
+    reinitialise,
+)
 from captum_classfilters.identify.receptive_field import receptive_field
+from captum_classfilters.identify.significance import (
+    LabelPermutation,
+    false_discovery_adjusted,
+    permutation_p_values,
+    vote_p_values,
+)
 from captum_classfilters.identify.statistics import ClassFilterSums
 from captum_classfilters.identify.unit_scores import unit_scores
 
@@ -19,16 +37,30 @@ __all__ = [
     "AccuracyReduction",
     "ActivationScores",
     "ClassFilterSums",
+    "ConfusionFilters",
+    "Evidence",
     "ExemplarSide",
     "Exemplars",
+    "FilterContrast",
+    "LabelPermutation",
     "MetricReduction",
+    "RandomWeightsNull",
+    "Stability",
     "accuracy_reduction",
     "activation_scores",
     "binomial_interval",
+    "collect_evidence",
     "collect_features",
+    "confusion_filters",
+    "contrast_classes",
     "exemplars",
+    "false_discovery_adjusted",
     "identify_class_filters",
     "metric_reduction",
+    "permutation_p_values",
+    "random_weights_null",
     "receptive_field",
+    "reinitialise",
     "unit_scores",
+    "vote_p_values",
 ]

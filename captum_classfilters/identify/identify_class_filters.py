@@ -8,11 +8,11 @@ from contextlib import ExitStack
 from typing import Any, Literal
 
 import torch
-from captum.attr import LayerAttribution
+from captum.attr import LayerAttribution, LayerDeepLift
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from captum_classfilters._internal.distributed import gather, is_main_process
+from captum_classfilters._internal.distributed import gather, is_main_process, rank
 from captum_classfilters._internal.guard import model_left_as_found
 from captum_classfilters._internal.layers import (
     filter_axis,
@@ -25,6 +25,14 @@ from captum_classfilters.attr import LayerFilterContribution, LayerFilterFrequen
 from captum_classfilters.class_filters import ClassFilters
 from captum_classfilters.identify._batches import dataset_names, split_batch
 from captum_classfilters.identify.shared_forward import SharedForward
+from captum_classfilters.identify.significance import (
+    EvidenceRecord,
+    LabelPermutation,
+    false_discovery_adjusted,
+    foreign_labels,
+    permutation_p_values,
+    vote_p_values,
+)
 from captum_classfilters.identify.statistics import ClassFilterSums, class_labels
 
 logger = logging.getLogger("captum_classfilters")
@@ -50,6 +58,7 @@ def identify_class_filters(
     reduction: Reduction = "sum",
     attribute_kwargs: Mapping[str, Any] | None = None,
     attribute_to_layer_input: bool = False,
+    significance: bool | LabelPermutation = False,
     device: torch.device | str | None = None,
     show_progress: bool = True,
 ) -> Any:
@@ -84,6 +93,12 @@ def identify_class_filters(
                     Default: None
         attribute_to_layer_input (bool): Use the layers' inputs, the features of a head say.
                     Default: False
+        significance (bool or LabelPermutation): Fill the tables' ``p_values`` and ``q_values``, so
+                    that ``select(fdr=0.05)`` works, against labels permuted among the images; True
+                    for the defaults of :class:`LabelPermutation`. Votes need no more memory for
+                    it; other methods keep the evidence of single images, O(N K), and are asked for
+                    that of other targets too.
+                    Default: False
         device (torch.device or str, optional): Where the batches go; by default where the model is.
         show_progress (bool): Show a progress bar.
                     Default: True
@@ -117,8 +132,23 @@ def identify_class_filters(
         raise ValueError("Give num_filters or mass, not both.")
     if reduction not in _REDUCTIONS:
         raise ValueError(f"reduction={reduction!r}; choose one of {', '.join(_REDUCTIONS)}.")
-    jobs = _jobs(methods, attribute_kwargs, attribute_to_layer_input, reduction)
-    collector = _Collector(jobs, num_classes, num_filters)
+    jobs = jobs_of(methods, attribute_kwargs, attribute_to_layer_input, reduction)
+    test = _permutation_test(significance)
+    collector = Collector(jobs, num_classes, num_filters, test)
+    collect(collector, dataloader, device, show_progress)
+    names = class_names if class_names is not None else dataset_names(dataloader)
+    tables = collector.tables(names, class_names is not None, mass)
+    return like_methods(methods, jobs, tables)
+
+
+def collect(
+    collector: "Collector",
+    dataloader: Iterable[Any],
+    device: torch.device | str | None,
+    show_progress: bool,
+) -> None:
+    """Read all batches into a collector, the models in evaluation mode and left as found."""
+    jobs = collector.jobs
     with ExitStack() as stack:
         for model in {id(job.model): job.model for job in jobs}.values():
             stack.enter_context(model_left_as_found(model, evaluation=True, freeze=True))
@@ -129,14 +159,21 @@ def identify_class_filters(
             disable=not (show_progress and is_main_process()),
         )
         for number, batch in enumerate(bar):
-            collector.add(number, *split_batch(batch, number, device or _device(jobs)))
-    names = class_names if class_names is not None else dataset_names(dataloader)
-    tables = collector.tables(names, class_names is not None, mass)
-    return _like_methods(methods, jobs, tables)
+            collector.add(number, *split_batch(batch, number, device or device_of(jobs)))
 
 
-class _Job:
-    """One method at one layer."""
+def _permutation_test(significance: bool | LabelPermutation) -> LabelPermutation | None:
+    if isinstance(significance, LabelPermutation):
+        return significance
+    if not isinstance(significance, bool):
+        raise ValueError(
+            f"significance={significance!r}; expected True, False or a LabelPermutation."
+        )
+    return LabelPermutation() if significance else None
+
+
+class Job:
+    """One method at one layer: its evidence, batch by batch, and what is kept of it."""
 
     def __init__(
         self, key: Any, method: LayerAttribution, kwargs: dict[str, Any], reduction: Reduction
@@ -154,6 +191,7 @@ class _Job:
         features = getattr(method, "features_name", None)
         self.table_layer = f"{self.layer_name}.{features}" if features else self.layer_name
         self.sums: ClassFilterSums | None = None
+        self.record: EvidenceRecord | None = None
         self.feed: dict[str, str] | None = None
 
     @property
@@ -173,12 +211,24 @@ class _Job:
         own = isinstance(self.method, (LayerFilterFrequency, LayerFilterContribution))
         return own and len(devices) < 2 and not set(self.kwargs) - {"attribute_to_layer_input"}
 
+    @property
+    def depends_on_target(self) -> bool:
+        """Whether an image's evidence is another one for another target."""
+        if self.counts_votes:
+            return False
+        return "target" in inspect.signature(self.method.attribute).parameters
+
     def attribute(self, inputs: tuple[Tensor, ...], labels: Tensor) -> Tensor:
         """Scores (N, K) through the method's own ``attribute``."""
         kwargs = dict(self.kwargs)
         parameters = inspect.signature(self.method.attribute).parameters
         if "target" in parameters:
             kwargs.setdefault("target", labels.to(inputs[0].device))
+        if isinstance(self.method, LayerDeepLift):
+            # It hooks gradients before the layer, where frozen parameters leave none.
+            inputs = tuple(
+                one.detach().requires_grad_() if one.is_floating_point() else one for one in inputs
+            )
         attributions = self.method.attribute(inputs if len(inputs) > 1 else inputs[0], **kwargs)
         if not isinstance(attributions, Tensor):
             raise ValueError(
@@ -193,14 +243,27 @@ class _Job:
         return _REDUCTIONS[self.reduction](positions_last(attributions.detach(), axis))
 
 
-class _Collector:
+class Collector:
     """Adds batches to the sums of all jobs."""
 
-    def __init__(self, jobs: list[_Job], num_classes: int | None, num_filters: int | None) -> None:
+    def __init__(
+        self,
+        jobs: list[Job],
+        num_classes: int | None,
+        num_filters: int | None,
+        test: LabelPermutation | None = None,
+        record_all: bool = False,
+    ) -> None:
         self.jobs = jobs
+        self.test = test
+        self.foreign = test.foreign_targets if test is not None else 0
+        self.generator = torch.Generator().manual_seed((test.seed if test else 0) + 7919 * rank())
+        for job in jobs:
+            if record_all or (test is not None and not job.counts_votes):
+                job.record = EvidenceRecord()
         self.num_classes = num_classes
         self.num_filters = num_filters
-        groups: dict[tuple[int, bool], list[_Job]] = {}
+        groups: dict[tuple[int, bool], list[Job]] = {}
         for job in jobs:
             if job.shares_forward:
                 at_input = bool(job.kwargs.get("attribute_to_layer_input", False))
@@ -218,15 +281,23 @@ class _Collector:
         if self.num_classes is None:
             self.num_classes = self._outputs(inputs)
         labels = class_labels(raw_labels, len(inputs[0]), self.num_classes, number)
+        others = [
+            foreign_labels(labels, self.num_classes, self.generator) for _ in range(self.foreign)
+        ]
         for shared, group in self.groups:
-            scores = shared.scores(inputs, labels)
-            for job, values in zip(group, scores, strict=True):
+            asked = others if any(job.depends_on_target for job in group) else []
+            scores, *foreign = shared.scores_for(inputs, [labels, *asked])
+            for position, job in enumerate(group):
                 self._check(shared.means(job.method), job, labels, number, "activations")
                 job.feed = shared.feed(job.method)
-                self._update(job, values, labels, number)
+                self._update(job, scores[position], labels, number)
+                for targets, values in zip(asked, foreign, strict=True):
+                    self._update_foreign(job, values[position], targets, number)
         for job in self.jobs:
             if not job.shares_forward:
                 self._update(job, job.attribute(inputs, labels), labels, number)
+                for targets in others if job.depends_on_target else []:
+                    self._update_foreign(job, job.attribute(inputs, targets), targets, number)
 
     def _outputs(self, inputs: tuple[Tensor, ...]) -> int:
         """C, from the model's output on a batch."""
@@ -237,7 +308,7 @@ class _Collector:
             raise ValueError(f"The model puts out {shape}, not logits (N, C); pass num_classes.")
         return int(output.shape[1])
 
-    def _update(self, job: _Job, values: Tensor, labels: Tensor, number: int) -> None:
+    def _update(self, job: Job, values: Tensor, labels: Tensor, number: int) -> None:
         if job.sums is None:
             assert self.num_classes is not None
             if self.num_filters is not None and self.num_filters > values.shape[1]:
@@ -251,9 +322,16 @@ class _Collector:
         if not job.counts_votes:
             self._check(values, job, labels, number, "scores")
         job.sums.update(values, labels)
+        if job.record is not None:
+            job.record.add(values, labels)
+
+    def _update_foreign(self, job: Job, values: Tensor, targets: Tensor, number: int) -> None:
+        if job.record is not None and job.depends_on_target:
+            self._check(values, job, targets, number, "scores")
+            job.record.add_foreign(values, targets)
 
     @staticmethod
-    def _check(values: Tensor, job: _Job, labels: Tensor, number: int, what: str) -> None:
+    def _check(values: Tensor, job: Job, labels: Tensor, number: int, what: str) -> None:
         finite = torch.isfinite(values).all(1)
         if bool(finite.all()):
             return
@@ -279,16 +357,20 @@ class _Collector:
             if job.sums is None:  # this rank's share was empty
                 job.sums = ClassFilterSums(shape[0], shape[1], integer=job.counts_votes)
             job.feed = next((feed[position] for feed in feeds if feed[position]), None)
+            if job.record is not None:
+                job.record.merge(gather(job.record))
             names = class_names
             if not names_given and class_names is not None and len(class_names) != shape[0]:
                 names = None
             tables.append(self._table(job, names, mass))
         return tables
 
-    def _table(self, job: _Job, names: Sequence[str] | None, mass: float | None) -> ClassFilters:
+    def _table(self, job: Job, names: Sequence[str] | None, mass: float | None) -> ClassFilters:
         assert job.sums is not None
         sums = job.sums.compute()
         options = {k: v for k, v in job.kwargs.items() if isinstance(v, (int, float, str, bool))}
+        p_values = self._p_values(job, sums)
+        test = {} if self.test is None else {"significance": self.test.record()}
         table = ClassFilters(
             scores=sums["mean"],
             counts=sums["count"],
@@ -301,7 +383,12 @@ class _Collector:
                 options={**getattr(job.method, "options", {}), **options},
                 feeds_head=job.feed,
                 num_images=int(sums["count"].sum()),
+                **test,
             ),
+            p_values=p_values,
+            q_values=None
+            if p_values is None or self.test is None
+            else false_discovery_adjusted(p_values, self.test.correction),
         )
         if mass is not None:
             return table.select(mass=mass)
@@ -311,13 +398,41 @@ class _Collector:
             logger.info("%s at %s: %d filters selected per class", job.name, job.layer_name, number)
         return table.select(num_filters=number)
 
+    def _p_values(self, job: Job, sums: dict[str, Tensor]) -> Tensor | None:
+        if self.test is None:
+            return None
+        if job.counts_votes:
+            return vote_p_values(sums["total"], sums["count"])
+        assert job.record is not None
+        evidence, labels, foreign, targets = job.record.tensors()
+        cells = int((sums["count"] > 0).sum()) * evidence.shape[1]
+        logger.info(
+            "%s at %s: the smallest p-value of %d permutations is %.1e; at a false discovery rate "
+            "of 0.05 at least %d of %d cells must have it before one of them is a discovery",
+            job.name,
+            job.layer_name,
+            self.test.permutations,
+            1 / (1 + self.test.permutations),
+            -(-20 * cells // (1 + self.test.permutations)),
+            cells,
+        )
+        return permutation_p_values(
+            evidence,
+            labels,
+            num_classes=len(sums["count"]),
+            foreign=foreign,
+            foreign_targets=targets,
+            permutations=self.test.permutations,
+            seed=self.test.seed,
+        )
 
-def _jobs(
+
+def jobs_of(
     methods: Any,
     attribute_kwargs: Mapping[str, Any] | None,
     at_input: bool,
     reduction: Reduction,
-) -> list[_Job]:
+) -> list[Job]:
     several = isinstance(methods, (Mapping, Sequence))
     items = (
         methods.items()
@@ -341,7 +456,7 @@ def _jobs(
         for layer in layers:
             single = copy.copy(method)
             single.layer = layer
-            jobs.append(_Job(key, single, kwargs, reduction))
+            jobs.append(Job(key, single, kwargs, reduction))
     if kwargs_of:
         raise ValueError(f"attribute_kwargs names no method: {', '.join(map(str, kwargs_of))}.")
     if not jobs:
@@ -349,7 +464,7 @@ def _jobs(
     return jobs
 
 
-def _like_methods(methods: Any, jobs: list[_Job], tables: list[ClassFilters]) -> Any:
+def like_methods(methods: Any, jobs: list[Job], tables: Sequence[Any]) -> Any:
     """Tables in the form in which the methods were given."""
     results: dict[Any, Any] = {}
     items = (
@@ -365,7 +480,8 @@ def _like_methods(methods: Any, jobs: list[_Job], tables: list[ClassFilters]) ->
     return list(results.values()) if isinstance(methods, Sequence) else results[0]
 
 
-def _device(jobs: list[_Job]) -> torch.device | None:
+def device_of(jobs: list[Job]) -> torch.device | None:
+    """Where the first model's parameters are; None without any."""
     if jobs[0].model is None:
         return None
     parameter = next(jobs[0].model.parameters(), None)

@@ -73,6 +73,12 @@ class SharedForward:
 
     def scores(self, inputs: tuple[Tensor, ...], labels: Tensor | None) -> list[Tensor]:
         """Per-image filter scores (N, K) of each method, in their order."""
+        return self.scores_for(inputs, [labels])[0]
+
+    def scores_for(
+        self, inputs: tuple[Tensor, ...], targets: Sequence[Tensor | None]
+    ) -> list[list[Tensor]]:
+        """The same for several sets of targets (N,), from one forward pass."""
         if not self._needs_gradient:
             with torch.no_grad():
                 complete = self._run(inputs, differentiable=False)
@@ -80,8 +86,10 @@ class SharedForward:
         if self._needs_gradient:
             with torch.enable_grad():
                 self._run(inputs, differentiable=True)
-        gradients = self._gradients(labels)
-        scores = [self._score(method, labels, gradients) for method in self.methods]
+        scores = []
+        for number, labels in enumerate(targets, start=1):
+            gradients = self._gradients(labels, keep_graph=number < len(targets))
+            scores.append([self._score(method, labels, gradients) for method in self.methods])
         for tap in self._taps.values():
             tap.whole = tap.feed == "flatten"
             tap.tensor = tap.maps = None
@@ -175,14 +183,14 @@ class SharedForward:
             return tap.layer.register_forward_pre_hook(pre_hook)
         return tap.layer.register_forward_hook(lambda _module, _inputs, output: take(output))
 
-    def _gradients(self, labels: Tensor | None) -> dict[int, Tensor]:
+    def _gradients(self, labels: Tensor | None, keep_graph: bool = False) -> dict[int, Tensor]:
         """Gradients of each image's own logit at the layers that have no closed form."""
         wanted = [tap for tap in self._contribution_taps() if not (self._head and tap.feed)]
         if not wanted or labels is None:
             return {}
         logits = own_logits(self.output, labels)
         tensors = [tap.tensor for tap in wanted if tap.tensor is not None]
-        gradients = torch.autograd.grad(logits.sum(), tensors)
+        gradients = torch.autograd.grad(logits.sum(), tensors, retain_graph=keep_graph)
         return {id(tap): gradient for tap, gradient in zip(wanted, gradients, strict=True)}
 
     def _score(

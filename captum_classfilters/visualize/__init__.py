@@ -16,7 +16,9 @@ from captum_classfilters.visualize.feature_visualization import (
     colour_root,
     visualize_features,
 )
+from captum_classfilters.visualize.filter_contrast import plot_filter_contrast
 from captum_classfilters.visualize.hypergraph import plot_class_separation, plot_hypergraph
+from captum_classfilters.visualize.method_comparison import plot_method_comparison
 from captum_classfilters.visualize.profile_similarity import plot_profile_similarity
 from captum_classfilters.visualize.pruning import (
     plot_class_bars,
@@ -38,11 +40,13 @@ __all__ = [
     "plot_exemplars",
     "plot_explanations",
     "plot_exponents",
+    "plot_filter_contrast",
     "plot_filter_correlation",
     "plot_filter_grid",
     "plot_filter_maps",
     "plot_gate_and_weight",
     "plot_hypergraph",
+    "plot_method_comparison",
     "plot_mutual_information",
     "plot_profile_similarity",
     "plot_removal_curves",

@@ -1,0 +1,463 @@
+"""Which filters separate two classes, and which drive a cell of the confusion matrix."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from captum.attr import LayerAttribution
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from captum_classfilters._internal.guard import model_left_as_found
+from captum_classfilters._internal.provenance import provenance
+from captum_classfilters.identify._batches import dataset_names, split_batch
+from captum_classfilters.identify.identify_class_filters import (
+    Job,
+    Reduction,
+    device_of,
+    jobs_of,
+)
+from captum_classfilters.identify.statistics import ClassFilterSums, class_labels
+
+if TYPE_CHECKING:
+    import pandas
+
+
+@dataclass(frozen=True)
+class FilterContrast:
+    r"""
+    Evidence of each filter for one class against another.
+
+    Args:
+
+        favoured (str): Name of the class that positive scores speak for.
+        against (str): Name of the class that negative scores speak for.
+        scores (Tensor): Shape (K,).
+        standard_errors (Tensor): Shape (K,). NaN where there are too few images.
+        degrees_of_freedom (Tensor): Shape (K,), of the intervals.
+        margin (float): The difference of the two logits that the scores share out among the filters.
+        num_images (int): Number of images behind it.
+        layer (str): Dotted name of the layer.
+        method (str): Name of the method.
+        provenance (dict): Where the numbers come from.
+    """
+
+    favoured: str
+    against: str
+    scores: Tensor
+    standard_errors: Tensor
+    degrees_of_freedom: Tensor
+    margin: float
+    num_images: int
+    layer: str = ""
+    method: str = ""
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def unexplained(self) -> float:
+        """What the scores miss of the margin; with an exact method at a linear head only biases."""
+        return self.margin - float(self.scores.sum())
+
+    def interval(self, confidence: float = 0.95, simultaneous: bool = False) -> Tensor:
+        r"""
+        Intervals of the mean evidence, by Student's distribution.
+
+        Args:
+
+            confidence (float): Coverage, between 0 and 1.
+                        Default: 0.95
+            simultaneous (bool): Cover all K filters at once (Bonferroni), as needed to point out
+                        filters after looking at all of them.
+                        Default: False
+
+        Returns:
+            *Tensor* of shape (K, 2); NaN where there are too few images.
+
+        Raises:
+            ValueError: ``confidence`` is out of range.
+        """
+        from scipy.stats import t
+
+        if not 0 < confidence < 1:
+            raise ValueError(f"confidence={confidence} must lie between 0 and 1.")
+        tail = (1 - confidence) / 2 / (len(self.scores) if simultaneous else 1)
+        reach = torch.as_tensor(t.isf(tail, self.degrees_of_freedom.numpy()))
+        reach = reach * self.standard_errors
+        return torch.stack([self.scores - reach, self.scores + reach], dim=1)
+
+    def strongest(self, num_filters: int) -> Tensor:
+        """The filters that speak most for :attr:`favoured`, best first; ties to the lower index.
+
+        Args:
+
+            num_filters (int): How many.
+
+        Returns:
+            *Tensor* of int64.
+        """
+        order = self.scores.sort(descending=True, stable=True).indices
+        return order[: self._checked(num_filters)]
+
+    def opposing(self, num_filters: int) -> Tensor:
+        """The filters that speak most for :attr:`against`, strongest first.
+
+        Args:
+
+            num_filters (int): How many.
+
+        Returns:
+            *Tensor* of int64.
+        """
+        return self.scores.sort(stable=True).indices[: self._checked(num_filters)]
+
+    def to_pandas(self, confidence: float = 0.95) -> "pandas.DataFrame":
+        """One row for each filter, strongest first. Needs the extra ``pandas``."""
+        import pandas
+
+        low, high = self.interval(confidence).unbind(1)
+        frame = pandas.DataFrame(
+            {
+                "filter": range(len(self.scores)),
+                "score": self.scores.numpy(),
+                "low": low.numpy(),
+                "high": high.numpy(),
+            }
+        )
+        return frame.sort_values("score", ascending=False, kind="stable", ignore_index=True)
+
+    def _checked(self, num_filters: int) -> int:
+        if not 1 <= num_filters <= len(self.scores):
+            raise ValueError(
+                f"num_filters={num_filters} is out of range; choose 1 to {len(self.scores)}."
+            )
+        return num_filters
+
+
+@dataclass(frozen=True)
+class ConfusionFilters:
+    r"""
+    For each kind of error that occurred, the filters that drive it.
+
+    Args:
+
+        confusion (Tensor): Shape (C, C), int64. Images of class i predicted as class j.
+        class_names (tuple of str): C names.
+        cells (dict): From (true, predicted) indices to *FilterContrast*: evidence for the predicted
+                    class minus evidence for the true one, on the images of that cell. Only cells
+                    with images are there.
+    """
+
+    confusion: Tensor
+    class_names: tuple[str, ...]
+    cells: dict[tuple[int, int], FilterContrast]
+
+    def cell(self, true: int | str, predicted: int | str) -> FilterContrast:
+        """The filters behind one cell.
+
+        Args:
+
+            true (int or str): Index or name of the images' own class.
+            predicted (int or str): Index or name of the class they are taken for.
+
+        Returns:
+            *FilterContrast*.
+
+        Raises:
+            ValueError: There is no such class, or no image in that cell.
+        """
+        key = _index(true, self.class_names), _index(predicted, self.class_names)
+        if key not in self.cells:
+            names = self.class_names[key[0]], self.class_names[key[1]]
+            raise ValueError(f"No image of class {names[0]!r} was taken for {names[1]!r}.")
+        return self.cells[key]
+
+    def largest(self, number: int = 10) -> list[tuple[int, int]]:
+        """The most frequent errors, as (true, predicted).
+
+        Args:
+
+            number (int): At most how many.
+                        Default: 10
+
+        Returns:
+            *list of tuple*; equal counts in the order of the classes.
+        """
+        order = sorted(self.cells, key=lambda cell: (-self.cells[cell].num_images, cell))
+        return order[:number]
+
+
+def contrast_classes(
+    method: LayerAttribution,
+    dataloader: Iterable[Any],
+    favoured: int | str,
+    against: int | str,
+    *,
+    class_names: Sequence[str] | None = None,
+    reduction: Reduction = "sum",
+    attribute_kwargs: dict[str, Any] | None = None,
+    attribute_to_layer_input: bool = False,
+    device: torch.device | str | None = None,
+    show_progress: bool = True,
+) -> FilterContrast:
+    r"""
+    Find the filters that separate class *a* from class *b*.
+
+    With :math:`e_k(x; c)` the evidence of filter *k* for class *c*, the evidence for *a* rather than
+    *b* is compared between the images of the two classes:
+
+    .. math:: s_k = \mathrm{mean}_{x \in a} [e_k(x; a) - e_k(x; b)]
+              - \mathrm{mean}_{x \in b} [e_k(x; a) - e_k(x; b)]
+
+    A filter scores if it raises the margin on one class's images or lowers it on the other's;
+    evidence that all images share cancels. With contributions at a linear head the scores sum
+    to the difference of the two classes' mean margins exactly, since biases cancel too.
+    Intervals are Welch's, for two samples of different variance.
+
+    Args:
+
+        method (LayerAttribution): A method whose evidence depends on the target, on one layer.
+        dataloader (iterable): Batches of (inputs, labels); images of other classes are passed over.
+        favoured (int or str): Class *a*, by index, or by name where names are known.
+        against (int or str): Class *b*.
+        class_names (sequence of str, optional): C names. By default those of the data set.
+        reduction, attribute_kwargs, attribute_to_layer_input, device, show_progress: As for
+                    :func:`identify_class_filters`.
+
+    Returns:
+        *FilterContrast*.
+
+    Raises:
+        ValueError: The classes are the same or unknown, one has fewer than two images, or the
+                    method's evidence does not depend on the target.
+
+    Examples::
+
+        >>> import torch
+        >>> from captum_classfilters import LayerFilterContribution
+        >>> from captum_classfilters.identify import contrast_classes
+        >>> net = torch.nn.Sequential(
+        ...     torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1),
+        ...     torch.nn.Flatten(), torch.nn.Linear(8, 3))
+        >>> data = [(torch.rand(12, 3, 6, 6), torch.arange(12) % 3)]
+        >>> contrast = contrast_classes(
+        ...     LayerFilterContribution(net, "1"), data, 0, 2, show_progress=False)
+        >>> contrast.strongest(3).shape, abs(contrast.unexplained) < 1e-5
+        (torch.Size([3]), True)
+    """
+    pass_ = _Pass(method, reduction, attribute_kwargs, attribute_to_layer_input, device)
+    names = class_names if class_names is not None else dataset_names(dataloader)
+    sums: ClassFilterSums | None = None
+    pair: list[int] = []
+    for inputs, labels, outputs in pass_.batches(dataloader, show_progress):
+        if not pair:
+            names = _names(names, outputs.shape[1])
+            pair = [_index(favoured, names), _index(against, names)]
+            if pair[0] == pair[1]:
+                raise ValueError(f"Both classes are {names[pair[0]]!r}; give two different ones.")
+        ours = (labels == pair[0]) | (labels == pair[1])
+        if not bool(ours.any()):
+            continue
+        for_, against_ = (torch.full((int(ours.sum()),), class_) for class_ in pair)
+        rows = pass_.difference(inputs, outputs, ours, for_, against_)
+        sums = ClassFilterSums(2, rows.shape[1]) if sums is None else sums
+        sums.update(rows, (labels[ours] == pair[1]).long())
+    if names is None:
+        raise ValueError("The data loader is empty.")
+    if sums is None or int(sums.count.min()) < 2:
+        counts = [0, 0] if sums is None else sums.count.tolist()
+        raise ValueError(
+            f"The loader has {counts[0]} images of class {names[pair[0]]!r} and {counts[1]} of "
+            f"{names[pair[1]]!r}; two of each are needed at least."
+        )
+    values = sums.compute()
+    scores = values["mean"][0] - values["mean"][1]
+    variances = values["standard_error"] ** 2
+    freedom = variances.sum(0) ** 2 / (variances**2 / (values["count"][:, None] - 1)).sum(0)
+    return FilterContrast(
+        favoured=names[pair[0]],
+        against=names[pair[1]],
+        scores=scores[:-1],
+        standard_errors=variances.sum(0).sqrt()[:-1],
+        # Without any variance, of a dead filter say, the interval is a point for every number.
+        degrees_of_freedom=freedom.nan_to_num(1.0)[:-1],
+        margin=float(scores[-1]),
+        num_images=int(values["count"].sum()),
+        layer=pass_.job.layer_name,
+        method=pass_.job.name,
+        provenance=pass_.provenance,
+    )
+
+
+def confusion_filters(
+    method: LayerAttribution,
+    dataloader: Iterable[Any],
+    *,
+    class_names: Sequence[str] | None = None,
+    reduction: Reduction = "sum",
+    attribute_kwargs: dict[str, Any] | None = None,
+    attribute_to_layer_input: bool = False,
+    device: torch.device | str | None = None,
+    show_progress: bool = True,
+) -> ConfusionFilters:
+    r"""
+    Find the filters behind every kind of error.
+
+    For the images of class *i* that are taken for class *j*, filter *k* gets the mean of its evidence
+    for the predicted class minus that for the true one,
+
+    .. math:: s_k = \mathrm{mean}_{x: y = i, \hat y = j} [e_k(x; j) - e_k(x; i)]
+
+    Filters with large scores drive the confusion, those with negative ones speak against it in
+    vain. With contributions at a linear head, the scores and the difference of the two biases sum to
+    the mean margin of the errors exactly. One pass; evidence is asked for wrongly classified images
+    only, whose evidence is kept, O(errors K).
+
+    Args:
+
+        method (LayerAttribution): A method whose evidence depends on the target, on one layer.
+        dataloader (iterable): Batches of (inputs, labels).
+        class_names (sequence of str, optional): C names. By default those of the data set.
+        reduction, attribute_kwargs, attribute_to_layer_input, device, show_progress: As for
+                    :func:`identify_class_filters`.
+
+    Returns:
+        *ConfusionFilters*.
+
+    Raises:
+        ValueError: The loader is empty, or the method's evidence does not depend on the target.
+
+    Examples::
+
+        >>> import torch
+        >>> from captum_classfilters import LayerFilterContribution
+        >>> from captum_classfilters.identify import confusion_filters
+        >>> net = torch.nn.Sequential(
+        ...     torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1),
+        ...     torch.nn.Flatten(), torch.nn.Linear(8, 3))
+        >>> data = [(torch.rand(12, 3, 6, 6), torch.arange(12) % 3)]
+        >>> errors = confusion_filters(LayerFilterContribution(net, "1"), data, show_progress=False)
+        >>> true, predicted = errors.largest()[0]
+        >>> errors.cell(true, predicted).scores.shape
+        torch.Size([8])
+    """
+    pass_ = _Pass(method, reduction, attribute_kwargs, attribute_to_layer_input, device)
+    names = class_names if class_names is not None else dataset_names(dataloader)
+    confusion: Tensor | None = None
+    kept, keys = [], []
+    for inputs, labels, outputs in pass_.batches(dataloader, show_progress):
+        number = outputs.shape[1]
+        predicted = outputs.argmax(1)
+        key = labels * number + predicted
+        counts = torch.bincount(key, minlength=number**2).reshape(number, number)
+        confusion = counts if confusion is None else confusion + counts
+        wrong = predicted != labels
+        if bool(wrong.any()):
+            rows = pass_.difference(inputs, outputs, wrong, predicted[wrong], labels[wrong])
+            kept.append(rows)
+            keys.append(key[wrong])
+    if confusion is None:
+        raise ValueError("The data loader is empty.")
+    names = _names(names, len(confusion))
+    cells = {}
+    if kept:
+        values, place = torch.cat(keys).unique(return_inverse=True)
+        rows = torch.cat(kept)
+        sums = ClassFilterSums(len(values), rows.shape[1])
+        sums.update(rows, place)
+        means = sums.compute()
+        for position, key_ in enumerate(values.tolist()):
+            true, other = divmod(key_, len(confusion))
+            cells[true, other] = _cell(means, position, names[other], names[true], pass_)
+    return ConfusionFilters(confusion, names, cells)
+
+
+class _Pass:
+    """One pass over the data: outputs, and differences of evidence for two targets."""
+
+    def __init__(
+        self,
+        method: LayerAttribution,
+        reduction: Reduction,
+        attribute_kwargs: dict[str, Any] | None,
+        at_input: bool,
+        device: torch.device | str | None,
+    ) -> None:
+        jobs = jobs_of(method, attribute_kwargs, at_input, reduction)
+        if len(jobs) != 1:
+            raise ValueError("The method has several layers; contrast them one by one.")
+        self.job: Job = jobs[0]
+        if not self.job.depends_on_target:
+            raise ValueError(
+                f"{self.job.name} gives the same evidence for every target, so it cannot tell two "
+                "classes apart; use LayerFilterContribution or LayerFilterAblation, say."
+            )
+        self.device = device if device is not None else device_of(jobs)
+        self.provenance = provenance(self.job.model, options=getattr(method, "options", {}))
+
+    def batches(
+        self, dataloader: Iterable[Any], show_progress: bool
+    ) -> Iterator[tuple[tuple[Tensor, ...], Tensor, Tensor]]:
+        """Inputs, labels and outputs of each batch, the model in evaluation mode."""
+        bar = tqdm(dataloader, desc="contrast", unit="batch", disable=not show_progress)
+        with model_left_as_found(self.job.model, evaluation=True, freeze=True):
+            for number, batch in enumerate(bar):
+                inputs, raw_labels = split_batch(batch, number, self.device)
+                if len(inputs[0]) == 0:
+                    continue
+                with torch.no_grad():
+                    outputs = self.job.method.forward_func(*inputs)
+                if not isinstance(outputs, Tensor) or outputs.dim() != 2:
+                    raise ValueError("Contrasts need a model with logits (N, C).")
+                labels = class_labels(raw_labels, len(inputs[0]), outputs.shape[1], number)
+                yield inputs, labels.cpu(), outputs.cpu()
+
+    def difference(
+        self,
+        inputs: tuple[Tensor, ...],
+        outputs: Tensor,
+        chosen: Tensor,
+        favoured: Tensor,
+        against: Tensor,
+    ) -> Tensor:
+        """Evidence for one target minus that for another, and the margin as a last column."""
+        images = tuple(one[chosen.to(one.device)] for one in inputs)
+        evidence = [self.job.attribute(images, targets) for targets in (favoured, against)]
+        logits = outputs[chosen].double()
+        margin = logits.gather(1, favoured[:, None]) - logits.gather(1, against[:, None])
+        return torch.cat([(evidence[0] - evidence[1]).double().cpu(), margin], dim=1)
+
+
+def _cell(
+    values: dict[str, Tensor], position: int, favoured: str, against: str, pass_: _Pass
+) -> FilterContrast:
+    mean = values["mean"][position]
+    number = int(values["count"].reshape(-1)[position])  # torchmetrics squeezes a single count
+    return FilterContrast(
+        favoured=favoured,
+        against=against,
+        scores=mean[:-1],
+        standard_errors=values["standard_error"][position, :-1],
+        degrees_of_freedom=torch.full_like(mean[:-1], max(number - 1, 1)),
+        margin=float(mean[-1]),
+        num_images=number,
+        layer=pass_.job.layer_name,
+        method=pass_.job.name,
+        provenance=pass_.provenance,
+    )
+
+
+def _names(names: Sequence[str] | None, number: int) -> tuple[str, ...]:
+    if names is None or len(names) != number:
+        return tuple(str(index) for index in range(number))
+    return tuple(names)
+
+
+def _index(class_: int | str, names: Sequence[str]) -> int:
+    if isinstance(class_, str):
+        if class_ not in names:
+            raise ValueError(f"No class named {class_!r}; the names are {tuple(names)}.")
+        return list(names).index(class_)
+    if not 0 <= int(class_) < len(names):
+        raise ValueError(f"Class {class_} is out of range; there are {len(names)}.")
+    return int(class_)

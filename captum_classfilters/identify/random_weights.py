@@ -1,0 +1,165 @@
+"""Is a table more than the architecture? The same method on networks with random weights."""
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from captum.attr import LayerAttribution
+from torch import Tensor, nn
+
+from captum_classfilters._internal.guard import model_left_as_found
+from captum_classfilters._internal.layers import module_of
+from captum_classfilters.class_filters import ClassFilters
+from captum_classfilters.identify.identify_class_filters import identify_class_filters
+from captum_classfilters.identify.significance import false_discovery_adjusted
+
+
+@dataclass(frozen=True)
+class RandomWeightsNull:
+    r"""
+    A table beside those of the same network with random weights.
+
+    Args:
+
+        class_filters (ClassFilters): The table of the network as it is, with p- and q-values
+                    against random weights.
+        random (list of ClassFilters): The tables of the networks with random weights.
+        rank_correlation (Tensor): Shape (R,). Mean rank correlation of each with the table: near
+                    zero if the table depends on what was learnt.
+        overlap (Tensor): Shape (R,). Mean overlap of the selected filters.
+        chance (float): The overlap expected of random selections.
+    """
+
+    class_filters: ClassFilters
+    random: list[ClassFilters]
+    rank_correlation: Tensor
+    overlap: Tensor
+    chance: float
+
+
+def random_weights_null(
+    method: LayerAttribution,
+    dataloader: Iterable[Any],
+    *,
+    repetitions: int = 5,
+    seed: int = 0,
+    **options: Any,
+) -> RandomWeightsNull:
+    r"""
+    Compare a method's table with those of re-initialised copies of the model.
+
+    **The null.** What was learnt does not matter: the row of a class is drawn from the same
+    distribution as rows under random weights, in which filters are exchangeable. Logits of random
+    networks have another scale, so each row is divided by the sum of its absolute values first. The
+    p-value of a cell is the share of all R K cells of its class under random weights that are as
+    large, :math:`(1 + \#\{T^* \ge T\}) / (1 + R K)`. It asks whether a filter holds more of a class's
+    evidence than filters of random networks do; whether it belongs to the class is the question
+    that :class:`LabelPermutation` answers.
+
+    Args:
+
+        method (LayerAttribution): A method bound to a model (a module, or one of its methods).
+        dataloader (iterable): Batches of (inputs, labels), read ``repetitions + 1`` times.
+        repetitions (int): R, number of networks with random weights.
+                    Default: 5
+        seed (int): Seed of the weights; the global random state is not touched.
+                    Default: 0
+        options: As for :func:`identify_class_filters`.
+
+    Returns:
+        *RandomWeightsNull*.
+
+    Raises:
+        ValueError: ``repetitions`` is below 1, the method's model is not a module, or a module with
+                    parameters cannot be re-initialised: it has no ``reset_parameters``.
+
+    Examples::
+
+        >>> import torch
+        >>> from captum_classfilters import LayerFilterContribution
+        >>> from captum_classfilters.identify import random_weights_null
+        >>> net = torch.nn.Sequential(
+        ...     torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1),
+        ...     torch.nn.Flatten(), torch.nn.Linear(8, 2))
+        >>> data = [(torch.rand(20, 3, 6, 6), torch.arange(20) % 2)]
+        >>> null = random_weights_null(
+        ...     LayerFilterContribution(net, "1"), data, repetitions=2, show_progress=False)
+        >>> null.class_filters.p_values.shape
+        torch.Size([2, 8])
+    """
+    if repetitions < 1:
+        raise ValueError(f"repetitions={repetitions} must be at least 1.")
+    if isinstance(dataloader, Iterable) and iter(dataloader) is dataloader:
+        raise ValueError("The dataloader can be read only once; pass a list or a DataLoader.")
+    model = module_of(method.forward_func)
+    if model is None:
+        raise ValueError("The method's forward function hides its model; pass the model itself.")
+    table = identify_class_filters(method, dataloader, **options)
+    random = []
+    with model_left_as_found(None):
+        for repetition in range(repetitions):
+            torch.manual_seed(seed + repetition)
+            other = copy.deepcopy(method)
+            copied = module_of(other.forward_func)
+            assert copied is not None
+            reinitialise(copied)
+            random.append(identify_class_filters(other, dataloader, **options))
+    agreements = [table.agreement(other) for other in random]
+    p_values = _p_values(table, random)
+    return RandomWeightsNull(
+        class_filters=table._replace(
+            p_values=p_values,
+            q_values=false_discovery_adjusted(p_values),
+            provenance={
+                **table.provenance,
+                "significance": {"null": "random weights", "networks": repetitions, "seed": seed},
+            },
+        ),
+        random=random,
+        rank_correlation=torch.tensor([one.mean_rank_correlation for one in agreements]),
+        overlap=torch.tensor([one.mean_overlap for one in agreements]),
+        chance=agreements[0].mean_chance,
+    )
+
+
+def reinitialise(model: nn.Module) -> nn.Module:
+    """Give every module new random weights, by its own ``reset_parameters``; in place.
+
+    Args:
+
+        model (nn.Module): The model.
+
+    Returns:
+        *nn.Module*: The model itself.
+
+    Raises:
+        ValueError: A module with parameters of its own has no ``reset_parameters``.
+    """
+    for name, module in model.named_modules():
+        reset = getattr(module, "reset_parameters", None)
+        if callable(reset):
+            reset()
+        elif next(module.parameters(recurse=False), None) is not None:
+            raise ValueError(
+                f"The module {name or '(the model itself)'!r}, a {type(module).__name__}, has "
+                "parameters and no reset_parameters(), so it cannot be re-initialised."
+            )
+    return model
+
+
+def _p_values(table: ClassFilters, random: list[ClassFilters]) -> Tensor:
+    own = _shares(table.scores)
+    null = torch.cat([_shares(other.scores) for other in random], dim=1).sort(1).values
+    p_values = torch.full_like(own, float("nan"))
+    for row in (table.counts > 0).nonzero()[:, 0].tolist():
+        below = torch.searchsorted(null[row].contiguous(), own[row].contiguous())
+        p_values[row] = (1 + null.shape[1] - below).double() / (1 + null.shape[1])
+    return p_values
+
+
+def _shares(scores: Tensor) -> Tensor:
+    """Rows divided by the sum of their absolute values; rows of zeros stay."""
+    total = scores.abs().sum(1, keepdim=True)
+    return scores / torch.where(total > 0, total, torch.ones_like(total))

@@ -1,0 +1,55 @@
+"""The filters for one class against another, with their intervals."""
+
+from typing import Any
+
+import torch
+
+from captum_classfilters.identify import FilterContrast
+from captum_classfilters.visualize._figures import COLOURS, axes_of, quiet
+
+
+def plot_filter_contrast(
+    contrast: FilterContrast,
+    *,
+    num_filters: int = 8,
+    confidence: float = 0.95,
+    title: str | None = None,
+    plt_fig_axis: tuple[Any, Any] | None = None,
+) -> tuple[Any, Any]:
+    r"""
+    The filters that speak most for and most against a class, as bars with intervals.
+
+    Args:
+
+        contrast (FilterContrast): From :func:`captum_classfilters.identify.contrast_classes`, or a
+                    cell of :func:`captum_classfilters.identify.confusion_filters`.
+        num_filters (int): How many of each side, at most.
+                    Default: 8
+        confidence (float): Coverage of the intervals, which hold for all filters at once.
+                    Default: 0.95
+        title (str, optional): Title.
+        plt_fig_axis (tuple, optional): Figure and axes to draw on; new ones by default.
+
+    Returns:
+        *tuple* of figure and axes.
+    """
+    number = min(num_filters, len(contrast.scores) // 2 or 1)
+    shown = torch.cat([contrast.strongest(number), contrast.opposing(number).flip(0)])
+    shown = torch.tensor(list(dict.fromkeys(shown.tolist())))
+    figure, axes = axes_of(plt_fig_axis, (6.0, 1.4 + 0.24 * len(shown)))
+    scores = contrast.scores[shown].numpy()
+    interval = contrast.interval(confidence, simultaneous=True)[shown].numpy()
+    rows = range(len(shown))
+    colours = [COLOURS[0] if value >= 0 else COLOURS[1] for value in scores]
+    axes.barh(rows, scores, color=colours, alpha=0.75)
+    axes.hlines(rows, interval[:, 0], interval[:, 1], color="black", linewidth=1)
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_yticks(rows, [f"filter {index}" for index in shown.tolist()], fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel(f"evidence for {contrast.favoured} rather than {contrast.against}")
+    default = f"{contrast.method} at {contrast.layer}, {contrast.num_images} images"
+    axes.set_title(title or default, loc="left", fontsize=10)
+    axes.grid(axis="x", color="0.9")
+    axes.set_axisbelow(True)
+    quiet(axes)
+    return figure, axes
