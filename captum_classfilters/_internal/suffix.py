@@ -138,7 +138,8 @@ class SuffixReplay:
 
         Args:
 
-            removed (Tensor): Shape (P, K), bool; each row is a set of filters to replace.
+            removed (Tensor): Shape (P, K), bool, each row a set of filters to replace in all
+                        images; or (P, N, K), a set for each image.
             perturbations_per_eval (int, optional): Rows per replay. By default sized to a memory
                         budget.
 
@@ -257,9 +258,10 @@ class SuffixReplay:
     # -- three ways ------------------------------------------------------------------------------
 
     def _mask(self, removed: Tensor) -> Tensor:
-        """(P, K) shaped to broadcast over (P, *activation)."""
+        """(P, K) or (P, N, K) shaped to broadcast over (P, *activation)."""
         shape = [1] * (self.activation.dim() + 1)
-        shape[0], shape[self.axis + 1] = removed.shape
+        shape[0], shape[self.axis + 1] = removed.shape[0], removed.shape[-1]
+        shape[1] = removed.shape[1] if removed.dim() == 3 else 1
         return removed.to(self.activation.device).reshape(shape)
 
     def _perturbed(self, removed: Tensor, common: Tensor) -> Tensor:
@@ -325,7 +327,8 @@ class SuffixReplay:
         """Logits plus the change that the replaced filters' weights make of their change."""
         assert self._weight is not None
         rows = removed.to(self._change)
-        change = rows[:, None, :, None] * self._change  # (P, N, K, P')
+        rows = rows if rows.dim() == 3 else rows[:, None]
+        change = rows[..., None] * self._change  # (P, N, K, P')
         return self.output + change.flatten(2) @ self._weight.T
 
     # -- which way holds -------------------------------------------------------------------------

@@ -1,24 +1,38 @@
 """Measurements of class filters: sparsity, selectivity, overlap, essentiality, spectra."""
 
 from captum_classfilters.evaluate.breadth_scores import mixture_entropy_score, union_score
+from captum_classfilters.evaluate.cascading_randomisation import (
+    CascadingRandomisation,
+    cascading_randomisation,
+)
+from captum_classfilters.evaluate.class_curves import ClassCurves, class_curves
 from captum_classfilters.evaluate.class_interpretation import (
     ClassEffect,
     FilterInterpretation,
     class_interpretation,
     interpretation_table,
 )
+from captum_classfilters.evaluate.collateral_damage import CollateralDamage, collateral_damage
 from captum_classfilters.evaluate.colour import greyed, response_chroma, weight_chroma
 from captum_classfilters.evaluate.essentiality import (
     Essentiality,
     essentiality,
     model_essentiality,
 )
+from captum_classfilters.evaluate.filter_curves import FilterCurves, filter_curves
 from captum_classfilters.evaluate.filter_diversity import (
     Coverage,
     coverage,
     diversity,
     effective_rank,
     filter_clusters,
+)
+from captum_classfilters.evaluate.filter_infidelity import FilterInfidelity, filter_infidelity
+from captum_classfilters.evaluate.filter_sensitivity import (
+    FilterSensitivity,
+    explanation_for_sensitivity,
+    filter_max_sensitivity,
+    filter_scores_of,
 )
 from captum_classfilters.evaluate.gate_measures import (
     assign_filters,
@@ -36,6 +50,7 @@ from captum_classfilters.evaluate.mutual_information import (
     mutual_information_score,
 )
 from captum_classfilters.evaluate.removal_selectivity import SelectivityTest, selectivity_test
+from captum_classfilters.evaluate.remove_and_retrain import RemoveAndRetrain, remove_and_retrain
 from captum_classfilters.evaluate.selectivity import (
     class_means,
     class_selectivity_index,
@@ -49,28 +64,43 @@ from captum_classfilters.evaluate.set_overlap import (
 from captum_classfilters.evaluate.sparsity import TopMass, psi, psi_floor, top_mass
 
 __all__ = [
+    "CascadingRandomisation",
+    "ClassCurves",
     "ClassEffect",
+    "CollateralDamage",
     "Coverage",
     "Essentiality",
+    "FilterCurves",
+    "FilterInfidelity",
     "FilterInterpretation",
+    "FilterSensitivity",
     "GramSpectrum",
     "LayerMeasurement",
     "MaskingResult",
+    "RemoveAndRetrain",
     "SelectivityTest",
     "SetOverlap",
     "TopMass",
     "assign_filters",
+    "cascading_randomisation",
+    "class_curves",
     "class_interpretation",
     "class_means",
     "class_selectivity_index",
     "class_share",
+    "collateral_damage",
     "coverage",
     "density_interval",
     "diversity",
     "effective_rank",
     "essentiality",
+    "explanation_for_sensitivity",
     "filter_clusters",
     "filter_correlation",
+    "filter_curves",
+    "filter_infidelity",
+    "filter_max_sensitivity",
+    "filter_scores_of",
     "gate_similarity",
     "gram_spectrum",
     "greyed",
@@ -85,6 +115,7 @@ __all__ = [
     "mutual_information_score",
     "psi",
     "psi_floor",
+    "remove_and_retrain",
     "response_chroma",
     "selectivity_regulariser",
     "selectivity_test",
