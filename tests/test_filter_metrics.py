@@ -472,6 +472,15 @@ def test_randomisation_unmasks_what_ignores_the_model():
         assert torch.equal(before[name], value)
 
 
+def test_randomisation_of_one_map_for_all_filters():
+    """Grad-CAM's map has as many columns as the layer has filters; it is compared as a map."""
+    check = cascading_randomisation(
+        deep(), lambda twin: LayerGradCam(twin, twin.stage2), images(), target=0
+    )
+    assert bool(torch.isfinite(check.rank_correlation[0]).all())
+    assert float(check.absolute_rank_correlation[-1].nanmean().abs()) < 0.9
+
+
 def test_randomisation_is_cumulative_from_the_output():
     """The first stage changes the head alone: a method that reads no head does not notice."""
     model, x = deep(), images()

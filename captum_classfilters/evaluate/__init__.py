@@ -14,6 +14,11 @@ from captum_classfilters.evaluate.class_interpretation import (
 )
 from captum_classfilters.evaluate.collateral_damage import CollateralDamage, collateral_damage
 from captum_classfilters.evaluate.colour import greyed, response_chroma, weight_chroma
+from captum_classfilters.evaluate.compare_attributions import (
+    AttributionComparison,
+    AttributionTable,
+    compare_attributions,
+)
 from captum_classfilters.evaluate.essentiality import (
     Essentiality,
     essentiality,
@@ -64,6 +69,8 @@ from captum_classfilters.evaluate.set_overlap import (
 from captum_classfilters.evaluate.sparsity import TopMass, psi, psi_floor, top_mass
 
 __all__ = [
+    "AttributionComparison",
+    "AttributionTable",
     "CascadingRandomisation",
     "ClassCurves",
     "ClassEffect",
@@ -89,6 +96,7 @@ __all__ = [
     "class_selectivity_index",
     "class_share",
     "collateral_damage",
+    "compare_attributions",
     "coverage",
     "density_interval",
     "diversity",

@@ -14,10 +14,9 @@ from captum_classfilters._internal.captum import (
     _format_tensor_into_tuples,
 )
 from captum_classfilters._internal.guard import model_left_as_found
-from captum_classfilters._internal.layers import filter_axis
 from captum_classfilters.class_filters import _rank_correlation
 from captum_classfilters.evaluate._reset import reset_weights, weighted_modules
-from captum_classfilters.evaluate.filter_sensitivity import filter_scores_of
+from captum_classfilters.evaluate.filter_sensitivity import filter_scores_of, scores_filters
 
 
 @dataclass(frozen=True)
@@ -127,13 +126,8 @@ def _explanation(
     attributions = method.attribute(
         images if len(images) > 1 else images[0], target=target, **options
     )
-    if isinstance(method, LayerAttribution) and isinstance(attributions, Tensor):
-        axis = filter_axis(
-            method.layer if isinstance(method.layer, nn.Module) else None,
-            attributions,
-            getattr(method, "channel_dim", None),
-        )
-        if attributions.shape[axis] > 1:
-            return filter_scores_of(method, attributions).cpu().double()
+    run = (*images, *(options.get("additional_forward_args") or ()))
+    if isinstance(method, LayerAttribution) and scores_filters(method, attributions, run):
+        return filter_scores_of(method, attributions).cpu().double()
     tensors = attributions if isinstance(attributions, (tuple, list)) else (attributions,)
     return torch.cat([one.detach().flatten(1) for one in tensors], 1).cpu().double()

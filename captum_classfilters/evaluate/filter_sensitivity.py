@@ -209,6 +209,26 @@ def filter_scores_of(method: Any, attributions: Any) -> Tensor:
     return positions_last(tensor, axis).sum(2).contiguous()
 
 
+def scores_filters(method: Any, attributions: Any, inputs: tuple[Any, ...]) -> bool:
+    """Whether a layer method has one value for each place of its layer; Grad-CAM has one map for all
+    filters. The layer is run once to see."""
+    layer = getattr(method, "layer", None)
+    if not isinstance(layer, torch.nn.Module) or not isinstance(attributions, Tensor):
+        return False
+    shapes: list[torch.Size] = []
+
+    def note(_module: Any, _inputs: Any, output: Any) -> None:
+        shapes.append(only_tensor(output, type(layer).__name__).shape)
+
+    handle = layer.register_forward_hook(note)
+    try:
+        with torch.no_grad():
+            method.forward_func(*inputs)
+    finally:
+        handle.remove()
+    return bool(shapes) and attributions.shape[1:] == shapes[0][1:]
+
+
 def _by_filter(reference: Tensor, perturbed: list[Tensor]) -> Tensor:
     size = reference.abs()
     size = torch.where(size == 0, torch.ones_like(size), size)  # as Captum does
