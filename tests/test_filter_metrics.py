@@ -54,13 +54,16 @@ def table_of(model, layer, number=2, scores=None):
 @cases
 @pytest.mark.parametrize("closed_form", [True, False])
 @pytest.mark.parametrize("cut", [True, False])
-def test_a_set_of_filters_for_each_image(make, layer, number, closed_form, cut):
-    model, x = make(), images()
-    removed = torch.rand(3, 8, number, generator=torch.Generator().manual_seed(0)) < 0.5
+@pytest.mark.parametrize("rows", [8, 1])
+@pytest.mark.parametrize("share", [0.5, 0.05])
+def test_a_set_of_filters_for_each_image(make, layer, number, closed_form, cut, rows, share):
+    model, x = make(), images(rows)
+    removed = torch.rand(3, rows, number, generator=torch.Generator().manual_seed(0)) < share
+    removed[0, 0, 0] = True
     replay = SuffixReplay(model, model.get_submodule(layer), (x,), closed_form=closed_form, cut=cut)
     gate = FilterGate(model, layer)
-    for rows, found in zip(removed, replay.outputs(removed, 2), strict=True):
-        assert torch.allclose(found, gate((~rows).float(), x), atol=1e-5)
+    for sets, found in zip(removed, replay.outputs(removed, 2), strict=True):
+        assert torch.allclose(found, gate((~sets).float(), x), atol=1e-5)
 
 
 # -- infidelity -----------------------------------------------------------------------------------

@@ -267,7 +267,8 @@ class SuffixReplay:
     def _perturbed(self, removed: Tensor, common: Tensor) -> Tensor:
         """The layer's tensor without each row's filters, row after row."""
         apart = removed & ~common
-        if not self._one_by_one or self.axis != 1 or int(apart.sum(1).max()) > 1:
+        single = removed.dim() == 2 and int(apart.sum(1).max()) <= 1  # and the same for all images
+        if not self._one_by_one or self.axis != 1 or not single:
             return torch.where(self._mask(removed), self.stands_in, self.activation).flatten(0, 1)
         if self._steps is None or not torch.equal(self._steps[0], common):
             self._steps = (common, UnchangedSteps())
