@@ -54,6 +54,7 @@ from captum_classfilters.evaluate.mutual_information import (
     mutual_information_matrix,
     mutual_information_score,
 )
+from captum_classfilters.evaluate.quantus_explanation import quantus_explanation
 from captum_classfilters.evaluate.removal_selectivity import SelectivityTest, selectivity_test
 from captum_classfilters.evaluate.remove_and_retrain import RemoveAndRetrain, remove_and_retrain
 from captum_classfilters.evaluate.selectivity import (
@@ -123,6 +124,7 @@ __all__ = [
     "mutual_information_score",
     "psi",
     "psi_floor",
+    "quantus_explanation",
     "remove_and_retrain",
     "response_chroma",
     "selectivity_regulariser",
