@@ -77,24 +77,24 @@ def methods_of(model: nn.Module, train: object) -> dict[str, object]:
     table = identify_class_filters(contribution, train, num_filters=5, show_progress=False)
     gated = FilterGate(model, "layer3")
     shap = {"baselines": torch.zeros(1, 3, 32, 32), "n_samples": 5, "stdevs": 0.1}
-    occlusion = {"sliding_window_shapes": (3, 8, 8), "strides": (3, 4, 4)}
-    steps = {"n_steps": 20, "internal_batch_size": 100}
+    occlusion = {"sliding_window_shapes": (3, 8, 8), "strides": (3, 8, 8)}
+    steps = {"n_steps": 10, "internal_batch_size": 100}
     return {
         "Saliency": Saliency(model),
         "Input x Gradient": InputXGradient(model),
-        "Integrated Gradients, 20 steps": (IntegratedGradients(model), steps),
+        "Integrated Gradients, 10 steps": (IntegratedGradients(model), steps),
         "Gradient SHAP": (GradientShap(model), shap),
         "DeepLift": DeepLift(model),
         "Occlusion 8x8": (Occlusion(model), {**occlusion, "perturbations_per_eval": 1}),
         "Grad-CAM, layer3": LayerGradCam(model, model.layer3),
         "class filters (5 of 64)": ClassFilterSaliency(model, "layer3", table),
-        "class filters, 20 steps": (ClassFilterSaliency(model, "layer3", table), {"n_steps": 20}),
+        "class filters, 10 steps": (ClassFilterSaliency(model, "layer3", table), {"n_steps": 10}),
         "class filter maps": ClassFilterSaliency(model, "layer3", table, mode="activation_map"),
         "contribution": contribution,
         "ablation": LayerFilterAblation(model, "layer3"),
         "frequency": LayerFilterFrequency(model, "layer3", top_k=5),
         "Gradient x Activation": LayerGradientXActivation(model, model.layer3),
-        "Layer Conductance, 20 steps": (LayerConductance(model, model.layer3), steps),
+        "Layer Conductance, 10 steps": (LayerConductance(model, model.layer3), steps),
         "Integrated Gradients of gates": (IntegratedGradients(gated), steps),
         "contribution, layer2": LayerFilterContribution(model, "layer2"),
         "ablation, layer2": LayerFilterAblation(model, "layer2"),
@@ -106,7 +106,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--images", type=int, default=500)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--sensitivity-samples", type=int, default=2)
+    parser.add_argument("--sensitivity-samples", type=int, default=1)
     parser.add_argument("--picture")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

@@ -244,9 +244,13 @@ class Endless(IterableDataset):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", ["contribution", "frequency", "ablation"])
+@pytest.mark.parametrize("name", ["contribution", "frequency", "ablation", "class gate"])
 def test_tcav_takes_our_methods(name, tmp_path):
     model = deep()
+    gated = name == "class gate"
+    method = (
+        LayerClassGate(model, None, drawn((3, 4))) if gated else METHODS[name](model, None, None)
+    )
     concepts = [
         Concept(id=index, name=f"concept{index}", data_iter=DataLoader(Endless(shift), 4))
         for index, shift in enumerate((0.0, 2.0))
@@ -254,7 +258,7 @@ def test_tcav_takes_our_methods(name, tmp_path):
     tcav = TCAV(
         model=model,
         layers=["stage1"],
-        layer_attr_method=METHODS[name](model, None, None),
+        layer_attr_method=method,
         save_path=str(tmp_path),
         test_split_ratio=0.5,
     )

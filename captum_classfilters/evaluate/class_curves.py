@@ -73,9 +73,9 @@ class ClassCurves:
 
     def __str__(self) -> str:
         needed, enough = self.necessity_area, self.sufficiency_area
-        lines = [f"{f'mean area, {self.measure}':32s} necessity  sufficiency"]
+        lines = [f"{f'mean area, {self.measure}':36s} necessity  sufficiency"]
         lines += [
-            f"{name:32s} {float(needed[name].nanmean()):9.4f}  {float(enough[name].nanmean()):11.4f}"
+            f"{name:36s} {float(needed[name].nanmean()):9.4f}  {float(enough[name].nanmean()):11.4f}"
             for name in needed
         ]
         return "\n".join(lines)

@@ -65,9 +65,9 @@ class FilterCurves:
 
     def __str__(self) -> str:
         deletion, insertion = self.deletion_area, self.insertion_area
-        lines = [f"{f'area, {self.score}':32s} deletion  insertion"]
+        lines = [f"{f'area, {self.score}':36s} deletion  insertion"]
         lines += [
-            f"{name:32s} {float(deletion[name].mean()):8.4f}  {float(insertion[name].mean()):9.4f}"
+            f"{name:36s} {float(deletion[name].mean()):8.4f}  {float(insertion[name].mean()):9.4f}"
             for name in deletion
         ]
         return "\n".join(lines)
