@@ -3,8 +3,12 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from captum_classfilters._version import __version__
+
+if TYPE_CHECKING:
+    from captum_classfilters.identify_folder import FolderJob
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,37 +46,52 @@ def _parser() -> argparse.ArgumentParser:
     _common(demo, _demo)
 
     identify = commands.add_parser("identify", help="your own torchvision model and image folder")
-    identify.add_argument("--model", required=True, help="any torchvision classifier, resnet18 say")
-    identify.add_argument("--checkpoint", help="safetensors file or PyTorch state dict")
-    identify.add_argument(
-        "--random-weights", action="store_true", help="go on without a checkpoint"
-    )
-    identify.add_argument("--data", required=True, help="folder with one subfolder for each class")
-    identify.add_argument("--layer", help="dotted name, layer4 say; `layers` lists them")
-    identify.add_argument("--output", required=True, help="folder for the results")
+    _model_and_images(identify)
     identify.add_argument(
         "--method",
         nargs="+",
         default=["frequency", "contribution"],
         help="frequency, contribution (default: both, in one pass)",
     )
-    identify.add_argument("--num-filters", type=int, default=5, help="(default: %(default)s)")
-    identify.add_argument("--num-classes", type=int, help="outputs of the model")
-    identify.add_argument("--batch-size", type=int, default=32, help="(default: %(default)s)")
-    identify.add_argument("--image-size", type=int, default=224, help="(default: %(default)s)")
     identify.add_argument("--limit", type=int, help="use this many images at most")
     identify.add_argument(
         "--explain", type=int, default=0, help="images to explain beside Integrated Gradients"
     )
-    identify.add_argument("--device", default="cpu", help="(default: %(default)s)")
-    identify.add_argument("--overwrite", action="store_true", help="replace results")
     _common(identify, _identify)
+
+    compare = commands.add_parser("compare", help="attributions side by side, on your own images")
+    _model_and_images(compare)
+    compare.add_argument(
+        "--method",
+        nargs="+",
+        help="saliency, input_x_gradient, integrated_gradients, gradient_shap, deep_lift, occlusion, "
+        "grad_cam, class_filters; contribution, ablation, frequency, conductance, "
+        "gate_integrated_gradients (default: seven of them)",
+    )
+    compare.add_argument("--limit", type=int, default=50, help="images (default: %(default)s)")
+    compare.add_argument("--explain", type=int, default=4, help="to draw (default: %(default)s)")
+    _common(compare, _compare)
 
     layers = commands.add_parser("layers", help="which layers of a torchvision model qualify")
     layers.add_argument("--model", required=True, help="any torchvision classifier")
     layers.add_argument("--image-size", type=int, default=224, help="(default: %(default)s)")
     _common(layers, _layers)
     return parser
+
+
+def _model_and_images(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, help="any torchvision classifier, resnet18 say")
+    parser.add_argument("--checkpoint", help="safetensors file or PyTorch state dict")
+    parser.add_argument("--random-weights", action="store_true", help="go on without a checkpoint")
+    parser.add_argument("--data", required=True, help="folder with one subfolder for each class")
+    parser.add_argument("--layer", help="dotted name, layer4 say; `layers` lists them")
+    parser.add_argument("--output", required=True, help="folder for the results")
+    parser.add_argument("--num-filters", type=int, default=5, help="(default: %(default)s)")
+    parser.add_argument("--num-classes", type=int, help="outputs of the model")
+    parser.add_argument("--batch-size", type=int, default=32, help="(default: %(default)s)")
+    parser.add_argument("--image-size", type=int, default=224, help="(default: %(default)s)")
+    parser.add_argument("--device", default="cpu", help="(default: %(default)s)")
+    parser.add_argument("--overwrite", action="store_true", help="replace results")
 
 
 def _common(parser: argparse.ArgumentParser, run: object) -> None:
@@ -94,29 +113,41 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 
 def _identify(arguments: argparse.Namespace) -> int:
-    from captum_classfilters.identify_folder import FolderJob, run_identify
+    from captum_classfilters.identify_folder import run_identify
 
-    run_identify(
-        FolderJob(
-            model=arguments.model,
-            data=arguments.data,
-            layer=arguments.layer,
-            output=arguments.output,
-            checkpoint=arguments.checkpoint,
-            random_weights=arguments.random_weights,
-            methods=tuple(arguments.method),
-            num_filters=arguments.num_filters,
-            num_classes=arguments.num_classes,
-            batch_size=arguments.batch_size,
-            image_size=arguments.image_size,
-            limit=arguments.limit,
-            explain=arguments.explain,
-            device=arguments.device,
-            overwrite=arguments.overwrite,
-            show_progress=not arguments.quiet,
-        )
-    )
+    run_identify(_folder_job(arguments))
     return 0
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from captum_classfilters.compare_folder import DEFAULT, run_compare
+
+    arguments.method = arguments.method or DEFAULT
+    run_compare(_folder_job(arguments))
+    return 0
+
+
+def _folder_job(arguments: argparse.Namespace) -> "FolderJob":
+    from captum_classfilters.identify_folder import FolderJob
+
+    return FolderJob(
+        model=arguments.model,
+        data=arguments.data,
+        layer=arguments.layer,
+        output=arguments.output,
+        checkpoint=arguments.checkpoint,
+        random_weights=arguments.random_weights,
+        methods=tuple(arguments.method),
+        num_filters=arguments.num_filters,
+        num_classes=arguments.num_classes,
+        batch_size=arguments.batch_size,
+        image_size=arguments.image_size,
+        limit=arguments.limit,
+        explain=arguments.explain,
+        device=arguments.device,
+        overwrite=arguments.overwrite,
+        show_progress=not arguments.quiet,
+    )
 
 
 def _layers(arguments: argparse.Namespace) -> int:

@@ -3,7 +3,7 @@
 import csv
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -277,10 +277,10 @@ def _few(items: Sequence[str]) -> str:
     return ", ".join(items[:3]) + (f" and {len(items) - 3} more" if len(items) > 3 else "")
 
 
-def _prepared_output(job: FolderJob) -> Path:
-    unknown = [name for name in job.methods if name not in METHODS]
+def _prepared_output(job: FolderJob, known: Iterable[str] = tuple(METHODS)) -> Path:
+    unknown = [name for name in job.methods if name not in known]
     if unknown or not job.methods:
-        raise ValueError(f"Unknown methods {unknown}; choose from {', '.join(METHODS)}.")
+        raise ValueError(f"Unknown methods {unknown}; choose from {', '.join(known)}.")
     output = Path(job.output)
     if (output / "manifest.json").exists() and not job.overwrite:
         raise ValueError(f"{output} holds results already; pass --overwrite to replace them.")

@@ -4,13 +4,17 @@ import copy
 
 import pytest
 import torch
-from captum.attr import ClassSummarizer, CommonStats, NoiseTunnel
+import torch.distributed as dist
+from captum.attr import ClassSummarizer, CommonStats, LayerAttribution, NoiseTunnel
 from captum.concept import TCAV, Concept
 from captum.testing.attr.helpers.test_config import config
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from captum_classfilters import (
+    ClassFilters,
+    ClassFilterSaliency,
+    LayerClassGate,
     LayerFilterAblation,
     LayerFilterContribution,
     LayerFilterFrequency,
@@ -28,6 +32,37 @@ NAMES = (
     "basic_layer_multiple_tuple_target",
 )
 ENTRIES = [entry for entry in config if entry["name"] in NAMES]
+SINGLE_TENSOR = {"ablation", "class gate", "saliency"}
+CLASSES = {"class gate", "saliency"}  # their targets are classes, indices of a (N, C) output
+
+
+def shape_of(model, layer, arguments):
+    """Classes and filters of a configuration."""
+    shapes = []
+    handle = layer.register_forward_hook(lambda _module, _inputs, output: shapes.append(output))
+    inputs, further = arguments["inputs"], arguments.get("additional_forward_args", ())
+    inputs = inputs if isinstance(inputs, tuple) else (inputs,)
+    further = further if isinstance(further, tuple) else (further,)
+    with torch.no_grad():
+        output = model(*inputs, *further)
+    handle.remove()
+    return output.shape[1], shapes[0].shape[1]
+
+
+def drawn(shape):
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(0))
+
+
+def class_gate(model, layer, arguments):
+    return LayerClassGate(model, layer, drawn(shape_of(model, layer, arguments)))
+
+
+def saliency(model, layer, arguments):
+    scores = drawn(shape_of(model, layer, arguments))
+    table = ClassFilters(scores, torch.ones(len(scores))).select(1)
+    return ClassFilterSaliency(model, layer, table)
+
+
 METHODS = {
     "frequency": lambda model, layer: LayerFilterFrequency(model, layer, top_k=2),
     "contribution": LayerFilterContribution,
@@ -35,13 +70,22 @@ METHODS = {
     "directions": lambda model, layer: LayerSingularDirection(
         model, layer, evidence="contribution"
     ),
+    "frequency": lambda model, layer, _: LayerFilterFrequency(model, layer, top_k=2),
+    "contribution": lambda model, layer, _: LayerFilterContribution(model, layer),
+    "ablation": lambda model, layer, _: LayerFilterAblation(model, layer),
+    "class gate": class_gate,
+    "saliency": saliency,
 }
 cases = pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry["name"])
 
 
 @pytest.fixture(params=METHODS)
 def make(request):
-    return METHODS[request.param]
+    def make(model, layer, arguments):
+        return METHODS[request.param](model, layer, arguments)
+
+    make.name = request.param
+    return make
 
 
 def prepared(entry):
@@ -56,6 +100,10 @@ def skip_unsupported(make, entry):
     layer = entry["model"].get_submodule(entry["layer"])
     if make is METHODS["directions"] and not isinstance(layer, (nn.Conv2d, nn.Linear)):
         pytest.skip("only a layer with a weight has singular directions")
+    if make.name in SINGLE_TENSOR and entry["name"] == "basic_layer_multi_output":
+        pytest.skip("the method takes layers of one tensor, and says so")
+    if make.name in CLASSES and entry["name"] == "basic_layer_multiple_tuple_target":
+        pytest.skip("the method takes classes as targets, and says so")
 
 
 def tensors(value):
@@ -77,7 +125,7 @@ def test_all_seven_configurations_are_there():
 def test_a_batch_is_its_examples(make, entry):
     skip_unsupported(make, entry)
     model, layer, arguments = prepared(entry)
-    method = make(model, layer)
+    method = make(model, layer, arguments)
     together = tensors(method.attribute(**arguments))
     targets = arguments["target"]
     several = isinstance(targets, (list, Tensor)) and len(targets) > 1
@@ -87,7 +135,7 @@ def test_a_batch_is_its_examples(make, entry):
         one["target"] = targets[index] if several else targets
         if isinstance(one["target"], Tensor):
             one["target"] = int(one["target"])
-        alone = tensors(make(model, layer).attribute(**one))
+        alone = tensors(make(model, layer, arguments).attribute(**one))
         for whole, part in zip(together, alone, strict=True):
             assert torch.allclose(whole[index : index + 1], part, atol=1e-4)
 
@@ -96,7 +144,7 @@ def test_a_batch_is_its_examples(make, entry):
 def test_noise_tunnel_without_noise(make, entry):
     skip_unsupported(make, entry)
     model, layer, arguments = prepared(entry)
-    method = make(model, layer)
+    method = make(model, layer, arguments)
     plain = tensors(method.attribute(**arguments))
     smooth = tensors(NoiseTunnel(method).attribute(**arguments, nt_samples=2, stdevs=0.0))
     for expected, found in zip(plain, smooth, strict=True):
@@ -107,7 +155,7 @@ def test_noise_tunnel_without_noise(make, entry):
 def test_hooks_are_removed(make, entry):
     skip_unsupported(make, entry)
     model, layer, arguments = prepared(entry)
-    method = make(model, layer)
+    method = make(model, layer, arguments)
     method.attribute(**arguments)
     assert hooks_of(model) == 0
     if not isinstance(method, LayerFilterFrequency):  # its votes need no target
@@ -124,6 +172,65 @@ def test_hooks_are_removed(make, entry):
     assert hooks_of(model) == 0
 
 
+@pytest.fixture(scope="module")
+def process_group(tmp_path_factory):
+    """A group of this process alone, as Captum's own suite makes one for a single machine."""
+    store = tmp_path_factory.mktemp("group") / "store"
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def on_gpu(value):
+    if isinstance(value, tuple):
+        return tuple(on_gpu(one) for one in value)
+    return value.cuda() if isinstance(value, Tensor) else value
+
+
+@cases
+@pytest.mark.parametrize(
+    "mode", ["DataParallel", "DistributedDataParallel", "cuda", "DataParallel reversed"]
+)
+def test_data_parallel_configurations(make, entry, mode, process_group):
+    """Captum's four: wrapped models, given as such or by their forward, answer as the plain one."""
+    skip_unsupported(make, entry)
+    if mode in ("cuda", "DataParallel reversed") and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    model, layer, arguments = prepared(entry)
+    plain = tensors(make(model, layer, arguments).attribute(**arguments))
+    twin = copy.deepcopy(model)
+    twin_layer, forward = twin.get_submodule(entry["layer"]), twin
+    given = arguments
+    if torch.cuda.is_available():
+        twin.cuda()
+        given = {name: on_gpu(value) for name, value in arguments.items()}
+    method = make(twin, twin_layer, given)
+    if mode == "DistributedDataParallel":
+        forward = nn.parallel.DistributedDataParallel(twin)
+    elif mode == "DataParallel":
+        forward = nn.DataParallel(twin)
+    elif mode == "DataParallel reversed":
+        devices = list(reversed(range(torch.cuda.device_count())))
+        forward = nn.DataParallel(twin, device_ids=devices).forward
+        method.device_ids = devices
+        twin.to(f"cuda:{devices[0]}")
+    method.forward_func = forward
+    wrapped = tensors(method.attribute(**given))
+    for expected, found in zip(plain, wrapped, strict=True):
+        assert torch.allclose(expected, found.cpu(), atol=1e-4)
+
+
+def test_layer_attributions_interpolate(make):
+    """Maps grow to the input's size by `LayerAttribution.interpolate`, as any of Captum's do."""
+    entry = next(entry for entry in ENTRIES if entry["name"] == "conv_layer_single_target")
+    model, layer, arguments = prepared(entry)
+    found = make(model, layer, arguments).attribute(**arguments)
+    grown = LayerAttribution.interpolate(found, (20, 20))
+    assert grown.shape == (*found.shape[:2], 20, 20)
+    step = 20 // found.shape[-1]
+    assert torch.equal(grown[:, :, ::step, ::step][:, :, 0, 0], found[:, :, 0, 0])
+
+
 class Endless(IterableDataset):
     """Random images of a concept."""
 
@@ -137,9 +244,13 @@ class Endless(IterableDataset):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", ["contribution", "frequency"])
+@pytest.mark.parametrize("name", ["contribution", "frequency", "ablation", "class gate"])
 def test_tcav_takes_our_methods(name, tmp_path):
     model = deep()
+    gated = name == "class gate"
+    method = (
+        LayerClassGate(model, None, drawn((3, 4))) if gated else METHODS[name](model, None, None)
+    )
     concepts = [
         Concept(id=index, name=f"concept{index}", data_iter=DataLoader(Endless(shift), 4))
         for index, shift in enumerate((0.0, 2.0))
@@ -147,7 +258,7 @@ def test_tcav_takes_our_methods(name, tmp_path):
     tcav = TCAV(
         model=model,
         layers=["stage1"],
-        layer_attr_method=METHODS[name](model, None),
+        layer_attr_method=method,
         save_path=str(tmp_path),
         test_split_ratio=0.5,
     )

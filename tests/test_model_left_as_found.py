@@ -40,6 +40,18 @@ from captum_classfilters.identify import (
     receptive_field,
     unit_scores,
 )
+from captum_classfilters.evaluate import (
+    cascading_randomisation,
+    class_curves,
+    collateral_damage,
+    filter_curves,
+    filter_infidelity,
+    filter_max_sensitivity,
+    layer_sweep,
+    model_essentiality,
+    remove_and_retrain,
+)
+from captum_classfilters.identify import collect_features
 from captum_classfilters.networks import (
     ClassFilterImportance,
     GreedyFilterPruning,
@@ -212,6 +224,21 @@ ENTRIES = {
         m, "0", evidence="contribution"
     ).identify(batches(), **QUIET),
     "model_essentiality": lambda m: model_essentiality(m, table(), batches(), **QUIET),
+    "filter_infidelity": lambda m: filter_infidelity(
+        m, "2", images(), torch.ones(8, 6), target=0, each_filter=True
+    ),
+    "filter_curves": lambda m: filter_curves(m, "2", images(), torch.ones(8, 6), target=0),
+    "filter_max_sensitivity": lambda m: filter_max_sensitivity(
+        LayerFilterContribution(m, "2"), images(), target=0
+    ),
+    "class_curves": lambda m: class_curves(m, "2", table(), batches(), **QUIET),
+    "collateral_damage": lambda m: collateral_damage(m, "2", table(), batches(), **QUIET),
+    "cascading_randomisation": lambda m: cascading_randomisation(
+        m, lambda twin: LayerFilterContribution(twin, "2"), images(), target=0
+    ),
+    "remove_and_retrain": lambda m: remove_and_retrain(
+        m, "2", table(), batches(), batches(), num_filters=[2], epochs=1, repeats=1, **QUIET
+    ),
 }
 # These run the model once.
 ONE_PASS = {
@@ -273,6 +300,15 @@ def test_left_as_found(name, fails):
     if fails:
         model[3].calls_left = 0 if name in PER_IMAGE else 1
         if name in ONE_PASS:
+        if name in (
+            "list_filter_layers",
+            "decompose",
+            "filter_infidelity",
+            "filter_curves",
+            "filter_max_sensitivity",
+            "cascading_randomisation",
+            "remove_and_retrain",
+        ):
             model[3].calls_left = 0
         with pytest.raises(RuntimeError, match="alarm"):
             ENTRIES[name](model)

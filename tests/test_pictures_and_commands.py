@@ -1,5 +1,6 @@
 """Pictures, the demo, and the command line, end to end on small images."""
 
+import csv
 import json
 import subprocess
 import sys
@@ -239,6 +240,47 @@ class TestCommands:
         blocked.write_text("")
         assert main(["demo", "--output", str(blocked), "--quiet"]) == 2
         assert "cannot be written" in capsys.readouterr().err
+
+    def test_compare_on_a_folder(self, folder, checkpoint, tmp_path, capsys):
+        output = tmp_path / "out"
+        one = arguments(folder, checkpoint, output, **{"--limit": 4})
+        methods = [
+            "--method",
+            "saliency",
+            "class_filters",
+            "occlusion",
+            "contribution",
+            "frequency",
+        ]
+        command = ["compare", *one[1:], *methods]
+        assert main(command) == 0
+        manifest = json.loads((output / "manifest.json").read_text())
+        assert manifest["num_images"] == 4
+        expected = ["comparison.png", "comparison.txt", "filters.csv", "pixels.csv"]
+        assert manifest["files"] == expected
+        with open(output / "pixels.csv") as file:
+            rows = {row["method"]: row for row in csv.DictReader(file)}
+        assert list(rows) == ["saliency", "class_filters", "occlusion", "random"]
+        assert float(rows["saliency"]["seconds_per_image"]) > 0
+        assert rows["random"]["seconds_per_image"] == ""
+        with open(output / "filters.csv") as file:
+            names = [row["method"] for row in csv.DictReader(file)]
+        assert names == ["contribution", "frequency", "random", "weight magnitude"]
+        assert "filters of layer4: 4 images" in capsys.readouterr().out
+        assert main(command) == 2
+        assert "--overwrite" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        ("methods", "limit", "message"),
+        [
+            (["saliency", "lime"], 2, "Unknown methods ['lime']; choose from saliency"),
+            (["class_filters"], 99, "leaves none to find class filters on"),
+        ],
+    )
+    def test_compare_errors(self, folder, checkpoint, tmp_path, capsys, methods, limit, message):
+        one = arguments(folder, checkpoint, tmp_path / "out", **{"--limit": limit})
+        assert main(["compare", *one[1:], "--method", *methods]) == 2
+        assert message in capsys.readouterr().err
 
     def test_layers(self, capsys):
         assert main(["layers", "--model", "squeezenet1_1", "--image-size", "32"]) == 0

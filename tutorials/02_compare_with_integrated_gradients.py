@@ -16,10 +16,12 @@
 # Integrated Gradients says which *pixels* made a prediction, class filters say which *filters* did.
 # There are two honest ways to compare them, and this tutorial goes both:
 #
-# 1. **In the image's space**, `ClassFilterSaliency` explains pixels through the class's filters, and
-#    Captum's `infidelity` and `sensitivity_max` judge it beside `IntegratedGradients`.
+# 1. **In the image's space**, `ClassFilterSaliency` explains pixels through the class's filters,
+#    beside `IntegratedGradients` and other methods of Captum's.
 # 2. **In gate space**, `FilterGate` turns filters into inputs, and Captum's own
 #    `IntegratedGradients` explains *them*, beside `LayerFilterContribution`.
+#
+# `compare_attributions` measures both, each in a table of its own.
 #
 # Scores from different spaces are not comparable with each other: an infidelity over 64 pixels and
 # one over 64 filters measure different perturbations.
@@ -28,16 +30,31 @@
 import time
 
 import torch
-from captum.attr import FeatureAblation, IntegratedGradients, NoiseTunnel
-from captum.metrics import infidelity, infidelity_perturb_func_decorator, sensitivity_max
+from captum.attr import (
+    FeatureAblation,
+    IntegratedGradients,
+    LayerConductance,
+    LayerGradCam,
+    NoiseTunnel,
+    Occlusion,
+    Saliency,
+)
 
 from captum_classfilters import (
     ClassFilterSaliency,
     FilterGate,
     LayerFilterContribution,
+    LayerFilterFrequency,
 )
 from captum_classfilters.demo import load_digits, small_cnn, train_classifier
-from captum_classfilters.visualize import plot_explanations
+from captum_classfilters.evaluate import (
+    cascading_randomisation,
+    class_curves,
+    collateral_damage,
+    compare_attributions,
+    filter_curves,
+)
+from captum_classfilters.visualize import plot_comparison
 
 _ = torch.manual_seed(0)
 
@@ -72,52 +89,53 @@ same = torch.allclose(
 )
 print("all filters selected, equal to Integrated Gradients:", same)
 
+# %% [markdown]
+# ## Side by side
+#
+# Any of Captum's methods and of ours, on the same images and targets. What scores pixels and what
+# scores filters is told apart by itself.
 
 # %%
-@infidelity_perturb_func_decorator(True)
-def drop_pixels(inputs: torch.Tensor, _baselines: object = None) -> torch.Tensor:
-    """Set a random fifth of the pixels to black."""
-    return inputs * (torch.rand_like(inputs) > 0.2)
-
-
-def judge(name: str, explain, **options) -> None:
-    started = time.perf_counter()
-    attributions = explain(x, target=y, **options).detach()
-    seconds = time.perf_counter() - started
-    torch.manual_seed(0)
-    unfaithful = infidelity(
-        model, drop_pixels, x, attributions.float(), target=y, n_perturb_samples=20, normalize=True
-    )
-    torch.manual_seed(0)
-    sensitive = sensitivity_max(explain, x, target=y, **options)
-    print(
-        f"{name:38s} infidelity {unfaithful.mean():7.4f}  max-sensitivity {sensitive.mean():6.3f}"
-        f"  {1000 * seconds:7.1f} ms"
-    )
-
-
-judge("Integrated Gradients, 50 steps", integrated_gradients.attribute, n_steps=50)
-judge("class filters (5 of 64), 50 steps", saliency.attribute, n_steps=50)
-judge("class filters (5 of 64), one gradient", saliency.attribute)
+comparison = compare_attributions(
+    model,
+    {
+        "Saliency": Saliency(model),
+        "Integrated Gradients, 50 steps": integrated_gradients,
+        "Occlusion 2x2": (Occlusion(model), {"sliding_window_shapes": (1, 2, 2)}),
+        "Grad-CAM": LayerGradCam(model, model.filters),
+        "class filters, one gradient": saliency,
+        "class filters, 50 steps": (saliency, {"n_steps": 50}),
+        "class filter maps": ClassFilterSaliency(
+            model, layer, class_filters, mode="activation_map"
+        ),
+        "contribution": contribution,
+        "frequency": LayerFilterFrequency(model, layer),
+        "Layer Conductance": (LayerConductance(model, model.filters), {"n_steps": 20}),
+        "Integrated Gradients of gates": IntegratedGradients(FilterGate(model, layer)),
+    },
+    x,
+    y,
+    show_progress=False,
+)
+print(comparison)
 
 # %% [markdown]
-# Infidelity asks how well pixel scores predict the logit's change when a fifth of the pixels go
-# black, max-sensitivity how much an explanation moves when the image moves a little; lower is better
-# for both. The scale-invariant form of infidelity (`normalize=True`) is used because five filters
-# carry only part of the logit. These are figures of one small network: measure on your own.
+# **Infidelity** asks how well scores predict the logit's change when random features go, the
+# scale-invariant form after the best factor for each image; **max-sensitivity** how much an
+# explanation moves when the image moves a little; **deletion** how soon the probability falls as the
+# best features go, **insertion** how soon it rises as they come. Lower is better but for insertion.
+# `random` has the right scores at the wrong places. The two tables do not compare: one is about 64
+# pixels, the other about 64 filters. These are figures of one small network: measure on your own.
 
 # %%
-shown = [int((y == digit).nonzero()[0]) for digit in (0, 3, 7)]
-maps = ClassFilterSaliency(model, layer, class_filters, mode="activation_map")
-figure, _ = plot_explanations(
-    x[shown],
-    {
-        "Integrated Gradients": integrated_gradients.attribute(x[shown], target=y[shown]),
-        "through class filters": saliency.attribute(x[shown], target=y[shown], n_steps=50),
-        "class filter maps": maps.attribute(x[shown], target=y[shown]),
-    },
-    titles=[f"a {digit}" for digit in y[shown].tolist()],
-)
+figure, _ = plot_comparison(comparison, images=3)
+
+# %% [markdown]
+# The tables are there as data frames too, with the ends of each interval:
+
+# %%
+columns = ["scale_invariant_infidelity", "deletion_area", "insertion_area", "seconds_per_image"]
+print(comparison.filters[layer].to_pandas()[columns].round(4).to_string())
 
 # %% [markdown]
 # Captum's `NoiseTunnel` takes the method as it is:
@@ -145,23 +163,37 @@ print("largest difference to ablation:            ", float((exact - by_ablation)
 
 # %% [markdown]
 # All three agree, because the rest of the network is linear in the filters: an average and a
-# linear layer. The closed form costs one forward pass.
+# linear layer. The closed form costs one forward pass; that is why its infidelity above is nothing
+# but rounding.
 #
-# How faithful are the filter scores? Infidelity drops random sets of filters and compares the
-# logit's change with the sum of their scores. Exact contributions leave nothing, random scores do:
-
+# ## Are they the right filters?
+#
+# An image's filters, removed in order of their contribution: random orders, the norm of the weights
+# and the opposite order belong to the result.
 
 # %%
-@infidelity_perturb_func_decorator(True)
-def drop_filters(gates: torch.Tensor, _baselines: object = None) -> torch.Tensor:
-    """Close a random half of the gates."""
-    return gates * (torch.rand_like(gates) > 0.5)
+print(filter_curves(model, layer, x, exact, target=y))
 
+# %% [markdown]
+# And a class's, over the test images: is the class lost without its first filters (necessity, low is
+# good), is it recognised by them alone (sufficiency, high is good), and whom else does it hurt?
 
-candidates = {"exact contributions": exact, "random scores": torch.randn_like(exact) * exact.std()}
-for name, scores in candidates.items():
-    unfaithful = infidelity(gate, drop_filters, gates, scores, n_perturb_samples=20, **options)
-    print(f"{name:20s} {unfaithful.mean():.2e}")
+# %%
+print(class_curves(model, layer, class_filters, digits.test, show_progress=False))
+damage = collateral_damage(model, layer, class_filters, digits.test, show_progress=False)
+print(damage)
+for removed, true, seen, change in damage.largest(3):
+    print(f"without the filters of {removed}: {change:+.0%} of the {true}s are taken for {seen}")
+
+# %% [markdown]
+# Last, the sanity check: with weights drawn anew from the output down, the explanation must change.
+
+# %%
+print(
+    cascading_randomisation(
+        model, lambda net: LayerFilterContribution(net, layer), x[:30], target=y[:30]
+    )
+)
 
 # %% [markdown]
 # ## What they cost

@@ -138,7 +138,8 @@ class SuffixReplay:
 
         Args:
 
-            removed (Tensor): Shape (P, K), bool; each row is a set of filters to replace.
+            removed (Tensor): Shape (P, K), bool, each row a set of filters to replace in all
+                        images; or (P, N, K), a set for each image.
             perturbations_per_eval (int, optional): Rows per replay. By default sized to a memory
                         budget.
 
@@ -257,15 +258,17 @@ class SuffixReplay:
     # -- three ways ------------------------------------------------------------------------------
 
     def _mask(self, removed: Tensor) -> Tensor:
-        """(P, K) shaped to broadcast over (P, *activation)."""
+        """(P, K) or (P, N, K) shaped to broadcast over (P, *activation)."""
         shape = [1] * (self.activation.dim() + 1)
-        shape[0], shape[self.axis + 1] = removed.shape
+        shape[0], shape[self.axis + 1] = removed.shape[0], removed.shape[-1]
+        shape[1] = removed.shape[1] if removed.dim() == 3 else 1
         return removed.to(self.activation.device).reshape(shape)
 
     def _perturbed(self, removed: Tensor, common: Tensor) -> Tensor:
         """The layer's tensor without each row's filters, row after row."""
         apart = removed & ~common
-        if not self._one_by_one or self.axis != 1 or int(apart.sum(1).max()) > 1:
+        single = removed.dim() == 2 and int(apart.sum(1).max()) <= 1  # and the same for all images
+        if not self._one_by_one or self.axis != 1 or not single:
             return torch.where(self._mask(removed), self.stands_in, self.activation).flatten(0, 1)
         if self._steps is None or not torch.equal(self._steps[0], common):
             self._steps = (common, UnchangedSteps())
@@ -325,7 +328,8 @@ class SuffixReplay:
         """Logits plus the change that the replaced filters' weights make of their change."""
         assert self._weight is not None
         rows = removed.to(self._change)
-        change = rows[:, None, :, None] * self._change  # (P, N, K, P')
+        rows = rows if rows.dim() == 3 else rows[:, None]
+        change = rows[..., None] * self._change  # (P, N, K, P')
         return self.output + change.flatten(2) @ self._weight.T
 
     # -- which way holds -------------------------------------------------------------------------

@@ -5,13 +5,24 @@ from captum_classfilters.evaluate.adversarial_detection import (
     adversarial_detection,
 )
 from captum_classfilters.evaluate.breadth_scores import mixture_entropy_score, union_score
+from captum_classfilters.evaluate.cascading_randomisation import (
+    CascadingRandomisation,
+    cascading_randomisation,
+)
+from captum_classfilters.evaluate.class_curves import ClassCurves, class_curves
 from captum_classfilters.evaluate.class_interpretation import (
     ClassEffect,
     FilterInterpretation,
     class_interpretation,
     interpretation_table,
 )
+from captum_classfilters.evaluate.collateral_damage import CollateralDamage, collateral_damage
 from captum_classfilters.evaluate.colour import greyed, response_chroma, weight_chroma
+from captum_classfilters.evaluate.compare_attributions import (
+    AttributionComparison,
+    AttributionTable,
+    compare_attributions,
+)
 from captum_classfilters.evaluate.compare_methods import (
     MethodComparison,
     compare_methods,
@@ -26,6 +37,7 @@ from captum_classfilters.evaluate.feature_tables import (
     mutual_information_filters,
     selectivity_filters,
 )
+from captum_classfilters.evaluate.filter_curves import FilterCurves, filter_curves
 from captum_classfilters.evaluate.filter_diversity import (
     Coverage,
     coverage,
@@ -33,9 +45,16 @@ from captum_classfilters.evaluate.filter_diversity import (
     effective_rank,
     filter_clusters,
 )
+from captum_classfilters.evaluate.filter_infidelity import FilterInfidelity, filter_infidelity
 from captum_classfilters.evaluate.filter_localization import (
     FilterLocalization,
     filter_localization,
+)
+from captum_classfilters.evaluate.filter_sensitivity import (
+    FilterSensitivity,
+    explanation_for_sensitivity,
+    filter_max_sensitivity,
+    filter_scores_of,
 )
 from captum_classfilters.evaluate.gate_measures import (
     assign_filters,
@@ -59,7 +78,9 @@ from captum_classfilters.evaluate.mutual_information import (
     mutual_information_matrix,
     mutual_information_score,
 )
+from captum_classfilters.evaluate.quantus_explanation import quantus_explanation
 from captum_classfilters.evaluate.removal_selectivity import SelectivityTest, selectivity_test
+from captum_classfilters.evaluate.remove_and_retrain import RemoveAndRetrain, remove_and_retrain
 from captum_classfilters.evaluate.selectivity import (
     class_means,
     class_selectivity_index,
@@ -74,37 +95,55 @@ from captum_classfilters.evaluate.sparsity import TopMass, psi, psi_floor, top_m
 
 __all__ = [
     "AdversarialDetection",
+    "AttributionComparison",
+    "AttributionTable",
+    "CascadingRandomisation",
+    "ClassCurves",
     "ClassEffect",
+    "CollateralDamage",
     "Coverage",
     "Essentiality",
+    "FilterCurves",
+    "FilterInfidelity",
     "FilterInterpretation",
     "FilterLocalization",
+    "FilterSensitivity",
     "GramSpectrum",
     "LayerMeasurement",
     "Localization",
     "MaskingResult",
     "MethodComparison",
+    "RemoveAndRetrain",
     "SelectivityTest",
     "SetOverlap",
     "TopMass",
     "adversarial_detection",
     "assign_filters",
     "boxes_to_masks",
+    "cascading_randomisation",
     "centre_box_maps",
     "choose_threshold",
+    "class_curves",
     "class_interpretation",
     "class_means",
     "class_selectivity_index",
     "class_share",
+    "collateral_damage",
+    "compare_attributions",
     "compare_methods",
     "coverage",
     "density_interval",
     "diversity",
     "effective_rank",
     "essentiality",
+    "explanation_for_sensitivity",
     "filter_clusters",
     "filter_correlation",
+    "filter_curves",
+    "filter_infidelity",
     "filter_localization",
+    "filter_max_sensitivity",
+    "filter_scores_of",
     "gate_similarity",
     "gram_spectrum",
     "greyed",
@@ -121,6 +160,8 @@ __all__ = [
     "mutual_information_score",
     "psi",
     "psi_floor",
+    "quantus_explanation",
+    "remove_and_retrain",
     "response_chroma",
     "selectivity_filters",
     "selectivity_regulariser",

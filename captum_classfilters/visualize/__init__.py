@@ -1,6 +1,7 @@
 """Pictures of class filters; needs the extra ``plot``."""
 
 from captum_classfilters.visualize.accuracy_curve import plot_accuracy_curve
+from captum_classfilters.visualize.attribution_comparison import plot_comparison
 from captum_classfilters.visualize.class_filters import plot_class_filters, plot_class_overlap
 from captum_classfilters.visualize.class_specific_gate import (
     plot_filter_correlation,
@@ -37,6 +38,7 @@ __all__ = [
     "plot_class_filters",
     "plot_class_overlap",
     "plot_class_separation",
+    "plot_comparison",
     "plot_exemplars",
     "plot_explanations",
     "plot_exponents",

@@ -1,0 +1,138 @@
+"""CIFAR-10, ResNet-20: attributions of pixels and of filters on the same test images.
+
+    python -m benchmarks.compare_attributions [--images 500] [--threads 1] [--picture FILE]
+
+The class explained is the network's own prediction. Class filters come from 2,000 training images.
+The infidelity of exact contributions, and of random scores, is printed last and by itself.
+"""
+
+import argparse
+import time
+
+import torch
+from captum.attr import (
+    DeepLift,
+    GradientShap,
+    InputXGradient,
+    IntegratedGradients,
+    LayerConductance,
+    LayerGradCam,
+    LayerGradientXActivation,
+    Occlusion,
+    Saliency,
+)
+from torch import Tensor, nn
+
+from benchmarks.cifar10 import BasicBlock, CifarResNet, images, loader, pretrained
+from captum_classfilters import (
+    ClassFilterSaliency,
+    FilterGate,
+    LayerFilterAblation,
+    LayerFilterContribution,
+    LayerFilterFrequency,
+    identify_class_filters,
+)
+from captum_classfilters.evaluate import compare_attributions, filter_infidelity
+from captum_classfilters.visualize import plot_comparison
+
+
+class ModularBlock(BasicBlock):
+    """The block with a module for each ReLU, which DeepLift needs to see."""
+
+    def __init__(self, block: BasicBlock) -> None:
+        nn.Module.__init__(self)
+        self.__dict__.update(block.__dict__)
+        self.relu1, self.relu2 = nn.ReLU(), nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Block output."""
+        out = self.bn2(self.conv2(self.relu1(self.bn1(self.conv1(x)))))
+        if self.stride != 1 or self.padding:
+            x = x[:, :, :: self.stride, :: self.stride]
+            x = nn.functional.pad(x, (0, 0, 0, 0, self.padding, self.padding))
+        return self.relu2(out + x)
+
+
+class Modular(nn.Module):
+    """The public network with modules in place of functions; the outputs are the same."""
+
+    def __init__(self, model: CifarResNet) -> None:
+        super().__init__()
+        self.conv1, self.bn1, self.relu = model.conv1, model.bn1, nn.ReLU()
+        for name in ("layer1", "layer2", "layer3"):
+            stage = getattr(model, name)
+            setattr(self, name, nn.Sequential(*(ModularBlock(block) for block in stage)))
+        self.pool, self.linear = nn.AdaptiveAvgPool2d(1), model.linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (N, 10)."""
+        x = self.relu(self.bn1(self.conv1(x)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        return self.linear(self.pool(x).flatten(1))
+
+
+def methods_of(model: nn.Module, train: object) -> dict[str, object]:
+    """Everything that is compared."""
+    contribution = LayerFilterContribution(model, "layer3")
+    table = identify_class_filters(contribution, train, num_filters=5, show_progress=False)
+    gated = FilterGate(model, "layer3")
+    shap = {"baselines": torch.zeros(1, 3, 32, 32), "n_samples": 5, "stdevs": 0.1}
+    occlusion = {"sliding_window_shapes": (3, 8, 8), "strides": (3, 8, 8)}
+    steps = {"n_steps": 10, "internal_batch_size": 100}
+    return {
+        "Saliency": Saliency(model),
+        "Input x Gradient": InputXGradient(model),
+        "Integrated Gradients, 10 steps": (IntegratedGradients(model), steps),
+        "Gradient SHAP": (GradientShap(model), shap),
+        "DeepLift": DeepLift(model),
+        "Occlusion 8x8": (Occlusion(model), {**occlusion, "perturbations_per_eval": 1}),
+        "Grad-CAM, layer3": LayerGradCam(model, model.layer3),
+        "class filters (5 of 64)": ClassFilterSaliency(model, "layer3", table),
+        "class filters, 10 steps": (ClassFilterSaliency(model, "layer3", table), {"n_steps": 10}),
+        "class filter maps": ClassFilterSaliency(model, "layer3", table, mode="activation_map"),
+        "contribution": contribution,
+        "ablation": LayerFilterAblation(model, "layer3"),
+        "frequency": LayerFilterFrequency(model, "layer3", top_k=5),
+        "Gradient x Activation": LayerGradientXActivation(model, model.layer3),
+        "Layer Conductance, 10 steps": (LayerConductance(model, model.layer3), steps),
+        "Integrated Gradients of gates": (IntegratedGradients(gated), steps),
+        "contribution, layer2": LayerFilterContribution(model, "layer2"),
+        "ablation, layer2": LayerFilterAblation(model, "layer2"),
+    }
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--images", type=int, default=500)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--sensitivity-samples", type=int, default=1)
+    parser.add_argument("--picture")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    public = pretrained(20)
+    model = Modular(public).eval()
+    x, _ = images("test", options.images)
+    with torch.no_grad():
+        assert torch.allclose(model(x[:50]), public(x[:50]), atol=1e-4)
+        target = torch.cat([model(part).argmax(1) for part in x.split(50)])
+    methods = methods_of(model, loader("train", 2000))
+    start = time.perf_counter()
+    comparison = compare_attributions(
+        model, methods, x, target, sensitivity_samples=options.sensitivity_samples
+    )
+    print(comparison)
+    print(f"{time.perf_counter() - start:.0f} s for {len(x)} images and {len(methods)} methods")
+    if options.picture:
+        figure, _ = plot_comparison(comparison)
+        figure.savefig(options.picture, dpi=110)
+    method = LayerFilterContribution(model, "layer3")
+    exact = method.filter_scores(method.attribute(x, target=target))
+    draw = torch.Generator().manual_seed(0)
+    random = torch.randn(exact.shape, generator=draw) * exact.std()
+    tables = {"exact contributions": exact, "normal scores, same spread": random}
+    print(filter_infidelity(model, "layer3", x, tables, target=target))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,43 @@
+"""Pixel attributions of a comparison beside each other."""
+
+from typing import TYPE_CHECKING, Any
+
+from captum_classfilters.visualize.explanations import plot_explanations
+
+if TYPE_CHECKING:
+    from captum_classfilters.evaluate import AttributionComparison
+
+
+def plot_comparison(
+    comparison: "AttributionComparison", *, images: int | None = None, **options: Any
+) -> tuple[Any, Any]:
+    r"""
+    A grid of a comparison's first images and the pixel attributions of each method.
+
+    Args:
+
+        comparison (AttributionComparison): From
+                    :func:`captum_classfilters.evaluate.compare_attributions`.
+        images (int, optional): How many of the images it kept; all by default.
+        options: Further arguments of :func:`plot_explanations`.
+
+    Returns:
+        *tuple* of figure and array of axes (images, 1 + number of methods).
+
+    Raises:
+        ValueError: No method explains pixels.
+    """
+    if not comparison.maps:
+        raise ValueError(
+            "No method of the comparison explains pixels; filters have no map to draw."
+        )
+    number = len(comparison.images) if images is None else images
+    titles = [f"class {target}" for target in comparison.targets[:number]]
+    return plot_explanations(
+        comparison.images[:number],
+        {
+            name.replace(", ", ",\n").replace(" (", "\n("): maps[:number]
+            for name, maps in comparison.maps.items()
+        },
+        **{"titles": titles, **options},
+    )
