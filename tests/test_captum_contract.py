@@ -64,10 +64,7 @@ def saliency(model, layer, arguments):
 
 
 METHODS = {
-    "frequency": lambda model, layer: LayerFilterFrequency(model, layer, top_k=2),
-    "contribution": LayerFilterContribution,
-    "ablation": LayerFilterAblation,
-    "directions": lambda model, layer: LayerSingularDirection(
+    "directions": lambda model, layer, _: LayerSingularDirection(
         model, layer, evidence="contribution"
     ),
     "frequency": lambda model, layer, _: LayerFilterFrequency(model, layer, top_k=2),
