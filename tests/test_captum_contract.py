@@ -64,13 +64,13 @@ def saliency(model, layer, arguments):
 
 
 METHODS = {
-    "directions": lambda model, layer, _: LayerSingularDirection(
-        model, layer, evidence="contribution"
-    ),
     "frequency": lambda model, layer, _: LayerFilterFrequency(model, layer, top_k=2),
     "contribution": lambda model, layer, _: LayerFilterContribution(model, layer),
     "ablation": lambda model, layer, _: LayerFilterAblation(model, layer),
     "class gate": class_gate,
+    "directions": lambda model, layer, _: LayerSingularDirection(
+        model, layer, evidence="contribution"
+    ),
     "saliency": saliency,
 }
 cases = pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry["name"])
@@ -92,10 +92,8 @@ def prepared(entry):
 
 
 def skip_unsupported(make, entry):
-    if make is LayerFilterAblation and entry["name"] == "basic_layer_multi_output":
-        pytest.skip("ablation takes layers of one tensor, and says so")
     layer = entry["model"].get_submodule(entry["layer"])
-    if make is METHODS["directions"] and not isinstance(layer, (nn.Conv2d, nn.Linear)):
+    if make.name == "directions" and not isinstance(layer, (nn.Conv2d, nn.Linear)):
         pytest.skip("only a layer with a weight has singular directions")
     if make.name in SINGLE_TENSOR and entry["name"] == "basic_layer_multi_output":
         pytest.skip("the method takes layers of one tensor, and says so")
