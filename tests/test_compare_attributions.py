@@ -22,6 +22,7 @@ from captum_classfilters import (
     FilterGate,
     LayerFilterContribution,
     LayerFilterFrequency,
+    LayerSingularDirection,
 )
 from captum_classfilters.evaluate import (
     compare_attributions,
@@ -288,6 +289,7 @@ def test_picture():
             {},
             "has no single layer",
         ),
+        (lambda m: {"one": LayerSingularDirection(m, "stage1.0")}, {}, "'one' scores directions"),
     ],
 )
 def test_bad_input_says_what_would_be_right(methods, options, message):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from captum_classfilters._internal.layers import layer_name, module_of
 from captum_classfilters.evaluate.filter_sensitivity import filter_scores_of, scores_filters
 from captum_classfilters.gate import FilterGate
+from captum_classfilters.spectral import LayerSingularDirection
 
 PIXELS = "pixels"
 
@@ -93,6 +94,11 @@ class Explained:
         if not isinstance(layer, nn.Module):
             raise ValueError(f"{self.name!r} has no single layer; compare its layers one by one.")
         raw = self.raw(inputs[:2], target[:2])
+        if isinstance(self.method, LayerSingularDirection):
+            raise ValueError(
+                f"{self.name!r} scores directions, and removing filters says nothing of them; compare "
+                "on the model of captum_classfilters.spectral.factor_layer, whose filters they are."
+            )
         if not scores_filters(self.method, raw, (inputs[:2],)):
             return PIXELS, None
         return layer_name(module_of(self.method.forward_func), layer), layer

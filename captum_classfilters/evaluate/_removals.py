@@ -119,7 +119,8 @@ def weight_magnitudes(forward_func: Any, layer: nn.Module, num_filters: int) -> 
     Norm of each filter's weights: of the last convolution or linear layer that makes the filters.
 
     It is looked for inside the layer, last one first, and then among the modules registered before
-    it, nearest first.
+    it, nearest first. `networks.incoming_weight_scores` follows the model's graph instead, and needs
+    an extra for it; a control has to be there always.
     """
     model = module_of(forward_func)
     before: list[nn.Module] = []
