@@ -13,7 +13,7 @@ from captum_classfilters.spectral.weight_matrix import WeightMatrix, weight_matr
 _METHODS = ("auto", "direct", "gram", "randomised")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # tensors have no single truth value
 class LayerSVD:
     r"""
     Singular value decomposition of a layer's unfolded weight, :math:`\bar W = U S V^\top`.
@@ -129,7 +129,8 @@ class LayerSVD:
         :math:`S V^\top` as the weight of a layer of the same kind with R filters.
 
         Returns:
-            *Tensor*: (R, c / G, *kernel), (R, in), or (c, R / G, *kernel) for a transposed convolution.
+            *Tensor* of shape (R, c / G, kh, kw), (R, in), or (c, R / G, kh, kw) for a transposed
+            convolution.
 
         Raises:
             ValueError: The right vectors were not asked for.

@@ -43,7 +43,7 @@ def layer_verdict(alpha: float) -> Verdict:
     return "good" if mu <= _GOOD_UP_TO else "fair" if mu <= _FAIR_UP_TO else "untrained"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # tensors have no single truth value
 class LayerSpectrum:
     r"""
     The eigenvalues of one layer's weight, and what random-matrix theory says of them.

@@ -15,7 +15,7 @@ class WeightMatrix(NamedTuple):
     Args:
 
         matrices (Tensor): Shape (G, d / G, n): for each group, a row for each output filter.
-        folded (tuple of int): Shape of one row before unfolding: (c / G, *kernel), or (in,).
+        folded (tuple of int): Shape of one row before unfolding: (c / G, kh, kw), or (in,).
         kind (str): ``"convolution"``, ``"transposed convolution"`` or ``"linear"``.
     """
 
