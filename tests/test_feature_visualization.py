@@ -239,10 +239,10 @@ def test_bad_input():
 
 
 @pytest.mark.parametrize("side", [16, 96])
-def test_a_few_fourier_steps_move_images_of_any_size_alike_and_saturate_nothing(side):
+def test_fourier_steps_move_images_of_any_size_alike(side):
+    objective = of_filter("0", 0, position="centre")
     seen = visualize_features(
-        hand_made(), of_filter("0", 0), (3, side, side), steps=5, transform=None, **QUIET
+        hand_made(), objective, (3, side, side), steps=5, transform=None, **QUIET
     )
-    assert 0.2 < float(seen.images.min())
-    assert float(seen.images.max()) < 0.8
-    assert float((seen.images - 0.5).abs().mean()) > 0.005
+    # Scaled by frequency per pixel, the deviations would be 2.9 and 7.6, and most pixels 0 or 1.
+    assert 0.2 < float(seen.images.logit(1e-6).std()) < 0.5
