@@ -11,19 +11,22 @@ from torch.utils.data import DataLoader, Subset
 from captum_classfilters import LayerFilterAblation, LayerFilterContribution
 from captum_classfilters.demo import load_digits, run_demo, small_cnn, train_classifier
 from captum_classfilters.evaluate import class_interpretation, compare_methods
-from captum_classfilters.identify import contrast_classes
+from captum_classfilters.identify import contrast_classes, exemplars, unit_scores
 from captum_classfilters.networks import (
     GreedyFilterPruning,
     accuracy_after_removal,
     filter_importance_baselines,
     removal_order,
 )
-from captum_classfilters.spectral import compare_with_random
+from captum_classfilters.spectral import compare_with_random, model_svd, separation_test
 from captum_classfilters.visualize import (
     plot_class_bars,
+    plot_class_separation,
+    plot_exemplars,
     plot_exponents,
     plot_filter_contrast,
     plot_filter_grid,
+    plot_hypergraph,
     plot_method_comparison,
     plot_removal_curves,
     plot_spectrum,
@@ -48,6 +51,26 @@ def spectra() -> None:
     figure.savefig(FIGURES / "exponents.png", dpi=110)
 
 
+def directions() -> None:
+    """Exemplary digits of directions, and the hypergraphs of digits and directions."""
+    torch.manual_seed(0)
+    digits = load_digits()
+    model = train_classifier(small_cnn(), digits.train, epochs=20)
+    svds = model_svd(model)
+    found = exemplars(model, "second.0", digits.test, directions=svds)["second.0"]
+    names = [str(digit) for digit in range(10)]
+    figure, _ = plot_exemplars(
+        found, digits.test.dataset, range(4), num_images=4, class_names=names
+    )
+    figure.savefig(FIGURES / "exemplars.png", dpi=110)
+    scores, labels = unit_scores(model, list(svds), digits.test, directions=svds)
+    tests = {name: separation_test(scores[name], labels) for name in svds}
+    figure, _ = plot_hypergraph(tests["head"].hypergraph, style="bands")
+    figure.savefig(FIGURES / "hypergraph.png", dpi=110)
+    figure, _ = plot_class_separation(tests)
+    figure.savefig(FIGURES / "class_separation.png", dpi=110)
+
+
 def main() -> None:
     """Run the demo and keep its pictures; draw those that it has not."""
     FIGURES.mkdir(exist_ok=True)
@@ -56,6 +79,7 @@ def main() -> None:
         for source, name in NAMES.items():
             shutil.copy(Path(folder) / source, FIGURES / name)
     spectra()
+    directions()
     draw_comparisons()
     for name, figure in pruning_figures().items():
         figure.savefig(FIGURES / name, dpi=110)

@@ -1,5 +1,8 @@
 """Exemplars by hand and by brute force; receptive fields against arithmetic and gradients."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 import torchvision
@@ -173,6 +176,25 @@ def test_images_of_two_sizes():
         row, column = position.tolist()
         assert box.tolist() == [column, row, column + 3, row + 3]
         assert max(row, column) < (4 if image < 3 else 7)
+
+
+def test_batches_are_not_kept():
+    alive = []
+
+    def stream():
+        for seed in range(40):
+            x = torch.randn(2, 2, 6, 6, generator=torch.Generator().manual_seed(seed))
+            alive.append(weakref.ref(x))
+            yield x, torch.zeros(2)
+            del x
+            gc.collect()
+            assert sum(ref() is not None for ref in alive) <= 2
+
+    found = exemplars(deep(), ["stage1", "stage2"], stream(), num_exemplars=3, **QUIET)
+    assert found["stage1"].num_images == 80
+    # No view of a larger tensor is left behind either.
+    for tensor in (found["stage2"].highest.score, found["stage2"].highest.image):
+        assert tensor.untyped_storage().nbytes() <= 4 * 6 * 3 * 8
 
 
 def test_bad_input():

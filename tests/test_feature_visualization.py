@@ -41,7 +41,7 @@ def test_a_linear_unit_gets_its_own_pattern(parametrization):
         [up, -up, both],
         (3, 5, 5),
         steps=400,
-        learning_rate=0.1,
+        learning_rate=0.2,
         parametrization=parametrization,
         transform=None,
         **QUIET,
@@ -236,3 +236,13 @@ def test_bad_input():
     with pytest.raises(ValueError, match="became NaN"):
         visualize_features(broken, objective, (2, 8, 8), steps=1, **QUIET)
     assert hooks_of(model) == hooks_of(broken) == 0
+
+
+@pytest.mark.parametrize("side", [16, 96])
+def test_fourier_steps_move_images_of_any_size_alike(side):
+    objective = of_filter("0", 0, position="centre")
+    seen = visualize_features(
+        hand_made(), objective, (3, side, side), steps=5, transform=None, **QUIET
+    )
+    # Scaled by frequency per pixel, the deviations would be 2.9 and 7.6, and most pixels 0 or 1.
+    assert 0.2 < float(seen.images.logit(1e-6).std()) < 0.5

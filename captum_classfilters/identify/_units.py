@@ -39,6 +39,7 @@ class UnitMaps:
         self.name, self.module, self.channel_dim = name, module, channel_dim
         self.positions: tuple[int, ...] = ()
         self.runs = 0
+        self.average_first = False  # a mean over positions is linear: cheaper before projecting
         self.matrix = None if directions is None else self._matrix(directions)
         self.offset: Tensor | None = None
         bias = getattr(module, "bias", None)
@@ -58,7 +59,7 @@ class UnitMaps:
         return matrix.detach()
 
     def maps(self, output: Any) -> Tensor:
-        """The layer's output as (N, U, P)."""
+        """The layer's output as (N, U, P), P = 1 where positions are averaged first."""
         self.runs += 1
         maps = self.projected(only_tensor(output, self.name))
         return maps if self.offset is None else maps - self.offset.to(maps)[:, None]
@@ -68,6 +69,7 @@ class UnitMaps:
         axis = filter_axis(self.module, tensor, self.channel_dim)
         self.positions = (*tensor.shape[1:axis], *tensor.shape[axis + 1 :])
         maps = positions_last(tensor, axis)
+        maps = maps.mean(2, keepdim=True) if self.average_first else maps
         if self.matrix is None:
             return maps
         if len(self.matrix) != maps.shape[1]:

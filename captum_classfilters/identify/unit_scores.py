@@ -69,6 +69,8 @@ def unit_scores(
     """
     aggregated(torch.zeros(1, 1, 1), aggregate)  # an unknown one is refused before the pass
     units = units_of(model, layers, directions, subtract_bias, channel_dim)
+    for one in units:
+        one.average_first = aggregate == "mean"
     parts, labels = score_images(
         model,
         units,

@@ -237,6 +237,8 @@ def profile_images(
         at_most = 100 if kind == "position" and at_most is None else at_most
     influential(torch.zeros(1, 1), share=share, quantile=quantile, at_most=at_most)
     units = units_of(model, layers, directions, True, channel_dim)
+    for one in units:
+        one.average_first = aggregate == "mean" or (kind == "direction" and aggregate is None)
     positions: dict[str, tuple[int, ...]] = {}
 
     def weighed(maps: Tensor) -> sparse.csr_array:

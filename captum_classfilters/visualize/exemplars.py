@@ -83,7 +83,8 @@ def plot_exemplars(
             "highest", (1, 1.42), xycoords="axes fraction", size=9, weight="bold", ha="right"
         )
     what = "directions" if exemplars.directions else "filters"
-    figure.suptitle(title or f"{exemplars.layer}: {what} by {exemplars.aggregate}", size=10)
+    by = "strongest position" if exemplars.aggregate == "extreme" else exemplars.aggregate
+    figure.suptitle(title or f"{exemplars.layer}: {what} by {by}", size=10)
     return figure, grid
 
 

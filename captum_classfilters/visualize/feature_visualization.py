@@ -369,11 +369,12 @@ class _Picture:
         self.size = (height, width)
         self.scale: Tensor | None = None
         if parametrization == "fourier":
-            rows = torch.fft.fftfreq(height)[:, None]
-            columns = torch.fft.rfftfreq(width)[None]
-            frequency = (rows.square() + columns.square()).sqrt()
-            # The factor undoes the norm of the transform, so that pixels vary alike at any size.
-            factor = math.sqrt(height * width) / frequency.clamp(min=1 / max(height, width))
+            rows = torch.fft.fftfreq(height)[:, None] * height
+            columns = torch.fft.rfftfreq(width)[None] * width
+            cycles = (rows.square() + columns.square()).sqrt().clamp(min=1)
+            # The root undoes the norm of the transform: at any size, a coefficient of one moves
+            # pixels by 1 / (2 cycles), and steps of one size move the image alike.
+            factor = math.sqrt(height * width) / cycles
             self.scale = (factor / 4)[..., None].to(device)
             shape = (*shape[:2], height, width // 2 + 1, 2)
         elif parametrization != "pixel":

@@ -52,7 +52,7 @@ def plot_hypergraph(
     if not hypergraph.incidence.any():
         raise ValueError("The hypergraph has no incidences; lower the threshold of its rule.")
     if style == "bands":
-        figure, axes = axes_of(plt_fig_axis, (6.4, 5.4))
+        figure, axes = axes_of(plt_fig_axis, (5.6, 4.0))
         converted = hypergraph.to_hypernetx()
         import hypernetx
 
