@@ -6,9 +6,9 @@
     python -m benchmarks.class_specific_gate --information # the speed of mutual information
 
 Digits: the demo's network, 60 epochs of all training images. MNIST: a network of six convolutions, 10 epochs
-of 6,000 training images. Weight decay and schedules were chosen with one seed, on 278 of the digits'
-and 2,500 further of MNIST's training images; the test images are used for the table alone. More weight
-decay makes plain filters more specific, too, so that plain training is shown with both.
+of 6,000 training images. Weight decay and schedule were chosen on 278 of the training digits of seed 0, and
+looked at on 2,500 further training images of MNIST; test images are used for the tables alone. More
+weight decay makes plain filters more specific, too, so that plain training is shown with both.
 """
 
 import argparse
