@@ -10,11 +10,13 @@ from captum_classfilters import (
     FilterGate,
     LayerFilterContribution,
     LayerFilterFrequency,
+    LayerSingularDirection,
     decompose,
 )
 from captum_classfilters.evaluate import compare_methods, standard_methods
 from captum_classfilters.identify import FilterContrast, binomial_interval
 from captum_classfilters.networks import evaluate_classifier
+from captum_classfilters.spectral import factor_layer
 from captum_classfilters.testing import planted_network
 from captum_classfilters.visualize import plot_filter_contrast, plot_method_comparison
 from tests.models import batches, deep, joined, pool_linear
@@ -223,3 +225,19 @@ def test_picture_of_a_contrast():
     np.testing.assert_allclose([[a[0], b[0]] for a, b in segments], expected.numpy())
     _, axes = plot_filter_contrast(contrast, num_filters=99)
     assert len(axes.patches) == 4
+
+
+def test_singular_directions_are_compared_where_they_are_the_filters():
+    planted = planted_network()
+    train, test = planted.loader(120), planted.loader(60, seed=1)
+    factored, layer = factor_layer(planted.model, "deep.0"), "deep.0.directions"
+    methods = {
+        "contribution": LayerFilterContribution(factored, layer),
+        "singular directions": LayerSingularDirection(
+            planted.model, "deep.0", evidence="contribution"
+        ),
+    }
+    found = compare_methods(factored, layer, train, test, methods=methods, num_filters=3, **QUIET)
+    scores = [found.tables[name].scores for name in methods]
+    assert torch.allclose(*scores, atol=1e-5)  # gradient times response, in either way
+    assert float(found.overlap[0, 1]) == 1.0
