@@ -90,10 +90,10 @@ def pruning_figures() -> dict[str, Figure]:
     torch.manual_seed(0)
     digits = load_digits()
     model = train_classifier(small_cnn(), digits.train, show_progress=False)
-    choose = DataLoader(Subset(digits.train.dataset, range(300)), batch_size=100)
+    choose = DataLoader(Subset(digits.train.dataset, range(200)), batch_size=200)
     quiet = {"show_progress": False}
     car = LayerFilterAblation(model, "second").identify(choose, metric="accuracy", **quiet)
-    greedy = GreedyFilterPruning(model, "second").run(choose, num_filters=1, **quiet)
+    greedy = GreedyFilterPruning(model, "second").run(choose, num_filters=2, **quiet)
     scores = filter_importance_baselines(model, "second", choose, **quiet)
     orders = {
         "CAR, greedy": greedy,
@@ -102,12 +102,12 @@ def pruning_figures() -> dict[str, Figure]:
     }
     curves = accuracy_after_removal(model, "second", orders, digits.test, **quiet)
     print(curves.table())
-    first = GreedyFilterPruning(model, "first").run(choose, num_filters=20, **quiet)
+    first = GreedyFilterPruning(model, "first").run(choose, num_filters=22, **quiet)
     weights = model.get_submodule("first")[0].weight  # type: ignore[index]
-    reduction = LayerFilterAblation(model, "filters").identify(
+    reduction = LayerFilterAblation(model, "second").identify(
         digits.test, metric="accuracy", **quiet
     )
-    strongest = reduction.reduction.sort(descending=True).indices[:3].tolist()
+    strongest = reduction.reduction.sort(descending=True).indices[:2].tolist()
     told = class_interpretation(reduction, num_classes=3)
     return {
         "removal_curves.png": plot_removal_curves(curves)[0],

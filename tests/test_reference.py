@@ -13,10 +13,11 @@ from captum_classfilters import (
     accuracy_curve,
     decompose,
     identify_class_filters,
+    prune_filters,
     refit_head,
 )
 from captum_classfilters.evaluate import model_essentiality
-from captum_classfilters.networks import find_head
+from captum_classfilters.networks import find_head, prunable_layers
 
 pytestmark = [
     pytest.mark.reference,
@@ -111,3 +112,28 @@ def test_high_gates_of_the_public_gated_network_are_its_class_filters():
     assert found[True].at_complement.mean() > 0.85
     assert found[False].at_set.mean() > 0.8
     assert found[False].at_complement.mean() < 0.2
+
+
+def test_pruned_first_convolutions_of_resnet20_equal_masking(model):
+    pytest.importorskip("torch_pruning")
+    images = cifar10.loader("test").dataset.tensors[0][:64]
+    listed = [layer.name for layer in prunable_layers(model, images[:2]).prunable]
+    assert listed == [f"layer{stage}.{block}.conv1" for stage in (1, 2, 3) for block in (0, 1, 2)]
+    pruned = prune_filters(model, {name: _even(model, name) for name in listed}, images[:2])
+    handles = [
+        model.get_submodule(name.replace("conv", "bn")).register_forward_hook(_odd_zeroed)
+        for name in listed
+    ]
+    with torch.no_grad():
+        masked, found = model(images), pruned(images)
+    for handle in handles:
+        handle.remove()
+    assert torch.allclose(found, masked, rtol=1e-5, atol=1e-5 * float(masked.abs().max()))
+
+
+def _even(model, name):
+    return torch.arange(model.get_submodule(name).out_channels) % 2 == 0
+
+
+def _odd_zeroed(_module, _inputs, output):
+    return output * (torch.arange(output.shape[1]) % 2 == 0).reshape(1, -1, 1, 1)

@@ -106,7 +106,7 @@ def plot_removal_curves(
     Returns:
         *tuple* of figure and axes.
     """
-    figure, axes = axes_of(plt_fig_axis, (6.8, 4.2))
+    figure, axes = axes_of(plt_fig_axis, (8.2, 4.2))
     full = 100 * curves.full_accuracy
     axes.axhline(full, color="black", linestyle="--", linewidth=0.8, label="all filters")
     index = 0
@@ -130,7 +130,7 @@ def plot_removal_curves(
     axes.set_xlabel(f"filters of {curves.layer} removed, % of {curves.num_filters}")
     axes.set_ylabel("accuracy, %")
     axes.set_title(title or f"accuracy on {curves.num_images:,} images", loc="left")
-    axes.legend(frameon=False, loc="lower left", fontsize=8)
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8)
     axes.grid(axis="y", color="0.9")
     quiet(axes)
     return figure, axes
