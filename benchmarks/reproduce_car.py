@@ -77,18 +77,17 @@ def trained_lenet() -> tuple[LeNet, Batches, Batches, Batches]:
     """
     torch.manual_seed(0)
     model = LeNet()
-    x, y = mnist("train")
+    x, y = _mixed(*mnist("train"))
     train = torch.utils.data.DataLoader(
         torch.utils.data.TensorDataset(x[:-1500], y[:-1500]), batch_size=64, shuffle=True
     )
     LayerwiseFineTuning(train, 0.01, num_steps=1600, weight_decay=5e-4)(model)
-    test_x, test_y = mnist("test")
-    some = torch.randperm(len(test_x), generator=torch.Generator().manual_seed(0))[:5000]
+    test_x, test_y = _mixed(*mnist("test"))
     return (
         model.eval(),
         in_batches(x[:-1500], y[:-1500], 64),
         in_batches(x[-1500:], y[-1500:]),
-        in_batches(test_x[some], test_y[some]),
+        in_batches(test_x[:5000], test_y[:5000]),
     )
 
 
@@ -128,7 +127,10 @@ def lenet() -> None:
         print("CAR, greedy, 30 steps of training after each removal")
         print(" " * 20 + "".join(f"{cell:>10.4f}" for cell in cells), flush=True)
         early = GreedyFilterPruning(model, layer).run(
-            _mixed(choose), num_filters=number // 2, error_probability=0.05, **QUIET
+            in_batches(*_joined(choose), 50),
+            num_filters=number // 2,
+            error_probability=0.05,
+            **QUIET,
         )
         alike = accuracy_after_removal(model, layer, early, report, **QUIET).at(0.5)
         print(
@@ -342,16 +344,19 @@ def _plain_loop(model: nn.Module, name: str, data: Batches, left: int) -> list[i
 
 
 def _shuffled(batches: Batches) -> torch.utils.data.DataLoader:
-    x, y = (torch.cat(part) for part in zip(*batches, strict=True))
-    dataset = torch.utils.data.TensorDataset(x, y)
+    dataset = torch.utils.data.TensorDataset(*_joined(batches))
     return torch.utils.data.DataLoader(dataset, batch_size=64, shuffle=True)
 
 
-def _mixed(batches: Batches, size: int = 50) -> Batches:
-    """The same images in random order and smaller batches, as sequential testing wants them."""
-    x, y = (torch.cat(part) for part in zip(*batches, strict=True))
+def _joined(batches: Batches) -> tuple[Tensor, Tensor]:
+    images, labels = zip(*batches, strict=True)
+    return torch.cat(images), torch.cat(labels)
+
+
+def _mixed(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Images in random order; the files have an order of their own."""
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
-    return in_batches(x[order], y[order], size)
+    return x[order], y[order]
 
 
 def main() -> None:
