@@ -44,6 +44,15 @@ class TestProjection:
         # Zeros would give NaN and negative columns would open fully.
         assert gate.weight.T.tolist() == [[1, 0, 0], [0, 1, 0]]
 
+    @pytest.mark.parametrize("projection", ["rescale", "euclidean"])
+    def test_uniform_shrinkage_is_undone_by_rescaling_alone(self, projection):
+        gate = gate_with([[1.0, 1.0, 1.0]], projection)
+        with torch.no_grad():
+            gate.weight.sub_(0.25)  # a step of the regulariser
+        gate.project()
+        expected = [1, 1, 1] if projection == "rescale" else [1, 0.75, 0.75]
+        assert gate.weight[:, 0].tolist() == expected
+
     def test_euclidean_is_the_nearest_point(self):
         torch.manual_seed(0)
         gate = gate_with((2 * torch.rand(30, 3) - 0.5).tolist(), "euclidean")

@@ -51,7 +51,9 @@ class ClassSpecificGate(nn.Module):
                     Default: 0.5
         projection (str): ``"rescale"`` divides each filter's gates by their largest and clips them,
                     as the authors do, with their corner cases mended; ``"euclidean"`` goes to the
-                    nearest point of V_G.
+                    nearest point of V_G. Rescaling undoes what shrinks all gates of a filter alike,
+                    as the regulariser does; that of a trained network, whose gated loss is small
+                    from the start, therefore closes with ``"euclidean"`` alone.
                     Default: "rescale"
 
     Raises:

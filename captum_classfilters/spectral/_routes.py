@@ -66,7 +66,12 @@ def _each(
         values.append(found[1])
         rights.append(found[2])
     rows = [one for one in rights if one is not None]
-    return torch.stack(lefts), torch.stack(values), torch.stack(rows) if rows else None
+    return _stacked(lefts), _stacked(values), _stacked(rows) if rows else None
+
+
+def _stacked(parts: list[Tensor]) -> Tensor:
+    """Stacked, without a copy where there is one part."""
+    return parts[0][None] if len(parts) == 1 else torch.stack(parts)
 
 
 def _direct(matrices: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -141,9 +146,9 @@ def _randomised(matrix: Tensor, rank: int | None) -> tuple[Tensor, Tensor, Tenso
 
 def _fixed_signs(left: Tensor, right: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """The entry of each left vector that is largest in size becomes positive."""
-    largest = left.gather(1, left.abs().argmax(1, keepdim=True))
-    signs = torch.where(largest < 0, -1.0, 1.0).to(left.dtype)
-    return left * signs, None if right is None else right * signs.mT
+    signs = torch.where(-left.amin(1, keepdim=True) > left.amax(1, keepdim=True), -1.0, 1.0)
+    signs = signs.to(left.dtype)
+    return left.mul_(signs), None if right is None else right.mul_(signs.mT)
 
 
 def singular_values(matrices: Tensor) -> Tensor:

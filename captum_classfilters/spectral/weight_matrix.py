@@ -83,8 +83,9 @@ def unfold(weight: Tensor, kind: str, groups: int, called: str) -> WeightMatrix:
     """The matrices of a weight that is known to be one of a convolution or a linear layer."""
     if weight.is_complex() or not weight.is_floating_point():
         raise ValueError(f"{called} has a weight of {weight.dtype}; expected real numbers.")
-    bad = ~torch.isfinite(weight)
-    if bool(bad.any()):
+    # NaN wins every comparison here; `isfinite` of a large weight would copy it several times.
+    if weight.numel() and not bool(torch.isfinite(torch.stack(weight.aminmax())).all()):
+        bad = ~torch.isfinite(weight)
         first = tuple(bad.nonzero()[0].tolist())
         raise ValueError(
             f"{called} has {int(bad.sum())} NaN or infinite entries in its weight, the first at "
