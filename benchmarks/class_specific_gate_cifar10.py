@@ -3,7 +3,6 @@
     python -m benchmarks.class_specific_gate_cifar10 --public      # about two minutes on one core
     python -m benchmarks.class_specific_gate_cifar10 --fine-tune   # about twenty minutes
     python -m benchmarks.class_specific_gate_cifar10 --overhead    # about a minute
-    python -m benchmarks.class_specific_gate_cifar10 --adversarial # about five minutes
 
 `--public` reads the gate of a ResNet-20 that others trained with it. `--fine-tune` starts from the public
 plain ResNet-20 and trains its last stage and head, once plainly and once with a gate, on training
@@ -16,7 +15,6 @@ import statistics
 import time
 
 import torch
-from captum.robust import FGSM, PGD
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -32,7 +30,6 @@ from captum_classfilters import (
     identify_class_filters,
 )
 from captum_classfilters.evaluate import (
-    adversarial_detection,
     essentiality,
     masking_test,
     mutual_information_bound,
@@ -224,50 +221,9 @@ def overhead(repetitions: int = 15) -> None:
         )
 
 
-# -- adversarial images --------------------------------------------------------------------------
-
-
-def adversarial() -> None:
-    """Detection from layer3's filters, on the public plain and gated networks."""
-    loss = nn.CrossEntropyLoss(reduction="none")
-    batches = cifar10.loader("test", 400, batch_size=100)
-    print(
-        "400 test images; epsilon in pixel values of 255.\n\n"
-        "| attack | network | accuracy before, after | detection error | +- | AUC |"
-    )
-    print("|---|---|---|---|---|---|")
-    scale = 255 * float(cifar10.STD.mean())
-    for epsilon in (2, 8):
-        for kind in ("FGSM", "PGD, 5 steps"):
-            for name, file in (("plain", None), ("gated", GATED)):
-                model = cifar10.pretrained(20, file)
-                radius = epsilon / scale
-
-                def attack(x: Tensor, y: Tensor, model=model, radius=radius, kind=kind) -> Tensor:
-                    if kind == "FGSM":
-                        return FGSM(model, loss_func=loss).perturb(x, epsilon=radius, target=y)
-                    pgd = PGD(model, loss_func=loss)
-                    return pgd.perturb(
-                        x,
-                        radius=radius,
-                        step_size=radius / 3,
-                        step_num=5,
-                        target=y,
-                        random_start=True,
-                    )
-
-                found = adversarial_detection(model, "layer3", batches, attack, **QUIET)
-                print(
-                    f"| {kind}, {epsilon} | {name} | {found.clean_accuracy:.3f}, "
-                    f"{found.attacked_accuracy:.3f} | {found.error:.3f} | "
-                    f"{found.standard_error:.3f} | {found.auc:.3f} |",
-                    flush=True,
-                )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    for name in ("public", "fine-tune", "overhead", "adversarial"):
+    for name in ("public", "fine-tune", "overhead"):
         parser.add_argument(f"--{name}", action="store_true")
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--seed", type=int, default=0)
@@ -282,8 +238,6 @@ def main() -> None:
         fine_tune(arguments.epochs, arguments.seed, arguments.train_images, arguments.test_images)
     if arguments.overhead:
         overhead()
-    if arguments.adversarial:
-        adversarial()
 
 
 if __name__ == "__main__":

@@ -52,8 +52,8 @@ class ClassSpecificGate(nn.Module):
         projection (str): ``"rescale"`` divides each filter's gates by their largest and clips them,
                     as the authors do, with their corner cases mended; ``"euclidean"`` goes to the
                     nearest point of V_G. Rescaling undoes what shrinks all gates of a filter alike,
-                    as the regulariser does; that of a trained network, whose gated loss is small
-                    from the start, therefore closes with ``"euclidean"`` alone.
+                    as the regulariser does, so that the gate of a trained network, whose gated loss
+                    is small from the start, hardly closes.
                     Default: "rescale"
 
     Raises:
