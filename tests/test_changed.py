@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from captum_classfilters import GreedyFilterPruning, LayerFilterAblation
 from captum_classfilters._internal import changed
 from captum_classfilters._internal.changed import ChangedFilters, UnchangedSteps
 from captum_classfilters._internal.repeated import CannotReplayError
@@ -130,6 +131,33 @@ def test_unchanged_part_is_computed_once(case, rule, monkeypatch):
     replay.outputs(torch.eye(4).bool(), 2)
     assert followed == [True, True] or followed == [True] * 4  # two replays
     assert not written_out
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_unchanged_part_is_computed_once_for_all_replays(rows, monkeypatch):
+    """A replay of a single row must not take its filter for one that is gone from all rows."""
+    model = CASES["convolution"]().eval()
+    computed = []
+    original = UnchangedSteps.next
+
+    def counted(self, name, compute):
+        return original(self, name, lambda: computed.append(name) or compute())
+
+    monkeypatch.setattr(UnchangedSteps, "next", counted)
+    ablation = LayerFilterAblation(model, model.conv)
+    ablation.attribute(images(), target=0, perturbations_per_eval=rows)
+    assert computed.count("layer") == 1
+    loader = [(images(), torch.zeros(len(images()), dtype=torch.long))]
+    computed.clear()
+    ablation.identify(
+        loader, metric="accuracy", perturbations_per_eval=rows, num_classes=3, show_progress=False
+    )
+    assert computed.count("layer") == 1
+    computed.clear()
+    GreedyFilterPruning(model, "conv").run(
+        loader, num_filters=2, perturbations_per_eval=rows, show_progress=False
+    )
+    assert computed.count("layer") == 1 + 2
 
 
 def test_steps_are_recorded_once():

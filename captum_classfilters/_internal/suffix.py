@@ -124,6 +124,10 @@ class SuffixReplay:
             return "closed form"
         return "replay" if self._cut else "whole model"
 
+    def each_filter(self) -> Tensor:
+        """Every filter removed by itself: the identity (K, K), bool."""
+        return torch.eye(self.num_filters, dtype=torch.bool)
+
     def rows_per_replay(self, perturbations_per_eval: int | None = None) -> int:
         """How many replacements to run at once: as told, or as many as the memory budget holds."""
         if perturbations_per_eval is not None:
@@ -146,14 +150,27 @@ class SuffixReplay:
         Returns:
             *Tensor* of shape (P, N, ...): the output for each row.
         """
-        at_once = self.rows_per_replay(perturbations_per_eval)
-        with torch.no_grad():
-            if self._feed is not None:
-                return torch.cat([self._from_weights(rows) for rows in removed.split(at_once)])
-            if self._cut:
-                common = removed.all(0)
-                return torch.cat([self._replay(rows, common) for rows in removed.split(at_once)])
-            return torch.stack([self._whole(row) for row in removed])
+        return torch.cat([one for _, one in self.in_parts(removed, perturbations_per_eval)])
+
+    def in_parts(
+        self, removed: Tensor, perturbations_per_eval: int | None = None
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """The same, one replay at a time: which rows they are, and their outputs.
+
+        To be preferred to calling :meth:`outputs` for some rows at a time: what all rows have in
+        common is then computed once.
+        """
+        common = removed.all(0)
+        size = 1 if self.way == "whole model" else self.rows_per_replay(perturbations_per_eval)
+        for start in range(0, len(removed), size):
+            rows = slice(start, start + size)
+            with torch.no_grad():
+                yield rows, self._outputs(removed[rows], common)
+
+    def _outputs(self, removed: Tensor, common: Tensor) -> Tensor:
+        if self._feed is not None:
+            return self._from_weights(removed)
+        return self._replay(removed, common) if self._cut else self._whole(removed[0])[None]
 
     def drops_of_single_filters(self, classes: Tensor) -> Tensor | None:
         """Drop of each image's output for its class (N,) without each filter, (N, K), from the

@@ -263,20 +263,18 @@ class LayerFilterAblation(LayerFilterAttribution, PerturbationAttribution):
             drops = replay.drops_of_single_filters(classes)
             assert drops is not None
             return drops
-        removed = torch.eye(replay.num_filters, dtype=torch.bool)
         parts: list[Tensor] = []
         with tqdm(
             total=replay.num_filters,
             desc=f"{self.get_name()} attribution",
             disable=not show_progress,
         ) as bar:
-            for rows in removed.split(replay.rows_per_replay(at_once)):
-                outputs = replay.outputs(rows, at_once)
+            for _, outputs in replay.in_parts(replay.each_filter(), at_once):
                 parts.extend(
                     full - _of_targets(score(output), target, replay.num_images)
                     for output in outputs
                 )
-                bar.update(len(rows))
+                bar.update(len(outputs))
         return torch.stack(parts, 1)
 
 

@@ -1,6 +1,6 @@
 """Attributions of either space brought into one form: a score for each pixel or for each filter."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,20 +37,20 @@ class PixelRemoval:
         self.num_images, self.num_filters = len(inputs), inputs[0, 0].numel()
         self.output = model(inputs)
 
-    def rows_per_replay(self, _given: int | None = None) -> int:
-        """Replacements run at once."""
-        return max(1, self.batch_size // self.num_images)
-
-    def outputs(self, removed: Tensor, _given: int | None = None) -> Tensor:
+    def outputs(self, removed: Tensor) -> Tensor:
         """Outputs (P, N, C) without sets of pixels (P, K) or (P, N, K)."""
+        return torch.cat([outputs for _, outputs in self.in_parts(removed)])
+
+    def in_parts(self, removed: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """The same, one forward pass at a time: which sets they are, and their outputs."""
         masks = (removed if removed.dim() == 3 else removed[:, None]).to(self.inputs.device)
-        results = []
-        for rows in masks.split(self.rows_per_replay()):
+        size = max(1, self.batch_size // self.num_images)
+        for start in range(0, len(masks), size):
+            rows = masks[start : start + size]
             shape = (len(rows), rows.shape[1], 1, *self.inputs.shape[2:])
             images = torch.where(rows.reshape(shape), self.baseline, self.inputs)
             output = self.model(images.flatten(0, 1))
-            results.append(output.unflatten(0, (len(rows), self.num_images)))
-        return torch.cat(results)
+            yield slice(start, start + size), output.unflatten(0, (len(rows), self.num_images))
 
 
 @dataclass

@@ -192,8 +192,8 @@ def _lost(replay: Any, removed: Tensor, score: Callable[[Tensor], Tensor], targe
     full = _of_targets(score(replay.output), target, replay.num_images)
     parts = [
         full - _of_targets(score(output), target, replay.num_images)
-        for rows in removed.split(replay.rows_per_replay())
-        for output in replay.outputs(rows)
+        for _, outputs in replay.in_parts(removed)
+        for output in outputs
     ]
     return torch.stack(parts).cpu().double()
 

@@ -270,9 +270,8 @@ def metric_reduction(
     batches = _replays(method, dataloader, attribute_to_layer_input, device, show_progress)
     with model_left_as_found(module_of(method.forward_func), evaluation=True):
         for _number, replay, raw_labels in batches:
-            each = torch.eye(replay.num_filters, dtype=torch.bool)
             full.append(replay.output)
-            without.append(replay.outputs(each, perturbations_per_eval))
+            without.append(replay.outputs(replay.each_filter(), perturbations_per_eval))
             labels.append(torch.as_tensor(raw_labels).to(replay.output.device))
     if not full:
         raise ValueError("The data loader is empty: there is nothing to measure the metric on.")
@@ -316,10 +315,7 @@ class _Sums(Metric):
         place = labels.cpu()
         self.counts += torch.bincount(place, minlength=len(self.counts))
         self.correct.index_add_(0, place, right.long().cpu())
-        filters = torch.arange(replay.num_filters)
-        for some in filters.split(replay.rows_per_replay(at_once)):
-            removed = some[:, None] == filters
-            outputs = replay.outputs(removed, at_once)
+        for some, outputs in replay.in_parts(replay.each_filter(), at_once):
             still, log_without = _right_and_log_probability(outputs, labels)
             parts = {
                 "lost": (right & ~still).long(),
@@ -329,7 +325,7 @@ class _Sums(Metric):
             }
             for name, values in parts.items():
                 getattr(self, name)[:, some] += torch.zeros(
-                    len(self.counts), len(some), dtype=values.dtype
+                    len(self.counts), len(outputs), dtype=values.dtype
                 ).index_add_(0, place, values.T.cpu())
 
     def compute(self) -> dict[str, Tensor]:

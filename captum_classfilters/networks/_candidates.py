@@ -62,8 +62,8 @@ class Candidates:
         number = len(labels)
         rows = self.active.nonzero()[:, 0]
         right = torch.zeros(len(self.removed), number, dtype=torch.bool)
-        for some in rows.split(replay.rows_per_replay(at_once)):
-            outputs = replay.outputs(self.removed[some], at_once)
+        for part, outputs in replay.in_parts(self.removed[rows], at_once):
+            some = rows[part]
             right[some] = (outputs.argmax(2) == labels).cpu()
             index = labels.expand(outputs.shape[:2])[..., None]
             log_probability = outputs.double().log_softmax(2).gather(2, index)

@@ -214,10 +214,8 @@ class _Sets:
             )
         classes = replay.output.shape[1]
         truth = class_labels(labels, replay.num_images, classes, number).to(replay.output.device)
-        size = replay.rows_per_replay(at_once)
-        for start in range(0, len(self.removed), size):
-            outputs = replay.outputs(self.removed[start : start + size], size)
-            self.right[start : start + size] += (outputs.argmax(2) == truth).sum(1).cpu()
+        for rows, outputs in replay.in_parts(self.removed, at_once):
+            self.right[rows] += (outputs.argmax(2) == truth).sum(1).cpu()
         self.num_images += replay.num_images
 
     def accuracy(self) -> dict[str, Tensor]:
