@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -218,11 +219,11 @@ class SuffixReplay:
             output = self.forward_func(*self.arguments)
         check_runs(self.name, len(runs))
         self.output = _tensor_output(output).clone()
-        self._bytes_of_weights = self._suffix_weights()
         if head.is_output(output):
             self._features, self._weight = head.features, head.weight
 
-    def _suffix_weights(self) -> int:
+    @cached_property
+    def _bytes_of_weights(self) -> int:
         """Bytes of the parameters that a replay reads."""
         if self.model is None:
             return 0
@@ -262,7 +263,10 @@ class SuffixReplay:
         """Modules around the layer and beside it; what they call inside needs no record."""
         if self.model is None:
             return []
-        around = [one for one in self.model.modules() if self.layer in one.modules()]
+        everything = dict(self.model.named_modules(remove_duplicate=False))
+        places = [name.split(".") for name, one in everything.items() if one is self.layer]
+        above = {".".join(place[:end]) for place in places for end in range(len(place) + 1)}
+        around = [everything[name] for name in above]
         watched = {id(one): one for one in around}
         beside = [child for one in around if one is not self.layer for child in one.children()]
         while beside:
