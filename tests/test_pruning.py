@@ -150,9 +150,14 @@ def test_bad_input(trained):
     ]:
         with pytest.raises(ValueError, match=message):
             pruning.run(data, show_progress=False, **bounds)
-    with pytest.raises(ValueError, match="loader is empty"):
+    with pytest.raises(ValueError, match="dataloader is empty"):
         pruning.run([], num_filters=2, show_progress=False)
+    with pytest.raises(ValueError, match="report_dataloader is empty"):
+        pruning.run(data, [], num_filters=2, show_progress=False)
     x, y = joined(data)
+    broken = [(x[:4], y[:4]), (torch.full_like(x[:4], torch.nan), y[:4])]
+    with pytest.raises(ValueError, match="NaN or Inf for image 0 of batch 1"):
+        pruning.run(broken, num_filters=2, show_progress=False)
     with pytest.raises(ValueError, match="different classes"):
         pruning.run(data, [(x[y < 1], y[y < 1])], num_filters=2, show_progress=False)
     with pytest.raises(ValueError, match="number=0"):

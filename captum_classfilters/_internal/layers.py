@@ -34,8 +34,11 @@ def find_layer(model: nn.Module | None, name: str) -> nn.Module:
     names = dict(model.named_modules())
     if name in names and name:
         return names[name]
-    near = difflib.get_close_matches(name, [key for key in names if key], n=3, cutoff=0.3)
-    hint = f"Did you mean {', '.join(map(repr, near))}?" if near else "The model has no submodules."
+    known = [key for key in names if key]
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.3)
+    some = ", ".join(map(repr, near or known[:8]))
+    more = " and others" if not near and len(known) > 8 else ""
+    hint = f"Did you mean {some}?" if near else f"It has {some or 'no submodules'}{more}."
     raise ValueError(f"The model {type(model).__name__} has no layer {name!r}. {hint}")
 
 

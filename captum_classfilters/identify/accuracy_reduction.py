@@ -17,7 +17,7 @@ from captum_classfilters._internal.suffix import SuffixReplay
 from captum_classfilters.attr import LayerFilterAblation
 from captum_classfilters.class_filters import ClassFilters
 from captum_classfilters.identify._batches import dataset_names, split_batch
-from captum_classfilters.identify.statistics import class_labels
+from captum_classfilters.identify.statistics import labels_of_scores
 
 
 @dataclass(frozen=True)
@@ -213,15 +213,10 @@ def accuracy_reduction(
     batches = _replays(method, dataloader, attribute_to_layer_input, device, show_progress)
     with model_left_as_found(module_of(method.forward_func), evaluation=True):
         for number, replay, raw_labels in batches:
-            if replay.output.dim() != 2:
-                raise ValueError(
-                    f"The model puts out {tuple(replay.output.shape)}; accuracy needs (N, C)."
-                )
-            classes = num_classes or replay.output.shape[1]
-            labels = class_labels(raw_labels, replay.num_images, classes, number)
+            labels = labels_of_scores(replay.output, raw_labels, number, num_classes)
             if sums is None:
-                sums = _Sums(classes, replay.num_filters)
-            sums.update(replay, labels.to(replay.output.device), perturbations_per_eval)
+                sums = _Sums(num_classes or replay.output.shape[1], replay.num_filters)
+            sums.update(replay, labels, perturbations_per_eval)
     # A process may have no image; it still takes part in the sum.
     sizes = [one for one in gather(None if sums is None else tuple(sums.lost.shape)) if one]
     if not sizes:

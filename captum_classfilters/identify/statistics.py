@@ -83,6 +83,23 @@ class ClassFilterSums(Metric):
         }
 
 
+def labels_of_scores(
+    scores: Tensor, labels: Any, batch: int, num_classes: int | None = None
+) -> Tensor:
+    """The labels of a batch of class scores (N, C), both checked, where the scores are."""
+    if scores.dim() != 2:
+        raise ValueError(f"The model puts out {tuple(scores.shape)}; accuracy needs (N, C).")
+    finite = scores.isfinite().all(1)
+    if not bool(finite.all()):
+        raise ValueError(
+            f"The model puts out NaN or Inf for image {int((~finite).nonzero()[0, 0])} of batch "
+            f"{batch}; accuracy would take it for some class."
+        )
+    return class_labels(labels, len(scores), num_classes or scores.shape[1], batch).to(
+        scores.device
+    )
+
+
 def class_labels(labels: Any, num_images: int, num_classes: int, batch: int) -> Tensor:
     """Labels as int64 (N,), checked; the error says what was found and in which batch."""
     tensor = torch.as_tensor(labels)

@@ -15,7 +15,7 @@ from captum_classfilters._internal.guard import model_left_as_found
 from captum_classfilters._internal.layers import find_layer, layer_name, module_of
 from captum_classfilters._internal.provenance import fingerprint
 from captum_classfilters._internal.suffix import SuffixReplay
-from captum_classfilters.identify.statistics import class_labels
+from captum_classfilters.identify.statistics import labels_of_scores
 from captum_classfilters.networks._candidates import Candidates, accuracy_without
 from captum_classfilters.networks.masked_filters import masked_filters
 from captum_classfilters.networks.pruning_order import PruningOrder
@@ -180,7 +180,7 @@ class GreedyFilterPruning:
             layers,
             self.channel_dim,
             _batches(dataloader, "dataloader"),
-            [] if report is None else _batches(report, "report"),
+            [] if report is None else _batches(report, "report_dataloader"),
             fingerprint(self.model),
         )
         network.check_classes()
@@ -239,12 +239,7 @@ class _Network:
         layer = self.layers[name]
         for number, (inputs, labels) in enumerate(batches):
             replay = SuffixReplay(self.forward_func, layer, inputs, channel_dim=self.channel_dim)
-            if replay.output.dim() != 2:
-                raise ValueError(
-                    f"The model puts out {tuple(replay.output.shape)}; accuracy needs (N, C)."
-                )
-            truth = class_labels(labels, replay.num_images, replay.output.shape[1], number)
-            yield replay, truth.to(replay.output.device)
+            yield replay, labels_of_scores(replay.output, labels, number)
 
     def check_classes(self) -> None:
         """The images to report on must hold the classes of those that choose."""
@@ -396,7 +391,7 @@ def _batches(dataloader: Iterable[Any], name: str) -> Batches:
         if len(images[0]):
             batches.append((images, labels))
     if not batches:
-        raise ValueError(f"The {name} loader is empty.")
+        raise ValueError(f"{name} is empty: the data loader gave no image.")
     return batches
 
 

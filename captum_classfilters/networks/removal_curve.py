@@ -12,7 +12,7 @@ from captum_classfilters._internal.guard import model_left_as_found
 from captum_classfilters._internal.layers import find_layer, layer_name, module_of
 from captum_classfilters._internal.suffix import SuffixReplay
 from captum_classfilters.identify._batches import split_batch
-from captum_classfilters.identify.statistics import class_labels
+from captum_classfilters.identify.statistics import labels_of_scores
 from captum_classfilters.networks.pruning_order import PruningOrder
 
 Order = Tensor | Sequence[Any] | PruningOrder
@@ -208,12 +208,7 @@ class _Sets:
 
     def add(self, replay: SuffixReplay, labels: Any, number: int, at_once: int | None) -> None:
         """Add a batch."""
-        if replay.output.dim() != 2:
-            raise ValueError(
-                f"The model puts out {tuple(replay.output.shape)}; accuracy needs (N, C)."
-            )
-        classes = replay.output.shape[1]
-        truth = class_labels(labels, replay.num_images, classes, number).to(replay.output.device)
+        truth = labels_of_scores(replay.output, labels, number)
         for rows, outputs in replay.in_parts(self.removed, at_once):
             self.right[rows] += (outputs.argmax(2) == truth).sum(1).cpu()
         self.num_images += replay.num_images

@@ -15,7 +15,7 @@ from captum_classfilters._internal.head import is_linear
 from captum_classfilters._internal.layers import find_layer
 from captum_classfilters.class_filters import ClassFilters
 from captum_classfilters.identify._batches import split_batch
-from captum_classfilters.identify.statistics import class_labels
+from captum_classfilters.identify.statistics import labels_of_scores
 from captum_classfilters.networks.decompose import find_head, replace_head
 from captum_classfilters.networks.prune_filters import prune_filters
 
@@ -260,7 +260,7 @@ def _accuracy(
         for number, batch in enumerate(bar):
             inputs, labels = split_batch(batch, number, device)
             logits = model(*inputs).cpu()
-            truth = class_labels(labels, len(logits), logits.shape[1], number).cpu()
+            truth = labels_of_scores(logits, labels, number).cpu()
             mine = torch.isin(truth, classes)
             if not mine.any():
                 continue
