@@ -14,9 +14,10 @@ def test_there_are_tutorials():
     assert {path.stem for path in TUTORIALS} >= {
         "01_class_filters_in_five_minutes",
         "02_compare_with_integrated_gradients",
+        "03_decompose_the_head",
         "04_prune_with_car",
-        "06_spectral_view",
         "05_train_class_specific_filters",
+        "06_spectral_view",
     }
 
 
