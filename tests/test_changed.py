@@ -58,7 +58,7 @@ def norm(number: int = 4) -> nn.BatchNorm2d:
 CASES = {
     "convolution": lambda: After(nn.Conv2d(4, 5, 3, padding=1), nn.Sigmoid()),
     "stride and dilation": lambda: After(nn.Conv2d(4, 5, 3, 2, 2, 2), nn.Sigmoid()),
-    "one by one, stride": lambda: After(nn.Conv2d(4, 5, 1, 2, bias=False), nn.Sigmoid()),
+    "one by one, stride": lambda: After(nn.Conv2d(4, 5, 1, (1, 2), bias=False), nn.Sigmoid()),
     "one by one, padded": lambda: After(nn.Conv2d(4, 5, 1, padding=1), nn.Sigmoid()),
     "rectangular": lambda: After(nn.Conv2d(4, 5, (1, 3), padding=(0, 1)), nn.Sigmoid()),
     "normalised": lambda: After(norm(), nn.ReLU(inplace=True), nn.Conv2d(4, 5, 3), nn.Tanh()),
@@ -168,6 +168,58 @@ def test_steps_are_recorded_once():
     assert len(runs) == 2
     with pytest.raises(CannotReplayError, match="b where a ran before"):
         steps.restart().next("b", lambda: None)
+
+
+def changed_batch(which=(0, 2), positions=(6, 6)):
+    """Two copies of three images of four filters, each with another value in one filter."""
+    generator = torch.Generator().manual_seed(5)
+    base = torch.randn(3, 4, *positions, generator=generator)
+    values = torch.randn(len(which), 3, *positions, generator=generator)
+    return ChangedFilters(base, torch.tensor(which), values, UnchangedSteps())
+
+
+OPERATIONS = {
+    "catenated with itself": lambda x: torch.cat([x, x], 1),
+    "catenated with its activation": lambda x: torch.cat([x, x.relu()], 1),
+    "catenated along the batch": lambda x: torch.cat([x, x], 0),
+    "statistics of the batch": lambda x: F.batch_norm(x, None, None, training=True),
+    "statistics of the batch, kept": lambda x: F.batch_norm(
+        x, torch.zeros(4), torch.ones(4), training=True
+    ),
+    "sum with itself": lambda x: x + x.sigmoid(),
+    "product with another shape": lambda x: x * x.amax((2, 3), keepdim=True),
+    "pooled over filters": lambda x: F.max_pool3d(x[:, None], (2, 2, 2)),
+    "mean over filters": lambda x: x.mean(1),
+    "mean over positions": lambda x: x.mean((2, 3)) ** 2,
+    "mean over everything": lambda x: x.mean((1, 2, 3)),
+    "flattened otherwise": lambda x: x.reshape(len(x), 8, -1),
+    "flattened and added": lambda x: x.flatten(1) + x.relu().flatten(1),
+    "turned": lambda x: F.conv_transpose2d(x, torch.ones(4, 2, 3, 3)),
+    "rolled": lambda x: x.roll(1, 1),
+}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_any_operation_is_that_on_all_rows(name):
+    """Also without the check of a replay, which would find a wrong rule for some filters only."""
+    with torch.no_grad():
+        got = OPERATIONS[name](changed_batch())
+        got = got.all_rows() if isinstance(got, ChangedFilters) else got
+        torch.testing.assert_close(got, OPERATIONS[name](changed_batch().all_rows()))
+
+
+def test_batches_that_differ_in_other_filters_are_added_row_by_row():
+    one, other = changed_batch((0, 2)), changed_batch((1, 3))
+    with torch.no_grad():
+        torch.testing.assert_close(one + other, one.all_rows() + other.all_rows())
+
+
+def test_what_cannot_be_written_in_place_is_refused():
+    with torch.no_grad():
+        with pytest.raises(CannotReplayError, match="in-place operation on a view"):
+            changed_batch().flatten(1).relu_()
+        with pytest.raises(CannotReplayError, match="writes into a shared tensor"):
+            changed_batch().add_(torch.ones(6, 4, 6, 6))
 
 
 @settings(max_examples=60, deadline=None)

@@ -201,6 +201,36 @@ def plain_loop_over_layers(model, names, x, y, steps):
     return removed, masks
 
 
+def test_no_layer_loses_its_last_filter(trained):
+    """Though it may be the cheapest of all."""
+    model, data = trained
+    model = copy.deepcopy(model)
+    model.stage1[0].weight.data.zero_()
+    model.stage1[0].bias.data.zero_()
+    order = GreedyFilterPruning(model, ["stage1", "stage2"]).run(
+        data, num_filters=2, schedule="all_layers", show_progress=False
+    )
+    assert [int(order.kept(layer=layer).sum()) for layer in ("stage1", "stage2")] == [1, 1]
+
+
+def test_training_that_breaks_the_bound_is_undone(trained):
+    """The next layer is pruned on the network as it was before."""
+    model, data = trained
+    runs = []
+
+    def ruin_once(network):
+        runs.append(1)
+        if len(runs) == 1:
+            network.head.weight.data.zero_()
+
+    order = GreedyFilterPruning(model, ["stage1", "stage2"]).run(
+        data, num_filters=3, min_accuracy=0.5, fine_tune=ruin_once, show_progress=False
+    )
+    assert order.removed
+    assert {layer for layer, _ in order.removed} == {"stage2"}
+    assert bool(order.weights["head.weight"].any())
+
+
 def test_all_layers_compete(trained):
     model, data = trained
     names = ["stage1", "stage2"]
