@@ -208,6 +208,13 @@ def test_any_operation_is_that_on_all_rows(name):
         torch.testing.assert_close(got, OPERATIONS[name](changed_batch().all_rows()))
 
 
+def test_pooling_of_filters_with_one_axis_of_positions():
+    """To pooling over two axes such a batch is one image, whose filters it would pool."""
+    with torch.no_grad():
+        got = F.avg_pool2d(changed_batch(positions=(6,)), 2)
+        torch.testing.assert_close(got, F.avg_pool2d(changed_batch(positions=(6,)).all_rows(), 2))
+
+
 def test_batches_that_differ_in_other_filters_are_added_row_by_row():
     one, other = changed_batch((0, 2)), changed_batch((1, 3))
     with torch.no_grad():
@@ -218,8 +225,10 @@ def test_what_cannot_be_written_in_place_is_refused():
     with torch.no_grad():
         with pytest.raises(CannotReplayError, match="in-place operation on a view"):
             changed_batch().flatten(1).relu_()
+        rows = torch.ones(6, 4, 6, 6)
         with pytest.raises(CannotReplayError, match="writes into a shared tensor"):
-            changed_batch().add_(torch.ones(6, 4, 6, 6))
+            changed_batch().add_(rows)
+        assert bool((rows == 1).all())
 
 
 @settings(max_examples=60, deadline=None)

@@ -255,3 +255,37 @@ def test_layers_that_have_no_single_output(make, name, message):
         SuffixReplay(model, model.get_submodule(name), (images(),))
     assert hooks_of(model) == 0
     assert all("forward" not in vars(module) for module in model.modules())
+
+
+class Empty(nn.Module):
+    """Linear in the layer's means, but for images in which no filter is left."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.head = nn.Conv2d(2, 4, 3), nn.Linear(4, 3)
+
+    def forward(self, x):
+        means = self.conv(x).relu().mean((2, 3))
+        return self.head(means + (means.sum(1, keepdim=True) == 0))
+
+
+def test_the_closed_form_must_hold_without_any_filter_too():
+    model = Empty().eval()
+    replay = SuffixReplay(model, model.conv, (images(),), replacement=None)
+    removed = torch.tensor([[True] * 4, [True, False, False, False]])
+    expected = by_hand(model, model.conv, (images(),), removed)
+    torch.testing.assert_close(replay.outputs(removed), expected)
+    assert replay.way == "replay"
+
+
+def test_more_rows_at_once_where_many_weights_are_read_for_them():
+    def rows(width):
+        model = nn.Sequential(
+            nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, width), nn.ReLU(),
+            nn.Linear(width, 3),
+        ).eval()  # fmt: skip
+        x = torch.rand(200, 2, 8, 8)
+        return SuffixReplay(model, model[0], (x,)).rows_per_replay()
+
+    assert 1 <= rows(8) < rows(20_000)
