@@ -1,5 +1,6 @@
-"""What the pictures share: figures without pyplot's global state, and the colours."""
+"""What the pictures share: figures that leave pyplot's global state alone, and the colours."""
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -11,21 +12,22 @@ GREY = "#6b6b6b"
 
 
 def new_figure(size: tuple[float, float]) -> "Figure":
-    """A figure of its own, not one of pyplot's; it shows itself in a notebook all the same."""
+    """A figure of its own; in IPython one of pyplot's, which a notebook shows below the cell."""
+    if _in_ipython():
+        import matplotlib.pyplot as plt
+
+        return plt.figure(figsize=size, layout="constrained")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    class NotebookFigure(Figure):
-        def _repr_png_(self) -> bytes:
-            import io
-
-            buffer = io.BytesIO()
-            self.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
-            return buffer.getvalue()
-
-    figure = NotebookFigure(figsize=size, layout="constrained")
+    figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
+
+
+def _in_ipython() -> bool:
+    ipython = sys.modules.get("IPython")
+    return ipython is not None and ipython.get_ipython() is not None
 
 
 def axes_of(given: tuple[Any, Any] | None, size: tuple[float, float]) -> tuple[Any, Any]:
