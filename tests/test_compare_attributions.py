@@ -157,6 +157,29 @@ def test_filter_infidelity_is_the_metrics():
     assert torch.allclose(table.values["one"]["infidelity"], expected.infidelity["scores"])
 
 
+def test_random_scores_are_no_methods():
+    """Also beside methods of one sign, whose shuffled scores would be nearly constant."""
+    model = deep()
+    constant = torch.ones_like
+    found = compare(model, {"one": lambda x, target: constant(x)}, n_perturb_samples=300)
+    values, random = found.pixels.values["one"], found.pixels.values["random"]
+    # Normal scores of variance 4 (two channels of one each) predict 36 * 0.2 of them to be lost.
+    surplus = random["infidelity"] - random_loss(model, 300).square().mean(0)
+    assert float(surplus.mean()) == pytest.approx(36 * 0.2 * 4, rel=0.15)
+    assert (random["scale_invariant_infidelity"] > 0).all()
+    assert not torch.allclose(values["infidelity"], random["infidelity"], rtol=0.1)
+
+
+def random_loss(model, samples):
+    """What the sets of pixels that the comparison draws cost, (P, N)."""
+    x = images()
+    removed = torch.rand(samples, 8, 36, generator=torch.Generator().manual_seed(0)) < 0.2
+    with torch.no_grad():
+        full = model(x)[torch.arange(8), TARGETS]
+        kept = [model(x * ~one.reshape(8, 1, 6, 6))[torch.arange(8), TARGETS] for one in removed]
+    return full - torch.stack(kept)
+
+
 def test_batches_only_change_the_draws():
     """What has no draw in it does not depend on the batches."""
     model = deep()

@@ -434,8 +434,20 @@ def test_damage_of_controls_of_the_same_size():
     own, others = damage.control("weight magnitude")
     clean = evaluate_classifier(model, batches(), show_progress=False).recall
     assert torch.allclose(own, without.recall - clean)
-    assert set(damage.control_recall) == {"random", "weight magnitude"}
     assert others.shape == (3,)
+    for class_ in range(3):
+        lowest = torch.zeros(6, dtype=torch.bool)
+        lowest[table.scores[class_].argsort()[:3]] = True
+        without = evaluate_classifier(Without(model, "1", lowest), batches(), show_progress=False)
+        found = damage.control_recall["class filters, reversed"][class_]
+        assert torch.allclose(found, without.recall)
+    assert set(damage.control_recall) == {
+        "class filters, reversed",
+        "random",
+        "weight magnitude",
+    }
+    with pytest.raises(ValueError, match="No control 'magnitude'; there are class filters, rev"):
+        damage.control("magnitude")
 
 
 def test_largest_confusions_name_the_classes():

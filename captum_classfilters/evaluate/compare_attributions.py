@@ -29,7 +29,7 @@ from captum_classfilters.evaluate._removals import (
 )
 from captum_classfilters.evaluate._resources import peak_memory, seconds
 from captum_classfilters.evaluate.filter_curves import both_ways
-from captum_classfilters.evaluate.filter_infidelity import _infidelity, _lost, _shuffled
+from captum_classfilters.evaluate.filter_infidelity import _infidelity, _lost
 from captum_classfilters.evaluate.filter_sensitivity import explanation_for_sensitivity
 from captum_classfilters.evaluate.localization import localization
 
@@ -227,9 +227,10 @@ def compare_attributions(
     In both spaces the metrics are the same: infidelity of removing random sets of features, plain and
     scale-invariant; max-sensitivity to noise on the image; areas under deletion and insertion, in
     both directions; with boxes, the pointing game and overlap. All methods of a space share one set
-    of perturbed forward passes, and scores in random order (for filters also the norm of their
-    weights) stand in the table as controls. Time is that of the attribution alone, memory what its
-    tensors hold at most.
+    of perturbed forward passes, and random scores (for filters also the norm of their weights) stand
+    in the table as controls: normal, independent of every method, in each image as large as the
+    first method's (root mean square), which matters to plain infidelity alone. Time is that of the
+    attribution alone, memory what its tensors hold at most.
 
     Args:
 
@@ -345,6 +346,12 @@ def _numpy_state_left_as_found() -> Iterator[None]:
         yield
     finally:
         numpy.random.set_state(state)
+
+
+def _random_scores(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Normal scores of both signs, with the root mean square of each image's scores."""
+    drawn = torch.randn(like.shape, generator=generator, dtype=like.dtype)
+    return drawn * like.square().mean(1, keepdim=True).sqrt()
 
 
 def _seed(seed: int) -> None:
@@ -479,13 +486,13 @@ class _Space:
         """Infidelity and curves of all methods and controls from the same perturbed images."""
         settings, replay = self.settings, self._replay(inputs)
         shape = (replay.num_images, replay.num_filters)
-        seed = settings.seed + self.batches
-        drawn = torch.Generator().manual_seed(seed)
+        drawn = torch.Generator().manual_seed(settings.seed + self.batches)
         probability = settings.drop_probability[PIXELS if self.layer is None else "filters"]
         removed = torch.rand(settings.n_perturb_samples, *shape, generator=drawn) < probability
+        random_order = torch.rand(shape, generator=drawn).argsort(1)
         lost = _lost(replay, removed, _SCORES["logit"], target)
         costs = named_scores(cost, shape)
-        costs[RANDOM] = _shuffled(next(iter(costs.values())), seed)
+        costs[RANDOM] = _random_scores(next(iter(costs.values())), drawn)
         for name, one in costs.items():
             plain, scaled = _infidelity(one, removed, lost)
             self._note(name, "infidelity", plain)
@@ -494,7 +501,7 @@ class _Space:
         if self.layer is not None:
             norms = weight_magnitudes(self.model, self.layer, shape[1])
             orders[MAGNITUDE] = order_of(norms).expand(shape)
-        orders[RANDOM] = torch.rand(shape, generator=drawn).argsort(1)
+        orders[RANDOM] = random_order
 
         def value(outputs: Tensor) -> Tensor:
             own = [_of_targets(_SCORES["probability"](each), target, shape[0]) for each in outputs]
