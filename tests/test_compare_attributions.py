@@ -313,6 +313,16 @@ def test_picture():
             "has no single layer",
         ),
         (lambda m: {"one": LayerSingularDirection(m, "stage1.0")}, {}, "'one' scores directions"),
+        (lambda m: [Saliency(m)], {}, "methods is a list; expected attributions by name"),
+        (lambda m: {"one": Saliency}, {}, r"'one' is a class; pass Saliency\(model\)"),
+        (lambda m: {"one": Saliency(deep())}, {}, "'one' explains another model"),
+        (
+            lambda m: {"one": IntegratedGradients(FilterGate(deep(), "stage1"))},
+            {},
+            "'one' explains another model",
+        ),
+        (lambda m: {"one": Saliency(m)}, {"drop_probability": {"pixel": 0.2}}, "'pixel': 0.2"),
+        (lambda m: {"one": Saliency(m)}, {"drop_probability": {"pixels": 1.0}}, "between 0 and 1"),
     ],
 )
 def test_bad_input_says_what_would_be_right(methods, options, message):
@@ -321,6 +331,19 @@ def test_bad_input_says_what_would_be_right(methods, options, message):
         compare(model, methods(model), **options)
 
 
+def test_one_target_and_one_image():
+    model = deep()
+    method = {"one": InputXGradient(model)}
+    one = compare_attributions(model, method, images(), 1, show_progress=False)
+    same = compare_attributions(model, method, images(), [1] * 8, show_progress=False)
+    left, right = (table.pixels.values["one"]["infidelity"] for table in (one, same))
+    assert torch.equal(left, right)
+    alone = compare_attributions(model, method, images()[:1], 1, show_progress=False)
+    assert "nan" not in str(alone)
+    assert "±" not in str(alone).split("interval")[1]
+
+
 def test_targets_must_fit():
+    model = deep()
     with pytest.raises(ValueError, match="do not fit"):
-        compare_attributions(deep(), {"one": Saliency(deep())}, images(), TARGETS[:3])
+        compare_attributions(model, {"one": Saliency(model)}, images(), TARGETS[:3])

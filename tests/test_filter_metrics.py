@@ -4,7 +4,14 @@ import math
 
 import pytest
 import torch
-from captum.attr import FeatureAblation, LayerConductance, LayerGradCam, LayerGradientXActivation
+from captum.attr import (
+    FeatureAblation,
+    IntegratedGradients,
+    LayerConductance,
+    LayerGradCam,
+    LayerGradientXActivation,
+    Saliency,
+)
 from captum.metrics import infidelity, sensitivity_max
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,6 +23,7 @@ from captum_classfilters import (
     FilterGate,
     LayerFilterAblation,
     LayerFilterContribution,
+    LayerFilterFrequency,
 )
 from captum_classfilters._internal.suffix import SuffixReplay
 from captum_classfilters.evaluate import (
@@ -560,6 +568,14 @@ def test_only_planted_filters_cannot_be_made_up_for():
 # -- bad input ------------------------------------------------------------------------------------
 
 
+def retrained(model, rankings, train=None, **options):
+    options = {"num_filters": [1], "weight_magnitude": None, "show_progress": False, **options}
+    if isinstance(rankings, torch.Tensor):
+        options["weight_magnitude"] = torch.rand(len(rankings))
+    train = batches() if train is None else train
+    return remove_and_retrain(model, "1", rankings, train, batches(), **options)
+
+
 def constant_gate():
     return nn.Sequential(nn.Flatten(), nn.ReLU(), nn.Softmax(1))
 
@@ -629,6 +645,48 @@ def constant_gate():
             ),
             "one length",
         ),
+        (
+            lambda m, x, s: filter_infidelity(m, "1", x[:0], s[:0], target=0),
+            "no images",
+        ),
+        (
+            lambda m, x, s: filter_max_sensitivity(Saliency(m), x, target=0),
+            "Saliency has no layer",
+        ),
+        (
+            lambda m, x, s: filter_max_sensitivity(
+                LayerFilterFrequency(m, ["0", "1"], top_k=2), x, target=0
+            ),
+            "returned 2 tensors",
+        ),
+        (
+            lambda m, x, s: filter_max_sensitivity(
+                LayerFilterContribution(m, "1"), x, target=0, n_perturb_samples=0
+            ),
+            "n_perturb_samples=0 at least 1",
+        ),
+        (
+            lambda m, x, s: cascading_randomisation(m, LayerFilterContribution(m, "1"), x),
+            "make_method is a LayerFilterContribution; expected a function",
+        ),
+        (
+            lambda m, x, s: cascading_randomisation(
+                m, lambda net: LayerFilterContribution(m, "1"), x, target=0
+            ),
+            "for the model itself",
+        ),
+        (
+            lambda m, x, s: cascading_randomisation(
+                m, lambda net: IntegratedGradients(FilterGate(m, "1")), x, target=0
+            ),
+            "for the model itself",
+        ),
+        (lambda m, x, s: retrained(m, s[0, :5]), "The rankings have 5 filters, the layer '1' 6"),
+        (lambda m, x, s: retrained(m, s[0] / 0), "'ranking' holds NaN"),
+        (lambda m, x, s: retrained(m, s[0], iter(batches())), "read only once"),
+        (lambda m, x, s: retrained(m, s[0], []), "train_loader is empty"),
+        (lambda m, x, s: retrained(m, s[0], epochs=0), "at least 1"),
+        (lambda m, x, s: retrained(m, {"a": [1, 2]}), "Tensors"),
     ],
 )
 def test_bad_input_says_what_would_be_right(call, message):

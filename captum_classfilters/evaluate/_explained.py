@@ -16,6 +16,25 @@ from captum_classfilters.spectral import LayerSingularDirection
 PIXELS = "pixels"
 
 
+def check_is_function(make_method: Any) -> None:
+    """Raise if a method is given where a function that makes one for a model is needed."""
+    if not callable(make_method):
+        raise ValueError(
+            f"make_method is a {type(make_method).__name__}; expected a function that makes a method for "
+            'a model: lambda model: LayerFilterContribution(model, "layer3").'
+        )
+
+
+def explains(method: Any, model: nn.Module) -> bool | None:
+    """Whether a method's model has a part in common with a model; None where it hides its model."""
+    function = getattr(method, "forward_func", None)
+    found = function.model if isinstance(function, FilterGate) else module_of(function)
+    if found is None:
+        return None
+    parts = {id(one) for one in model.modules()}
+    return any(id(one) in parts for one in found.modules())
+
+
 class PixelRemoval:
     r"""
     A batch ready to be run without some pixels; the interface of ``SuffixReplay`` in pixel space.

@@ -1,6 +1,6 @@
 """Attributions of pixels and of filters side by side, each space in a table of its own."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from captum_classfilters._internal.guard import model_left_as_found
 from captum_classfilters.attr import LayerFilterAblation
 from captum_classfilters.attr.layer_filter_ablation import _SCORES, _of_targets
-from captum_classfilters.evaluate._explained import PIXELS, Explained, PixelRemoval
+from captum_classfilters.evaluate._explained import PIXELS, Explained, PixelRemoval, explains
 from captum_classfilters.evaluate._removals import (
     MAGNITUDE,
     RANDOM,
@@ -166,7 +166,8 @@ class AttributionTable:
         if not there:
             return f"{'':20s}"
         mean, low, _ = self.interval(method, metric)
-        return f"{f'{mean:.3g} ± {mean - low:.1g}':>20s}"
+        reach = "" if low != low else f" ± {mean - low:.1g}"  # one image has no interval
+        return f"{f'{mean:.3g}{reach}':>20s}"
 
 
 @dataclass(frozen=True)
@@ -201,7 +202,7 @@ def compare_attributions(
     model: nn.Module,
     methods: Mapping[str, Any],
     inputs: Tensor,
-    target: Tensor,
+    target: Tensor | Sequence[int] | int,
     *,
     boxes: Tensor | None = None,
     baseline: Tensor | float = 0.0,
@@ -238,7 +239,7 @@ def compare_attributions(
         methods (mapping): By name: an attribution; a pair of one and further arguments of its
                     ``attribute``, the same for all images; or a function of inputs and ``target``.
         inputs (Tensor): Images (N, channels, H, W).
-        target (Tensor): Shape (N,), the class to explain in each image.
+        target (Tensor, sequence of int or int): The class to explain in each image (N,), or in all.
         boxes (Tensor, optional): Shape (N, 4), x_min, y_min, x_max, y_max in pixels, edge to edge.
                     Default: None
         baseline (Tensor or float): What stands in for a removed pixel.
@@ -266,7 +267,8 @@ def compare_attributions(
         *AttributionComparison*.
 
     Raises:
-        ValueError: There are no methods, or shapes do not fit.
+        ValueError: There are no methods, one explains another model, shapes do not fit, or a number
+                    is out of range.
 
     Examples::
 
@@ -287,7 +289,9 @@ def compare_attributions(
         >>> list(comparison.pixels.values), list(comparison.filters)
         (['Integrated Gradients', 'Saliency', 'random'], ['1'])
     """
-    explained = _explained(methods)
+    explained = _explained(methods, model)
+    target = torch.as_tensor(target, device=inputs.device)
+    target = target.expand(len(inputs)) if target.dim() == 0 else target
     if inputs.dim() != 4 or target.shape != inputs.shape[:1] or len(inputs) == 0:
         raise ValueError(
             f"inputs {tuple(inputs.shape)} and target {tuple(target.shape)} do not fit; expected "
@@ -297,12 +301,18 @@ def compare_attributions(
         raise ValueError(f"boxes have shape {tuple(boxes.shape)}; expected ({len(inputs)}, 4).")
     if min(n_perturb_samples, sensitivity_samples, points, batch_size) < 1:
         raise ValueError("Numbers of samples, points and images in a batch must be at least 1.")
+    probabilities = {PIXELS: 0.2, "filters": 0.5, **(drop_probability or {})}
+    if len(probabilities) > 2 or not all(0 < one < 1 for one in probabilities.values()):
+        raise ValueError(
+            f"drop_probability={dict(drop_probability or {})}; expected numbers between 0 and 1 for "
+            "'pixels' and 'filters'."
+        )
     settings = _Settings(
         torch.as_tensor(baseline, dtype=inputs.dtype, device=inputs.device),
         n_perturb_samples,
         sensitivity_samples,
         perturb_radius,
-        {PIXELS: 0.2, "filters": 0.5, **(drop_probability or {})},
+        probabilities,
         points,
         batch_size,
         seed,
@@ -359,17 +369,24 @@ def _seed(seed: int) -> None:
     numpy.random.seed(seed)
 
 
-def _explained(methods: Mapping[str, Any]) -> list[Explained]:
-    if not methods:
-        raise ValueError("methods is empty; pass at least one attribution by its name.")
+def _explained(methods: Mapping[str, Any], model: nn.Module) -> list[Explained]:
+    if not isinstance(methods, Mapping) or not methods:
+        raise ValueError(
+            f"methods is {'empty' if not methods else f'a {type(methods).__name__}'}; expected "
+            'attributions by name, {"saliency": Saliency(model)} say.'
+        )
     taken = {RANDOM, MAGNITUDE} & set(methods)
     if taken:
         raise ValueError(f"The name {taken.pop()!r} is the control's own; choose another one.")
     result = []
     for name, given in methods.items():
         method, options = given if isinstance(given, tuple) else (given, {})
+        if isinstance(method, type):
+            raise ValueError(f"{name!r} is a class; pass {method.__name__}(model).")
         if not callable(getattr(method, "attribute", method)):
             raise ValueError(f"{name!r} is a {type(method).__name__}; expected an attribution.")
+        if explains(method, model) is False:
+            raise ValueError(f"{name!r} explains another model than the one given.")
         result.append(Explained(name, method, dict(options)))
     return result
 
