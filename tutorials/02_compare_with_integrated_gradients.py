@@ -52,9 +52,15 @@ from captum_classfilters.evaluate import (
     class_curves,
     collateral_damage,
     compare_attributions,
+    compare_methods,
     filter_curves,
 )
-from captum_classfilters.visualize import plot_comparison
+from captum_classfilters.identify import confusion_filters, contrast_classes
+from captum_classfilters.visualize import (
+    plot_comparison,
+    plot_filter_contrast,
+    plot_method_comparison,
+)
 
 _ = torch.manual_seed(0)
 
@@ -124,8 +130,9 @@ print(comparison)
 # scale-invariant form after the best factor for each image; **max-sensitivity** how much an
 # explanation moves when the image moves a little; **deletion** how soon the probability falls as the
 # best features go, **insertion** how soon it rises as they come. Lower is better but for insertion.
-# `random` has the right scores at the wrong places. The two tables do not compare: one is about 64
-# pixels, the other about 64 filters. These are figures of one small network: measure on your own.
+# `random` knows nothing: what does not do better says nothing either. The two tables do not compare:
+# one is about 64 pixels, the other about 64 filters. These are figures of one small network: measure
+# on your own.
 
 # %%
 figure, _ = plot_comparison(comparison, images=3)
@@ -194,6 +201,48 @@ print(
         model, lambda net: LayerFilterContribution(net, layer), x[:30], target=y[:30]
     )
 )
+
+# %% [markdown]
+# ## More than chance?
+#
+# A table of 10 classes and 64 filters has 640 cells, and the largest of many random numbers is large.
+# Permuted labels give every cell a p-value, and a q-value that allows for the number of cells:
+
+# %%
+table = contribution.identify(digits.train, significance=True, show_progress=False)
+discoveries = table.select(fdr=0.05)
+print("discoveries for each class:", discoveries.selected.sum(1).tolist())
+print("of the five best filters:  ", (discoveries.selected & class_filters.selected).sum(1).tolist())
+
+# %% [markdown]
+# ## Would another method have found the same filters?
+#
+# Agreement beside its chance level, what five filters of each class are worth alone, and the cost of
+# finding them, on one layer:
+
+# %%
+methods = compare_methods(model, layer, digits.train, digits.test, show_progress=False)
+print(methods)
+
+# %%
+figure, _ = plot_method_comparison(methods)
+
+# %% [markdown]
+# ## Why a 3 and not an 8?
+#
+# The same evidence, asked as a contrast: which filters tell two classes apart, and which drive the
+# most frequent error?
+
+# %%
+contrast = contrast_classes(contribution, digits.test, 3, 8, show_progress=False)
+figure, _ = plot_filter_contrast(contrast)
+
+# %%
+errors = confusion_filters(contribution, digits.test, show_progress=False)
+true, predicted = errors.largest()[0]
+cell = errors.cell(true, predicted)
+print(f"{cell.num_images} images of {cell.against} are taken for {cell.favoured}")
+print("driven by the filters", cell.strongest(3).tolist())
 
 # %% [markdown]
 # ## What they cost

@@ -166,8 +166,10 @@ class AttributionTable:
         if not there:
             return f"{'':20s}"
         mean, low, _ = self.interval(method, metric)
-        reach = "" if low != low else f" ± {mean - low:.1g}"  # one image has no interval
-        return f"{f'{mean:.3g}{reach}':>20s}"
+        if low != low:  # one image has no interval
+            return f"{mean:20.3g}"
+        reach = mean - low
+        return f"{f'{mean:.3g} ± {reach:.0f}' if reach >= 10 else f'{mean:.3g} ± {reach:.1g}':>20s}"
 
 
 @dataclass(frozen=True)
