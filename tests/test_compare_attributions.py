@@ -76,18 +76,20 @@ def test_spaces_are_kept_apart():
         assert space in text
 
 
+@pytest.mark.parametrize("baseline", [0.0, 0.3])
 @pytest.mark.parametrize("local", [False, True])
-def test_pixel_infidelity_is_captums(local):
+def test_pixel_infidelity_is_captums(local, baseline):
     """Saliency is local: Captum then multiplies it by the change of the input."""
     model, x, samples = deep(), images(), 6
     method = Saliency(model) if local else InputXGradient(model)
-    found = compare(model, {"one": method}, n_perturb_samples=samples).pixels.values["one"]
+    options = {"n_perturb_samples": samples, "baseline": baseline}
+    found = compare(model, {"one": method}, **options).pixels.values["one"]
     drawn = torch.Generator().manual_seed(0)
     removed = torch.rand(samples, 8, 36, generator=drawn) < 0.2
 
     def perturb(inputs):
         mask = removed.transpose(0, 1).flatten(0, 1).reshape(-1, 1, 6, 6).expand_as(inputs)
-        return (inputs * mask if local else mask.float()), inputs * ~mask
+        return (inputs - baseline) * mask if local else mask.float(), inputs.where(~mask, baseline)
 
     attributions = method.attribute(x, target=TARGETS)
     for metric, normalize in (("infidelity", False), ("scale_invariant_infidelity", True)):
@@ -117,6 +119,7 @@ def test_max_sensitivity_is_captums():
         inputs = inputs[0] if isinstance(inputs, tuple) else inputs
         return contribution.attribute(inputs, target=target).sum((2, 3))
 
+    assert torch.allclose(found.maps["cam"], maps(x, TARGETS)[: len(found.maps["cam"])])
     for table, name, function in (
         (found.pixels, "cam", maps),
         (found.filters["stage1"], "filters", scores),

@@ -156,6 +156,29 @@ def test_infidelity_by_hand():
     drawn = torch.rand(400, 8, 1, generator=torch.Generator().manual_seed(0)) < 0.25
     expected = drawn.double().mean(0)[:, 0] * cost.detach().double().square()
     assert torch.allclose(found.infidelity["scores"], expected, atol=1e-6)
+    assert torch.allclose(found.scale_invariant["scores"], expected, atol=1e-6)  # zero stays zero
+
+
+def of_random_orders(shape, seeds):
+    """Scores that put filters in the orders of the random control."""
+    drawn = [torch.rand(*shape, generator=torch.Generator().manual_seed(s)) for s in range(seeds)]
+    return {str(seed): -one for seed, one in enumerate(drawn)}
+
+
+def mean_of(table, names):
+    return torch.stack([table[name] for name in names]).mean(0)
+
+
+def test_infidelitys_control_is_the_scores_at_random_filters():
+    model, x, scores = pool_linear(), images(), random_scores(6)
+    options = {"target": TARGETS, "each_filter": True}
+    found = filter_infidelity(model, "1", x, scores, random_seeds=3, **options)
+    places = {name: (-one).argsort(1) for name, one in of_random_orders((8, 6), 3).items()}
+    shuffled = {name: scores.gather(1, place) for name, place in places.items()}
+    expected = filter_infidelity(model, "1", x, shuffled, **options)
+    for table in ("infidelity", "scale_invariant", "by_filter"):
+        control, means = getattr(found, table)["random"], mean_of(getattr(expected, table), places)
+        assert torch.allclose(control, means), table
 
 
 def test_several_inputs_and_further_arguments():
@@ -248,6 +271,16 @@ def test_sensitivity_of_each_filter_is_captums_in_a_loop(at_once):
         assert torch.allclose(found.by_filter[:, filter_], expected, rtol=1e-4, atol=1e-6)
 
 
+def test_sensitivity_of_a_silent_filter():
+    """A score of zero that stays zero does not move; its own size cannot be the unit."""
+    model = pool_linear()
+    with torch.no_grad():
+        model[0].weight[2], model[0].bias[2] = 0, -1
+    method = LayerFilterContribution(model, "1")
+    found = filter_max_sensitivity(method, images(), target=TARGETS).by_filter
+    assert torch.equal(found[:, 2], torch.zeros(8))
+
+
 def test_sensitivity_to_gates_is_captums_in_gate_space():
     """Dropping one filter of a gated model: Captum's ablation over gates, and ours of the layer."""
     model, x = deep(), images()
@@ -323,6 +356,20 @@ def test_magnitude_control_follows_the_weights():
     assert torch.equal(curves.insertion["weight magnitude"], given.insertion["scores"])
 
 
+def test_random_curves_are_means_over_random_orders():
+    model, x = pool_linear(), images()
+    curves = filter_curves(model, "1", x, random_scores(6), target=TARGETS, random_seeds=3)
+    orders = of_random_orders((8, 6), 3)
+    given = filter_curves(model, "1", x, orders, target=TARGETS)
+    assert torch.allclose(curves.deletion["random"], mean_of(given.deletion, orders), atol=1e-6)
+    orders = of_random_orders((3, 6), 3)
+    tables = {name: table_of(model, "1", scores=one) for name, one in orders.items()}
+    options = {"measure": "probability", "show_progress": False}
+    found = class_curves(model, "1", table_of(model, "1"), batches(), random_seeds=3, **options)
+    given = class_curves(model, "1", tables, batches(), **options)
+    assert torch.allclose(found.necessity["random"], mean_of(given.necessity, orders), atol=1e-6)
+
+
 def test_every_curve_has_its_controls():
     curves = filter_curves(pool_linear(), "1", images(), {"a": random_scores(6)}, target=0)
     names = {"a", "a, reversed", "random", "weight magnitude", "weight magnitude, reversed"}
@@ -383,6 +430,13 @@ def test_class_curves_are_explicit_loops(make, layer, number, measure):
     assert curves.counts.tolist() == torch.bincount(y).tolist()
     names = {"own", "own, reversed", "random", "weight magnitude", "weight magnitude, reversed"}
     assert set(curves.necessity_area) == set(curves.sufficiency_area) == names
+    for areas, tables in (
+        (curves.necessity_area, curves.necessity),
+        (curves.sufficiency_area, curves.sufficiency),
+    ):
+        points = torch.tensor(curves.num_filters) / number
+        expected = torch.trapezoid(tables["own"], points.double(), dim=0)
+        assert torch.allclose(areas["own"], expected)
 
 
 def test_class_curves_without_images_of_a_class():
@@ -456,6 +510,30 @@ def test_damage_of_controls_of_the_same_size():
     }
     with pytest.raises(ValueError, match="No control 'magnitude'; there are class filters, rev"):
         damage.control("magnitude")
+
+
+def test_damage_among_classes_of_different_size():
+    """Confusions are shares of the true class's images; random sets are averaged over seeds."""
+    model = pool_linear()
+    first, *rest = batches()
+    data = [first, *((x[y != 1], y[y != 1]) for x, y in rest)]
+    table = table_of(model, "1", 3)
+    damage = collateral_damage(model, "1", table, data, random_seeds=3, show_progress=False)
+    counts = damage.clean.sum(1)
+    assert len(set(counts.tolist())) > 1
+    expected = torch.zeros(3, 3)
+    orders = of_random_orders((3, 6), 3).values()
+    for row in range(3):
+        for column in range(3):
+            change = damage.without[0, row, column] - damage.clean[row, column]
+            share = float(change) / int(counts[row])
+            assert float(damage.confusion_difference[0, row, column]) == pytest.approx(share)
+        for order in orders:
+            removed = torch.zeros(6, dtype=torch.bool)
+            removed[order[row].argsort(descending=True)[:3]] = True
+            without = evaluate_classifier(Without(model, "1", removed), data, show_progress=False)
+            expected[row] += without.recall / 3
+    assert torch.allclose(damage.control_recall["random"].float(), expected)
 
 
 def test_largest_confusions_name_the_classes():

@@ -212,7 +212,9 @@ print(
 table = contribution.identify(digits.train, significance=True, show_progress=False)
 discoveries = table.select(fdr=0.05)
 print("discoveries for each class:", discoveries.selected.sum(1).tolist())
-print("of the five best filters:  ", (discoveries.selected & class_filters.selected).sum(1).tolist())
+print(
+    "of the five best filters:  ", (discoveries.selected & class_filters.selected).sum(1).tolist()
+)
 
 # %% [markdown]
 # ## Would another method have found the same filters?
