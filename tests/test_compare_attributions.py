@@ -72,7 +72,7 @@ def test_spaces_are_kept_apart():
     assert list(comparison.filters["stage1"].values) == ["earlier", *controls]
     assert list(comparison.maps) == pixels
     text = str(comparison)
-    for space in ("pixels: 8 images", "filters of stage2: 8 images", "filters of stage1"):
+    for space in ("pixels: 8 images", "filters of layer 'stage2': 8 images", "layer 'stage1'"):
         assert space in text
 
 

@@ -266,7 +266,7 @@ class TestCommands:
         with open(output / "filters.csv") as file:
             names = [row["method"] for row in csv.DictReader(file)]
         assert names == ["contribution", "frequency", "random", "weight magnitude"]
-        assert "filters of layer4: 4 images" in capsys.readouterr().out
+        assert "filters of layer 'layer4': 4 images" in capsys.readouterr().out
         assert main(command) == 2
         assert "--overwrite" in capsys.readouterr().err
 

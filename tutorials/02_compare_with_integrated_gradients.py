@@ -136,13 +136,14 @@ print(comparison)
 
 # %%
 figure, _ = plot_comparison(comparison, images=3)
+figure
 
 # %% [markdown]
 # The tables are there as data frames too, with the ends of each interval:
 
 # %%
-columns = ["scale_invariant_infidelity", "deletion_area", "insertion_area", "seconds_per_image"]
-print(comparison.filters[layer].to_pandas()[columns].round(4).to_string())
+columns = ["deletion_area", "deletion_area_low", "deletion_area_high"]
+print(comparison.filters[layer].to_pandas()[columns].round(3).to_string())
 
 # %% [markdown]
 # Captum's `NoiseTunnel` takes the method as it is:
@@ -190,7 +191,7 @@ print(class_curves(model, layer, class_filters, digits.test, show_progress=False
 damage = collateral_damage(model, layer, class_filters, digits.test, show_progress=False)
 print(damage)
 for removed, true, seen, change in damage.largest(3):
-    print(f"without the filters of {removed}: {change:+.0%} of the {true}s are taken for {seen}")
+    print(f"without {removed}'s filters {change:+.0%} of the {true}s are taken for {seen}")
 
 # %% [markdown]
 # Last, the sanity check: with weights drawn anew from the output down, the explanation must change.
@@ -212,9 +213,8 @@ print(
 table = contribution.identify(digits.train, significance=True, show_progress=False)
 discoveries = table.select(fdr=0.05)
 print("discoveries for each class:", discoveries.selected.sum(1).tolist())
-print(
-    "of the five best filters:  ", (discoveries.selected & class_filters.selected).sum(1).tolist()
-)
+among_best = discoveries.selected & class_filters.selected
+print("of the five best filters:  ", among_best.sum(1).tolist())
 
 # %% [markdown]
 # ## Would another method have found the same filters?
@@ -228,6 +228,7 @@ print(methods)
 
 # %%
 figure, _ = plot_method_comparison(methods)
+figure
 
 # %% [markdown]
 # ## Why a 3 and not an 8?
@@ -238,6 +239,7 @@ figure, _ = plot_method_comparison(methods)
 # %%
 contrast = contrast_classes(contribution, digits.test, 3, 8, show_progress=False)
 figure, _ = plot_filter_contrast(contrast)
+figure
 
 # %%
 errors = confusion_filters(contribution, digits.test, show_progress=False)

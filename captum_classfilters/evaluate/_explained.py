@@ -1,5 +1,6 @@
 """Attributions of either space brought into one form: a score for each pixel or for each filter."""
 
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -97,10 +98,14 @@ class Explained:
     def raw(self, inputs: Tensor, target: Any) -> Any:
         """What the method itself returns."""
         attribute = getattr(self.method, "attribute", self.method)
-        if self.gate is None:
-            return attribute(inputs, target=target, **self.options)
-        gates = self.gate.ones(len(inputs))
-        return attribute(gates, target=target, additional_forward_args=inputs, **self.options)
+        with warnings.catch_warnings():
+            # Said of every batch, and nothing that whoever compares could change.
+            warnings.filterwarnings("ignore", "Input Tensor .* did not already require gradients")
+            warnings.filterwarnings("ignore", r"Setting forward, backward hooks and attributes")
+            if self.gate is None:
+                return attribute(inputs, target=target, **self.options)
+            gates = self.gate.ones(len(inputs))
+            return attribute(gates, target=target, additional_forward_args=inputs, **self.options)
 
     def space(self, inputs: Tensor, target: Any) -> tuple[str, nn.Module | None]:
         """``"pixels"``, or the layer's name and the layer."""

@@ -56,7 +56,7 @@ class AttributionTable:
 
     Args:
 
-        space (str): ``"pixels"`` or ``"filters of ..."``.
+        space (str): ``"pixels"`` or ``"filters of layer ..."``.
         values (dict): For each method, and each control, its metrics by name, Tensors (N,).
         seconds (dict): For each method a Tensor: seconds an image, batch by batch.
         peak_memory (dict): For each method the bytes that its tensors hold at most, for one batch.
@@ -150,26 +150,29 @@ class AttributionTable:
             "box_overlap": "overlap",
         }
         shown = {m: s for m, s in short.items() if any(m in v for v in self.values.values())}
-        head = "".join(f"{name:>20s}" for name in shown.values())
-        lines = [f"{self.space}: {number} images, mean ± half width of the 95% interval"]
-        lines.append(f"{'':30s}{head}{'ms/image':>10s}{'peak MiB':>10s}")
+        rows = [["", *shown.values(), "ms/image", "peak MiB"]]
         for method, metrics in self.values.items():
-            cells = "".join(self._cell(method, metric, metric in metrics) for metric in shown)
-            cost = ""
-            if method in self.seconds:
-                milliseconds = 1000 * float(self.seconds[method].median())
-                cost = f"{milliseconds:10.2f}{self.peak_memory[method] / 2**20:10.1f}"
-            lines.append(f"{method:30s}{cells}{cost}")
+            cells = [self._cell(method, metric) if metric in metrics else "" for metric in shown]
+            rows.append([method, *cells, *self._cost(method)])
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = [f"{self.space}: {number} images, mean ± half width of the 95% interval"]
+        for name, *cells in rows:
+            padded = (f"{cell:>{width}s}" for cell, width in zip(cells, widths[1:], strict=True))
+            lines.append("  ".join([f"{name:{widths[0]}s}", *padded]).rstrip())
         return "\n".join(lines)
 
-    def _cell(self, method: str, metric: str, there: bool) -> str:
-        if not there:
-            return f"{'':20s}"
+    def _cell(self, method: str, metric: str) -> str:
         mean, low, _ = self.interval(method, metric)
         if low != low:  # one image has no interval
-            return f"{mean:20.3g}"
+            return f"{mean:.3g}"
         reach = mean - low
-        return f"{f'{mean:.3g} ± {reach:.0f}' if reach >= 10 else f'{mean:.3g} ± {reach:.1g}':>20s}"
+        return f"{mean:.3g} ± {reach:.0f}" if reach >= 10 else f"{mean:.3g} ± {reach:.1g}"
+
+    def _cost(self, method: str) -> tuple[str, str]:
+        if method not in self.seconds:
+            return "", ""
+        milliseconds = 1000 * float(self.seconds[method].median())
+        return f"{milliseconds:.2f}", f"{self.peak_memory[method] / 2**20:.1f}"
 
 
 @dataclass(frozen=True)
@@ -450,7 +453,7 @@ class _Space:
         controls = [name for name in (RANDOM, MAGNITUDE) if name in self.values]
         names = [one.name for one in self.methods] + controls
         return AttributionTable(
-            PIXELS if self.layer is None else f"filters of {self.name}",
+            PIXELS if self.layer is None else f"filters of layer {self.name!r}",
             {
                 name: {
                     metric: torch.cat(self.values[name][metric])
