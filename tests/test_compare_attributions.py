@@ -1,5 +1,6 @@
 """Comparison of attributions: Captum's own metrics and explicit loops say the same."""
 
+import importlib
 import math
 
 import pytest
@@ -27,6 +28,7 @@ from captum_classfilters import (
 from captum_classfilters.evaluate import (
     compare_attributions,
     explanation_for_sensitivity,
+    filter_curves,
     filter_infidelity,
 )
 from captum_classfilters.evaluate._resources import PeakTensorMemory, peak_memory
@@ -158,6 +160,28 @@ def test_filter_infidelity_is_the_metrics():
     scores = method.filter_scores(method.attribute(x, target=TARGETS))
     expected = filter_infidelity(model, "stage1", x, scores, target=TARGETS, n_perturb_samples=7)
     assert torch.allclose(table.values["one"]["infidelity"], expected.infidelity["scores"])
+
+
+def test_filter_curves_are_the_metrics():
+    model, x = deep(), images()
+    method = LayerFilterContribution(model, "stage1")
+    values = compare(model, {"one": method}).filters["stage1"].values
+    scores = method.filter_scores(method.attribute(x, target=TARGETS))
+    expected = filter_curves(model, "stage1", x, {"one": scores}, target=TARGETS)
+    for name in ("one", "weight magnitude"):
+        for metric in ("deletion_area", "insertion_area"):
+            areas = getattr(expected, metric)
+            assert torch.allclose(values[name][metric], areas[name], atol=1e-6)
+            backwards = areas[f"{name}, reversed"]
+            assert torch.allclose(values[name][f"{metric}_reversed"], backwards, atol=1e-6)
+
+
+def test_time_is_that_of_an_image(monkeypatch):
+    module = importlib.import_module("captum_classfilters.evaluate.compare_attributions")
+    monkeypatch.setattr(module, "seconds", lambda function, device: (12.0, function()))
+    table = compare(model := deep(), {"one": Saliency(model)}, batch_size=6).pixels
+    assert table.seconds["one"].tolist() == [2.0, 6.0]  # batches of six images and of two
+    assert table.rows()[0]["seconds_per_image"] == 2.0
 
 
 def test_random_scores_are_no_methods():
