@@ -1,6 +1,7 @@
 """Metrics over filters against Captum's own in gate space, and against explicit loops."""
 
 import math
+from typing import ClassVar
 
 import pytest
 import torch
@@ -598,7 +599,48 @@ def test_randomisation_is_cumulative_from_the_output():
     assert float(check.rank_correlation[2].mean()) < 0.9
 
 
+def test_randomisation_tells_signs_from_sizes():
+    """An explanation that only turns its sign is the opposite, and in absolute values the same."""
+    model, x = deep(), images()
+    before = model.stage1[0].weight.clone()
+
+    class Turning:
+        def __init__(self, twin):
+            self.weight = twin.stage1[0].weight
+
+        def attribute(self, inputs, target=None):
+            return inputs if torch.equal(self.weight, before) else -inputs
+
+    check = cascading_randomisation(model, Turning, x, target=0)
+    assert torch.allclose(check.rank_correlation[-1], -torch.ones(8).double())
+    assert torch.allclose(check.absolute_rank_correlation[-1], torch.ones(8).double())
+
+
 # -- remove and retrain ---------------------------------------------------------------------------
+
+
+class Watching(nn.Linear):
+    """A linear layer that notes in which mode it runs, in copies too."""
+
+    modes: ClassVar = []
+
+    def forward(self, x):
+        self.modes.append(self.training)
+        return super().forward(x)
+
+
+def test_every_repetition_trains_in_training_mode_from_other_weights(monkeypatch):
+    model = pool_linear()
+    model[4] = Watching(6, 3)
+    seeds, reset = [], torch.manual_seed
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: (seeds.append(seed), reset(seed))[1])
+    Watching.modes.clear()
+    retrained(model, random_scores(6)[0], repeats=2, epochs=1, seed=5)
+    assert set(seeds) == {5, 6}
+    # For each of 2 x (1 + 4) trainings as many batches to train as to test on.
+    in_training = sum(Watching.modes)
+    assert in_training == 10 * len(batches())
+    assert Watching.modes[-1] is False
 
 
 def planted():
