@@ -245,7 +245,7 @@ figure
 errors = confusion_filters(contribution, digits.test, show_progress=False)
 true, predicted = errors.largest()[0]
 cell = errors.cell(true, predicted)
-print(f"{cell.num_images} images of {cell.against} are taken for {cell.favoured}")
+print(f"images of {cell.against} taken for {cell.favoured}:", cell.num_images)
 print("driven by the filters", cell.strongest(3).tolist())
 
 # %% [markdown]

@@ -297,13 +297,7 @@ def compare_attributions(
     explained = _explained(methods, model)
     target = torch.as_tensor(target, device=inputs.device)
     target = target.expand(len(inputs)) if target.dim() == 0 else target
-    if inputs.dim() != 4 or target.shape != inputs.shape[:1] or len(inputs) == 0:
-        raise ValueError(
-            f"inputs {tuple(inputs.shape)} and target {tuple(target.shape)} do not fit; expected "
-            "(N, channels, H, W) and (N,)."
-        )
-    if boxes is not None and boxes.shape != (len(inputs), 4):
-        raise ValueError(f"boxes have shape {tuple(boxes.shape)}; expected ({len(inputs)}, 4).")
+    _check_shapes(inputs, target, boxes)
     if min(n_perturb_samples, sensitivity_samples, points, batch_size) < 1:
         raise ValueError("Numbers of samples, points and images in a batch must be at least 1.")
     probabilities = {PIXELS: 0.2, "filters": 0.5, **(drop_probability or {})}
@@ -339,6 +333,16 @@ def compare_attributions(
         target[:pictures].tolist(),
         maps,
     )
+
+
+def _check_shapes(inputs: Tensor, target: Tensor, boxes: Tensor | None) -> None:
+    if inputs.dim() != 4 or target.shape != inputs.shape[:1] or len(inputs) == 0:
+        raise ValueError(
+            f"inputs {tuple(inputs.shape)} and target {tuple(target.shape)} do not fit; expected "
+            "(N, channels, H, W) and (N,)."
+        )
+    if boxes is not None and boxes.shape != (len(inputs), 4):
+        raise ValueError(f"boxes have shape {tuple(boxes.shape)}; expected ({len(inputs)}, 4).")
 
 
 @dataclass(frozen=True)

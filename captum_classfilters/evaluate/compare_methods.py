@@ -99,13 +99,16 @@ class MethodComparison:
     def __str__(self) -> str:
         """The table in Markdown."""
         rows = self._rows()
-        lines = ["| " + " | ".join(rows[0]) + " |", "|---" * len(rows[0]) + "|"]
-        for row in rows:
-            cells = [
-                value if isinstance(value, str) else "" if value != value else f"{value:.3f}"
-                for value in row.values()
+        cells = [list(rows[0])] + [
+            [
+                one if isinstance(one, str) else "" if one != one else f"{one:.3f}"
+                for one in row.values()
             ]
-            lines.append("| " + " | ".join(cells) + " |")
+            for row in rows
+        ]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        cells.insert(1, ["-" * width for width in widths])
+        lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in cells]
         lines += [f"{name} does not apply: {reason}" for name, reason in self.skipped.items()]
         return "\n".join(lines)
 
