@@ -1,12 +1,16 @@
 """CIFAR-10, ResNet-20: attributions of pixels and of filters on the same test images.
 
     python -m benchmarks.compare_attributions [--images 500] [--threads 1] [--picture FILE]
+    python -m benchmarks.compare_attributions --images 100 --cpu-time
 
 The class explained is the network's own prediction. Class filters come from 2,000 training images.
-The infidelity of exact contributions, and of random scores, is printed last and by itself.
+The tables hold each method's milliseconds an image, with `--cpu-time` those of one thread whatever else
+the machine does; a forward pass stands below. The infidelity of exact contributions, and of random
+scores, is printed last and by itself.
 """
 
 import argparse
+import statistics
 import time
 
 import torch
@@ -23,6 +27,7 @@ from captum.attr import (
 )
 from torch import Tensor, nn
 
+from benchmarks import count_processor_time
 from benchmarks.cifar10 import BasicBlock, CifarResNet, images, loader, pretrained
 from captum_classfilters import (
     ClassFilterSaliency,
@@ -101,6 +106,14 @@ def methods_of(model: nn.Module, train: object) -> dict[str, object]:
     }
 
 
+def seconds_of_forward(model: nn.Module, x: Tensor) -> float:
+    """Seconds an image."""
+    start = time.perf_counter()
+    with torch.no_grad():
+        model(x)
+    return (time.perf_counter() - start) / len(x)
+
+
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -108,7 +121,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--sensitivity-samples", type=int, default=1)
     parser.add_argument("--picture")
+    parser.add_argument("--cpu-time", action="store_true")
     options = parser.parse_args()
+    if options.cpu_time:
+        options.threads = 1
+        count_processor_time()
     torch.set_num_threads(options.threads)
     public = pretrained(20)
     model = Modular(public).eval()
@@ -123,6 +140,8 @@ def main() -> None:
     )
     print(comparison)
     print(f"{time.perf_counter() - start:.0f} s for {len(x)} images and {len(methods)} methods")
+    times = [seconds_of_forward(model, part) for part in x.split(50)]
+    print(f"one forward pass: {1000 * statistics.median(times):.2f} ms an image, in batches of 50")
     if options.picture:
         figure, _ = plot_comparison(comparison)
         figure.savefig(options.picture, dpi=110)

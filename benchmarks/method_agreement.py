@@ -6,6 +6,7 @@
 
 The first forms compare all methods at each layer: filters found on training images, sufficiency on
 test images. The last finds filters for labels without meaning, twenty times, and counts discoveries.
+With `--cpu-time` costs are seconds of one thread, whatever else the machine does.
 """
 
 import argparse
@@ -15,7 +16,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from benchmarks import cifar10
+from benchmarks import cifar10, count_processor_time
 from captum_classfilters import (
     LabelPermutation,
     LayerFilterAblation,
@@ -30,6 +31,9 @@ from captum_classfilters.visualize import plot_method_comparison
 
 def compare(model, layer, gate, train, test, picture) -> None:
     found = compare_methods(model, layer, train, test, num_filters=5, gate=gate)
+    started = time.perf_counter()
+    cifar10.accuracy(model, train)
+    print(f"\nOne forward pass over the training images: {time.perf_counter() - started:.2f} s")
     print(f"\n{layer}, {found.tables['contribution'].num_filters} filters\n\n{found}", flush=True)
     if picture is not None:
         figure, _ = plot_method_comparison(found)
@@ -110,7 +114,11 @@ def main() -> None:
     parser.add_argument("--test", type=int, default=2000)
     parser.add_argument("--calibration", action="store_true")
     parser.add_argument("--picture", type=Path)
+    parser.add_argument("--cpu-time", action="store_true")
     arguments = parser.parse_args()
+    if arguments.cpu_time:
+        torch.set_num_threads(1)
+        count_processor_time()
     if not cifar10.available():
         raise SystemExit(f"The data folder {cifar10.DATA.name} is absent; set CLASSFILTERS_DATA.")
     model = cifar10.pretrained(20)

@@ -129,9 +129,9 @@ def run_compare(job: FolderJob, write: Callable[[str], None] = print) -> Attribu
     chosen = _evenly(dataset, job.limit)
     images = torch.stack([chosen[place][0] for place in range(len(chosen))]).to(job.device)
     with torch.no_grad():
-        parts = [model(part).argmax(1) for part in images.split(job.batch_size)]
+        targets = torch.cat([model(part).argmax(1) for part in images.split(job.batch_size)])
     methods = {
-        name: _class_filters(model, layer, job, dataset, chosen)
+        name: _class_filters(model, layer, job, dataset, chosen, targets)
         if name == CLASS_FILTERS
         else COMPARED[name](model, layer, images[: job.batch_size])
         for name in job.methods
@@ -140,7 +140,7 @@ def run_compare(job: FolderJob, write: Callable[[str], None] = print) -> Attribu
         model,
         methods,
         images,
-        torch.cat(parts),
+        targets,
         batch_size=job.batch_size,
         pictures=max(1, job.explain),
         show_progress=job.show_progress,
@@ -152,7 +152,12 @@ def run_compare(job: FolderJob, write: Callable[[str], None] = print) -> Attribu
 
 
 def _class_filters(
-    model: nn.Module, layer: nn.Module, job: FolderJob, dataset: Any, chosen: Subset[Any]
+    model: nn.Module,
+    layer: nn.Module,
+    job: FolderJob,
+    dataset: Any,
+    chosen: Subset[Any],
+    targets: Tensor,
 ) -> ClassFilterSaliency:
     """Saliency through class filters found on images that are not compared."""
     compared = set(chosen.indices)
@@ -169,6 +174,14 @@ def _class_filters(
         device=job.device,
         show_progress=job.show_progress,
     )
+    without = sorted({one for one in targets.tolist() if not bool(table.selected[one].any())})
+    if without:
+        raise ValueError(
+            "The model takes images for the classes "
+            f"{', '.join(table.class_names[one] for one in without)}, of which the folder's other images "
+            "show none, so that they have no class filters; add images, or leave class_filters out "
+            "of --method."
+        )
     return ClassFilterSaliency(model, layer, table)
 
 

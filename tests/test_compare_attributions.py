@@ -1,5 +1,6 @@
 """Comparison of attributions: Captum's own metrics and explicit loops say the same."""
 
+import importlib
 import math
 
 import pytest
@@ -27,6 +28,7 @@ from captum_classfilters import (
 from captum_classfilters.evaluate import (
     compare_attributions,
     explanation_for_sensitivity,
+    filter_curves,
     filter_infidelity,
 )
 from captum_classfilters.evaluate._resources import PeakTensorMemory, peak_memory
@@ -72,22 +74,24 @@ def test_spaces_are_kept_apart():
     assert list(comparison.filters["stage1"].values) == ["earlier", *controls]
     assert list(comparison.maps) == pixels
     text = str(comparison)
-    for space in ("pixels: 8 images", "filters of stage2: 8 images", "filters of stage1"):
+    for space in ("pixels: 8 images", "filters of layer 'stage2': 8 images", "layer 'stage1'"):
         assert space in text
 
 
+@pytest.mark.parametrize("baseline", [0.0, 0.3])
 @pytest.mark.parametrize("local", [False, True])
-def test_pixel_infidelity_is_captums(local):
+def test_pixel_infidelity_is_captums(local, baseline):
     """Saliency is local: Captum then multiplies it by the change of the input."""
     model, x, samples = deep(), images(), 6
     method = Saliency(model) if local else InputXGradient(model)
-    found = compare(model, {"one": method}, n_perturb_samples=samples).pixels.values["one"]
+    options = {"n_perturb_samples": samples, "baseline": baseline}
+    found = compare(model, {"one": method}, **options).pixels.values["one"]
     drawn = torch.Generator().manual_seed(0)
     removed = torch.rand(samples, 8, 36, generator=drawn) < 0.2
 
     def perturb(inputs):
         mask = removed.transpose(0, 1).flatten(0, 1).reshape(-1, 1, 6, 6).expand_as(inputs)
-        return (inputs * mask if local else mask.float()), inputs * ~mask
+        return (inputs - baseline) * mask if local else mask.float(), inputs.where(~mask, baseline)
 
     attributions = method.attribute(x, target=TARGETS)
     for metric, normalize in (("infidelity", False), ("scale_invariant_infidelity", True)):
@@ -117,6 +121,7 @@ def test_max_sensitivity_is_captums():
         inputs = inputs[0] if isinstance(inputs, tuple) else inputs
         return contribution.attribute(inputs, target=target).sum((2, 3))
 
+    assert torch.allclose(found.maps["cam"], maps(x, TARGETS)[: len(found.maps["cam"])])
     for table, name, function in (
         (found.pixels, "cam", maps),
         (found.filters["stage1"], "filters", scores),
@@ -155,6 +160,51 @@ def test_filter_infidelity_is_the_metrics():
     scores = method.filter_scores(method.attribute(x, target=TARGETS))
     expected = filter_infidelity(model, "stage1", x, scores, target=TARGETS, n_perturb_samples=7)
     assert torch.allclose(table.values["one"]["infidelity"], expected.infidelity["scores"])
+
+
+def test_filter_curves_are_the_metrics():
+    model, x = deep(), images()
+    method = LayerFilterContribution(model, "stage1")
+    values = compare(model, {"one": method}).filters["stage1"].values
+    scores = method.filter_scores(method.attribute(x, target=TARGETS))
+    expected = filter_curves(model, "stage1", x, {"one": scores}, target=TARGETS)
+    for name in ("one", "weight magnitude"):
+        for metric in ("deletion_area", "insertion_area"):
+            areas = getattr(expected, metric)
+            assert torch.allclose(values[name][metric], areas[name], atol=1e-6)
+            backwards = areas[f"{name}, reversed"]
+            assert torch.allclose(values[name][f"{metric}_reversed"], backwards, atol=1e-6)
+
+
+def test_time_is_that_of_an_image(monkeypatch):
+    module = importlib.import_module("captum_classfilters.evaluate.compare_attributions")
+    monkeypatch.setattr(module, "seconds", lambda function, device: (12.0, function()))
+    table = compare(model := deep(), {"one": Saliency(model)}, batch_size=6).pixels
+    assert table.seconds["one"].tolist() == [2.0, 6.0]  # batches of six images and of two
+    assert table.rows()[0]["seconds_per_image"] == 2.0
+
+
+def test_random_scores_are_no_methods():
+    """Also beside methods of one sign, whose shuffled scores would be nearly constant."""
+    model = deep()
+    constant = torch.ones_like
+    found = compare(model, {"one": lambda x, target: constant(x)}, n_perturb_samples=300)
+    values, random = found.pixels.values["one"], found.pixels.values["random"]
+    # Normal scores of variance 4 (two channels of one each) predict 36 * 0.2 of them to be lost.
+    surplus = random["infidelity"] - random_loss(model, 300).square().mean(0)
+    assert float(surplus.mean()) == pytest.approx(36 * 0.2 * 4, rel=0.15)
+    assert (random["scale_invariant_infidelity"] > 0).all()
+    assert not torch.allclose(values["infidelity"], random["infidelity"], rtol=0.1)
+
+
+def random_loss(model, samples):
+    """What the sets of pixels that the comparison draws cost, (P, N)."""
+    x = images()
+    removed = torch.rand(samples, 8, 36, generator=torch.Generator().manual_seed(0)) < 0.2
+    with torch.no_grad():
+        full = model(x)[torch.arange(8), TARGETS]
+        kept = [model(x * ~one.reshape(8, 1, 6, 6))[torch.arange(8), TARGETS] for one in removed]
+    return full - torch.stack(kept)
 
 
 def test_batches_only_change_the_draws():
@@ -290,6 +340,16 @@ def test_picture():
             "has no single layer",
         ),
         (lambda m: {"one": LayerSingularDirection(m, "stage1.0")}, {}, "'one' scores directions"),
+        (lambda m: [Saliency(m)], {}, "methods is a list; expected attributions by name"),
+        (lambda m: {"one": Saliency}, {}, r"'one' is a class; pass Saliency\(model\)"),
+        (lambda m: {"one": Saliency(deep())}, {}, "'one' explains another model"),
+        (
+            lambda m: {"one": IntegratedGradients(FilterGate(deep(), "stage1"))},
+            {},
+            "'one' explains another model",
+        ),
+        (lambda m: {"one": Saliency(m)}, {"drop_probability": {"pixel": 0.2}}, "'pixel': 0.2"),
+        (lambda m: {"one": Saliency(m)}, {"drop_probability": {"pixels": 1.0}}, "between 0 and 1"),
     ],
 )
 def test_bad_input_says_what_would_be_right(methods, options, message):
@@ -298,6 +358,19 @@ def test_bad_input_says_what_would_be_right(methods, options, message):
         compare(model, methods(model), **options)
 
 
+def test_one_target_and_one_image():
+    model = deep()
+    method = {"one": InputXGradient(model)}
+    one = compare_attributions(model, method, images(), 1, show_progress=False)
+    same = compare_attributions(model, method, images(), [1] * 8, show_progress=False)
+    left, right = (table.pixels.values["one"]["infidelity"] for table in (one, same))
+    assert torch.equal(left, right)
+    alone = compare_attributions(model, method, images()[:1], 1, show_progress=False)
+    assert "nan" not in str(alone)
+    assert "±" not in str(alone).split("interval")[1]
+
+
 def test_targets_must_fit():
+    model = deep()
     with pytest.raises(ValueError, match="do not fit"):
-        compare_attributions(deep(), {"one": Saliency(deep())}, images(), TARGETS[:3])
+        compare_attributions(model, {"one": Saliency(model)}, images(), TARGETS[:3])

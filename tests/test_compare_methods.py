@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from captum.attr import LayerGradientXActivation
+from captum.attr import LayerGradientXActivation, Saliency
 
 from captum_classfilters import (
     ClassFilters,
@@ -185,6 +185,10 @@ def test_bad_input():
             num_filters=2,
             **QUIET,
         )
+    with pytest.raises(ValueError, match="No method of the standard set applies: The data loader"):
+        compare_methods(model, "1", [], batches(), num_classes=3, num_filters=2, **QUIET)
+    with pytest.raises(ValueError, match="'one' is a Saliency; expected a LayerAttribution"):
+        compare_methods(model, "1", data, batches(), methods={"one": Saliency(model)}, **QUIET)
     with pytest.raises(ValueError, match="expected a ClassFilters table"):
         compare_methods(model, "1", data, batches(), methods={"made": lambda: 3}, **QUIET)
 

@@ -1,10 +1,18 @@
 """Metrics over filters against Captum's own in gate space, and against explicit loops."""
 
 import math
+from typing import ClassVar
 
 import pytest
 import torch
-from captum.attr import FeatureAblation, LayerConductance, LayerGradCam, LayerGradientXActivation
+from captum.attr import (
+    FeatureAblation,
+    IntegratedGradients,
+    LayerConductance,
+    LayerGradCam,
+    LayerGradientXActivation,
+    Saliency,
+)
 from captum.metrics import infidelity, sensitivity_max
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,9 +24,11 @@ from captum_classfilters import (
     FilterGate,
     LayerFilterAblation,
     LayerFilterContribution,
+    LayerFilterFrequency,
 )
 from captum_classfilters._internal.suffix import SuffixReplay
 from captum_classfilters.evaluate import (
+    CollateralDamage,
     cascading_randomisation,
     class_curves,
     collateral_damage,
@@ -148,6 +158,29 @@ def test_infidelity_by_hand():
     drawn = torch.rand(400, 8, 1, generator=torch.Generator().manual_seed(0)) < 0.25
     expected = drawn.double().mean(0)[:, 0] * cost.detach().double().square()
     assert torch.allclose(found.infidelity["scores"], expected, atol=1e-6)
+    assert torch.allclose(found.scale_invariant["scores"], expected, atol=1e-6)  # zero stays zero
+
+
+def of_random_orders(shape, seeds):
+    """Scores that put filters in the orders of the random control."""
+    drawn = [torch.rand(*shape, generator=torch.Generator().manual_seed(s)) for s in range(seeds)]
+    return {str(seed): -one for seed, one in enumerate(drawn)}
+
+
+def mean_of(table, names):
+    return torch.stack([table[name] for name in names]).mean(0)
+
+
+def test_infidelitys_control_is_the_scores_at_random_filters():
+    model, x, scores = pool_linear(), images(), random_scores(6)
+    options = {"target": TARGETS, "each_filter": True}
+    found = filter_infidelity(model, "1", x, scores, random_seeds=3, **options)
+    places = {name: (-one).argsort(1) for name, one in of_random_orders((8, 6), 3).items()}
+    shuffled = {name: scores.gather(1, place) for name, place in places.items()}
+    expected = filter_infidelity(model, "1", x, shuffled, **options)
+    for table in ("infidelity", "scale_invariant", "by_filter"):
+        control, means = getattr(found, table)["random"], mean_of(getattr(expected, table), places)
+        assert torch.allclose(control, means), table
 
 
 def test_several_inputs_and_further_arguments():
@@ -240,6 +273,16 @@ def test_sensitivity_of_each_filter_is_captums_in_a_loop(at_once):
         assert torch.allclose(found.by_filter[:, filter_], expected, rtol=1e-4, atol=1e-6)
 
 
+def test_sensitivity_of_a_silent_filter():
+    """A score of zero that stays zero does not move; its own size cannot be the unit."""
+    model = pool_linear()
+    with torch.no_grad():
+        model[0].weight[2], model[0].bias[2] = 0, -1
+    method = LayerFilterContribution(model, "1")
+    found = filter_max_sensitivity(method, images(), target=TARGETS).by_filter
+    assert torch.equal(found[:, 2], torch.zeros(8))
+
+
 def test_sensitivity_to_gates_is_captums_in_gate_space():
     """Dropping one filter of a gated model: Captum's ablation over gates, and ours of the layer."""
     model, x = deep(), images()
@@ -315,6 +358,20 @@ def test_magnitude_control_follows_the_weights():
     assert torch.equal(curves.insertion["weight magnitude"], given.insertion["scores"])
 
 
+def test_random_curves_are_means_over_random_orders():
+    model, x = pool_linear(), images()
+    curves = filter_curves(model, "1", x, random_scores(6), target=TARGETS, random_seeds=3)
+    orders = of_random_orders((8, 6), 3)
+    given = filter_curves(model, "1", x, orders, target=TARGETS)
+    assert torch.allclose(curves.deletion["random"], mean_of(given.deletion, orders), atol=1e-6)
+    orders = of_random_orders((3, 6), 3)
+    tables = {name: table_of(model, "1", scores=one) for name, one in orders.items()}
+    options = {"measure": "probability", "show_progress": False}
+    found = class_curves(model, "1", table_of(model, "1"), batches(), random_seeds=3, **options)
+    given = class_curves(model, "1", tables, batches(), **options)
+    assert torch.allclose(found.necessity["random"], mean_of(given.necessity, orders), atol=1e-6)
+
+
 def test_every_curve_has_its_controls():
     curves = filter_curves(pool_linear(), "1", images(), {"a": random_scores(6)}, target=0)
     names = {"a", "a, reversed", "random", "weight magnitude", "weight magnitude, reversed"}
@@ -375,6 +432,13 @@ def test_class_curves_are_explicit_loops(make, layer, number, measure):
     assert curves.counts.tolist() == torch.bincount(y).tolist()
     names = {"own", "own, reversed", "random", "weight magnitude", "weight magnitude, reversed"}
     assert set(curves.necessity_area) == set(curves.sufficiency_area) == names
+    for areas, tables in (
+        (curves.necessity_area, curves.necessity),
+        (curves.sufficiency_area, curves.sufficiency),
+    ):
+        points = torch.tensor(curves.num_filters) / number
+        expected = torch.trapezoid(tables["own"], points.double(), dim=0)
+        assert torch.allclose(areas["own"], expected)
 
 
 def test_class_curves_without_images_of_a_class():
@@ -434,8 +498,50 @@ def test_damage_of_controls_of_the_same_size():
     own, others = damage.control("weight magnitude")
     clean = evaluate_classifier(model, batches(), show_progress=False).recall
     assert torch.allclose(own, without.recall - clean)
-    assert set(damage.control_recall) == {"random", "weight magnitude"}
     assert others.shape == (3,)
+    for class_ in range(3):
+        lowest = torch.zeros(6, dtype=torch.bool)
+        lowest[table.scores[class_].argsort()[:3]] = True
+        without = evaluate_classifier(Without(model, "1", lowest), batches(), show_progress=False)
+        found = damage.control_recall["class filters, reversed"][class_]
+        assert torch.allclose(found, without.recall)
+    assert set(damage.control_recall) == {
+        "class filters, reversed",
+        "random",
+        "weight magnitude",
+    }
+    with pytest.raises(ValueError, match="No control 'magnitude'; there are class filters, rev"):
+        damage.control("magnitude")
+
+
+def test_damage_by_hand():
+    """Four images of one class and two of the other; all filters of the first class removed."""
+    damage = CollateralDamage(
+        clean=torch.tensor([[4, 0], [1, 1]]),
+        without=torch.tensor([[[1, 3], [0, 2]]]),
+        classes=(0,),
+        num_filters=torch.tensor([2]),
+        control_recall={"random": torch.tensor([[0.5, 1.0]]).double()},
+        class_names=("a", "b"),
+    )
+    assert damage.confusion_difference.tolist() == [[[-0.75, 0.75], [-0.5, 0.5]]]
+    assert (damage.own.tolist(), damage.others.tolist()) == ([-0.75], [0.5])
+    assert [one.tolist() for one in damage.control("random")] == [[-0.5], [0.5]]
+    assert damage.largest(1) == [("a", "a", "b", 0.75)]
+
+
+def test_damage_of_random_sets_is_a_mean_over_seeds():
+    model, data = pool_linear(), batches()
+    table = table_of(model, "1", 3)
+    damage = collateral_damage(model, "1", table, data, random_seeds=3, show_progress=False)
+    expected = torch.zeros(3, 3)
+    for order in of_random_orders((3, 6), 3).values():
+        for row in range(3):
+            removed = torch.zeros(6, dtype=torch.bool)
+            removed[order[row].argsort(descending=True)[:3]] = True
+            without = evaluate_classifier(Without(model, "1", removed), data, show_progress=False)
+            expected[row] += without.recall / 3
+    assert torch.allclose(damage.control_recall["random"].float(), expected)
 
 
 def test_largest_confusions_name_the_classes():
@@ -500,7 +606,48 @@ def test_randomisation_is_cumulative_from_the_output():
     assert float(check.rank_correlation[2].mean()) < 0.9
 
 
+def test_randomisation_tells_signs_from_sizes():
+    """An explanation that only turns its sign is the opposite, and in absolute values the same."""
+    model, x = deep(), images()
+    before = model.stage1[0].weight.clone()
+
+    class Turning:
+        def __init__(self, twin):
+            self.weight = twin.stage1[0].weight
+
+        def attribute(self, inputs, target=None):
+            return inputs if torch.equal(self.weight, before) else -inputs
+
+    check = cascading_randomisation(model, Turning, x, target=0)
+    assert torch.allclose(check.rank_correlation[-1], -torch.ones(8).double())
+    assert torch.allclose(check.absolute_rank_correlation[-1], torch.ones(8).double())
+
+
 # -- remove and retrain ---------------------------------------------------------------------------
+
+
+class Watching(nn.Linear):
+    """A linear layer that notes in which mode it runs, in copies too."""
+
+    modes: ClassVar = []
+
+    def forward(self, x):
+        self.modes.append(self.training)
+        return super().forward(x)
+
+
+def test_every_repetition_trains_in_training_mode_from_other_weights(monkeypatch):
+    model = pool_linear()
+    model[4] = Watching(6, 3)
+    seeds, reset = [], torch.manual_seed
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: (seeds.append(seed), reset(seed))[1])
+    Watching.modes.clear()
+    retrained(model, random_scores(6)[0], repeats=2, epochs=1, seed=5)
+    assert set(seeds) == {5, 6}
+    # For each of 2 x (1 + 4) trainings as many batches to train as to test on.
+    in_training = sum(Watching.modes)
+    assert in_training == 10 * len(batches())
+    assert Watching.modes[-1] is False
 
 
 def planted():
@@ -546,6 +693,14 @@ def test_only_planted_filters_cannot_be_made_up_for():
 
 
 # -- bad input ------------------------------------------------------------------------------------
+
+
+def retrained(model, rankings, train=None, **options):
+    options = {"num_filters": [1], "weight_magnitude": None, "show_progress": False, **options}
+    if isinstance(rankings, torch.Tensor):
+        options["weight_magnitude"] = torch.rand(len(rankings))
+    train = batches() if train is None else train
+    return remove_and_retrain(model, "1", rankings, train, batches(), **options)
 
 
 def constant_gate():
@@ -617,6 +772,48 @@ def constant_gate():
             ),
             "one length",
         ),
+        (
+            lambda m, x, s: filter_infidelity(m, "1", x[:0], s[:0], target=0),
+            "no images",
+        ),
+        (
+            lambda m, x, s: filter_max_sensitivity(Saliency(m), x, target=0),
+            "Saliency has no layer",
+        ),
+        (
+            lambda m, x, s: filter_max_sensitivity(
+                LayerFilterFrequency(m, ["0", "1"], top_k=2), x, target=0
+            ),
+            "returned 2 tensors",
+        ),
+        (
+            lambda m, x, s: filter_max_sensitivity(
+                LayerFilterContribution(m, "1"), x, target=0, n_perturb_samples=0
+            ),
+            "n_perturb_samples=0 at least 1",
+        ),
+        (
+            lambda m, x, s: cascading_randomisation(m, LayerFilterContribution(m, "1"), x),
+            "make_method is a LayerFilterContribution; expected a function",
+        ),
+        (
+            lambda m, x, s: cascading_randomisation(
+                m, lambda net: LayerFilterContribution(m, "1"), x, target=0
+            ),
+            "for the model itself",
+        ),
+        (
+            lambda m, x, s: cascading_randomisation(
+                m, lambda net: IntegratedGradients(FilterGate(m, "1")), x, target=0
+            ),
+            "for the model itself",
+        ),
+        (lambda m, x, s: retrained(m, s[0, :5]), "The rankings have 5 filters, the layer '1' 6"),
+        (lambda m, x, s: retrained(m, s[0] / 0), "'ranking' holds NaN"),
+        (lambda m, x, s: retrained(m, s[0], iter(batches())), "read only once"),
+        (lambda m, x, s: retrained(m, s[0], []), "train_loader is empty"),
+        (lambda m, x, s: retrained(m, s[0], epochs=0), "at least 1"),
+        (lambda m, x, s: retrained(m, {"a": [1, 2]}), "Tensors"),
     ],
 )
 def test_bad_input_says_what_would_be_right(call, message):

@@ -4,16 +4,19 @@ import csv
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from torch.utils.data import Subset
 from torchvision.models import resnet18
 
 from captum_classfilters import ClassFilters
 from captum_classfilters.cli import main
+from captum_classfilters.compare_folder import _class_filters
 from captum_classfilters.demo import run_demo
 from captum_classfilters.networks import AccuracyCurve
 from captum_classfilters.visualize import (
@@ -23,6 +26,7 @@ from captum_classfilters.visualize import (
     plot_explanations,
     plot_filter_maps,
 )
+from tests.models import images, pool_linear
 
 
 def table(classes=3, filters=7, signed=True):
@@ -266,7 +270,7 @@ class TestCommands:
         with open(output / "filters.csv") as file:
             names = [row["method"] for row in csv.DictReader(file)]
         assert names == ["contribution", "frequency", "random", "weight magnitude"]
-        assert "filters of layer4: 4 images" in capsys.readouterr().out
+        assert "filters of layer 'layer4': 4 images" in capsys.readouterr().out
         assert main(command) == 2
         assert "--overwrite" in capsys.readouterr().err
 
@@ -281,6 +285,15 @@ class TestCommands:
         one = arguments(folder, checkpoint, tmp_path / "out", **{"--limit": limit})
         assert main(["compare", *one[1:], "--method", *methods]) == 2
         assert message in capsys.readouterr().err
+
+    def test_compare_needs_images_of_the_classes_it_explains(self):
+        data = [(image, 0) for image in images(4)]
+        job = SimpleNamespace(batch_size=2, num_filters=2, device="cpu", show_progress=False)
+        model = pool_linear()
+        given = model, model[1], job, data, Subset(data, [0, 1])
+        assert _class_filters(*given, torch.tensor([0, 0])).layer is model[1]
+        with pytest.raises(ValueError, match="for the classes 1, 2, of which the folder's other"):
+            _class_filters(*given, torch.tensor([2, 1]))
 
     def test_layers(self, capsys):
         assert main(["layers", "--model", "squeezenet1_1", "--image-size", "32"]) == 0

@@ -56,6 +56,8 @@ def test_a_layer_without_positions():
     explain = quantus_explanation(lambda net: LayerFilterContribution(net, "flatten"))
     with pytest.raises(ValueError, match="no positions"):
         explain(deep(), images().numpy(), TARGETS.numpy())
+    with pytest.raises(ValueError, match="expected a function that makes a method"):
+        quantus_explanation(LayerFilterContribution(deep(), "stage1"))
 
 
 @pytest.mark.parametrize("name", METHODS)

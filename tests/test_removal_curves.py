@@ -210,7 +210,7 @@ def test_bad_input(trained):
         filter_importance_baselines(model, "stage1", [], **QUIET)
     with pytest.raises(ValueError, match="loader is empty"):
         activation_scores(model, "stage1", [], **QUIET)
-    with pytest.raises(ValueError, match="read it twice"):
+    with pytest.raises(ValueError, match="read only once"):
         filter_importance_baselines(model, "stage1", iter(data), **QUIET)
     with pytest.raises(ValueError, match="3 classes"):
         activation_scores(model, "stage1", [(images(2), torch.tensor([0, 3]))], **QUIET)

@@ -120,6 +120,8 @@ class TestPermutationPValues:
             expected = scipy.stats.false_discovery_control(flat, method=correction)
             assert found[[0, 2]].flatten().tolist() == pytest.approx(expected.tolist())
             assert found[1].isnan().all()
+        with pytest.raises(ValueError, match="between 0 and 1"):
+            false_discovery_adjusted(torch.tensor([0.1, 1.5]))
 
 
 class TestIdentification:

@@ -98,6 +98,8 @@ class SuffixReplay:
         self.model = module_of(forward_func)
         self.name = layer_name(self.model, layer)
         self.num_images = len(inputs[0])
+        if self.num_images == 0:
+            raise ValueError("There are no images: the inputs have no rows.")
         self._root = _Call()
         self._weight: Tensor | None = None
         self._feed: Feed | None = None

@@ -1,5 +1,6 @@
 """Attributions of either space brought into one form: a score for each pixel or for each filter."""
 
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,25 @@ from captum_classfilters.gate import FilterGate
 from captum_classfilters.spectral import LayerSingularDirection
 
 PIXELS = "pixels"
+
+
+def check_is_function(make_method: Any) -> None:
+    """Raise if a method is given where a function that makes one for a model is needed."""
+    if not callable(make_method):
+        raise ValueError(
+            f"make_method is a {type(make_method).__name__}; expected a function that makes a method for "
+            'a model: lambda model: LayerFilterContribution(model, "layer3").'
+        )
+
+
+def explains(method: Any, model: nn.Module) -> bool | None:
+    """Whether a method's model has a part in common with a model; None where it hides its model."""
+    function = getattr(method, "forward_func", None)
+    found = function.model if isinstance(function, FilterGate) else module_of(function)
+    if found is None:
+        return None
+    parts = {id(one) for one in model.modules()}
+    return any(id(one) in parts for one in found.modules())
 
 
 class PixelRemoval:
@@ -78,10 +98,14 @@ class Explained:
     def raw(self, inputs: Tensor, target: Any) -> Any:
         """What the method itself returns."""
         attribute = getattr(self.method, "attribute", self.method)
-        if self.gate is None:
-            return attribute(inputs, target=target, **self.options)
-        gates = self.gate.ones(len(inputs))
-        return attribute(gates, target=target, additional_forward_args=inputs, **self.options)
+        with warnings.catch_warnings():
+            # Said of every batch, and nothing that whoever compares could change.
+            warnings.filterwarnings("ignore", "Input Tensor .* did not already require gradients")
+            warnings.filterwarnings("ignore", r"Setting forward, backward hooks and attributes")
+            if self.gate is None:
+                return attribute(inputs, target=target, **self.options)
+            gates = self.gate.ones(len(inputs))
+            return attribute(gates, target=target, additional_forward_args=inputs, **self.options)
 
     def space(self, inputs: Tensor, target: Any) -> tuple[str, nn.Module | None]:
         """``"pixels"``, or the layer's name and the layer."""

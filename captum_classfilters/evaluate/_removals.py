@@ -138,7 +138,8 @@ def weight_magnitudes(forward_func: Any, layer: nn.Module, num_filters: int) -> 
             return weight.detach().flatten(1).double().norm(dim=1).cpu()
     raise ValueError(
         f"No weights of {num_filters} filters are found in or before the layer "
-        f"{layer_name(model, layer)!r}; pass weight_magnitude, a Tensor ({num_filters},)."
+        f"{layer_name(model, layer)!r}. If it is the layer that was scored, pass weight_magnitude, a "
+        f"Tensor ({num_filters},)."
     )
 
 

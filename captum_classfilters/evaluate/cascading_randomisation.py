@@ -15,6 +15,7 @@ from captum_classfilters._internal.captum import (
 )
 from captum_classfilters._internal.guard import model_left_as_found
 from captum_classfilters.class_filters import _rank_correlation
+from captum_classfilters.evaluate._explained import check_is_function, explains
 from captum_classfilters.evaluate._reset import reset_weights, weighted_modules
 from captum_classfilters.evaluate.filter_sensitivity import filter_scores_of, scores_filters
 
@@ -82,7 +83,7 @@ def cascading_randomisation(
         *CascadingRandomisation*.
 
     Raises:
-        ValueError: No module with weights runs.
+        ValueError: No module with weights runs, or ``make_method`` ignores its model.
 
     Examples::
 
@@ -97,6 +98,7 @@ def cascading_randomisation(
         >>> check.modules
         ['4', '0']
     """
+    check_is_function(make_method)
     images: tuple[Tensor, ...] = _format_tensor_into_tuples(inputs)
     further = _format_additional_forward_args(additional_forward_args)
     if further is not None:
@@ -104,6 +106,11 @@ def cascading_randomisation(
     with model_left_as_found(model):
         twin = copy.deepcopy(model)
         method = make_method(twin)
+        if explains(method, model):
+            raise ValueError(
+                "make_method made a method for the model itself, which keeps its weights; it has to "
+                "use the model that it is called with."
+            )
         original = _explanation(method, images, target, options)
         stages = weighted_modules(twin, (*images, *(further or ())))[::-1]
         if not stages:

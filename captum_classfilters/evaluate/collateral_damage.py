@@ -13,13 +13,18 @@ from captum_classfilters.attr import LayerFilterAblation
 from captum_classfilters.attr.layer_filter_ablation import Replacement
 from captum_classfilters.class_filters import ClassFilters
 from captum_classfilters.evaluate._removals import (
+    MAGNITUDE,
+    RANDOM,
     first_of,
     magnitude_control,
     order_of,
     random_orders,
     resolved_layer,
+    reversed_name,
 )
 from captum_classfilters.evaluate.class_curves import replays
+
+_OWN = "class filters"
 
 
 @dataclass(frozen=True)
@@ -33,8 +38,10 @@ class CollateralDamage:
         without (Tensor): Shape (R, C, C), int64: the same without the filters of each of R classes.
         classes (tuple of int): The R classes whose filters were removed.
         num_filters (Tensor): Shape (R,), how many filters each of them lost.
-        control_recall (dict): For ``"random"`` and ``"weight magnitude"`` a Tensor (R, C): recall of
-                    each class with as many other filters removed, random ones averaged over seeds.
+        control_recall (dict): For ``"class filters, reversed"``, ``"weight magnitude"`` and
+                    ``"random"`` a Tensor (R, C): recall of each class with as many other filters
+                    removed: the class's lowest scores, the largest weights, and random ones, averaged
+                    over seeds.
         class_names (tuple of str): Names of all C classes.
     """
 
@@ -70,11 +77,16 @@ class CollateralDamage:
 
         Args:
 
-            name (str): ``"random"`` or ``"weight magnitude"``.
+            name (str): A name in ``control_recall``.
 
         Returns:
             *tuple* of two Tensors (R,).
+
+        Raises:
+            ValueError: There is no such control.
         """
+        if name not in self.control_recall:
+            raise ValueError(f"No control {name!r}; there are {', '.join(self.control_recall)}.")
         change = self.control_recall[name] - self.clean.diagonal().double() / self._counts()
         return change[torch.arange(len(self.classes)), list(self.classes)], self._others(change)
 
@@ -104,7 +116,7 @@ class CollateralDamage:
 
     def __str__(self) -> str:
         lines = [f"{'mean change of recall':24s} own class  other classes"]
-        rows = {"class filters": (self.own, self.others)}
+        rows = {_OWN: (self.own, self.others)}
         rows.update({name: self.control(name) for name in self.control_recall})
         lines += [
             f"{name:24s} {float(own.nanmean()):+9.4f}  {float(others.nanmean()):+13.4f}"
@@ -138,7 +150,7 @@ def collateral_damage(
     Remove each class's selected filters from *all* images, and see whom it hurts.
 
     A filter is specific to a class if the class falls without it and the others do not. Sets of the
-    same size, drawn at random and by the norm of the filters' weights, are removed as controls.
+    same size are removed as controls: the class's lowest scores, the largest weights, and random ones.
 
     Args:
 
@@ -186,15 +198,8 @@ def collateral_damage(
     rows = _rows(class_filters, classes)
     layer = resolved_layer(forward_func, layer)
     shape = (class_filters.num_classes, class_filters.num_filters)
-    own = class_filters.selected[rows]
-    magnitude = order_of(magnitude_control(forward_func, layer, shape[1], weight_magnitude))
-    sets = {
-        "own": own[None],
-        "random": torch.stack(
-            [_as_many(order, own) for order in random_orders((len(rows), shape[1]), random_seeds)]
-        ),
-        "weight magnitude": _as_many(magnitude.expand(len(rows), -1), own)[None],
-    }
+    magnitude = magnitude_control(forward_func, layer, shape[1], weight_magnitude)
+    sets = _sets(class_filters, rows, magnitude, random_seeds)
     removed = torch.cat([one.flatten(0, 1) for one in sets.values()])
     ablation = LayerFilterAblation(
         forward_func, layer, replacement=replacement, channel_dim=channel_dim
@@ -205,17 +210,34 @@ def collateral_damage(
         for replay, labels in replays(ablation, layer, shape, dataloader, show_progress):
             clean += _confusion(replay.output[None], labels)[0]
             without += _confusion(replay.outputs(removed), labels)
-    sizes = [len(one) * len(rows) for one in sets.values()]
-    first, *controls = without.split(sizes)
+    parts = dict(
+        zip(sets, without.split([len(one) * len(rows) for one in sets.values()]), strict=True)
+    )
+    own = parts.pop(_OWN)
     recall = {
         name: (part.diagonal(dim1=1, dim2=2).double() / clean.sum(1))
         .unflatten(0, (-1, len(rows)))
         .mean(0)
-        for name, part in zip(list(sets)[1:], controls, strict=True)
+        for name, part in parts.items()
     }
-    return CollateralDamage(
-        clean, first, tuple(rows), own.sum(1), recall, class_filters.class_names
-    )
+    number = sets[_OWN][0].sum(1)
+    return CollateralDamage(clean, own, tuple(rows), number, recall, class_filters.class_names)
+
+
+def _sets(
+    class_filters: ClassFilters, rows: list[int], magnitude: Tensor, random_seeds: int
+) -> dict[str, Tensor]:
+    """Masks (draws, R, K) of the selected filters, and as many of every control."""
+    own = class_filters.selected[rows]
+    orders = {
+        reversed_name(_OWN): [order_of(class_filters.scores[rows]).flip(-1)],
+        MAGNITUDE: [order_of(magnitude).expand(own.shape)],
+        RANDOM: random_orders(own.shape, random_seeds),
+    }
+    sets = {_OWN: own[None]}
+    for name, drawn in orders.items():
+        sets[name] = torch.stack([_as_many(order, own) for order in drawn])
+    return sets
 
 
 def _rows(class_filters: ClassFilters, classes: Iterable[int | str] | None) -> list[int]:

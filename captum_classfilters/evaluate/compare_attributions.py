@@ -1,6 +1,6 @@
 """Attributions of pixels and of filters side by side, each space in a table of its own."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from captum_classfilters._internal.guard import model_left_as_found
 from captum_classfilters.attr import LayerFilterAblation
 from captum_classfilters.attr.layer_filter_ablation import _SCORES, _of_targets
-from captum_classfilters.evaluate._explained import PIXELS, Explained, PixelRemoval
+from captum_classfilters.evaluate._explained import PIXELS, Explained, PixelRemoval, explains
 from captum_classfilters.evaluate._removals import (
     MAGNITUDE,
     RANDOM,
@@ -29,7 +29,7 @@ from captum_classfilters.evaluate._removals import (
 )
 from captum_classfilters.evaluate._resources import peak_memory, seconds
 from captum_classfilters.evaluate.filter_curves import both_ways
-from captum_classfilters.evaluate.filter_infidelity import _infidelity, _lost, _shuffled
+from captum_classfilters.evaluate.filter_infidelity import _infidelity, _lost
 from captum_classfilters.evaluate.filter_sensitivity import explanation_for_sensitivity
 from captum_classfilters.evaluate.localization import localization
 
@@ -56,7 +56,7 @@ class AttributionTable:
 
     Args:
 
-        space (str): ``"pixels"`` or ``"filters of ..."``.
+        space (str): ``"pixels"`` or ``"filters of layer ..."``.
         values (dict): For each method, and each control, its metrics by name, Tensors (N,).
         seconds (dict): For each method a Tensor: seconds an image, batch by batch.
         peak_memory (dict): For each method the bytes that its tensors hold at most, for one batch.
@@ -150,23 +150,29 @@ class AttributionTable:
             "box_overlap": "overlap",
         }
         shown = {m: s for m, s in short.items() if any(m in v for v in self.values.values())}
-        head = "".join(f"{name:>20s}" for name in shown.values())
-        lines = [f"{self.space}: {number} images, mean ± half width of the 95% interval"]
-        lines.append(f"{'':30s}{head}{'ms/image':>10s}{'peak MiB':>10s}")
+        rows = [["", *shown.values(), "ms/image", "peak MiB"]]
         for method, metrics in self.values.items():
-            cells = "".join(self._cell(method, metric, metric in metrics) for metric in shown)
-            cost = ""
-            if method in self.seconds:
-                milliseconds = 1000 * float(self.seconds[method].median())
-                cost = f"{milliseconds:10.2f}{self.peak_memory[method] / 2**20:10.1f}"
-            lines.append(f"{method:30s}{cells}{cost}")
+            cells = [self._cell(method, metric) if metric in metrics else "" for metric in shown]
+            rows.append([method, *cells, *self._cost(method)])
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = [f"{self.space}: {number} images, mean ± half width of the 95% interval"]
+        for name, *cells in rows:
+            padded = (f"{cell:>{width}s}" for cell, width in zip(cells, widths[1:], strict=True))
+            lines.append("  ".join([f"{name:{widths[0]}s}", *padded]).rstrip())
         return "\n".join(lines)
 
-    def _cell(self, method: str, metric: str, there: bool) -> str:
-        if not there:
-            return f"{'':20s}"
+    def _cell(self, method: str, metric: str) -> str:
         mean, low, _ = self.interval(method, metric)
-        return f"{f'{mean:.3g} ± {mean - low:.1g}':>20s}"
+        if low != low:  # one image has no interval
+            return f"{mean:.3g}"
+        reach = mean - low
+        return f"{mean:.3g} ± {reach:.0f}" if reach >= 10 else f"{mean:.3g} ± {reach:.1g}"
+
+    def _cost(self, method: str) -> tuple[str, str]:
+        if method not in self.seconds:
+            return "", ""
+        milliseconds = 1000 * float(self.seconds[method].median())
+        return f"{milliseconds:.2f}", f"{self.peak_memory[method] / 2**20:.1f}"
 
 
 @dataclass(frozen=True)
@@ -201,7 +207,7 @@ def compare_attributions(
     model: nn.Module,
     methods: Mapping[str, Any],
     inputs: Tensor,
-    target: Tensor,
+    target: Tensor | Sequence[int] | int,
     *,
     boxes: Tensor | None = None,
     baseline: Tensor | float = 0.0,
@@ -227,9 +233,10 @@ def compare_attributions(
     In both spaces the metrics are the same: infidelity of removing random sets of features, plain and
     scale-invariant; max-sensitivity to noise on the image; areas under deletion and insertion, in
     both directions; with boxes, the pointing game and overlap. All methods of a space share one set
-    of perturbed forward passes, and scores in random order (for filters also the norm of their
-    weights) stand in the table as controls. Time is that of the attribution alone, memory what its
-    tensors hold at most.
+    of perturbed forward passes, and random scores (for filters also the norm of their weights) stand
+    in the table as controls: normal, independent of every method, in each image as large as the
+    first method's (root mean square), which matters to plain infidelity alone. Time is that of the
+    attribution alone, memory what its tensors hold at most.
 
     Args:
 
@@ -237,7 +244,7 @@ def compare_attributions(
         methods (mapping): By name: an attribution; a pair of one and further arguments of its
                     ``attribute``, the same for all images; or a function of inputs and ``target``.
         inputs (Tensor): Images (N, channels, H, W).
-        target (Tensor): Shape (N,), the class to explain in each image.
+        target (Tensor, sequence of int or int): The class to explain in each image (N,), or in all.
         boxes (Tensor, optional): Shape (N, 4), x_min, y_min, x_max, y_max in pixels, edge to edge.
                     Default: None
         baseline (Tensor or float): What stands in for a removed pixel.
@@ -265,7 +272,8 @@ def compare_attributions(
         *AttributionComparison*.
 
     Raises:
-        ValueError: There are no methods, or shapes do not fit.
+        ValueError: There are no methods, one explains another model, shapes do not fit, or a number
+                    is out of range.
 
     Examples::
 
@@ -286,22 +294,24 @@ def compare_attributions(
         >>> list(comparison.pixels.values), list(comparison.filters)
         (['Integrated Gradients', 'Saliency', 'random'], ['1'])
     """
-    explained = _explained(methods)
-    if inputs.dim() != 4 or target.shape != inputs.shape[:1] or len(inputs) == 0:
-        raise ValueError(
-            f"inputs {tuple(inputs.shape)} and target {tuple(target.shape)} do not fit; expected "
-            "(N, channels, H, W) and (N,)."
-        )
-    if boxes is not None and boxes.shape != (len(inputs), 4):
-        raise ValueError(f"boxes have shape {tuple(boxes.shape)}; expected ({len(inputs)}, 4).")
+    explained = _explained(methods, model)
+    target = torch.as_tensor(target, device=inputs.device)
+    target = target.expand(len(inputs)) if target.dim() == 0 else target
+    _check_shapes(inputs, target, boxes)
     if min(n_perturb_samples, sensitivity_samples, points, batch_size) < 1:
         raise ValueError("Numbers of samples, points and images in a batch must be at least 1.")
+    probabilities = {PIXELS: 0.2, "filters": 0.5, **(drop_probability or {})}
+    if len(probabilities) > 2 or not all(0 < one < 1 for one in probabilities.values()):
+        raise ValueError(
+            f"drop_probability={dict(drop_probability or {})}; expected numbers between 0 and 1 for "
+            "'pixels' and 'filters'."
+        )
     settings = _Settings(
         torch.as_tensor(baseline, dtype=inputs.dtype, device=inputs.device),
         n_perturb_samples,
         sensitivity_samples,
         perturb_radius,
-        {PIXELS: 0.2, "filters": 0.5, **(drop_probability or {})},
+        probabilities,
         points,
         batch_size,
         seed,
@@ -323,6 +333,16 @@ def compare_attributions(
         target[:pictures].tolist(),
         maps,
     )
+
+
+def _check_shapes(inputs: Tensor, target: Tensor, boxes: Tensor | None) -> None:
+    if inputs.dim() != 4 or target.shape != inputs.shape[:1] or len(inputs) == 0:
+        raise ValueError(
+            f"inputs {tuple(inputs.shape)} and target {tuple(target.shape)} do not fit; expected "
+            "(N, channels, H, W) and (N,)."
+        )
+    if boxes is not None and boxes.shape != (len(inputs), 4):
+        raise ValueError(f"boxes have shape {tuple(boxes.shape)}; expected ({len(inputs)}, 4).")
 
 
 @dataclass(frozen=True)
@@ -347,22 +367,35 @@ def _numpy_state_left_as_found() -> Iterator[None]:
         numpy.random.set_state(state)
 
 
+def _random_scores(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Normal scores of both signs, with the root mean square of each image's scores."""
+    drawn = torch.randn(like.shape, generator=generator, dtype=like.dtype)
+    return drawn * like.square().mean(1, keepdim=True).sqrt()
+
+
 def _seed(seed: int) -> None:
     torch.manual_seed(seed)
     numpy.random.seed(seed)
 
 
-def _explained(methods: Mapping[str, Any]) -> list[Explained]:
-    if not methods:
-        raise ValueError("methods is empty; pass at least one attribution by its name.")
+def _explained(methods: Mapping[str, Any], model: nn.Module) -> list[Explained]:
+    if not isinstance(methods, Mapping) or not methods:
+        raise ValueError(
+            f"methods is {'empty' if not methods else f'a {type(methods).__name__}'}; expected "
+            'attributions by name, {"saliency": Saliency(model)} say.'
+        )
     taken = {RANDOM, MAGNITUDE} & set(methods)
     if taken:
         raise ValueError(f"The name {taken.pop()!r} is the control's own; choose another one.")
     result = []
     for name, given in methods.items():
         method, options = given if isinstance(given, tuple) else (given, {})
+        if isinstance(method, type):
+            raise ValueError(f"{name!r} is a class; pass {method.__name__}(model).")
         if not callable(getattr(method, "attribute", method)):
             raise ValueError(f"{name!r} is a {type(method).__name__}; expected an attribution.")
+        if explains(method, model) is False:
+            raise ValueError(f"{name!r} explains another model than the one given.")
         result.append(Explained(name, method, dict(options)))
     return result
 
@@ -424,7 +457,7 @@ class _Space:
         controls = [name for name in (RANDOM, MAGNITUDE) if name in self.values]
         names = [one.name for one in self.methods] + controls
         return AttributionTable(
-            PIXELS if self.layer is None else f"filters of {self.name}",
+            PIXELS if self.layer is None else f"filters of layer {self.name!r}",
             {
                 name: {
                     metric: torch.cat(self.values[name][metric])
@@ -479,13 +512,13 @@ class _Space:
         """Infidelity and curves of all methods and controls from the same perturbed images."""
         settings, replay = self.settings, self._replay(inputs)
         shape = (replay.num_images, replay.num_filters)
-        seed = settings.seed + self.batches
-        drawn = torch.Generator().manual_seed(seed)
+        drawn = torch.Generator().manual_seed(settings.seed + self.batches)
         probability = settings.drop_probability[PIXELS if self.layer is None else "filters"]
         removed = torch.rand(settings.n_perturb_samples, *shape, generator=drawn) < probability
+        random_order = torch.rand(shape, generator=drawn).argsort(1)
         lost = _lost(replay, removed, _SCORES["logit"], target)
         costs = named_scores(cost, shape)
-        costs[RANDOM] = _shuffled(next(iter(costs.values())), seed)
+        costs[RANDOM] = _random_scores(next(iter(costs.values())), drawn)
         for name, one in costs.items():
             plain, scaled = _infidelity(one, removed, lost)
             self._note(name, "infidelity", plain)
@@ -494,7 +527,7 @@ class _Space:
         if self.layer is not None:
             norms = weight_magnitudes(self.model, self.layer, shape[1])
             orders[MAGNITUDE] = order_of(norms).expand(shape)
-        orders[RANDOM] = torch.rand(shape, generator=drawn).argsort(1)
+        orders[RANDOM] = random_order
 
         def value(outputs: Tensor) -> Tensor:
             own = [_of_targets(_SCORES["probability"](each), target, shape[0]) for each in outputs]

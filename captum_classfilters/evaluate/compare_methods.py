@@ -29,7 +29,7 @@ from captum_classfilters.identify import (
     collect_features,
     identify_class_filters,
 )
-from captum_classfilters.identify._batches import split_batch
+from captum_classfilters.identify._batches import check_read_again, split_batch
 from captum_classfilters.identify.statistics import class_labels
 
 if TYPE_CHECKING:
@@ -99,13 +99,16 @@ class MethodComparison:
     def __str__(self) -> str:
         """The table in Markdown."""
         rows = self._rows()
-        lines = ["| " + " | ".join(rows[0]) + " |", "|---" * len(rows[0]) + "|"]
-        for row in rows:
-            cells = [
-                value if isinstance(value, str) else "" if value != value else f"{value:.3f}"
-                for value in row.values()
+        cells = [list(rows[0])] + [
+            [
+                one if isinstance(one, str) else "" if one != one else f"{one:.3f}"
+                for one in row.values()
             ]
-            lines.append("| " + " | ".join(cells) + " |")
+            for row in rows
+        ]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        cells.insert(1, ["-" * width for width in widths])
+        lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in cells]
         lines += [f"{name} does not apply: {reason}" for name, reason in self.skipped.items()]
         return "\n".join(lines)
 
@@ -211,8 +214,7 @@ def compare_methods(
             "test_loader of its own.",
             stacklevel=2,
         )
-    if isinstance(dataloader, Iterable) and iter(dataloader) is dataloader:
-        raise ValueError("The dataloader can be read only once; pass a list or a DataLoader.")
+    check_read_again(dataloader)
     module = find_layer(model, layer) if isinstance(layer, str) else layer
     given = methods is not None
     if methods is None:
@@ -329,7 +331,7 @@ def _tables(
     for name, method in tqdm(methods.items(), desc="methods", disable=not show_progress):
         started = time.perf_counter()
         try:
-            table = _table(method, dataloader)
+            table = _table(name, method, dataloader)
         except ValueError as error:
             if given:
                 raise
@@ -338,21 +340,29 @@ def _tables(
         ready_made = isinstance(method, ClassFilters)
         seconds[name] = float("nan") if ready_made else time.perf_counter() - started
         tables[name] = table.select(num_filters=num_filters)
+    if not tables:
+        reasons = "; ".join(dict.fromkeys(skipped.values()))
+        raise ValueError(f"No method of the standard set applies: {reasons}")
     shapes = {name: tuple(table.scores.shape) for name, table in tables.items()}
     if len(set(shapes.values())) != 1:
-        raise ValueError(f"The tables have different shapes (C, K): {shapes or skipped}.")
+        raise ValueError(f"The tables have different shapes (C, K): {shapes}.")
     return tables, seconds, skipped
 
 
-def _table(method: Method, dataloader: Iterable[Any]) -> ClassFilters:
+def _table(name: str, method: Method, dataloader: Iterable[Any]) -> ClassFilters:
     if isinstance(method, ClassFilters):
         return method
     if isinstance(method, LayerAttribution):
         table = identify_class_filters(method, dataloader, num_filters=1, show_progress=False)
+    elif not callable(method):
+        raise ValueError(
+            f"{name!r} is a {type(method).__name__}; expected a LayerAttribution, a ClassFilters table, "
+            "or a function that makes one."
+        )
     else:
         table = method()
     if not isinstance(table, ClassFilters):
-        raise ValueError(f"A method gave a {type(table).__name__}; expected a ClassFilters table.")
+        raise ValueError(f"{name!r} gave a {type(table).__name__}; expected a ClassFilters table.")
     return table
 
 

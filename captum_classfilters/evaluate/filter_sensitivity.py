@@ -137,7 +137,8 @@ def filter_max_sensitivity(
         *FilterSensitivity*.
 
     Raises:
-        ValueError: ``space`` is unknown, or the attributions have no filters.
+        ValueError: ``space`` is unknown, a number is out of range, or the attributions have no
+                    filters.
 
     Examples::
 
@@ -153,6 +154,11 @@ def filter_max_sensitivity(
     """
     if space not in ("images", "gates"):
         raise ValueError(f"space={space!r}; choose 'images' or 'gates'.")
+    if not perturb_radius > 0 or n_perturb_samples < 1:
+        raise ValueError(
+            f"perturb_radius={perturb_radius} must be above 0, and "
+            f"n_perturb_samples={n_perturb_samples} at least 1."
+        )
     images: tuple[Tensor, ...] = _format_tensor_into_tuples(inputs)
     further = _format_additional_forward_args(additional_forward_args)
     seen: list[Tensor] = []
@@ -201,10 +207,20 @@ def filter_scores_of(method: Any, attributions: Any) -> Tensor:
     Raises:
         ValueError: There are several tensors, or no filters.
     """
-    layer = getattr(method, "layer", None)
-    tensor = only_tensor(attributions, type(method).__name__).detach()
+    layer, name = getattr(method, "layer", None), type(method).__name__
+    if isinstance(attributions, (tuple, list)) and len(attributions) > 1:
+        raise ValueError(
+            f"{name} returned {len(attributions)} tensors; filter scores are those of one layer that "
+            "puts out one tensor."
+        )
+    tensor = only_tensor(attributions, name).detach()
     if tensor.dim() == 2:
         return tensor.contiguous()
+    if not isinstance(layer, torch.nn.Module):
+        raise ValueError(
+            f"{name} has no layer, so that its attributions {tuple(tensor.shape)} have no filters; "
+            "explanation_for_sensitivity takes it to captum.metrics.sensitivity_max."
+        )
     axis = filter_axis(layer, tensor, getattr(method, "channel_dim", None))
     return positions_last(tensor, axis).sum(2).contiguous()
 

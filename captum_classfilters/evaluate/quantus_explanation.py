@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from captum_classfilters._internal.layers import filter_axis
+from captum_classfilters.evaluate._explained import check_is_function
 from captum_classfilters.evaluate.filter_sensitivity import scores_filters
 
 
@@ -48,6 +49,8 @@ def quantus_explanation(
         (4, 1, 6, 6)
         >>> # quantus.PixelFlipping()(net, x_batch, y_batch, explain_func=explain)
     """
+
+    check_is_function(make_method)
 
     def explain(
         model: nn.Module, inputs: Any, targets: Any, device: Any = None, **further: Any

@@ -23,7 +23,7 @@ from captum_classfilters.evaluate._removals import (
     reversed_name,
 )
 from captum_classfilters.evaluate._reset import reset_weights, weighted_modules
-from captum_classfilters.identify._batches import split_batch
+from captum_classfilters.identify._batches import check_read_again, split_batch
 from captum_classfilters.networks import evaluate_classifier
 
 
@@ -57,7 +57,7 @@ class RemoveAndRetrain:
 def remove_and_retrain(
     model: nn.Module,
     layer: str,
-    rankings: ClassFilters | Mapping[str, ClassFilters | Tensor],
+    rankings: ClassFilters | Tensor | Mapping[str, ClassFilters | Tensor],
     train_loader: Iterable[Any],
     test_loader: Iterable[Any],
     *,
@@ -88,7 +88,7 @@ def remove_and_retrain(
 
         model (nn.Module): The trained model; it is copied, not changed.
         layer (str): Dotted name of the layer.
-        rankings (ClassFilters or mapping): Tables, or Tensors (K,), by name.
+        rankings (ClassFilters, Tensor or mapping): A table or a Tensor (K,), or several by name.
         train_loader (iterable): Batches of (images, labels), read once in every epoch.
         test_loader (iterable): Batches of other images.
         num_filters (sequence of int): Numbers of filters to remove, between 1 and K - 1.
@@ -111,15 +111,23 @@ def remove_and_retrain(
         *RemoveAndRetrain*.
 
     Raises:
-        ValueError: Rankings or numbers do not fit, or nothing with weights follows the layer.
+        ValueError: Rankings or numbers do not fit, a loader is empty or can be read only once, or
+                    nothing with weights follows the layer.
     """
+    if epochs < 1 or repeats < 1:
+        raise ValueError("epochs and repeats must be at least 1.")
+    check_read_again(train_loader)
+    check_read_again(test_loader)
     orders = _orders(model, layer, rankings, repeats, weight_magnitude)
     most = len(next(iter(orders.values()))[0])
     numbers = sorted({int(number) for number in num_filters})
     if not numbers or numbers[0] < 1 or numbers[-1] >= most:
         raise ValueError(f"num_filters={list(num_filters)} must be numbers from 1 to {most - 1}.")
-    images, _ = split_batch(next(iter(train_loader)), 0, None)
-    trial = _Trial(model, layer, images, channel_dim, epochs, learning_rate)
+    first = next(iter(train_loader), None)
+    if first is None:
+        raise ValueError("The train_loader is empty.")
+    images, _ = split_batch(first, 0, None)
+    trial = _Trial(model, layer, most, images, channel_dim, epochs, learning_rate)
     number_of_trainings = repeats * (1 + len(orders) * len(numbers))
     with (
         model_left_as_found(model),
@@ -148,18 +156,20 @@ def remove_and_retrain(
 def _orders(
     model: nn.Module,
     layer: str,
-    rankings: ClassFilters | Mapping[str, ClassFilters | Tensor],
+    rankings: ClassFilters | Tensor | Mapping[str, ClassFilters | Tensor],
     repeats: int,
     weight_magnitude: Tensor | None,
 ) -> dict[str, list[Tensor]]:
     """For each name an order of filters for each repetition, the controls included."""
-    if repeats < 1:
-        raise ValueError("repeats must be at least 1.")
     given = (
         {rankings.method or "class filters": rankings}
         if isinstance(rankings, ClassFilters)
         else dict(rankings)
+        if isinstance(rankings, Mapping)
+        else {"ranking": rankings}
     )
+    if not all(isinstance(one, (ClassFilters, Tensor)) for one in given.values()):
+        raise ValueError("rankings must be ClassFilters or Tensors (K,) by name.")
     scores = {
         name: one.scores[one.counts > 0].mean(0) if isinstance(one, ClassFilters) else one
         for name, one in given.items()
@@ -167,6 +177,9 @@ def _orders(
     lengths = {name: tuple(one.shape) for name, one in scores.items()}
     if not scores or len(set(lengths.values())) > 1 or len(next(iter(lengths.values()))) != 1:
         raise ValueError(f"rankings must be one or more of one length (K,); found {lengths}.")
+    unsorted = [name for name, one in scores.items() if not bool(torch.isfinite(one).all())]
+    if unsorted:
+        raise ValueError(f"The ranking {unsorted[0]!r} holds NaN or Inf.")
     number = next(iter(lengths.values()))[0]
     orders: dict[str, list[Tensor]] = {}
     for name, one in scores.items():
@@ -185,12 +198,14 @@ class _Trial:
         self,
         model: nn.Module,
         layer: str,
+        num_filters: int,
         images: tuple[Tensor, ...],
         channel_dim: int | None,
         epochs: int,
         learning_rate: float,
     ) -> None:
         self.model, self.layer, self.channel_dim = model, layer, channel_dim
+        self.num_filters = num_filters
         self.epochs, self.learning_rate = epochs, learning_rate
         parameter = next(model.parameters())
         self.device = parameter.device
@@ -242,6 +257,11 @@ class _Trial:
         def hook(_module: nn.Module, _inputs: Any, output: Any) -> Tensor:
             tensor = only_tensor(output, self.layer)
             axis = filter_axis(layer, tensor, self.channel_dim)
+            if tensor.shape[axis] != self.num_filters:
+                raise ValueError(
+                    f"The rankings have {self.num_filters} filters, the layer {self.layer!r} "
+                    f"{tensor.shape[axis]}."
+                )
             kept = tensor.new_ones(1, tensor.shape[axis])
             kept[0, removed] = 0
             return tensor * along_filters(kept, tensor, axis)

@@ -1,6 +1,6 @@
 """Reading the batches of a user's loader."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -17,6 +17,12 @@ def split_batch(batch: Any, number: int, device: Any) -> tuple[tuple[Tensor, ...
     if not inputs or not all(isinstance(one, Tensor) for one in inputs):
         raise ValueError(f"The inputs of batch {number} are not Tensors.")
     return tuple(one.to(device) if device is not None else one for one in inputs), labels
+
+
+def check_read_again(dataloader: Any) -> None:
+    """Raise if a loader, read more than once here, would be empty the second time."""
+    if isinstance(dataloader, Iterable) and iter(dataloader) is dataloader:
+        raise ValueError("The dataloader can be read only once; pass a list or a DataLoader.")
 
 
 def dataset_names(dataloader: Any) -> Sequence[str] | None:

@@ -446,8 +446,8 @@ def jobs_of(
     for key, method in items:
         if not isinstance(method, LayerAttribution):
             raise ValueError(
-                f"{method!r} is not a Captum LayerAttribution object; pass a method bound to a "
-                "model and a layer, LayerFilterFrequency(model, layer) say."
+                f"A {type(method).__name__} is not a Captum LayerAttribution object; pass a method "
+                "bound to a model and a layer, LayerFilterFrequency(model, layer) say."
             )
         kwargs = dict(kwargs_of.pop(key, {}))
         if at_input:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from captum_classfilters._internal.guard import model_left_as_found
 from captum_classfilters._internal.layers import module_of
 from captum_classfilters.class_filters import ClassFilters
+from captum_classfilters.identify._batches import check_read_again
 from captum_classfilters.identify.identify_class_filters import identify_class_filters
 from captum_classfilters.identify.significance import false_discovery_adjusted
 
@@ -91,8 +92,7 @@ def random_weights_null(
     """
     if repetitions < 1:
         raise ValueError(f"repetitions={repetitions} must be at least 1.")
-    if isinstance(dataloader, Iterable) and iter(dataloader) is dataloader:
-        raise ValueError("The dataloader can be read only once; pass a list or a DataLoader.")
+    check_read_again(dataloader)
     model = module_of(method.forward_func)
     if model is None:
         raise ValueError("The method's forward function hides its model; pass the model itself.")

@@ -256,11 +256,16 @@ def false_discovery_adjusted(p_values: Tensor, correction: Literal["bh", "by"] =
 
     Returns:
         *Tensor* of float64 of the same shape.
+
+    Raises:
+        ValueError: A value is no probability.
     """
     from scipy.stats import false_discovery_control
 
     adjusted = p_values.detach().cpu().double().clone()
     tested = ~adjusted.isnan()
+    if bool(((adjusted < 0) | (adjusted > 1)).any()):
+        raise ValueError("p_values must lie between 0 and 1; NaN cells are no tests.")
     if bool(tested.any()):
         values = false_discovery_control(adjusted[tested].numpy(), method=correction)
         adjusted[tested] = torch.as_tensor(values)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from captum_classfilters._internal.filter_graph import FilterGraph, as_tuple, name_of
 from captum_classfilters.identify import activation_scores
-from captum_classfilters.identify._batches import split_batch
+from captum_classfilters.identify._batches import check_read_again, split_batch
 
 
 def incoming_weight_scores(
@@ -162,10 +162,8 @@ def filter_importance_baselines(
         (torch.Size([8]), torch.Size([10, 8]))
     """
     options = {"channel_dim": channel_dim}
-    batches = iter(dataloader)
-    if batches is dataloader:
-        raise ValueError("The data loader is an iterator; it must be possible to read it twice.")
-    first = next(batches, None)
+    check_read_again(dataloader)
+    first = next(iter(dataloader), None)
     if first is None:
         raise ValueError("The data loader is empty: there are no activations.")
     parameter = next(model.parameters(), None)
