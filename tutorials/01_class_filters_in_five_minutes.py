@@ -86,7 +86,6 @@ print("classes of the first of these:", contribution.classes_of(int(contribution
 
 # %%
 figure, _ = plot_class_filters(contribution)
-figure
 
 # %% [markdown]
 # The two methods need not agree. `agreement` says how far they do, and how far random sets would:
@@ -123,7 +122,6 @@ curve = accuracy_curve(
     show_progress=False,
 )
 figure, _ = plot_accuracy_curve(curve)
-figure
 
 # %% [markdown]
 # ## Where do they look?
@@ -145,7 +143,6 @@ figure, _ = plot_explanations(
     },
     titles=[f"a {digit}" for digit in labels.tolist()],
 )
-figure
 
 # %% [markdown]
 # Filter by filter, with what each adds to the logit of *three*:
@@ -153,7 +150,6 @@ figure
 # %%
 attributions = LayerFilterContribution(model, "filters").attribute(images, target=labels)
 figure, _ = plot_filter_maps(images[1], attributions[1], contribution, 3, title="a 3")
-figure
 
 # %% [markdown]
 # ## Keep the result

@@ -136,7 +136,6 @@ print(comparison)
 
 # %%
 figure, _ = plot_comparison(comparison, images=3)
-figure
 
 # %% [markdown]
 # The tables are there as data frames too, with the ends of each interval:
@@ -228,7 +227,6 @@ print(methods)
 
 # %%
 figure, _ = plot_method_comparison(methods)
-figure
 
 # %% [markdown]
 # ## Why a 3 and not an 8?
@@ -239,7 +237,6 @@ figure
 # %%
 contrast = contrast_classes(contribution, digits.test, 3, 8, show_progress=False)
 figure, _ = plot_filter_contrast(contrast)
-figure
 
 # %%
 errors = confusion_filters(contribution, digits.test, show_progress=False)

@@ -78,7 +78,6 @@ curve = accuracy_curve(
     show_progress=False,
 )
 figure, _ = plot_accuracy_curve(curve)
-figure
 
 # %% [markdown]
 # The smallest number that keeps 98 % of the accuracy, on the images set aside to choose:

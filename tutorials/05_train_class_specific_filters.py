@@ -116,7 +116,6 @@ table = LayerClassGate(gated, "filters", gate.weight).class_filters()
 table = table.with_selection(gate.weight.detach() > 0.5)
 print("filters of a three:", table.filters_of(3).tolist())
 figure, _ = plot_gate_and_weight(gate.weight, gated.head.weight, other_weight=plain.head.weight)
-figure
 
 # %% [markdown]
 # ## Are filters more specific?
@@ -135,14 +134,12 @@ for name, model in (("plain", plain), ("gated", gated)):
 
 # %%
 figure, _ = plot_mutual_information(information["gated"], bound=bound)
-figure
 
 # %% [markdown]
 # Do the weights of filters of one class resemble each other?
 
 # %%
 figure, _ = plot_filter_correlation(gated.filters[0].weight, gate.weight)
-figure
 
 # %% [markdown]
 # ## Mask a class's filters
@@ -173,7 +170,6 @@ figure, _ = plot_explanations(
     {f"filter {int(k)}": maps[:, [index]] for index, k in enumerate(filters)},
     titles=["a 3"],
 )
-figure
 
 # %% [markdown]
 # ## Adversarial images

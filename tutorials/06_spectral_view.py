@@ -95,7 +95,6 @@ print(f"largest difference {(signals - from_input).abs().max():.1e}")
 # %%
 spectra = model_spectra(model)
 figure, _ = plot_spectrum(spectra[name])
-figure
 
 # %% [markdown]
 # The same layers, initialised again, are the control: no outliers, and steeper tails where there are
@@ -108,7 +107,6 @@ columns = ["alpha", "alpha of twin", "outliers", "outliers of twin", "verdict", 
 print(comparison.to_pandas()[columns].round(2).to_string())
 print(f"universal metric before training {before:.2f}, after {universal_metric(model):.2f}")
 figure, _ = plot_exponents({"trained": comparison.model, "random twin": comparison.twin})
-figure
 
 # %% [markdown]
 # How many directions matter? There are several answers in use; they are one choice here.
@@ -140,7 +138,6 @@ tables = identify_class_filters(
     show_progress=False,
 )
 figure, _ = plot_class_filters(tables["directions"])
-figure
 
 # %% [markdown]
 # ## Directions against filters
@@ -193,7 +190,6 @@ print(f"the rest, median: {between[9:].median():.2f}")
 svds = model_svd(model)
 seen = exemplars(model, "second.0", digits.test, directions=svds, show_progress=False)
 figure, _ = plot_exemplars(seen["second.0"], digits.test.dataset, [0, 1, 2], num_images=4)
-figure
 
 # %% [markdown]
 # ## Do classes use different directions?
@@ -209,7 +205,6 @@ tests = {
 }
 print(tests["head"])
 figure, _ = plot_class_separation(tests)
-figure
 
 # %% [markdown]
 # A small p-value says that the layer tells images of different digits apart, not that training made
