@@ -210,7 +210,9 @@ def test_transforms_do_what_they_say():
 def test_bad_input():
     model, objective = deep(), of_filter("stage2", 0)
     cases = [
-        ({"objectives": []}, "no objectives"),
+        ({"objectives": []}, "objectives hold nothing"),
+        ({"objectives": ["stage2"]}, "objectives hold str; expected objects"),
+        ({"objectives": of_filter("stage2", 0, position="middle")}, "position='middle'"),
         ({"image_shape": (3, 8)}, r"expected \(C, H, W\)"),
         ({"steps": 0}, "steps=0"),
         ({"parametrization": "wavelet"}, "choose 'fourier' or 'pixel'"),

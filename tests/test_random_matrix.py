@@ -130,6 +130,8 @@ class TestMarchenkoPastur:
             MarchenkoPastur(1.0, 1.5)
         with pytest.raises(ValueError, match="variance=0"):
             MarchenkoPastur(0, 0.5)
+        with pytest.raises(ValueError, match="sigma=-1 must be positive"):
+            marchenko_pastur_edge((3, 4), -1)
 
 
 class TestPowerLaw:
@@ -280,8 +282,11 @@ class TestSelectRank:
             select_rank(values.flip(0), (2, 3))
         with pytest.raises(ValueError, match="finite"):
             select_rank(torch.tensor([float("nan"), 1.0]), (2, 3))
-        with pytest.raises(ValueError, match="All singular values are zero"):
-            select_rank(torch.zeros(2), (2, 3))
+        for rank in (effective_rank, stable_rank, lambda zeros: select_rank(zeros, (2, 3))):
+            with pytest.raises(ValueError, match="All singular values are zero"):
+                rank(torch.zeros(2))
+        with pytest.raises(ValueError, match="'marchenko_pastur' and its options do not fit"):
+            select_rank(values, (2, 3), tolerance="much")
         with pytest.raises(ValueError, match=r"weight has the shape \(3, 3\)"):
             select_rank(values, (2, 3), "permutation", weight=torch.ones(3, 3))
         with pytest.raises(ValueError, match="quantile=2"):
