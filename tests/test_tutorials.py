@@ -21,6 +21,13 @@ def test_there_are_tutorials():
     }
 
 
+@pytest.mark.parametrize("path", TUTORIALS, ids=lambda path: path.stem)
+def test_a_cell_that_plots_shows_its_figure(path):
+    cells = [cell for cell in path.read_text().split("# %%") if "figure, _ = plot" in cell]
+    for cell in cells:  # figures are not pyplot's, which notebooks would show by themselves
+        assert cell.rstrip().endswith("\nfigure"), cell
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("path", TUTORIALS, ids=lambda path: path.stem)
 def test_tutorial_runs(path, tmp_path):

@@ -86,6 +86,7 @@ print("classes of the first of these:", contribution.classes_of(int(contribution
 
 # %%
 figure, _ = plot_class_filters(contribution)
+figure
 
 # %% [markdown]
 # The two methods need not agree. `agreement` says how far they do, and how far random sets would:
@@ -122,6 +123,7 @@ curve = accuracy_curve(
     show_progress=False,
 )
 figure, _ = plot_accuracy_curve(curve)
+figure
 
 # %% [markdown]
 # ## Where do they look?
@@ -143,6 +145,7 @@ figure, _ = plot_explanations(
     },
     titles=[f"a {digit}" for digit in labels.tolist()],
 )
+figure
 
 # %% [markdown]
 # Filter by filter, with what each adds to the logit of *three*:
@@ -150,6 +153,7 @@ figure, _ = plot_explanations(
 # %%
 attributions = LayerFilterContribution(model, "filters").attribute(images, target=labels)
 figure, _ = plot_filter_maps(images[1], attributions[1], contribution, 3, title="a 3")
+figure
 
 # %% [markdown]
 # ## Keep the result

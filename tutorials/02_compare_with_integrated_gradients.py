@@ -129,6 +129,7 @@ print(comparison)
 
 # %%
 figure, _ = plot_comparison(comparison, images=3)
+figure
 
 # %% [markdown]
 # The tables are there as data frames too, with the ends of each interval:

@@ -78,6 +78,7 @@ curve = accuracy_curve(
     show_progress=False,
 )
 figure, _ = plot_accuracy_curve(curve)
+figure
 
 # %% [markdown]
 # The smallest number that keeps 98 % of the accuracy, on the images set aside to choose:

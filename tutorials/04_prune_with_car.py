@@ -74,6 +74,7 @@ print(f"{int((car.reduction <= 0).sum())} of {len(car.reduction)} filters cost n
 told = class_interpretation(car, num_classes=3)
 strongest = car.reduction.argsort(descending=True)[:3].tolist()
 figure, _ = plot_class_bars([told[one] for one in strongest])
+figure
 
 # %% [markdown]
 # Whiskers that cross zero say that these images do not show an effect: with about 36 images of a
@@ -106,6 +107,7 @@ orders = {
 curves = accuracy_after_removal(model, layer, orders, report, show_progress=False)
 print(curves.table((0.25, 0.5, 0.75)))
 figure, _ = plot_removal_curves(curves)
+figure
 
 # %% [markdown]
 # ## Train a little after each removal
@@ -137,6 +139,7 @@ for name, mask in both.masks().items():
     print(f"{name}: {int(mask.sum())} of {len(mask)} filters left")
 print(f"accuracy on the images to report on: {both.report_accuracy[-1]:.3f}")
 figure, _ = plot_filter_grid(model.first[0].weight.detach(), both.order_of("first"))
+figure
 
 # %% [markdown]
 # ## Make the network smaller

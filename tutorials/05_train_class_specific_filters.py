@@ -116,6 +116,7 @@ table = LayerClassGate(gated, "filters", gate.weight).class_filters()
 table = table.with_selection(gate.weight.detach() > 0.5)
 print("filters of a three:", table.filters_of(3).tolist())
 figure, _ = plot_gate_and_weight(gate.weight, gated.head.weight, other_weight=plain.head.weight)
+figure
 
 # %% [markdown]
 # ## Are filters more specific?
@@ -134,12 +135,14 @@ for name, model in (("plain", plain), ("gated", gated)):
 
 # %%
 figure, _ = plot_mutual_information(information["gated"], bound=bound)
+figure
 
 # %% [markdown]
 # Do the weights of filters of one class resemble each other?
 
 # %%
 figure, _ = plot_filter_correlation(gated.filters[0].weight, gate.weight)
+figure
 
 # %% [markdown]
 # ## Mask a class's filters
@@ -170,6 +173,7 @@ figure, _ = plot_explanations(
     {f"filter {int(k)}": maps[:, [index]] for index, k in enumerate(filters)},
     titles=["a 3"],
 )
+figure
 
 # %% [markdown]
 # ## Adversarial images

@@ -43,11 +43,15 @@ from captum_classfilters.spectral import (
     weight_matrix,
 )
 from captum_classfilters.visualize import (
+    FeatureObjective,
     plot_class_filters,
     plot_class_separation,
     plot_exemplars,
     plot_exponents,
+    plot_features,
+    plot_hypergraph,
     plot_spectrum,
+    visualize_features,
 )
 
 _ = torch.manual_seed(0)
@@ -95,6 +99,7 @@ print(f"largest difference {(signals - from_input).abs().max():.1e}")
 # %%
 spectra = model_spectra(model)
 figure, _ = plot_spectrum(spectra[name])
+figure
 
 # %% [markdown]
 # The same layers, initialised again, are the control: no outliers, and steeper tails where there are
@@ -107,6 +112,7 @@ columns = ["alpha", "alpha of twin", "outliers", "outliers of twin", "verdict", 
 print(comparison.to_pandas()[columns].round(2).to_string())
 print(f"universal metric before training {before:.2f}, after {universal_metric(model):.2f}")
 figure, _ = plot_exponents({"trained": comparison.model, "random twin": comparison.twin})
+figure
 
 # %% [markdown]
 # How many directions matter? There are several answers in use; they are one choice here.
@@ -138,6 +144,7 @@ tables = identify_class_filters(
     show_progress=False,
 )
 figure, _ = plot_class_filters(tables["directions"])
+figure
 
 # %% [markdown]
 # ## Directions against filters
@@ -190,6 +197,24 @@ print(f"the rest, median: {between[9:].median():.2f}")
 svds = model_svd(model)
 seen = exemplars(model, "second.0", digits.test, directions=svds, show_progress=False)
 figure, _ = plot_exemplars(seen["second.0"], digits.test.dataset, [0, 1, 2], num_images=4)
+figure
+
+# %% [markdown]
+# `visualize_features` asks the network instead of the data: it optimises an image until it drives a
+# direction as far as it can at the centre of the map, up or down. The numbers say how far, on the scale
+# of the sheet above: an image made for the purpose goes further than any test image.
+
+# %%
+objectives = [
+    sign
+    * FeatureObjective.of_direction("second.0", svds["second.0"].left[:, unit], position="centre")
+    for unit in range(3)
+    for sign in (-1, 1)
+]
+optimised = visualize_features(model, objectives, (1, 8, 8), steps=128, show_progress=False)
+names = [f"u{unit} {way}" for unit in range(3) for way in ("down", "up")]
+figure, _ = plot_features(optimised, names)
+figure
 
 # %% [markdown]
 # ## Do classes use different directions?
@@ -204,7 +229,19 @@ tests = {
     layer: separation_test(values, labels, show_progress=False) for layer, values in scores.items()
 }
 print(tests["head"])
+figure, _ = plot_hypergraph(
+    tests["head"].hypergraph, title="head: digits and the directions they are in"
+)
+figure
+
+# %% [markdown]
+# At the head, nearly every digit is in a single direction, and some have one to themselves.
+# `style="bands"` draws the same with HyperNetX, and `.to_hypernetx()` hands it over for analysis. How
+# similar the digits' sets of directions are, layer by layer:
+
+# %%
 figure, _ = plot_class_separation(tests)
+figure
 
 # %% [markdown]
 # A small p-value says that the layer tells images of different digits apart, not that training made
