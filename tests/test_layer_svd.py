@@ -43,6 +43,17 @@ def test_signals_from_outputs_are_those_from_inputs(kind, options, method):
     assert (signals - expected).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("padding_mode", ["zeros", "reflect", "replicate", "circular"])
+@pytest.mark.parametrize("padding", ["same", "valid", (2, 1)])
+def test_any_padding(padding, padding_mode):
+    torch.manual_seed(0)
+    layer = nn.Conv2d(4, 6, (5, 3), padding=padding, padding_mode=padding_mode, groups=2)
+    images, svd = torch.randn(2, 4, 8, 9), layer_svd(layer)
+    with torch.no_grad():
+        signals = svd.signals(layer(images) - bias_of(layer))
+        assert (signals - svd.signals_from_input(layer, images)).abs().max() < 1e-5
+
+
 @pytest.mark.parametrize("kind", [nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d])
 @pytest.mark.parametrize("groups", [1, 2])
 def test_transposed_convolutions_too(kind, groups):
