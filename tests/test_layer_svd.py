@@ -169,6 +169,9 @@ def test_gram_route_of_a_singular_weight():
     assert torch.allclose(left_only.left.T @ left_only.left, torch.eye(80), atol=1e-5)
     layer.weight.data.zero_()
     assert layer_svd(layer).values.sum() == 0
+    square = nn.Linear(80, 80)
+    square.weight.data[40:] = square.weight.data[:40]
+    assert layer_svd(square, right=False).route == "gram"  # rows are the safe side
 
 
 def test_precision_follows_the_weight():

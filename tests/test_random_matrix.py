@@ -141,6 +141,7 @@ class TestPowerLaw:
         shares = [0, 1 - math.exp(-1), 1 - math.exp(-2)]
         assert law.distance == pytest.approx(max(shares[1] - 1 / 3, shares[2] - 2 / 3))
         assert law.standard_error == pytest.approx(1 / math.sqrt(3))
+        assert fit_power_law(torch.tensor([1.0, math.e])).alpha == pytest.approx(1 + 2 / 1)
 
     @pytest.mark.parametrize("alpha", [1.5, 3.0, 5.0, 20.0])
     def test_recovers_exponents_without_a_bound(self, alpha):
