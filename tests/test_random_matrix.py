@@ -250,6 +250,14 @@ class TestSelectRank:
         assert one == permutation_threshold(spiked(), rounds=3)
         assert torch.equal(before, torch.get_rng_state())
 
+    def test_permutation_is_a_quantile_of_the_largest_values(self):
+        weight = spiked(rows=20, columns=30)
+        generator = torch.Generator().manual_seed(1)
+        orders = [torch.randperm(600, generator=generator) for _ in range(5)]
+        largest = [torch.linalg.norm(weight.flatten()[one].reshape(20, 30), 2) for one in orders]
+        found = permutation_threshold(weight, quantile=0.75, rounds=5, seed=1)
+        assert found == pytest.approx(float(sorted(largest)[3]))
+
     @pytest.mark.parametrize(("shape", "effective"), HE_INITIALISED)
     def test_he_initialised_convolutions_have_no_signal(self, shape, effective):
         layer = he_initialised(*shape)
