@@ -8,6 +8,7 @@ from captum_classfilters.visualize import (
     FeatureObjective,
     RandomTransform,
     colour_root,
+    plot_features,
     visualize_features,
 )
 from tests.models import ChannelsLast, Reused, deep, hooks_of, pool_linear
@@ -210,7 +211,9 @@ def test_transforms_do_what_they_say():
 def test_bad_input():
     model, objective = deep(), of_filter("stage2", 0)
     cases = [
-        ({"objectives": []}, "no objectives"),
+        ({"objectives": []}, "objectives hold nothing"),
+        ({"objectives": ["stage2"]}, "objectives hold str; expected objects"),
+        ({"objectives": of_filter("stage2", 0, position="middle")}, "position='middle'"),
         ({"image_shape": (3, 8)}, r"expected \(C, H, W\)"),
         ({"steps": 0}, "steps=0"),
         ({"parametrization": "wavelet"}, "choose 'fourier' or 'pixel'"),
@@ -246,3 +249,19 @@ def test_fourier_steps_move_images_of_any_size_alike(side):
     )
     # Scaled by frequency per pixel, the deviations would be 2.9 and 7.6, and most pixels 0 or 1.
     assert 0.2 < float(seen.images.logit(1e-6).std()) < 0.5
+
+
+def test_sheet_of_optimised_images():
+    seen = visualize_features(hand_made(), [of_filter("0", 0)] * 3, (3, 5, 5), steps=1, **QUIET)
+    figure, axes = plot_features(seen, ["a", "b", "c"], columns=2, title="title")
+    assert len(figure.axes) == 4  # two rows of two
+    assert [one.get_title() for one in axes] == [
+        f"{name}\n{value:.2g}" for name, value in zip("abc", seen.values.tolist(), strict=True)
+    ]
+    assert torch.equal(
+        torch.as_tensor(axes[1].images[0].get_array()), seen.images[1].permute(1, 2, 0)
+    )
+    assert axes[0].images[0].get_clim() == (0, 1)  # grey means the same in every picture
+    assert [one.get_title()[0] for one in plot_features(seen)[1]] == ["0", "1", "2"]
+    with pytest.raises(ValueError, match="2 names and 8 columns for 3 images"):
+        plot_features(seen, ["a", "b"])

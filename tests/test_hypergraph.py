@@ -226,14 +226,20 @@ def test_p_values_of_noise_are_uniform_or_larger(options):
 def test_null_is_the_permuted_hypergraph():
     scores, labels = separated(images=30)
     test = separation_test(
-        scores, labels, threshold=0.1, permutations=5, seed=4, match_size=False, **QUIET
+        scores, labels, threshold=0.05, permutations=5, seed=4, match_size=False, **QUIET
     )
     generator = np.random.default_rng(4)
     for draw in range(5):
         permuted = torch.from_numpy(generator.permutation(labels.numpy()))
-        expected = separation_scores(class_hypergraph(scores, permuted, threshold=0.1))
+        expected = separation_scores(class_hypergraph(scores, permuted, threshold=0.05))
         for name in test.null:
             assert test.null[name][draw] == pytest.approx(expected[name], nan_ok=True)
+    for name, p in test.p_values.items():  # of the permutations and the true labels, those as good
+        sign = -1 if name == "jaccard" else 1
+        as_good = sum(
+            sign * drawn >= sign * test.observed[name] - 1e-6 for drawn in test.null[name]
+        )
+        assert p == pytest.approx((1 + as_good) / 6)
 
 
 def test_null_has_the_size_of_the_observed_hypergraph():

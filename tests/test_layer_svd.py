@@ -43,6 +43,17 @@ def test_signals_from_outputs_are_those_from_inputs(kind, options, method):
     assert (signals - expected).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("padding_mode", ["zeros", "reflect", "replicate", "circular"])
+@pytest.mark.parametrize("padding", ["same", "valid", (2, 1)])
+def test_any_padding(padding, padding_mode):
+    torch.manual_seed(0)
+    layer = nn.Conv2d(4, 6, (5, 3), padding=padding, padding_mode=padding_mode, groups=2)
+    images, svd = torch.randn(2, 4, 8, 9), layer_svd(layer)
+    with torch.no_grad():
+        signals = svd.signals(layer(images) - bias_of(layer))
+        assert (signals - svd.signals_from_input(layer, images)).abs().max() < 1e-5
+
+
 @pytest.mark.parametrize("kind", [nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d])
 @pytest.mark.parametrize("groups", [1, 2])
 def test_transposed_convolutions_too(kind, groups):
@@ -158,6 +169,9 @@ def test_gram_route_of_a_singular_weight():
     assert torch.allclose(left_only.left.T @ left_only.left, torch.eye(80), atol=1e-5)
     layer.weight.data.zero_()
     assert layer_svd(layer).values.sum() == 0
+    square = nn.Linear(80, 80)
+    square.weight.data[40:] = square.weight.data[:40]
+    assert layer_svd(square, right=False).route == "gram"  # rows are the safe side
 
 
 def test_precision_follows_the_weight():
@@ -217,6 +231,16 @@ class TestModels:
         assert "disk" not in found.route
         assert "left" not in load_file(file)  # readable again
 
+    def test_cache_that_is_a_file(self, tmp_path):
+        file = tmp_path / "svds"
+        file.touch()
+        with pytest.raises(ValueError, match="is a file; expected a folder"):
+            model_svd(self.net(), cache=file)
+
+    def test_layers_as_modules(self):
+        net = self.net()
+        assert list(model_svd(net, [net[4], "0"])) == ["4", "0"]
+
     def test_rank_is_an_upper_bound(self):
         svds = model_svd(self.net(), rank=10)
         assert [len(svds[name]) for name in svds] == [10, 5]
@@ -241,8 +265,13 @@ class TestModels:
             model_svd(self.net(), ["1"])
         with pytest.raises(ValueError, match="no layer '9'"):
             model_svd(self.net(), ["9"])
-        with pytest.raises(ValueError, match="one string"):
+        with pytest.raises(ValueError, match="layers='0'; pass a list of layers or names"):
             model_svd(self.net(), "0")
+        with pytest.raises(ValueError, match="layers=empty; pass a list"):
+            model_svd(self.net(), [])
+        for rank in (0, "3", True):
+            with pytest.raises(ValueError, match=r"rank=.* for any layer; .* from 1 up"):
+                model_svd(self.net(), rank=rank)
         with pytest.raises(ValueError, match="no convolution or linear layer"):
             model_svd(nn.ReLU())
         with pytest.raises(ValueError, match="method='svd'; choose one of auto"):
@@ -290,6 +319,21 @@ class TestBadLayers:
             layer_svd(nn.Sequential(nn.Linear(2, 2)))
         with pytest.raises(ValueError, match=r"Embedding has a weight of shape \(4, 3\)"):
             layer_svd(nn.Embedding(4, 3))
+
+    @pytest.mark.parametrize("given", ["0", torch.ones(2, 2), None])
+    def test_no_layer(self, given):
+        with pytest.raises(ValueError, match="Expected a layer"):
+            layer_svd(given)
+
+    def test_no_values(self):
+        with pytest.raises(
+            ValueError, match=r"Conv2d .* \(4, 3, 3, 3\) without values, on the meta"
+        ):
+            layer_svd(nn.Conv2d(3, 4, 3, device="meta"))
+        empty = nn.Linear(4, 2)
+        empty.weight.data = empty.weight.data[:0]
+        with pytest.raises(ValueError, match=r"\(0, 4\) without entries"):
+            layer_svd(empty)
 
     def test_quantised(self):
         layer = torch.ao.nn.quantized.Conv2d(3, 4, 3)
@@ -342,8 +386,12 @@ def test_pruned_and_parametrised_layers():
 
 
 @pytest.mark.slow
-def test_every_torchvision_classifier_is_listed_whole():
+def test_every_torchvision_classifier_is_listed_whole(monkeypatch):
     """No weight of two or more axes is missed, but tokens and tables of positions."""
+    for initialise in ("kaiming_normal_", "kaiming_uniform_", "normal_", "trunc_normal_"):
+        monkeypatch.setattr(
+            nn.init, initialise, lambda tensor, *_, **__: tensor
+        )  # no values needed
     names = torchvision.models.list_models(module=torchvision.models)
     assert len(names) >= 80
     for name in names:

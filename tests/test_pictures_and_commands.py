@@ -21,6 +21,7 @@ from captum_classfilters.compare_folder import _class_filters
 from captum_classfilters.demo import run_demo
 from captum_classfilters.networks import AccuracyCurve
 from captum_classfilters.visualize import (
+    _figures,
     plot_accuracy_curve,
     plot_class_filters,
     plot_class_overlap,
@@ -45,8 +46,12 @@ class TestPictures:
         plt.close("all")
         plot_class_filters(table())
         assert plt.get_fignums() == []
+        assert not _figures._in_ipython()
         session = SimpleNamespace(get_ipython=lambda: object())
-        monkeypatch.setitem(sys.modules, "IPython", session)
+        with monkeypatch.context() as patched:
+            patched.setitem(sys.modules, "IPython", session)
+            assert _figures._in_ipython()
+        monkeypatch.setattr(_figures, "_in_ipython", lambda: True)
         figure, _ = plot_class_filters(table())
         assert plt.get_fignums() == [figure.number]
         plt.close("all")

@@ -130,6 +130,8 @@ class TestMarchenkoPastur:
             MarchenkoPastur(1.0, 1.5)
         with pytest.raises(ValueError, match="variance=0"):
             MarchenkoPastur(0, 0.5)
+        with pytest.raises(ValueError, match="sigma=-1 must be positive"):
+            marchenko_pastur_edge((3, 4), -1)
 
 
 class TestPowerLaw:
@@ -139,6 +141,7 @@ class TestPowerLaw:
         shares = [0, 1 - math.exp(-1), 1 - math.exp(-2)]
         assert law.distance == pytest.approx(max(shares[1] - 1 / 3, shares[2] - 2 / 3))
         assert law.standard_error == pytest.approx(1 / math.sqrt(3))
+        assert fit_power_law(torch.tensor([1.0, math.e])).alpha == pytest.approx(1 + 2 / 1)
 
     @pytest.mark.parametrize("alpha", [1.5, 3.0, 5.0, 20.0])
     def test_recovers_exponents_without_a_bound(self, alpha):
@@ -247,6 +250,14 @@ class TestSelectRank:
         assert one == permutation_threshold(spiked(), rounds=3)
         assert torch.equal(before, torch.get_rng_state())
 
+    def test_permutation_is_a_quantile_of_the_largest_values(self):
+        weight = spiked(rows=20, columns=30)
+        generator = torch.Generator().manual_seed(1)
+        orders = [torch.randperm(600, generator=generator) for _ in range(5)]
+        largest = [torch.linalg.norm(weight.flatten()[one].reshape(20, 30), 2) for one in orders]
+        found = permutation_threshold(weight, quantile=0.75, rounds=5, seed=1)
+        assert found == pytest.approx(float(sorted(largest)[3]))
+
     @pytest.mark.parametrize(("shape", "effective"), HE_INITIALISED)
     def test_he_initialised_convolutions_have_no_signal(self, shape, effective):
         layer = he_initialised(*shape)
@@ -280,8 +291,11 @@ class TestSelectRank:
             select_rank(values.flip(0), (2, 3))
         with pytest.raises(ValueError, match="finite"):
             select_rank(torch.tensor([float("nan"), 1.0]), (2, 3))
-        with pytest.raises(ValueError, match="All singular values are zero"):
-            select_rank(torch.zeros(2), (2, 3))
+        for rank in (effective_rank, stable_rank, lambda zeros: select_rank(zeros, (2, 3))):
+            with pytest.raises(ValueError, match="All singular values are zero"):
+                rank(torch.zeros(2))
+        with pytest.raises(ValueError, match="'marchenko_pastur' and its options do not fit"):
+            select_rank(values, (2, 3), tolerance="much")
         with pytest.raises(ValueError, match=r"weight has the shape \(3, 3\)"):
             select_rank(values, (2, 3), "permutation", weight=torch.ones(3, 3))
         with pytest.raises(ValueError, match="quantile=2"):

@@ -125,6 +125,24 @@ class TestSignals:
         with pytest.raises(ValueError, match="'twice' was reached 2 times"):
             direction_signals(Unused(), torch.rand(2, 3), ["twice"])
 
+    def test_projections_have_no_signals(self):
+        class Attends(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.embed, self.attention = nn.Linear(3, 4), nn.MultiheadAttention(4, 2)
+
+            def forward(self, x):
+                x = self.embed(x)
+                return self.attention(x, x, x)[0]
+
+        model, x = Attends(), torch.rand(2, 5, 3)
+        assert list(direction_signals(model, x, svds=model_svd(model))) == ["embed"]
+        assert list(direction_signals(model, x, [model.embed])) == ["embed"]
+        given = direction_signals(model, x, [model.embed], svds=model_svd(model))
+        assert list(given) == ["embed"]
+        with pytest.raises(ValueError, match=r"'attention.query' is a projection inside"):
+            direction_signals(model, x, ["embed", "attention.query"])
+
     @pytest.mark.slow
     @pytest.mark.parametrize("name", ["resnet18", "vit_b_16", "convnext_tiny", "mobilenet_v2"])
     def test_torchvision_families(self, name):

@@ -43,11 +43,15 @@ from captum_classfilters.spectral import (
     weight_matrix,
 )
 from captum_classfilters.visualize import (
+    FeatureObjective,
     plot_class_filters,
     plot_class_separation,
     plot_exemplars,
     plot_exponents,
+    plot_features,
+    plot_hypergraph,
     plot_spectrum,
+    visualize_features,
 )
 
 _ = torch.manual_seed(0)
@@ -192,6 +196,22 @@ seen = exemplars(model, "second.0", digits.test, directions=svds, show_progress=
 figure, _ = plot_exemplars(seen["second.0"], digits.test.dataset, [0, 1, 2], num_images=4)
 
 # %% [markdown]
+# `visualize_features` asks the network instead of the data: it optimises an image until it drives a
+# direction as far as it can at the centre of the map, up or down. The numbers say how far, on the scale
+# of the sheet above: an image made for the purpose goes further than any test image.
+
+# %%
+objectives = [
+    sign
+    * FeatureObjective.of_direction("second.0", svds["second.0"].left[:, unit], position="centre")
+    for unit in range(3)
+    for sign in (-1, 1)
+]
+optimised = visualize_features(model, objectives, (1, 8, 8), steps=128, show_progress=False)
+names = [f"u{unit} {way}" for unit in range(3) for way in ("down", "up")]
+figure, _ = plot_features(optimised, names)
+
+# %% [markdown]
 # ## Do classes use different directions?
 #
 # A hypergraph has the ten digits as vertices and directions as edges: a digit is in a direction if the
@@ -204,6 +224,16 @@ tests = {
     layer: separation_test(values, labels, show_progress=False) for layer, values in scores.items()
 }
 print(tests["head"])
+figure, _ = plot_hypergraph(
+    tests["head"].hypergraph, title="head: digits and the directions they are in"
+)
+
+# %% [markdown]
+# At the head, nearly every digit is in a single direction, and some have one to themselves.
+# `style="bands"` draws the same with HyperNetX, and `.to_hypernetx()` hands it over for analysis. How
+# similar the digits' sets of directions are, layer by layer:
+
+# %%
 figure, _ = plot_class_separation(tests)
 
 # %% [markdown]

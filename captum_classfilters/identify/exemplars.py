@@ -200,8 +200,8 @@ def exemplars(
     """
     if aggregate not in get_args(Aggregate):
         raise ValueError(f"aggregate={aggregate!r}; choose one of {list(get_args(Aggregate))}.")
-    if num_exemplars < 1:
-        raise ValueError(f"num_exemplars={num_exemplars}; expected a positive number.")
+    if not isinstance(num_exemplars, int) or num_exemplars < 1:
+        raise ValueError(f"num_exemplars={num_exemplars}; expected a positive whole number.")
     if isinstance(getattr(dataloader, "sampler", None), RandomSampler):
         raise ValueError(
             "The loader shuffles, so counting images would not find them again; pass one made "

@@ -4,6 +4,7 @@ from typing import Literal
 
 import torch
 from scipy.linalg import eigh
+from scipy.linalg.blas import dsyrk
 from torch import Tensor
 
 Method = Literal["auto", "direct", "gram", "randomised"]
@@ -13,9 +14,8 @@ _DIRECT_UP_TO = 64
 # A truncated decomposition is worth a randomised sketch where it drops most of a large matrix.
 _RANDOMISED_FROM = 1024
 _RANDOMISED_SHARE = 16
-# Columns of the Gram matrix that are held in float64 at a time, and its blocks of rows.
-_COLUMNS_AT_ONCE = 512
-_ROWS_AT_ONCE = 1024
+# Columns, or rows, of a weight that are held in float64 at a time.
+_AT_ONCE = 512
 # Singular values below this share of the largest have no direction that the Gram matrix can tell.
 _NEGLIGIBLE = 1e-6
 
@@ -83,14 +83,13 @@ def _gram(matrix: Tensor, right: bool) -> tuple[Tensor, Tensor, Tensor | None] |
     """Through the eigenvectors of the smaller Gram matrix; None where directions are lost in it."""
     rows, columns = matrix.shape
     wide = rows <= columns
-    squares, vectors = _eigenvectors(_gram_matrix(matrix if wide else matrix.T))
-    values = squares.flip(0).clamp(min=0).sqrt()
+    squares, vectors = _eigenvectors(_minus_gram(matrix if wide else matrix.T))
+    values = _roots(squares)
     # Only the other side's vectors are divided by the values; one side alone is always safe.
     if (right or not wide) and values[-1] <= _NEGLIGIBLE * values[0]:
         return None
     if wide and not right:
-        return vectors.to(matrix.dtype).flip(1), values, None
-    vectors = vectors.flip(1)
+        return vectors.to(matrix.dtype), values, None
     if not wide:
         return _times(matrix, vectors) / values, values, vectors.T
     return vectors, values, _times(matrix.T, vectors).T / values[:, None]
@@ -108,23 +107,31 @@ def _eigenvectors(gram: Tensor) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(values), torch.from_numpy(vectors)
 
 
-def _gram_matrix(matrix: Tensor) -> Tensor:
-    """M M^T in float64, by blocks: never a float64 copy of M, and only half of the products."""
-    rows, columns = matrix.shape
-    gram = torch.zeros(rows, rows, dtype=torch.float64, device=matrix.device)
-    for start in range(0, columns, _COLUMNS_AT_ONCE):
-        part = matrix[:, start : start + _COLUMNS_AT_ONCE].double()
-        for top in range(0, rows, _ROWS_AT_ONCE):
-            # Blocks on and below the diagonal, which is all that `eigh` reads.
-            block = part[top : top + _ROWS_AT_ONCE]
-            end = top + len(block)
-            gram[top:end, :end].addmm_(block, part[:end].T)
+def _minus_gram(matrix: Tensor) -> Tensor:
+    """-M M^T in float64, of which rising eigenvalues are the falling ones of M M^T.
+
+    Only the lower triangle is sure to be filled, and there is never a float64 copy of M.
+    """
+    rows = len(matrix)
+    gram = torch.empty(rows, rows, dtype=torch.float64, device=matrix.device)
+    for place, columns in enumerate(matrix.split(_AT_ONCE, dim=1)):
+        part, before = columns.double().contiguous(), float(place > 0)
+        if gram.device.type == "cpu":
+            # BLAS's symmetric update needs half the products; its matrices are the transposes.
+            dsyrk(-1.0, part.numpy().T, before, gram.numpy().T, trans=1, overwrite_c=1)
+        else:
+            gram.addmm_(part, part.T, beta=before, alpha=-1)
     return gram
+
+
+def _roots(squares: Tensor) -> Tensor:
+    """Singular values from the eigenvalues of -M M^T."""
+    return squares.neg().clamp(min=0).sqrt()
 
 
 def _times(matrix: Tensor, vectors: Tensor) -> Tensor:
     """M V in float64, by blocks of rows of M."""
-    blocks = [block.double() @ vectors for block in matrix.split(_COLUMNS_AT_ONCE)]
+    blocks = [block.double() @ vectors for block in matrix.split(_AT_ONCE)]
     return torch.cat(blocks)
 
 
@@ -153,9 +160,6 @@ def _fixed_signs(left: Tensor, right: Tensor | None) -> tuple[Tensor, Tensor | N
 
 def singular_values(matrices: Tensor) -> Tensor:
     """Singular values (G, r) in float64, without vectors."""
-    found = []
-    for matrix in matrices:
-        rows, columns = matrix.shape
-        gram = _gram_matrix(matrix if rows <= columns else matrix.T)
-        found.append(torch.linalg.eigvalsh(gram).flip(0).clamp(min=0).sqrt())
-    return torch.stack(found)
+    _, rows, columns = matrices.shape
+    turned = matrices if rows <= columns else matrices.mT
+    return torch.stack([_roots(torch.linalg.eigvalsh(_minus_gram(one))) for one in turned])

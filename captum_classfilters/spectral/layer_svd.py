@@ -260,9 +260,11 @@ def check_method(method: str) -> None:
         raise ValueError(f"method={method!r}; choose one of {', '.join(_METHODS)}.")
 
 
-def check_rank(rank: int, possible: int, what: str) -> None:
-    """Raise if there are not that many directions."""
-    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= possible:
+def check_rank(rank: int, possible: int | None, what: str) -> None:
+    """Raise if there are not that many directions, of any number if ``possible`` is None."""
+    whole = isinstance(rank, int) and not isinstance(rank, bool)
+    if not whole or rank < 1 or (possible is not None and rank > possible):
+        end = "up" if possible is None else f"to {possible}"
         raise ValueError(
-            f"rank={rank!r} is not possible for {what}; choose a whole number from 1 to {possible}."
+            f"rank={rank!r} is not possible for {what}; choose a whole number from 1 {end}."
         )

@@ -216,8 +216,13 @@ def marchenko_pastur_edge(shape: tuple[int, int], sigma: float) -> float:
 
     Returns:
         *float*, in the units of the entries.
+
+    Raises:
+        ValueError: The shape or the deviation is not positive.
     """
     smaller, larger = _checked_shape(shape)
+    if not sigma > 0:
+        raise ValueError(f"sigma={sigma} must be positive, a standard deviation.")
     return float(sigma * (larger**0.5 + smaller**0.5))
 
 

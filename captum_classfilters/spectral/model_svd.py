@@ -12,9 +12,9 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from captum_classfilters._internal.files import write_atomically
-from captum_classfilters._internal.layers import find_layer
+from captum_classfilters._internal.layers import find_layer, layer_name
 from captum_classfilters.spectral._routes import Method
-from captum_classfilters.spectral.layer_svd import LayerSVD, check_method, matrix_svd
+from captum_classfilters.spectral.layer_svd import LayerSVD, check_method, check_rank, matrix_svd
 from captum_classfilters.spectral.weight_matrix import (
     WeightMatrix,
     can_decompose,
@@ -23,6 +23,7 @@ from captum_classfilters.spectral.weight_matrix import (
 )
 
 _SCHEMA = "captum_classfilters/layer_svd/1"
+Source = tuple[nn.Module, str | None]  # a module, and the part of it if not its weight
 
 
 class ModelSVD(Mapping[str, LayerSVD]):
@@ -41,7 +42,7 @@ class ModelSVD(Mapping[str, LayerSVD]):
     def __init__(
         self,
         model: nn.Module,
-        sources: Mapping[str, tuple[nn.Module, str | None]],
+        sources: Mapping[str, Source],
         options: tuple[int | None, Method, bool],
         cache: Path | None,
     ) -> None:
@@ -145,7 +146,7 @@ class ModelSVD(Mapping[str, LayerSVD]):
 
 def model_svd(
     model: nn.Module,
-    layers: Sequence[str] | None = None,
+    layers: Sequence[str | nn.Module] | None = None,
     *,
     rank: int | None = None,
     method: Method = "auto",
@@ -163,8 +164,8 @@ def model_svd(
     Args:
 
         model (nn.Module): The model; it is only read.
-        layers (sequence of str, optional): Names of the layers wanted, in this order; by default
-                    all, in the order in which the model lists them.
+        layers (sequence, optional): The layers wanted, or their dotted names, in this order; by
+                    default all, in the order in which the model lists them.
         rank (int, optional): As for :func:`layer_svd`; layers with fewer directions give all they
                     have.
                     Default: None
@@ -196,26 +197,24 @@ def model_svd(
         {'3': 'direct'}
     """
     check_method(method)
+    if rank is not None:
+        check_rank(rank, None, "any layer")
     sources = _sources(model)
-    if layers is not None:
-        if isinstance(layers, str):
-            raise ValueError(f"layers={layers!r} is one string; pass a list of names.")
-        for name in layers:
-            if name not in sources:
-                weight_matrix(find_layer(model, name), name)  # says what is wrong with it
-                sources[name] = (find_layer(model, name), None)  # a second name of a shared layer
-        sources = {name: sources[name] for name in layers}
     if not sources:
         raise ValueError(
             f"The model {type(model).__name__} has no convolution or linear layer to decompose."
         )
+    if layers is not None:
+        sources = _chosen(model, layers, sources)
     folder = None if cache is None else Path(cache)
+    if folder is not None and folder.exists() and not folder.is_dir():
+        raise ValueError(f"cache={str(cache)!r} is a file; expected a folder, which may be new.")
     return ModelSVD(model, sources, (rank, method, right), folder)
 
 
-def _sources(model: nn.Module) -> dict[str, tuple[nn.Module, str | None]]:
-    """Where each decomposable weight of a model is: a module, and the part of it if not its weight."""
-    found: dict[str, tuple[nn.Module, str | None]] = {}
+def _sources(model: nn.Module) -> dict[str, Source]:
+    """Where each decomposable weight of a model is."""
+    found: dict[str, Source] = {}
     for name, module in model.named_modules():
         if can_decompose(module):
             found[name or type(module).__name__] = (module, None)
@@ -223,6 +222,23 @@ def _sources(model: nn.Module) -> dict[str, tuple[nn.Module, str | None]]:
             for part in ("query", "key", "value"):
                 found[f"{name}.{part}" if name else part] = (module, part)
     return found
+
+
+def _chosen(
+    model: nn.Module, layers: Sequence[str | nn.Module], sources: dict[str, Source]
+) -> dict[str, Source]:
+    """Those of the wanted layers, in their order."""
+    if isinstance(layers, (str, nn.Module)) or not layers:
+        given = "empty" if layers == [] else f"{layers!r}"
+        raise ValueError(f"layers={given}; pass a list of layers or names, or None for all.")
+    chosen = {}
+    for one in layers:
+        name = one if isinstance(one, str) else layer_name(model, one)
+        if name not in sources:
+            weight_matrix(find_layer(model, name), name)  # says what is wrong with it
+            sources[name] = (find_layer(model, name), None)  # a second name of a shared layer
+        chosen[name] = sources[name]
+    return chosen
 
 
 def _projection(attention: nn.MultiheadAttention, part: str) -> Tensor:

@@ -78,8 +78,6 @@ def select_rank(
     try:
         return RULES[rule](numbers, shape, **options)
     except TypeError as error:
-        if "argument" not in str(error):
-            raise
         raise ValueError(f"The rule {rule!r} and its options do not fit: {error}.") from error
 
 
@@ -93,8 +91,12 @@ def effective_rank(values: Tensor) -> float:
 
     Returns:
         *float*, from 1 to the number of values.
+
+    Raises:
+        ValueError: No value is positive.
     """
-    shares = values.double() / values.double().sum()
+    numbers = _not_all_zero(values)
+    shares = numbers / numbers.sum()
     return float(torch.special.entr(shares).sum().exp())
 
 
@@ -108,8 +110,11 @@ def stable_rank(values: Tensor) -> float:
 
     Returns:
         *float*, from 1 to the number of values.
+
+    Raises:
+        ValueError: No value is positive.
     """
-    squares = values.double().square()
+    squares = _not_all_zero(values).square()
     return float(squares.sum() / squares.max())
 
 
@@ -177,7 +182,13 @@ def _checked(values: Tensor, shape: tuple[int, int]) -> Tensor:
         raise ValueError("Singular values must be finite and not negative.")
     if bool((numbers.diff() > 0).any()):
         raise ValueError("Singular values must be falling, the largest first.")
-    if len(numbers) == 0 or numbers[0] == 0:
+    return _not_all_zero(numbers)
+
+
+def _not_all_zero(values: Tensor) -> Tensor:
+    """Singular values in float64, of which one at least says something."""
+    numbers = values.double()
+    if not bool((numbers > 0).any()):
         raise ValueError("All singular values are zero: there is nothing to choose from.")
     return numbers
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_classfilters._internal.captum import _format_tensor_into_tuples
-from captum_classfilters._internal.layers import check_runs, find_layer, only_tensor
+from captum_classfilters._internal.layers import check_runs, find_layer, layer_name, only_tensor
 from captum_classfilters.spectral.layer_svd import LayerSVD
 from captum_classfilters.spectral.model_svd import ModelSVD, model_svd
 
@@ -24,7 +24,7 @@ _OVER_POSITIONS: dict[str, Callable[[Tensor], Tensor]] = {
 def direction_signals(
     model: nn.Module,
     inputs: Tensor | tuple[Tensor, ...],
-    layers: Sequence[str] | None = None,
+    layers: Sequence[str | nn.Module] | None = None,
     *,
     svds: Mapping[str, LayerSVD] | None = None,
     reduction: SignalReduction | None = "mean",
@@ -40,8 +40,9 @@ def direction_signals(
 
         model (nn.Module): The model, run as it is, without gradients.
         inputs (Tensor or tuple[Tensor, ...]): Input of the model, N examples first.
-        layers (sequence of str, optional): Names of the layers; by default those of ``svds``, or
-                    all layers that can be decomposed and run exactly once.
+        layers (sequence, optional): Layers, or their dotted names; by default those of ``svds``.
+                    Of a whole model's decompositions, given or computed here, these are the layers
+                    that run exactly once.
                     Default: None
         svds (mapping, optional): Decompositions by name, as from :func:`model_svd`, with a cache
                     or a rank say. By default they are computed here.
@@ -73,11 +74,13 @@ def direction_signals(
         known = ", ".join(("mean", *_OVER_POSITIONS))
         raise ValueError(f"reduction={reduction!r}; choose one of {known}, or None for maps.")
     chosen = svds if svds is not None else model_svd(model, layers)
-    names = list(chosen) if layers is None else list(layers)
+    names = list(chosen)
+    if layers is not None and svds is not None:
+        names = [one if isinstance(one, str) else layer_name(model, one) for one in layers]
     missing = [name for name in names if name not in chosen]
     if missing:
         raise ValueError(f"svds holds no decomposition of {', '.join(map(repr, missing))}.")
-    anything = layers is None and svds is None
+    anything = layers is None and (svds is None or isinstance(svds, ModelSVD))
     found: dict[str, Tensor] = {}
     runs = dict.fromkeys(names, 0)
 
@@ -90,6 +93,12 @@ def direction_signals(
         return take
 
     modules = {name: _module(model, chosen, name) for name in names}
+    if not anything and None in modules.values():
+        name = next(name for name, module in modules.items() if module is None)
+        raise ValueError(
+            f"{name!r} is a projection inside a MultiheadAttention: it has a spectrum, but no output "
+            "of its own to take signals from."
+        )
     handles = [
         module.register_forward_hook(hook(name))
         for name, module in modules.items()

@@ -48,9 +48,11 @@ def weight_matrix(module: nn.Module, name: str | None = None) -> WeightMatrix:
 
     Raises:
         ValueError: The module has no weight, one that is no linear map from channels to channels, a
-                    quantised or not yet initialised one, or one with NaN or infinite entries.
+                    quantised, empty or not yet initialised one, or one with NaN or infinite entries.
     """
     called = f"{type(module).__name__}" + (f" {name!r}" if name else "")
+    if not isinstance(module, nn.Module):
+        raise ValueError(f"Expected a layer, a torch.nn.Module; got a {called}.")
     weight = getattr(module, "weight", None)
     if callable(weight) and not isinstance(weight, Tensor):
         raise ValueError(
@@ -83,8 +85,11 @@ def unfold(weight: Tensor, kind: str, groups: int, called: str) -> WeightMatrix:
     """The matrices of a weight that is known to be one of a convolution or a linear layer."""
     if weight.is_complex() or not weight.is_floating_point():
         raise ValueError(f"{called} has a weight of {weight.dtype}; expected real numbers.")
+    if weight.is_meta or not weight.numel():
+        what = "without values, on the meta device" if weight.is_meta else "without entries"
+        raise ValueError(f"{called} has a weight of shape {tuple(weight.shape)} {what}.")
     # NaN wins every comparison here; `isfinite` of a large weight would copy it several times.
-    if weight.numel() and not bool(torch.isfinite(torch.stack(weight.aminmax())).all()):
+    if not bool(torch.isfinite(torch.stack(weight.aminmax())).all()):
         bad = ~torch.isfinite(weight)
         first = tuple(bad.nonzero()[0].tolist())
         raise ValueError(

@@ -20,6 +20,7 @@ from captum_classfilters.visualize.feature_visualization import (
 from captum_classfilters.visualize.filter_contrast import plot_filter_contrast
 from captum_classfilters.visualize.hypergraph import plot_class_separation, plot_hypergraph
 from captum_classfilters.visualize.method_comparison import plot_method_comparison
+from captum_classfilters.visualize.optimised_images import plot_features
 from captum_classfilters.visualize.profile_similarity import plot_profile_similarity
 from captum_classfilters.visualize.pruning import (
     plot_class_bars,
@@ -42,6 +43,7 @@ __all__ = [
     "plot_exemplars",
     "plot_explanations",
     "plot_exponents",
+    "plot_features",
     "plot_filter_contrast",
     "plot_filter_correlation",
     "plot_filter_grid",

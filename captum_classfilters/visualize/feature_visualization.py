@@ -271,8 +271,12 @@ def visualize_features(
         True
     """
     wanted = [objectives] if isinstance(objectives, FeatureObjective) else list(objectives)
-    if not wanted:
-        raise ValueError("There are no objectives.")
+    strange = [type(one).__name__ for one in wanted if not isinstance(one, FeatureObjective)]
+    if strange or not wanted:
+        raise ValueError(
+            f"The objectives hold {', '.join(strange) or 'nothing'}; expected objects that "
+            "FeatureObjective.of_filter or .of_direction makes."
+        )
     if len(image_shape) != 3 or min(image_shape) < 1:
         raise ValueError(f"image_shape={image_shape}; expected (C, H, W).")
     if steps < 1:
@@ -453,11 +457,14 @@ def _value(term: _Term, name: str, module: nn.Module, tensor: Tensor, row: int) 
     place = term.position
     if place == "centre":
         place = tuple(size // 2 for size in positions)
-    inside = len(place) == len(positions) and all(
-        0 <= at < size for at, size in zip(place, positions, strict=True)
+    inside = (
+        isinstance(place, tuple)
+        and len(place) == len(positions)
+        and all(0 <= at < size for at, size in zip(place, positions, strict=True))
     )
     if not inside:
         raise ValueError(
-            f"position={place}; the layer {name!r} has positions of shape {positions}."
+            f"position={place!r}; the layer {name!r} has positions of shape {positions}: give an index "
+            "into it, or 'centre'."
         )
     return term.weight * units.reshape(positions)[place]
