@@ -115,6 +115,7 @@ def test_bound_is_the_indicators_entropy():
     [
         (torch.rand(4), torch.zeros(4).long(), "expected \\(N, K\\)"),
         (torch.rand(4, 2), torch.zeros(3).long(), "do not fit"),
+        (torch.rand(4, 0), torch.zeros(4).long(), "one filter"),
         (torch.rand(4, 2), torch.zeros(4), "class indices"),
         (torch.full((4, 2), float("nan")), torch.zeros(4).long(), "NaN"),
         (torch.rand(4, 2), torch.tensor([0, -1, 0, 0]), "out of range"),
@@ -123,3 +124,11 @@ def test_bound_is_the_indicators_entropy():
 def test_bad_input(features, labels, message):
     with pytest.raises(ValueError, match=message):
         mutual_information_matrix(features, labels)
+
+
+def test_bad_input_of_score_and_bound():
+    with pytest.raises(ValueError, match=r"shape \(4,\); expected \(K, C\)"):
+        mutual_information_score(torch.rand(4))
+    for labels in (torch.rand(4), torch.tensor([0, -1]), torch.zeros(0).long()):
+        with pytest.raises(ValueError, match="at least one class index"):
+            mutual_information_bound(labels)
