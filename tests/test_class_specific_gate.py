@@ -91,12 +91,18 @@ def test_regulariser_family():
     assert float(gate.regulariser(limit=10).detach()) == 0
     assert float(gate.regulariser(distance="l2").detach()) == pytest.approx(0.5625)
     assert float(gate.regulariser(distance="smooth_l1").detach()) == pytest.approx(0.28125)
+    assert float(gate.regulariser(distance="smooth_l1", limit=1).detach()) == pytest.approx(2.25)
     assert float(gate.regulariser("l1").detach()) == pytest.approx(3.75)
     assert float(gate.regulariser("column_limit", limit=1.1).detach()) == pytest.approx(0.55)
     expected = (1.5**2 + 1 + 1.25**2) ** 0.5
     assert float(gate.regulariser("l12").detach()) == pytest.approx(expected)
     assert float(gate.regulariser("column_maximum").detach()) == pytest.approx(3.0)
     assert gate.density == pytest.approx(3.75 / 6)
+    # Before the projection gates can be negative: the norm counts them.
+    signed = gate_with([[1.0, -0.5, -0.25], [1.0, 0.0, 0.5]])  # C = 3, K = 2
+    assert float(signed.regulariser().detach()) == pytest.approx(1.25)
+    assert float(signed.regulariser("column_limit").detach()) == pytest.approx(0.85 + 0.6)
+    assert signed.density == pytest.approx(3.25 / 6)
     with pytest.raises(ValueError, match="kind='l3'"):
         gate.regulariser("l3")
 
@@ -207,8 +213,30 @@ class TestTraining:
         assert history[-1].validation_accuracy > 0.9
         weight = trainer.gate.weight
         assert torch.equal(weight.max(0).values, torch.ones(6))
-        assert history[-1].density < history[0].density + 0.5
-        assert trainer.gate.density >= 1 / 3 - 1e-6
+        assert history[0].density == 0.5  # untouched in a plain epoch
+        assert history[-1].density == trainer.gate.density >= 1 / 3 - 1e-6
+
+    def test_a_step_minimises_the_stated_objective(self):
+        x, y = separable()
+        for unit in ("epoch", "joint"):
+            trainer = trainer_of(deep(), schedule=GateSchedule(unit=unit), gated_weight=0.3)
+            plain, gated = copy.deepcopy(trainer.model).train(), trainer.model.train()
+            with trainer.gate.gating(y):
+                first = F.cross_entropy(gated(x), y)
+            second = F.cross_entropy(plain(x), y)
+            regulariser = 0.05 * trainer.gate.regulariser()
+            expected = 0.3 * first + regulariser + (second if unit == "joint" else 0)
+            assert trainer.step(x, y, gated=True)[0] == pytest.approx(expected.item(), abs=1e-5)
+
+    def test_the_gate_is_not_decayed(self):
+        model = deep()
+        gate = ClassSpecificGate(3, 6).attach(model, "stage2")
+        trainer = GatedTrainer(
+            model, gate, torch.optim.SGD(model.parameters(), lr=1, weight_decay=0.5)
+        )
+        own = trainer.optimizer.param_groups[-1]
+        assert own["params"][0] is gate.weight
+        assert own["weight_decay"] == 0
 
     @pytest.mark.parametrize("unit", ["batch", "joint"])
     def test_other_schedules(self, unit):
@@ -385,6 +413,7 @@ class TestMeasures:
 
     def test_shares_similarity_and_interval(self):
         assert class_share(self.gate).tolist() == [[2, 1], [1, 2]]
+        assert class_share(self.gate, threshold=0.6).tolist() == [[1, 0], [0, 2]]  # strictly above
         cosine = 0.6 / ((1.36**0.5) * (2**0.5))
         assert gate_similarity(self.gate) == pytest.approx(2 * cosine)
         assert density_interval(10, 64).tolist() == pytest.approx([0.1, 0.1])
@@ -439,6 +468,16 @@ class TestMeasures:
         assert result.confusion.tolist() == [[0, 0, 3], [0, 0, 1], [0, 2, 0]]
         assert result.predicted.tolist() == [[0, 1, 5], [3, 0, 3], [3, 3, 0]]
         assert result.loss_of_others == 0
+
+    def test_random_control_masks_as_many_filters(self):
+        model = nn.Sequential(nn.Identity(), nn.Linear(2, 2, bias=False))
+        with torch.no_grad():
+            model[1].weight.copy_(torch.eye(2))
+        data = [(torch.tensor([[2.0, 1.0], [1.0, 2.0]]), torch.arange(2))]
+        mask = torch.tensor([[True, True], [False, False]])  # so that there is nothing to draw
+        table = ClassFilters(mask.double(), torch.ones(2)).with_selection(mask)
+        result = masking_test(model, model[0], table, data, **QUIET)
+        assert result.control.tolist() == result.recall.tolist() == [[1, 0], [1, 1]]
 
     def test_measures_work_without_a_gate(self):
         scores = torch.tensor([[0.2, 0.9, 0.1], [0.8, 0.7, 0.3]])

@@ -242,6 +242,8 @@ class TestFilterLocalization:
         found = filter_localization(activations, masks, labels, share=0.3)
         assert found.thresholds.tolist() == [14.0]  # 14 to 19 are the highest six
         assert found.iou.tolist() == [[pytest.approx((0.5 + 1) / 5)]]
+        found = filter_localization(activations, masks, labels, share=0.3, iou_threshold=0.5)
+        assert found.precision.tolist() == [[pytest.approx(1 / 5)]]  # 0.5 does not exceed it
 
     def test_other_images_take_over_thresholds_and_classes(self):
         activations, boxes, labels = self.planted()
