@@ -10,7 +10,7 @@ def _matrix(gate: Tensor, name: str = "gate") -> Tensor:
     if not isinstance(gate, Tensor) or gate.dim() != 2 or bool(gate.isnan().any()):
         given = tuple(gate.shape) if isinstance(gate, Tensor) else type(gate).__name__
         raise ValueError(f"{name} is {given}; expected a Tensor (C, K) without NaN.")
-    return gate.detach().double()
+    return gate.detach()
 
 
 def density_interval(num_classes: int, num_filters: int, limit: float | None = None) -> Tensor:
@@ -77,7 +77,7 @@ def gate_similarity(gate: Tensor) -> float:
     Raises:
         ValueError: The gate is not a matrix, or holds NaN.
     """
-    rows = torch.nn.functional.normalize(_matrix(gate), dim=1)
+    rows = torch.nn.functional.normalize(_matrix(gate).double(), dim=1)
     cosine = rows @ rows.T
     return float(cosine.sum() - cosine.diagonal().sum())
 
