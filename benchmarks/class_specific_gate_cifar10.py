@@ -4,6 +4,8 @@ r"""Class-specific gates on CIFAR-10: a public gated network, fine-tuning, and w
     python -m benchmarks.class_specific_gate_cifar10 --fine-tune   # about twenty minutes
     python -m benchmarks.class_specific_gate_cifar10 --fine-tune --views 8 --epochs 32 \
         --trainings "as found" plain                               # about half an hour
+    python -m benchmarks.class_specific_gate_cifar10 --fine-tune --views 2 --epochs 8 \
+        --trainings "gated, started from the head"                 # about ten minutes
     python -m benchmarks.class_specific_gate_cifar10 --overhead    # about a minute
 
 `--public` reads the gate of a ResNet-20 that others trained with it. `--fine-tune` starts from the public
