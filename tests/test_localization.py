@@ -122,6 +122,10 @@ class TestLocalization:
         found = localization(maps, torch.tensor([[0, 0, 2, 2]]), rule="value", value=0.5)
         assert found.box_iou.tolist() == [1]
         assert found.iou.tolist() == [0.8]
+        turned = localization(  # the smaller part comes first
+            maps.flip(1, 2), torch.tensor([[4, 4, 6, 6]]), rule="value", value=0.5
+        )
+        assert turned.box_iou.tolist() == [1]
 
     def test_nothing_above_the_threshold(self):
         found = localization(
