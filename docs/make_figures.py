@@ -8,11 +8,23 @@ import torch
 from matplotlib.figure import Figure
 from torch.utils.data import DataLoader, Subset
 
-from captum_classfilters import LayerFilterAblation, LayerFilterContribution
+from captum_classfilters import ClassSpecificGate, LayerFilterAblation, LayerFilterContribution
 from captum_classfilters.demo import load_digits, run_demo, small_cnn, train_classifier
-from captum_classfilters.evaluate import class_interpretation, compare_methods
-from captum_classfilters.identify import contrast_classes, exemplars, unit_scores
+from captum_classfilters.evaluate import (
+    class_interpretation,
+    compare_methods,
+    mutual_information_bound,
+    mutual_information_matrix,
+)
+from captum_classfilters.identify import (
+    collect_features,
+    contrast_classes,
+    exemplars,
+    unit_scores,
+)
 from captum_classfilters.networks import (
+    GatedTrainer,
+    GateSchedule,
     GreedyFilterPruning,
     accuracy_after_removal,
     filter_importance_baselines,
@@ -25,9 +37,12 @@ from captum_classfilters.visualize import (
     plot_exemplars,
     plot_exponents,
     plot_filter_contrast,
+    plot_filter_correlation,
     plot_filter_grid,
+    plot_gate_and_weight,
     plot_hypergraph,
     plot_method_comparison,
+    plot_mutual_information,
     plot_removal_curves,
     plot_spectrum,
 )
@@ -81,6 +96,7 @@ def main() -> None:
     spectra()
     directions()
     draw_comparisons()
+    draw_gates()
     for name, figure in pruning_figures().items():
         figure.savefig(FIGURES / name, dpi=110)
 
@@ -114,6 +130,54 @@ def pruning_figures() -> dict[str, Figure]:
         "filter_grid.png": plot_filter_grid(weights, first)[0],
         "class_bars.png": plot_class_bars([told[one] for one in strongest])[0],
     }
+
+
+def draw_gates() -> None:
+    """A gated network of digits beside a plain one with the same weight decay."""
+    digits = load_digits()
+    models, gates, information = [], [], []
+    for schedule in (GateSchedule(unit="joint"), GateSchedule(warmup=60)):  # the second never gates
+        torch.manual_seed(0)
+        model = small_cnn()
+        gate = ClassSpecificGate(10, 64).attach(model, "filters")
+        optimizer = torch.optim.SGD(
+            model.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-3
+        )
+        steps = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 60)
+        trainer = GatedTrainer(
+            model, gate, optimizer, scheduler=steps, schedule=schedule, regularisation=0.05
+        )
+        trainer.fit(digits.train, epochs=60, show_progress=False)
+        gate.detach()
+        features, labels = collect_features(model, "filters", digits.test, show_progress=False)
+        information.append(mutual_information_matrix(features, labels))
+        models.append(model)
+        gates.append(gate)
+    weights = [model.get_submodule("head").weight for model in models]
+    figure, _ = plot_gate_and_weight(gates[0].weight, weights[0], other_weight=weights[1])
+    figure.savefig(FIGURES / "gate_and_weight.png", dpi=110)
+    figure = Figure(figsize=(9, 5.6), layout="constrained")
+    bound = float(mutual_information_bound(digits.test_labels).mean())
+    for axes, matrix, name in zip(
+        figure.subplots(2, 1), information, ("gated", "plain"), strict=True
+    ):
+        score = float(matrix.max(1).values.mean())
+        plot_mutual_information(
+            matrix,
+            bound=bound,
+            title=f"{name}: score {score:.3f} of at most {bound:.3f}",
+            plt_fig_axis=(figure, axes),
+        )
+    figure.savefig(FIGURES / "mutual_information.png", dpi=110)
+    figure = Figure(figsize=(12.4, 5.4), layout="constrained")
+    heads = (gates[0].weight, weights[1])
+    for axes, model, scores, name in zip(
+        figure.subplots(1, 2), models, heads, ("gated", "plain"), strict=True
+    ):
+        convolution = model.get_submodule("filters")[0]  # type: ignore[index]
+        plot_filter_correlation(convolution.weight, scores, plt_fig_axis=(figure, axes))
+        axes.set_title(f"{name}: {axes.get_title(loc='left')}", loc="left", size=9)
+    figure.savefig(FIGURES / "filter_correlation.png", dpi=110)
 
 
 def draw_comparisons() -> None:

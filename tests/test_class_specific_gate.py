@@ -91,12 +91,18 @@ def test_regulariser_family():
     assert float(gate.regulariser(limit=10).detach()) == 0
     assert float(gate.regulariser(distance="l2").detach()) == pytest.approx(0.5625)
     assert float(gate.regulariser(distance="smooth_l1").detach()) == pytest.approx(0.28125)
+    assert float(gate.regulariser(distance="smooth_l1", limit=1).detach()) == pytest.approx(2.25)
     assert float(gate.regulariser("l1").detach()) == pytest.approx(3.75)
     assert float(gate.regulariser("column_limit", limit=1.1).detach()) == pytest.approx(0.55)
     expected = (1.5**2 + 1 + 1.25**2) ** 0.5
     assert float(gate.regulariser("l12").detach()) == pytest.approx(expected)
     assert float(gate.regulariser("column_maximum").detach()) == pytest.approx(3.0)
     assert gate.density == pytest.approx(3.75 / 6)
+    # Before the projection gates can be negative: the norm counts them.
+    signed = gate_with([[1.0, -0.5, -0.25], [1.0, 0.0, 0.5]])  # C = 3, K = 2
+    assert float(signed.regulariser().detach()) == pytest.approx(1.25)
+    assert float(signed.regulariser("column_limit").detach()) == pytest.approx(0.85 + 0.6)
+    assert signed.density == pytest.approx(3.25 / 6)
     with pytest.raises(ValueError, match="kind='l3'"):
         gate.regulariser("l3")
 
@@ -144,6 +150,21 @@ class TestHook:
             wrong._layer[0](torch.rand(8, 6, 4, 4))
         with pytest.raises(ValueError, match="hold NaN"):
             ClassSpecificGate(1, 1, initial=torch.tensor([[float("nan")]]))
+        with pytest.raises(ValueError, match="from 0 to 2; expected"):
+            ClassSpecificGate(1, 2, initial=torch.tensor([[0.0, 2.0]]))
+        with pytest.raises(ValueError, match="ReLU is not part of the model"):
+            ClassSpecificGate(3, 6).attach(model, nn.ReLU())
+        labels = torch.zeros(8).long()
+        with (
+            pytest.raises(ValueError, match="cannot be nested"),
+            gate.gating(labels),
+            gate.gating(labels),
+        ):
+            pass
+        with torch.no_grad():
+            gate.weight[0, 0] = float("nan")
+        with pytest.raises(ValueError, match="gates hold NaN"), gate.gating(labels):
+            pass
         with pytest.raises(ValueError, match="projection='simplex'"):
             ClassSpecificGate(1, 1, projection="simplex")
 
@@ -158,6 +179,8 @@ def test_schedule_is_two_plain_steps_and_a_gated_one():
     assert GateSchedule(unit="joint").is_gated(0, 0)
     with pytest.raises(ValueError, match="between 1 and period"):
         GateSchedule(gated=4)
+    with pytest.raises(ValueError, match="warmup=-1"):
+        GateSchedule(warmup=-1)
 
 
 def separable():
@@ -190,8 +213,30 @@ class TestTraining:
         assert history[-1].validation_accuracy > 0.9
         weight = trainer.gate.weight
         assert torch.equal(weight.max(0).values, torch.ones(6))
-        assert history[-1].density < history[0].density + 0.5
-        assert trainer.gate.density >= 1 / 3 - 1e-6
+        assert history[0].density == 0.5  # untouched in a plain epoch
+        assert history[-1].density == trainer.gate.density >= 1 / 3 - 1e-6
+
+    def test_a_step_minimises_the_stated_objective(self):
+        x, y = separable()
+        for unit in ("epoch", "joint"):
+            trainer = trainer_of(deep(), schedule=GateSchedule(unit=unit), gated_weight=0.3)
+            plain, gated = copy.deepcopy(trainer.model).train(), trainer.model.train()
+            with trainer.gate.gating(y):
+                first = F.cross_entropy(gated(x), y)
+            second = F.cross_entropy(plain(x), y)
+            regulariser = 0.05 * trainer.gate.regulariser()
+            expected = 0.3 * first + regulariser + (second if unit == "joint" else 0)
+            assert trainer.step(x, y, gated=True)[0] == pytest.approx(expected.item(), abs=1e-5)
+
+    def test_the_gate_is_not_decayed(self):
+        model = deep()
+        gate = ClassSpecificGate(3, 6).attach(model, "stage2")
+        trainer = GatedTrainer(
+            model, gate, torch.optim.SGD(model.parameters(), lr=1, weight_decay=0.5)
+        )
+        own = trainer.optimizer.param_groups[-1]
+        assert own["params"][0] is gate.weight
+        assert own["weight_decay"] == 0
 
     @pytest.mark.parametrize("unit", ["batch", "joint"])
     def test_other_schedules(self, unit):
@@ -219,6 +264,86 @@ class TestTraining:
         for key, value in second.model.state_dict().items():
             assert torch.equal(value, whole.model.state_dict()[key])
 
+    def test_resuming_restores_both_optimisers_and_schedulers(self, tmp_path):
+        def make(seed):
+            torch.manual_seed(seed)
+            model = deep(seed=seed)
+            gate = ClassSpecificGate(3, 6, "uniform").attach(model, "stage2")
+            plain = torch.optim.Adam(model.parameters(), lr=0.02)
+            gated = torch.optim.SGD([*model.parameters(), gate.weight], lr=0.05, momentum=0.9)
+            steps = torch.optim.lr_scheduler.StepLR
+            return GatedTrainer(
+                model, gate, plain, gated, steps(plain, 1, 0.5), steps(gated, 1, 0.3),
+                schedule=GateSchedule(period=2),
+            )  # fmt: skip
+
+        # Shuffled by torch's own random state, which is part of what is resumed.
+        data = DataLoader(TensorDataset(*separable()), batch_size=24, shuffle=True)
+        whole = make(0)
+        torch.manual_seed(7)
+        whole.fit(data, epochs=3, **QUIET)
+        torch.save(whole.state_dict(), tmp_path / "state.pt")
+        whole.fit(data, epochs=6, **QUIET)
+        rates = [whole.optimizer.param_groups[0]["lr"], whole.gated_optimizer.param_groups[0]["lr"]]
+        assert rates == pytest.approx([0.02 * 0.5**3, 0.05 * 0.3**3])
+        resumed = make(1)
+        resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+        assert len(resumed.history) == 3
+        resumed.fit(data, epochs=6, **QUIET)
+        one, other = resumed.state_dict(), whole.state_dict()
+        assert one["history"] == other["history"]
+        assert one["scheduler"] == other["scheduler"]
+        assert one["gated_scheduler"] == other["gated_scheduler"]
+        for part in ("model", "gate"):
+            for key, value in one[part].items():
+                assert torch.equal(value, other[part][key]), key
+        for part in ("optimizer", "gated_optimizer"):
+            for index, state in one[part]["state"].items():
+                for key, value in state.items():
+                    assert torch.equal(value, other[part]["state"][index][key]), (part, key)
+
+    @pytest.mark.parametrize(
+        ("batch", "message"),
+        [
+            (lambda x, y: x, "Batch 0 is a Tensor"),
+            (lambda x, y: (x, None), "Batch 0 has no labels"),
+            (lambda x, y: (x, F.one_hot(y)), r"have shape \(120, 3\)"),
+            (lambda x, y: (x, y.float()), "are torch.float32"),
+            (lambda x, y: (x, y + 1), "has the label 3"),
+        ],
+    )
+    def test_batches_without_usable_labels_are_named(self, batch, message):
+        trainer = trainer_of(deep())
+        with pytest.raises(ValueError, match=message):
+            trainer.fit([batch(*separable())], epochs=1, **QUIET)
+
+    def test_what_does_not_fit_is_named_before_anything_is_trained(self):
+        x, y = separable()
+        for gate, message in (
+            (ClassSpecificGate(3, 5), "gate has 5 filters"),
+            (ClassSpecificGate(4, 6), "3 classes apart, but the gate has 4"),
+            (ClassSpecificGate(2, 6), "3 classes apart, but the gate has 2"),
+        ):
+            model = deep()
+            before = copy.deepcopy(model.state_dict())
+            gate.attach(model, "stage2")
+            trainer = GatedTrainer(model, gate, torch.optim.SGD(model.parameters(), lr=0.1))
+            with pytest.raises(ValueError, match=message):
+                trainer.fit([(x, y % 2)], epochs=1, **QUIET)  # a plain epoch
+            assert gate._labels is None
+            assert all(torch.equal(one, before[key]) for key, one in model.state_dict().items())
+
+    def test_the_check_of_the_first_batch_changes_nothing(self):
+        x, y = separable()
+        one, other = trainer_of(deep()), trainer_of(deep())
+        state = torch.get_rng_state()
+        one.fit([(x, y.int())], epochs=1, **QUIET)
+        assert torch.equal(torch.get_rng_state(), state)
+        other.model.train()
+        other.step(x, y, gated=False)
+        for key, value in one.model.state_dict().items():
+            assert torch.equal(value, other.model.state_dict()[key])
+
     def test_bad_input(self):
         model = deep()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -231,6 +356,11 @@ class TestTraining:
         trainer = GatedTrainer(model, gate, optimizer)
         with pytest.raises(ValueError, match="empty"):
             trainer.fit([], epochs=1, **QUIET)
+        with pytest.raises(ValueError, match="empty in epoch 1; a generator"):
+            trainer.fit((separable() for _ in range(1)), epochs=2, **QUIET)
+        plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+        with pytest.raises(ValueError, match="needs a metric"):
+            GatedTrainer(model, gate, optimizer, scheduler=plateau)
         state = trainer.state_dict()
         del state["gate"]
         with pytest.raises(ValueError, match="differs in gate"):
@@ -238,7 +368,11 @@ class TestTraining:
 
     def test_a_copy_of_a_gate_is_not_attached(self):
         gate = ClassSpecificGate(3, 6).attach(deep(), "stage2")
-        assert copy.deepcopy(gate)._layer is None
+        with torch.no_grad():
+            gate.weight.sub_(0.7)  # between a step and its projection
+        copied = copy.deepcopy(gate)
+        assert copied._layer is None
+        assert torch.equal(copied.weight, gate.weight)
 
 
 class TestLayerClassGate:
@@ -262,8 +396,14 @@ class TestLayerClassGate:
         assert table.method == "LayerClassGate"
 
     def test_bad_input(self):
-        with pytest.raises(ValueError, match="finite gates"):
+        with pytest.raises(ValueError, match=r"gate is \(3,\)"):
             LayerClassGate(pool_linear(), "1", torch.rand(3))
+        with pytest.raises(ValueError, match=r"such as ClassSpecificGate\.weight"):
+            LayerClassGate(pool_linear(), "1", ClassSpecificGate(3, 6))
+        with pytest.raises(ValueError, match="NaN or Inf"):
+            LayerClassGate(pool_linear(), "1", torch.full((3, 6), float("nan")))
+        with pytest.raises(ValueError, match=r"counts have shape \(2,\)"):
+            self.method().class_filters(counts=torch.ones(2))
         with pytest.raises(ValueError, match=r"6 filters, the gate 4"):
             LayerClassGate(pool_linear(), "1", torch.rand(3, 4)).attribute(images(), target=0)
 
@@ -273,6 +413,7 @@ class TestMeasures:
 
     def test_shares_similarity_and_interval(self):
         assert class_share(self.gate).tolist() == [[2, 1], [1, 2]]
+        assert class_share(self.gate, threshold=0.6).tolist() == [[1, 0], [0, 2]]  # strictly above
         cosine = 0.6 / ((1.36**0.5) * (2**0.5))
         assert gate_similarity(self.gate) == pytest.approx(2 * cosine)
         assert density_interval(10, 64).tolist() == pytest.approx([0.1, 0.1])
@@ -281,6 +422,7 @@ class TestMeasures:
     def test_correlation_and_assignment(self):
         weight = torch.tensor([[1.0, 0.0], [-2.0, 0.0], [0.0, 3.0]])
         assert filter_correlation(weight).tolist() == [[0, 1, 0], [1, 0, 0], [0, 0, 0]]
+        assert not filter_correlation(torch.zeros(2, 3)).any()  # filters that decay has removed
         assert assign_filters(torch.tensor([[1.0, 0.0, 2.0], [1.0, 3.0, 0.0]])).tolist() == [
             0,
             1,
@@ -300,10 +442,63 @@ class TestMeasures:
         assert result.recall.tolist() == [[0, 1], [1, 0]]
         assert result.own.tolist() == [0, 0]
         assert result.loss_of_others == 0
+        assert result.confusion.tolist() == [[0, 5], [5, 0]]
+        assert result.predicted.tolist() == [[0, 10], [10, 0]]
         kept = masking_test(model, model[0], table, data, mode="keep", **QUIET)
         assert kept.recall.tolist() == [[1, 0], [0, 1]]
+        assert kept.confusion.tolist() == [[5, 0], [0, 5]]
         with pytest.raises(ValueError, match="mode='drop'"):
             masking_test(model, model[0], table, data, mode="drop")
+        unselected = ClassFilters(mask.double(), torch.ones(2))
+        with pytest.raises(ValueError, match="selects no filters"):
+            masking_test(model, model[0], unselected, data)
+        with pytest.raises(ValueError, match="has the label 2"):
+            masking_test(model, model[0], table, [(x, torch.full((10,), 2))], **QUIET)
+
+    def test_masking_of_one_class_confuses_it_with_the_next(self):
+        # Three classes of unequal size; masking class 0 leaves the second-largest logit, class 2.
+        model = nn.Sequential(nn.Identity(), nn.Linear(3, 3, bias=False))
+        with torch.no_grad():
+            model[1].weight.copy_(torch.eye(3))
+        rows = torch.tensor([[3.0, 1, 2], [1, 3, 2], [1, 2, 3]])
+        y = torch.tensor([0, 0, 0, 1, 2, 2])
+        mask = torch.eye(3).bool()
+        table = ClassFilters(mask.double(), torch.ones(3)).with_selection(mask)
+        result = masking_test(model, model[0], table, [(rows[y], y)], **QUIET)
+        assert result.confusion.tolist() == [[0, 0, 3], [0, 0, 1], [0, 2, 0]]
+        assert result.predicted.tolist() == [[0, 1, 5], [3, 0, 3], [3, 3, 0]]
+        assert result.loss_of_others == 0
+
+    def test_random_control_masks_as_many_filters(self):
+        model = nn.Sequential(nn.Identity(), nn.Linear(2, 2, bias=False))
+        with torch.no_grad():
+            model[1].weight.copy_(torch.eye(2))
+        data = [(torch.tensor([[2.0, 1.0], [1.0, 2.0]]), torch.arange(2))]
+        mask = torch.tensor([[True, True], [False, False]])  # so that there is nothing to draw
+        table = ClassFilters(mask.double(), torch.ones(2)).with_selection(mask)
+        result = masking_test(model, model[0], table, data, **QUIET)
+        assert result.control.tolist() == result.recall.tolist() == [[1, 0], [1, 1]]
+
+    def test_measures_work_without_a_gate(self):
+        scores = torch.tensor([[0.2, 0.9, 0.1], [0.8, 0.7, 0.3]])
+        table = ClassFilters(scores, torch.ones(2)).select(num_filters=2)
+        assert class_share(table.selected).tolist() == [[2, 2], [2, 2]]
+        assert gate_similarity(table.selected) == pytest.approx(2.0)
+        assert assign_filters(table).tolist() == [1, 0, 1]
+
+    def test_bad_input(self):
+        with pytest.raises(ValueError, match=r"gate is \(3,\)"):
+            class_share(torch.rand(3))
+        with pytest.raises(ValueError, match="gate is ClassFilters"):
+            gate_similarity(ClassFilters(torch.rand(2, 3), torch.ones(2)))
+        with pytest.raises(ValueError, match="without NaN"):
+            gate_similarity(torch.full((2, 3), float("nan")))
+        with pytest.raises(ValueError, match="0 classes"):
+            density_interval(0, 3)
+        with pytest.raises(ValueError, match=r"weight has shape \(3,\)"):
+            filter_correlation(torch.rand(3))
+        with pytest.raises(ValueError, match=r"scores have shape \(3,\)"):
+            assign_filters(torch.rand(3))
 
 
 def test_three_lines_in_a_loop_of_ones_own_are_the_trainers_gated_step():
@@ -359,18 +554,3 @@ def test_gates_that_become_nan_in_training_are_named():
     x[0, 0, 0, 0] = float("nan")
     with pytest.raises(ValueError, match="gates hold NaN"):
         trainer.fit([(x, y)], epochs=1, **QUIET)
-
-
-def test_too_many_classes_for_the_gate_are_named():
-    x, y = separable()
-    model = deep()
-    gate = ClassSpecificGate(2, 6).attach(model, "stage2")
-    trainer = GatedTrainer(
-        model,
-        gate,
-        torch.optim.SGD(model.parameters(), lr=0.1),
-        schedule=GateSchedule(unit="joint"),
-    )
-    with pytest.raises(ValueError, match="the gate has 2 classes"):
-        trainer.fit([(x, y)], epochs=1, **QUIET)
-    assert gate._labels is None

@@ -40,7 +40,7 @@ def test_mutual_information():
     _, axes = plot_mutual_information(information, bound=0.325)
     np.testing.assert_allclose(axes.images[0].get_array(), information.T[:, [1, 0, 2]])
     assert axes.images[0].norm.vmax == 0.325
-    assert "score 0.250" in axes.get_title(loc="left")
+    assert "score 0.250 of at most 0.325" in axes.get_title(loc="left")
     _, axes = plot_mutual_information(information, order="index")
     np.testing.assert_allclose(axes.images[0].get_array(), information.T)
     assert axes.images[0].norm.vmax == pytest.approx(0.3)

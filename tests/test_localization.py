@@ -122,6 +122,10 @@ class TestLocalization:
         found = localization(maps, torch.tensor([[0, 0, 2, 2]]), rule="value", value=0.5)
         assert found.box_iou.tolist() == [1]
         assert found.iou.tolist() == [0.8]
+        turned = localization(  # the smaller part comes first
+            maps.flip(1, 2), torch.tensor([[4, 4, 6, 6]]), rule="value", value=0.5
+        )
+        assert turned.box_iou.tolist() == [1]
 
     def test_nothing_above_the_threshold(self):
         found = localization(
@@ -242,6 +246,8 @@ class TestFilterLocalization:
         found = filter_localization(activations, masks, labels, share=0.3)
         assert found.thresholds.tolist() == [14.0]  # 14 to 19 are the highest six
         assert found.iou.tolist() == [[pytest.approx((0.5 + 1) / 5)]]
+        found = filter_localization(activations, masks, labels, share=0.3, iou_threshold=0.5)
+        assert found.precision.tolist() == [[pytest.approx(1 / 5)]]  # 0.5 does not exceed it
 
     def test_other_images_take_over_thresholds_and_classes(self):
         activations, boxes, labels = self.planted()

@@ -101,7 +101,8 @@ def test_threads_and_seed_decide_nothing_else():
 
 
 def test_score_is_the_mean_of_each_filters_best_class():
-    assert mutual_information_score(torch.tensor([[0.1, 0.3], [0.5, 0.2]])) == pytest.approx(0.4)
+    matrix = torch.tensor([[0.1, 0.3], [0.1, 0.2], [0.4, 0.1]])  # over classes it would be 0.35
+    assert mutual_information_score(matrix) == pytest.approx(0.3)
 
 
 def test_bound_is_the_indicators_entropy():
@@ -115,6 +116,7 @@ def test_bound_is_the_indicators_entropy():
     [
         (torch.rand(4), torch.zeros(4).long(), "expected \\(N, K\\)"),
         (torch.rand(4, 2), torch.zeros(3).long(), "do not fit"),
+        (torch.rand(4, 0), torch.zeros(4).long(), "one filter"),
         (torch.rand(4, 2), torch.zeros(4), "class indices"),
         (torch.full((4, 2), float("nan")), torch.zeros(4).long(), "NaN"),
         (torch.rand(4, 2), torch.tensor([0, -1, 0, 0]), "out of range"),
@@ -123,3 +125,11 @@ def test_bound_is_the_indicators_entropy():
 def test_bad_input(features, labels, message):
     with pytest.raises(ValueError, match=message):
         mutual_information_matrix(features, labels)
+
+
+def test_bad_input_of_score_and_bound():
+    with pytest.raises(ValueError, match=r"shape \(4,\); expected \(K, C\)"):
+        mutual_information_score(torch.rand(4))
+    for labels in (torch.rand(4), torch.tensor([0, -1]), torch.zeros(0).long()):
+        with pytest.raises(ValueError, match="at least one class index"):
+            mutual_information_bound(labels)

@@ -47,7 +47,7 @@ class LayerClassGate(LayerFilterAttribution):
                     Default: None
 
     Raises:
-        ValueError: The gate is not a finite matrix.
+        ValueError: The gate is not a matrix, or holds NaN.
 
     Examples::
 
@@ -73,10 +73,13 @@ class LayerClassGate(LayerFilterAttribution):
         channel_dim: int | None = None,
     ) -> None:
         LayerFilterAttribution.__init__(self, forward_func, layer, device_ids, channel_dim)
-        if gate.dim() != 2 or not bool(torch.isfinite(gate).all()):
+        if not isinstance(gate, Tensor) or gate.dim() != 2:
+            given = tuple(gate.shape) if isinstance(gate, Tensor) else type(gate).__name__
             raise ValueError(
-                f"The gate has shape {tuple(gate.shape)}; expected finite gates (C, K)."
+                f"The gate is {given}; expected a Tensor (C, K), such as ClassSpecificGate.weight."
             )
+        if not bool(torch.isfinite(gate).all()):
+            raise ValueError("The gate holds NaN or Inf.")
         self.gate = gate.detach().clone() if descending else -gate.detach()
         self.descending = descending
 
@@ -159,10 +162,15 @@ class LayerClassGate(LayerFilterAttribution):
 
         Returns:
             *ClassFilters*: Scores are the gates.
+
+        Raises:
+            ValueError: There are not C counts.
         """
         model = module_of(self.forward_func)
         scores = self.gate.double().cpu()
         counts = torch.ones(len(scores)) if counts is None else counts
+        if counts.shape != (len(scores),):
+            raise ValueError(f"counts have shape {tuple(counts.shape)}; expected ({len(scores)},).")
         scores = torch.where(counts[:, None] > 0, scores, torch.full_like(scores, float("nan")))
         table = ClassFilters(
             scores=scores,

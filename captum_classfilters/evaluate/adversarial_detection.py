@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 
 from captum_classfilters._internal.guard import model_left_as_found
 from captum_classfilters.identify import collect_features
+from captum_classfilters.identify._batches import split_batch
 
 
 @dataclass(frozen=True)
@@ -110,8 +111,9 @@ def adversarial_detection(
     bar = tqdm(dataloader, desc="attack", unit="batch", disable=not show_progress)
     with model_left_as_found(model, evaluation=True):
         torch.manual_seed(seed)
-        for images, labels in bar:
-            images, labels = images.to(device), labels.to(device)
+        for number, batch in enumerate(bar):
+            (images, *_), labels = split_batch(batch, number, device)
+            labels = labels.to(device)
             changed = _checked(attack(images, labels), images)
             clean.append((images, labels))
             attacked.append((changed, labels))

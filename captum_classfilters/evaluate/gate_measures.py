@@ -6,6 +6,13 @@ from torch import Tensor
 from captum_classfilters.class_filters import ClassFilters
 
 
+def _matrix(gate: Tensor, name: str = "gate") -> Tensor:
+    if not isinstance(gate, Tensor) or gate.dim() != 2 or bool(gate.isnan().any()):
+        given = tuple(gate.shape) if isinstance(gate, Tensor) else type(gate).__name__
+        raise ValueError(f"{name} is {given}; expected a Tensor (C, K) without NaN.")
+    return gate.detach()
+
+
 def density_interval(num_classes: int, num_filters: int, limit: float | None = None) -> Tensor:
     r"""
     The attainable range of a gate's L1-density.
@@ -22,7 +29,12 @@ def density_interval(num_classes: int, num_filters: int, limit: float | None = N
 
     Returns:
         *Tensor* of shape (2,), lower and upper end.
+
+    Raises:
+        ValueError: There are no classes or filters.
     """
+    if num_classes < 1 or num_filters < 1:
+        raise ValueError(f"A gate of {num_classes} classes and {num_filters} filters is empty.")
     upper = (num_filters if limit is None else limit) / (num_classes * num_filters)
     return torch.tensor([1 / num_classes, max(upper, 1 / num_classes)], dtype=torch.float64)
 
@@ -33,14 +45,18 @@ def class_share(gate: Tensor, threshold: float = 0.5) -> Tensor:
 
     Args:
 
-        gate (Tensor): Shape (C, K).
+        gate (Tensor): Shape (C, K); of a network without a gate, ``table.selected`` of any table of
+                    class filters.
         threshold (float): A gate above it counts as open.
                     Default: 0.5
 
     Returns:
         *Tensor* of shape (C, C), int64; the diagonal holds each class's own open filters.
+
+    Raises:
+        ValueError: The gate is not a matrix, or holds NaN.
     """
-    opened = (gate > threshold).to(torch.float64)
+    opened = (_matrix(gate) > threshold).to(torch.float64)
     return (opened @ opened.T).to(torch.int64)
 
 
@@ -52,12 +68,16 @@ def gate_similarity(gate: Tensor) -> float:
 
     Args:
 
-        gate (Tensor): Shape (C, K).
+        gate (Tensor): Shape (C, K); of a network without a gate, any table's ``scores`` or
+                    ``selected``.
 
     Returns:
         *float*, between 0 and C (C - 1) for gates in [0, 1].
+
+    Raises:
+        ValueError: The gate is not a matrix, or holds NaN.
     """
-    rows = torch.nn.functional.normalize(gate.detach().double(), dim=1)
+    rows = torch.nn.functional.normalize(_matrix(gate).double(), dim=1)
     cosine = rows @ rows.T
     return float(cosine.sum() - cosine.diagonal().sum())
 
@@ -72,9 +92,14 @@ def filter_correlation(weight: Tensor) -> Tensor:
 
     Returns:
         *Tensor* of shape (K, K).
+
+    Raises:
+        ValueError: The weight has fewer than two axes.
     """
+    if weight.dim() < 2:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}; expected (K, ...).")
     rows = torch.nn.functional.normalize(weight.detach().flatten(1).double(), dim=1)
-    return (rows @ rows.T - torch.eye(len(rows), dtype=torch.float64, device=rows.device)).abs()
+    return (rows @ rows.T).abs().fill_diagonal_(0.0)
 
 
 def assign_filters(scores: Tensor | ClassFilters) -> Tensor:
@@ -88,7 +113,12 @@ def assign_filters(scores: Tensor | ClassFilters) -> Tensor:
 
     Returns:
         *Tensor* of shape (K,), int64.
+
+    Raises:
+        ValueError: The scores are not a matrix.
     """
     table = scores.scores if isinstance(scores, ClassFilters) else scores
+    if table.dim() != 2:
+        raise ValueError(f"scores have shape {tuple(table.shape)}; expected (C, K).")
     filled = table.nan_to_num(nan=-float("inf"))
     return filled.T.sort(dim=1, descending=True, stable=True).indices[:, 0]

@@ -6,11 +6,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from captum_classfilters._internal.guard import model_left_as_found
+from captum_classfilters._internal.layers import find_layer
+from captum_classfilters.attr.layer_filter_ablation import LayerFilterAblation
 from captum_classfilters.class_filters import ClassFilters
-from captum_classfilters.gate import FilterGate
+from captum_classfilters.evaluate.class_curves import replays
 
 
 @dataclass(frozen=True)
@@ -24,11 +25,18 @@ class MaskingResult:
                     are masked (or kept alone); NaN for classes without images.
         control (Tensor): Shape (C, C). The same with as many random filters in place of the class's.
         clean (Tensor): Shape (C,). Recall without masks.
+        confusion (Tensor): Shape (C, C), int64. Entry (c, j): images of class c that are taken for
+                    class j when the filters of class c are masked (or kept alone).
+        predicted (Tensor): Shape (C, C), int64. Entry (c, j): images of all classes that are taken for
+                    class j under the same mask; its diagonal is how often a masked class is still
+                    predicted.
     """
 
     recall: Tensor
     control: Tensor
     clean: Tensor
+    confusion: Tensor
+    predicted: Tensor
 
     @property
     def own(self) -> Tensor:
@@ -79,31 +87,51 @@ def masking_test(
         *MaskingResult*.
 
     Raises:
-        ValueError: The mode is unknown, or the loader is empty.
+        ValueError: The mode is unknown, nothing is selected, the loader is empty, or table, model and
+                    labels do not fit each other.
+
+    Examples::
+
+        >>> import torch
+        >>> from captum_classfilters import LayerFilterContribution
+        >>> from captum_classfilters.evaluate import masking_test
+        >>> net = torch.nn.Sequential(
+        ...     torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1),
+        ...     torch.nn.Flatten(), torch.nn.Linear(8, 2))
+        >>> data = [(torch.rand(4, 3, 6, 6), torch.tensor([0, 1, 1, 0]))]
+        >>> quiet = {"show_progress": False}
+        >>> table = LayerFilterContribution(net, "1").identify(data, num_filters=3, **quiet)
+        >>> result = masking_test(net, "1", table, data, **quiet)
+        >>> result.recall.shape, result.confusion.sum(1).tolist()
+        (torch.Size([2, 2]), [2, 2])
     """
     if mode not in ("mask", "keep"):
         raise ValueError(f"mode={mode!r}; choose 'mask' or 'keep'.")
     selected = class_filters.selected
+    if not bool(selected.any()):
+        raise ValueError("The table selects no filters; call table.select(num_filters=...) first.")
     generator = torch.Generator().manual_seed(seed)
     order = torch.rand(selected.shape, generator=generator).argsort(1).argsort(1)
     random = order < selected.sum(1, keepdim=True)
     chosen = torch.cat([selected, random])
-    gates = (chosen if mode == "keep" else ~chosen).float()
-    gates = torch.cat([gates, torch.ones(1, gates.shape[1])])
-    number = class_filters.num_classes
-    right = torch.zeros(len(gates), number, dtype=torch.int64)
+    removed = torch.cat([~chosen if mode == "keep" else chosen, torch.zeros_like(chosen[:1])])
+    number, width = class_filters.num_classes, class_filters.num_filters
+    right = torch.zeros(len(removed), number, dtype=torch.int64)
     seen = torch.zeros(number, dtype=torch.int64)
-    gated = FilterGate(model, layer, class_filters.num_filters, channel_dim)
-    device = gated.ones(1).device
-    bar = tqdm(dataloader, desc="masking", unit="batch", disable=not show_progress)
-    with torch.no_grad(), model_left_as_found(model, evaluation=True):
-        for images, labels in bar:
-            images, labels = images.to(device), labels.cpu()
+    confusion, predicted = torch.zeros(2, number, number, dtype=torch.int64)
+    module = find_layer(model, layer) if isinstance(layer, str) else layer
+    ablation = LayerFilterAblation(model, module, channel_dim=channel_dim)
+    with model_left_as_found(model, evaluation=True):
+        for replay, labels in replays(ablation, module, (number, width), dataloader, show_progress):
             seen += torch.bincount(labels, minlength=number)
-            for row, gate in enumerate(gates.to(device)):
-                correct = gated(gate[None], images).argmax(1).cpu() == labels
-                right[row] += torch.bincount(labels[correct], minlength=number)
-    if int(seen.sum()) == 0:
-        raise ValueError("The data loader is empty.")
+            parts = [outputs.argmax(2) for _, outputs in replay.in_parts(removed)]
+            answers = torch.cat(parts).cpu()
+            for row, answer in enumerate(answers):
+                right[row] += torch.bincount(labels[answer == labels], minlength=number)
+            for class_, answer in enumerate(answers[:number]):
+                confusion[class_] += torch.bincount(answer[labels == class_], minlength=number)
+                predicted[class_] += torch.bincount(answer, minlength=number)
     recall = right.double() / seen.double()
-    return MaskingResult(recall[:number], recall[number : 2 * number], recall[-1])
+    return MaskingResult(
+        recall[:number], recall[number : 2 * number], recall[-1], confusion, predicted
+    )

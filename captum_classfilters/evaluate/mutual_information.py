@@ -115,7 +115,12 @@ def mutual_information_score(matrix: Tensor) -> float:
 
     Returns:
         *float*, in nats.
+
+    Raises:
+        ValueError: The table is not a matrix with filters and classes.
     """
+    if matrix.dim() != 2 or not matrix.numel():
+        raise ValueError(f"matrix has shape {tuple(matrix.shape)}; expected (K, C).")
     return float(matrix.max(1).values.mean())
 
 
@@ -137,7 +142,15 @@ def mutual_information_bound(
 
     Returns:
         *Tensor* of shape (C,), float64, in nats.
+
+    Raises:
+        ValueError: The labels are not class indices.
     """
+    if labels.dim() != 1 or labels.is_floating_point() or not len(labels) or labels.min() < 0:
+        raise ValueError(
+            f"labels are {labels.dtype} of shape {tuple(labels.shape)}; expected at least one class "
+            "index (N,), not negative."
+        )
     counts = torch.bincount(labels.long(), minlength=num_classes or 0).to(torch.float64)
     share = torch.full_like(counts, 0.5) if balanced else counts / counts.sum()
     other = 1 - share
@@ -147,10 +160,10 @@ def mutual_information_bound(
 def _checked(
     features: Tensor, labels: Tensor, num_classes: int | None, num_neighbors: int
 ) -> tuple[Floats, Integers, int]:
-    if features.dim() != 2 or labels.shape != features.shape[:1] or len(features) == 0:
+    if features.dim() != 2 or labels.shape != features.shape[:1] or not features.numel():
         raise ValueError(
             f"features {tuple(features.shape)} and labels {tuple(labels.shape)} do not fit; "
-            "expected (N, K) and (N,) with at least one image."
+            "expected (N, K) and (N,) with at least one image and one filter."
         )
     if labels.is_floating_point():
         raise ValueError(f"labels are {labels.dtype}; expected class indices.")

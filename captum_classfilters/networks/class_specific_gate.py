@@ -57,7 +57,7 @@ class ClassSpecificGate(nn.Module):
                     Default: "rescale"
 
     Raises:
-        ValueError: The initial gates have another shape, or hold NaN.
+        ValueError: The initial gates have another shape, hold NaN, or leave [0, 1].
 
     Examples::
 
@@ -114,11 +114,14 @@ class ClassSpecificGate(nn.Module):
             *ClassSpecificGate*: The gate itself.
 
         Raises:
-            ValueError: The gate, or another one on this layer, is attached already.
+            ValueError: The gate, or another one on this layer, is attached already, or the model has
+                        no such layer.
         """
         if self._attached is not None:
             raise ValueError("The gate is attached already; detach() it first.")
         module = find_layer(model, layer) if isinstance(layer, str) else layer
+        if not any(one is module for one in model.modules()):
+            raise ValueError(f"The layer {type(module).__name__} is not part of the model.")
         name = layer_name(model, module)
         for hook in module._forward_hooks.values():
             if isinstance(getattr(hook, "__self__", None), ClassSpecificGate):
@@ -144,11 +147,14 @@ class ClassSpecificGate(nn.Module):
             labels (Tensor): Shape (N,), the class of each image of the batch.
 
         Raises:
-            ValueError: The gate is not attached, labels are missing, of a wrong type or out of
-                        range, or the layer did not run.
+            ValueError: The gate is not attached or holds NaN, labels are missing, of a wrong type or
+                        out of range, blocks are nested, or the layer did not run.
         """
         if self._layer is None:
             raise ValueError("The gate is not attached to a layer; call attach(model, layer).")
+        if self._labels is not None:
+            raise ValueError("The gate is on already; gating() blocks cannot be nested.")
+        self._check_finite()
         self._labels = self._checked_labels(labels)
         self._runs = 0
         try:
@@ -160,8 +166,10 @@ class ClassSpecificGate(nn.Module):
 
     def _checked_labels(self, labels: Any) -> Tensor:
         if not isinstance(labels, Tensor) or labels.dim() != 1:
+            given = tuple(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
             raise ValueError(
-                "The gated path needs the labels of the batch: a Tensor (N,) of class indices."
+                f"The gated path needs the labels of the batch, a Tensor (N,) of class indices; got "
+                f"{given}."
             )
         if labels.is_floating_point() or labels.dtype == torch.bool:
             raise ValueError(f"The labels are {labels.dtype}; expected class indices.")
@@ -208,6 +216,13 @@ class ClassSpecificGate(nn.Module):
         gates = self.weight[labels.to(self.weight.device)]
         return activation * along_filters(gates.to(activation.dtype), activation, axis)
 
+    def _check_finite(self) -> None:
+        if not bool(torch.isfinite(self.weight).all()):
+            raise ValueError(
+                "The gates hold NaN or Inf: an input or the loss was not finite, or the gate's learning "
+                "rate is too high."
+            )
+
     # -- constraint and regulariser --------------------------------------------------------------
 
     @torch.no_grad()
@@ -225,9 +240,8 @@ class ClassSpecificGate(nn.Module):
         Raises:
             ValueError: The gates hold NaN or Inf.
         """
+        self._check_finite()
         gates = self.weight
-        if not bool(torch.isfinite(gates).all()):
-            raise ValueError("The gates hold NaN or Inf; lower the learning rate of the gate.")
         largest, row = gates.max(0)
         opened = gates.clamp(0, 1)
         opened[row, torch.arange(self.num_filters, device=gates.device)] = 1.0
@@ -297,8 +311,9 @@ class ClassSpecificGate(nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ClassSpecificGate":
         copied = ClassSpecificGate(
-            self.num_classes, self.num_filters, self.weight.detach(), self.projection
-        )
+            self.num_classes, self.num_filters, projection=self.projection
+        ).to(self.weight)
+        copied.load_state_dict(self.state_dict())
         memo[id(self)] = copied
         return copied
 
@@ -310,6 +325,11 @@ def _initial(num_classes: int, num_filters: int, initial: float | str | Tensor) 
             raise ValueError(f"The initial gates have shape {tuple(initial.shape)}; not {shape}.")
         if not bool(torch.isfinite(initial).all()):
             raise ValueError("The initial gates hold NaN or Inf.")
+        if not 0 <= float(initial.min()) <= float(initial.max()) <= 1:
+            raise ValueError(
+                f"The initial gates reach from {float(initial.min()):.3g} to "
+                f"{float(initial.max()):.3g}; expected [0, 1]."
+            )
         return initial.detach().clone().to(torch.get_default_dtype())
     if initial == "uniform":
         return torch.rand(shape)

@@ -7,9 +7,12 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from tqdm.auto import tqdm
 
 from captum_classfilters._internal.guard import model_left_as_found
+from captum_classfilters.identify._batches import split_batch
+from captum_classfilters.identify.statistics import class_labels
 from captum_classfilters.networks.class_specific_gate import ClassSpecificGate
 
 Unit = Literal["epoch", "batch", "joint"]
@@ -36,7 +39,8 @@ class GateSchedule:
                     Default: 0
 
     Raises:
-        ValueError: The unit is unknown, or ``gated`` is not between 1 and ``period``.
+        ValueError: The unit is unknown, ``gated`` is not between 1 and ``period``, or the warm-up is
+                    negative.
     """
 
     unit: Unit = "epoch"
@@ -49,6 +53,8 @@ class GateSchedule:
             raise ValueError(f"unit={self.unit!r}; choose 'epoch', 'batch' or 'joint'.")
         if not 1 <= self.gated <= self.period:
             raise ValueError(f"gated={self.gated} must be between 1 and period={self.period}.")
+        if self.warmup < 0:
+            raise ValueError(f"warmup={self.warmup} must not be negative.")
 
     def is_gated(self, epoch: int, batch: int) -> bool:
         """Whether a batch takes the gated path.
@@ -120,7 +126,8 @@ class GatedTrainer:
                     Default: cross-entropy
 
     Raises:
-        ValueError: The gate is not attached, or ``gated_optimizer`` does not hold its parameters.
+        ValueError: The gate is not attached, ``gated_optimizer`` does not hold its parameters, or a
+                    scheduler needs a metric.
 
     Examples::
 
@@ -159,6 +166,10 @@ class GatedTrainer:
                 optimizer.add_param_group({"params": [gate.weight], "weight_decay": 0.0})
         if not _holds(gated_optimizer, gate.weight):
             raise ValueError("gated_optimizer does not hold the gate's parameters.")
+        if isinstance(scheduler, ReduceLROnPlateau) or isinstance(
+            gated_scheduler, ReduceLROnPlateau
+        ):
+            raise ValueError("ReduceLROnPlateau needs a metric; choose a scheduler of epochs.")
         self.model = model
         self.gate = gate
         self.optimizer = optimizer
@@ -190,6 +201,10 @@ class GatedTrainer:
 
         Returns:
             *list of GatedEpoch*: The whole history.
+
+        Raises:
+            ValueError: A batch is no pair of images and labels, or model, labels and gate do not fit
+                        each other; the first batch is checked before anything is trained.
         """
         bar = tqdm(
             range(len(self.history), epochs),
@@ -208,12 +223,14 @@ class GatedTrainer:
             )
         return list(self.history)
 
-    def step(self, images: Tensor, labels: Tensor, gated: bool) -> tuple[float, int]:
+    def step(
+        self, images: Tensor | tuple[Tensor, ...], labels: Tensor, gated: bool
+    ) -> tuple[float, int]:
         """One optimisation step.
 
         Args:
 
-            images (Tensor): The inputs of the model.
+            images (Tensor or tuple of Tensors): The inputs of the model.
             labels (Tensor): Shape (N,).
             gated (bool): Take the gated path (or both, if the schedule is joint).
 
@@ -223,23 +240,18 @@ class GatedTrainer:
         Raises:
             ValueError: The model and the gate differ in their number of classes.
         """
+        inputs = images if isinstance(images, tuple) else (images,)
         optimizer = self.gated_optimizer if gated else self.optimizer
         optimizer.zero_grad(set_to_none=True)
         if not gated:
-            logits = self.model(images)
+            logits = self.model(*inputs)
             loss = self.criterion(logits, labels)
         else:
-            with self.gate.gating(labels):
-                logits = self.model(images)
-            if logits.shape[1] != self.gate.num_classes:
-                raise ValueError(
-                    f"The model tells {logits.shape[1]} classes apart, but the gate has "
-                    f"{self.gate.num_classes}."
-                )
+            logits = self._gated_logits(inputs, labels)
             loss = self.gated_weight * self.criterion(logits, labels)
             loss = loss + self.regularisation * self.regulariser(self.gate)
             if self.schedule.unit == "joint":
-                logits = self.model(images)
+                logits = self.model(*inputs)
                 loss = loss + self.criterion(logits, labels)
         loss.backward()
         optimizer.step()
@@ -247,21 +259,44 @@ class GatedTrainer:
             self.gate.project()
         return float(loss.detach()), int((logits.detach().argmax(1) == labels).sum())
 
+    def _gated_logits(self, inputs: tuple[Tensor, ...], labels: Tensor) -> Tensor:
+        with self.gate.gating(labels):
+            logits: Tensor = self.model(*inputs)
+        if logits.shape[1] != self.gate.num_classes:
+            raise ValueError(
+                f"The model tells {logits.shape[1]} classes apart, but the gate has "
+                f"{self.gate.num_classes}."
+            )
+        return logits
+
     def _epoch(
         self, epoch: int, train_loader: Iterable[Any], validation_loader: Iterable[Any] | None
     ) -> GatedEpoch:
         losses: list[float] = []
         gated_batches = right = images_seen = 0
         device = self.gate.weight.device
-        for batch, (images, labels) in enumerate(train_loader):
-            gated = self.schedule.is_gated(epoch, batch)
-            loss, correct = self.step(images.to(device), labels.to(device), gated)
+        for number, batch in enumerate(train_loader):
+            images, labels = split_batch(batch, number, device)
+            if not isinstance(labels, Tensor):
+                raise ValueError(
+                    f"Batch {number} has no labels: they are a {type(labels).__name__}; expected a "
+                    "Tensor (N,) of class indices."
+                )
+            labels = class_labels(labels, len(images[0]), self.gate.num_classes, number).to(device)
+            if not self.history and number == 0:
+                # The first gated step may be epochs away.
+                with torch.no_grad(), model_left_as_found(self.model, evaluation=True):
+                    self._gated_logits(tuple(one[:2] for one in images), labels[:2])
+            gated = self.schedule.is_gated(epoch, number)
+            loss, correct = self.step(images, labels, gated)
             losses.append(loss)
             gated_batches += gated
             right += correct
             images_seen += len(labels)
         if not losses:
-            raise ValueError("The training loader is empty.")
+            raise ValueError(
+                f"The training loader is empty in epoch {epoch}; a generator runs only once."
+            )
         self._advance(gated_batches, len(losses))
         return GatedEpoch(
             epoch=epoch,
@@ -289,8 +324,9 @@ class GatedTrainer:
         right = total = 0
         device = self.gate.weight.device
         with model_left_as_found(self.model, evaluation=True):
-            for images, labels in batches:
-                predicted = self.model(images.to(device)).argmax(1).cpu()
+            for number, batch in enumerate(batches):
+                images, labels = split_batch(batch, number, device)
+                predicted = self.model(*images).argmax(1).cpu()
                 right += int((predicted == labels.cpu()).sum())
                 total += len(labels)
         return right / max(total, 1)
@@ -301,8 +337,9 @@ class GatedTrainer:
         """Everything that a resumed run needs to go on exactly as this one would have.
 
         Returns:
-            *dict*: Model, gate, optimisers, schedulers, history and random state; load it with
-            ``torch.load(..., weights_only=True)`` and :meth:`load_state_dict`.
+            *dict*: Model, gate, optimisers, schedulers, history and torch's random state on the
+            CPU; load it with ``torch.load(..., weights_only=True)`` and :meth:`load_state_dict`. A
+            loader that shuffles with a generator of its own is not part of it.
         """
         parts = {
             "model": self.model,

@@ -120,7 +120,8 @@ def plot_mutual_information(
         order (str): ``"class"`` puts filters beside the class they tell most of, ``"index"`` keeps
                     their order.
                     Default: "class"
-        title (str, optional): Title; by default with the mean over filters of the highest value.
+        title (str, optional): Title; by default with the mean over filters of the highest value,
+                    and the bound.
         plt_fig_axis (tuple, optional): Figure and axes to draw on; new ones by default.
 
     Returns:
@@ -150,7 +151,8 @@ def plot_mutual_information(
     axes.tick_params(labelsize=8)
     axes.set_xlabel("filter, beside the class it tells most of" if order == "class" else "filter")
     score = float(table.max(0).values.mean())
-    axes.set_title(title or f"mutual information; score {score:.3f}", loc="left", size=10)
+    most = "" if bound is None else f" of at most {bound:.3f}"
+    axes.set_title(title or f"mutual information; score {score:.3f}{most}", loc="left", size=10)
     figure.colorbar(image, ax=axes, pad=0.01, label="nats")
     return figure, axes
 
@@ -220,6 +222,8 @@ def _means(correlation: Tensor, owner: Tensor) -> tuple[float, float]:
 
 
 def _table(values: Tensor) -> Tensor:
+    if not isinstance(values, Tensor):
+        raise ValueError(f"Expected a Tensor, such as gate.weight; got {type(values).__name__}.")
     return values.detach().cpu().double()
 
 
