@@ -115,17 +115,12 @@ def run_compare(job: FolderJob, write: Callable[[str], None] = print) -> Attribu
     Raises:
         ValueError, OSError: With what was wrong, and what would be right.
     """
-    if job.layer is None:
-        raise ValueError(
-            f"No layer is named; `captum-classfilters layers --model {job.model}` lists which layers "
-            "qualify."
-        )
     output = _prepared_output(job, (*COMPARED, CLASS_FILTERS))
     dataset = image_folder(job.data, job.image_size)
     model = load_model(
         job.model, job.checkpoint, job.num_classes or None, len(dataset.classes), job.random_weights
     ).to(job.device)
-    layer = find_layer(model, job.layer)
+    layer = find_layer(model, str(job.layer))
     chosen = _evenly(dataset, job.limit)
     images = torch.stack([chosen[place][0] for place in range(len(chosen))]).to(job.device)
     with torch.no_grad():

@@ -1,6 +1,6 @@
 """Which layers of a model have filters that the methods can use, and why the others do not."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from captum_classfilters._internal.layers import (
     layer_layout,
     layer_name,
 )
+from captum_classfilters._internal.named_layers import NamedLayers
 
 if TYPE_CHECKING:
     import pandas
@@ -51,7 +52,7 @@ class FilterLayer:
     reason: str
 
 
-class FilterLayers(Sequence[FilterLayer]):
+class FilterLayers(NamedLayers[FilterLayer]):
     """The layers of a model in the order in which they first ran; prints as a table.
 
     Args:
@@ -61,22 +62,8 @@ class FilterLayers(Sequence[FilterLayer]):
     """
 
     def __init__(self, layers: Sequence[FilterLayer], head: str | None) -> None:
-        self._layers = tuple(layers)
+        super().__init__(layers)
         self.head = head
-
-    def __len__(self) -> int:
-        return len(self._layers)
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, str):
-            for layer in self._layers:
-                if layer.name == index:
-                    return layer
-            raise KeyError(index)
-        return self._layers[index]
-
-    def __iter__(self) -> Iterator[FilterLayer]:
-        return iter(self._layers)
 
     @property
     def qualifying(self) -> list[FilterLayer]:
@@ -98,8 +85,10 @@ class FilterLayers(Sequence[FilterLayer]):
 
         return pandas.DataFrame([asdict(layer) for layer in self._layers])
 
-    def __str__(self) -> str:
-        rows = [("layer", "type", "output", "filters", "feeds head", "remark")]
+    def _rows(self) -> list[tuple[str, ...]]:
+        rows: list[tuple[str, ...]] = [
+            ("layer", "type", "output", "filters", "feeds head", "remark")
+        ]
         for layer in self._layers:
             rows.append(
                 (
@@ -111,14 +100,7 @@ class FilterLayers(Sequence[FilterLayer]):
                     layer.reason,
                 )
             )
-        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in rows
-        ]
-        return "\n".join(lines)
-
-    __repr__ = __str__
+        return rows
 
 
 def list_filter_layers(

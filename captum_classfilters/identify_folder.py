@@ -90,11 +90,6 @@ def run_identify(job: FolderJob, write: Callable[[str], None] = print) -> dict[s
     Raises:
         ValueError, OSError: With what was wrong, and what would be right.
     """
-    if job.layer is None:
-        raise ValueError(
-            f"No layer is named; `captum-classfilters layers --model {job.model}` lists which layers "
-            "qualify, and which of them feed the head."
-        )
     output = _prepared_output(job)
     dataset = image_folder(job.data, job.image_size)
     model = load_model(
@@ -278,6 +273,11 @@ def _few(items: Sequence[str]) -> str:
 
 
 def _prepared_output(job: FolderJob, known: Iterable[str] = tuple(METHODS)) -> Path:
+    if job.layer is None:
+        raise ValueError(
+            f"No layer is named; `captum-classfilters layers --model {job.model}` lists which layers "
+            "qualify, and which of them feed the head."
+        )
     unknown = [name for name in job.methods if name not in known]
     if unknown or not job.methods:
         raise ValueError(f"Unknown methods {unknown}; choose from {', '.join(known)}.")

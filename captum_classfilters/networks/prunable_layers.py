@@ -1,12 +1,12 @@
 """Which layers' filters can be removed, who reads them, and what ties the others."""
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from captum_classfilters._internal.filter_graph import FilterGraph, as_tuple
+from captum_classfilters._internal.named_layers import NamedLayers
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class PrunableLayer:
         return not self.reason
 
 
-class PrunableLayers(Sequence[PrunableLayer]):
+class PrunableLayers(NamedLayers[PrunableLayer]):
     """The weighted layers of a model in the order of their registration; prints as a table.
 
     Args:
@@ -50,42 +50,19 @@ class PrunableLayers(Sequence[PrunableLayer]):
         layers (sequence of PrunableLayer): The layers.
     """
 
-    def __init__(self, layers: Sequence[PrunableLayer]) -> None:
-        self._layers = tuple(layers)
-
-    def __len__(self) -> int:
-        return len(self._layers)
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, str):
-            for layer in self._layers:
-                if layer.name == index:
-                    return layer
-            raise KeyError(index)
-        return self._layers[index]
-
-    def __iter__(self) -> Iterator[PrunableLayer]:
-        return iter(self._layers)
-
     @property
     def prunable(self) -> list[PrunableLayer]:
         """The layers whose filters can be removed."""
         return [layer for layer in self._layers if layer.prunable]
 
-    def __str__(self) -> str:
-        rows = [("layer", "type", "filters", "read by", "remark")]
+    def _rows(self) -> list[tuple[str, ...]]:
+        rows: list[tuple[str, ...]] = [("layer", "type", "filters", "read by", "remark")]
         for layer in self._layers:
             readers = ", ".join(layer.consumers[:2])
             more = len(layer.consumers) - 2
             readers += f" and {more} more" if more > 0 else ""
             rows.append((layer.name, layer.type, str(layer.num_filters), readers, layer.reason))
-        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-        return "\n".join(
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in rows
-        )
-
-    __repr__ = __str__
+        return rows
 
 
 def prunable_layers(model: nn.Module, example_inputs: Any) -> PrunableLayers:
