@@ -88,6 +88,7 @@ def _model_and_images(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", required=True, help="folder for the results")
     parser.add_argument("--num-filters", type=int, default=5, help="(default: %(default)s)")
     parser.add_argument("--num-classes", type=int, help="outputs of the model")
+    parser.add_argument("--class-names", help="text file, a line for each output of the model")
     parser.add_argument("--batch-size", type=int, default=32, help="(default: %(default)s)")
     parser.add_argument("--image-size", type=int, default=224, help="(default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="(default: %(default)s)")
@@ -140,6 +141,7 @@ def _folder_job(arguments: argparse.Namespace) -> "FolderJob":
         methods=tuple(arguments.method),
         num_filters=arguments.num_filters,
         num_classes=arguments.num_classes,
+        class_names=arguments.class_names,
         batch_size=arguments.batch_size,
         image_size=arguments.image_size,
         limit=arguments.limit,

@@ -28,6 +28,7 @@ from captum_classfilters.attr import (
     LayerFilterFrequency,
 )
 from captum_classfilters.evaluate import AttributionComparison, compare_attributions
+from captum_classfilters.folder_classes import assign_outputs
 from captum_classfilters.gate import FilterGate
 from captum_classfilters.identify import identify_class_filters
 from captum_classfilters.identify_folder import (
@@ -121,12 +122,13 @@ def run_compare(job: FolderJob, write: Callable[[str], None] = print) -> Attribu
         job.model, job.checkpoint, job.num_classes or None, len(dataset.classes), job.random_weights
     ).to(job.device)
     layer = find_layer(model, str(job.layer))
+    names = assign_outputs(dataset, model, job.model, job.class_names)
     chosen = _evenly(dataset, job.limit)
     images = torch.stack([chosen[place][0] for place in range(len(chosen))]).to(job.device)
     with torch.no_grad():
         targets = torch.cat([model(part).argmax(1) for part in images.split(job.batch_size)])
     methods = {
-        name: _class_filters(model, layer, job, dataset, chosen, targets)
+        name: _class_filters(model, layer, job, dataset, chosen, targets, names)
         if name == CLASS_FILTERS
         else COMPARED[name](model, layer, images[: job.batch_size])
         for name in job.methods
@@ -153,6 +155,7 @@ def _class_filters(
     dataset: Any,
     chosen: Subset[Any],
     targets: Tensor,
+    names: list[str],
 ) -> ClassFilterSaliency:
     """Saliency through class filters found on images that are not compared."""
     compared = set(chosen.indices)
@@ -166,6 +169,7 @@ def _class_filters(
         LayerFilterContribution(model, layer),
         DataLoader(Subset(dataset, others), batch_size=job.batch_size),
         num_filters=job.num_filters,
+        class_names=names,
         device=job.device,
         show_progress=job.show_progress,
     )

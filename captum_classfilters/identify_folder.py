@@ -20,6 +20,7 @@ from captum_classfilters.attr import (
 )
 from captum_classfilters.class_filters import ClassFilters
 from captum_classfilters.filter_layers import list_filter_layers
+from captum_classfilters.folder_classes import assign_outputs
 from captum_classfilters.identify import identify_class_filters
 
 METHODS = {"frequency": LayerFilterFrequency, "contribution": LayerFilterContribution}
@@ -44,6 +45,8 @@ class FolderJob:
         methods (sequence of str): ``"frequency"``, ``"contribution"``.
         num_filters (int): Filters to select for each class.
         num_classes (int, optional): C; by default as the checkpoint's head, or the folder's classes.
+        class_names (path, optional): A text file with a line for each output; needed where there are
+                    fewer folders than outputs.
         batch_size (int): Images in a batch.
         image_size (int): Side of the centre crop, in pixels.
         limit (int, optional): Use this many images at most, evenly spread over the folder.
@@ -62,6 +65,7 @@ class FolderJob:
     methods: Sequence[str] = ("frequency", "contribution")
     num_filters: int = 5
     num_classes: int | None = None
+    class_names: str | os.PathLike[str] | None = None
     batch_size: int = 32
     image_size: int = 224
     limit: int | None = None
@@ -98,7 +102,7 @@ def run_identify(job: FolderJob, write: Callable[[str], None] = print) -> dict[s
     chosen = _evenly(dataset, job.limit)
     loader = DataLoader(chosen, batch_size=job.batch_size)
     methods = {name: METHODS[name](model, job.layer) for name in job.methods}
-    names = _class_names(model, dataset, chosen)
+    names = assign_outputs(dataset, model, job.model, job.class_names)
     tables = identify_class_filters(
         methods,
         loader,
@@ -297,19 +301,6 @@ def _evenly(dataset: Any, limit: int | None) -> Subset[Any]:
     return Subset(dataset, places)
 
 
-def _class_names(model: nn.Module, dataset: Any, chosen: Subset[Any]) -> list[str]:
-    """The folder's names; further outputs of the model get their index."""
-    with torch.no_grad():
-        parameter = next(model.parameters())
-        outputs = model(chosen[0][0][None].to(parameter.device)).shape[1]
-    names = list(dataset.classes)
-    if len(names) > outputs:
-        raise ValueError(
-            f"The folder has {len(names)} classes, but the model has {outputs} outputs."
-        )
-    return names + [f"output {index}" for index in range(len(names), outputs)]
-
-
 def _write_table(output: Path, name: str, table: ClassFilters) -> None:
     from captum_classfilters.visualize import plot_class_filters
 
@@ -382,7 +373,11 @@ def _report(tables: dict[str, ClassFilters], output: Path, write: Callable[[str]
         seen = [index for index, count in enumerate(table.counts.tolist()) if count]
         for row in seen[:20]:
             filters = " ".join(map(str, table.filters_of(row).tolist()))
-            write(f"  {table.class_names[row]:24s} {filters}")
+            write(f"  {_short(table.class_names[row]):24s} {filters}")
         if len(seen) > 20:
             write(f"  ... and {len(seen) - 20} further classes")
     write(f"\nTables, pictures and manifest.json are in {output}")
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 24 else f"{name[:23]}…"

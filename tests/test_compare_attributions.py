@@ -176,6 +176,31 @@ def test_filter_curves_are_the_metrics():
             assert torch.allclose(values[name][f"{metric}_reversed"], backwards, atol=1e-6)
 
 
+class Joined(nn.Module):
+    """Two convolutions of three filters, catenated: no weight has six."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.other = nn.Conv2d(2, 3, 3), nn.Conv2d(2, 3, 3)
+
+    def forward(self, x):
+        return torch.cat([self.one(x), self.other(x)], 1)
+
+
+def test_the_control_by_weights_is_left_out_where_a_layer_has_no_single_weight(caplog):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        Joined(), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3)
+    )
+    method = {"contribution": LayerFilterContribution(model, "1")}
+    with caplog.at_level("WARNING", logger="captum_classfilters"):
+        comparison = compare(model, method, batch_size=4)  # two batches, one line
+    (table,) = comparison.filters.values()
+    assert list(table.to_pandas().index) == ["contribution", "random"]
+    (record,) = caplog.records
+    assert "'weight magnitude' is left out" in record.getMessage()
+
+
 def test_time_is_that_of_an_image(monkeypatch):
     module = importlib.import_module("captum_classfilters.evaluate.compare_attributions")
     monkeypatch.setattr(module, "seconds", lambda function, device: (12.0, function()))

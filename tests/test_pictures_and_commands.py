@@ -19,6 +19,7 @@ from captum_classfilters import ClassFilters
 from captum_classfilters.cli import main
 from captum_classfilters.compare_folder import _class_filters
 from captum_classfilters.demo import run_demo
+from captum_classfilters.folder_classes import _categories, _places
 from captum_classfilters.networks import AccuracyCurve
 from captum_classfilters.visualize import (
     _figures,
@@ -247,6 +248,50 @@ class TestCommands:
         assert len(error.splitlines()) == 1
         assert not (tmp_path / "out" / "manifest.json").exists()
 
+    def test_folders_are_matched_with_outputs_by_name(self, folder, tmp_path, capsys):
+        """Three folders of a model of five: counting them through would name the wrong outputs."""
+        torch.manual_seed(0)
+        weights = tmp_path / "five.safetensors"
+        save_file(resnet18(num_classes=5).state_dict(), weights)
+        assert main(arguments(folder, weights, tmp_path / "out")) == 2
+        assert (
+            "5 outputs, and no output is known by the name of 'cat', 'dog', 'fox'"
+            in capsys.readouterr().err
+        )
+        names = tmp_path / "names.txt"
+        names.write_text("ape\nfox, red\ncat\n\ncow\ndog dingo\n")
+        command = arguments(folder, weights, tmp_path / "out", **{"--class-names": names})
+        assert main(command) == 2
+        assert "known by the name of 'fox';" in capsys.readouterr().err
+        names.write_text("ape\nfox red\ncat\n\ncow\ndog dingo\n")
+        with pytest.warns(UserWarning, match="2 class.*ape, cow"):
+            assert main(command) == 0
+        found = ClassFilters.load(tmp_path / "out" / "contribution.safetensors")
+        assert found.class_names == ("ape", "fox red", "cat", "cow", "dog dingo")
+        assert found.counts.tolist() == [0, 3, 3, 0, 3]
+
+    def test_folders_called_like_torchvisions_categories(self):
+        folders = ["goldfish", "tench"]
+        names = _categories("resnet18", 1000, folders)
+        assert [names.index(folder) for folder in folders] == [1, 0]
+        assert _categories("resnet18", 1000, ["goldfish", "a friend"]) == []
+        assert _categories("resnet18", 12, ["goldfish"]) == []
+
+    def test_a_first_word_that_two_classes_share_finds_neither(self):
+        places = _places(["great white shark", "great grey owl", "n01 tench", "great"])
+        assert places == {
+            "n01": 2, "great white shark": 0, "great grey owl": 1, "n01 tench": 2, "great": 3,
+        }  # fmt: skip
+
+    def test_files_of_class_names(self, folder, checkpoint, tmp_path, capsys):
+        names = tmp_path / "names.txt"
+        command = arguments(folder, checkpoint, tmp_path / "out", **{"--class-names": names})
+        assert main(command) == 2
+        assert "no file of class names" in capsys.readouterr().err
+        names.write_text("cat\ndog\n")
+        assert main(command) == 2
+        assert "names 2 classes, but the model has 3 outputs" in capsys.readouterr().err
+
     def test_no_checkpoint_and_empty_folder(self, folder, tmp_path, capsys):
         assert main(arguments(folder, None, tmp_path / "out", **{"--checkpoint": None})) == 2
         assert "--random-weights" in capsys.readouterr().err
@@ -308,9 +353,11 @@ class TestCommands:
         job = SimpleNamespace(batch_size=2, num_filters=2, device="cpu", show_progress=False)
         model = pool_linear()
         given = model, model[1], job, data, Subset(data, [0, 1])
-        assert _class_filters(*given, torch.tensor([0, 0])).layer is model[1]
-        with pytest.raises(ValueError, match="for the classes 1, 2, of which the folder's other"):
-            _class_filters(*given, torch.tensor([2, 1]))
+        names = ["cat", "dog", "fox"]
+        assert _class_filters(*given, torch.tensor([0, 0]), names).layer is model[1]
+        message = "for the classes dog, fox, of which the folder's other"
+        with pytest.raises(ValueError, match=message):
+            _class_filters(*given, torch.tensor([2, 1]), names)
 
     def test_layers(self, capsys):
         assert main(["layers", "--model", "squeezenet1_1", "--image-size", "32"]) == 0

@@ -1,5 +1,6 @@
 """Attributions of pixels and of filters side by side, each space in a table of its own."""
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -35,6 +36,8 @@ from captum_classfilters.evaluate.localization import localization
 
 if TYPE_CHECKING:
     import pandas
+
+logger = logging.getLogger("captum_classfilters")
 
 METRICS = {
     "infidelity": "squared error of predicting what removed features cost; lower is better",
@@ -525,8 +528,7 @@ class _Space:
             self._note(name, "scale_invariant_infidelity", scaled)
         orders = {name: order_of(one) for name, one in named_scores(order, shape).items()}
         if self.layer is not None:
-            norms = weight_magnitudes(self.model, self.layer, shape[1])
-            orders[MAGNITUDE] = order_of(norms).expand(shape)
+            orders.update(self._magnitude_order(shape))
         orders[RANDOM] = random_order
 
         def value(outputs: Tensor) -> Tensor:
@@ -540,6 +542,18 @@ class _Space:
             for name in orders:
                 self._note(name, metric, area(found[name], shares, 0))
                 self._note(name, f"{metric}_reversed", area(found[reversed_name(name)], shares, 0))
+
+    def _magnitude_order(self, shape: tuple[int, int]) -> dict[str, Tensor]:
+        """The control by weights; none where a layer's filters come from several convolutions."""
+        assert self.layer is not None
+        try:
+            norms = weight_magnitudes(self.model, self.layer, shape[1])
+        except ValueError as error:
+            if not self.batches:
+                reason = str(error).split(". ")[0]
+                logger.warning("The control %r is left out: %s.", MAGNITUDE, reason)
+            return {}
+        return {MAGNITUDE: order_of(norms).expand(shape)}
 
     def _replay(self, inputs: Tensor) -> Any:
         if self.layer is None:

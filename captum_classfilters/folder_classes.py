@@ -1,0 +1,93 @@
+"""Which output of a model each folder of images stands for."""
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def assign_outputs(
+    dataset: Any,
+    model: nn.Module,
+    model_name: str,
+    class_names: str | os.PathLike[str] | None = None,
+) -> list[str]:
+    r"""
+    Find each folder's output, make it the label of the folder's images, and name all outputs.
+
+    With as many folders as outputs, they are taken in alphabetical order, as torchvision does. With
+    fewer, their names are looked up: in the file, or among the categories that torchvision lists for
+    the model's public weights. Counting them through would explain the wrong outputs.
+
+    Args:
+
+        dataset (torchvision.datasets.ImageFolder): The folders; its ``target_transform`` is set.
+        model (nn.Module): The classifier.
+        model_name (str): Its name in torchvision.
+        class_names (path, optional): A text file with a line for each output, in their order. A
+                    folder is called like a line, or like the first word of one.
+
+    Returns:
+        *list* of C class names.
+
+    Raises:
+        ValueError: Folders and outputs cannot be matched.
+    """
+    parameter = next(model.parameters())
+    with torch.no_grad():
+        number = model(dataset[0][0][None].to(parameter.device)).shape[1]
+    folders = list(dataset.classes)
+    if len(folders) > number:
+        raise ValueError(
+            f"The folder has {len(folders)} classes, but the model has {number} outputs."
+        )
+    if class_names is not None:
+        names = _lines(Path(class_names), number)
+    elif len(folders) == number:
+        return folders
+    else:
+        names = _categories(model_name, number, folders)
+    places = _places(names)
+    unknown = [folder for folder in folders if folder not in places]
+    if unknown:
+        raise ValueError(
+            f"The folder has {len(folders)} classes, the model {number} outputs, and no output is known "
+            f"by the name of {', '.join(map(repr, unknown[:3]))}; pass --class-names FILE, with a line "
+            "for each output that begins with its folder's name."
+        )
+    outputs = [places[folder] for folder in folders]
+    dataset.target_transform = outputs.__getitem__
+    return names
+
+
+def _lines(path: Path, number: int) -> list[str]:
+    if not path.is_file():
+        raise ValueError(f"There is no file of class names {path}.")
+    names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    names = [name for name in names if name]
+    if len(names) != number:
+        raise ValueError(f"{path} names {len(names)} classes, but the model has {number} outputs.")
+    return names
+
+
+def _categories(model_name: str, number: int, folders: Sequence[str]) -> list[str]:
+    """The categories of public weights that hold all folders; else none."""
+    from torchvision.models import get_model_weights
+
+    for weights in get_model_weights(model_name):
+        names = list(weights.meta.get("categories", ()))
+        if len(names) == number and set(folders) <= set(names):
+            return names
+    return []
+
+
+def _places(names: Sequence[str]) -> dict[str, int]:
+    """Output by whole name, and by the first word where only one name begins with it."""
+    words = [name.split()[0] for name in names]
+    counts = Counter(words)
+    places = {word: place for place, word in enumerate(words) if counts[word] == 1}
+    return {**places, **{name: place for place, name in enumerate(names)}}
