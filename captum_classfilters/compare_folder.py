@@ -28,7 +28,7 @@ from captum_classfilters.attr import (
     LayerFilterFrequency,
 )
 from captum_classfilters.evaluate import AttributionComparison, compare_attributions
-from captum_classfilters.folder_classes import assign_outputs
+from captum_classfilters.folder_classes import assign_outputs, short_name
 from captum_classfilters.gate import FilterGate
 from captum_classfilters.identify import identify_class_filters
 from captum_classfilters.identify_folder import (
@@ -142,6 +142,9 @@ def run_compare(job: FolderJob, write: Callable[[str], None] = print) -> Attribu
         pictures=max(1, job.explain),
         show_progress=job.show_progress,
     )
+    output.mkdir(parents=True, exist_ok=True)
+    if comparison.maps and job.explain:
+        _draw(output, comparison, names)
     _write_results(output, job, comparison, len(images))
     write(str(comparison))
     write(f"\nTables, pictures and manifest.json are in {output}")
@@ -184,10 +187,16 @@ def _class_filters(
     return ClassFilterSaliency(model, layer, table)
 
 
+def _draw(output: Path, comparison: AttributionComparison, names: list[str]) -> None:
+    from captum_classfilters.visualize import plot_comparison
+
+    figure, _ = plot_comparison(comparison, class_names=[short_name(name) for name in names])
+    figure.savefig(output / "comparison.png", dpi=110)
+
+
 def _write_results(
     output: Path, job: FolderJob, comparison: AttributionComparison, num_images: int
 ) -> None:
-    output.mkdir(parents=True, exist_ok=True)
     tables = {"pixels": comparison.pixels, "filters": next(iter(comparison.filters.values()), None)}
     for name, table in tables.items():
         if table is None:
@@ -199,11 +208,6 @@ def _write_results(
             writer.writeheader()
             writer.writerows(rows)
     (output / "comparison.txt").write_text(f"{comparison}\n")
-    if comparison.maps and job.explain:
-        from captum_classfilters.visualize import plot_comparison
-
-        figure, _ = plot_comparison(comparison)
-        figure.savefig(output / "comparison.png", dpi=110)
     manifest = {
         "schema_version": SCHEMA_VERSION,
         "model": job.model,

@@ -20,7 +20,7 @@ from captum_classfilters.attr import (
 )
 from captum_classfilters.class_filters import ClassFilters
 from captum_classfilters.filter_layers import list_filter_layers
-from captum_classfilters.folder_classes import assign_outputs
+from captum_classfilters.folder_classes import assign_outputs, short_name
 from captum_classfilters.identify import identify_class_filters
 
 METHODS = {"frequency": LayerFilterFrequency, "contribution": LayerFilterContribution}
@@ -373,11 +373,7 @@ def _report(tables: dict[str, ClassFilters], output: Path, write: Callable[[str]
         seen = [index for index, count in enumerate(table.counts.tolist()) if count]
         for row in seen[:20]:
             filters = " ".join(map(str, table.filters_of(row).tolist()))
-            write(f"  {_short(table.class_names[row]):24s} {filters}")
+            write(f"  {short_name(table.class_names[row]):24s} {filters}")
         if len(seen) > 20:
             write(f"  ... and {len(seen) - 20} further classes")
     write(f"\nTables, pictures and manifest.json are in {output}")
-
-
-def _short(name: str) -> str:
-    return name if len(name) <= 24 else f"{name[:23]}…"

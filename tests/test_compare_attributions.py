@@ -345,6 +345,9 @@ def test_picture():
     _, grid = plot_comparison(found)
     assert grid.shape == (4, 2)
     assert grid[0, 1].get_title() == "saliency"
+    assert [row[0].get_ylabel() for row in grid] == ["class 0", "class 1", "class 2", "class 0"]
+    _, named = plot_comparison(found, images=2, class_names=["cat", "dog", "fox"])
+    assert [row[0].get_ylabel() for row in named] == ["cat", "dog"]
     only_filters = compare(model, {"filters": LayerFilterContribution(model, "1")}, x)
     with pytest.raises(ValueError, match="No method of the comparison explains pixels"):
         plot_comparison(only_filters)

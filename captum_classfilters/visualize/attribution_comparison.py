@@ -1,5 +1,6 @@
 """Pixel attributions of a comparison beside each other."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from captum_classfilters.visualize.explanations import plot_explanations
@@ -9,7 +10,11 @@ if TYPE_CHECKING:
 
 
 def plot_comparison(
-    comparison: "AttributionComparison", *, images: int | None = None, **options: Any
+    comparison: "AttributionComparison",
+    *,
+    images: int | None = None,
+    class_names: Sequence[str] | None = None,
+    **options: Any,
 ) -> tuple[Any, Any]:
     r"""
     A grid of a comparison's first images and the pixel attributions of each method.
@@ -19,6 +24,7 @@ def plot_comparison(
         comparison (AttributionComparison): From
                     :func:`captum_classfilters.evaluate.compare_attributions`.
         images (int, optional): How many of the images it kept; all by default.
+        class_names (sequence of str, optional): C names; by default the classes' numbers.
         options: Further arguments of :func:`plot_explanations`.
 
     Returns:
@@ -32,7 +38,8 @@ def plot_comparison(
             "No method of the comparison explains pixels; filters have no map to draw."
         )
     number = len(comparison.images) if images is None else images
-    titles = [f"class {target}" for target in comparison.targets[:number]]
+    targets = comparison.targets[:number]
+    titles = [class_names[one] if class_names else f"class {one}" for one in targets]
     return plot_explanations(
         comparison.images[:number],
         {
