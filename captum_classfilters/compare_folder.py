@@ -35,6 +35,7 @@ from captum_classfilters.identify_folder import (
     SCHEMA_VERSION,
     FolderJob,
     _evenly,
+    _named_layer,
     _prepared_output,
     image_folder,
     load_model,
@@ -116,12 +117,13 @@ def run_compare(job: FolderJob, write: Callable[[str], None] = print) -> Attribu
     Raises:
         ValueError, OSError: With what was wrong, and what would be right.
     """
+    layer_name = _named_layer(job)
     output = _prepared_output(job, (*COMPARED, CLASS_FILTERS))
     dataset = image_folder(job.data, job.image_size)
     model = load_model(
         job.model, job.checkpoint, job.num_classes or None, len(dataset.classes), job.random_weights
     ).to(job.device)
-    layer = find_layer(model, str(job.layer))
+    layer = find_layer(model, layer_name)
     names = assign_outputs(dataset, model, job.model, job.class_names)
     chosen = _evenly(dataset, job.limit)
     images = torch.stack([chosen[place][0] for place in range(len(chosen))]).to(job.device)

@@ -94,6 +94,7 @@ def run_identify(job: FolderJob, write: Callable[[str], None] = print) -> dict[s
     Raises:
         ValueError, OSError: With what was wrong, and what would be right.
     """
+    layer = _named_layer(job)
     output = _prepared_output(job)
     dataset = image_folder(job.data, job.image_size)
     model = load_model(
@@ -101,7 +102,7 @@ def run_identify(job: FolderJob, write: Callable[[str], None] = print) -> dict[s
     ).to(job.device)
     chosen = _evenly(dataset, job.limit)
     loader = DataLoader(chosen, batch_size=job.batch_size)
-    methods = {name: METHODS[name](model, job.layer) for name in job.methods}
+    methods = {name: METHODS[name](model, layer) for name in job.methods}
     names = assign_outputs(dataset, model, job.model, job.class_names)
     tables = identify_class_filters(
         methods,
@@ -276,12 +277,16 @@ def _few(items: Sequence[str]) -> str:
     return ", ".join(items[:3]) + (f" and {len(items) - 3} more" if len(items) > 3 else "")
 
 
-def _prepared_output(job: FolderJob, known: Iterable[str] = tuple(METHODS)) -> Path:
+def _named_layer(job: FolderJob) -> str:
     if job.layer is None:
         raise ValueError(
             f"No layer is named; `captum-classfilters layers --model {job.model}` lists which layers "
             "qualify, and which of them feed the head."
         )
+    return job.layer
+
+
+def _prepared_output(job: FolderJob, known: Iterable[str] = tuple(METHODS)) -> Path:
     unknown = [name for name in job.methods if name not in known]
     if unknown or not job.methods:
         raise ValueError(f"Unknown methods {unknown}; choose from {', '.join(known)}.")

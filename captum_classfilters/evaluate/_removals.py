@@ -114,13 +114,14 @@ def area(values: Tensor, shares: Tensor, dim: int = -1) -> Tensor:
     return torch.trapezoid(values.movedim(dim, -1), shares.to(values), dim=-1)
 
 
-def weight_magnitudes(forward_func: Any, layer: nn.Module, num_filters: int) -> Tensor:
+def weight_magnitudes(forward_func: Any, layer: nn.Module, num_filters: int) -> Tensor | None:
     r"""
     Norm of each filter's weights: of the last convolution or linear layer that makes the filters.
 
     It is looked for inside the layer, last one first, and then among the modules registered before
     it, nearest first. `networks.incoming_weight_scores` follows the model's graph instead, and needs
-    an extra for it; a control has to be there always.
+    an extra for it; a control has to be there always. None where the layer's filters come from several
+    convolutions, so that no weight has as many.
     """
     model = module_of(forward_func)
     before: list[nn.Module] = []
@@ -136,11 +137,7 @@ def weight_magnitudes(forward_func: Any, layer: nn.Module, num_filters: int) -> 
             weight = weight.transpose(0, 1)
         if len(weight) == num_filters:
             return weight.detach().flatten(1).double().norm(dim=1).cpu()
-    raise ValueError(
-        f"No weights of {num_filters} filters are found in or before the layer "
-        f"{layer_name(model, layer)!r}. If it is the layer that was scored, pass weight_magnitude, a "
-        f"Tensor ({num_filters},)."
-    )
+    return None
 
 
 def magnitude_control(
@@ -148,7 +145,14 @@ def magnitude_control(
 ) -> Tensor:
     """The magnitudes (K,) that the caller gave, or those of the layer's weights."""
     if given is None:
-        return weight_magnitudes(forward_func, layer, num_filters)
+        found = weight_magnitudes(forward_func, layer, num_filters)
+        if found is not None:
+            return found
+        name = layer_name(module_of(forward_func), layer)
+        raise ValueError(
+            f"No weights of {num_filters} filters are found in or before the layer {name!r}. If it is "
+            f"the layer that was scored, pass weight_magnitude, a Tensor ({num_filters},)."
+        )
     if tuple(given.shape) != (num_filters,):
         raise ValueError(
             f"weight_magnitude has shape {tuple(given.shape)}; expected ({num_filters},)."

@@ -544,16 +544,17 @@ class _Space:
                 self._note(name, f"{metric}_reversed", area(found[reversed_name(name)], shares, 0))
 
     def _magnitude_order(self, shape: tuple[int, int]) -> dict[str, Tensor]:
-        """The control by weights; none where a layer's filters come from several convolutions."""
+        """The control by weights, where the layer's filters have any."""
         assert self.layer is not None
-        try:
-            norms = weight_magnitudes(self.model, self.layer, shape[1])
-        except ValueError as error:
-            if not self.batches:
-                reason = str(error).split(". ")[0]
-                logger.warning("The control %r is left out: %s.", MAGNITUDE, reason)
-            return {}
-        return {MAGNITUDE: order_of(norms).expand(shape)}
+        norms = weight_magnitudes(self.model, self.layer, shape[1])
+        if norms is not None:
+            return {MAGNITUDE: order_of(norms).expand(shape)}
+        if not self.batches:
+            logger.warning(
+                "The control %r is left out: no weight has the %d filters of the layer %r.",
+                MAGNITUDE, shape[1], self.name,
+            )  # fmt: skip
+        return {}
 
     def _replay(self, inputs: Tensor) -> Any:
         if self.layer is None:

@@ -166,9 +166,7 @@ class GatedTrainer:
                 optimizer.add_param_group({"params": [gate.weight], "weight_decay": 0.0})
         if not _holds(gated_optimizer, gate.weight):
             raise ValueError("gated_optimizer does not hold the gate's parameters.")
-        if isinstance(scheduler, ReduceLROnPlateau) or isinstance(
-            gated_scheduler, ReduceLROnPlateau
-        ):
+        if any(isinstance(one, ReduceLROnPlateau) for one in (scheduler, gated_scheduler)):
             raise ValueError("ReduceLROnPlateau needs a metric; choose a scheduler of epochs.")
         self.model = model
         self.gate = gate
