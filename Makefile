@@ -4,6 +4,8 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 DEMO_OUTPUT ?= demo-output
 PYTEST_WORKERS ?= 2
+# Threads of each worker: more of them than cores wait for each other.
+TEST_THREADS ?= 1
 
 .PHONY: demo test lint types docs benchmarks figures format clean
 
@@ -11,7 +13,7 @@ demo: $(VENV)/.installed-demo
 	$(BIN)/captum-classfilters demo --output $(DEMO_OUTPUT)
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile
+	OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile
 
 lint: $(VENV)/.installed-lint
 	$(BIN)/ruff format --check .
