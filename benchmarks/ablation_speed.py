@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from benchmarks.cifar10 import CifarResNet
 from captum_classfilters import LayerFilterAblation
-from captum_classfilters._internal.suffix import SuffixReplay
+from captum_classfilters._core.replay.suffix_replay import SuffixReplay
 
 CASES: list[tuple[str, Callable[[], nn.Module], int, str]] = [
     ("resnet20", lambda: CifarResNet(20), 32, "layer3"),

@@ -24,18 +24,22 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks import cifar10
 from captum_classfilters import ClassSpecificGate, LayerClassGate, LayerFilterContribution
-from captum_classfilters.demo import load_digits, small_cnn
-from captum_classfilters.evaluate import (
-    adversarial_detection,
+from captum_classfilters.cli.demo import load_digits, small_cnn
+from captum_classfilters.gates import (
+    GatedTrainer,
+    GateSchedule,
     assign_filters,
     filter_correlation,
     masking_test,
+)
+from captum_classfilters.identify import collect_features
+from captum_classfilters.metrics import (
+    adversarial_detection,
+    evaluate_classifier,
     mutual_information_bound,
     mutual_information_matrix,
     mutual_information_score,
 )
-from captum_classfilters.identify import collect_features
-from captum_classfilters.networks import GatedTrainer, GateSchedule, evaluate_classifier
 
 QUIET = {"show_progress": False}
 

@@ -34,16 +34,15 @@ from captum_classfilters import (
     decompose,
     identify_class_filters,
 )
-from captum_classfilters.evaluate import (
-    essentiality,
-    masking_test,
+from captum_classfilters.gates import GatedTrainer, GateSchedule, masking_test
+from captum_classfilters.heads import essentiality, set_overlap
+from captum_classfilters.identify import collect_features
+from captum_classfilters.metrics import (
+    evaluate_classifier,
     mutual_information_bound,
     mutual_information_matrix,
     mutual_information_score,
-    set_overlap,
 )
-from captum_classfilters.identify import collect_features
-from captum_classfilters.networks import GatedTrainer, GateSchedule, evaluate_classifier
 
 QUIET = {"show_progress": False}
 TRAININGS = ("as found", "plain", "gated, constant start", "gated, started from the head")

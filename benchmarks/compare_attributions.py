@@ -37,7 +37,7 @@ from captum_classfilters import (
     LayerFilterFrequency,
     identify_class_filters,
 )
-from captum_classfilters.evaluate import compare_attributions, filter_infidelity
+from captum_classfilters.metrics import compare_attributions, filter_infidelity
 from captum_classfilters.visualize import plot_comparison
 
 

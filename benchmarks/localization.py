@@ -30,13 +30,13 @@ from benchmarks import cifar10
 from captum_classfilters import ClassFilters, ClassFilterSaliency, LayerFilterContribution
 from captum_classfilters.attr import filter_activation_maps, filter_gradient_maps
 from captum_classfilters.attr.filter_maps import blurred
-from captum_classfilters.evaluate import (
+from captum_classfilters.identify import collect_features
+from captum_classfilters.metrics import (
     centre_box_maps,
     choose_threshold,
     filter_localization,
     localization,
 )
-from captum_classfilters.identify import collect_features
 
 FOLDER = cifar10.DATA / "tiny_imagenet_boxes"
 LAYER, SIZE, BATCH = "features", 224, 20

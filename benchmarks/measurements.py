@@ -11,7 +11,7 @@ import torch
 from benchmarks import cifar10
 from benchmarks.reproduce_badola import RELEASED
 from captum_classfilters import ClassFilters, LayerFilterContribution, LayerFilterFrequency
-from captum_classfilters.evaluate import (
+from captum_classfilters.heads import (
     essentiality,
     gram_spectrum,
     layer_sweep,

@@ -24,8 +24,8 @@ from captum_classfilters import (
     LayerFilterFrequency,
     identify_class_filters,
 )
-from captum_classfilters.evaluate import compare_methods
 from captum_classfilters.identify import binomial_interval, collect_evidence
+from captum_classfilters.metrics import compare_methods
 from captum_classfilters.visualize import plot_method_comparison
 
 

@@ -18,11 +18,7 @@ from torch import Tensor
 
 from benchmarks.cifar10 import CifarResNet
 from captum_classfilters import FilterGate, LayerFilterContribution
-from captum_classfilters.evaluate import (
-    filter_curves,
-    filter_infidelity,
-    filter_max_sensitivity,
-)
+from captum_classfilters.metrics import filter_curves, filter_infidelity, filter_max_sensitivity
 
 SAMPLES = 20
 

@@ -28,9 +28,9 @@ from captum_classfilters import (
     LayerFilterFrequency,
     identify_class_filters,
 )
-from captum_classfilters.evaluate import mutual_information_filters, selectivity_filters
+from captum_classfilters.gates import GatedTrainer, GateSchedule
 from captum_classfilters.identify import collect_features
-from captum_classfilters.networks import GatedTrainer, GateSchedule
+from captum_classfilters.metrics import mutual_information_filters, selectivity_filters
 from captum_classfilters.testing import planted_network, recovery
 
 

@@ -199,7 +199,7 @@ def depth_claim(data: Data, figures: bool) -> None:
 
 
 def draw_depth_claim(curves: dict) -> None:
-    from captum_classfilters.visualize._figures import COLOURS, new_figure, quiet
+    from captum_classfilters.visualize.figures import COLOURS, new_figure, quiet
 
     figure = new_figure((6.4, 4.0))
     axes = figure.subplots()

@@ -16,26 +16,23 @@ from torch import Tensor, nn
 
 from benchmarks import cifar10
 from captum_classfilters import LayerFilterAblation, prune_filters
-from captum_classfilters._internal.suffix import SuffixReplay
-from captum_classfilters.evaluate import (
-    class_interpretation,
-    coverage,
-    filter_clusters,
-    selectivity_test,
-    weight_chroma,
-)
-from captum_classfilters.networks import (
+from captum_classfilters._core.replay.suffix_replay import SuffixReplay
+from captum_classfilters.heads import coverage, filter_clusters
+from captum_classfilters.metrics import evaluate_classifier
+from captum_classfilters.pruning import (
     GreedyFilterPruning,
     LayerwiseFineTuning,
     PruningOrder,
     accuracy_after_removal,
+    class_interpretation,
     compare_networks,
     compress_layer,
-    evaluate_classifier,
     filter_importance_baselines,
     magnitude_prune,
     masked_filters,
     removal_order,
+    selectivity_test,
+    weight_chroma,
 )
 
 SHARES = (0.25, 0.5, 0.75, 0.9)

@@ -31,7 +31,7 @@ from captum_classfilters import (
     LayerFilterContribution,
     identify_class_filters,
 )
-from captum_classfilters._internal.suffix import SuffixReplay
+from captum_classfilters._core.replay.suffix_replay import SuffixReplay
 from captum_classfilters.spectral import direction_signals, factor_layer, model_svd
 
 LAYER = "layer3.2.conv2"

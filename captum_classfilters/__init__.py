@@ -9,21 +9,20 @@ from captum_classfilters.attr import (
     LayerFilterFrequency,
 )
 from captum_classfilters.class_filters import Agreement, ClassFilters, ClassOverlap
-from captum_classfilters.filter_layers import FilterLayer, FilterLayers, list_filter_layers
-from captum_classfilters.gate import FilterGate
-from captum_classfilters.identify import LabelPermutation, identify_class_filters
-from captum_classfilters.networks import (
+from captum_classfilters.gate_space import FilterGate
+from captum_classfilters.gates import ClassSpecificGate
+from captum_classfilters.heads import (
     AccuracyCurve,
-    ClassSpecificGate,
     DecomposedLinear,
-    GreedyFilterPruning,
     accuracy_curve,
     decompose,
     fine_tune,
-    prune_filters,
     refit_head,
     select_by_accuracy,
 )
+from captum_classfilters.identify import LabelPermutation, identify_class_filters
+from captum_classfilters.layers import FilterLayer, FilterLayers, list_filter_layers
+from captum_classfilters.pruning import GreedyFilterPruning, prune_filters
 from captum_classfilters.spectral import LayerSingularDirection
 
 __all__ = [

@@ -15,7 +15,7 @@ from safetensors.torch import save
 from torch import Tensor
 from torchmetrics.functional import spearman_corrcoef
 
-from captum_classfilters._internal.files import write_atomically
+from captum_classfilters._core.files import write_atomically
 
 if TYPE_CHECKING:
     import pandas

@@ -26,7 +26,7 @@ from captum_classfilters import (
     identify_class_filters,
     list_filter_layers,
 )
-from captum_classfilters._internal.layers import find_layer
+from captum_classfilters._core.layers import find_layer
 
 PAGE = Path(__file__).with_name("any_model.md")
 BEGIN = "<!-- table: python docs/generate_layer_table.py -->"

@@ -8,25 +8,23 @@ import torch
 from matplotlib.figure import Figure
 from torch.utils.data import DataLoader, Subset
 
-from captum_classfilters import ClassSpecificGate, LayerFilterAblation, LayerFilterContribution
-from captum_classfilters.demo import load_digits, run_demo, small_cnn, train_classifier
-from captum_classfilters.evaluate import (
-    class_interpretation,
+from captum_classfilters import (
+    ClassSpecificGate,
+    LayerFilterAblation,
+    LayerFilterContribution,
+)
+from captum_classfilters.cli.demo import load_digits, run_demo, small_cnn, train_classifier
+from captum_classfilters.gates import GatedTrainer, GateSchedule
+from captum_classfilters.identify import collect_features, contrast_classes, exemplars, unit_scores
+from captum_classfilters.metrics import (
     compare_methods,
     mutual_information_bound,
     mutual_information_matrix,
 )
-from captum_classfilters.identify import (
-    collect_features,
-    contrast_classes,
-    exemplars,
-    unit_scores,
-)
-from captum_classfilters.networks import (
-    GatedTrainer,
-    GateSchedule,
+from captum_classfilters.pruning import (
     GreedyFilterPruning,
     accuracy_after_removal,
+    class_interpretation,
     filter_importance_baselines,
     removal_order,
 )

@@ -22,20 +22,7 @@ from captum_classfilters import (
     select_by_accuracy,
 )
 from captum_classfilters.attr import filter_activation_maps, filter_gradient_maps
-from captum_classfilters.evaluate import (
-    adversarial_detection,
-    cascading_randomisation,
-    class_curves,
-    collateral_damage,
-    compare_methods,
-    filter_curves,
-    filter_infidelity,
-    filter_max_sensitivity,
-    layer_sweep,
-    model_essentiality,
-    remove_and_retrain,
-    response_chroma,
-)
+from captum_classfilters.heads import compare_heads, layer_sweep, model_essentiality
 from captum_classfilters.identify import (
     activation_scores,
     collect_evidence,
@@ -47,17 +34,28 @@ from captum_classfilters.identify import (
     receptive_field,
     unit_scores,
 )
-from captum_classfilters.networks import (
+from captum_classfilters.metrics import (
+    adversarial_detection,
+    cascading_randomisation,
+    class_curves,
+    collateral_damage,
+    compare_methods,
+    evaluate_classifier,
+    filter_curves,
+    filter_infidelity,
+    filter_max_sensitivity,
+    remove_and_retrain,
+)
+from captum_classfilters.pruning import (
     ClassFilterImportance,
     GreedyFilterPruning,
     LayerwiseFineTuning,
     accuracy_after_removal,
-    compare_heads,
     compare_networks,
     compress_layer,
-    evaluate_classifier,
     filter_importance_baselines,
     prunable_layers,
+    response_chroma,
     specialise,
 )
 from captum_classfilters.spectral import (

@@ -16,8 +16,8 @@ from captum_classfilters import (
     prune_filters,
     refit_head,
 )
-from captum_classfilters.evaluate import model_essentiality
-from captum_classfilters.networks import find_head, prunable_layers
+from captum_classfilters.heads import find_head, model_essentiality
+from captum_classfilters.pruning import prunable_layers
 
 pytestmark = [
     pytest.mark.reference,

@@ -22,7 +22,7 @@ from captum_classfilters import (
     identify_class_filters,
     list_filter_layers,
 )
-from captum_classfilters._internal.layers import find_layer
+from captum_classfilters._core.layers import find_layer
 from docs.generate_layer_table import (
     FAMILIES,
     NUM_CLASSES,

@@ -30,8 +30,8 @@ from captum_classfilters import (
     identify_class_filters,
     refit_head,
 )
-from captum_classfilters.demo import load_digits, small_cnn, train_classifier
-from captum_classfilters.networks import evaluate_classifier
+from captum_classfilters.cli.demo import load_digits, small_cnn, train_classifier
+from captum_classfilters.metrics import evaluate_classifier
 from captum_classfilters.visualize import (
     plot_accuracy_curve,
     plot_class_filters,

@@ -46,8 +46,9 @@ from captum_classfilters import (
     LayerFilterContribution,
     LayerFilterFrequency,
 )
-from captum_classfilters.demo import load_digits, small_cnn, train_classifier
-from captum_classfilters.evaluate import (
+from captum_classfilters.cli.demo import load_digits, small_cnn, train_classifier
+from captum_classfilters.identify import confusion_filters, contrast_classes
+from captum_classfilters.metrics import (
     cascading_randomisation,
     class_curves,
     collateral_damage,
@@ -55,7 +56,6 @@ from captum_classfilters.evaluate import (
     compare_methods,
     filter_curves,
 )
-from captum_classfilters.identify import confusion_filters, contrast_classes
 from captum_classfilters.visualize import (
     plot_comparison,
     plot_filter_contrast,

@@ -33,9 +33,9 @@ from captum_classfilters import (
     refit_head,
     select_by_accuracy,
 )
-from captum_classfilters.demo import load_digits, small_cnn, train_classifier
-from captum_classfilters.evaluate import model_essentiality
-from captum_classfilters.networks import compare_heads, evaluate_classifier, remove_class
+from captum_classfilters.cli.demo import load_digits, small_cnn, train_classifier
+from captum_classfilters.heads import compare_heads, model_essentiality, remove_class
+from captum_classfilters.metrics import evaluate_classifier
 from captum_classfilters.visualize import plot_accuracy_curve
 
 _ = torch.manual_seed(0)

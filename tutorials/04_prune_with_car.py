@@ -22,23 +22,19 @@
 import torch
 
 from captum_classfilters import LayerFilterAblation, LayerFilterContribution, prune_filters
-from captum_classfilters.demo import load_digits, small_cnn, train_classifier
-from captum_classfilters.evaluate import class_interpretation
-from captum_classfilters.networks import (
+from captum_classfilters.cli.demo import load_digits, small_cnn, train_classifier
+from captum_classfilters.pruning import (
     GreedyFilterPruning,
     LayerwiseFineTuning,
     accuracy_after_removal,
+    class_interpretation,
     compare_networks,
     filter_importance_baselines,
     prunable_layers,
     removal_order,
     specialise,
 )
-from captum_classfilters.visualize import (
-    plot_class_bars,
-    plot_filter_grid,
-    plot_removal_curves,
-)
+from captum_classfilters.visualize import plot_class_bars, plot_filter_grid, plot_removal_curves
 
 _ = torch.manual_seed(0)
 

@@ -26,16 +26,16 @@ from captum.robust import FGSM
 
 from captum_classfilters import ClassSpecificGate, LayerClassGate, LayerFilterContribution
 from captum_classfilters.attr import filter_activation_maps
-from captum_classfilters.demo import load_digits, small_cnn
-from captum_classfilters.evaluate import (
+from captum_classfilters.cli.demo import load_digits, small_cnn
+from captum_classfilters.gates import GatedTrainer, GateSchedule, masking_test
+from captum_classfilters.identify import collect_features
+from captum_classfilters.metrics import (
     adversarial_detection,
-    masking_test,
+    evaluate_classifier,
     mutual_information_bound,
     mutual_information_matrix,
     mutual_information_score,
 )
-from captum_classfilters.identify import collect_features
-from captum_classfilters.networks import GatedTrainer, GateSchedule, evaluate_classifier
 from captum_classfilters.visualize import (
     plot_explanations,
     plot_filter_correlation,

@@ -27,8 +27,8 @@ from captum_classfilters import (
     LayerSingularDirection,
     identify_class_filters,
 )
-from captum_classfilters.demo import load_digits, small_cnn, train_classifier
-from captum_classfilters.evaluate import masking_test
+from captum_classfilters.cli.demo import load_digits, small_cnn, train_classifier
+from captum_classfilters.gates import masking_test
 from captum_classfilters.identify import exemplars, unit_scores
 from captum_classfilters.spectral import (
     compare_with_random,

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from captum.attr import Attribution, GradientAttribution
 from torch import Tensor, nn
 
-from captum_classfilters._internal.captum import (
+from captum_classfilters._core.captum import (
     BaselineType,
     TargetType,
     _extract_device_ids,
@@ -23,7 +23,7 @@ from captum_classfilters._internal.captum import (
     log_usage,
     undo_gradient_requirements,
 )
-from captum_classfilters._internal.layers import (
+from captum_classfilters._core.layers import (
     along_filters,
     filter_axis,
     find_layer,
@@ -31,7 +31,7 @@ from captum_classfilters._internal.layers import (
     module_of,
     runs_once,
 )
-from captum_classfilters.attr._layer_filter_attribution import class_indices
+from captum_classfilters.attr.base import class_indices
 from captum_classfilters.attr.layer_filter_contribution import LayerFilterContribution
 from captum_classfilters.class_filters import ClassFilters
 

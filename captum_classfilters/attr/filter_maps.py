@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from scipy.ndimage import gaussian_filter
 from torch import Tensor, nn
 
-from captum_classfilters._internal.captum import _forward_layer_eval
-from captum_classfilters._internal.guard import model_left_as_found
-from captum_classfilters._internal.layers import (
+from captum_classfilters._core.captum import _forward_layer_eval
+from captum_classfilters._core.guard import model_left_as_found
+from captum_classfilters._core.layers import (
     filter_axis,
     find_layer,
     layer_name,

@@ -6,20 +6,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from captum_classfilters._internal.captum import (
+from captum_classfilters._core.captum import (
     TargetType,
     _format_tensor_into_tuples,
     _forward_layer_eval,
     log_usage,
 )
-from captum_classfilters._internal.layers import (
-    along_filters,
-    filter_axis,
-    module_of,
-    runs_once,
-)
-from captum_classfilters._internal.provenance import provenance
-from captum_classfilters.attr._layer_filter_attribution import LayerFilterAttribution, class_indices
+from captum_classfilters._core.layers import along_filters, filter_axis, module_of, runs_once
+from captum_classfilters._core.provenance import provenance
+from captum_classfilters.attr.base import LayerFilterAttribution, class_indices
 from captum_classfilters.class_filters import ClassFilters
 
 

@@ -8,19 +8,15 @@ from captum.attr import PerturbationAttribution
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from captum_classfilters._internal.captum import (
+from captum_classfilters._core.captum import (
     _format_additional_forward_args,
     _format_tensor_into_tuples,
     _select_targets,
     log_usage,
 )
-from captum_classfilters._internal.layers import along_filters, filter_axis
-from captum_classfilters._internal.suffix import SuffixReplay
-from captum_classfilters.attr._layer_filter_attribution import (
-    LayerFilterAttribution,
-    Layers,
-    class_indices,
-)
+from captum_classfilters._core.layers import along_filters, filter_axis
+from captum_classfilters._core.replay.suffix_replay import SuffixReplay
+from captum_classfilters.attr.base import LayerFilterAttribution, Layers, class_indices
 
 Replacement = Literal["zero", "mean", "resample"]
 Score = Literal["logit", "probability", "log_probability"]

@@ -8,7 +8,7 @@ import torch
 from captum.attr import GradientAttribution
 from torch import Tensor, nn
 
-from captum_classfilters._internal.captum import (
+from captum_classfilters._core.captum import (
     TargetType,
     _format_tensor_into_tuples,
     _forward_layer_eval,
@@ -17,19 +17,15 @@ from captum_classfilters._internal.captum import (
     compute_layer_gradients_and_eval,
     log_usage,
 )
-from captum_classfilters._internal.head import HeadRecord, how_layer_feeds, record_head
-from captum_classfilters._internal.layers import (
+from captum_classfilters._core.heads import HeadRecord, how_layer_feeds, record_head
+from captum_classfilters._core.layers import (
     along_filters,
     filter_axis,
     module_of,
     positions_last,
     runs_once,
 )
-from captum_classfilters.attr._layer_filter_attribution import (
-    LayerFilterAttribution,
-    Layers,
-    class_indices,
-)
+from captum_classfilters.attr.base import LayerFilterAttribution, Layers, class_indices
 
 
 class LayerFilterContribution(LayerFilterAttribution, GradientAttribution):

@@ -6,18 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from captum_classfilters._internal.captum import (
+from captum_classfilters._core.captum import (
     _format_tensor_into_tuples,
     _forward_layer_eval,
     log_usage,
 )
-from captum_classfilters._internal.layers import (
-    along_filters,
-    filter_axis,
-    positions_last,
-    runs_once,
-)
-from captum_classfilters.attr._layer_filter_attribution import LayerFilterAttribution, Layers
+from captum_classfilters._core.layers import along_filters, filter_axis, positions_last, runs_once
+from captum_classfilters.attr.base import LayerFilterAttribution, Layers
 
 
 class LayerFilterFrequency(LayerFilterAttribution):

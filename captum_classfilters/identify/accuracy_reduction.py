@@ -9,14 +9,14 @@ from torch import Tensor
 from torchmetrics import Metric
 from tqdm.auto import tqdm
 
-from captum_classfilters._internal.distributed import gather, is_main_process
-from captum_classfilters._internal.guard import model_left_as_found
-from captum_classfilters._internal.layers import layer_name, module_of
-from captum_classfilters._internal.provenance import provenance
-from captum_classfilters._internal.suffix import SuffixReplay
+from captum_classfilters._core.batches import dataset_names, split_batch
+from captum_classfilters._core.distributed import gather, is_main_process
+from captum_classfilters._core.guard import model_left_as_found
+from captum_classfilters._core.layers import layer_name, module_of
+from captum_classfilters._core.provenance import provenance
+from captum_classfilters._core.replay.suffix_replay import SuffixReplay
 from captum_classfilters.attr import LayerFilterAblation
 from captum_classfilters.class_filters import ClassFilters
-from captum_classfilters.identify._batches import dataset_names, split_batch
 from captum_classfilters.identify.statistics import labels_of_scores
 
 

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from captum_classfilters._internal.guard import model_left_as_found
-from captum_classfilters._internal.layers import (
+from captum_classfilters._core.batches import split_batch
+from captum_classfilters._core.guard import model_left_as_found
+from captum_classfilters._core.layers import (
     check_batch,
     check_runs,
     filter_axis,
@@ -19,7 +20,6 @@ from captum_classfilters._internal.layers import (
     only_tensor,
     positions_last,
 )
-from captum_classfilters.identify._batches import split_batch
 from captum_classfilters.identify.statistics import class_labels
 
 

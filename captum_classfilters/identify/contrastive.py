@@ -9,15 +9,10 @@ from captum.attr import LayerAttribution
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from captum_classfilters._internal.guard import model_left_as_found
-from captum_classfilters._internal.provenance import provenance
-from captum_classfilters.identify._batches import dataset_names, split_batch
-from captum_classfilters.identify.identify_class_filters import (
-    Job,
-    Reduction,
-    device_of,
-    jobs_of,
-)
+from captum_classfilters._core.batches import dataset_names, split_batch
+from captum_classfilters._core.guard import model_left_as_found
+from captum_classfilters._core.provenance import provenance
+from captum_classfilters.identify.identify_class_filters import Job, Reduction, device_of, jobs_of
 from captum_classfilters.identify.statistics import ClassFilterSums, class_labels
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ import torch
 from captum.attr import LayerAttribution
 from torch import Tensor
 
+from captum_classfilters._core.batches import dataset_names
 from captum_classfilters.class_filters import ClassFilters
-from captum_classfilters.identify._batches import dataset_names
 from captum_classfilters.identify.identify_class_filters import (
     Collector,
     Reduction,

@@ -12,18 +12,13 @@ from captum.attr import LayerAttribution, LayerDeepLift
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from captum_classfilters._internal.distributed import gather, is_main_process, rank
-from captum_classfilters._internal.guard import model_left_as_found
-from captum_classfilters._internal.layers import (
-    filter_axis,
-    layer_name,
-    module_of,
-    positions_last,
-)
-from captum_classfilters._internal.provenance import provenance
+from captum_classfilters._core.batches import dataset_names, split_batch
+from captum_classfilters._core.distributed import gather, is_main_process, rank
+from captum_classfilters._core.guard import model_left_as_found
+from captum_classfilters._core.layers import filter_axis, layer_name, module_of, positions_last
+from captum_classfilters._core.provenance import provenance
 from captum_classfilters.attr import LayerFilterContribution, LayerFilterFrequency
 from captum_classfilters.class_filters import ClassFilters
-from captum_classfilters.identify._batches import dataset_names, split_batch
 from captum_classfilters.identify.shared_forward import SharedForward
 from captum_classfilters.identify.significance import (
     EvidenceRecord,

@@ -9,10 +9,10 @@ import torch
 from captum.attr import LayerAttribution
 from torch import Tensor, nn
 
-from captum_classfilters._internal.guard import model_left_as_found
-from captum_classfilters._internal.layers import module_of
+from captum_classfilters._core.batches import check_read_again
+from captum_classfilters._core.guard import model_left_as_found
+from captum_classfilters._core.layers import module_of
 from captum_classfilters.class_filters import ClassFilters
-from captum_classfilters.identify._batches import check_read_again
 from captum_classfilters.identify.identify_class_filters import identify_class_filters
 from captum_classfilters.identify.significance import false_discovery_adjusted
 

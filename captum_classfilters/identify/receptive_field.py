@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from captum_classfilters._internal.guard import model_left_as_found
-from captum_classfilters._internal.layers import (
+from captum_classfilters._core.guard import model_left_as_found
+from captum_classfilters._core.layers import (
     check_batch,
     check_runs,
     filter_axis,

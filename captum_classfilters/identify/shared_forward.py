@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from captum_classfilters._internal.head import Feed, HeadRecord, how_layer_feeds, record_head
-from captum_classfilters._internal.layers import (
+from captum_classfilters._core.heads import Feed, HeadRecord, how_layer_feeds, record_head
+from captum_classfilters._core.layers import (
     check_batch,
     check_runs,
     filter_axis,
@@ -19,7 +19,7 @@ from captum_classfilters._internal.layers import (
     positions_last,
 )
 from captum_classfilters.attr import LayerFilterContribution, LayerFilterFrequency
-from captum_classfilters.attr._layer_filter_attribution import LayerFilterAttribution
+from captum_classfilters.attr.base import LayerFilterAttribution
 from captum_classfilters.attr.layer_filter_frequency import strongest
 
 

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from captum_classfilters._internal.guard import model_left_as_found
-from captum_classfilters._internal.layers import check_runs
-from captum_classfilters.identify._batches import split_batch
-from captum_classfilters.identify._units import UnitMaps, aggregated, units_of
+from captum_classfilters._core.batches import split_batch
+from captum_classfilters._core.guard import model_left_as_found
+from captum_classfilters._core.layers import check_runs
+from captum_classfilters._core.units import UnitMaps, aggregated, units_of
 
 
 def unit_scores(

@@ -29,11 +29,7 @@ from captum_classfilters.spectral.model_spectra import (
 )
 from captum_classfilters.spectral.model_svd import ModelSVD, model_svd
 from captum_classfilters.spectral.power_law import PowerLaw, fit_power_law
-from captum_classfilters.spectral.profile_graph import (
-    distance_matrix,
-    persistence,
-    profile_graph,
-)
+from captum_classfilters.spectral.profile_graph import distance_matrix, persistence, profile_graph
 from captum_classfilters.spectral.profile_similarity import (
     average_jaccard,
     instance_jaccard,

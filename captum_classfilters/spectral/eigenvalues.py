@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from captum_classfilters.spectral._routes import singular_values
 from captum_classfilters.spectral.layer_svd import LayerSVD
+from captum_classfilters.spectral.routes import singular_values
 from captum_classfilters.spectral.weight_matrix import WeightMatrix, weight_matrix
 
 

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from captum_classfilters._internal.guard import model_left_as_found
-from captum_classfilters._internal.layers import find_layer, layer_name
+from captum_classfilters._core.guard import model_left_as_found
+from captum_classfilters._core.layers import find_layer, layer_name
 from captum_classfilters.spectral.layer_svd import LayerSVD, matrix_svd
 from captum_classfilters.spectral.weight_matrix import weight_matrix
 

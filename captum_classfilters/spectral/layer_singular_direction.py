@@ -5,15 +5,15 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from captum_classfilters._internal.captum import (
+from captum_classfilters._core.captum import (
     TargetType,
     _format_tensor_into_tuples,
     _forward_layer_eval,
     compute_layer_gradients_and_eval,
     log_usage,
 )
-from captum_classfilters._internal.layers import check_batch, only_tensor, runs_once
-from captum_classfilters.attr._layer_filter_attribution import LayerFilterAttribution, Layers
+from captum_classfilters._core.layers import check_batch, only_tensor, runs_once
+from captum_classfilters.attr.base import LayerFilterAttribution, Layers
 from captum_classfilters.spectral.layer_svd import LayerSVD, check_rank, matrix_svd
 from captum_classfilters.spectral.signals import unbiased
 from captum_classfilters.spectral.weight_matrix import weight_matrix

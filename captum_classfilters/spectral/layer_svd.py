@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from captum_classfilters.spectral._routes import Method, choose_route, decompose
+from captum_classfilters.spectral.routes import Method, choose_route, decompose
 from captum_classfilters.spectral.weight_matrix import WeightMatrix, weight_matrix
 
 _METHODS = ("auto", "direct", "gram", "randomised")

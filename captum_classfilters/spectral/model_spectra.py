@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from captum_classfilters._internal.guard import model_left_as_found
+from captum_classfilters._core.guard import model_left_as_found
 from captum_classfilters.spectral.eigenvalues import eigenvalues
 from captum_classfilters.spectral.marchenko_pastur import MarchenkoPasturFit, fit_marchenko_pastur
 from captum_classfilters.spectral.model_svd import ModelSVD, model_svd

@@ -11,10 +11,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from captum_classfilters._internal.files import write_atomically
-from captum_classfilters._internal.layers import find_layer, layer_name
-from captum_classfilters.spectral._routes import Method
+from captum_classfilters._core.files import write_atomically
+from captum_classfilters._core.layers import find_layer, layer_name
 from captum_classfilters.spectral.layer_svd import LayerSVD, check_method, check_rank, matrix_svd
+from captum_classfilters.spectral.routes import Method
 from captum_classfilters.spectral.weight_matrix import (
     WeightMatrix,
     can_decompose,

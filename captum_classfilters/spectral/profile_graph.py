@@ -10,10 +10,10 @@ from scipy import sparse
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from captum_classfilters._internal.guard import model_left_as_found
-from captum_classfilters._internal.layers import check_runs, only_tensor
-from captum_classfilters.identify._batches import split_batch
-from captum_classfilters.identify._units import UnitMaps, units_of
+from captum_classfilters._core.batches import split_batch
+from captum_classfilters._core.guard import model_left_as_found
+from captum_classfilters._core.layers import check_runs, only_tensor
+from captum_classfilters._core.units import UnitMaps, units_of
 from captum_classfilters.spectral.influential import influential
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ import torch
 from scipy import sparse
 from torch import Tensor, nn
 
-from captum_classfilters.identify._units import aggregated, units_of
+from captum_classfilters._core.units import aggregated, units_of
 from captum_classfilters.identify.unit_scores import score_images
 from captum_classfilters.spectral.influential import influential
 

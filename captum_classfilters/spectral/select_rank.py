@@ -7,12 +7,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from captum_classfilters._internal.energy import number_for_energy
-from captum_classfilters.spectral._routes import singular_values
+from captum_classfilters._core.energy import number_for_energy
 from captum_classfilters.spectral.marchenko_pastur import (
     fit_marchenko_pastur,
     marchenko_pastur_edge,
 )
+from captum_classfilters.spectral.routes import singular_values
 
 
 def select_rank(

@@ -6,8 +6,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from captum_classfilters._internal.captum import _format_tensor_into_tuples
-from captum_classfilters._internal.layers import check_runs, find_layer, layer_name, only_tensor
+from captum_classfilters._core.captum import _format_tensor_into_tuples
+from captum_classfilters._core.layers import check_runs, find_layer, layer_name, only_tensor
 from captum_classfilters.spectral.layer_svd import LayerSVD
 from captum_classfilters.spectral.model_svd import ModelSVD, model_svd
 

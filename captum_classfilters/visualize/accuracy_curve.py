@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from captum_classfilters.networks import AccuracyCurve
-from captum_classfilters.visualize._figures import COLOURS, GREY, axes_of, quiet
+from captum_classfilters.heads import AccuracyCurve
+from captum_classfilters.visualize.figures import COLOURS, GREY, axes_of, quiet
 
 
 def plot_accuracy_curve(

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from captum_classfilters.visualize.explanations import plot_explanations
 
 if TYPE_CHECKING:
-    from captum_classfilters.evaluate import AttributionComparison
+    from captum_classfilters.metrics import AttributionComparison
 
 
 def plot_comparison(
@@ -22,7 +22,7 @@ def plot_comparison(
     Args:
 
         comparison (AttributionComparison): From
-                    :func:`captum_classfilters.evaluate.compare_attributions`.
+                    :func:`captum_classfilters.metrics.compare_attributions`.
         images (int, optional): How many of the images it kept; all by default.
         class_names (sequence of str, optional): C names; by default the classes' numbers.
         options: Further arguments of :func:`plot_explanations`.

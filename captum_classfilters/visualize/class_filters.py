@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from captum_classfilters.class_filters import ClassFilters
-from captum_classfilters.visualize._figures import axes_of
+from captum_classfilters.visualize.figures import axes_of
 
 _MOST_TICKS = 40
 

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from captum_classfilters.evaluate import assign_filters, filter_correlation
-from captum_classfilters.visualize._figures import axes_of, new_figure
+from captum_classfilters.gates import assign_filters, filter_correlation
 from captum_classfilters.visualize.class_filters import _by_class, _ticks
+from captum_classfilters.visualize.figures import axes_of, new_figure
 
 
 def plot_gate_and_weight(

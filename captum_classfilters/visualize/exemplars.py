@@ -6,8 +6,8 @@ from typing import Any, Literal
 from torch import Tensor
 
 from captum_classfilters.identify import Exemplars
-from captum_classfilters.visualize._figures import COLOURS, new_figure
 from captum_classfilters.visualize.explanations import _displayed
+from captum_classfilters.visualize.figures import COLOURS, new_figure
 
 
 def plot_exemplars(

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from captum_classfilters.class_filters import ClassFilters
-from captum_classfilters.visualize._figures import new_figure
+from captum_classfilters.visualize.figures import new_figure
 
 
 def plot_explanations(

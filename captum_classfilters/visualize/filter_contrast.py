@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from captum_classfilters.identify import FilterContrast
-from captum_classfilters.visualize._figures import COLOURS, axes_of, quiet
+from captum_classfilters.visualize.figures import COLOURS, axes_of, quiet
 
 
 def plot_filter_contrast(

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import numpy as np
 
 from captum_classfilters.spectral import Hypergraph, SeparationTest
-from captum_classfilters.visualize._figures import COLOURS, GREY, axes_of, quiet
+from captum_classfilters.visualize.figures import COLOURS, GREY, axes_of, quiet
 
 _LABELS = {
     "jaccard": "mean Jaccard similarity of classes",

@@ -4,8 +4,8 @@ from typing import Any
 
 import numpy as np
 
-from captum_classfilters.evaluate import MethodComparison
-from captum_classfilters.visualize._figures import COLOURS, GREY, new_figure, quiet
+from captum_classfilters.metrics import MethodComparison
+from captum_classfilters.visualize.figures import COLOURS, GREY, new_figure, quiet
 
 
 def plot_method_comparison(
@@ -16,7 +16,7 @@ def plot_method_comparison(
 
     Args:
 
-        comparison (MethodComparison): From :func:`captum_classfilters.evaluate.compare_methods`.
+        comparison (MethodComparison): From :func:`captum_classfilters.metrics.compare_methods`.
         title (str, optional): Title.
 
     Returns:

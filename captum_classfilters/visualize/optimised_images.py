@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
-from captum_classfilters.visualize._figures import new_figure
 from captum_classfilters.visualize.explanations import _displayed
 from captum_classfilters.visualize.feature_visualization import FeatureVisualization
+from captum_classfilters.visualize.figures import new_figure
 
 
 def plot_features(

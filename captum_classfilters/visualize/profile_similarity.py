@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from captum_classfilters.visualize._figures import axes_of
+from captum_classfilters.visualize.figures import axes_of
 
 
 def plot_profile_similarity(

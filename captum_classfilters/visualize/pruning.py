@@ -6,9 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from captum_classfilters.evaluate import ClassEffect, FilterInterpretation
-from captum_classfilters.networks import PruningOrder, RemovalCurves
-from captum_classfilters.visualize._figures import COLOURS, GREY, axes_of, new_figure, quiet
+from captum_classfilters.pruning import (
+    ClassEffect,
+    FilterInterpretation,
+    PruningOrder,
+    RemovalCurves,
+)
+from captum_classfilters.visualize.figures import COLOURS, GREY, axes_of, new_figure, quiet
 
 _KEPT, _REMOVED = COLOURS[0], COLOURS[1]
 _STYLES = ("-", "--", "-.", ":")
@@ -96,7 +100,7 @@ def plot_removal_curves(
 
     Args:
 
-        curves (RemovalCurves): From :func:`captum_classfilters.networks.accuracy_after_removal`.
+        curves (RemovalCurves): From :func:`captum_classfilters.pruning.accuracy_after_removal`.
         random (str, optional): Name of the control, drawn grey with a band of one standard
                     deviation over its seeds.
                     Default: "random"
@@ -151,7 +155,7 @@ def plot_class_bars(
     Args:
 
         interpretations (FilterInterpretation or sequence): From
-                    :func:`captum_classfilters.evaluate.class_interpretation`.
+                    :func:`captum_classfilters.pruning.class_interpretation`.
         pictures (Tensor, optional): A picture for each of them, (number, channels, h, w): weights,
                     or the images that excite the filter most.
                     Default: None

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from captum_classfilters.spectral import LayerSpectrum, ModelSpectra
-from captum_classfilters.visualize._figures import COLOURS, GREY, axes_of, new_figure, quiet
+from captum_classfilters.visualize.figures import COLOURS, GREY, axes_of, new_figure, quiet
 
 _MARKERS = "osD^v"
 

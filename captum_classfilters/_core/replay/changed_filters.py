@@ -1,0 +1,352 @@
+"""A batch whose copies differ in one filter each, so that linear steps cost one filter's share."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map
+
+from captum_classfilters._core.replay.repeated_batch import (
+    POINTWISE,
+    CannotReplayError,
+    RepeatedBatch,
+    all_rows,
+    written_argument,
+)
+
+_aten = torch.ops.aten
+_BATCH_NORM = {
+    _aten.native_batch_norm: 7,
+    _aten._native_batch_norm_legit_no_training: 6,
+    _aten.cudnn_batch_norm: 7,
+}  # the position of epsilon
+_POOLS = {_aten.max_pool2d_with_indices, _aten.avg_pool2d, _aten._adaptive_avg_pool2d}
+_OVER_POSITIONS = {_aten.mean, _aten.amax}
+
+
+class UnchangedSteps:
+    """What the unchanged batch gives step by step, computed once for any number of replays."""
+
+    def __init__(self) -> None:
+        self._results: list[tuple[Any, Any]] = []
+        self._position = 0
+
+    def restart(self) -> "UnchangedSteps":
+        """Begin another replay of the same steps."""
+        self._position = 0
+        return self
+
+    def next(self, name: Any, step: Callable[[], Any]) -> Any:
+        """The result of the next step."""
+        if self._position == len(self._results):
+            self._results.append((name, step()))
+        self._position += 1
+        recorded, result = self._results[self._position - 1]
+        if recorded != name:
+            raise CannotReplayError(f"{name} where {recorded} ran before")
+        return result
+
+
+class ChangedFilters(Tensor):
+    r"""
+    P copies of a batch of N, each with another value in one filter.
+
+    To the model it is a tensor of P * N rows with filters on axis 1. What acts on each filter alone
+    (activations, batch normalisation, pooling, depthwise convolutions) acts on the batch once and
+    on the changed filters. The first convolution or linear layer adds each change's share to the
+    unchanged batch's output. Any other operation sees all rows.
+
+    Args:
+
+        base (Tensor): The unchanged batch, shape (N, K, ...).
+        filters (Tensor): Shape (P,). The filter that each copy changes.
+        changed (Tensor): Shape (P, N, ...). That filter's values.
+        steps (UnchangedSteps): What is known of the unchanged batch from earlier replays.
+        flat (bool): Filters and positions have become one axis to the model.
+                    Default: False
+    """
+
+    base: Tensor
+    filters: Tensor
+    changed: Tensor
+    steps: UnchangedSteps
+    flat: bool
+    is_view: bool
+
+    @staticmethod
+    def __new__(
+        cls,
+        base: Tensor,
+        filters: Tensor,
+        changed: Tensor,
+        steps: UnchangedSteps,
+        flat: bool = False,
+        is_view: bool = False,
+    ) -> "ChangedFilters":
+        each = (base[0].numel(),) if flat else base.shape[1:]
+        batch: ChangedFilters = Tensor._make_wrapper_subclass(
+            cls,
+            (len(filters) * len(base), *each),
+            dtype=base.dtype,
+            device=base.device,
+            requires_grad=False,
+        )
+        batch.base, batch.filters, batch.changed = base, filters, changed
+        batch.steps, batch.flat, batch.is_view = steps, flat, is_view
+        return batch
+
+    def all_rows(self) -> Tensor:
+        """All P * N rows, copy after copy."""
+        rows = self.base.expand(len(self.filters), *self.base.shape).clone()
+        rows[self._copies(), :, self.filters] = self.changed
+        return rows.reshape(self.shape)
+
+    @property
+    def change(self) -> Tensor:
+        """What changes (P, N, ...)."""
+        return self.changed - self.base[:, self.filters].movedim(1, 0)
+
+    def overwrite(self, other: "ChangedFilters") -> None:
+        """Take another batch's values in place."""
+        if self.is_view:
+            raise CannotReplayError("an in-place operation on a view of a shared tensor")
+        self.base, self.changed = other.base, other.changed
+
+    def _copies(self) -> Tensor:
+        return torch.arange(len(self.filters), device=self.filters.device)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Run an operation filter by filter where that is exact, on all rows elsewhere."""
+        kwargs = kwargs or {}
+        written = written_argument(func, args)
+        rule = _rule(func.overloadpacket)
+        result = NotImplemented if rule is None else rule(func, args, kwargs)
+        if result is NotImplemented:
+            if isinstance(written, ChangedFilters):
+                raise CannotReplayError(f"{func} writes into a shared tensor")
+            return func(*_spread(args), **_spread(kwargs))
+        if isinstance(written, ChangedFilters):
+            if not isinstance(result, ChangedFilters):
+                raise CannotReplayError(f"{func} writes into a shared tensor")
+            written.overwrite(result)
+            return written
+        if isinstance(written, RepeatedBatch):
+            written.overwrite(all_rows(result), 1)
+            return written
+        return result
+
+
+def _spread(value: Any) -> Any:
+    return tree_map(lambda one: one.all_rows() if isinstance(one, ChangedFilters) else one, value)
+
+
+def _rule(packet: Any) -> Callable[[Any, Any, Any], Any] | None:
+    if packet in POINTWISE:
+        return _pointwise
+    if packet in _BATCH_NORM:
+        return _batch_norm
+    if packet in _POOLS:
+        return _pool
+    if packet in _OVER_POSITIONS:
+        return _over_positions
+    return _RULES.get(packet)
+
+
+def _like(batch: ChangedFilters, base: Tensor, values: Tensor) -> ChangedFilters:
+    return ChangedFilters(base, batch.filters, values, batch.steps, batch.flat)
+
+
+def _pointwise(func: Any, args: Any, kwargs: Any) -> Any:
+    """Activations, numbers, and sums of batches that differ in the same filters or in none."""
+    tensors = [one for one in tree_flatten((args, kwargs))[0] if isinstance(one, Tensor)]
+    batches = [one for one in tensors if isinstance(one, ChangedFilters)]
+    first = batches[0]
+    full = [one for one in tensors if one.dim() and not isinstance(one, ChangedFilters)]
+    if any(one.shape != first.shape for one in (*batches, *full)):
+        return NotImplemented
+    if any(one.filters is not first.filters or one.flat != first.flat for one in batches):
+        return NotImplemented
+    if all(_shared(one, first) for one in full):
+        base = tree_map(lambda one: _base_of(one, func), (args, kwargs))
+        values = tree_map(lambda one: _values_of(one, first, func), (args, kwargs))
+        unchanged = first.steps.next(func, lambda: func(*base[0], **base[1]))
+        return _like(first, unchanged, func(*values[0], **values[1]))
+    if func.overloadpacket in (_aten.add, _aten.add_) and len(batches) == 1 and len(args) == 2:
+        return _added(func, args, kwargs)
+    return NotImplemented
+
+
+def _shared(one: Tensor, batch: ChangedFilters) -> bool:
+    return isinstance(one, RepeatedBatch) and len(one.rows) == len(batch.base)
+
+
+def _base_of(one: Any, func: Any) -> Any:
+    if isinstance(one, ChangedFilters):
+        # The rows may be a record: never write into them.
+        return one.base.clone() if func._schema.is_mutable else one.base
+    if isinstance(one, RepeatedBatch):
+        return one.rows.clone() if func._schema.is_mutable else one.rows
+    return one
+
+
+def _values_of(one: Any, batch: ChangedFilters, func: Any) -> Any:
+    if isinstance(one, ChangedFilters):
+        return one.changed.clone() if func._schema.is_mutable else one.changed
+    if isinstance(one, RepeatedBatch):
+        rows = one.rows.reshape(batch.base.shape)
+        return rows[:, batch.filters].movedim(1, 0).contiguous()
+    return one
+
+
+def _added(func: Any, args: Any, kwargs: Any) -> Tensor:
+    """Different rows plus a batch that differs in one filter: only that filter is spread."""
+    if kwargs or isinstance(args[0], RepeatedBatch):
+        return NotImplemented
+    place = 0 if isinstance(args[0], ChangedFilters) else 1
+    batch, rows = args[place], args[1 - place]
+    if isinstance(rows, RepeatedBatch) or (place == 0 and func._schema.is_mutable):
+        return NotImplemented
+    several = rows.reshape(len(batch.filters), *batch.base.shape)
+    changed = several[batch._copies(), :, batch.filters] + batch.changed
+    total: Tensor = several.add_(batch.base) if func._schema.is_mutable else several + batch.base
+    total[batch._copies(), :, batch.filters] = changed
+    if not func._schema.is_mutable:
+        return total.reshape(rows.shape)
+    if total.data_ptr() != rows.data_ptr():  # not viewed, but copied
+        rows.copy_(total.reshape(rows.shape))
+    return rows
+
+
+def _batch_norm(func: Any, args: Any, _kwargs: Any) -> Any:
+    batch, weight, bias, mean, variance = args[:5]
+    without_training = func.overloadpacket is _aten._native_batch_norm_legit_no_training
+    if not isinstance(batch, ChangedFilters) or batch.flat or mean is None:
+        return NotImplemented
+    if not without_training and args[5]:
+        return NotImplemented
+    scale = (variance + args[_BATCH_NORM[func.overloadpacket]]).rsqrt()
+    scale = scale if weight is None else scale * weight
+    shift = -mean * scale if bias is None else bias - mean * scale
+    base, *others = batch.steps.next(func, lambda: func(batch.base, *args[1:]))
+    shape = (-1, *[1] * (batch.changed.dim() - 1))
+    values = batch.changed * scale[batch.filters].reshape(shape)
+    values += shift[batch.filters].reshape(shape)
+    return (_like(batch, base, values), *others)
+
+
+def _pool(func: Any, args: Any, kwargs: Any) -> Any:
+    batch = args[0]
+    if batch.flat or batch.base.dim() != 4:
+        return NotImplemented
+    base = batch.steps.next(func, lambda: func(batch.base, *args[1:], **kwargs))
+    values = func(batch.changed, *args[1:], **kwargs)
+    if isinstance(base, tuple):
+        return tuple(_like(batch, one, other) for one, other in zip(base, values, strict=True))
+    return _like(batch, base, values)
+
+
+def _over_positions(func: Any, args: Any, kwargs: Any) -> Any:
+    batch = args[0]
+    if batch.flat or len(args) < 2 or not isinstance(args[1], (list, tuple)) or not args[1]:
+        return NotImplemented
+    axes = sorted({axis % batch.dim() for axis in args[1]})
+    if axes[0] < 2:
+        return NotImplemented
+    # The values lack the axis of the filters but have that of the copies.
+    base = batch.steps.next(func, lambda: func(batch.base, axes, *args[2:], **kwargs))
+    return _like(batch, base, func(batch.changed, axes, *args[2:], **kwargs))
+
+
+def _view(func: Any, args: Any, _kwargs: Any) -> Any:
+    """Only the steps that flatten filters and positions, or drop single positions."""
+    batch, shape = args[0], list(args[1])
+    if len(shape) != 2 or shape[0] not in (-1, len(batch)) or batch.flat:
+        return NotImplemented
+    if shape[1] not in (-1, batch.base[0].numel()) or shape == [-1, -1]:
+        return NotImplemented
+    return ChangedFilters(
+        batch.base, batch.filters, batch.changed, batch.steps, flat=True, is_view=True
+    )
+
+
+def _cat(func: Any, args: Any, kwargs: Any) -> Any:
+    parts, axis = args[0], args[1] if len(args) > 1 else kwargs.get("dim", 0)
+    changed = [one for one in parts if isinstance(one, ChangedFilters)]
+    first = changed[0]
+    if len(changed) > 1 or first.flat or axis % first.dim() != 1:
+        return NotImplemented
+    if not all(one is first or _shared(one, first) for one in parts):
+        return NotImplemented
+    before = 0
+    for one in parts:
+        if one is first:
+            break
+        before += one.shape[1]
+    base = first.steps.next(
+        func, lambda: func([one.base if one is first else one.rows for one in parts], 1)
+    )
+    return ChangedFilters(base, first.filters + before, first.changed, first.steps)
+
+
+def _convolution(func: Any, args: Any, _kwargs: Any) -> Any:
+    batch, weight, bias, stride, padding, dilation, transposed, _, groups = args
+    if not isinstance(batch, ChangedFilters) or batch.flat or batch.base.dim() != 4 or transposed:
+        return NotImplemented
+    number = batch.base.shape[1]
+    if groups != 1 and not groups == number == len(weight):
+        return NotImplemented
+    base = batch.steps.next(func, lambda: func(batch.base, *args[1:]))
+    if groups != 1:
+        values = F.conv2d(
+            batch.changed.transpose(0, 1),
+            weight[batch.filters],
+            None if bias is None else bias[batch.filters],
+            stride,
+            padding,
+            dilation,
+            len(batch.filters),
+        )
+        return _like(batch, base, values.transpose(0, 1).contiguous())
+    change, kernels = batch.change, weight[:, batch.filters].movedim(1, 0)  # (P, C, kh, kw)
+    if weight.shape[2:].numel() == 1 and not any(padding):
+        points = change[:, :, None, :: stride[0], :: stride[1]]
+        return torch.addcmul(base, kernels[:, None], points).flatten(0, 1)
+    patches = F.unfold(
+        change.flatten(0, 1)[:, None], weight.shape[2:], dilation, padding, stride
+    )  # (P * N, kh * kw, positions)
+    # As many small products as rows; each adds to the unchanged output.
+    kernels = kernels.flatten(2)[:, None].expand(-1, len(base), -1, -1).flatten(0, 1)
+    unchanged = base.flatten(2).repeat(len(change), 1, 1)
+    return unchanged.baddbmm_(kernels, patches).unflatten(2, base.shape[2:])
+
+
+def _linear(func: Any, args: Any, kwargs: Any) -> Any:
+    """``addmm`` of a bias, the batch and a transposed weight, or ``mm`` without the bias."""
+    batch, weight = args[-2], args[-1]
+    if not isinstance(batch, ChangedFilters) or batch.dim() != 2 or kwargs:
+        return NotImplemented
+    flat = batch.base.flatten(1)
+    base = batch.steps.next(func, lambda: func(*args[:-2], flat, weight))
+    number = batch.base.shape[1]
+    rows = weight.unflatten(0, (number, -1))[batch.filters]  # (P, positions, C)
+    change = batch.change.reshape(len(rows), len(flat), -1)
+    return torch.baddbmm(base.expand(len(rows), *base.shape), change, rows).flatten(0, 1)
+
+
+_RULES: dict[Any, Callable[[Any, Any, Any], Any]] = {
+    _aten.convolution: _convolution,
+    _aten.addmm: _linear,
+    _aten.mm: _linear,
+    _aten.cat: _cat,
+    _aten.view: _view,
+    _aten._unsafe_view: _view,
+}

@@ -1,0 +1,221 @@
+"""Attributions compared on the user's own model and images."""
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from captum.attr import (
+    DeepLift,
+    GradientShap,
+    InputXGradient,
+    IntegratedGradients,
+    LayerConductance,
+    LayerGradCam,
+    Occlusion,
+    Saliency,
+)
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
+
+from captum_classfilters._core.layers import find_layer
+from captum_classfilters.attr import (
+    ClassFilterSaliency,
+    LayerFilterAblation,
+    LayerFilterContribution,
+    LayerFilterFrequency,
+)
+from captum_classfilters.cli.folder_classes import assign_outputs, short_name
+from captum_classfilters.cli.identify_folder import (
+    SCHEMA_VERSION,
+    FolderJob,
+    _evenly,
+    _named_layer,
+    _prepared_output,
+    image_folder,
+    load_model,
+)
+from captum_classfilters.gate_space import FilterGate
+from captum_classfilters.identify import identify_class_filters
+from captum_classfilters.metrics import AttributionComparison, compare_attributions
+
+STEPS = 20
+
+
+def _occlusion(model: nn.Module, layer: nn.Module, images: Tensor) -> Any:
+    side = max(1, images.shape[-1] // 7)
+    window = {
+        "sliding_window_shapes": (images.shape[1], side, side),
+        "strides": (images.shape[1], side, side),
+    }
+    return Occlusion(model), window
+
+
+def _integrated(model: nn.Module, layer: nn.Module, images: Tensor) -> Any:
+    return IntegratedGradients(model), {"n_steps": STEPS, "internal_batch_size": len(images)}
+
+
+def _conductance(model: nn.Module, layer: nn.Module, images: Tensor) -> Any:
+    options = {"n_steps": STEPS, "internal_batch_size": len(images)}
+    return LayerConductance(model, layer), options
+
+
+def _gates(model: nn.Module, layer: nn.Module, images: Tensor) -> Any:
+    options = {"n_steps": STEPS, "internal_batch_size": len(images)}
+    return IntegratedGradients(FilterGate(model, layer)), options
+
+
+COMPARED: dict[str, Callable[[nn.Module, nn.Module, Tensor], Any]] = {
+    "saliency": lambda model, layer, images: Saliency(model),
+    "input_x_gradient": lambda model, layer, images: InputXGradient(model),
+    "integrated_gradients": _integrated,
+    "gradient_shap": lambda model, layer, images: (
+        GradientShap(model),
+        {"baselines": torch.zeros_like(images[:1]), "stdevs": 0.1},
+    ),
+    "deep_lift": lambda model, layer, images: DeepLift(model),
+    "occlusion": _occlusion,
+    "grad_cam": lambda model, layer, images: LayerGradCam(model, layer),
+    "contribution": lambda model, layer, images: LayerFilterContribution(model, layer),
+    "ablation": lambda model, layer, images: LayerFilterAblation(model, layer),
+    "frequency": lambda model, layer, images: LayerFilterFrequency(model, layer),
+    "conductance": _conductance,
+    "gate_integrated_gradients": _gates,
+}
+CLASS_FILTERS = "class_filters"
+DEFAULT = (
+    "saliency",
+    "integrated_gradients",
+    "grad_cam",
+    CLASS_FILTERS,
+    "contribution",
+    "ablation",
+    "frequency",
+)
+
+
+def run_compare(job: FolderJob, write: Callable[[str], None] = print) -> AttributionComparison:
+    r"""
+    Compare attributions of a torchvision model on an image folder, and write the results.
+
+    ``job.limit`` images, spread evenly over the folder, are explained for the class that the model
+    gives them. For ``"class_filters"`` each class's filters are found on the folder's other images.
+    For each table a CSV with means and intervals, the picture grid, the printed tables, and last of
+    all ``manifest.json``.
+
+    Args:
+
+        job (FolderJob): What to do; ``explain`` is the number of images to draw.
+        write (Callable): Where the report goes.
+                    Default: print
+
+    Returns:
+        *AttributionComparison*.
+
+    Raises:
+        ValueError, OSError: With what was wrong, and what would be right.
+    """
+    layer_name = _named_layer(job)
+    output = _prepared_output(job, (*COMPARED, CLASS_FILTERS))
+    dataset = image_folder(job.data, job.image_size)
+    model = load_model(
+        job.model, job.checkpoint, job.num_classes or None, len(dataset.classes), job.random_weights
+    ).to(job.device)
+    layer = find_layer(model, layer_name)
+    names = assign_outputs(dataset, model, job.model, job.class_names)
+    chosen = _evenly(dataset, job.limit)
+    images = torch.stack([chosen[place][0] for place in range(len(chosen))]).to(job.device)
+    with torch.no_grad():
+        targets = torch.cat([model(part).argmax(1) for part in images.split(job.batch_size)])
+    methods = {
+        name: _class_filters(model, layer, job, dataset, chosen, targets, names)
+        if name == CLASS_FILTERS
+        else COMPARED[name](model, layer, images[: job.batch_size])
+        for name in job.methods
+    }
+    comparison = compare_attributions(
+        model,
+        methods,
+        images,
+        targets,
+        batch_size=job.batch_size,
+        pictures=max(1, job.explain),
+        show_progress=job.show_progress,
+    )
+    output.mkdir(parents=True, exist_ok=True)
+    if comparison.maps and job.explain:
+        _draw(output, comparison, names)
+    _write_results(output, job, comparison, len(images))
+    write(str(comparison))
+    write(f"\nTables, pictures and manifest.json are in {output}")
+    return comparison
+
+
+def _class_filters(
+    model: nn.Module,
+    layer: nn.Module,
+    job: FolderJob,
+    dataset: Any,
+    chosen: Subset[Any],
+    targets: Tensor,
+    names: list[str],
+) -> ClassFilterSaliency:
+    """Saliency through class filters found on images that are not compared."""
+    compared = set(chosen.indices)
+    others = [place for place in range(len(dataset)) if place not in compared]
+    if not others:
+        raise ValueError(
+            f"All {len(dataset)} images are compared, which leaves none to find class filters on; "
+            "lower --limit, or leave class_filters out."
+        )
+    table = identify_class_filters(
+        LayerFilterContribution(model, layer),
+        DataLoader(Subset(dataset, others), batch_size=job.batch_size),
+        num_filters=job.num_filters,
+        class_names=names,
+        device=job.device,
+        show_progress=job.show_progress,
+    )
+    without = sorted({one for one in targets.tolist() if not bool(table.selected[one].any())})
+    if without:
+        raise ValueError(
+            "The model takes images for the classes "
+            f"{', '.join(table.class_names[one] for one in without)}, of which the folder's other images "
+            "show none, so that they have no class filters; add images, or leave class_filters out "
+            "of --method."
+        )
+    return ClassFilterSaliency(model, layer, table)
+
+
+def _draw(output: Path, comparison: AttributionComparison, names: list[str]) -> None:
+    from captum_classfilters.visualize import plot_comparison
+
+    figure, _ = plot_comparison(comparison, class_names=[short_name(name) for name in names])
+    figure.savefig(output / "comparison.png", dpi=110)
+
+
+def _write_results(
+    output: Path, job: FolderJob, comparison: AttributionComparison, num_images: int
+) -> None:
+    tables = {"pixels": comparison.pixels, "filters": next(iter(comparison.filters.values()), None)}
+    for name, table in tables.items():
+        if table is None:
+            continue
+        rows = table.rows()
+        columns = list(dict.fromkeys(column for row in rows for column in row))
+        with open(output / f"{name}.csv", "w", newline="") as file:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(rows)
+    (output / "comparison.txt").write_text(f"{comparison}\n")
+    manifest = {
+        "schema_version": SCHEMA_VERSION,
+        "model": job.model,
+        "layer": job.layer,
+        "methods": list(job.methods),
+        "num_images": num_images,
+        "files": sorted(path.name for path in output.iterdir() if path.name != "manifest.json"),
+    }
+    (output / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")

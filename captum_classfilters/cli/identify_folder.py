@@ -1,0 +1,384 @@
+"""The main job on the user's own model and images."""
+
+import csv
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from captum.attr import IntegratedGradients
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
+
+from captum_classfilters.attr import (
+    ClassFilterSaliency,
+    LayerFilterContribution,
+    LayerFilterFrequency,
+)
+from captum_classfilters.class_filters import ClassFilters
+from captum_classfilters.cli.folder_classes import assign_outputs, short_name
+from captum_classfilters.identify import identify_class_filters
+from captum_classfilters.layers import list_filter_layers
+
+METHODS = {"frequency": LayerFilterFrequency, "contribution": LayerFilterContribution}
+SCHEMA_VERSION = 1
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_WRAPPERS = ("state_dict", "model_state_dict", "model")
+
+
+@dataclass(frozen=True)
+class FolderJob:
+    r"""
+    What to identify, on what, and where the results go.
+
+    Args:
+
+        model (str): Name of a torchvision classifier.
+        data (path): An image folder, one subfolder for each class.
+        layer (str): Dotted name of the layer.
+        output (path): Folder for the results; it must not hold any yet.
+        checkpoint (path, optional): Weights, safetensors or a PyTorch state dict.
+        random_weights (bool): Do without a checkpoint.
+        methods (sequence of str): ``"frequency"``, ``"contribution"``.
+        num_filters (int): Filters to select for each class.
+        num_classes (int, optional): C; by default as the checkpoint's head, or the folder's classes.
+        class_names (path, optional): A text file with a line for each output; needed where there are
+                    fewer folders than outputs.
+        batch_size (int): Images in a batch.
+        image_size (int): Side of the centre crop, in pixels.
+        limit (int, optional): Use this many images at most, evenly spread over the folder.
+        explain (int): Number of images to explain beside Integrated Gradients.
+        device (str): Where to compute.
+        overwrite (bool): Replace results that are there.
+        show_progress (bool): Show progress bars.
+    """
+
+    model: str
+    data: str | os.PathLike[str]
+    layer: str | None
+    output: str | os.PathLike[str]
+    checkpoint: str | os.PathLike[str] | None = None
+    random_weights: bool = False
+    methods: Sequence[str] = ("frequency", "contribution")
+    num_filters: int = 5
+    num_classes: int | None = None
+    class_names: str | os.PathLike[str] | None = None
+    batch_size: int = 32
+    image_size: int = 224
+    limit: int | None = None
+    explain: int = 0
+    device: str = "cpu"
+    overwrite: bool = False
+    show_progress: bool = True
+
+
+def run_identify(job: FolderJob, write: Callable[[str], None] = print) -> dict[str, ClassFilters]:
+    r"""
+    Identify class filters of a torchvision model on an image folder, and write the results.
+
+    For each method a table (safetensors), its long form (CSV) and a heat map; explanations of a few
+    images; and last of all ``manifest.json``, which marks the results as complete.
+
+    Args:
+
+        job (FolderJob): What to do.
+        write (Callable): Where the report goes, line by line.
+                    Default: print
+
+    Returns:
+        *dict* of ClassFilters by method.
+
+    Raises:
+        ValueError, OSError: With what was wrong, and what would be right.
+    """
+    layer = _named_layer(job)
+    output = _prepared_output(job)
+    dataset = image_folder(job.data, job.image_size)
+    model = load_model(
+        job.model, job.checkpoint, job.num_classes or None, len(dataset.classes), job.random_weights
+    ).to(job.device)
+    chosen = _evenly(dataset, job.limit)
+    loader = DataLoader(chosen, batch_size=job.batch_size)
+    methods = {name: METHODS[name](model, layer) for name in job.methods}
+    names = assign_outputs(dataset, model, job.model, job.class_names)
+    tables = identify_class_filters(
+        methods,
+        loader,
+        num_filters=job.num_filters,
+        class_names=names,
+        device=job.device,
+        show_progress=job.show_progress,
+    )
+    output.mkdir(parents=True, exist_ok=True)
+    for name, table in tables.items():
+        _write_table(output, name, table)
+    if job.explain:
+        _explain(output, model, job, tables, chosen)
+    _write_manifest(output, job, len(chosen))
+    _report(tables, output, write)
+    return tables
+
+
+def load_model(
+    name: str,
+    checkpoint: str | os.PathLike[str] | None,
+    num_classes: int | None,
+    folder_classes: int,
+    random_weights: bool = False,
+) -> nn.Module:
+    """A torchvision classifier with a checkpoint's weights, in evaluation mode.
+
+    Args:
+
+        name (str): Name of a torchvision classifier.
+        checkpoint (path, optional): safetensors, or a state dict that ``torch.load`` reads with
+                    ``weights_only=True``.
+        num_classes (int, optional): C; by default as the checkpoint's last layer.
+        folder_classes (int): C without a checkpoint.
+        random_weights (bool): Allow no checkpoint.
+
+    Returns:
+        *nn.Module*.
+
+    Raises:
+        ValueError: The name is unknown, or the checkpoint does not fit.
+    """
+    import difflib
+
+    from torchvision import models
+
+    known = list(models.list_models(module=models))
+    if name not in known:
+        near = ", ".join(difflib.get_close_matches(name, known, n=3, cutoff=0.3)) or "none"
+        raise ValueError(f"torchvision has no classifier {name!r}; the nearest names: {near}.")
+    if checkpoint is None:
+        if not random_weights:
+            raise ValueError(
+                "No checkpoint is given; pass --checkpoint FILE, or --random-weights to go on with "
+                "an untrained model."
+            )
+        built: nn.Module = models.get_model(name, weights=None, num_classes=folder_classes)
+        return built.eval()
+    state = _state_dict(Path(checkpoint))
+    # Heads of auxiliary classifiers are used in training alone.
+    state = {key: value for key, value in state.items() if not key.lower().startswith("aux")}
+    model = _without_auxiliary(models.get_model(name, weights=None, num_classes=folder_classes))
+    # The model's own last tensor, because a file need not keep the order of the layers.
+    last = list(model.state_dict())[-1]
+    outputs = num_classes or (len(state[last]) if last in state else folder_classes)
+    if outputs != folder_classes:
+        model = _without_auxiliary(models.get_model(name, weights=None, num_classes=outputs))
+    own = model.state_dict()
+    missing = [key for key in own if key not in state]
+    unexpected = [key for key in state if key not in own]
+    shapes = [
+        f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
+        for key in own
+        if key in state and state[key].shape != own[key].shape
+    ]
+    if missing or unexpected or shapes:
+        raise ValueError(
+            f"The checkpoint {checkpoint} is not one of {name}: "
+            f"missing {_few(missing)}; unexpected {_few(unexpected)}; other shapes {_few(shapes)}."
+        )
+    model.load_state_dict({key: value.to(own[key].dtype) for key, value in state.items()})
+    return model.eval()
+
+
+def _without_auxiliary(model: nn.Module) -> nn.Module:
+    """The model without the classifiers that torchvision adds for training (Inception, GoogLeNet)."""
+    if hasattr(model, "aux_logits"):
+        model.aux_logits = False  # type: ignore[assignment]
+        for name, _ in list(model.named_children()):
+            if name.lower().startswith("aux"):
+                setattr(model, name, None)
+    return model
+
+
+def image_folder(path: str | os.PathLike[str], image_size: int) -> Any:
+    """An image folder with torchvision's usual preparation: resize, centre crop, normalise.
+
+    Args:
+
+        path (path): The folder, one subfolder for each class.
+        image_size (int): Side of the crop.
+
+    Returns:
+        *torchvision.datasets.ImageFolder*.
+
+    Raises:
+        ValueError: There is no such folder, or no class or image in it.
+    """
+    from torchvision import transforms
+    from torchvision.datasets import ImageFolder
+
+    if not Path(path).is_dir():
+        raise ValueError(f"There is no folder {path}.")
+    prepare = transforms.Compose(
+        [
+            transforms.Resize(round(image_size * 256 / 224)),
+            transforms.CenterCrop(image_size),
+            transforms.ToTensor(),
+            transforms.Normalize(_MEAN, _STD),
+        ]
+    )
+    try:
+        return ImageFolder(str(path), prepare)
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"{path} is not an image folder, one subfolder for each class with images in it: {error}"
+        ) from error
+
+
+def layer_table(name: str, image_size: int) -> str:
+    """The layers of a torchvision classifier as a table.
+
+    Args:
+
+        name (str): Its name.
+        image_size (int): Side of the example images.
+
+    Returns:
+        *str*.
+    """
+    model = load_model(name, None, None, 1000, random_weights=True)
+    return str(list_filter_layers(model, torch.randn(2, 3, image_size, image_size)))
+
+
+def _state_dict(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise ValueError(f"There is no checkpoint {path}.")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state: Any = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a foreign file makes the readers raise
+        reason = str(error).split(". ")[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"{path} is neither a safetensors file nor a PyTorch state dict: {reason}"
+        ) from error
+    for wrapper in _WRAPPERS:
+        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
+            state = state[wrapper]
+    if not isinstance(state, dict) or not all(isinstance(one, Tensor) for one in state.values()):
+        raise ValueError(f"{path} does not hold a state dict of tensors.")
+    return {key.removeprefix("module."): value for key, value in state.items()}
+
+
+def _few(items: Sequence[str]) -> str:
+    if not items:
+        return "nothing"
+    return ", ".join(items[:3]) + (f" and {len(items) - 3} more" if len(items) > 3 else "")
+
+
+def _named_layer(job: FolderJob) -> str:
+    if job.layer is None:
+        raise ValueError(
+            f"No layer is named; `captum-classfilters layers --model {job.model}` lists which layers "
+            "qualify, and which of them feed the head."
+        )
+    return job.layer
+
+
+def _prepared_output(job: FolderJob, known: Iterable[str] = tuple(METHODS)) -> Path:
+    unknown = [name for name in job.methods if name not in known]
+    if unknown or not job.methods:
+        raise ValueError(f"Unknown methods {unknown}; choose from {', '.join(known)}.")
+    output = Path(job.output)
+    if (output / "manifest.json").exists() and not job.overwrite:
+        raise ValueError(f"{output} holds results already; pass --overwrite to replace them.")
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"{output} is a file; expected a folder for the results.")
+    (output / "manifest.json").unlink(missing_ok=True)
+    return output
+
+
+def _evenly(dataset: Any, limit: int | None) -> Subset[Any]:
+    """A part of the images, spread evenly over a folder that is ordered by class."""
+    count = len(dataset) if limit is None else min(limit, len(dataset))
+    places = torch.linspace(0, len(dataset) - 1, count).round().long().tolist()
+    return Subset(dataset, places)
+
+
+def _write_table(output: Path, name: str, table: ClassFilters) -> None:
+    from captum_classfilters.visualize import plot_class_filters
+
+    table.save(output / f"{name}.safetensors", overwrite=True)
+    scores, errors, selected = table.scores, table.standard_errors, table.selected
+    with open(output / f"{name}.csv", "w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["class", "filter", "score", "standard_error", "selected", "images"])
+        for row, class_name in enumerate(table.class_names):
+            for column in range(table.num_filters):
+                error = float(errors[row, column]) if errors is not None else float("nan")
+                rows.writerow(
+                    [
+                        class_name,
+                        column,
+                        float(scores[row, column]),
+                        error,
+                        int(selected[row, column]),
+                        int(table.counts[row]),
+                    ]
+                )
+    figure, _ = plot_class_filters(table)
+    figure.savefig(output / f"{name}.png", dpi=110)
+
+
+def _explain(
+    output: Path,
+    model: nn.Module,
+    job: FolderJob,
+    tables: dict[str, ClassFilters],
+    chosen: Subset[Any],
+) -> None:
+    from captum_classfilters.visualize import plot_explanations
+
+    places = torch.linspace(0, len(chosen) - 1, min(job.explain, len(chosen))).round().long()
+    images = torch.stack([chosen[place][0] for place in places.tolist()]).to(job.device)
+    labels = torch.tensor([chosen[place][1] for place in places.tolist()], device=job.device)
+    columns = {
+        "Integrated Gradients": IntegratedGradients(model).attribute(
+            images, target=labels, n_steps=20, internal_batch_size=job.batch_size
+        )
+    }
+    for name, table in tables.items():
+        saliency = ClassFilterSaliency(model, job.layer, table, mode="activation_map")
+        columns[f"{name} filters"] = saliency.attribute(images, target=labels)
+    names = next(iter(tables.values())).class_names
+    figure, _ = plot_explanations(
+        images, columns, titles=[names[label] for label in labels.tolist()]
+    )
+    figure.savefig(output / "explanations.png", dpi=110)
+
+
+def _write_manifest(output: Path, job: FolderJob, num_images: int) -> None:
+    """Last of all: a folder without it is not complete."""
+    manifest = {
+        "schema_version": SCHEMA_VERSION,
+        "model": job.model,
+        "layer": job.layer,
+        "methods": list(job.methods),
+        "num_filters": job.num_filters,
+        "num_images": num_images,
+        "files": sorted(path.name for path in output.iterdir() if path.name != "manifest.json"),
+    }
+    (output / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+
+
+def _report(tables: dict[str, ClassFilters], output: Path, write: Callable[[str], None]) -> None:
+    for name, table in tables.items():
+        write(f"\n{name}: {table}")
+        seen = [index for index, count in enumerate(table.counts.tolist()) if count]
+        for row in seen[:20]:
+            filters = " ".join(map(str, table.filters_of(row).tolist()))
+            write(f"  {short_name(table.class_names[row]):24s} {filters}")
+        if len(seen) > 20:
+            write(f"  ... and {len(seen) - 20} further classes")
+    write(f"\nTables, pictures and manifest.json are in {output}")

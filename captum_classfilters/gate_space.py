@@ -1,0 +1,181 @@
+"""Gate space: a model whose inputs are the gates of one layer's filters."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel.scatter_gather import scatter
+
+from captum_classfilters._core.layers import (
+    along_filters,
+    check_batch,
+    check_runs,
+    declared_filters,
+    filter_axis,
+    filters_before,
+    find_layer,
+    layer_name,
+    module_of,
+)
+
+
+class FilterGate(nn.Module):
+    r"""
+    A model seen as a function of its filters' gates.
+
+    ``FilterGate(model, layer)(gates, images)`` runs ``model(images)`` with filter *k* of ``layer``
+    multiplied by ``gates[:, k]``. Gates of one leave the model as it is; a gate of zero removes a
+    filter. Because the gates are the first argument and the images an additional forward argument,
+    every Captum method and metric that explains *inputs* explains *filters* instead: pass ones as
+    ``inputs``, zeros as ``baselines`` and the images as ``additional_forward_args``.
+
+    Args:
+
+        forward_func (Callable): A module, a bound method of one, or any function that runs it.
+                    A ``torch.nn.DataParallel`` model is supported; each replica uses the gates of
+                    its own share of the batch.
+        layer (nn.Module or str): The layer whose filters are gated, or its dotted name. Its
+                    output is one tensor of shape (N, K), (N, K, L), (N, K, H, W) or
+                    (N, K, D, H, W).
+        num_filters (int, optional): K, where the layer does not declare it. It is also learned
+                    from the first forward pass.
+        channel_dim (int, optional): Axis of the filters, where it is not axis 1 and cannot be
+                    told from the layer (``-1`` for channels-last blocks).
+                    Default: None
+        device_ids (list of int, optional): Devices of a ``DataParallel`` model that
+                    ``forward_func`` hides.
+                    Default: None
+
+    Examples::
+
+        >>> import torch
+        >>> from captum.attr import FeatureAblation
+        >>> from captum_classfilters import FilterGate
+        >>> net = torch.nn.Sequential(
+        ...     torch.nn.Conv2d(3, 4, 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(),
+        ...     torch.nn.Linear(4, 2))
+        >>> images = torch.rand(8, 3, 5, 5)
+        >>> gate = FilterGate(net, net[0])
+        >>> torch.equal(gate(gate.ones(8), images), net(images))
+        True
+        >>> # One score for each of the four filters of each image:
+        >>> FeatureAblation(gate).attribute(
+        ...     gate.ones(8), target=1, additional_forward_args=images).shape
+        torch.Size([8, 4])
+    """
+
+    def __init__(
+        self,
+        forward_func: Callable[..., Tensor],
+        layer: nn.Module | str,
+        num_filters: int | None = None,
+        channel_dim: int | None = None,
+        device_ids: list[int] | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = module_of(forward_func)  # registered, so that moving the gate moves the model
+        self._function = None if isinstance(forward_func, nn.Module) else forward_func
+        self._layer = (find_layer(self.model, layer) if isinstance(layer, str) else layer,)
+        self.layer_name = layer_name(self.model, self._layer[0])
+        self.channel_dim = channel_dim
+        self.device_ids = device_ids or getattr(forward_func, "device_ids", None)
+        # Only a first guess for `ones`: a forward pass corrects it, or says what is wrong.
+        self._num_filters = (
+            num_filters
+            or declared_filters(self._layer[0])
+            or filters_before(self.model, self._layer[0])
+        )
+
+    @property
+    def num_filters(self) -> int:
+        """K, the number of filters of the layer.
+
+        Raises:
+            RuntimeError: The layer declares no number of filters and has not run yet.
+        """
+        if self._num_filters is None:
+            raise RuntimeError(
+                f"The layer {self.layer_name!r} does not declare its number of filters; pass "
+                "num_filters, or run the gated model once."
+            )
+        return self._num_filters
+
+    def ones(self, n: int) -> Tensor:
+        """Open gates for ``n`` images.
+
+        Args:
+
+            n (int): Number of images.
+
+        Returns:
+            *Tensor* of shape (n, K) on the model's device, all ones.
+        """
+        parameter = next(self._layer[0].parameters(), None)
+        if parameter is None and self.model is not None:
+            parameter = next(self.model.parameters(), None)
+        device = parameter.device if parameter is not None else None
+        dtype = parameter.dtype if parameter is not None and parameter.is_floating_point() else None
+        return torch.ones(n, self.num_filters, device=device, dtype=dtype)
+
+    def forward(self, gates: Tensor, *inputs: Any) -> Tensor:
+        """Run the model with its filters gated.
+
+        Args:
+
+            gates (Tensor): Shape (N, K), one gate per image and filter; (1, K) gates all images
+                    alike.
+            inputs: The model's own inputs, N images first.
+
+        Returns:
+            *Tensor*: The model's output.
+
+        Raises:
+            ValueError: The gates do not have the layer's number of filters, the layer puts out
+                    something other than one tensor, or it does not run exactly once.
+        """
+        runs: dict[torch.device, int] = {}
+        shares = self._shares(gates)
+
+        def hook(module: nn.Module, module_inputs: Any, output: Any) -> Tensor:
+            if not isinstance(output, Tensor):
+                raise ValueError(
+                    f"The layer {self.layer_name!r} puts out a {type(output).__name__}; gate space "
+                    "needs a layer with a single tensor."
+                )
+            runs[output.device] = runs.get(output.device, 0) + 1
+            return self._gated(shares.get(output.device, gates), output)
+
+        handle = self._own_layer().register_forward_hook(hook)
+        try:
+            result: Tensor = (self._function or self.model)(*inputs)  # type: ignore[misc]
+        finally:
+            handle.remove()
+        check_runs(self.layer_name, max(runs.values(), default=0))
+        return result
+
+    def _own_layer(self) -> nn.Module:
+        """The gated layer; in a data-parallel replica of the gate, the replica's layer."""
+        if self.model is None or self._function is not None:
+            return self._layer[0]
+        if any(module is self._layer[0] for module in self.model.modules()):
+            return self._layer[0]
+        return find_layer(self.model, self.layer_name)
+
+    def _shares(self, gates: Tensor) -> dict[torch.device, Tensor]:
+        """The gates of each replica of a data-parallel model, by device."""
+        if not self.device_ids or len(self.device_ids) < 2 or len(gates) == 1:
+            return {}
+        return {share.device: share for share in scatter(gates, self.device_ids)}
+
+    def _gated(self, gates: Tensor, output: Tensor) -> Tensor:
+        axis = filter_axis(self._layer[0], output, self.channel_dim)
+        self._num_filters = output.shape[axis]
+        if gates.dim() != 2 or gates.shape[1] != output.shape[axis]:
+            raise ValueError(
+                f"The gates have shape {tuple(gates.shape)}, but the layer {self.layer_name!r} has "
+                f"{output.shape[axis]} filters: expected ({output.shape[0]}, {output.shape[axis]})."
+            )
+        if len(gates) > 1:
+            check_batch(self.layer_name, len(output), len(gates))
+        return output * along_filters(gates.to(output), output, axis)

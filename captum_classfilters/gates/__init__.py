@@ -1,0 +1,26 @@
+"""Liang et al.: the class-specific gate, its trainer, and what is measured of gates."""
+
+from captum_classfilters.gates.class_specific_gate import ClassSpecificGate
+from captum_classfilters.gates.gate_measures import (
+    assign_filters,
+    class_share,
+    density_interval,
+    filter_correlation,
+    gate_similarity,
+)
+from captum_classfilters.gates.gated_training import GatedEpoch, GatedTrainer, GateSchedule
+from captum_classfilters.gates.masking import MaskingResult, masking_test
+
+__all__ = [
+    "ClassSpecificGate",
+    "GateSchedule",
+    "GatedEpoch",
+    "GatedTrainer",
+    "MaskingResult",
+    "assign_filters",
+    "class_share",
+    "density_interval",
+    "filter_correlation",
+    "gate_similarity",
+    "masking_test",
+]

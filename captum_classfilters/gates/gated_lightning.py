@@ -1,0 +1,169 @@
+"""Training with a class-specific gate under Lightning; needs the extra ``lightning``."""
+
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from captum_classfilters.gates.class_specific_gate import ClassSpecificGate
+from captum_classfilters.gates.gated_training import GateSchedule
+
+try:
+    from lightning.pytorch import Callback
+
+    _MISSING = None
+except ImportError as error:  # the class can be read and documented without Lightning
+    Callback = object
+    _MISSING = error
+
+
+def _second(batch: Any) -> Tensor:
+    if not isinstance(batch, (tuple, list)) or len(batch) < 2:
+        raise ValueError(
+            f"The batch is a {type(batch).__name__}, not a pair (images, labels); pass labels= to "
+            "ClassGateCallback, a function from the batch to its labels."
+        )
+    labels: Tensor = batch[1]
+    return labels
+
+
+class ClassGateCallback(Callback):
+    r"""
+    Lightning callback that trains a class-specific gate beside any ``training_step``.
+
+    In the steps that the schedule says, ``training_step`` runs with the gate on; its loss is that of the
+    gated path. The regulariser's gradient is added before the optimiser steps, and the gate is
+    projected afterwards. Nothing in the ``LightningModule`` changes, but that one of its optimisers
+    must hold the gate's parameters; the simplest way is to make the gate an attribute of the module.
+    Lightning's checkpoints hold the gate, and a run that is resumed from one goes on exactly.
+
+    With automatic optimisation this is :class:`GatedTrainer`, step for step, with a
+    ``gated_weight`` of 1 and one optimiser. Several processes have not been tested.
+
+    Args:
+
+        gate (ClassSpecificGate): The gate, attached to a layer of the model.
+        schedule (GateSchedule, optional): When steps are gated, by epoch or by batch.
+        regularisation (float): Weight of the regulariser.
+                    Default: 1e-3
+        regulariser (Callable, optional): The term itself, from the gate to a scalar. By default
+                    ``gate.regulariser()``.
+        labels (Callable, optional): From a batch to its labels (N,). By default the second of a pair.
+
+    Raises:
+        ImportError: Lightning is missing.
+        ValueError: The gate is not attached, or the schedule is joint: a joint step is two forward
+                    passes, which only ``training_step`` itself can make.
+
+    Examples::
+
+        >>> import lightning, torch
+        >>> from captum_classfilters import ClassSpecificGate
+        >>> from captum_classfilters.gates.gated_lightning import ClassGateCallback
+        >>> class Classifier(lightning.LightningModule):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.net = torch.nn.Sequential(
+        ...             torch.nn.Conv2d(1, 8, 3), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1),
+        ...             torch.nn.Flatten(), torch.nn.Linear(8, 2))
+        ...         self.gate = ClassSpecificGate(2, 8).attach(self.net, "1")
+        ...     def training_step(self, batch, _):
+        ...         return torch.nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+        ...     def configure_optimizers(self):
+        ...         return torch.optim.SGD(self.parameters(), lr=0.1)
+        >>> module = Classifier()
+        >>> callback = ClassGateCallback(module.gate)
+    """
+
+    def __init__(
+        self,
+        gate: ClassSpecificGate,
+        schedule: GateSchedule | None = None,
+        regularisation: float = 1e-3,
+        regulariser: Callable[[ClassSpecificGate], Tensor] | None = None,
+        labels: Callable[[Any], Tensor] = _second,
+    ) -> None:
+        if _MISSING is not None:
+            raise ImportError(
+                "ClassGateCallback needs Lightning: pip install 'captum-classfilters[lightning]'"
+            ) from _MISSING
+        super().__init__()
+        if gate._layer is None:
+            raise ValueError("The gate is not attached; call gate.attach(model, layer) first.")
+        self.gate = gate
+        self.schedule = schedule or GateSchedule()
+        if self.schedule.unit == "joint":
+            raise ValueError(
+                "A joint schedule needs two forward passes in a step; make them in training_step, with "
+                "`with gate.gating(labels):` around one, or choose unit='epoch' or 'batch'."
+            )
+        self.regularisation = regularisation
+        self.regulariser = regulariser or (lambda one: one.regulariser())
+        self.labels = labels
+        self._open = ExitStack()
+        self._gated = False
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Check that the gate is trained.
+
+        Raises:
+            ValueError: No optimiser holds the gate's parameters.
+        """
+        self.gate.to(pl_module.device)
+        if not any(self._holds(optimizer) for optimizer in trainer.optimizers):
+            raise ValueError(
+                "No optimizer holds the gate's parameters; make the gate an attribute of the "
+                "LightningModule, or add gate.parameters() in configure_optimizers."
+            )
+
+    def on_train_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Switch the gate on, if it is its turn."""
+        self._gated = self.schedule.is_gated(trainer.current_epoch, batch_idx)
+        if self._gated:
+            self._open = ExitStack()
+            self._open.enter_context(self.gate.gating(self.labels(batch)))
+
+    def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
+        """Switch the gate off; the loss has been computed."""
+        self._open.close()
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        """Add the regulariser's gradient, after any loss scaling has been undone."""
+        if not self._gated or not self._holds(optimizer):
+            return
+        weight = self.gate.weight
+        with torch.enable_grad():
+            term = self.regularisation * self.regulariser(self.gate)
+        if term.requires_grad:
+            (gradient,) = torch.autograd.grad(term, weight)
+            weight.grad = gradient if weight.grad is None else weight.grad + gradient
+
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Project the gate."""
+        if self._gated:
+            self.gate.project()
+        self._gated = False
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Switch the gate off."""
+        with suppress(BaseException):
+            self._open.__exit__(type(exception), exception, exception.__traceback__)
+        self._gated = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """The gate, for Lightning's checkpoint."""
+        return {"gate": self.gate.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The gate, from Lightning's checkpoint."""
+        self.gate.load_state_dict(state_dict["gate"])
+
+    def _holds(self, optimizer: Any) -> bool:
+        groups = optimizer.param_groups
+        return any(one is self.gate.weight for group in groups for one in group["params"])

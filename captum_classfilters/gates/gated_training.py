@@ -1,0 +1,378 @@
+"""Training with a class-specific gate: schedule, steps, history, exact resumption."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from tqdm.auto import tqdm
+
+from captum_classfilters._core.batches import split_batch
+from captum_classfilters._core.guard import model_left_as_found
+from captum_classfilters.gates.class_specific_gate import ClassSpecificGate
+from captum_classfilters.identify.statistics import class_labels
+
+Unit = Literal["epoch", "batch", "joint"]
+
+
+@dataclass(frozen=True)
+class GateSchedule:
+    r"""
+    When the gated path is trained.
+
+    Step *s* is gated if ``s % period >= period - gated`` and the warm-up is over, where a step is an
+    epoch or a batch: with the defaults, two plain epochs and a gated one in turn, as Liang et al.'s
+    code alternates. ``unit="joint"`` trains both paths in every batch.
+
+    Args:
+
+        unit (str): ``"epoch"``, ``"batch"`` or ``"joint"``.
+                    Default: "epoch"
+        period (int): Length of a cycle.
+                    Default: 3
+        gated (int): How many of its steps are gated, the last ones.
+                    Default: 1
+        warmup (int): Number of first epochs without gated steps.
+                    Default: 0
+
+    Raises:
+        ValueError: The unit is unknown, ``gated`` is not between 1 and ``period``, or the warm-up is
+                    negative.
+    """
+
+    unit: Unit = "epoch"
+    period: int = 3
+    gated: int = 1
+    warmup: int = 0
+
+    def __post_init__(self) -> None:
+        if self.unit not in ("epoch", "batch", "joint"):
+            raise ValueError(f"unit={self.unit!r}; choose 'epoch', 'batch' or 'joint'.")
+        if not 1 <= self.gated <= self.period:
+            raise ValueError(f"gated={self.gated} must be between 1 and period={self.period}.")
+        if self.warmup < 0:
+            raise ValueError(f"warmup={self.warmup} must not be negative.")
+
+    def is_gated(self, epoch: int, batch: int) -> bool:
+        """Whether a batch takes the gated path.
+
+        Args:
+
+            epoch (int): Number of the epoch, from 0.
+            batch (int): Number of the batch in it, from 0.
+
+        Returns:
+            *bool*.
+        """
+        if epoch < self.warmup:
+            return False
+        if self.unit == "joint":
+            return True
+        step = epoch if self.unit == "epoch" else batch
+        return step % self.period >= self.period - self.gated
+
+
+@dataclass(frozen=True)
+class GatedEpoch:
+    """What one epoch did.
+
+    Args:
+
+        epoch (int): Number of the epoch, from 0.
+        gated_share (float): Share of its batches that took the gated path.
+        loss (float): Mean loss over its batches.
+        accuracy (float): Accuracy of the path that was trained, over its images.
+        density (float): L1-density of the gate at its end.
+        validation_accuracy (float or None): Accuracy of the ungated path on the validation data.
+    """
+
+    epoch: int
+    gated_share: float
+    loss: float
+    accuracy: float
+    density: float
+    validation_accuracy: float | None
+
+
+class GatedTrainer:
+    r"""
+    Train a network together with its class-specific gate.
+
+    A plain step minimises the cross-entropy of the ungated path with ``optimizer``. A gated step
+    minimises :math:`\lambda_1` times the cross-entropy of the gated path plus :math:`\lambda_2` times
+    the gate's regulariser with ``gated_optimizer``, and projects the gate. In a joint step the plain
+    cross-entropy is added. Schedulers advance at the end of an epoch in which their optimiser stepped.
+
+    Args:
+
+        model (nn.Module): The model; the gate must be attached to one of its layers.
+        gate (ClassSpecificGate): The gate.
+        optimizer (torch.optim.Optimizer): For plain steps, over the model's parameters.
+        gated_optimizer (torch.optim.Optimizer, optional): For gated steps, over the parameters to
+                    train there and the gate's. By default ``optimizer``, to which the gate's
+                    parameters are added without weight decay if it lacks them.
+        scheduler, gated_scheduler (optional): Learning-rate schedulers of the two.
+        schedule (GateSchedule, optional): When steps are gated.
+        gated_weight (float): :math:`\lambda_1`.
+                    Default: 1.0
+        regularisation (float): :math:`\lambda_2`.
+                    Default: 1e-3
+        regulariser (Callable, optional): The term itself, from the gate to a scalar. By default
+                    ``gate.regulariser()``.
+        criterion (Callable): Loss of logits and labels.
+                    Default: cross-entropy
+
+    Raises:
+        ValueError: The gate is not attached, ``gated_optimizer`` does not hold its parameters, or a
+                    scheduler needs a metric.
+
+    Examples::
+
+        >>> import torch
+        >>> from captum_classfilters.gates import ClassSpecificGate, GatedTrainer
+        >>> net = torch.nn.Sequential(
+        ...     torch.nn.Conv2d(1, 8, 3), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1),
+        ...     torch.nn.Flatten(), torch.nn.Linear(8, 2))
+        >>> data = [(torch.rand(4, 1, 6, 6), torch.tensor([0, 1, 1, 0]))]
+        >>> gate = ClassSpecificGate(2, 8).attach(net, "1")
+        >>> trainer = GatedTrainer(net, gate, torch.optim.SGD(net.parameters(), lr=0.1))
+        >>> history = trainer.fit(data, epochs=3, show_progress=False)
+        >>> [epoch.gated_share for epoch in history]
+        [0.0, 0.0, 1.0]
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        gate: ClassSpecificGate,
+        optimizer: torch.optim.Optimizer,
+        gated_optimizer: torch.optim.Optimizer | None = None,
+        scheduler: Any = None,
+        gated_scheduler: Any = None,
+        schedule: GateSchedule | None = None,
+        gated_weight: float = 1.0,
+        regularisation: float = 1e-3,
+        regulariser: Callable[[ClassSpecificGate], Tensor] | None = None,
+        criterion: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+    ) -> None:
+        if gate._layer is None:
+            raise ValueError("The gate is not attached; call gate.attach(model, layer) first.")
+        if gated_optimizer is None:
+            gated_optimizer = optimizer
+            if not _holds(optimizer, gate.weight):
+                optimizer.add_param_group({"params": [gate.weight], "weight_decay": 0.0})
+        if not _holds(gated_optimizer, gate.weight):
+            raise ValueError("gated_optimizer does not hold the gate's parameters.")
+        if any(isinstance(one, ReduceLROnPlateau) for one in (scheduler, gated_scheduler)):
+            raise ValueError("ReduceLROnPlateau needs a metric; choose a scheduler of epochs.")
+        self.model = model
+        self.gate = gate
+        self.optimizer = optimizer
+        self.gated_optimizer = gated_optimizer
+        self.scheduler = scheduler
+        self.gated_scheduler = gated_scheduler
+        self.schedule = schedule or GateSchedule()
+        self.gated_weight = gated_weight
+        self.regularisation = regularisation
+        self.regulariser = regulariser or (lambda one: one.regulariser())
+        self.criterion = criterion
+        self.history: list[GatedEpoch] = []
+
+    def fit(
+        self,
+        train_loader: Iterable[Any],
+        validation_loader: Iterable[Any] | None = None,
+        epochs: int = 1,
+        show_progress: bool = True,
+    ) -> list[GatedEpoch]:
+        """Train until ``epochs`` epochs are done, those of a resumed run included.
+
+        Args:
+
+            train_loader (iterable): Batches of (images, labels).
+            validation_loader (iterable, optional): Batches to measure the ungated path on.
+            epochs (int): Number of epochs in all.
+            show_progress (bool): Show a progress bar.
+
+        Returns:
+            *list of GatedEpoch*: The whole history.
+
+        Raises:
+            ValueError: A batch is no pair of images and labels, or model, labels and gate do not fit
+                        each other; the first batch is checked before anything is trained.
+        """
+        bar = tqdm(
+            range(len(self.history), epochs),
+            desc="training",
+            unit="epoch",
+            disable=not show_progress,
+        )
+        for epoch in bar:
+            self.model.train()
+            record = self._epoch(epoch, train_loader, validation_loader)
+            self.history.append(record)
+            bar.set_postfix(
+                accuracy=record.accuracy,
+                density=record.density,
+                path="gated" if record.gated_share else "plain",
+            )
+        return list(self.history)
+
+    def step(
+        self, images: Tensor | tuple[Tensor, ...], labels: Tensor, gated: bool
+    ) -> tuple[float, int]:
+        """One optimisation step.
+
+        Args:
+
+            images (Tensor or tuple of Tensors): The inputs of the model.
+            labels (Tensor): Shape (N,).
+            gated (bool): Take the gated path (or both, if the schedule is joint).
+
+        Returns:
+            *tuple* of the loss and the number of correct predictions on the trained path.
+
+        Raises:
+            ValueError: The model and the gate differ in their number of classes.
+        """
+        inputs = images if isinstance(images, tuple) else (images,)
+        optimizer = self.gated_optimizer if gated else self.optimizer
+        optimizer.zero_grad(set_to_none=True)
+        if not gated:
+            logits = self.model(*inputs)
+            loss = self.criterion(logits, labels)
+        else:
+            logits = self._gated_logits(inputs, labels)
+            loss = self.gated_weight * self.criterion(logits, labels)
+            loss = loss + self.regularisation * self.regulariser(self.gate)
+            if self.schedule.unit == "joint":
+                logits = self.model(*inputs)
+                loss = loss + self.criterion(logits, labels)
+        loss.backward()
+        optimizer.step()
+        if gated:
+            self.gate.project()
+        return float(loss.detach()), int((logits.detach().argmax(1) == labels).sum())
+
+    def _gated_logits(self, inputs: tuple[Tensor, ...], labels: Tensor) -> Tensor:
+        with self.gate.gating(labels):
+            logits: Tensor = self.model(*inputs)
+        if logits.shape[1] != self.gate.num_classes:
+            raise ValueError(
+                f"The model tells {logits.shape[1]} classes apart, but the gate has "
+                f"{self.gate.num_classes}."
+            )
+        return logits
+
+    def _epoch(
+        self, epoch: int, train_loader: Iterable[Any], validation_loader: Iterable[Any] | None
+    ) -> GatedEpoch:
+        losses: list[float] = []
+        gated_batches = right = images_seen = 0
+        device = self.gate.weight.device
+        for number, batch in enumerate(train_loader):
+            images, labels = split_batch(batch, number, device)
+            if not isinstance(labels, Tensor):
+                raise ValueError(
+                    f"Batch {number} has no labels: they are a {type(labels).__name__}; expected a "
+                    "Tensor (N,) of class indices."
+                )
+            labels = class_labels(labels, len(images[0]), self.gate.num_classes, number).to(device)
+            if not self.history and number == 0:
+                # The first gated step may be epochs away.
+                with torch.no_grad(), model_left_as_found(self.model, evaluation=True):
+                    self._gated_logits(tuple(one[:2] for one in images), labels[:2])
+            gated = self.schedule.is_gated(epoch, number)
+            loss, correct = self.step(images, labels, gated)
+            losses.append(loss)
+            gated_batches += gated
+            right += correct
+            images_seen += len(labels)
+        if not losses:
+            raise ValueError(
+                f"The training loader is empty in epoch {epoch}; a generator runs only once."
+            )
+        self._advance(gated_batches, len(losses))
+        return GatedEpoch(
+            epoch=epoch,
+            gated_share=gated_batches / len(losses),
+            loss=sum(losses) / len(losses),
+            accuracy=right / images_seen,
+            density=self.gate.density,
+            validation_accuracy=None
+            if validation_loader is None
+            else self._accuracy(validation_loader),
+        )
+
+    def _advance(self, gated_batches: int, batches: int) -> None:
+        if self.scheduler is not None and (gated_batches < batches or self._one_optimizer):
+            self.scheduler.step()
+        if self.gated_scheduler is not None and gated_batches:
+            self.gated_scheduler.step()
+
+    @property
+    def _one_optimizer(self) -> bool:
+        return self.gated_optimizer is self.optimizer
+
+    @torch.no_grad()
+    def _accuracy(self, batches: Iterable[Any]) -> float:
+        right = total = 0
+        device = self.gate.weight.device
+        with model_left_as_found(self.model, evaluation=True):
+            for number, batch in enumerate(batches):
+                images, labels = split_batch(batch, number, device)
+                predicted = self.model(*images).argmax(1).cpu()
+                right += int((predicted == labels.cpu()).sum())
+                total += len(labels)
+        return right / max(total, 1)
+
+    # -- resuming --------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a resumed run needs to go on exactly as this one would have.
+
+        Returns:
+            *dict*: Model, gate, optimisers, schedulers, history and torch's random state on the
+            CPU; load it with ``torch.load(..., weights_only=True)`` and :meth:`load_state_dict`. A
+            loader that shuffles with a generator of its own is not part of it.
+        """
+        parts = {
+            "model": self.model,
+            "gate": self.gate,
+            "optimizer": self.optimizer,
+            "gated_optimizer": None if self._one_optimizer else self.gated_optimizer,
+            "scheduler": self.scheduler,
+            "gated_scheduler": self.gated_scheduler,
+        }
+        state = {name: part.state_dict() for name, part in parts.items() if part is not None}
+        state["history"] = [asdict(record) for record in self.history]
+        state["random_state"] = torch.get_rng_state()
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where another trainer stopped.
+
+        Args:
+
+            state (dict): From :meth:`state_dict`.
+
+        Raises:
+            ValueError: The state holds other parts than this trainer has.
+        """
+        expected = set(self.state_dict())
+        if set(state) != expected:
+            odd = sorted(expected.symmetric_difference(state))
+            raise ValueError(
+                f"The state does not fit this trainer; it differs in {', '.join(odd)}."
+            )
+        for name in expected - {"history", "random_state"}:
+            getattr(self, name).load_state_dict(state[name])
+        self.history = [GatedEpoch(**record) for record in state["history"]]
+        torch.set_rng_state(state["random_state"])
+
+
+def _holds(optimizer: torch.optim.Optimizer, parameter: Tensor) -> bool:
+    return any(one is parameter for group in optimizer.param_groups for one in group["params"])

@@ -1,0 +1,196 @@
+"""Groups of filters that do alike, and what of them the survivors of pruning still hold."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Similarity = Literal["cosine", "correlation"]
+
+
+@dataclass(frozen=True)
+class Coverage:
+    r"""
+    How many groups of filters still have a member.
+
+    Args:
+
+        share (float): Share of the groups with a survivor.
+        chance (float): The share expected if as many filters survive at random.
+        lost (tuple of int): The groups without a survivor.
+    """
+
+    share: float
+    chance: float
+    lost: tuple[int, ...]
+
+
+def filter_clusters(
+    vectors: Tensor,
+    *,
+    similarity: Similarity = "cosine",
+    threshold: float = 0.7,
+    num_clusters: int | None = None,
+) -> Tensor:
+    r"""
+    Group a layer's filters by the likeness of their weights or of their activations.
+
+    Average-linkage clustering (scikit-learn) of the distances 1 - similarity.
+
+    Args:
+
+        vectors (Tensor): Shape (K, D): a layer's weights flattened, or its activations on D images
+                    (``collect_features(...)[0].T``).
+        similarity (str): ``"cosine"``, of weights say, or ``"correlation"``, of activations.
+                    Default: "cosine"
+        threshold (float): Groups are merged while their mean similarity is at least this.
+                    Default: 0.7
+        num_clusters (int, optional): Make so many groups instead.
+                    Default: None
+
+    Returns:
+        *Tensor* of shape (K,), int64: the group of each filter, numbered from 0 in the order of
+        their first members.
+
+    Raises:
+        ValueError: Shapes or options are wrong, or a filter has no direction (only zeros, or for
+                    correlations a constant).
+        ImportError: scikit-learn, of the extra ``prune``, is not installed.
+
+    Examples::
+
+        >>> import torch
+        >>> from captum_classfilters.heads import filter_clusters
+        >>> filter_clusters(torch.tensor([[1., 0.], [0., 1.], [2., .1]]))
+        tensor([0, 1, 0])
+    """
+    try:
+        from sklearn.cluster import AgglomerativeClustering
+    except ImportError as error:
+        raise ImportError(
+            "Clustering needs scikit-learn: pip install 'captum-classfilters[prune]'."
+        ) from error
+    distances = 1 - _similarity(vectors, similarity)
+    number = len(distances)
+    if num_clusters is not None and not 1 <= num_clusters <= number:
+        raise ValueError(f"num_clusters={num_clusters}: expected 1 to {number}.")
+    if not -1 <= threshold <= 1:
+        raise ValueError(f"threshold={threshold} is no similarity; choose a number in [-1, 1].")
+    if number == 1:
+        return torch.zeros(1, dtype=torch.int64)
+    found = AgglomerativeClustering(
+        n_clusters=num_clusters,
+        metric="precomputed",
+        linkage="average",
+        # Merging stops at distances of the threshold or above; equal similarity is to merge.
+        distance_threshold=None if num_clusters is not None else 1 - threshold + 1e-9,
+    ).fit_predict(distances.clamp(min=0).fill_diagonal_(0).numpy())
+    renumbered: dict[int, int] = {}
+    return torch.tensor([renumbered.setdefault(int(one), len(renumbered)) for one in found])
+
+
+def coverage(clusters: Tensor, kept: Tensor) -> Coverage:
+    r"""
+    Share of the groups of filters that have a survivor, and what chance would leave.
+
+    By chance a group of *s* of *K* filters loses all when *n* survive with probability
+    :math:`\binom{K-s}{n} / \binom{K}{n}`.
+
+    Args:
+
+        clusters (Tensor): Shape (K,), the group of each filter, from :func:`filter_clusters`.
+        kept (Tensor): Shape (K,), bool, which filters survive.
+
+    Returns:
+        *Coverage*.
+
+    Raises:
+        ValueError: Shapes do not fit.
+    """
+    from scipy.stats import hypergeom
+
+    if kept.shape != clusters.shape or kept.dtype != torch.bool or clusters.dim() != 1:
+        raise ValueError(
+            f"kept is {kept.dtype} of shape {tuple(kept.shape)}; expected a bool mask of the "
+            f"clusters' shape, {tuple(clusters.shape)}."
+        )
+    groups, sizes = clusters.unique(return_counts=True)
+    alive = clusters[kept].unique()
+    lost = [int(group) for group in groups if group not in alive]
+    none_left = hypergeom.pmf(0, len(clusters), sizes.numpy(), int(kept.sum()))
+    return Coverage(
+        share=1 - len(lost) / len(groups),
+        chance=float(1 - none_left.mean()),
+        lost=tuple(lost),
+    )
+
+
+def diversity(vectors: Tensor, kept: Tensor | None = None) -> float:
+    r"""
+    Mean of 1 - abs(correlation) over all pairs of filters; 0 if they all do the same.
+
+    Args:
+
+        vectors (Tensor): Shape (K, D), weights or activations.
+        kept (Tensor, optional): Shape (K,), bool; only these filters.
+                    Default: None
+
+    Returns:
+        *float* in [0, 1].
+
+    Raises:
+        ValueError: Fewer than two filters, or a constant one.
+    """
+    rows = vectors if kept is None else vectors[kept]
+    alike = _similarity(rows, "correlation").abs()
+    number = len(alike)
+    if number < 2:
+        raise ValueError(f"There is {number} filter; a diversity needs two or more.")
+    return float((1 - alike).triu(1).sum() / (number * (number - 1) / 2))
+
+
+def effective_rank(vectors: Tensor, kept: Tensor | None = None) -> float:
+    r"""
+    Effective number of directions of a matrix: the exponential of its singular values' entropy.
+
+    Source: Roy and Vetterli, *The effective rank: a measure of effective dimensionality*, EUSIPCO
+    2007.
+
+    Args:
+
+        vectors (Tensor): Shape (K, D), weights or activations.
+        kept (Tensor, optional): Shape (K,), bool; only these filters.
+                    Default: None
+
+    Returns:
+        *float* from 1 to min(K, D).
+
+    Raises:
+        ValueError: The matrix is empty or zero.
+    """
+    rows = (vectors if kept is None else vectors[kept]).detach().double()
+    if rows.dim() != 2 or not bool(rows.abs().sum() > 0):
+        raise ValueError(f"vectors of shape {tuple(rows.shape)}: expected (K, D), not all zero.")
+    values = torch.linalg.svdvals(rows)
+    share = values / values.sum()
+    return float(torch.special.entr(share).sum().exp())
+
+
+def _similarity(vectors: Tensor, kind: Similarity) -> Tensor:
+    """Similarities of all pairs of rows (K, K)."""
+    if kind not in ("cosine", "correlation"):
+        raise ValueError(f"similarity={kind!r}; choose 'cosine' or 'correlation'.")
+    if vectors.dim() != 2 or not len(vectors):
+        raise ValueError(f"vectors have shape {tuple(vectors.shape)}; expected (K, D).")
+    rows = vectors.detach().double().cpu()
+    rows = rows - rows.mean(1, keepdim=True) if kind == "correlation" else rows
+    size = rows.norm(dim=1, keepdim=True)
+    flat = (size[:, 0] <= 1e-12 * vectors.abs().max().double().clamp(min=1e-300)).nonzero()[:, 0]
+    if len(flat):
+        raise ValueError(
+            f"Filter {int(flat[0])} is constant, so it has no {kind} with others; leave such "
+            "filters out."
+        )
+    rows = rows / size
+    return (rows @ rows.T).clamp(-1, 1)

@@ -1,0 +1,283 @@
+"""Which layers of a model have filters that the methods can use, and why the others do not."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from captum_classfilters._core.guard import model_left_as_found
+from captum_classfilters._core.heads import how_layer_feeds, record_head
+from captum_classfilters._core.layers import declared_filters, filter_axis, layer_layout, layer_name
+from captum_classfilters._core.named_layers import NamedLayers
+
+if TYPE_CHECKING:
+    import pandas
+
+
+@dataclass(frozen=True)
+class FilterLayer:
+    r"""
+    One layer of a model, as :func:`list_filter_layers` found it.
+
+    Args:
+
+        name (str): Dotted name.
+        type (str): Class of the module.
+        shape (tuple of int or None): Shape of its output, N first.
+        runs (int): How often it ran in one forward pass.
+        channel_dim (int or None): Axis of its filters; every method may be given it.
+        num_filters (int or None): K.
+        feeds_head (str or None): How its output becomes the input of the last linear layer:
+                    ``"mean"`` over positions, ``"identical"`` or ``"flatten"``. Contributions are
+                    exact there if nothing follows the head, and the head can be decomposed.
+        qualifies (bool): Whether the methods of this package can be used.
+        reason (str): Why not; for a layer that qualifies, what to mind.
+    """
+
+    name: str
+    type: str
+    shape: tuple[int, ...] | None
+    runs: int
+    channel_dim: int | None
+    num_filters: int | None
+    feeds_head: str | None
+    qualifies: bool
+    reason: str
+
+
+class FilterLayers(NamedLayers[FilterLayer]):
+    """The layers of a model in the order in which they first ran; prints as a table.
+
+    Args:
+
+        layers (sequence of FilterLayer): The layers.
+        head (str or None): Name of the last linear layer that ran.
+    """
+
+    def __init__(self, layers: Sequence[FilterLayer], head: str | None) -> None:
+        super().__init__(layers)
+        self.head = head
+
+    @property
+    def qualifying(self) -> list[FilterLayer]:
+        """The layers that the methods can use."""
+        return [layer for layer in self._layers if layer.qualifies]
+
+    @property
+    def feeding_head(self) -> list[FilterLayer]:
+        """The layers whose output becomes the head's input, directly, as a mean, or flattened."""
+        return [layer for layer in self.qualifying if layer.feeds_head]
+
+    def to_pandas(self) -> "pandas.DataFrame":
+        """One row for each layer.
+
+        Returns:
+            *pandas.DataFrame*. Needs the extra ``pandas``.
+        """
+        import pandas
+
+        return pandas.DataFrame([asdict(layer) for layer in self._layers])
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        rows: list[tuple[str, ...]] = [
+            ("layer", "type", "output", "filters", "feeds head", "remark")
+        ]
+        for layer in self._layers:
+            rows.append(
+                (
+                    layer.name,
+                    layer.type,
+                    "x".join(map(str, layer.shape)) if layer.shape else "-",
+                    str(layer.num_filters) if layer.qualifies else "no",
+                    layer.feeds_head or "",
+                    layer.reason,
+                )
+            )
+        return rows
+
+
+def list_filter_layers(
+    model: nn.Module, example_inputs: Tensor | tuple[Any, ...], leaves_only: bool = False
+) -> FilterLayers:
+    r"""
+    List which layers of a model qualify for class filters, and why the others do not.
+
+    The model runs once in evaluation mode, with a hook on every module. A layer qualifies if it
+    runs exactly once and puts out one floating-point tensor with the images on axis 0 and a channel
+    axis. Nothing here knows a model by its name.
+
+    Args:
+
+        model (nn.Module): The model.
+        example_inputs (Tensor or tuple): Inputs of the model, two or more examples.
+        leaves_only (bool): Leave out modules that contain others.
+                    Default: False
+
+    Returns:
+        *FilterLayers*: A sequence of :class:`FilterLayer` that prints as a table.
+
+    Raises:
+        ValueError: There are no example inputs.
+
+    Examples::
+
+        >>> import torch
+        >>> from captum_classfilters import list_filter_layers
+        >>> net = torch.nn.Sequential(
+        ...     torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1),
+        ...     torch.nn.Flatten(), torch.nn.Linear(8, 2))
+        >>> print(list_filter_layers(net, torch.rand(2, 3, 6, 6)))
+        layer  type               output   filters  feeds head  remark
+        0      Conv2d             2x8x4x4  8
+        1      ReLU               2x8x4x4  8        mean
+        2      AdaptiveAvgPool2d  2x8x1x1  8        identical
+        3      Flatten            2x8      8        identical
+        4      Linear             2x2      2                    puts out the logits
+    """
+    inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    batch = next((len(one) for one in inputs if isinstance(one, Tensor) and one.dim()), 0)
+    if batch < 1:
+        raise ValueError("example_inputs must hold at least one example.")
+    names = {module: name for name, module in model.named_modules() if name}
+    calls: dict[nn.Module, list[Any]] = {}
+    producers: dict[nn.Module, _Producer] = {}
+    producer = _Producer()
+
+    def hook(module: nn.Module, module_inputs: Any, output: Any) -> None:
+        nonlocal producer
+        if not list(module.children()):
+            producer = producer.before(module, module_inputs, output)
+        producers[module] = replace(producer, output=None)
+        # Copies, because in-place successors overwrite what a module put out.
+        kept = output.detach().clone() if isinstance(output, Tensor) else output
+        calls.setdefault(module, []).append(kept)
+
+    handles = [module.register_forward_hook(hook) for module in names]
+    try:
+        with (
+            model_left_as_found(model, evaluation=True),
+            torch.no_grad(),
+            record_head(model) as head,
+        ):
+            output = model(*inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    features = None if head.features is None else head.features.detach()
+    layers = []
+    for module in [*calls, *(module for module in names if module not in calls)]:
+        if leaves_only and list(module.children()):
+            continue
+        found = _Found(
+            names[module], module, calls.get(module, []), producers.get(module, producer), batch
+        )
+        layers.append(found.describe(features, output, head.is_output(output)))
+    return FilterLayers(layers, layer_name(model, head.module) if head.module else None)
+
+
+@dataclass
+class _Producer:
+    """The weighted leaf that ran last, and what later modules without weights made of its output."""
+
+    module: nn.Module | None = None
+    output: Any = None
+    kept: bool = False  # nothing but functions of single elements followed
+    moved: bool = False  # the last module permuted its input's axes
+
+    def before(self, module: nn.Module, inputs: Any, output: Any) -> "_Producer":
+        """The producer of a leaf's output."""
+        if declared_filters(module) is not None:
+            return _Producer(module, output, kept=True)
+        given = inputs[0] if isinstance(inputs, tuple) and inputs else None
+        if not isinstance(given, Tensor) or not isinstance(output, Tensor):
+            return _Producer(self.module)
+        same_strides = given.shape == output.shape and given.stride() == output.stride()
+        kept = given is self.output and same_strides
+        moved = given.data_ptr() == output.data_ptr() and not same_strides
+        return _Producer(self.module, output if kept else None, kept, moved)
+
+
+@dataclass
+class _Found:
+    """One module and what it put out."""
+
+    name: str
+    module: nn.Module
+    outputs: list[Any]
+    producer: _Producer
+    batch: int
+
+    def describe(self, features: Tensor | None, model_output: Any, ends: bool) -> FilterLayer:
+        """The module as a row of the table; ``ends`` says that the model ends in its head."""
+        output: Any = self.outputs[0] if self.outputs else None
+        shape = tuple(output.shape) if isinstance(output, Tensor) else None
+        reason = self._reason(output)
+        if reason:
+            return self._row(shape, None, None, None, False, reason)
+        try:
+            axis, remark = self._axis(output)
+        except ValueError:
+            last = output.dim() - 1
+            reason = f"filters on axis 1 or {last}? Same size: give channel_dim=1 or channel_dim=-1"
+            return self._row(shape, None, output.shape[1], None, False, reason)
+        feed = None if features is None else self._feed(features, output, axis)
+        if isinstance(model_output, Tensor) and torch.equal(output, model_output):
+            feed, remark = None, "puts out the logits"
+        if feed and not ends:
+            remark = "contributions are not exact: the model goes on after its last linear layer"
+        return self._row(shape, axis, output.shape[axis], feed, True, remark)
+
+    @staticmethod
+    def _feed(features: Tensor, output: Tensor, axis: int) -> str | None:
+        if features.dim() > 2:  # a convolution sees the layer's own maps, or none
+            return how_layer_feeds(features, output, axis)
+        maps = output.movedim(axis, 1).flatten(2) if output.dim() > 2 else output
+        return how_layer_feeds(features, maps, 1)
+
+    def _reason(self, output: Any) -> str:
+        if not self.outputs:
+            return "never called as a module in the forward pass"
+        if len(self.outputs) > 1:
+            return f"called {len(self.outputs)} times in one forward pass"
+        if not isinstance(output, Tensor):
+            return f"puts out a {type(output).__name__}, not one tensor"
+        if not output.is_floating_point():
+            return f"puts out {str(output.dtype).removeprefix('torch.')}, not numbers to weigh"
+        if output.dim() < 2:
+            return "no channel dimension"
+        if len(output) != self.batch:
+            return "axis 0 is not the batch"
+        return ""
+
+    def _axis(self, output: Tensor) -> tuple[int, str]:
+        """The filter axis, and a remark where the methods must be told it."""
+        axis = filter_axis(self.module, output)
+        if declared_filters(self.module) is not None or output.dim() == 2:
+            return axis, ""
+        # A module without weights keeps the layout of the last weighted module that ran before it.
+        before = self.producer.module
+        width = declared_filters(before) if before is not None else None
+        last = output.dim() - 1
+        fits = [one for one in (1, last) if output.shape[one] == width]
+        if fits == [1, last]:
+            layout = layer_layout(before)
+            if layout == "last" and self.producer.kept:
+                fits = [last]
+            elif layout != "first" or self.producer.moved:
+                raise ValueError("Axis 1 and the last axis have the same size.")
+        return (last, "needs channel_dim=-1") if fits == [last] else (axis, "")
+
+    def _row(
+        self,
+        shape: tuple[int, ...] | None,
+        axis: int | None,
+        num_filters: int | None,
+        feed: str | None,
+        qualifies: bool,
+        reason: str,
+    ) -> FilterLayer:
+        kind = type(self.module).__name__
+        runs = len(self.outputs)
+        return FilterLayer(self.name, kind, shape, runs, axis, num_filters, feed, qualifies, reason)

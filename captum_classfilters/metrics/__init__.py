@@ -1,0 +1,103 @@
+"""What judges any method: faithfulness, sensitivity, curves, localisation, information, comparison."""
+
+from captum_classfilters.metrics.adversarial_detection import (
+    AdversarialDetection,
+    adversarial_detection,
+)
+from captum_classfilters.metrics.breadth_scores import mixture_entropy_score, union_score
+from captum_classfilters.metrics.cascading_randomisation import (
+    CascadingRandomisation,
+    cascading_randomisation,
+)
+from captum_classfilters.metrics.class_curves import ClassCurves, class_curves
+from captum_classfilters.metrics.collateral_damage import CollateralDamage, collateral_damage
+from captum_classfilters.metrics.compare_attributions import (
+    AttributionComparison,
+    AttributionTable,
+    compare_attributions,
+)
+from captum_classfilters.metrics.compare_methods import (
+    MethodComparison,
+    compare_methods,
+    standard_methods,
+)
+from captum_classfilters.metrics.evaluate_classifier import ClassifierScores, evaluate_classifier
+from captum_classfilters.metrics.feature_tables import (
+    mutual_information_filters,
+    selectivity_filters,
+)
+from captum_classfilters.metrics.filter_curves import FilterCurves, filter_curves
+from captum_classfilters.metrics.filter_infidelity import FilterInfidelity, filter_infidelity
+from captum_classfilters.metrics.filter_localization import FilterLocalization, filter_localization
+from captum_classfilters.metrics.filter_sensitivity import (
+    FilterSensitivity,
+    explanation_for_sensitivity,
+    filter_max_sensitivity,
+    filter_scores_of,
+)
+from captum_classfilters.metrics.localization import (
+    Localization,
+    boxes_to_masks,
+    centre_box_maps,
+    choose_threshold,
+    localization,
+)
+from captum_classfilters.metrics.mutual_information import (
+    mutual_information_bound,
+    mutual_information_matrix,
+    mutual_information_score,
+)
+from captum_classfilters.metrics.quantus_explanation import quantus_explanation
+from captum_classfilters.metrics.remove_and_retrain import RemoveAndRetrain, remove_and_retrain
+from captum_classfilters.metrics.selectivity import (
+    class_means,
+    class_selectivity_index,
+    selectivity_regulariser,
+)
+
+__all__ = [
+    "AdversarialDetection",
+    "AttributionComparison",
+    "AttributionTable",
+    "CascadingRandomisation",
+    "ClassCurves",
+    "ClassifierScores",
+    "CollateralDamage",
+    "FilterCurves",
+    "FilterInfidelity",
+    "FilterLocalization",
+    "FilterSensitivity",
+    "Localization",
+    "MethodComparison",
+    "RemoveAndRetrain",
+    "adversarial_detection",
+    "boxes_to_masks",
+    "cascading_randomisation",
+    "centre_box_maps",
+    "choose_threshold",
+    "class_curves",
+    "class_means",
+    "class_selectivity_index",
+    "collateral_damage",
+    "compare_attributions",
+    "compare_methods",
+    "evaluate_classifier",
+    "explanation_for_sensitivity",
+    "filter_curves",
+    "filter_infidelity",
+    "filter_localization",
+    "filter_max_sensitivity",
+    "filter_scores_of",
+    "localization",
+    "mixture_entropy_score",
+    "mutual_information_bound",
+    "mutual_information_filters",
+    "mutual_information_matrix",
+    "mutual_information_score",
+    "quantus_explanation",
+    "remove_and_retrain",
+    "selectivity_filters",
+    "selectivity_regulariser",
+    "standard_methods",
+    "union_score",
+]

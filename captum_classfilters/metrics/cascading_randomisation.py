@@ -1,0 +1,140 @@
+"""A sanity check: does an explanation notice that the network's weights are gone?"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from captum.attr import LayerAttribution
+from torch import Tensor, nn
+
+from captum_classfilters._core.captum import (
+    _format_additional_forward_args,
+    _format_tensor_into_tuples,
+)
+from captum_classfilters._core.guard import model_left_as_found
+from captum_classfilters.class_filters import _rank_correlation
+from captum_classfilters.metrics.explained import check_is_function, explains
+from captum_classfilters.metrics.filter_sensitivity import filter_scores_of, scores_filters
+from captum_classfilters.metrics.reset import reset_weights, weighted_modules
+
+
+@dataclass(frozen=True)
+class CascadingRandomisation:
+    r"""
+    Likeness of explanations to the trained network's, as its weights are lost from the output down.
+
+    Args:
+
+        modules (list of str): S modules, each randomised on top of those before it.
+        rank_correlation (Tensor): Shape (S, N). Spearman's correlation of each image's explanation
+                    with that of the trained network; NaN where one is constant.
+        absolute_rank_correlation (Tensor): Shape (S, N). The same of the absolute values.
+    """
+
+    modules: list[str]
+    rank_correlation: Tensor
+    absolute_rank_correlation: Tensor
+
+    def __str__(self) -> str:
+        lines = [f"{'randomised down to':24s} rank correlation  of absolute values"]
+        both = zip(self.rank_correlation, self.absolute_rank_correlation, strict=True)
+        for name, (signed, absolute) in zip(self.modules, both, strict=True):
+            lines.append(
+                f"{name:24s} {float(signed.nanmean()):16.3f}  {float(absolute.nanmean()):18.3f}"
+            )
+        return "\n".join(lines)
+
+
+def cascading_randomisation(
+    model: nn.Module,
+    make_method: Callable[[nn.Module], Any],
+    inputs: Tensor | tuple[Tensor, ...],
+    *,
+    target: Any = None,
+    additional_forward_args: Any = None,
+    seed: int = 0,
+    **options: Any,
+) -> CascadingRandomisation:
+    r"""
+    Randomise a network from its output down, and compare each stage's explanations with the first.
+
+    Adebayo et al.: *Sanity Checks for Saliency Maps*, NeurIPS 2018, https://arxiv.org/abs/1810.03292.
+    An explanation that stays alike does not depend on what the network has learned. A copy is
+    randomised; the model itself is not touched. Layer methods are compared by their filter scores,
+    or by their maps where they have one map for all filters; input methods by their attributions.
+
+    Args:
+
+        model (nn.Module): The trained model.
+        make_method (Callable): Makes the method for a model, such as
+                    ``lambda model: LayerFilterContribution(model, "layer3")``.
+        inputs (Tensor or tuple[Tensor, ...]): Input of the model, N examples first.
+        target (int, tuple, Tensor or list, optional): In any of Captum's forms.
+                    Default: None
+        additional_forward_args (Any, optional): Further arguments of the model.
+                    Default: None
+        seed (int): Seed of the new weights; the global random state is left as found.
+                    Default: 0
+        options: Further arguments of the method's ``attribute``.
+
+    Returns:
+        *CascadingRandomisation*.
+
+    Raises:
+        ValueError: No module with weights runs, or ``make_method`` ignores its model.
+
+    Examples::
+
+        >>> import torch
+        >>> from captum_classfilters import LayerFilterContribution
+        >>> from captum_classfilters.metrics import cascading_randomisation
+        >>> net = torch.nn.Sequential(
+        ...     torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1),
+        ...     torch.nn.Flatten(), torch.nn.Linear(8, 2))
+        >>> check = cascading_randomisation(
+        ...     net, lambda net: LayerFilterContribution(net, "1"), torch.rand(4, 3, 6, 6), target=1)
+        >>> check.modules
+        ['4', '0']
+    """
+    check_is_function(make_method)
+    images: tuple[Tensor, ...] = _format_tensor_into_tuples(inputs)
+    further = _format_additional_forward_args(additional_forward_args)
+    if further is not None:
+        options["additional_forward_args"] = further
+    with model_left_as_found(model):
+        twin = copy.deepcopy(model)
+        method = make_method(twin)
+        if explains(method, model):
+            raise ValueError(
+                "make_method made a method for the model itself, which keeps its weights; it has to "
+                "use the model that it is called with."
+            )
+        original = _explanation(method, images, target, options)
+        stages = weighted_modules(twin, (*images, *(further or ())))[::-1]
+        if not stages:
+            raise ValueError(f"No module of {type(model).__name__} with weights runs.")
+        torch.manual_seed(seed)
+        signed, absolute = [], []
+        for _, module in stages:
+            reset_weights(module)
+            explained = _explanation(method, images, target, options)
+            signed.append(_rank_correlation(original, explained))
+            absolute.append(_rank_correlation(original.abs(), explained.abs()))
+    names = [name or type(module).__name__ for name, module in stages]
+    return CascadingRandomisation(names, torch.stack(signed), torch.stack(absolute))
+
+
+def _explanation(
+    method: Any, images: tuple[Tensor, ...], target: Any, options: dict[str, Any]
+) -> Tensor:
+    """(N, features) on the CPU."""
+    attributions = method.attribute(
+        images if len(images) > 1 else images[0], target=target, **options
+    )
+    run = (*images, *(options.get("additional_forward_args") or ()))
+    if isinstance(method, LayerAttribution) and scores_filters(method, attributions, run):
+        return filter_scores_of(method, attributions).cpu().double()
+    tensors = attributions if isinstance(attributions, (tuple, list)) else (attributions,)
+    return torch.cat([one.detach().flatten(1) for one in tensors], 1).cpu().double()

@@ -1,0 +1,154 @@
+"""Attributions of either space brought into one form: a score for each pixel or for each filter."""
+
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from captum.attr import LayerAttribution
+from torch import Tensor, nn
+
+from captum_classfilters._core.layers import layer_name, module_of
+from captum_classfilters.gate_space import FilterGate
+from captum_classfilters.metrics.filter_sensitivity import filter_scores_of, scores_filters
+from captum_classfilters.spectral import LayerSingularDirection
+
+PIXELS = "pixels"
+
+
+def check_is_function(make_method: Any) -> None:
+    """Raise if a method is given where a function that makes one for a model is needed."""
+    if not callable(make_method):
+        raise ValueError(
+            f"make_method is a {type(make_method).__name__}; expected a function that makes a method for "
+            'a model: lambda model: LayerFilterContribution(model, "layer3").'
+        )
+
+
+def explains(method: Any, model: nn.Module) -> bool | None:
+    """Whether a method's model has a part in common with a model; None where it hides its model."""
+    function = getattr(method, "forward_func", None)
+    found = function.model if isinstance(function, FilterGate) else module_of(function)
+    if found is None:
+        return None
+    parts = {id(one) for one in model.modules()}
+    return any(id(one) in parts for one in found.modules())
+
+
+class PixelRemoval:
+    r"""
+    A batch ready to be run without some pixels; the interface of ``SuffixReplay`` in pixel space.
+
+    Args:
+
+        model (Callable): The model.
+        inputs (Tensor): Shape (N, channels, H, W).
+        baseline (Tensor): What stands in for a removed pixel, broadcastable to the inputs.
+        batch_size (int): Images in a forward pass.
+    """
+
+    def __init__(
+        self, model: Callable[..., Tensor], inputs: Tensor, baseline: Tensor, batch_size: int
+    ) -> None:
+        self.model, self.inputs = model, inputs
+        self.baseline = baseline.expand_as(inputs)
+        self.batch_size = batch_size
+        self.num_images, self.num_filters = len(inputs), inputs[0, 0].numel()
+        self.output = model(inputs)
+
+    def outputs(self, removed: Tensor) -> Tensor:
+        """Outputs (P, N, C) without sets of pixels (P, K) or (P, N, K)."""
+        return torch.cat([outputs for _, outputs in self.in_parts(removed)])
+
+    def in_parts(self, removed: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """The same, one forward pass at a time: which sets they are, and their outputs."""
+        masks = (removed if removed.dim() == 3 else removed[:, None]).to(self.inputs.device)
+        size = max(1, self.batch_size // self.num_images)
+        for start in range(0, len(masks), size):
+            rows = masks[start : start + size]
+            shape = (len(rows), rows.shape[1], 1, *self.inputs.shape[2:])
+            images = torch.where(rows.reshape(shape), self.baseline, self.inputs)
+            output = self.model(images.flatten(0, 1))
+            yield slice(start, start + size), output.unflatten(0, (len(rows), self.num_images))
+
+
+@dataclass
+class Explained:
+    r"""
+    A method under comparison.
+
+    Args:
+
+        name (str): Its name in the tables.
+        method (Any): An attribution, or a function of inputs and ``target``.
+        options (dict): Further arguments of its ``attribute``.
+    """
+
+    name: str
+    method: Any
+    options: dict[str, Any]
+
+    @property
+    def gate(self) -> FilterGate | None:
+        """Gate space, where the method explains it."""
+        function = getattr(self.method, "forward_func", None)
+        return function if isinstance(function, FilterGate) else None
+
+    def raw(self, inputs: Tensor, target: Any) -> Any:
+        """What the method itself returns."""
+        attribute = getattr(self.method, "attribute", self.method)
+        with warnings.catch_warnings():
+            # Said of every batch, and nothing that whoever compares could change.
+            warnings.filterwarnings("ignore", "Input Tensor .* did not already require gradients")
+            warnings.filterwarnings("ignore", r"Setting forward, backward hooks and attributes")
+            if self.gate is None:
+                return attribute(inputs, target=target, **self.options)
+            gates = self.gate.ones(len(inputs))
+            return attribute(gates, target=target, additional_forward_args=inputs, **self.options)
+
+    def space(self, inputs: Tensor, target: Any) -> tuple[str, nn.Module | None]:
+        """``"pixels"``, or the layer's name and the layer."""
+        gate = self.gate
+        if gate is not None:
+            return gate.layer_name, gate._layer[0]
+        layer = getattr(self.method, "layer", None)
+        if not isinstance(self.method, LayerAttribution):
+            return PIXELS, None
+        if not isinstance(layer, nn.Module):
+            raise ValueError(f"{self.name!r} has no single layer; compare its layers one by one.")
+        raw = self.raw(inputs[:2], target[:2])
+        if isinstance(self.method, LayerSingularDirection):
+            raise ValueError(
+                f"{self.name!r} scores directions, and removing filters says nothing of them; compare "
+                "on the model of captum_classfilters.spectral.factor_layer, whose filters they are."
+            )
+        if not scores_filters(self.method, raw, (inputs[:2],)):
+            return PIXELS, None
+        return layer_name(module_of(self.method.forward_func), layer), layer
+
+    def pixels(self, inputs: Tensor, target: Any) -> Tensor:
+        """Attributions in the inputs' shape; a layer's map is interpolated, its value spread evenly
+        over the channels."""
+        raw = self.raw(inputs, target)
+        raw = raw[0] if isinstance(raw, tuple) else raw
+        if isinstance(self.method, LayerAttribution):
+            maps = LayerAttribution.interpolate(raw, tuple(inputs.shape[2:]), "bilinear")
+            raw = maps.expand_as(inputs) / inputs.shape[1]
+        if raw.shape != inputs.shape:
+            raise ValueError(
+                f"{self.name!r} returns {tuple(raw.shape)} for images {tuple(inputs.shape)}; expected "
+                "their shape, or a layer attribution."
+            )
+        return raw.detach().contiguous()
+
+    def filters(self, inputs: Tensor, target: Any) -> Tensor:
+        """Filter scores (N, K)."""
+        return filter_scores_of(self.method, self.raw(inputs, target))
+
+    def pixel_contributions(self, pixels: Tensor, inputs: Tensor, baseline: Tensor) -> Tensor:
+        """What the attributions say each pixel's removal costs, (N, H W): themselves, or where the
+        method does not multiply by inputs (Saliency, Grad-CAM), times the change of the input."""
+        local = not getattr(self.method, "multiplies_by_inputs", True)
+        values = pixels * (inputs - baseline) if local else pixels
+        return values.sum(1).flatten(1)

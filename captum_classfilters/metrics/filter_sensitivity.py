@@ -1,0 +1,280 @@
+"""Max-sensitivity of filter scores, and the form of an explanation that Captum's metric needs."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from captum.metrics import sensitivity_max
+from torch import Tensor
+
+from captum_classfilters._core.captum import (
+    _format_additional_forward_args,
+    _format_tensor_into_tuples,
+)
+from captum_classfilters._core.guard import model_left_as_found
+from captum_classfilters._core.layers import filter_axis, module_of, only_tensor, positions_last
+from captum_classfilters.gate_space import FilterGate
+
+Explanation = Callable[..., tuple[Tensor, ...]]
+
+
+def explanation_for_sensitivity(method: Any) -> Explanation:
+    r"""
+    A layer attribution in the form that ``captum.metrics.sensitivity_max`` needs.
+
+    Captum hands its reference call a *tuple* of inputs and iterates over what comes back. A layer
+    method answers with a bare tensor, which is then taken apart image by image: most shapes raise an
+    error, and for single images of methods with one channel, Grad-CAM say, the value is wrong without
+    a word. The function returned here always answers with a tuple of detached, contiguous tensors,
+    and is right for input attributions too.
+
+    Args:
+
+        method (Attribution or Callable): Any attribution of Captum or of this package, or its
+                    ``attribute``.
+
+    Returns:
+        *Callable*: ``explanation(inputs, **options)`` returning a tuple of Tensors.
+
+    Raises:
+        TypeError: ``method`` is neither.
+
+    Examples::
+
+        >>> import torch
+        >>> from captum.attr import LayerGradCam
+        >>> from captum.metrics import sensitivity_max
+        >>> from captum_classfilters.metrics import explanation_for_sensitivity
+        >>> net = torch.nn.Sequential(
+        ...     torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1),
+        ...     torch.nn.Flatten(), torch.nn.Linear(8, 2))
+        >>> explanation = explanation_for_sensitivity(LayerGradCam(net, net[1]))
+        >>> sensitivity_max(explanation, torch.rand(4, 3, 6, 6), target=1).shape
+        torch.Size([4])
+    """
+    attribute = getattr(method, "attribute", method)
+    if not callable(attribute):
+        raise TypeError(
+            f"{type(method).__name__} is not an attribution; pass one, or its `attribute`."
+        )
+
+    def explain(inputs: Any, **options: Any) -> tuple[Tensor, ...]:
+        return tuple(one.detach().contiguous() for one in _tensors(attribute(inputs, **options)))
+
+    return explain
+
+
+@dataclass(frozen=True)
+class FilterSensitivity:
+    r"""
+    How much filter scores move when their input moves a little.
+
+    Args:
+
+        overall (Tensor): Shape (N,). Largest change of an image's K scores, as a share of their
+                    Euclidean norm.
+        by_filter (Tensor): Shape (N, K). Largest change of each score, as a share of its own size.
+    """
+
+    overall: Tensor
+    by_filter: Tensor
+
+
+def filter_max_sensitivity(
+    method: Any,
+    inputs: Tensor | tuple[Tensor, ...],
+    *,
+    target: Any = None,
+    additional_forward_args: Any = None,
+    space: Literal["images", "gates"] = "images",
+    perturb_radius: float = 0.02,
+    n_perturb_samples: int = 10,
+    max_examples_per_batch: int | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> FilterSensitivity:
+    r"""
+    Max-sensitivity of a layer method's filter scores, over all and for each filter at once.
+
+    With :math:`s(x)` the K filter scores and :math:`\delta` drawn uniformly from a cube of half side
+    r,
+
+    .. math:: \mathrm{SENS}_{\max} = \max_{\delta} \frac{\lVert s(x + \delta) - s(x) \rVert}
+                                                       {\lVert s(x) \rVert}
+
+    (Yeh et al., NeurIPS 2019, https://arxiv.org/abs/1901.09392). ``captum.metrics.sensitivity_max``
+    does the sampling; the figures for each filter are those of calling it on each filter's score in
+    turn, from the same explanations.
+
+    Args:
+
+        method (LayerAttribution): Of this package or of Captum, with a layer of K filters.
+        inputs (Tensor or tuple[Tensor, ...]): Input of the model, N examples first.
+        target (int, tuple, Tensor or list, optional): In any of Captum's forms.
+                    Default: None
+        additional_forward_args (Any, optional): Further arguments of the forward function.
+                    Default: None
+        space (str): What moves: the ``"images"``, as usual, or the filters' ``"gates"`` about one.
+                    Default: "images"
+        perturb_radius (float): r, in units of the images or of the gates.
+                    Default: 0.02
+        n_perturb_samples (int): Draws for each image.
+                    Default: 10
+        max_examples_per_batch (int, optional): Captum's: images explained at once.
+                    Default: None
+        seed (int): Seed of the draws; the global random state is left as found.
+                    Default: 0
+        options: Further arguments of the method's ``attribute``.
+
+    Returns:
+        *FilterSensitivity*.
+
+    Raises:
+        ValueError: ``space`` is unknown, a number is out of range, or the attributions have no
+                    filters.
+
+    Examples::
+
+        >>> import torch
+        >>> from captum_classfilters import LayerFilterContribution
+        >>> from captum_classfilters.metrics import filter_max_sensitivity
+        >>> net = torch.nn.Sequential(
+        ...     torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1),
+        ...     torch.nn.Flatten(), torch.nn.Linear(8, 2))
+        >>> method = LayerFilterContribution(net, net[1])
+        >>> filter_max_sensitivity(method, torch.rand(4, 3, 6, 6), target=1).by_filter.shape
+        torch.Size([4, 8])
+    """
+    if space not in ("images", "gates"):
+        raise ValueError(f"space={space!r}; choose 'images' or 'gates'.")
+    if not perturb_radius > 0 or n_perturb_samples < 1:
+        raise ValueError(
+            f"perturb_radius={perturb_radius} must be above 0, and "
+            f"n_perturb_samples={n_perturb_samples} at least 1."
+        )
+    images: tuple[Tensor, ...] = _format_tensor_into_tuples(inputs)
+    further = _format_additional_forward_args(additional_forward_args)
+    seen: list[Tensor] = []
+    if space == "gates":
+        method, gate = _gated(method)
+        # The gates are the first input, the images stand still behind them.
+        further = (*images, *(further or ()))
+        started: tuple[Tensor, ...] = (gate.ones(len(images[0])),)
+        explained: Callable[..., Any] = _gates_first(method)
+    else:
+        started = images
+        explained = method.attribute
+
+    def scores(given: Any, **arguments: Any) -> tuple[Tensor, ...]:
+        seen.append(filter_scores_of(method, explained(given, **arguments)))
+        return (seen[-1],)
+
+    if further is not None:
+        options["additional_forward_args"] = further
+    with model_left_as_found(module_of(method.forward_func)):
+        torch.manual_seed(seed)
+        overall = sensitivity_max(
+            scores,
+            started,
+            perturb_radius=perturb_radius,
+            n_perturb_samples=n_perturb_samples,
+            max_examples_per_batch=max_examples_per_batch,
+            target=target,
+            **options,
+        )
+    return FilterSensitivity(overall, _by_filter(seen[0], seen[1:]))
+
+
+def filter_scores_of(method: Any, attributions: Any) -> Tensor:
+    r"""
+    Filter scores (N, K) of a layer method's attributions: their sums over positions.
+
+    Args:
+
+        method (LayerAttribution): The method, of this package or of Captum.
+        attributions (Tensor): What it returned for a layer of one tensor.
+
+    Returns:
+        *Tensor* of shape (N, K), detached.
+
+    Raises:
+        ValueError: There are several tensors, or no filters.
+    """
+    layer, name = getattr(method, "layer", None), type(method).__name__
+    if isinstance(attributions, (tuple, list)) and len(attributions) > 1:
+        raise ValueError(
+            f"{name} returned {len(attributions)} tensors; filter scores are those of one layer that "
+            "puts out one tensor."
+        )
+    tensor = only_tensor(attributions, name).detach()
+    if tensor.dim() == 2:
+        return tensor.contiguous()
+    if not isinstance(layer, torch.nn.Module):
+        raise ValueError(
+            f"{name} has no layer, so that its attributions {tuple(tensor.shape)} have no filters; "
+            "explanation_for_sensitivity takes it to captum.metrics.sensitivity_max."
+        )
+    axis = filter_axis(layer, tensor, getattr(method, "channel_dim", None))
+    return positions_last(tensor, axis).sum(2).contiguous()
+
+
+def scores_filters(method: Any, attributions: Any, inputs: tuple[Any, ...]) -> bool:
+    """Whether a layer method has one value for each place of its layer; Grad-CAM has one map for all
+    filters. The layer is run once to see."""
+    layer = getattr(method, "layer", None)
+    if not isinstance(layer, torch.nn.Module) or not isinstance(attributions, Tensor):
+        return False
+    shapes: list[torch.Size] = []
+
+    def note(_module: Any, _inputs: Any, output: Any) -> None:
+        shapes.append(only_tensor(output, type(layer).__name__).shape)
+
+    handle = layer.register_forward_hook(note)
+    try:
+        with torch.no_grad():
+            method.forward_func(*inputs)
+    finally:
+        handle.remove()
+    return bool(shapes) and attributions.shape[1:] == shapes[0][1:]
+
+
+def _by_filter(reference: Tensor, perturbed: list[Tensor]) -> Tensor:
+    size = reference.abs()
+    size = torch.where(size == 0, torch.ones_like(size), size)  # as Captum does
+    # Captum repeats each image as often as fits a batch, its copies side by side.
+    changes = [
+        (one.reshape(len(reference), -1, reference.shape[1]) - reference[:, None]).abs().amax(1)
+        for one in perturbed
+    ]
+    return torch.stack(changes).amax(0) / size
+
+
+def _gated(method: Any) -> tuple[Any, FilterGate]:
+    """A copy of a layer method that explains the gated model, and the gate."""
+    layer = getattr(method, "layer", None)
+    if not isinstance(layer, torch.nn.Module):
+        raise ValueError("space='gates' needs a layer method with a single layer.")
+    gated = copy.copy(method)
+    gate = FilterGate(method.forward_func, layer, channel_dim=getattr(method, "channel_dim", None))
+    gated.forward_func = gate
+    if hasattr(gated, "model"):  # as Captum's methods call it that hook the whole model
+        gated.model = gate
+    return gated, gate
+
+
+def _gates_first(method: Any) -> Callable[..., Any]:
+    """`attribute` with the gates as its only input and the images as further arguments."""
+
+    def attribute(gates: Any, additional_forward_args: Any = None, **options: Any) -> Any:
+        gates = gates[0] if isinstance(gates, tuple) else gates
+        return method.attribute((gates, *additional_forward_args), **options)
+
+    return attribute
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    return [tensor for one in value for tensor in _tensors(one)]

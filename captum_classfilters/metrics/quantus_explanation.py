@@ -1,0 +1,85 @@
+"""Our methods, and Captum's, as explanation functions of Quantus."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy
+import torch
+from captum.attr import LayerAttribution
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from captum_classfilters._core.layers import filter_axis
+from captum_classfilters.metrics.explained import check_is_function
+from captum_classfilters.metrics.filter_sensitivity import scores_filters
+
+
+def quantus_explanation(
+    make_method: Callable[[nn.Module], Any], **options: Any
+) -> Callable[..., NDArray[Any]]:
+    r"""
+    An ``explain_func`` for the metrics of Quantus.
+
+    Quantus (Hedström et al., JMLR 2023, https://arxiv.org/abs/2202.06861) hands its explanation
+    function the model, sometimes with other weights, and arrays of images and targets, and expects an
+    array of the images' size. Layer attributions are summed over filters and interpolated to it. The
+    method is made anew for each call, so that metrics which randomise the model explain what they
+    randomised.
+
+    Args:
+
+        make_method (Callable): Makes the method for a model, such as
+                    ``lambda model: LayerFilterContribution(model, "layer3")``.
+        options: Further arguments of the method's ``attribute``.
+
+    Returns:
+        *Callable*: ``explain(model, inputs, targets, **options)``, giving an array (N, channels, H, W),
+        or (N, 1, H, W) for layer attributions.
+
+    Examples::
+
+        >>> import numpy, torch
+        >>> from captum_classfilters import LayerFilterContribution
+        >>> from captum_classfilters.metrics import quantus_explanation
+        >>> net = torch.nn.Sequential(
+        ...     torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1),
+        ...     torch.nn.Flatten(), torch.nn.Linear(8, 2))
+        >>> explain = quantus_explanation(lambda model: LayerFilterContribution(model, "1"))
+        >>> explain(net, numpy.ones((4, 3, 6, 6), dtype="float32"), numpy.array([0, 1, 1, 0])).shape
+        (4, 1, 6, 6)
+        >>> # quantus.PixelFlipping()(net, x_batch, y_batch, explain_func=explain)
+    """
+
+    check_is_function(make_method)
+
+    def explain(
+        model: nn.Module, inputs: Any, targets: Any, device: Any = None, **further: Any
+    ) -> NDArray[Any]:
+        parameter = next(model.parameters(), None)
+        place = device or (parameter.device if parameter is not None else None)
+        dtype = parameter.dtype if parameter is not None else torch.float32
+        images = torch.as_tensor(numpy.asarray(inputs), dtype=dtype, device=place)
+        classes = torch.as_tensor(numpy.asarray(targets), dtype=torch.int64, device=place)
+        method = make_method(model)
+        raw = method.attribute(images, target=classes.reshape(-1), **{**options, **further})
+        raw = raw[0] if isinstance(raw, tuple) else raw
+        if isinstance(method, LayerAttribution):
+            raw = _map(method, raw, images)
+        result: NDArray[Any] = raw.detach().cpu().numpy()
+        return result
+
+    return explain
+
+
+def _map(method: Any, raw: Tensor, images: Tensor) -> Tensor:
+    """One map (N, 1, H, W) of a layer attribution: its sum over filters, interpolated."""
+    if raw.dim() != images.dim():
+        raise ValueError(
+            f"{type(method).__name__} returns {tuple(raw.shape)} at its layer, which has no positions "
+            f"to interpolate to images {tuple(images.shape)}; choose a convolutional layer."
+        )
+    if scores_filters(method, raw, (images,)):
+        axis = filter_axis(method.layer, raw, getattr(method, "channel_dim", None))
+        raw = raw.sum(axis).unsqueeze(1)
+    mode = {3: "linear", 4: "bilinear", 5: "trilinear"}[images.dim()]
+    return LayerAttribution.interpolate(raw, tuple(images.shape[2:]), mode)

@@ -1,0 +1,100 @@
+"""The class selectivity index, and a regulariser made of it."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from captum_classfilters.metrics.features import checked_features
+
+_EPSILON = 1e-7
+
+
+def class_selectivity_index(class_means: Tensor) -> Tensor:
+    r"""
+    The class selectivity index of each filter.
+
+    .. math:: \mathrm{SI}_k = \frac{m_{\max} - m_{\mathrm{rest}}}{m_{\max} + m_{\mathrm{rest}}} ,
+
+    :math:`m_{\max}` the largest of the filter's class-conditional **mean** activations and
+    :math:`m_{\mathrm{rest}}` the mean of the others (Morcos et al. 2018,
+    https://arxiv.org/abs/1803.06959; Leavitt and Morcos 2020, https://arxiv.org/abs/2003.01262). Class
+    sums in place of means would reward filters for the larger classes.
+
+    Args:
+
+        class_means (Tensor): Shape (C, K), not negative: :func:`class_means`, say. Rows of NaN,
+                    classes without images, are left out.
+
+    Returns:
+        *Tensor* of shape (K,), between 0 and 1; 0 for a filter that is always zero.
+
+    Raises:
+        ValueError: There are fewer than two classes with images.
+
+    Examples::
+
+        >>> import torch
+        >>> from captum_classfilters.metrics import class_selectivity_index
+        >>> class_selectivity_index(torch.tensor([[1., 1.], [0., 1.]])).round(decimals=3)
+        tensor([1., 0.])
+    """
+    means = class_means[~class_means.isnan().any(1)]
+    if means.dim() != 2 or len(means) < 2:
+        raise ValueError(f"class_means {tuple(class_means.shape)} need two classes with images.")
+    largest = means.max(0).values
+    rest = (means.sum(0) - largest) / (len(means) - 1)
+    return (largest - rest) / (largest + rest + _EPSILON)
+
+
+def class_means(features: Tensor, labels: Tensor, num_classes: int | None = None) -> Tensor:
+    r"""
+    Mean of each filter's response over each class's images.
+
+    Args:
+
+        features (Tensor): Shape (N, K).
+        labels (Tensor): Shape (N,).
+        num_classes (int, optional): C. By default the largest label plus one.
+
+    Returns:
+        *Tensor* of shape (C, K), float64; NaN rows for classes without images.
+    """
+    features, labels, number = checked_features(features, labels, num_classes)
+    total = torch.zeros(number, features.shape[1], dtype=torch.float64)
+    total.index_add_(0, labels, features)
+    return total / torch.bincount(labels, minlength=number).double()[:, None]
+
+
+def selectivity_regulariser(activations: Tensor | Sequence[Tensor], labels: Tensor) -> Tensor:
+    r"""
+    Mean class selectivity of a batch, differentiable, to be added to a training loss.
+
+    .. math:: \mathrm{loss} = \mathrm{CE} + \alpha \, \frac{1}{L} \sum_l \frac{1}{K_l} \sum_k
+              \mathrm{SI}_{lk}
+
+    A **positive** :math:`\alpha` makes filters *less* selective, a negative one more (Leavitt and
+    Morcos write the term with the opposite sign). Classes that the batch lacks are left out.
+
+    Args:
+
+        activations (Tensor or sequence of Tensor): Of each layer, (N, K, ...), after a ReLU.
+        labels (Tensor): Shape (N,).
+
+    Returns:
+        *Tensor*, a scalar in [0, 1].
+
+    Raises:
+        ValueError: The batch holds fewer than two classes.
+    """
+    layers = [activations] if isinstance(activations, Tensor) else list(activations)
+    present, index = labels.unique(return_inverse=True)
+    if len(present) < 2:
+        raise ValueError("The batch holds a single class; selectivity needs two.")
+    terms = []
+    for activation in layers:
+        values = activation.flatten(2).mean(2) if activation.dim() > 2 else activation
+        total = values.new_zeros(len(present), values.shape[1]).index_add(0, index, values)
+        means = total / torch.bincount(index)[:, None]
+        terms.append(class_selectivity_index(means).mean())
+    return torch.stack(terms).mean()

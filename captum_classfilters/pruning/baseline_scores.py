@@ -1,0 +1,187 @@
+"""Scores that pruning by accuracy is compared with; of all of them the smallest goes first."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from captum_classfilters._core.batches import check_read_again, split_batch
+from captum_classfilters._core.filter_graph import FilterGraph, as_tuple, name_of
+from captum_classfilters.identify import activation_scores
+
+
+def incoming_weight_scores(
+    model: nn.Module,
+    layer: nn.Module | str,
+    example_inputs: Any,
+    *,
+    channel_dim: int | None = None,
+) -> Tensor:
+    r"""
+    Mean absolute weight of each filter, its L1 norm but for a constant.
+
+    Source: Li et al., *Pruning Filters for Efficient ConvNets*, 2017,
+    https://arxiv.org/abs/1608.08710.
+
+    Args:
+
+        model (nn.Module): The model.
+        layer (nn.Module or str): The layer; the weighted layers that make its filters are found.
+        example_inputs (Tensor or tuple): A batch to trace the model with.
+        channel_dim (int, optional): Axis of the filters, where it cannot be told from the layer.
+                    Default: None
+
+    Returns:
+        *Tensor* of shape (K,), float64.
+
+    Raises:
+        ValueError: The layer's filters are not those of weighted layers.
+        ImportError: Torch-Pruning, of the extra ``prune``, is not installed.
+    """
+    graph = FilterGraph(model, as_tuple(example_inputs))
+    module = graph.layer(name_of(model, layer))
+    scores = torch.zeros(graph.width(module, channel_dim)[1], dtype=torch.float64)
+    for source in graph.sources(module, channel_dim):
+        weight = _weight(source.module).detach().double().abs()
+        out = 1 if getattr(source.module, "transposed", False) else 0
+        own = weight.movedim(out, 0).flatten(1).mean(1).cpu()
+        scores[source.places] = own[source.filters]
+    return scores
+
+
+def outgoing_weight_scores(
+    model: nn.Module,
+    layer: nn.Module | str,
+    example_inputs: Any,
+    *,
+    channel_dim: int | None = None,
+) -> Tensor:
+    r"""
+    Mean absolute weight with which later layers read each filter.
+
+    Args:
+
+        model (nn.Module): The model.
+        layer (nn.Module or str): The layer.
+        example_inputs (Tensor or tuple): A batch to trace the model with.
+        channel_dim (int, optional): Axis of the filters, where it cannot be told from the layer.
+                    Default: None
+
+    Returns:
+        *Tensor* of shape (K,), float64; zero for a filter that no weighted layer reads.
+
+    Raises:
+        ValueError: The layer's filters are not those of weighted layers.
+        ImportError: Torch-Pruning, of the extra ``prune``, is not installed.
+    """
+    graph = FilterGraph(model, as_tuple(example_inputs))
+    module = graph.layer(name_of(model, layer))
+    number = graph.width(module, channel_dim)[1]
+    total, weights = (torch.zeros(number, dtype=torch.float64) for _ in range(2))
+    for source in graph.sources(module, channel_dim):
+        place_of = dict(zip(source.filters, source.places, strict=True))
+        reach = graph.reach(source.module)
+        for name, inputs in reach.consumers.items():
+            reader = model.get_submodule(name)
+            into = 0 if getattr(reader, "transposed", False) else 1
+            size = _weight(reader).detach().double().abs().movedim(into, 0).flatten(1).cpu()
+            at = torch.tensor([place_of[own] for own in reach.read_filters[name]])
+            total.index_add_(0, at, size[inputs].sum(1))
+            weights.index_add_(0, at, torch.full((len(at),), size.shape[1], dtype=torch.float64))
+    return total / weights.clamp(min=1)
+
+
+def random_scores(num_filters: int, seeds: int = 10) -> Tensor:
+    """Scores that know nothing, one row for each seed.
+
+    Args:
+
+        num_filters (int): K.
+        seeds (int): Number of seeds, 0 to seeds - 1.
+                    Default: 10
+
+    Returns:
+        *Tensor* of shape (seeds, K), float64; each row a permutation of 0 to K - 1.
+
+    Raises:
+        ValueError: A number is not positive.
+    """
+    if num_filters < 1 or seeds < 1:
+        raise ValueError(f"num_filters={num_filters} and seeds={seeds} must be at least 1.")
+    rows = [
+        torch.randperm(num_filters, generator=torch.Generator().manual_seed(seed))
+        for seed in range(seeds)
+    ]
+    return torch.stack(rows).double()
+
+
+def filter_importance_baselines(
+    model: nn.Module,
+    layer: nn.Module | str,
+    dataloader: Iterable[Any],
+    *,
+    seeds: int = 10,
+    channel_dim: int | None = None,
+    show_progress: bool = True,
+) -> dict[str, Tensor]:
+    r"""
+    Every baseline score of a layer's filters; the larger, the more worth keeping.
+
+    Args:
+
+        model (nn.Module): The model, with logits (N, C).
+        layer (nn.Module or str): The layer, or its dotted name.
+        dataloader (iterable): Batches of (inputs, labels); the first also traces the model.
+        seeds (int): Number of random orders.
+                    Default: 10
+        channel_dim (int, optional): Axis of the filters, where it cannot be told from the layer.
+                    Default: None
+        show_progress (bool): Show a progress bar over the batches.
+                    Default: True
+
+    Returns:
+        *dict* of float64 Tensors (K,): ``"incoming weights"``, ``"outgoing weights"``,
+        ``"mean activation"``, ``"maximum activation"``, ``"APoZ"`` (one minus the share of zeros),
+        ``"Taylor"``, and (seeds, K): ``"random"``.
+
+    Raises:
+        ValueError: As for the single scores.
+        ImportError: Torch-Pruning, of the extra ``prune``, is not installed.
+
+    Examples::
+
+        >>> import torch
+        >>> from captum_classfilters.pruning import filter_importance_baselines
+        >>> net = torch.nn.Sequential(
+        ...     torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1),
+        ...     torch.nn.Flatten(), torch.nn.Linear(8, 2))
+        >>> data = [(torch.rand(4, 3, 6, 6), torch.tensor([0, 1, 1, 0]))]
+        >>> baselines = filter_importance_baselines(net, "1", data, show_progress=False)
+        >>> baselines["Taylor"].shape, baselines["random"].shape
+        (torch.Size([8]), torch.Size([10, 8]))
+    """
+    options = {"channel_dim": channel_dim}
+    check_read_again(dataloader)
+    first = next(iter(dataloader), None)
+    if first is None:
+        raise ValueError("The data loader is empty: there are no activations.")
+    parameter = next(model.parameters(), None)
+    example, _ = split_batch(first, 0, None if parameter is None else parameter.device)
+    activity = activation_scores(
+        model, layer, dataloader, channel_dim=channel_dim, show_progress=show_progress
+    )
+    return {
+        "incoming weights": incoming_weight_scores(model, layer, example, **options),
+        "outgoing weights": outgoing_weight_scores(model, layer, example, **options),
+        "mean activation": activity.mean,
+        "maximum activation": activity.maximum,
+        "APoZ": 1 - activity.zero_share,
+        "Taylor": activity.taylor,
+        "random": random_scores(len(activity.mean), seeds),
+    }
+
+
+def _weight(module: Any) -> Tensor:
+    weight: Tensor = module.weight
+    return weight

@@ -1,0 +1,117 @@
+"""Which layers' filters can be removed, who reads them, and what ties the others."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from captum_classfilters._core.filter_graph import FilterGraph, as_tuple
+from captum_classfilters._core.named_layers import NamedLayers
+
+
+@dataclass(frozen=True)
+class PrunableLayer:
+    r"""
+    One convolution or linear layer, as :func:`prunable_layers` found it.
+
+    Args:
+
+        name (str): Dotted name.
+        type (str): Class of the module.
+        num_filters (int): K.
+        groups (int): Groups of the convolution; 1 for a linear layer.
+        consumers (tuple of str): Layers that read its filters and would lose inputs.
+        removed_with (tuple of str): Normalisations, depthwise convolutions and gates that lose the
+                    same filters.
+        tied_to (tuple of str): Layers whose filters are added to these, by a shortcut say.
+        reason (str): Why filters cannot be removed; empty if they can.
+    """
+
+    name: str
+    type: str
+    num_filters: int
+    groups: int
+    consumers: tuple[str, ...]
+    removed_with: tuple[str, ...]
+    tied_to: tuple[str, ...]
+    reason: str
+
+    @property
+    def prunable(self) -> bool:
+        """Whether filters can be removed."""
+        return not self.reason
+
+
+class PrunableLayers(NamedLayers[PrunableLayer]):
+    """The weighted layers of a model in the order of their registration; prints as a table.
+
+    Args:
+
+        layers (sequence of PrunableLayer): The layers.
+    """
+
+    @property
+    def prunable(self) -> list[PrunableLayer]:
+        """The layers whose filters can be removed."""
+        return [layer for layer in self._layers if layer.prunable]
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        rows: list[tuple[str, ...]] = [("layer", "type", "filters", "read by", "remark")]
+        for layer in self._layers:
+            readers = ", ".join(layer.consumers[:2])
+            more = len(layer.consumers) - 2
+            readers += f" and {more} more" if more > 0 else ""
+            rows.append((layer.name, layer.type, str(layer.num_filters), readers, layer.reason))
+        return rows
+
+
+def prunable_layers(model: nn.Module, example_inputs: Any) -> PrunableLayers:
+    r"""
+    List the layers whose filters :func:`prune_filters` can remove, and why not the others.
+
+    Read from Torch-Pruning's dependency graph of one forward pass in evaluation mode. Filters that
+    a shortcut adds to other layers' are tied to these; filters of grouped convolutions, and those
+    that layer or group normalisation mixes with others, cannot go alone either. Depthwise
+    convolutions are not listed: their filters go with those they read.
+
+    Args:
+
+        model (nn.Module): The model; it is left as found.
+        example_inputs (Tensor or tuple): Inputs of the model.
+
+    Returns:
+        *PrunableLayers*: A sequence of :class:`PrunableLayer` that prints as a table.
+
+    Raises:
+        ValueError: Torch-Pruning cannot follow the model.
+        ImportError: Torch-Pruning, of the extra ``prune``, is not installed.
+
+    Examples::
+
+        >>> import torch
+        >>> from captum_classfilters.pruning import prunable_layers
+        >>> net = torch.nn.Sequential(
+        ...     torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1),
+        ...     torch.nn.Flatten(), torch.nn.Linear(8, 2))
+        >>> print(prunable_layers(net, torch.rand(2, 3, 6, 6)))
+        layer  type    filters  read by  remark
+        0      Conv2d  8        4
+        4      Linear  2                 its filters are the model's outputs
+    """
+    graph = FilterGraph(model, as_tuple(example_inputs))
+    layers = []
+    for module in graph.weighted_layers():
+        reach = graph.reach(module)
+        layers.append(
+            PrunableLayer(
+                name=graph.names[module],
+                type=type(module).__name__,
+                num_filters=graph.num_filters(module),
+                groups=int(getattr(module, "groups", 1)),
+                consumers=tuple(reach.consumers),
+                removed_with=tuple(reach.removed_with),
+                tied_to=tuple(reach.tied_to),
+                reason=reach.reason,
+            )
+        )
+    return PrunableLayers(layers)

@@ -1,0 +1,130 @@
+"""The record of a pruning run."""
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from captum_classfilters._core.files import write_atomically
+
+_KEY = "pruning_order"
+
+
+@dataclass
+class PruningOrder:
+    r"""
+    The order in which filters were removed, and the accuracy on the way.
+
+    Args:
+
+        filters (dict of str to int): K of each layer, by the layer's dotted name.
+        removed (list of (str, int)): Layer and filter of each removal, in order.
+        accuracy (list of float): Accuracy before the first removal and after each, on the images
+                    that chose the filters; after fine-tuning where there is any.
+        report_accuracy (list of float): The same on the images kept for reporting; empty without
+                    these.
+        evaluations (list of int): For each removal, how many images were run without a candidate.
+        possible_evaluations (list of int): How many there would have been without early stopping.
+        model_sha256 (str or None): Fingerprint of the model.
+        weights (dict of str to Tensor or None): State of the fine-tuned network; None without
+                    fine-tuning.
+    """
+
+    filters: dict[str, int]
+    removed: list[tuple[str, int]] = field(default_factory=list)
+    accuracy: list[float] = field(default_factory=list)
+    report_accuracy: list[float] = field(default_factory=list)
+    evaluations: list[int] = field(default_factory=list)
+    possible_evaluations: list[int] = field(default_factory=list)
+    model_sha256: str | None = None
+    weights: dict[str, Tensor] | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def layer(self) -> str:
+        """Dotted name of the layer, where there is one."""
+        if len(self.filters) != 1:
+            raise ValueError(
+                f"Filters of {len(self.filters)} layers were removed: {', '.join(self.filters)}; "
+                "name one."
+            )
+        return next(iter(self.filters))
+
+    @property
+    def num_filters(self) -> int:
+        """K of the layer, where there is one."""
+        return self.filters[self.layer]
+
+    @property
+    def order(self) -> list[int]:
+        """The removed filters of the layer, where there is one."""
+        return self.order_of(self.layer)
+
+    @property
+    def saving(self) -> float:
+        """Share of the evaluations that early stopping spared."""
+        possible = sum(self.possible_evaluations)
+        return 1 - sum(self.evaluations) / possible if possible else 0.0
+
+    def order_of(self, layer: str) -> list[int]:
+        """The removed filters of one layer, in order."""
+        self._check(layer)
+        return [one for name, one in self.removed if name == layer]
+
+    def kept(self, number: int | None = None, layer: str | None = None) -> Tensor:
+        """Which filters of a layer are left (K,), bool: after all removals, or when ``number`` of
+        them were left."""
+        name = self.layer if layer is None else layer
+        order, total = self.order_of(name), self.filters[name]
+        removed = len(order) if number is None else total - number
+        if not 0 <= removed <= len(order):
+            raise ValueError(
+                f"number={number}: the order leaves {total - len(order)} to {total} filters."
+            )
+        kept = torch.ones(total, dtype=torch.bool)
+        kept[order[:removed]] = False
+        return kept
+
+    def masks(self) -> dict[str, Tensor]:
+        """Which filters of each layer are left, as :func:`masked_filters` takes it."""
+        return {name: self.kept(layer=name) for name in self.filters}
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a safetensors file; one that exists is replaced only by a complete one."""
+        record = {
+            name: value for name, value in vars(self).items() if name not in ("weights", "removed")
+        } | {
+            "removed": [list(one) for one in self.removed],
+            "has_weights": self.weights is not None,
+        }
+        tensors = {name: one.contiguous() for name, one in (self.weights or {}).items()}
+        write_atomically(Path(path), save(tensors, metadata={_KEY: json.dumps(record)}))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "PruningOrder":
+        """
+        Read a file of :meth:`save`.
+
+        Raises:
+            ValueError: It is another kind of file.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            record = json.loads(metadata[_KEY])
+        except (SafetensorError, KeyError) as error:
+            raise ValueError(f"{path} is not a file of a pruning run.") from error
+        weights = tensors if record.pop("has_weights") else None
+        removed = [(name, number) for name, number in record.pop("removed")]
+        return cls(**record, removed=removed, weights=weights)
+
+    def _check(self, layer: str) -> None:
+        if layer not in self.filters:
+            raise ValueError(
+                f"No filter of {layer!r} was up for removal, only of {', '.join(self.filters)}."
+            )

@@ -1,0 +1,239 @@
+"""Accuracy while a layer's filters are removed in given orders."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from captum_classfilters._core.batches import split_batch
+from captum_classfilters._core.guard import model_left_as_found
+from captum_classfilters._core.layers import find_layer, layer_name, module_of
+from captum_classfilters._core.replay.suffix_replay import SuffixReplay
+from captum_classfilters.identify.statistics import labels_of_scores
+from captum_classfilters.pruning.pruning_order import PruningOrder
+
+Order = Tensor | Sequence[Any] | PruningOrder
+
+
+@dataclass(frozen=True)
+class RemovalCurves:
+    r"""
+    Accuracy against the number of filters removed, for several orders of the same layer.
+
+    Args:
+
+        layer (str): Dotted name of the layer.
+        num_filters (int): K.
+        orders (dict): For each name its orders (S, R), int64: S = 1, or one for each random seed.
+        accuracy (dict): For each name accuracies (S, R + 1), before the first removal and after
+                    each; never without every filter.
+        num_images (int): N.
+    """
+
+    layer: str
+    num_filters: int
+    orders: dict[str, Tensor]
+    accuracy: dict[str, Tensor]
+    num_images: int
+
+    @property
+    def full_accuracy(self) -> float:
+        """Accuracy with every filter."""
+        return float(next(iter(self.accuracy.values()))[0, 0])
+
+    def at(self, share: float, name: str | None = None) -> float:
+        """Mean accuracy when a share of the layer's filters is gone, rounded to whole filters.
+
+        Args:
+
+            share (float): Share of the filters, from 0 to below 1.
+            name (str, optional): Which order; may be left out if there is one.
+
+        Returns:
+            *float*.
+
+        Raises:
+            ValueError: The order does not reach that far.
+        """
+        if name is None and len(self.accuracy) > 1:
+            raise ValueError(f"Name one of the orders: {', '.join(self.accuracy)}.")
+        values = self.accuracy[name if name is not None else next(iter(self.accuracy))]
+        removed = round(share * self.num_filters)
+        if not 0 <= removed < values.shape[1]:
+            raise ValueError(
+                f"share={share} is {removed} of {self.num_filters} filters; the curve has 0 to "
+                f"{values.shape[1] - 1}."
+            )
+        return float(values[:, removed].mean())
+
+    def table(self, shares: Sequence[float] = (0.25, 0.5, 0.75, 0.9)) -> str:
+        """The accuracies at some shares as text, one line for each order.
+
+        Args:
+
+            shares (sequence of float): Shares of the filters.
+
+        Returns:
+            *str*.
+        """
+        width = max(len(name) for name in self.accuracy) + 2
+        head = " " * width + "".join(f"{share:>10.0%}" for share in shares)
+        lines = [head]
+        for name in self.accuracy:
+            cells = "".join(f"{self.at(share, name):>10.4f}" for share in shares)
+            lines.append(f"{name:{width}s}{cells}")
+        return "\n".join(lines)
+
+
+def removal_order(scores: Tensor) -> Tensor:
+    """The order in which scores remove filters: smallest first, ties in the order of the filters.
+
+    Args:
+
+        scores (Tensor): Shape (K,) or (S, K), larger is more worth keeping.
+
+    Returns:
+        *Tensor* of int64, the shape of ``scores``.
+
+    Raises:
+        ValueError: A score is NaN.
+    """
+    if bool(scores.isnan().any()):
+        raise ValueError("The scores hold NaN, which has no place in an order.")
+    return scores.sort(dim=-1, stable=True).indices
+
+
+def accuracy_after_removal(
+    forward_func: Callable[..., Tensor],
+    layer: nn.Module | str,
+    orders: Order | Mapping[str, Order],
+    dataloader: Iterable[Any],
+    *,
+    channel_dim: int | None = None,
+    perturbations_per_eval: int | None = None,
+    show_progress: bool = True,
+) -> RemovalCurves:
+    r"""
+    Accuracy while a layer's filters are removed one after another, in given orders.
+
+    The same masking as CAR and :class:`GreedyFilterPruning`: filters are set to zero in the layer's
+    output. The part of the model up to the layer runs once for each batch, whatever the number of
+    orders; equal sets of filters are measured once. Order filters on other images than these.
+
+    Args:
+
+        forward_func (Callable): The forward function of the model, with logits (N, C).
+        layer (nn.Module or str): The layer, or its dotted name.
+        orders (Tensor, sequence, PruningOrder or mapping of them): Filters in the order of their
+                    removal, (R,) or several orders (S, R); see :func:`removal_order`. A mapping
+                    names them.
+        dataloader (iterable): Batches of (inputs, labels).
+        channel_dim (int, optional): Axis of the filters, where it cannot be told from the layer.
+                    Default: None
+        perturbations_per_eval (int, optional): Sets of filters per replay. By default as many as a
+                    memory budget allows.
+        show_progress (bool): Show a progress bar over the batches.
+                    Default: True
+
+    Returns:
+        *RemovalCurves*.
+
+    Raises:
+        ValueError: The loader is empty, an order names a filter twice or one that is not there.
+
+    Examples::
+
+        >>> import torch
+        >>> from captum_classfilters.pruning import accuracy_after_removal
+        >>> net = torch.nn.Sequential(
+        ...     torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1),
+        ...     torch.nn.Flatten(), torch.nn.Linear(4, 2))
+        >>> data = [(torch.rand(4, 3, 6, 6), torch.tensor([0, 1, 1, 0]))]
+        >>> curves = accuracy_after_removal(net, "1", [2, 0, 1], data, show_progress=False)
+        >>> curves.accuracy["order"].shape  # 0 to 3 of 4 filters removed
+        torch.Size([1, 4])
+    """
+    model = module_of(forward_func)
+    module = find_layer(model, layer) if isinstance(layer, str) else layer
+    named = dict(orders) if isinstance(orders, Mapping) else {"order": orders}
+    if not named:
+        raise ValueError("The mapping of orders is empty.")
+    sets: _Sets | None = None
+    name = layer_name(model, module)
+    bar = tqdm(dataloader, desc=f"removing {name}", unit="batch", disable=not show_progress)
+    with model_left_as_found(model, evaluation=True):
+        for number, batch in enumerate(bar):
+            inputs, labels = split_batch(batch, number, None)
+            if not len(inputs[0]):
+                continue
+            replay = SuffixReplay(forward_func, module, inputs, channel_dim=channel_dim)
+            if sets is None:
+                sets = _Sets(named, replay.num_filters)
+            sets.add(replay, labels, number, perturbations_per_eval)
+    if sets is None:
+        raise ValueError("The data loader is empty: there is no image to measure accuracy on.")
+    return RemovalCurves(
+        name, sets.num_filters, sets.orders, sets.accuracy(), num_images=sets.num_images
+    )
+
+
+class _Sets:
+    """The different sets of filters that the orders pass, and how many images each gets right."""
+
+    def __init__(self, named: Mapping[str, Order], num_filters: int) -> None:
+        self.num_filters = num_filters
+        self.orders = {name: _checked(name, order, num_filters) for name, order in named.items()}
+        self.points: dict[str, Tensor] = {}
+        self.num_images = 0
+        sets: dict[bytes, int] = {}
+        rows: list[Tensor] = []
+        for name, orders in self.orders.items():
+            place = torch.zeros(len(orders), min(orders.shape[1], num_filters - 1) + 1).long()
+            for seed, order in enumerate(orders):
+                removed = torch.zeros(num_filters, dtype=torch.bool)
+                for step in range(place.shape[1]):
+                    if step:
+                        removed[order[step - 1]] = True
+                    key = removed.numpy().tobytes()
+                    if key not in sets:
+                        sets[key] = len(rows)
+                        rows.append(removed.clone())
+                    place[seed, step] = sets[key]
+            self.points[name] = place
+        self.removed = torch.stack(rows)
+        self.right = torch.zeros(len(rows), dtype=torch.int64)
+
+    def add(self, replay: SuffixReplay, labels: Any, number: int, at_once: int | None) -> None:
+        """Add a batch."""
+        truth = labels_of_scores(replay.output, labels, number)
+        for rows, outputs in replay.in_parts(self.removed, at_once):
+            self.right[rows] += (outputs.argmax(2) == truth).sum(1).cpu()
+        self.num_images += replay.num_images
+
+    def accuracy(self) -> dict[str, Tensor]:
+        """Accuracies (S, R + 1) of each order."""
+        share = self.right.double() / self.num_images
+        return {name: share[place] for name, place in self.points.items()}
+
+
+def _checked(name: str, order: Order, num_filters: int) -> Tensor:
+    """Orders as a matrix (S, R)."""
+    rows = torch.as_tensor(order.order if isinstance(order, PruningOrder) else order).cpu()
+    rows = rows[None] if rows.dim() == 1 else rows
+    if rows.dim() != 2 or rows.is_floating_point() or rows.dtype == torch.bool:
+        raise ValueError(
+            f"The order {name!r} is {rows.dtype} of shape {tuple(rows.shape)}; expected indices of "
+            "filters, (R,) or (S, R)."
+        )
+    for row in rows.tolist():
+        if len(set(row)) != len(row):
+            raise ValueError(f"The order {name!r} names a filter twice.")
+        wrong = [one for one in row if not 0 <= one < num_filters]
+        if wrong:
+            raise ValueError(
+                f"The order {name!r} names filter {wrong[0]}; the layer has {num_filters}."
+            )
+    return rows.long()

@@ -1,0 +1,280 @@
+"""A smaller network for some of the classes: their filters, their outputs."""
+
+import copy
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from captum_classfilters._core.batches import split_batch
+from captum_classfilters._core.filter_graph import as_tuple
+from captum_classfilters._core.guard import model_left_as_found
+from captum_classfilters._core.heads import is_linear
+from captum_classfilters._core.layers import find_layer
+from captum_classfilters.class_filters import ClassFilters
+from captum_classfilters.heads.decompose import find_head, replace_head
+from captum_classfilters.identify.statistics import labels_of_scores
+from captum_classfilters.pruning.prune_filters import prune_filters
+
+
+@dataclass(frozen=True)
+class SpecialistAccuracy:
+    r"""
+    Accuracy of a network and of its specialist on the specialist's classes; prints as a table.
+
+    Args:
+
+        class_names (tuple of str): The S classes.
+        counts (Tensor): Shape (S,). Images of each class.
+        among_all (Tensor): Shape (S,). Accuracy of the full network, which chooses among all
+                    classes.
+        full (Tensor): Shape (S,). Accuracy of the full network if it chooses among these classes
+                    only, the fair comparison.
+        specialist (Tensor): Shape (S,). Accuracy of the specialist.
+    """
+
+    class_names: tuple[str, ...]
+    counts: Tensor
+    among_all: Tensor
+    full: Tensor
+    specialist: Tensor
+
+    def overall(self, which: str = "specialist") -> float:
+        """Accuracy over the images of all these classes.
+
+        Args:
+
+            which (str): ``"among_all"``, ``"full"`` or ``"specialist"``.
+
+        Returns:
+            *float*.
+        """
+        values: Tensor = getattr(self, which)
+        return float((values.nan_to_num() * self.counts).sum() / self.counts.sum())
+
+    def __str__(self) -> str:
+        width = max(8, *(len(name) for name in self.class_names)) + 2
+        columns = ("among_all", "full", "specialist")
+        titles = ("full, all", "full, these", "specialist")
+        lines = [f"{'class':{width}s}{'images':>8s}" + "".join(f"{one:>13s}" for one in titles)]
+        for row, name in enumerate(self.class_names):
+            cells = "".join(f"{float(getattr(self, one)[row]):>13.4f}" for one in columns)
+            lines.append(f"{name:{width}s}{int(self.counts[row]):>8d}{cells}")
+        cells = "".join(f"{self.overall(one):>13.4f}" for one in columns)
+        lines.append(f"{'together':{width}s}{int(self.counts.sum()):>8d}{cells}")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Specialist:
+    r"""
+    A network for some of the classes.
+
+    Args:
+
+        model (nn.Module): The network; output *s* is class ``classes[s]`` of the full one.
+        classes (tuple of int): The S classes, as indices of the full network's outputs.
+        class_names (tuple of str): Their names.
+        kept (dict): For each pruned layer which filters (K,) stayed, bool.
+        accuracy (SpecialistAccuracy or None): Before and after; None without a loader.
+    """
+
+    model: nn.Module
+    classes: tuple[int, ...]
+    class_names: tuple[str, ...]
+    kept: dict[str, Tensor]
+    accuracy: SpecialistAccuracy | None
+
+
+def specialise(
+    model: nn.Module,
+    class_filters: ClassFilters | Sequence[ClassFilters],
+    classes: Sequence[int | str],
+    example_inputs: Any,
+    *,
+    dataloader: Iterable[Any] | None = None,
+    head: str | None = None,
+    show_progress: bool = True,
+) -> Specialist:
+    r"""
+    A physically smaller network that tells some classes apart, with the filters they need.
+
+    Of each table's layer the filters stay that the table selects for any of the classes; of the
+    last linear layer the rows of the classes. Both go through :func:`prune_filters`' rules, so a
+    layer tied to a shortcut is refused.
+
+    Args:
+
+        model (nn.Module): The model, whose output is its head's, maybe averaged over positions.
+        class_filters (ClassFilters or sequence of them): Tables with selections, of different
+                    layers.
+        classes (sequence of int or str): The classes, in the order of the new outputs.
+        example_inputs (Tensor or tuple): A batch to trace and check the model with.
+        dataloader (iterable, optional): Batches of (inputs, labels) with the labels of the full
+                    network, other classes among them or not; for the accuracy table.
+                    Default: None
+        head (str, optional): Dotted name of the head. By default the linear layer that runs last.
+        show_progress (bool): Show a progress bar over the batches.
+                    Default: True
+
+    Returns:
+        *Specialist*.
+
+    Raises:
+        ValueError: Fewer than two classes, a class given twice or without filters, the head is not
+                    linear or does not end the model, the loader has no image of the classes; and
+                    as for :func:`prune_filters`.
+        ImportError: Torch-Pruning, of the extra ``prune``, is not installed.
+
+    Examples::
+
+        >>> import torch
+        >>> from captum_classfilters import LayerFilterContribution
+        >>> from captum_classfilters.pruning import specialise
+        >>> net = torch.nn.Sequential(
+        ...     torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1),
+        ...     torch.nn.Flatten(), torch.nn.Linear(8, 4))
+        >>> images = torch.rand(4, 3, 6, 6)
+        >>> table = LayerFilterContribution(net, net[1]).identify(
+        ...     [(images, torch.arange(4))], num_filters=2, show_progress=False)
+        >>> specialist = specialise(net, table, [3, 1], images)
+        >>> specialist.model(images).shape
+        torch.Size([4, 2])
+    """
+    tables = [class_filters] if isinstance(class_filters, ClassFilters) else [*class_filters]
+    rows, names = _chosen(tables, classes)
+    kept = {}
+    for table in tables:
+        if table.layer in kept:
+            raise ValueError(f"Two tables are of the layer {table.layer!r}.")
+        kept[table.layer] = _needed(table, rows)
+    inputs = as_tuple(example_inputs)
+    name = head if head is not None else find_head(model, inputs)[0]
+    pruned = prune_filters(model, kept, inputs)
+    smaller = _with_rows(pruned, name, rows)
+    _check_outputs(pruned, smaller, rows, inputs, name)
+    accuracy = None
+    if dataloader is not None:
+        accuracy = _accuracy(model, smaller, rows, names, dataloader, show_progress)
+    return Specialist(smaller, tuple(rows), names, kept, accuracy)
+
+
+def _chosen(
+    tables: Sequence[ClassFilters], classes: Sequence[int | str]
+) -> tuple[list[int], tuple[str, ...]]:
+    if not tables:
+        raise ValueError("class_filters is empty; pass at least one table.")
+    rows = [tables[0].class_index(one) for one in classes]
+    if len(rows) < 2 or len(set(rows)) != len(rows):
+        raise ValueError(f"classes={list(classes)}: expected two or more different classes.")
+    return rows, tuple(tables[0].class_names[row] for row in rows)
+
+
+def _needed(table: ClassFilters, rows: Sequence[int]) -> Tensor:
+    """The filters that a table selects for any of the classes."""
+    chosen = table.selected[list(rows)]
+    empty = [
+        table.class_names[row] for row, any_ in zip(rows, chosen.any(1), strict=True) if not any_
+    ]
+    if empty:
+        raise ValueError(
+            f"The table of {table.layer!r} selects no filters for {', '.join(empty)}; select some, "
+            "with class_filters.select say."
+        )
+    return chosen.any(0)
+
+
+def _with_rows(model: nn.Module, name: str, rows: Sequence[int]) -> nn.Module:
+    """The model with only some outputs of its head."""
+    head: Any = find_layer(model, name)
+    if not is_linear(head):
+        raise ValueError(
+            f"The head {name!r} is a {type(head).__name__}; expected an nn.Linear or an ungrouped "
+            "1x1 convolution, whose rows are classes."
+        )
+    shorter = copy.deepcopy(head)
+    index = torch.tensor(list(rows), device=head.weight.device)
+    for part in ("weight", "bias"):
+        full = getattr(head, part)
+        if full is not None:
+            cut = nn.Parameter(full.detach()[index].clone(), requires_grad=full.requires_grad)
+            setattr(shorter, part, cut)
+    setattr(shorter, "out_features" if isinstance(head, nn.Linear) else "out_channels", len(rows))
+    return replace_head(model, name, shorter)
+
+
+def _check_outputs(
+    pruned: nn.Module,
+    smaller: nn.Module,
+    rows: Sequence[int],
+    inputs: tuple[Any, ...],
+    name: str,
+) -> None:
+    """The specialist's outputs must be the pruned network's outputs for the classes."""
+    with (
+        model_left_as_found(pruned, evaluation=True),
+        model_left_as_found(smaller, evaluation=True),
+        torch.no_grad(),
+    ):
+        full = pruned(*inputs)
+        try:
+            cut = smaller(*inputs)
+        except RuntimeError:  # another layer reads the head
+            cut = None
+    fits = (
+        cut is not None
+        and isinstance(full, Tensor)
+        and full.dim() == 2
+        and full.shape[1] > max(rows)
+    )
+    if not fits or not torch.allclose(full[:, list(rows)], cut, rtol=1e-4, atol=1e-5):
+        raise ValueError(
+            f"The rows of {name!r} are not the model's outputs, class by class; say which linear "
+            "layer puts out the logits with head=."
+        )
+
+
+def _accuracy(
+    model: nn.Module,
+    smaller: nn.Module,
+    rows: Sequence[int],
+    names: tuple[str, ...],
+    dataloader: Iterable[Any],
+    show_progress: bool,
+) -> SpecialistAccuracy:
+    """Accuracy on the images of the classes, all others left out."""
+    parameter = next(model.parameters(), None)
+    device = None if parameter is None else parameter.device
+    classes = torch.tensor(list(rows))
+    counts = torch.zeros(len(rows), dtype=torch.int64)
+    right = torch.zeros(3, len(rows), dtype=torch.int64)
+    bar = tqdm(dataloader, desc="accuracy", unit="batch", disable=not show_progress)
+    with (
+        model_left_as_found(model, evaluation=True),
+        model_left_as_found(smaller, evaluation=True),
+        torch.no_grad(),
+    ):
+        for number, batch in enumerate(bar):
+            inputs, labels = split_batch(batch, number, device)
+            logits = model(*inputs).cpu()
+            truth = labels_of_scores(logits, labels, number).cpu()
+            mine = torch.isin(truth, classes)
+            if not mine.any():
+                continue
+            place = (truth[mine, None] == classes).long().argmax(1)
+            own = smaller(*(one[mine.to(one.device)] for one in inputs)).cpu()
+            hits = (
+                logits[mine].argmax(1) == truth[mine],
+                logits[mine][:, classes].argmax(1) == place,
+                own.argmax(1) == place,
+            )
+            counts += torch.bincount(place, minlength=len(rows))
+            for row, hit in zip(right, hits, strict=True):
+                row += torch.bincount(place[hit], minlength=len(rows))
+    if not counts.sum():
+        raise ValueError(f"The data loader holds no image of {', '.join(names)}.")
+    among_all, full, specialist = right.double() / counts
+    return SpecialistAccuracy(names, counts, among_all, full, specialist)

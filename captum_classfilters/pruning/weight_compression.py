@@ -1,0 +1,439 @@
+"""What is left of a layer's weights: pruned by magnitude, quantised, and coded."""
+
+import copy
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import prune
+
+from captum_classfilters._core.filter_graph import as_tuple, name_of
+from captum_classfilters._core.guard import model_left_as_found
+from captum_classfilters._core.layers import check_runs, find_layer
+from captum_classfilters.metrics.evaluate_classifier import evaluate_classifier
+
+_Coder = tuple[Any, list[int], list[int]]  # bits, number of codes of each length, symbols
+
+
+@dataclass(frozen=True)
+class CompressedWeights:
+    r"""
+    Weights as Deep Compression stores them: a codebook, codes and the places of what is not zero.
+
+    Args:
+
+        shape (tuple of int): Shape of the weights.
+        dtype (torch.dtype): Their type.
+        codebook (Tensor): Shape (clusters,). The values that weights have.
+        codes (tuple): Huffman-coded codebook index of each weight that is not zero.
+        gaps (tuple or None): Huffman-coded distances between the places of these weights; None
+                    where a bit for each place is shorter, or where no weight is zero.
+        bitmap (bitarray or None): A bit for each place, or None.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    codebook: Tensor
+    codes: Any
+    gaps: Any
+    bitmap: Any
+
+    @property
+    def code_bytes(self) -> int:
+        """Bytes of the codes and of their Huffman table."""
+        return _coded_bytes(self.codes, len(self.codebook))
+
+    @property
+    def index_bytes(self) -> int:
+        """Bytes that say where the weights stand."""
+        if self.gaps is not None:
+            return _coded_bytes(self.gaps, self.numel)
+        return 0 if self.bitmap is None else -(-len(self.bitmap) // 8)
+
+    @property
+    def codebook_bytes(self) -> int:
+        """Bytes of the codebook."""
+        return self.codebook.numel() * self.codebook.element_size()
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of everything."""
+        return self.code_bytes + self.index_bytes + self.codebook_bytes
+
+    @property
+    def numel(self) -> int:
+        """Number of weights, zeros among them."""
+        return int(torch.tensor(self.shape).prod())
+
+    def to_dense(self) -> Tensor:
+        """Decode: the weights, zeros where they were pruned.
+
+        Returns:
+            *Tensor* of the original shape.
+        """
+        codes = torch.tensor(_decoded(self.codes), dtype=torch.int64)
+        if self.gaps is not None:
+            places = torch.tensor(_decoded(self.gaps), dtype=torch.int64).cumsum(0) - 1
+        elif self.bitmap is not None:
+            places = torch.tensor(self.bitmap.tolist(), dtype=torch.bool).nonzero()[:, 0]
+        else:
+            places = torch.arange(self.numel)
+        flat = torch.zeros(self.numel, dtype=self.dtype)
+        flat[places] = self.codebook[codes]
+        return flat.reshape(self.shape)
+
+
+@dataclass(frozen=True)
+class CompressionReport:
+    r"""
+    A layer before and after compression; prints as a table.
+
+    Args:
+
+        layer (str): Dotted name.
+        filters (tuple of int): Filters before and after.
+        weights (tuple of int): Weights before, and weights that are not zero after.
+        multiply_adds (tuple of int): For one image: of the dense layer before, and of the weights
+                    that are not zero after. A dense convolution saves only what whole filters do.
+        bytes (tuple of int): Weights and bias before, as they are held; after: codes, index,
+                    codebook, Huffman tables and bias.
+        code_bytes (int): Of the bytes after, the codes.
+        index_bytes (int): Of the bytes after, the places of the weights.
+        codebook_bytes (int): Of the bytes after, the codebook.
+        bias_bytes (int): Of the bytes after, the bias.
+        accuracy (tuple of float, or None): Accuracy before and after; None without a loader.
+    """
+
+    layer: str
+    filters: tuple[int, int]
+    weights: tuple[int, int]
+    multiply_adds: tuple[int, int]
+    bytes: tuple[int, int]
+    code_bytes: int
+    index_bytes: int
+    codebook_bytes: int
+    bias_bytes: int
+    accuracy: tuple[float, float] | None
+
+    @property
+    def ratio(self) -> float:
+        """Bytes before over bytes after."""
+        return self.bytes[0] / self.bytes[1]
+
+    def __str__(self) -> str:
+        lines = [f"{self.layer:18s}{'before':>14s}{'after':>14s}{'ratio':>9s}"]
+        for title in ("filters", "weights", "multiply_adds", "bytes"):
+            before, after = getattr(self, title)
+            share = f"{before / after:>8.2f}x" if after else ""
+            lines.append(f"{title.replace('_', '-'):18s}{before:>14,}{after:>14,}{share}")
+        parts = ("code", "index", "codebook", "bias")
+        bytes_of = ", ".join(f"{part} {getattr(self, part + '_bytes'):,}" for part in parts)
+        lines.append(f"of the bytes after: {bytes_of}")
+        if self.accuracy:
+            lines.append(f"{'accuracy':18s}{self.accuracy[0]:>14.4f}{self.accuracy[1]:>14.4f}")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class CompressedLayer:
+    """A model with one compressed layer.
+
+    Args:
+
+        model (nn.Module): A copy of the model with the decoded weights.
+        weights (CompressedWeights): The layer's weights, coded.
+        report (CompressionReport): What it saves.
+    """
+
+    model: nn.Module
+    weights: CompressedWeights
+    report: CompressionReport
+
+
+def magnitude_prune(model: nn.Module, layer: nn.Module | str, sparsity: float) -> nn.Module:
+    r"""
+    A copy of the model in which a share of a layer's smallest weights is zero, ready to be trained.
+
+    The mask is PyTorch's (``torch.nn.utils.prune.l1_unstructured``) and holds while the rest is
+    fine-tuned; :func:`compress_layer` makes it permanent.
+
+    Args:
+
+        model (nn.Module): The model.
+        layer (nn.Module or str): A layer with weights, or its dotted name.
+        sparsity (float): Share of the weights to remove, from 0 to below 1; of those left, if the
+                    layer was pruned before.
+
+    Returns:
+        *nn.Module*: The copy.
+
+    Raises:
+        ValueError: The share is out of range or the layer has no weights.
+    """
+    if not 0 <= sparsity < 1:
+        raise ValueError(f"sparsity={sparsity} is out of range; choose a share in [0, 1).")
+    name = name_of(model, layer)
+    pruned = _copied(model)
+    prune.l1_unstructured(_weighted(pruned, name), "weight", amount=float(sparsity))
+    return pruned
+
+
+def kmeans_quantize(weights: Tensor, clusters: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    r"""
+    Values for weights to share, by k-means, started evenly between the smallest and the largest.
+
+    Source: Han et al., *Deep Compression*, 2016, https://arxiv.org/abs/1510.00149; the k-means is
+    scikit-learn's.
+
+    Args:
+
+        weights (Tensor): Any shape.
+        clusters (int): Number of values; fewer are used if the weights have fewer.
+        seed (int): Seed, for clusters that become empty.
+                    Default: 0
+
+    Returns:
+        *tuple* of the values (clusters,), of the weights' type, and the codes, int64, of the
+        weights' shape.
+
+    Raises:
+        ValueError: There are no weights or no clusters.
+        ImportError: scikit-learn, of the extra ``prune``, is not installed.
+    """
+    if clusters < 1 or weights.numel() == 0:
+        raise ValueError(
+            f"clusters={clusters} of {weights.numel()} weights: both must be positive."
+        )
+    try:
+        from sklearn.cluster import KMeans
+    except ImportError as error:
+        raise ImportError(
+            "Quantising needs scikit-learn: pip install 'captum-classfilters[prune]'."
+        ) from error
+    flat = weights.detach().cpu().flatten()
+    values, codes = flat.unique(return_inverse=True)
+    if len(values) > clusters:
+        start = torch.linspace(float(values[0]), float(values[-1]), clusters, dtype=torch.float64)
+        fitted = KMeans(clusters, init=start[:, None].numpy(), n_init=1, random_state=seed).fit(
+            flat[:, None].double().numpy()
+        )
+        values = torch.as_tensor(fitted.cluster_centers_[:, 0]).to(weights.dtype)
+        codes = torch.as_tensor(fitted.labels_).long()
+    return values, codes.reshape(weights.shape)
+
+
+def encode_weights(weights: Tensor, codebook: Tensor, codes: Tensor) -> CompressedWeights:
+    r"""
+    Code quantised weights: Huffman codes for values and for the gaps between weights not zero.
+
+    The codes are canonical Huffman codes made and written by the library ``bitarray``, so the size
+    is that of bits that decode, not an estimate. Where a bit for each place is shorter than the
+    gaps, that is used; where no weight is zero, neither.
+
+    Args:
+
+        weights (Tensor): The layer's weights; zeros are not stored.
+        codebook (Tensor): Shape (clusters,), from :func:`kmeans_quantize`.
+        codes (Tensor): Codebook indices of the weights that are not zero, in their order.
+
+    Returns:
+        *CompressedWeights*.
+
+    Raises:
+        ValueError: There is not one code for each weight that is not zero.
+        ImportError: bitarray, of the extra ``prune``, is not installed.
+    """
+    present = weights.detach().cpu().flatten() != 0
+    if codes.numel() != int(present.sum()) or not len(codes):
+        raise ValueError(
+            f"{codes.numel()} codes for {int(present.sum())} weights that are not zero; expected "
+            "one each, and at least one."
+        )
+    places = present.nonzero()[:, 0]
+    gaps = bitmap = None
+    if len(places) < len(present):
+        steps = torch.cat([places[:1] + 1, places.diff()])
+        gaps = _huffman(steps.tolist())
+        if _coded_bytes(gaps, len(present)) >= -(-len(present) // 8):
+            gaps, bitmap = None, _bitarray().bitarray(present.tolist())
+    return CompressedWeights(
+        tuple(weights.shape), weights.dtype, codebook, _huffman(codes.tolist()), gaps, bitmap
+    )
+
+
+def compress_layer(
+    model: nn.Module,
+    layer: nn.Module | str,
+    example_inputs: Any,
+    *,
+    clusters: int = 32,
+    sparsity: float | None = None,
+    original: nn.Module | None = None,
+    dataloader: Iterable[Any] | None = None,
+    seed: int = 0,
+    show_progress: bool = True,
+) -> CompressedLayer:
+    r"""
+    Compress a layer's weights and report what it saves, against the layer of another model if given.
+
+    With ``prune_filters`` before it, the combined compression of Abbasi-Asl and Yu: filters
+    removed by accuracy, then weights by magnitude, then values shared and everything coded (Han et
+    al., *Deep Compression*, 2016, https://arxiv.org/abs/1510.00149). Weights that are zero already,
+    from :func:`magnitude_prune` and training after it say, stay zero.
+
+    Args:
+
+        model (nn.Module): The model; it is not changed.
+        layer (nn.Module or str): A layer with weights, or its dotted name.
+        example_inputs (Tensor or tuple): A batch, to count the layer's positions.
+        clusters (int): Values that weights may have; 32 is 5 bits before coding.
+                    Default: 32
+        sparsity (float, optional): Share of the weights to make zero now.
+                    Default: None
+        original (nn.Module, optional): The model before filters were removed, to compare with.
+                    Default: None (``model``)
+        dataloader (iterable, optional): Batches of (images, labels) to measure accuracy on.
+                    Default: None
+        seed (int): Seed of the quantisation.
+                    Default: 0
+        show_progress (bool): Show a progress bar over the batches.
+                    Default: True
+
+    Returns:
+        *CompressedLayer*.
+
+    Raises:
+        ValueError: The layer has no weights, no weight is left, or a number is out of range.
+        ImportError: The extra ``prune`` is not installed.
+
+    Examples::
+
+        >>> import torch
+        >>> from captum_classfilters.pruning import compress_layer
+        >>> net = torch.nn.Sequential(torch.nn.Conv2d(8, 64, 3), torch.nn.Flatten())
+        >>> compressed = compress_layer(net, "0", torch.rand(1, 8, 3, 3), clusters=8, sparsity=0.75)
+        >>> compressed.report.weights
+        (4608, 1152)
+        >>> torch.equal(compressed.weights.to_dense(), compressed.model[0].weight)
+        True
+    """
+    name = name_of(model, layer)
+    first = model if original is None else original
+    reference, inputs = _weighted(first, name), as_tuple(example_inputs)
+    small = magnitude_prune(model, name, sparsity) if sparsity is not None else _copied(model)
+    module = _weighted(small, name)
+    if prune.is_pruned(module):
+        prune.remove(module, "weight")
+    weight = module.weight.detach()
+    present = weight != 0
+    codebook, codes = kmeans_quantize(weight[present].cpu(), clusters, seed)
+    coded = encode_weights(weight, codebook, codes)
+    with torch.no_grad():
+        module.weight.copy_(coded.to_dense())
+    bias = _bytes(module.bias)
+    report = CompressionReport(
+        layer=name,
+        filters=(_filters(reference), _filters(module)),
+        weights=(reference.weight.numel(), int(present.sum())),
+        multiply_adds=(
+            reference.weight.numel() * _positions(first, name, inputs),
+            int(present.sum()) * _positions(small, name, inputs),
+        ),
+        bytes=(_bytes(reference.weight) + _bytes(reference.bias), coded.num_bytes + bias),
+        code_bytes=coded.code_bytes,
+        index_bytes=coded.index_bytes,
+        codebook_bytes=coded.codebook_bytes,
+        bias_bytes=bias,
+        accuracy=None
+        if dataloader is None
+        else (
+            evaluate_classifier(first, dataloader, show_progress=show_progress).accuracy,
+            evaluate_classifier(small, dataloader, show_progress=show_progress).accuracy,
+        ),
+    )
+    return CompressedLayer(small, coded, report)
+
+
+def _weighted(model: nn.Module, name: str) -> Any:
+    module: Any = find_layer(model, name)
+    if not isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)):
+        raise ValueError(
+            f"The layer {name!r} is a {type(module).__name__}; expected a convolution or a linear "
+            "layer, whose weights can be compressed."
+        )
+    return module
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    """A copy; PyTorch's masked weights, which are computed, must be detached for that."""
+    for module in model.modules():
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, prune.BasePruningMethod):
+                setattr(module, hook._tensor_name, hook.apply_mask(module).detach())
+    return copy.deepcopy(model)
+
+
+def _filters(module: Any) -> int:
+    return int(module.out_features if isinstance(module, nn.Linear) else module.out_channels)
+
+
+def _bytes(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.numel() * tensor.element_size()
+
+
+def _positions(model: nn.Module, name: str, inputs: tuple[Any, ...]) -> int:
+    """Positions of one image at which a layer's weights are used."""
+    module, seen = find_layer(model, name), []
+
+    def hook(layer: Any, arguments: tuple[Any, ...], output: Tensor) -> None:
+        transposed = getattr(layer, "transposed", False)
+        maps = arguments[0] if transposed else output
+        width = layer.in_channels if transposed else _filters(layer)
+        seen.append(maps.numel() // len(inputs[0]) // width)
+
+    handle = module.register_forward_hook(hook)
+    try:
+        with model_left_as_found(model, evaluation=True), torch.no_grad():
+            model(*inputs)
+    finally:
+        handle.remove()
+    check_runs(name, len(seen))
+    return int(seen[0])
+
+
+# -- Huffman codes, made and written by bitarray --------------------------------------------------
+
+
+def _bitarray() -> Any:
+    try:
+        import bitarray
+        import bitarray.util
+    except ImportError as error:
+        raise ImportError(
+            "Coding weights needs bitarray: pip install 'captum-classfilters[prune]'."
+        ) from error
+    return bitarray
+
+
+def _huffman(symbols: list[int]) -> _Coder:
+    library = _bitarray()
+    values, counts = torch.tensor(symbols).unique(return_counts=True)
+    frequency = dict(zip(values.tolist(), counts.tolist(), strict=True))
+    codes, lengths, order = library.util.canonical_huffman(frequency)
+    bits = library.bitarray()
+    bits.encode(codes, symbols)
+    return bits, lengths, order
+
+
+def _decoded(coder: _Coder) -> list[int]:
+    decode: Callable[..., Iterable[int]] = _bitarray().util.canonical_decode
+    return list(decode(*coder))
+
+
+def _coded_bytes(coder: _Coder, largest: int) -> int:
+    """Bytes of the bits, and of a table: a symbol and the length of its code for each symbol."""
+    bits, _lengths, symbols = coder
+    wide = max(1, (int(largest).bit_length() + 7) // 8)
+    return -(-len(bits) // 8) + len(symbols) * (wide + 1)

@@ -1,0 +1,371 @@
+"""Pictures, the demo, and the command line, end to end on small images."""
+
+import csv
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch.utils.data import Subset
+from torchvision.models import resnet18
+
+from captum_classfilters import ClassFilters
+from captum_classfilters.cli.compare_folder import _class_filters
+from captum_classfilters.cli.demo import run_demo
+from captum_classfilters.cli.folder_classes import _categories, _places
+from captum_classfilters.cli.main import main
+from captum_classfilters.heads import AccuracyCurve
+from captum_classfilters.visualize import (
+    figures as _figures,
+)
+from captum_classfilters.visualize import (
+    plot_accuracy_curve,
+    plot_class_filters,
+    plot_class_overlap,
+    plot_explanations,
+    plot_filter_maps,
+)
+from tests.models import images, pool_linear
+
+
+def table(classes=3, filters=7, signed=True):
+    scores = torch.randn(classes, filters, generator=torch.Generator().manual_seed(0))
+    scores = scores if signed else scores.abs()
+    names = [f"class {index}" for index in range(classes)]
+    return ClassFilters(
+        scores, torch.ones(classes), class_names=names, method="M", layer="L"
+    ).select(2)
+
+
+class TestPictures:
+    def test_only_a_notebook_finds_them_among_the_figures_of_pyplot(self, monkeypatch):
+        """There the figure shows below the cell; elsewhere nothing piles up."""
+        plt.close("all")
+        plot_class_filters(table())
+        assert plt.get_fignums() == []
+        assert not _figures._in_ipython()
+        session = SimpleNamespace(get_ipython=lambda: object())
+        with monkeypatch.context() as patched:
+            patched.setitem(sys.modules, "IPython", session)
+            assert _figures._in_ipython()
+        monkeypatch.setattr(_figures, "_in_ipython", lambda: True)
+        figure, _ = plot_class_filters(table())
+        assert plt.get_fignums() == [figure.number]
+        plt.close("all")
+
+    def test_heat_map_shows_scores_and_marks_the_selection(self):
+        one = table()
+        _, axes = plot_class_filters(one, order="index")
+        image = axes.images[0]
+        np.testing.assert_allclose(image.get_array(), one.scores.numpy())
+        assert image.norm.vmin == -image.norm.vmax
+        marked = {(int(y), int(x)) for x, y in axes.collections[0].get_offsets()}
+        assert marked == {tuple(cell) for cell in one.selected.nonzero().tolist()}
+        assert [label.get_text() for label in axes.get_yticklabels()] == list(one.class_names)
+
+    def test_heat_map_groups_filters_by_their_best_class(self):
+        one = table()
+        _, axes = plot_class_filters(one)
+        order = [int(label.get_text()) for label in axes.get_xticklabels()]
+        assert sorted(order) == list(range(7))
+        best = one.scores.argmax(0)[order].tolist()
+        assert best == sorted(best)
+
+    def test_heat_map_of_votes_and_of_many_classes(self):
+        _, axes = plot_class_filters(table(signed=False))
+        assert axes.images[0].norm.vmin == 0
+        _, axes = plot_class_filters(table(classes=300, filters=600))
+        assert len(axes.get_yticks()) <= 40
+        scores = torch.rand(2, 3)
+        scores[1] = float("nan")
+        plot_class_filters(ClassFilters(scores, torch.tensor([1, 0])))
+        with pytest.raises(ValueError, match="order='random'"):
+            plot_class_filters(table(), order="random")
+
+    def test_curve_draws_every_rule_and_the_controls(self):
+        curve = AccuracyCurve(
+            [1, 2, 4],
+            {"ours": [0.2, 0.5, 0.9], "theirs": [0.1, 0.2, 0.9]},
+            {},
+            0.9,
+            [0.1, 0.1, 0.9],
+            [0.01, 0.02, 0.0],
+            10,
+        )
+        _, axes = plot_accuracy_curve(curve)
+        drawn = {line.get_label(): list(line.get_ydata()) for line in axes.lines}
+        assert drawn["ours"] == pytest.approx([20, 50, 90])
+        assert drawn["random filters"] == pytest.approx([10, 10, 90])
+        assert drawn["all filters"][0] == pytest.approx(90)
+
+    @pytest.mark.parametrize("channels", [1, 3])
+    def test_explanations_survive_maps_of_zeros(self, channels):
+        images = torch.rand(2, channels, 5, 5) * 3
+        maps = torch.randn(2, channels, 5, 5)
+        figure, grid = plot_explanations(
+            images, {"a": maps, "b": torch.zeros_like(maps)}, titles="xy"
+        )
+        assert grid.shape == (2, 3)
+        assert "zero" in [text.get_text() for text in grid[0, 2].texts]
+        assert grid[0, 1].get_title() == "a"
+        figure.canvas.draw()
+        with pytest.raises(ValueError, match="expected 2 maps"):
+            plot_explanations(images, {"a": maps[:1]})
+        with pytest.raises(ValueError, match="1 or 3"):
+            plot_explanations(torch.rand(2, 4, 5, 5), {})
+
+    def test_filter_maps_carry_their_contribution(self):
+        one = table()
+        contributions = torch.randn(7, 3, 3)
+        _, grid = plot_filter_maps(torch.rand(1, 6, 6), contributions, one, "class 1")
+        first = int(one.filters_of(1)[0])
+        assert grid[1].get_title() == f"filter {first}\n{float(contributions[first].sum()):+.2f}"
+        with pytest.raises(ValueError, match="expected one image"):
+            plot_filter_maps(torch.rand(1, 6, 6), contributions[:3], one, 0)
+
+    def test_overlap_counts(self):
+        _, axes = plot_class_overlap(table())
+        shared = table().overlap().count
+        texts = {text.get_position(): int(text.get_text()) for text in axes.texts}
+        assert texts[(1, 0)] == int(shared[0, 1])
+
+
+def test_demo_end_to_end(tmp_path):
+    lines = []
+    results = run_demo(tmp_path, epochs=4, show_progress=False, write=lines.append)
+    assert results["test_accuracy"] > 0.8
+    kept = results["accuracy_by_filters_kept"]
+    five = kept["num_filters"].index(5)
+    assert kept["contribution"][five] > kept["random"][five]
+    gates = results["metrics"]["gate space"]
+    assert gates["contribution, closed form"]["infidelity"] < 1e-8
+    assert gates["random scores"]["infidelity"] > 1e-3
+    files = {path.name for path in tmp_path.iterdir()}
+    assert files == {
+        "accuracy_curve.png",
+        "class_filters_contribution.png",
+        "class_filters_frequency.png",
+        "contribution.safetensors",
+        "explanations.png",
+        "frequency.safetensors",
+        "results.json",
+    }
+    saved = json.loads((tmp_path / "results.json").read_text())
+    assert saved["refitted"] == results["refitted"]
+    assert any("Test accuracy" in line for line in lines)
+    again = run_demo(tmp_path, epochs=4, show_progress=False, write=lines.append)
+    for key in ("test_accuracy", "accuracy_by_filters_kept", "refitted"):
+        assert again[key] == results[key]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("images")
+    noise = np.random.default_rng(0)
+    for name in ("cat", "dog", "fox"):
+        (root / name).mkdir()
+        for index in range(3):
+            pixels = noise.integers(0, 255, (40, 50, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{index}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    torch.manual_seed(0)
+    state = resnet18(num_classes=3).state_dict()
+    path = tmp_path_factory.mktemp("weights") / "resnet18.pth"
+    torch.save({"state_dict": {f"module.{key}": value for key, value in state.items()}}, path)
+    save_file(state, path.with_suffix(".safetensors"))
+    return path
+
+
+def arguments(folder, checkpoint, output, **changes):
+    options = {
+        "--model": "resnet18",
+        "--checkpoint": checkpoint,
+        "--data": folder,
+        "--layer": "layer4",
+        "--output": output,
+        "--image-size": 32,
+        **changes,
+    }
+    given = {name: value for name, value in options.items() if value is not None}
+    flat = [str(part) for item in given.items() for part in item]
+    return ["identify", *flat, "--quiet"]
+
+
+class TestCommands:
+    def test_identify_on_a_folder(self, folder, checkpoint, tmp_path, capsys):
+        output = tmp_path / "out"
+        assert main(arguments(folder, checkpoint, output, **{"--explain": 2})) == 0
+        manifest = json.loads((output / "manifest.json").read_text())
+        assert manifest["num_images"] == 9
+        assert set(manifest["files"]) == {
+            f"{name}.{kind}"
+            for name in ("frequency", "contribution")
+            for kind in ("csv", "png", "safetensors")
+        } | {"explanations.png"}
+        found = ClassFilters.load(output / "contribution.safetensors")
+        assert found.class_names == ("cat", "dog", "fox")
+        assert found.counts.tolist() == [3, 3, 3]
+        lines = (output / "frequency.csv").read_text().splitlines()
+        assert len(lines) == 1 + 3 * 512
+        assert "cat" in capsys.readouterr().out
+        # Nothing is replaced unasked; safetensors weights give the same table.
+        assert main(arguments(folder, checkpoint, output)) == 2
+        assert "--overwrite" in capsys.readouterr().err
+        other = tmp_path / "other"
+        same = checkpoint.with_suffix(".safetensors")
+        assert main(arguments(folder, same, other)) == 0
+        again = ClassFilters.load(other / "contribution.safetensors")
+        assert torch.equal(again.scores, found.scores)
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"--layer": None}, "`captum-classfilters layers --model resnet18`"),
+            ({"--model": "resnet19"}, "no classifier 'resnet19'; the nearest names: resnet18"),
+            ({"--layer": "layer5"}, "no layer 'layer5'. Did you mean 'layer4'"),
+            ({"--model": "resnet34"}, "not one of resnet34: missing layer1.2.conv1.weight"),
+            ({"--checkpoint": "nowhere.pth"}, "There is no checkpoint"),
+            ({"--checkpoint": __file__}, "neither a safetensors file nor a PyTorch state dict"),
+            ({"--data": "nowhere"}, "There is no folder nowhere"),
+            ({"--method": "guess"}, "Unknown methods"),
+            ({"--num-filters": 600}, "num_filters=600 is larger than the 512 filters"),
+        ],
+    )
+    def test_errors_are_one_clear_line(
+        self, folder, checkpoint, tmp_path, capsys, changes, message
+    ):
+        assert main(arguments(folder, checkpoint, tmp_path / "out", **changes)) == 2
+        error = capsys.readouterr().err.strip()
+        assert message in error
+        assert len(error.splitlines()) == 1
+        assert not (tmp_path / "out" / "manifest.json").exists()
+
+    def test_folders_are_matched_with_outputs_by_name(self, folder, tmp_path, capsys):
+        """Three folders of a model of five: counting them through would name the wrong outputs."""
+        torch.manual_seed(0)
+        weights = tmp_path / "five.safetensors"
+        save_file(resnet18(num_classes=5).state_dict(), weights)
+        assert main(arguments(folder, weights, tmp_path / "out")) == 2
+        assert (
+            "5 outputs, and no output is known by the name of 'cat', 'dog', 'fox'"
+            in capsys.readouterr().err
+        )
+        names = tmp_path / "names.txt"
+        names.write_text("ape\nfox, red\ncat\n\ncow\ndog dingo\n")
+        command = arguments(folder, weights, tmp_path / "out", **{"--class-names": names})
+        assert main(command) == 2
+        assert "known by the name of 'fox';" in capsys.readouterr().err
+        names.write_text("ape\nfox red\ncat\n\ncow\ndog dingo\n")
+        with pytest.warns(UserWarning, match="2 class.*ape, cow"):
+            assert main(command) == 0
+        found = ClassFilters.load(tmp_path / "out" / "contribution.safetensors")
+        assert found.class_names == ("ape", "fox red", "cat", "cow", "dog dingo")
+        assert found.counts.tolist() == [0, 3, 3, 0, 3]
+
+    def test_folders_called_like_torchvisions_categories(self):
+        folders = ["goldfish", "tench"]
+        names = _categories("resnet18", 1000, folders)
+        assert [names.index(folder) for folder in folders] == [1, 0]
+        assert _categories("resnet18", 1000, ["goldfish", "a friend"]) == []
+        assert _categories("resnet18", 12, ["goldfish"]) == []
+
+    def test_a_first_word_that_two_classes_share_finds_neither(self):
+        places = _places(["great white shark", "great grey owl", "n01 tench", "great"])
+        assert places == {
+            "n01": 2, "great white shark": 0, "great grey owl": 1, "n01 tench": 2, "great": 3,
+        }  # fmt: skip
+
+    def test_files_of_class_names(self, folder, checkpoint, tmp_path, capsys):
+        names = tmp_path / "names.txt"
+        command = arguments(folder, checkpoint, tmp_path / "out", **{"--class-names": names})
+        assert main(command) == 2
+        assert "no file of class names" in capsys.readouterr().err
+        names.write_text("cat\ndog\n")
+        assert main(command) == 2
+        assert "names 2 classes, but the model has 3 outputs" in capsys.readouterr().err
+
+    def test_no_checkpoint_and_empty_folder(self, folder, tmp_path, capsys):
+        assert main(arguments(folder, None, tmp_path / "out", **{"--checkpoint": None})) == 2
+        assert "--random-weights" in capsys.readouterr().err
+        empty = tmp_path / "empty"
+        empty.mkdir()
+        command = arguments(empty, None, tmp_path / "out", **{"--checkpoint": None})
+        assert main([*command, "--random-weights"]) == 2
+        assert "not an image folder" in capsys.readouterr().err
+
+    def test_a_demo_that_cannot_be_written(self, tmp_path, capsys):
+        blocked = tmp_path / "file"
+        blocked.write_text("")
+        assert main(["demo", "--output", str(blocked), "--quiet"]) == 2
+        assert "cannot be written" in capsys.readouterr().err
+
+    def test_compare_on_a_folder(self, folder, checkpoint, tmp_path, capsys):
+        output = tmp_path / "out"
+        one = arguments(folder, checkpoint, output, **{"--limit": 4})
+        methods = [
+            "--method",
+            "saliency",
+            "class_filters",
+            "occlusion",
+            "contribution",
+            "frequency",
+        ]
+        command = ["compare", *one[1:], *methods]
+        assert main(command) == 0
+        manifest = json.loads((output / "manifest.json").read_text())
+        assert manifest["num_images"] == 4
+        expected = ["comparison.png", "comparison.txt", "filters.csv", "pixels.csv"]
+        assert manifest["files"] == expected
+        with open(output / "pixels.csv") as file:
+            rows = {row["method"]: row for row in csv.DictReader(file)}
+        assert list(rows) == ["saliency", "class_filters", "occlusion", "random"]
+        assert float(rows["saliency"]["seconds_per_image"]) > 0
+        assert rows["random"]["seconds_per_image"] == ""
+        with open(output / "filters.csv") as file:
+            names = [row["method"] for row in csv.DictReader(file)]
+        assert names == ["contribution", "frequency", "random", "weight magnitude"]
+        assert "filters of layer 'layer4': 4 images" in capsys.readouterr().out
+        assert main(command) == 2
+        assert "--overwrite" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        ("methods", "limit", "message"),
+        [
+            (["saliency", "lime"], 2, "Unknown methods ['lime']; choose from saliency"),
+            (["class_filters"], 99, "leaves none to find class filters on"),
+        ],
+    )
+    def test_compare_errors(self, folder, checkpoint, tmp_path, capsys, methods, limit, message):
+        one = arguments(folder, checkpoint, tmp_path / "out", **{"--limit": limit})
+        assert main(["compare", *one[1:], "--method", *methods]) == 2
+        assert message in capsys.readouterr().err
+
+    def test_compare_needs_images_of_the_classes_it_explains(self):
+        data = [(image, 0) for image in images(4)]
+        job = SimpleNamespace(batch_size=2, num_filters=2, device="cpu", show_progress=False)
+        model = pool_linear()
+        given = model, model[1], job, data, Subset(data, [0, 1])
+        names = ["cat", "dog", "fox"]
+        assert _class_filters(*given, torch.tensor([0, 0]), names).layer is model[1]
+        message = "for the classes dog, fox, of which the folder's other"
+        with pytest.raises(ValueError, match=message):
+            _class_filters(*given, torch.tensor([2, 1]), names)
+
+    def test_layers(self, capsys):
+        assert main(["layers", "--model", "squeezenet1_1", "--image-size", "32"]) == 0
+        assert "classifier.1" in capsys.readouterr().out
+
+    def test_as_a_process(self):
+        command = [sys.executable, "-m", "captum_classfilters", "--version"]
+        result = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert result.stdout.startswith("captum-classfilters 0.")

@@ -1,0 +1,557 @@
+"""The class-specific gate: projection, regulariser, hook, training, measures."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from captum_classfilters import ClassFilters, ClassSpecificGate, LayerClassGate
+from captum_classfilters.gates import (
+    GatedTrainer,
+    GateSchedule,
+    assign_filters,
+    class_share,
+    density_interval,
+    filter_correlation,
+    gate_similarity,
+    masking_test,
+)
+from tests.models import batches, deep, hooks_of, images, pool_linear
+
+QUIET = {"show_progress": False}
+
+
+def gate_with(columns, projection="rescale"):
+    weight = torch.tensor(columns).T.contiguous()
+    gate = ClassSpecificGate(*weight.shape, projection=projection)
+    with torch.no_grad():
+        gate.weight.copy_(weight)
+    return gate
+
+
+class TestProjection:
+    def test_rescale_divides_by_the_largest_and_clips(self):
+        gate = gate_with([[0.5, 0.25, -0.1], [2.0, 1.0, 0.0]])
+        gate.project()
+        assert torch.allclose(gate.weight.T, torch.tensor([[1.0, 0.5, 0.0], [1.0, 0.5, 0.0]]))
+
+    @pytest.mark.parametrize("projection", ["rescale", "euclidean"])
+    def test_corner_cases_of_the_released_formula(self, projection):
+        gate = gate_with([[0.0, 0.0, 0.0], [-2.0, -1.0, -3.0]], projection)
+        gate.project()
+        # Zeros would give NaN and negative columns would open fully.
+        assert gate.weight.T.tolist() == [[1, 0, 0], [0, 1, 0]]
+
+    @pytest.mark.parametrize("projection", ["rescale", "euclidean"])
+    def test_uniform_shrinkage_is_undone_by_rescaling_alone(self, projection):
+        gate = gate_with([[1.0, 1.0, 1.0]], projection)
+        with torch.no_grad():
+            gate.weight.sub_(0.25)  # a step of the regulariser
+        gate.project()
+        expected = [1, 1, 1] if projection == "rescale" else [1, 0.75, 0.75]
+        assert gate.weight[:, 0].tolist() == expected
+
+    def test_euclidean_is_the_nearest_point(self):
+        torch.manual_seed(0)
+        gate = gate_with((2 * torch.rand(30, 3) - 0.5).tolist(), "euclidean")
+        before = gate.weight.detach().T.clone()
+        gate.project()
+        after = gate.weight.detach().T
+        for column, found in zip(before, after, strict=True):
+            candidates = []
+            for opened in range(3):
+                point = column.clamp(0, 1)
+                point[opened] = 1.0
+                candidates.append(point)
+            best = min(float((column - point).norm()) for point in candidates)
+            assert float((column - found).norm()) == pytest.approx(best, abs=1e-6)
+
+    def test_projected_gates_are_feasible_and_stay(self):
+        torch.manual_seed(0)
+        for projection in ("rescale", "euclidean"):
+            gate = gate_with(torch.randn(20, 4).tolist(), projection)
+            gate.project()
+            assert gate.weight.min() >= 0
+            assert torch.equal(gate.weight.max(0).values, torch.ones(20))
+            first = gate.weight.detach().clone()
+            gate.project()
+            assert torch.allclose(gate.weight, first)
+
+    def test_refuses_gates_that_are_not_finite(self):
+        gate = gate_with([[float("nan"), 1.0]])
+        with pytest.raises(ValueError, match="gates hold NaN"):
+            gate.project()
+
+
+def test_regulariser_family():
+    gate = gate_with([[1.0, 0.5], [1.0, 0.0], [0.25, 1.0]])  # C = 2, K = 3, sum 3.75
+    assert float(gate.regulariser().detach()) == pytest.approx(0.75)
+    assert float(gate.regulariser(limit=10).detach()) == 0
+    assert float(gate.regulariser(distance="l2").detach()) == pytest.approx(0.5625)
+    assert float(gate.regulariser(distance="smooth_l1").detach()) == pytest.approx(0.28125)
+    assert float(gate.regulariser(distance="smooth_l1", limit=1).detach()) == pytest.approx(2.25)
+    assert float(gate.regulariser("l1").detach()) == pytest.approx(3.75)
+    assert float(gate.regulariser("column_limit", limit=1.1).detach()) == pytest.approx(0.55)
+    expected = (1.5**2 + 1 + 1.25**2) ** 0.5
+    assert float(gate.regulariser("l12").detach()) == pytest.approx(expected)
+    assert float(gate.regulariser("column_maximum").detach()) == pytest.approx(3.0)
+    assert gate.density == pytest.approx(3.75 / 6)
+    # Before the projection gates can be negative: the norm counts them.
+    signed = gate_with([[1.0, -0.5, -0.25], [1.0, 0.0, 0.5]])  # C = 3, K = 2
+    assert float(signed.regulariser().detach()) == pytest.approx(1.25)
+    assert float(signed.regulariser("column_limit").detach()) == pytest.approx(0.85 + 0.6)
+    assert signed.density == pytest.approx(3.25 / 6)
+    with pytest.raises(ValueError, match="kind='l3'"):
+        gate.regulariser("l3")
+
+
+class TestHook:
+    def test_gates_inside_the_block_only(self):
+        model, x, y = pool_linear(), images(), torch.arange(8) % 3
+        gate = ClassSpecificGate(3, 6, initial=torch.rand(3, 6)).attach(model, "1")
+        plain = model(x)
+        with gate.gating(y):
+            gated = model(x)
+        means = model[:4](x) * gate.weight[y]
+        assert torch.allclose(gated, F.linear(means, model[4].weight, model[4].bias), atol=1e-6)
+        assert torch.equal(model(x), plain)
+        assert set(model.state_dict()) == set(pool_linear().state_dict())
+        gate.detach()
+        assert hooks_of(model) == 0
+
+    def test_bad_input(self):
+        model, x = pool_linear(), images()
+        gate = ClassSpecificGate(3, 6)
+        with pytest.raises(ValueError, match="not attached"), gate.gating(torch.zeros(8).long()):
+            pass
+        gate.attach(model, "1")
+        with pytest.raises(ValueError, match="attached already"):
+            gate.attach(model, "0")
+        with pytest.raises(ValueError, match="Another gate"):
+            ClassSpecificGate(3, 6).attach(model, "1")
+        for labels, message in (
+            (None, "needs the labels"),
+            (torch.zeros(8), "torch.float32"),
+            (torch.full((8,), 3), "out of range"),
+        ):
+            with pytest.raises(ValueError, match=message), gate.gating(labels):
+                pass
+        with pytest.raises(ValueError, match="for 5 labels"), gate.gating(torch.zeros(5).long()):
+            model(x)
+        with pytest.raises(ValueError, match="never reached"), gate.gating(torch.zeros(8).long()):
+            pass
+        wrong = ClassSpecificGate(3, 5).attach(pool_linear(), "1")
+        with (
+            pytest.raises(ValueError, match="gate has 5 filters"),
+            wrong.gating(torch.zeros(8).long()),
+        ):
+            wrong._layer[0](torch.rand(8, 6, 4, 4))
+        with pytest.raises(ValueError, match="hold NaN"):
+            ClassSpecificGate(1, 1, initial=torch.tensor([[float("nan")]]))
+        with pytest.raises(ValueError, match="from 0 to 2; expected"):
+            ClassSpecificGate(1, 2, initial=torch.tensor([[0.0, 2.0]]))
+        with pytest.raises(ValueError, match="ReLU is not part of the model"):
+            ClassSpecificGate(3, 6).attach(model, nn.ReLU())
+        labels = torch.zeros(8).long()
+        with (
+            pytest.raises(ValueError, match="cannot be nested"),
+            gate.gating(labels),
+            gate.gating(labels),
+        ):
+            pass
+        with torch.no_grad():
+            gate.weight[0, 0] = float("nan")
+        with pytest.raises(ValueError, match="gates hold NaN"), gate.gating(labels):
+            pass
+        with pytest.raises(ValueError, match="projection='simplex'"):
+            ClassSpecificGate(1, 1, projection="simplex")
+
+
+def test_schedule_is_two_plain_steps_and_a_gated_one():
+    schedule = GateSchedule(warmup=3)
+    assert [schedule.is_gated(epoch, 0) for epoch in range(9)] == [
+        False, False, False, False, False, True, False, False, True,
+    ]  # fmt: skip
+    by_batch = GateSchedule(unit="batch", period=2)
+    assert [by_batch.is_gated(0, batch) for batch in range(4)] == [False, True, False, True]
+    assert GateSchedule(unit="joint").is_gated(0, 0)
+    with pytest.raises(ValueError, match="between 1 and period"):
+        GateSchedule(gated=4)
+    with pytest.raises(ValueError, match="warmup=-1"):
+        GateSchedule(warmup=-1)
+
+
+def separable():
+    torch.manual_seed(0)
+    x, y = 0.1 * torch.randn(120, 2, 6, 6), torch.arange(120) % 3
+    x[y == 0, 0] += 1
+    x[y == 1, 1] += 1
+    return x, y
+
+
+def trainer_of(model, **options):
+    gate = ClassSpecificGate(3, 6).attach(model, "stage2")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2, gamma=0.5)
+    return GatedTrainer(model, gate, optimizer, scheduler=scheduler, regularisation=0.05, **options)
+
+
+def loader(seed=0):
+    x, y = separable()
+    order = torch.Generator().manual_seed(seed)
+    return DataLoader(TensorDataset(x, y), batch_size=24, shuffle=True, generator=order)
+
+
+class TestTraining:
+    def test_learns_and_keeps_the_gate_feasible(self):
+        model = deep()
+        trainer = trainer_of(model)
+        history = trainer.fit(loader(), loader(1), epochs=9, **QUIET)
+        assert [epoch.gated_share for epoch in history] == [0, 0, 1] * 3
+        assert history[-1].validation_accuracy > 0.9
+        weight = trainer.gate.weight
+        assert torch.equal(weight.max(0).values, torch.ones(6))
+        assert history[0].density == 0.5  # untouched in a plain epoch
+        assert history[-1].density == trainer.gate.density >= 1 / 3 - 1e-6
+
+    def test_a_step_minimises_the_stated_objective(self):
+        x, y = separable()
+        for unit in ("epoch", "joint"):
+            trainer = trainer_of(deep(), schedule=GateSchedule(unit=unit), gated_weight=0.3)
+            plain, gated = copy.deepcopy(trainer.model).train(), trainer.model.train()
+            with trainer.gate.gating(y):
+                first = F.cross_entropy(gated(x), y)
+            second = F.cross_entropy(plain(x), y)
+            regulariser = 0.05 * trainer.gate.regulariser()
+            expected = 0.3 * first + regulariser + (second if unit == "joint" else 0)
+            assert trainer.step(x, y, gated=True)[0] == pytest.approx(expected.item(), abs=1e-5)
+
+    def test_the_gate_is_not_decayed(self):
+        model = deep()
+        gate = ClassSpecificGate(3, 6).attach(model, "stage2")
+        trainer = GatedTrainer(
+            model, gate, torch.optim.SGD(model.parameters(), lr=1, weight_decay=0.5)
+        )
+        own = trainer.optimizer.param_groups[-1]
+        assert own["params"][0] is gate.weight
+        assert own["weight_decay"] == 0
+
+    @pytest.mark.parametrize("unit", ["batch", "joint"])
+    def test_other_schedules(self, unit):
+        trainer = trainer_of(deep(), schedule=GateSchedule(unit=unit, period=2))
+        history = trainer.fit(loader(), epochs=4, **QUIET)
+        assert history[-1].gated_share == (1.0 if unit == "joint" else 0.4)
+        assert history[-1].accuracy > 0.6
+
+    def test_resuming_goes_on_exactly(self, tmp_path):
+        whole = trainer_of(deep())
+        torch.manual_seed(5)
+        batches_ = [list(loader(epoch)) for epoch in range(6)]
+        for epoch in range(6):
+            whole.fit(batches_[epoch], epochs=epoch + 1, **QUIET)
+        first = trainer_of(deep())
+        for epoch in range(3):
+            first.fit(batches_[epoch], epochs=epoch + 1, **QUIET)
+        torch.save(first.state_dict(), tmp_path / "state.pt")
+        second = trainer_of(deep(seed=9))
+        second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+        for epoch in range(3, 6):
+            second.fit(batches_[epoch], epochs=epoch + 1, **QUIET)
+        assert second.history == whole.history
+        assert torch.equal(second.gate.weight, whole.gate.weight)
+        for key, value in second.model.state_dict().items():
+            assert torch.equal(value, whole.model.state_dict()[key])
+
+    def test_resuming_restores_both_optimisers_and_schedulers(self, tmp_path):
+        def make(seed):
+            torch.manual_seed(seed)
+            model = deep(seed=seed)
+            gate = ClassSpecificGate(3, 6, "uniform").attach(model, "stage2")
+            plain = torch.optim.Adam(model.parameters(), lr=0.02)
+            gated = torch.optim.SGD([*model.parameters(), gate.weight], lr=0.05, momentum=0.9)
+            steps = torch.optim.lr_scheduler.StepLR
+            return GatedTrainer(
+                model, gate, plain, gated, steps(plain, 1, 0.5), steps(gated, 1, 0.3),
+                schedule=GateSchedule(period=2),
+            )  # fmt: skip
+
+        # Shuffled by torch's own random state, which is part of what is resumed.
+        data = DataLoader(TensorDataset(*separable()), batch_size=24, shuffle=True)
+        whole = make(0)
+        torch.manual_seed(7)
+        whole.fit(data, epochs=3, **QUIET)
+        torch.save(whole.state_dict(), tmp_path / "state.pt")
+        whole.fit(data, epochs=6, **QUIET)
+        rates = [whole.optimizer.param_groups[0]["lr"], whole.gated_optimizer.param_groups[0]["lr"]]
+        assert rates == pytest.approx([0.02 * 0.5**3, 0.05 * 0.3**3])
+        resumed = make(1)
+        resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+        assert len(resumed.history) == 3
+        resumed.fit(data, epochs=6, **QUIET)
+        one, other = resumed.state_dict(), whole.state_dict()
+        assert one["history"] == other["history"]
+        assert one["scheduler"] == other["scheduler"]
+        assert one["gated_scheduler"] == other["gated_scheduler"]
+        for part in ("model", "gate"):
+            for key, value in one[part].items():
+                assert torch.equal(value, other[part][key]), key
+        for part in ("optimizer", "gated_optimizer"):
+            for index, state in one[part]["state"].items():
+                for key, value in state.items():
+                    assert torch.equal(value, other[part]["state"][index][key]), (part, key)
+
+    @pytest.mark.parametrize(
+        ("batch", "message"),
+        [
+            (lambda x, y: x, "Batch 0 is a Tensor"),
+            (lambda x, y: (x, None), "Batch 0 has no labels"),
+            (lambda x, y: (x, F.one_hot(y)), r"have shape \(120, 3\)"),
+            (lambda x, y: (x, y.float()), "are torch.float32"),
+            (lambda x, y: (x, y + 1), "has the label 3"),
+        ],
+    )
+    def test_batches_without_usable_labels_are_named(self, batch, message):
+        trainer = trainer_of(deep())
+        with pytest.raises(ValueError, match=message):
+            trainer.fit([batch(*separable())], epochs=1, **QUIET)
+
+    def test_what_does_not_fit_is_named_before_anything_is_trained(self):
+        x, y = separable()
+        for gate, message in (
+            (ClassSpecificGate(3, 5), "gate has 5 filters"),
+            (ClassSpecificGate(4, 6), "3 classes apart, but the gate has 4"),
+            (ClassSpecificGate(2, 6), "3 classes apart, but the gate has 2"),
+        ):
+            model = deep()
+            before = copy.deepcopy(model.state_dict())
+            gate.attach(model, "stage2")
+            trainer = GatedTrainer(model, gate, torch.optim.SGD(model.parameters(), lr=0.1))
+            with pytest.raises(ValueError, match=message):
+                trainer.fit([(x, y % 2)], epochs=1, **QUIET)  # a plain epoch
+            assert gate._labels is None
+            assert all(torch.equal(one, before[key]) for key, one in model.state_dict().items())
+
+    def test_the_check_of_the_first_batch_changes_nothing(self):
+        x, y = separable()
+        one, other = trainer_of(deep()), trainer_of(deep())
+        state = torch.get_rng_state()
+        one.fit([(x, y.int())], epochs=1, **QUIET)
+        assert torch.equal(torch.get_rng_state(), state)
+        other.model.train()
+        other.step(x, y, gated=False)
+        for key, value in one.model.state_dict().items():
+            assert torch.equal(value, other.model.state_dict()[key])
+
+    def test_bad_input(self):
+        model = deep()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with pytest.raises(ValueError, match="not attached"):
+            GatedTrainer(model, ClassSpecificGate(3, 6), optimizer)
+        gate = ClassSpecificGate(3, 6).attach(model, "stage2")
+        other = torch.optim.SGD(model.parameters(), lr=0.1)
+        with pytest.raises(ValueError, match="does not hold the gate"):
+            GatedTrainer(model, gate, optimizer, gated_optimizer=other)
+        trainer = GatedTrainer(model, gate, optimizer)
+        with pytest.raises(ValueError, match="empty"):
+            trainer.fit([], epochs=1, **QUIET)
+        with pytest.raises(ValueError, match="empty in epoch 1; a generator"):
+            trainer.fit((separable() for _ in range(1)), epochs=2, **QUIET)
+        plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+        with pytest.raises(ValueError, match="needs a metric"):
+            GatedTrainer(model, gate, optimizer, scheduler=plateau)
+        state = trainer.state_dict()
+        del state["gate"]
+        with pytest.raises(ValueError, match="differs in gate"):
+            trainer.load_state_dict(state)
+
+    def test_a_copy_of_a_gate_is_not_attached(self):
+        gate = ClassSpecificGate(3, 6).attach(deep(), "stage2")
+        with torch.no_grad():
+            gate.weight.sub_(0.7)  # between a step and its projection
+        copied = copy.deepcopy(gate)
+        assert copied._layer is None
+        assert torch.equal(copied.weight, gate.weight)
+
+
+class TestLayerClassGate:
+    gates = torch.tensor([[0.9, 0.1, 0.5, 0.0, 0.2, 0.3], [0.0, 1.0, 0.6, 0.2, 0.1, 0.4]])
+
+    def method(self, **options):
+        gates = torch.cat([self.gates, torch.rand(1, 6)])
+        return LayerClassGate(pool_linear(), "1", gates, **options)
+
+    def test_high_gates_are_the_classs_filters(self):
+        assert self.method().class_filters(num_filters=2).filters_of(0).tolist() == [0, 2]
+        lowest = self.method(descending=False).class_filters(num_filters=2)
+        assert lowest.filters_of(0).tolist() == [3, 1]
+
+    def test_attribution_is_gate_times_activation(self):
+        method, x = self.method(), images()
+        activation = method.forward_func[1](method.forward_func[0](x))
+        expected = activation * self.gates[torch.tensor([0, 1] * 4)][:, :, None, None]
+        assert torch.allclose(method.attribute(x, target=[0, 1] * 4), expected, atol=1e-6)
+        table = method.identify(batches(), num_filters=2, **QUIET)
+        assert table.method == "LayerClassGate"
+
+    def test_bad_input(self):
+        with pytest.raises(ValueError, match=r"gate is \(3,\)"):
+            LayerClassGate(pool_linear(), "1", torch.rand(3))
+        with pytest.raises(ValueError, match=r"such as ClassSpecificGate\.weight"):
+            LayerClassGate(pool_linear(), "1", ClassSpecificGate(3, 6))
+        with pytest.raises(ValueError, match="NaN or Inf"):
+            LayerClassGate(pool_linear(), "1", torch.full((3, 6), float("nan")))
+        with pytest.raises(ValueError, match=r"counts have shape \(2,\)"):
+            self.method().class_filters(counts=torch.ones(2))
+        with pytest.raises(ValueError, match=r"6 filters, the gate 4"):
+            LayerClassGate(pool_linear(), "1", torch.rand(3, 4)).attribute(images(), target=0)
+
+
+class TestMeasures:
+    gate = torch.tensor([[1.0, 0.6, 0.0], [0.0, 1.0, 1.0]])
+
+    def test_shares_similarity_and_interval(self):
+        assert class_share(self.gate).tolist() == [[2, 1], [1, 2]]
+        assert class_share(self.gate, threshold=0.6).tolist() == [[1, 0], [0, 2]]  # strictly above
+        cosine = 0.6 / ((1.36**0.5) * (2**0.5))
+        assert gate_similarity(self.gate) == pytest.approx(2 * cosine)
+        assert density_interval(10, 64).tolist() == pytest.approx([0.1, 0.1])
+        assert density_interval(6, 10, limit=12).tolist() == pytest.approx([1 / 6, 0.2])
+
+    def test_correlation_and_assignment(self):
+        weight = torch.tensor([[1.0, 0.0], [-2.0, 0.0], [0.0, 3.0]])
+        assert filter_correlation(weight).tolist() == [[0, 1, 0], [1, 0, 0], [0, 0, 0]]
+        assert not filter_correlation(torch.zeros(2, 3)).any()  # filters that decay has removed
+        assert assign_filters(torch.tensor([[1.0, 0.0, 2.0], [1.0, 3.0, 0.0]])).tolist() == [
+            0,
+            1,
+            0,
+        ]
+
+    def test_masking_a_class_removes_it_alone(self):
+        model = nn.Sequential(nn.Identity(), nn.Linear(4, 2, bias=False))
+        with torch.no_grad():
+            model[1].weight.copy_(torch.eye(2, 4))
+        x = torch.tensor([[2.0, 1.0, 0, 0], [1.0, 2.0, 0, 0]]).repeat(5, 1)
+        data = [(x, torch.arange(10) % 2)]
+        mask = torch.eye(2, 4).bool()
+        table = ClassFilters(mask.double(), torch.ones(2)).with_selection(mask)
+        result = masking_test(model, model[0], table, data, **QUIET)
+        assert result.clean.tolist() == [1, 1]
+        assert result.recall.tolist() == [[0, 1], [1, 0]]
+        assert result.own.tolist() == [0, 0]
+        assert result.loss_of_others == 0
+        assert result.confusion.tolist() == [[0, 5], [5, 0]]
+        assert result.predicted.tolist() == [[0, 10], [10, 0]]
+        kept = masking_test(model, model[0], table, data, mode="keep", **QUIET)
+        assert kept.recall.tolist() == [[1, 0], [0, 1]]
+        assert kept.confusion.tolist() == [[5, 0], [0, 5]]
+        with pytest.raises(ValueError, match="mode='drop'"):
+            masking_test(model, model[0], table, data, mode="drop")
+        unselected = ClassFilters(mask.double(), torch.ones(2))
+        with pytest.raises(ValueError, match="selects no filters"):
+            masking_test(model, model[0], unselected, data)
+        with pytest.raises(ValueError, match="has the label 2"):
+            masking_test(model, model[0], table, [(x, torch.full((10,), 2))], **QUIET)
+
+    def test_masking_of_one_class_confuses_it_with_the_next(self):
+        # Three classes of unequal size; masking class 0 leaves the second-largest logit, class 2.
+        model = nn.Sequential(nn.Identity(), nn.Linear(3, 3, bias=False))
+        with torch.no_grad():
+            model[1].weight.copy_(torch.eye(3))
+        rows = torch.tensor([[3.0, 1, 2], [1, 3, 2], [1, 2, 3]])
+        y = torch.tensor([0, 0, 0, 1, 2, 2])
+        mask = torch.eye(3).bool()
+        table = ClassFilters(mask.double(), torch.ones(3)).with_selection(mask)
+        result = masking_test(model, model[0], table, [(rows[y], y)], **QUIET)
+        assert result.confusion.tolist() == [[0, 0, 3], [0, 0, 1], [0, 2, 0]]
+        assert result.predicted.tolist() == [[0, 1, 5], [3, 0, 3], [3, 3, 0]]
+        assert result.loss_of_others == 0
+
+    def test_random_control_masks_as_many_filters(self):
+        model = nn.Sequential(nn.Identity(), nn.Linear(2, 2, bias=False))
+        with torch.no_grad():
+            model[1].weight.copy_(torch.eye(2))
+        data = [(torch.tensor([[2.0, 1.0], [1.0, 2.0]]), torch.arange(2))]
+        mask = torch.tensor([[True, True], [False, False]])  # so that there is nothing to draw
+        table = ClassFilters(mask.double(), torch.ones(2)).with_selection(mask)
+        result = masking_test(model, model[0], table, data, **QUIET)
+        assert result.control.tolist() == result.recall.tolist() == [[1, 0], [1, 1]]
+
+    def test_measures_work_without_a_gate(self):
+        scores = torch.tensor([[0.2, 0.9, 0.1], [0.8, 0.7, 0.3]])
+        table = ClassFilters(scores, torch.ones(2)).select(num_filters=2)
+        assert class_share(table.selected).tolist() == [[2, 2], [2, 2]]
+        assert gate_similarity(table.selected) == pytest.approx(2.0)
+        assert assign_filters(table).tolist() == [1, 0, 1]
+
+    def test_bad_input(self):
+        with pytest.raises(ValueError, match=r"gate is \(3,\)"):
+            class_share(torch.rand(3))
+        with pytest.raises(ValueError, match="gate is ClassFilters"):
+            gate_similarity(ClassFilters(torch.rand(2, 3), torch.ones(2)))
+        with pytest.raises(ValueError, match="without NaN"):
+            gate_similarity(torch.full((2, 3), float("nan")))
+        with pytest.raises(ValueError, match="0 classes"):
+            density_interval(0, 3)
+        with pytest.raises(ValueError, match=r"weight has shape \(3,\)"):
+            filter_correlation(torch.rand(3))
+        with pytest.raises(ValueError, match=r"scores have shape \(3,\)"):
+            assign_filters(torch.rand(3))
+
+
+def test_three_lines_in_a_loop_of_ones_own_are_the_trainers_gated_step():
+    x, y = separable()
+    own, theirs = deep().train(), deep().train()
+    gate = ClassSpecificGate(3, 6).attach(own, "stage2")
+    optimizer = torch.optim.SGD([*own.parameters(), *gate.parameters()], lr=0.05, momentum=0.9)
+    trainer = trainer_of(theirs)
+    theirs.train()
+    for _ in range(3):
+        optimizer.zero_grad()
+        with gate.gating(y):  # 1
+            loss = F.cross_entropy(own(x), y)
+        loss = loss + 0.05 * gate.regulariser()  # 2
+        loss.backward()
+        optimizer.step()
+        gate.project()  # 3
+        trainer.step(x, y, gated=True)
+    assert torch.allclose(gate.weight, trainer.gate.weight, atol=1e-6)
+    assert not torch.allclose(gate.weight, torch.full((3, 6), 0.5))
+    for key, value in own.state_dict().items():
+        assert torch.allclose(value.float(), theirs.state_dict()[key].float(), atol=1e-6), key
+
+
+def test_a_class_absent_from_training():
+    x, y = separable()
+    model = deep()
+    trainer = trainer_of(model, schedule=GateSchedule(unit="joint"))
+    present = y < 2
+    trainer.fit([(x[present], y[present])], epochs=4, **QUIET)
+    weight = trainer.gate.weight.detach()
+    assert bool(torch.isfinite(weight).all())
+    assert torch.equal(weight.max(0).values, torch.ones(6))
+    counts = torch.bincount(y[present], minlength=3)
+    table = LayerClassGate(model, "stage2", weight).class_filters(num_filters=2, counts=counts)
+    assert table.scores[2].isnan().all()
+    assert table.filters_of(2).tolist() == []
+    assert len(table.filters_of(0)) == 2
+
+
+def test_more_gates_than_the_model_has_classes():
+    model = deep()
+    gate = ClassSpecificGate(4, 6).attach(model, "stage2")
+    trainer = GatedTrainer(model, gate, torch.optim.SGD(model.parameters(), lr=0.1))
+    with pytest.raises(ValueError, match="tells 3 classes apart, but the gate has 4"):
+        trainer.step(*separable(), gated=True)
+
+
+def test_gates_that_become_nan_in_training_are_named():
+    model = deep()
+    trainer = trainer_of(model, schedule=GateSchedule(unit="joint"))
+    x, y = separable()
+    x[0, 0, 0, 0] = float("nan")
+    with pytest.raises(ValueError, match="gates hold NaN"):
+        trainer.fit([(x, y)], epochs=1, **QUIET)

@@ -1,0 +1,248 @@
+"""Measurements against explicit formulas, scikit-learn, and the constants of the released sets."""
+
+import math
+
+import pytest
+import torch
+from sklearn.metrics import mutual_info_score
+from torch import nn
+
+from captum_classfilters import ClassFilters, LayerFilterContribution
+from captum_classfilters.heads import (
+    essentiality,
+    gram_spectrum,
+    layer_sweep,
+    membership_information,
+    model_essentiality,
+    psi,
+    psi_floor,
+    set_overlap,
+    top_mass,
+)
+from captum_classfilters.metrics import (
+    class_means,
+    class_selectivity_index,
+    mixture_entropy_score,
+    selectivity_regulariser,
+    union_score,
+)
+
+# The public index file for ResNet-20 with five filters a class (Badola et al.).
+RELEASED = [
+    (7, 22, 23, 50, 54),
+    (6, 9, 40, 47, 55),
+    (1, 13, 23, 53, 61),
+    (17, 49, 53, 57, 59),
+    (25, 46, 48, 57, 61),
+    (13, 37, 42, 49, 63),
+    (9, 48, 52, 56, 61),
+    (0, 16, 25, 53, 56),
+    (2, 9, 21, 22, 29),
+    (8, 21, 40, 54, 55),
+]
+
+
+def released_mask():
+    mask = torch.zeros(10, 64, dtype=torch.bool)
+    for row, filters in enumerate(RELEASED):
+        mask[row, list(filters)] = True
+    return mask
+
+
+def table(scores, **options):
+    return ClassFilters(scores, counts=torch.ones(len(scores)), **options)
+
+
+class TestOverlap:
+    def test_released_sets_give_the_published_constants(self):
+        overlap = set_overlap(released_mask(), random_seeds=200)
+        assert overlap.mean_all_pairs == pytest.approx(0.034537759, abs=1e-8)
+        assert overlap.mean_off_diagonal == pytest.approx(0.00791, abs=5e-6)
+        assert overlap.distinct_filters == 32
+        # They are no less entangled than chance: random sets of five do as well.
+        assert overlap.random["mean_all_pairs"][0] == pytest.approx(0.0347, abs=5e-4)
+        assert overlap.random["mean_off_diagonal"][0] == pytest.approx(0.0080, abs=5e-4)
+
+    def test_information_is_scikit_learns(self):
+        mask = torch.rand(4, 12, generator=torch.Generator().manual_seed(0)) < 0.4
+        ours = membership_information(mask)
+        for a in range(4):
+            for b in range(4):
+                expected = mutual_info_score(mask[a].numpy(), mask[b].numpy())
+                assert float(ours[a, b]) == pytest.approx(expected, abs=1e-12)
+
+    def test_refuses_a_single_class(self):
+        with pytest.raises(ValueError, match="two classes"):
+            set_overlap(torch.ones(1, 4, dtype=torch.bool))
+
+
+class TestTopMass:
+    def test_shares_of_the_strongest(self):
+        features = torch.tensor([[3.0, 1.0, 0.0], [1.0, 1.0, 2.0], [0.0, 0.0, 0.0]])
+        mass = top_mass(features, torch.tensor([0, 1, 1]), [1, 2, 3])
+        assert mass.mean.tolist() == [[0.75, 1.0, 1.0], [0.5, 0.75, 1.0]]
+        assert mass.overall.tolist() == pytest.approx([0.625, 0.875, 1.0])
+
+    def test_refuses_negative_features_and_large_k(self):
+        with pytest.raises(ValueError, match="after a ReLU"):
+            top_mass(torch.tensor([[-1.0, 1.0]]), torch.tensor([0]), [1])
+        with pytest.raises(ValueError, match="1 to 2"):
+            top_mass(torch.rand(1, 2), torch.tensor([0]), [3])
+
+
+class TestPsi:
+    def test_one_hot_is_one_and_uniform_is_the_floor(self):
+        one_hot = torch.eye(8)[:1]
+        uniform = torch.ones(1, 8)
+        label = torch.tensor([0])
+        assert float(psi(one_hot, label, 0.5)) == 1.0
+        for fraction in (0.1, 0.5, 0.9):
+            assert float(psi(uniform, label, fraction)) == pytest.approx(psi_floor(8, fraction))
+
+    @pytest.mark.parametrize(("fraction", "floor"), [(0.5, 0.516), (0.9, 0.109), (0.1, 0.906)])
+    def test_floor_for_64_filters(self, fraction, floor):
+        assert psi_floor(64, fraction) == pytest.approx(floor, abs=6e-4)
+
+    def test_median_and_mean_differ_as_they_should(self):
+        # Prefix sums below one half: 0, 0 and 1 filters.
+        features = torch.tensor([[1.0, 0, 0, 0], [1.0, 0, 0, 0], [0.4, 0.3, 0.3, 0.0]])
+        labels = torch.zeros(3, dtype=torch.long)
+        assert float(psi(features, labels, 0.5, statistic="median")) == 1.0
+        assert float(psi(features, labels, 0.5, statistic="mean")) == pytest.approx(1 - 1 / 12)
+
+    def test_correction_counts_the_filters_needed_and_drops_dead_images(self):
+        features = torch.tensor([[0.6, 0.4, 0.0], [0.0, 0.0, 0.0]])
+        labels = torch.tensor([0, 1])
+        assert psi(features, labels, 0.5).tolist() == [1.0, 1.0]
+        corrected = psi(features, labels, 0.5, corrected=True, num_classes=2)
+        assert float(corrected[0]) == pytest.approx(2 / 3)
+        assert math.isnan(corrected[1])
+
+
+class TestSelectivity:
+    def test_formula_on_means(self):
+        index = class_selectivity_index(torch.tensor([[4.0, 1.0, 0.0], [1.0, 1.0, 0.0]]))
+        assert index.tolist() == pytest.approx([0.6, 0.0, 0.0])
+
+    def test_class_sizes_do_not_matter(self):
+        features = torch.tensor([[2.0], [2.0], [2.0], [1.0]])
+        labels = torch.tensor([0, 0, 0, 1])
+        index = class_selectivity_index(class_means(features, labels))
+        assert float(index) == pytest.approx(1 / 3)  # sums would give (6 - 1) / 7
+
+    def test_regulariser_is_the_index_and_has_its_gradient(self):
+        labels = torch.tensor([0, 2, 0, 2])
+        maps = torch.rand(4, 3, 2, 2, dtype=torch.float64, requires_grad=True)
+        expected = class_selectivity_index(
+            class_means(maps.detach().mean((2, 3)), labels)[[0, 2]]
+        ).mean()
+        assert float(selectivity_regulariser(maps, labels)) == pytest.approx(float(expected))
+        assert torch.autograd.gradcheck(lambda x: selectivity_regulariser([x, x], labels), maps)
+
+    def test_a_positive_coefficient_lowers_selectivity(self):
+        torch.manual_seed(0)
+        values = torch.rand(20, 4).requires_grad_()
+        labels = torch.arange(20) % 2
+        before = float(selectivity_regulariser(values, labels))
+        optimizer = torch.optim.SGD([values], lr=1.0)
+        for _ in range(50):
+            optimizer.zero_grad()
+            selectivity_regulariser(values.relu(), labels).backward()
+            optimizer.step()
+        assert float(selectivity_regulariser(values.relu(), labels)) < 0.5 * before
+
+    def test_refuses_a_batch_of_one_class(self):
+        with pytest.raises(ValueError, match="single class"):
+            selectivity_regulariser(torch.rand(3, 2), torch.zeros(3, dtype=torch.long))
+
+
+class TestEssentiality:
+    # Class c fires feature c alone; features 2 and 3 are idle.
+    features = torch.eye(2, 4).repeat(5, 1) * 10
+    labels = torch.arange(2).repeat(5)
+    weight = torch.eye(2, 4)
+    mask = torch.eye(2, 4).bool()
+
+    @pytest.mark.parametrize("replacement", ["zero", "noise"])
+    def test_the_only_filter_is_necessary_and_sufficient(self, replacement):
+        result = essentiality(
+            self.features, self.labels, self.weight, None, self.mask, replacement=replacement
+        )
+        assert result.clean.tolist() == [1.0, 1.0]
+        assert result.at_complement.tolist() == [1.0, 1.0]
+        assert result.at_set[1] < 0.9  # class 0 wins ties by argmax, class 1 cannot
+        assert float(result.at_set.mean()) < float(result.random_at_set.mean()) + 1e-9
+
+    def test_mean_replacement_is_deterministic(self):
+        first = essentiality(
+            self.features, self.labels, self.weight, None, self.mask, replacement="mean", seed=0
+        )
+        second = essentiality(
+            self.features, self.labels, self.weight, None, self.mask, replacement="mean", seed=1
+        )
+        assert torch.equal(first.at_set, second.at_set)
+
+    def test_on_a_model(self):
+        torch.manual_seed(0)
+        net = nn.Sequential(
+            nn.Conv2d(1, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3)
+        )
+        data = [(torch.rand(30, 1, 6, 6), torch.arange(30) % 3)]
+        filters = LayerFilterContribution(net, "1").identify(
+            data, num_filters=2, show_progress=False
+        )
+        result = model_essentiality(net, filters, data, replacement="zero", show_progress=False)
+        with torch.no_grad():
+            predicted = net(data[0][0]).argmax(1)
+        for class_ in range(3):
+            recall = (predicted[class_::3] == class_).double().mean()
+            assert float(result.clean[class_]) == pytest.approx(float(recall))
+
+    def test_refuses_shapes_that_do_not_fit(self):
+        with pytest.raises(ValueError, match="do not fit"):
+            essentiality(self.features, self.labels, self.weight[:, :3], None, self.mask)
+
+
+class TestSpectra:
+    def test_eigenvalues_are_those_of_the_gram_matrix(self):
+        features = torch.tensor([[3.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+        spectrum = gram_spectrum(features, torch.tensor([0, 0, 1]))
+        assert spectrum.eigenvalues[0].tolist() == pytest.approx([4.5, 0.5])
+        assert spectrum.eigenvalues[1].tolist() == pytest.approx([2.0, 0.0], abs=1e-12)
+        assert spectrum.top_share.tolist() == pytest.approx([0.9, 1.0])
+        assert spectrum.number_for(0.95).tolist() == [2, 1]
+        assert spectrum.participation_ratio[0] == pytest.approx(25 / 20.5)
+
+    def test_centred_is_the_covariance(self):
+        features = torch.randn(50, 3, dtype=torch.float64)
+        spectrum = gram_spectrum(features, torch.zeros(50, dtype=torch.long), centred=True)
+        covariance = torch.cov(features.T, correction=0)
+        assert torch.allclose(spectrum.overall, torch.linalg.eigvalsh(covariance).flip(0))
+
+
+class TestBreadth:
+    def test_union_of_equal_and_disjoint_sets(self):
+        mask = torch.zeros(3, 12, dtype=torch.bool)
+        mask[0, :5] = mask[1, :5] = mask[2, 5:10] = True
+        score = union_score(table(torch.rand(3, 12)).with_selection(mask))
+        assert float(score[0, 1]) == pytest.approx(math.log(5))
+        assert float(score[0, 2]) == pytest.approx(math.log(2.5))
+
+    def test_mixture_of_equal_histograms_is_their_entropy(self):
+        score = mixture_entropy_score(table(torch.ones(2, 4)))
+        assert float(score[0, 1]) == pytest.approx(math.log(4))
+
+
+def test_layer_sweep_measures_each_layer_in_one_pass():
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 3, 3), nn.ReLU())
+    calls = []
+    net.register_forward_hook(lambda *_: calls.append(1))
+    data = [(torch.rand(8, 1, 8, 8), torch.arange(8) % 2)] * 2
+    rows = layer_sweep(net, ["0", "1", "3"], data, show_progress=False)
+    assert len(calls) == 2
+    assert [row.num_filters for row in rows] == [4, 4, 3]
+    with torch.no_grad():
+        features = net[1](net[0](data[0][0])).mean((2, 3))
+    expected = psi(features, data[0][1], 0.5, statistic="mean").mean()
+    assert rows[1].psi == pytest.approx(float(expected))
+    assert math.isnan(rows[0].psi)  # before the ReLU

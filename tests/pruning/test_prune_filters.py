@@ -1,0 +1,563 @@
+"""Physical removal against masking, written out or by hooks on the full model."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+import torchvision
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from captum_classfilters import ClassFilters, prune_filters
+from captum_classfilters.pruning import (
+    ClassFilterImportance,
+    GreedyFilterPruning,
+    PruningOrder,
+    compare_networks,
+    multiply_adds,
+    prunable_layers,
+)
+from tests.models import batches, deep, hooks_of, images
+
+torch_pruning = pytest.importorskip("torch_pruning")
+
+
+def settle(model):
+    """Batch normalisations with shifts, so that a zeroed convolution is not a removed filter."""
+    generator = torch.Generator().manual_seed(3)
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            for tensor, low, high in (
+                (module.running_mean, -0.3, 0.3),
+                (module.running_var, 0.5, 1.5),
+                (module.weight.data, 0.5, 1.5),
+                (module.bias.data, -0.5, 0.5),
+            ):
+                tensor.uniform_(low, high, generator=generator)
+    return model.eval()
+
+
+def masked_outputs(model, inputs, removed, at_input=False, axis=1):
+    """The model's outputs with filters of some modules zeroed."""
+    handles = []
+    for name, places in removed.items():
+        module = model.get_submodule(name)
+
+        def hook(_owner, arguments, *output, places=places):
+            tensor = (output or arguments)[0].clone()
+            tensor.movedim(axis, 0)[places] = 0
+            return tensor
+
+        register = module.register_forward_pre_hook if at_input else module.register_forward_hook
+        handles.append(register(hook))
+    with torch.no_grad():
+        outputs = model(inputs)
+    for handle in handles:
+        handle.remove()
+    return outputs
+
+
+def outputs_of(model, inputs):
+    with torch.no_grad():
+        return model(inputs)
+
+
+def close(left, right):
+    return torch.allclose(left, right, rtol=1e-5, atol=1e-5 * float(right.abs().max()))
+
+
+class Residual(nn.Module):
+    """A block as in ResNets: one ReLU used twice, a shortcut around two convolutions."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem = nn.Conv2d(2, 4, 3, padding=1)
+        self.conv1, self.bn1 = nn.Conv2d(4, 6, 3, padding=1), nn.BatchNorm2d(6)
+        self.conv2, self.bn2 = nn.Conv2d(6, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
+        self.relu = nn.ReLU(inplace=True)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        x = self.stem(x)
+        y = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        return self.head(self.relu(x + y).mean((2, 3)))
+
+
+def test_a_plain_convolution_by_its_weights():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 5, 3), nn.ReLU(), nn.Conv2d(5, 3, 3), nn.Flatten()).eval()
+    x = images()
+    small = prune_filters(model, "0", x, keep=[0, 2, 3])
+    assert torch.equal(small[0].weight, model[0].weight[[0, 2, 3]])
+    assert torch.equal(small[0].bias, model[0].bias[[0, 2, 3]])
+    assert torch.equal(small[2].weight, model[2].weight[:, [0, 2, 3]])
+    assert torch.equal(small[2].bias, model[2].bias)  # zero maps: nothing to fold
+    assert close(outputs_of(small, x), masked_outputs(model, x, {"1": [1, 4]}))
+    assert model[0].out_channels == 5  # a copy was pruned
+
+
+@pytest.mark.parametrize("named", ["stage1.0", "stage1.1", "stage1.2", "stage1"])
+def test_masking_stands_behind_normalisation_and_activation(named):
+    model, x = settle(deep()), images()
+    expected = masked_outputs(model, x, {"stage1.2": [1, 2]})
+    assert close(outputs_of(prune_filters(model, named, x, remove=[1, 2]), x), expected)
+    zeroed = masked_outputs(model, x, {"stage1.0": [1, 2]})
+    assert not close(zeroed, expected)  # the batch normalisation's shift is alive
+
+
+def test_inner_convolution_of_a_residual_block():
+    model, x = settle(Residual()), images()
+    with torch.no_grad():
+        stem = model.stem(x)
+        inner = torch.relu(model.bn1(model.conv1(stem)))
+        inner[:, [0, 5]] = 0
+        expected = model.head(torch.relu(stem + model.bn2(model.conv2(inner))).mean((2, 3)))
+    for layer in ("conv1", "bn1", model.conv1):
+        small = prune_filters(model, layer, x, remove=[0, 5])
+        assert (small.conv1.out_channels, small.conv2.in_channels) == (4, 4)
+        assert close(outputs_of(small, x), expected)
+    assert hooks_of(model) == 0
+
+
+def test_a_filter_behind_a_flatten_takes_all_its_positions():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 5), nn.ReLU(), nn.Linear(5, 3)
+    ).eval()
+    x = images()
+    small = prune_filters(model, {"0": [True, False, True, True], "3": [0, 1, 4]}, x)
+    assert (small[3].in_features, small[3].out_features, small[5].in_features) == (48, 3, 3)
+    assert close(outputs_of(small, x), masked_outputs(model, x, {"1": [1], "4": [2, 3]}))
+
+
+def family(name, **options):
+    """A network whose random weights neither damp nor blow up what passes."""
+    torch.manual_seed(0)
+    model = getattr(torchvision.models, name)(num_classes=5, **options)
+    for module in model.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            nn.init.kaiming_normal_(module.weight)
+    for key, parameter in model.named_parameters():
+        if key.endswith("layer_scale"):
+            parameter.data.fill_(1.0)
+    return settle(model)
+
+
+def pictures(seed, size=32):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(2, 3, size, size, generator=generator)
+
+
+# Model, layer to prune, where masking stands (a module that runs once), filters removed.
+FAMILIES = {
+    "ResNet": ("resnet18", "layer2.0.conv1", "layer2.0.bn1", [0, 5, 77]),
+    "ResNet bottleneck": ("resnet50", "layer3.1.conv2", "layer3.1.bn2", range(0, 256, 3)),
+    "SqueezeNet squeeze": (
+        "squeezenet1_1",
+        "features.4.squeeze",
+        "features.4.squeeze_activation",
+        [1, 9, 15],
+    ),
+    "SqueezeNet expand": (
+        "squeezenet1_1",
+        "features.6.expand3x3",
+        "features.6.expand3x3_activation",
+        range(0, 128, 2),
+    ),
+    "SqueezeNet block": ("squeezenet1_1", "features.7", "features.7", range(3, 256, 5)),
+    "DenseNet inner": (
+        "densenet121",
+        "features.denseblock2.denselayer3.conv1",
+        "features.denseblock2.denselayer3.relu2",
+        range(0, 128, 7),
+    ),
+    "DenseNet growth": (
+        "densenet121",
+        "features.denseblock4.denselayer9",
+        "features.denseblock4.denselayer9",
+        [0, 3, 30],
+    ),
+    "MobileNet V2 expand": (
+        "mobilenet_v2",
+        "features.3.conv.0.0",
+        "features.3.conv.0.2",
+        range(0, 144, 4),
+    ),
+    "MobileNet V2 depthwise": (
+        "mobilenet_v2",
+        "features.3.conv.1.0",
+        "features.3.conv.1.2",
+        range(0, 144, 4),
+    ),
+    "MobileNet V3 before its gate": (
+        "mobilenet_v3_small",
+        "features.4.block.1.0",
+        "features.4.block.1",
+        range(0, 96, 5),
+    ),
+    "ConvNeXt": (
+        "convnext_tiny",
+        "features.3.0.block.3",
+        "features.3.0.block.4",
+        range(0, 768, 3),
+    ),
+    "VGG before flatten": ("vgg11_bn", "features.25", "features.27", [0, 4, 511]),
+    "Inception branch": ("googlenet", "inception4b.branch2.1", "inception4b.branch2.1", [1, 2, 99]),
+}
+
+
+@pytest.mark.parametrize("case", FAMILIES)
+def test_families_equal_masking(case):
+    name, layer, masked, removed = FAMILIES[case]
+    options = {"init_weights": True, "aux_logits": False} if name == "googlenet" else {}
+    model, removed = family(name, **options), list(removed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        small = prune_filters(model, layer, pictures(1)[:1], remove=removed)
+    other = pictures(2)
+    axis = -1 if name == "convnext_tiny" else 1
+    expected = masked_outputs(model, other, {masked: removed}, axis=axis)
+    size = float(expected.abs().max())
+    assert float((outputs_of(small, other) - expected).abs().max()) < 1e-5 * size
+    effect = float((outputs_of(model, other) - expected).abs().max())
+    assert effect > 1e-3 * size  # the filters mattered
+    before, after = (sum(p.numel() for p in one.parameters()) for one in (model, small))
+    assert after < before
+
+
+def test_constants_are_folded_or_dropped():
+    model, removed = family("mobilenet_v2"), list(range(0, 144, 4))
+    x = pictures(0)
+    assert model.features[3].conv[2].bias is None
+    folded = prune_filters(model, "features.3.conv.0.0", x, remove=removed)
+    dropped = prune_filters(model, "features.3.conv.0.0", x, remove=removed, constants="drop")
+    assert folded.features[3].conv[2].bias is not None
+    assert dropped.features[3].conv[2].bias is None
+    masked = masked_outputs(model, x, {"features.3.conv.0.2": removed})
+    at_readers = masked_outputs(model, x, {"features.3.conv.2": removed}, at_input=True)
+    assert close(outputs_of(folded, x), masked)
+    assert close(outputs_of(dropped, x), at_readers)
+    assert not close(masked, at_readers)
+
+
+def test_a_constant_that_padding_cuts_is_refused():
+    torch.manual_seed(0)
+    model = settle(
+        nn.Sequential(
+            nn.Conv2d(2, 4, 1),
+            nn.Conv2d(4, 4, 1, groups=4),  # its bias is what is left of a filter that is zero
+            nn.Conv2d(4, 3, 3, padding=1),
+            nn.Flatten(),
+        )
+    )
+    x = images()
+    with pytest.raises(ValueError, match=r"'2' still reads .* padding .*constants='drop'"):
+        prune_filters(model, "0", x, remove=[1])
+    small = prune_filters(model, "0", x, remove=[1], constants="drop")
+    assert close(outputs_of(small, x), masked_outputs(model, x, {"2": [1]}, at_input=True))
+
+
+def test_values_that_one_image_does_not_show_to_vary_are_refused():
+    model = family("mobilenet_v3_small")
+    with pytest.raises(ValueError, match=r"'features.4.block.2.fc1' still reads values"):
+        # Zero behind the gate; the gate itself goes on reading the filters before it.
+        prune_filters(model, "features.4.block.2", pictures(0)[:1], remove=range(0, 96, 5))
+
+
+def test_a_bias_behind_a_depthwise_convolution_by_hand():
+    model = nn.Sequential(
+        nn.Conv2d(1, 2, 1, bias=False),
+        nn.Conv2d(2, 2, 1, groups=2),
+        nn.Conv2d(2, 1, 1, bias=False),
+    ).eval()
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([2.0, 3.0]).reshape(2, 1, 1, 1))
+        model[1].weight.fill_(1.0)
+        model[1].bias.copy_(torch.tensor([10.0, 100.0]))
+        model[2].weight.copy_(torch.tensor([1.0, 5.0]).reshape(1, 2, 1, 1))
+    small = prune_filters(model, "0", torch.ones(1, 1, 2, 2), remove=[1])
+    # 2 x + 10 from the filter that stays, 5 * 100 from the bias behind the one that went.
+    assert outputs_of(small, torch.full((1, 1, 1, 1), 7.0)).item() == 2 * 7 + 10 + 500
+
+
+def test_tables_orders_and_mappings():
+    model, x = settle(deep()), images()
+    table = ClassFilters(
+        torch.rand(3, 6, generator=torch.Generator().manual_seed(0)), torch.ones(3), layer="stage2"
+    ).select(2)
+    small = prune_filters(model, table, x)
+    kept = table.selected.any(0)
+    assert small.stage2[0].out_channels == int(kept.sum()) < 6
+    gone = (~kept).nonzero()[:, 0].tolist()
+    assert close(outputs_of(small, x), masked_outputs(model, x, {"stage2": gone}))
+    order = PruningOrder({"stage1": 4}, [("stage1", 2), ("stage1", 0)])
+    small = prune_filters(model, order, x)
+    assert close(outputs_of(small, x), masked_outputs(model, x, {"stage1": [0, 2]}))
+    both = prune_filters(model, {"stage1": order, "stage2": table}, x)
+    expected = masked_outputs(model, x, {"stage1": [0, 2], "stage2": gone})
+    assert close(outputs_of(both, x), expected)
+
+
+def test_the_pruned_network_has_the_accuracy_that_greedy_pruning_reports():
+    model, data = settle(deep(seed=2)), batches(60)
+    order = GreedyFilterPruning(model, "stage1").run(data, num_filters=2, show_progress=False)
+    small = prune_filters(model, order, data[0][0])
+    right = sum(int((outputs_of(small, x).argmax(1) == y).sum()) for x, y in data)
+    assert right / 60 == order.accuracy[-1]
+
+
+@settings(deadline=None, max_examples=15)
+@given(
+    widths=st.tuples(*[st.integers(2, 6)] * 2),
+    kernel=st.sampled_from([1, 3]),
+    padding=st.sampled_from([0, 1]),
+    norm=st.booleans(),
+    activation=st.sampled_from([nn.ReLU, nn.GELU, nn.Sigmoid, nn.Tanh]),
+    data=st.data(),
+)
+def test_any_mask_of_any_small_network(widths, kernel, padding, norm, activation, data):
+    torch.manual_seed(0)
+    first, second = widths
+    norms = [nn.BatchNorm2d(first)] if norm else []
+    model = settle(
+        nn.Sequential(
+            nn.Conv2d(2, first, 3, padding=1),
+            *norms,
+            activation(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(first, second, kernel, padding=padding),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+        )
+    )
+    keep = torch.tensor(data.draw(st.lists(st.booleans(), min_size=first, max_size=first)))
+    x = images(3)
+    if not keep.any():
+        with pytest.raises(ValueError, match="Every one"):
+            prune_filters(model, "0", x, keep=keep)
+        return
+    small = prune_filters(model, "0", x, keep=keep)
+    gone = (~keep).nonzero()[:, 0].tolist()
+    # A sigmoid of zero is a half: the mask stands behind the activation.
+    expected = masked_outputs(model, x, {str(1 + len(norms)): gone})
+    assert close(outputs_of(small, x), expected)
+    assert small[0].out_channels == int(keep.sum())
+
+
+def test_flags_stay_and_the_copy_is_free():
+    model = settle(Residual()).train()
+    model.bn1.eval()
+    model.conv2.weight.requires_grad_(False)
+    state = copy.deepcopy(model.state_dict())
+    small = prune_filters(model, "conv1", images(), remove=[0])
+    assert small.training
+    assert not small.bn1.training
+    assert not small.conv2.weight.requires_grad
+    assert small.conv1.weight.requires_grad
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+def test_in_place():
+    model, x = settle(Residual()), images()
+    conv, expected = model.conv1, prune_filters(model, "conv1", x, remove=[1, 3])
+    kept = copy.deepcopy(model)
+    with pytest.raises(ValueError, match="tied"):
+        prune_filters(model, {"conv1": [0, 1], "conv2": [0]}, x, in_place=True)
+    assert model.conv1.out_channels == 6  # an error in the second layer leaves the first
+    assert torch.equal(outputs_of(model, x), outputs_of(kept, x))
+    assert prune_filters(model, "conv1", x, remove=[1, 3], in_place=True) is model
+    assert model.conv1 is conv
+    assert (conv.out_channels, model.bn1.num_features, model.conv2.in_channels) == (4, 4, 4)
+    assert torch.equal(outputs_of(model, x), outputs_of(expected, x))
+    again = prune_filters(model, "conv1", x, remove=[0])
+    assert again.conv1.out_channels == 3
+
+
+def test_local_response_normalisation_warns():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(2, 6, 3), nn.LocalResponseNorm(3, alpha=5.0), nn.Conv2d(6, 3, 3), nn.Flatten()
+    ).eval()
+    with pytest.warns(UserWarning, match="differs from the masked one"):
+        prune_filters(model, "0", 5 * images(), remove=[2])
+
+
+def test_bad_input():
+    model, x = settle(Residual()), images()
+    grouped = nn.Sequential(
+        nn.Conv2d(2, 4, 1), nn.Conv2d(4, 4, 1, groups=2), nn.Conv2d(4, 2, 1), nn.Flatten()
+    )
+    normalised = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 2))
+    for network, inputs, layer, options, message in [
+        (model, x, "conv1", {"remove": range(6)}, "Every one of the 6 filters of 'conv1'"),
+        (model, x, "stem", {"remove": [0]}, "'stem' cannot be removed: tied by a sum to 'conv2'"),
+        (model, x, "bn2", {"remove": [0]}, r"made by 'conv2'\) .* tied by a sum to 'stem'"),
+        (model, x, "head", {"remove": [0]}, "the model's outputs"),
+        (model, x, "conv3", {"remove": [0]}, "has no layer 'conv3'. Did you mean"),
+        (model, x, "zzz", {"remove": [0]}, "has no layer 'zzz'. It has '"),
+        (model, x, "conv1", {"keep": torch.ones(5, dtype=torch.bool)}, r"\(5,\); expected \(6,\)"),
+        (model, x, "conv1", {"remove": [6]}, "Filter 6 of 'conv1' is out of range"),
+        (model, x, "conv1", {"remove": [-1]}, "Filter -1"),
+        (model, x, "conv1", {"remove": [0.5]}, "float32"),
+        (model, x, "conv1", {}, "exactly one of keep and remove"),
+        (model, x, "conv1", {"keep": [1], "remove": [0]}, "exactly one of keep and remove"),
+        (model, x, {}, {}, "mapping of layers to prune is empty"),
+        (model, x, {"conv1": [1]}, {"keep": [1]}, "says itself"),
+        (model, x, {"conv1": [1], "bn1": [0]}, {}, "given twice"),
+        (model, x, "relu", {"remove": [0]}, "reached 2 times"),
+        (model, x, nn.Conv2d(1, 1, 1), {"remove": [0]}, "not a layer of this model"),
+        (model, x, "conv1", {"remove": [0], "constants": "keep"}, "constants='keep'"),
+        (grouped, x, "0", {"remove": [0]}, "groups of '1'"),
+        (grouped, x, "1", {"remove": [0]}, "groups of '1'"),
+        (normalised, torch.rand(3, 4), "0", {"remove": [0]}, "'1' mixes its filters"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            prune_filters(network, layer, inputs, **options)
+    assert hooks_of(model) == 0
+
+
+def test_prunable_layers_of_a_residual_block():
+    layers = prunable_layers(Residual(), images())
+    assert [layer.name for layer in layers] == ["stem", "conv1", "conv2", "head"]
+    assert [layer.name for layer in layers.prunable] == ["conv1"]
+    conv1 = layers["conv1"]
+    assert (conv1.num_filters, conv1.groups, conv1.consumers) == (6, 1, ("conv2",))
+    assert conv1.removed_with == ("bn1",)
+    assert layers["stem"].tied_to == ("conv2",)
+    assert layers["conv2"].tied_to == ("stem",)
+    assert "model's outputs" in layers["head"].reason
+    assert "tied by a sum to 'stem'" in str(layers)
+
+
+def test_prunable_layers_of_resnet20s_kind_are_the_inner_convolutions():
+    names = [layer.name for layer in prunable_layers(family("resnet18"), pictures(0)).prunable]
+    assert names == [f"layer{stage}.{block}.conv1" for stage in (1, 2, 3, 4) for block in (0, 1)]
+    layers = prunable_layers(family("mobilenet_v3_small"), pictures(0))
+    assert layers["features.4.block.2.fc2"].reason == (
+        "it is a gate of 'features.4.block.0.0'; remove the filters there"
+    )
+
+
+def test_costs_by_hand():
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16, 2)
+    ).eval()
+    x = torch.rand(5, 3, 6, 6)
+    small = prune_filters(model, "0", x, remove=[0, 1])
+    comparison = compare_networks(model, small, x, repetitions=3)
+    before, after = comparison.before, comparison.after
+    assert before.multiply_adds == 8 * 27 * 16 + 128 * 2 == multiply_adds(model, x)
+    assert after.multiply_adds == 6 * 27 * 16 + 96 * 2
+    assert before.parameters == 8 * 28 + 16 + 128 * 2 + 2
+    assert after.parameters == 6 * 28 + 12 + 96 * 2 + 2
+    # float32 parameters and running statistics, and one int64 count of batches
+    assert before.bytes == 4 * (before.parameters + 16) + 8
+    assert after.bytes == 4 * (after.parameters + 12) + 8
+    assert (before.filters, after.filters) == (10, 8)
+    assert comparison.layers == {"0": (8, 6)}
+    assert comparison.speed_up == before.seconds / after.seconds > 0
+    assert "0: 8 -> 6" in str(comparison)
+    with pytest.raises(ValueError, match="repetitions=0"):
+        compare_networks(model, small, x, repetitions=0)
+
+
+# -- Torch-Pruning's own pruners ------------------------------------------------------------------
+
+
+def scored(layer, scores):
+    return ClassFilters(torch.tensor(scores), torch.ones(len(scores)), layer=layer)
+
+
+@pytest.mark.parametrize("pruner", ["BasePruner", "MetaPruner"])
+@pytest.mark.parametrize("named", ["stage2", "stage2.0"])
+def test_torch_prunings_pruners_remove_the_least_important(pruner, named):
+    model, x = settle(deep()), images()
+    full = copy.deepcopy(model)
+    table = scored(named, [[9.0, 0, 0, 0, 5, 0], [0, 0, 8, 1, 0, 2], [0, 3, 0, 0, 0, 0]])
+    importance = ClassFilterImportance(model, table, x)
+    assert isinstance(importance, torch_pruning.importance.Importance)
+    made = getattr(torch_pruning.pruner, pruner)(
+        model, x, importance=importance, pruning_ratio=0.5, ignored_layers=[model.head]
+    )
+    made.step()
+    # The largest score of each filter is 9, 3, 8, 1, 5, 2.
+    assert torch.equal(model.stage2[0].weight, full.stage2[0].weight[[0, 2, 4]])
+    assert model.stage1[0].out_channels == 4  # a layer without a table stays
+    assert close(outputs_of(model, x), masked_outputs(full, x, {"stage2": [1, 3, 5]}))
+
+
+def test_importance_follows_the_pruners_steps():
+    model, x = settle(deep()), images()
+    full = copy.deepcopy(model)
+    table = scored("stage2", [[6.0, 5, 1, 4, 2, 3]])
+    importance = ClassFilterImportance(model, table, x, reduction="mean", normalise=False)
+    pruner = torch_pruning.pruner.BasePruner(
+        model,
+        x,
+        importance=importance,
+        pruning_ratio=0.5,
+        iterative_steps=3,
+        ignored_layers=[model.head],
+    )
+    left = []
+    for _ in range(3):
+        pruner.step()
+        left.append(model.stage2[0].out_channels)
+    assert left == [5, 4, 3]
+    assert torch.equal(model.stage2[0].weight, full.stage2[0].weight[[0, 1, 3]])
+
+
+def test_importance_of_chosen_classes_and_of_several_layers():
+    model, x = settle(deep()), images()
+    full = copy.deepcopy(model)
+    one = scored("stage1", [[1.0, 2, 3, 4], [4.0, 3, 2, 1]])
+    other = scored("stage2", [[1.0, 1, 1, 1, 1, 1], [6.0, 5, 4, 3, 2, 1]])
+    importance = ClassFilterImportance(model, [one, other], x, classes=["1"], normalise=False)
+    torch_pruning.pruner.BasePruner(
+        model,
+        x,
+        importance=importance,
+        pruning_ratio=0.4,
+        global_pruning=True,
+        ignored_layers=[model.head],
+    ).step()
+    # Of the ten filters the four with the scores 1, 1, 2, 2 of class 1 go.
+    assert torch.equal(model.stage1[0].weight, full.stage1[0].weight[:2])
+    assert torch.equal(model.stage2[0].weight, full.stage2[0].weight[:4, :2])
+
+
+def test_importance_in_a_group_of_tied_layers():
+    model, x = settle(Residual()), images()
+    full = copy.deepcopy(model)
+    importance = ClassFilterImportance(model, scored("bn2", [[4.0, 1, 3, 2]]), x)
+    torch_pruning.pruner.BasePruner(
+        model, x, importance=importance, pruning_ratio=0.5, ignored_layers=[model.head]
+    ).step()
+    assert torch.equal(model.stem.weight, full.stem.weight[[0, 2]])
+    assert torch.equal(model.conv2.weight, full.conv2.weight[[0, 2]])
+
+
+def test_importance_bad_input():
+    model, x = settle(deep()), images()
+    table = scored("stage2", [[1.0, 2, 3, 4, 5, 6]])
+    for tables, options, message in [
+        ([], {}, "empty"),
+        (table, {"reduction": "median"}, "reduction='median'"),
+        (table, {"classes": ["cat"]}, "No class named"),
+        (table, {"classes": []}, "no class was given"),
+        ([table, scored("stage2.0", [[1.0] * 6])], {}, "Two tables"),
+        (scored("stage2", [[1.0] * 5]), {}, "has 5 filters, the layer 'stage2' 6"),
+        (scored("stage3", [[1.0] * 5]), {}, "no layer 'stage3'"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            ClassFilterImportance(model, tables, x, **options)
+    importance = ClassFilterImportance(model, table, x)
+    prune_filters(model, "stage2", x, remove=[0], in_place=True)
+    pruner = torch_pruning.pruner.BasePruner(
+        model, x, importance=importance, ignored_layers=[model.head]
+    )
+    with pytest.raises(ValueError, match=r"'stage2\.0' has 5 filters, .* are of 6"):
+        pruner.step()

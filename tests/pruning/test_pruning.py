@@ -1,0 +1,474 @@
+"""Greedy pruning against the plain loop over whole forward passes, and its bounds."""
+
+import copy
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from captum_classfilters.pruning import (
+    GreedyFilterPruning,
+    LayerwiseFineTuning,
+    PruningOrder,
+    masked_filters,
+)
+from captum_classfilters.pruning import greedy_filter_pruning as module
+from tests.models import batches, deep, hooks_of, joined
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A model whose accuracy depends on its filters, with labels it mostly gets right."""
+    model = deep(seed=2)
+    x, _ = joined(batches(60))
+    with torch.no_grad():
+        logits = model(x)
+        model.head.bias -= logits.mean(0)
+        y = (model(x) + 0.02 * torch.randn(60, 3)).argmax(1)
+    data = [(x[i : i + 16], y[i : i + 16]) for i in range(0, 60, 16)]
+    return model, data
+
+
+def plain_loop(model, layer, x, y, steps):
+    """Removal order by one whole forward pass for each candidate."""
+    gone, order, curve = [], [], []
+    for _ in range(steps):
+        scores = []
+        for candidate in range(layer[0].out_channels):
+            if candidate in gone:
+                continue
+
+            def zero(_module, _inputs, output, removed=(*gone, candidate)):
+                output = output.clone()
+                output[:, list(removed)] = 0
+                return output
+
+            handle = layer.register_forward_hook(zero)
+            with torch.no_grad():
+                outputs = model(x)
+            handle.remove()
+            accuracy = float((outputs.argmax(1) == y).double().mean())
+            loss = float(torch.nn.functional.cross_entropy(outputs.double(), y))
+            scores.append((-accuracy, loss, candidate))
+        accuracy, _, best = min(scores)
+        gone.append(best)
+        order.append(best)
+        curve.append(-accuracy)
+    return order, curve
+
+
+@pytest.mark.parametrize(("name", "steps"), [("stage1", 3), ("stage2", 5)])
+def test_same_order_as_the_plain_loop(trained, name, steps):
+    model, data = trained
+    layer, (x, y) = model.get_submodule(name), joined(data)
+    result = GreedyFilterPruning(model, name).run(data, num_filters=1, show_progress=False)
+    order, curve = plain_loop(model, layer, x, y, steps)
+    assert result.order == order
+    assert result.accuracy[1:] == pytest.approx(curve, abs=1e-12)
+    with torch.no_grad():
+        assert result.accuracy[0] == float((model(x).argmax(1) == y).double().mean())
+    assert hooks_of(model) == 0
+
+
+def test_bounds(trained):
+    model, data = trained
+    pruning = GreedyFilterPruning(model, "stage2")
+    full = pruning.run(data, num_filters=1, show_progress=False)
+    half = pruning.run(data, ratio=2, show_progress=False)
+    assert half.order == full.order[:3]
+    assert half.kept().sum() == 3
+    assert torch.equal(full.kept(3), half.kept())
+    floor = min(full.accuracy) + 1e-9
+    bounded = pruning.run(data, min_accuracy=floor, show_progress=False)
+    stop = next(i for i, accuracy in enumerate(full.accuracy) if accuracy < floor)
+    assert bounded.order == full.order[: stop - 1]
+    assert min(bounded.accuracy) >= floor
+
+
+def test_report_images_do_not_choose(trained):
+    model, data = trained
+    result = GreedyFilterPruning(model, "stage1").run(
+        data[:2], data[2:], num_filters=2, show_progress=False
+    )
+    alone = GreedyFilterPruning(model, "stage1").run(data[:2], num_filters=2, show_progress=False)
+    assert result.order == alone.order
+    assert result.accuracy == alone.accuracy
+    assert alone.report_accuracy == []
+    x, y = joined(data[2:])
+    with torch.no_grad():
+        maps = model.stage1(x) * result.kept().reshape(1, -1, 1, 1)
+        logits = model.head(model.flatten(model.pool(model.stage2(maps))))
+        expected = float((logits.argmax(1) == y).double().mean())
+    assert result.report_accuracy[-1] == expected
+    assert len(result.report_accuracy) == 3
+
+
+def test_a_killed_run_continues(trained, tmp_path, monkeypatch):
+    model, data = trained
+    path = tmp_path / "state.safetensors"
+    pruning = GreedyFilterPruning(model, "stage2")
+    full = pruning.run(data, num_filters=1, show_progress=False)
+
+    class KilledError(Exception):
+        pass
+
+    original, done = module._Step.__call__, []
+
+    def killed_after(steps):
+        done.clear()
+
+        def step(self, *args):
+            if len(done) == steps:
+                raise KilledError
+            done.append(1)
+            return original(self, *args)
+
+        monkeypatch.setattr(module._Step, "__call__", step)
+
+    killed_after(2)
+    with pytest.raises(KilledError):
+        pruning.run(data, num_filters=1, state_path=path, show_progress=False)
+    assert PruningOrder.load(path).order == full.order[:2]
+    killed_after(3)  # what is left, and no step twice
+    assert pruning.run(data, num_filters=1, state_path=path, show_progress=False) == full
+    assert list(tmp_path.iterdir()) == [path]
+    with pytest.raises(ValueError, match="another run"):
+        GreedyFilterPruning(model, "stage1").run(
+            data, num_filters=1, state_path=path, show_progress=False
+        )
+
+
+def test_bad_input(trained):
+    model, data = trained
+    pruning = GreedyFilterPruning(model, "stage1")
+    for bounds, message in [
+        ({}, "at least one"),
+        ({"num_filters": 0}, "cannot lose every filter"),
+        ({"num_filters": 5}, "expected 1 to 4"),
+        ({"ratio": 0.5}, "ratio=0.5"),
+        ({"min_accuracy": 1.5}, "above the accuracy at the start"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            pruning.run(data, show_progress=False, **bounds)
+    with pytest.raises(ValueError, match="dataloader is empty"):
+        pruning.run([], num_filters=2, show_progress=False)
+    with pytest.raises(ValueError, match="report_dataloader is empty"):
+        pruning.run(data, [], num_filters=2, show_progress=False)
+    x, y = joined(data)
+    broken = [(x[:4], y[:4]), (torch.full_like(x[:4], torch.nan), y[:4])]
+    with pytest.raises(ValueError, match="NaN or Inf for image 0 of batch 1"):
+        pruning.run(broken, num_filters=2, show_progress=False)
+    with pytest.raises(ValueError, match="different classes"):
+        pruning.run(data, [(x[y < 1], y[y < 1])], num_filters=2, show_progress=False)
+    with pytest.raises(ValueError, match="number=0"):
+        pruning.run(data, num_filters=2, show_progress=False).kept(0)
+
+
+def masked_outputs(model, x, masks):
+    """Logits with filters zeroed by hooks."""
+    handles = [
+        model.get_submodule(name).register_forward_hook(
+            lambda _m, _i, output, mask=mask: output * mask.reshape(1, -1, 1, 1)
+        )
+        for name, mask in masks.items()
+    ]
+    with torch.no_grad():
+        outputs = model(x)
+    for handle in handles:
+        handle.remove()
+    return outputs
+
+
+def plain_loop_over_layers(model, names, x, y, steps):
+    """Removals by one whole forward pass for each remaining filter of each layer."""
+    masks = {n: torch.ones(model.get_submodule(n)[0].out_channels) for n in names}
+    removed = []
+    for _ in range(steps):
+        scores = []
+        for place, name in enumerate(names):
+            for candidate in masks[name].nonzero()[:, 0].tolist():
+                if masks[name].sum() == 1:
+                    continue
+                mask = masks[name].clone()
+                mask[candidate] = 0
+                outputs = masked_outputs(model, x, {**masks, name: mask}).double()
+                accuracy = float((outputs.argmax(1) == y).double().mean())
+                loss = float(torch.nn.functional.cross_entropy(outputs, y))
+                scores.append((-accuracy, loss, place, candidate))
+        _, _, place, candidate = min(scores)
+        masks[names[place]][candidate] = 0
+        removed.append((names[place], candidate))
+    return removed, masks
+
+
+def test_no_layer_loses_its_last_filter(trained):
+    """Though it may be the cheapest of all."""
+    model, data = trained
+    model = copy.deepcopy(model)
+    model.stage1[0].weight.data.zero_()
+    model.stage1[0].bias.data.zero_()
+    order = GreedyFilterPruning(model, ["stage1", "stage2"]).run(
+        data, num_filters=2, schedule="all_layers", show_progress=False
+    )
+    assert [int(order.kept(layer=layer).sum()) for layer in ("stage1", "stage2")] == [1, 1]
+
+
+def test_training_that_breaks_the_bound_is_undone(trained):
+    """The next layer is pruned on the network as it was before."""
+    model, data = trained
+    runs = []
+
+    def ruin_once(network):
+        runs.append(1)
+        if len(runs) == 1:
+            network.head.weight.data.zero_()
+
+    order = GreedyFilterPruning(model, ["stage1", "stage2"]).run(
+        data, num_filters=3, min_accuracy=0.5, fine_tune=ruin_once, show_progress=False
+    )
+    assert order.removed
+    assert {layer for layer, _ in order.removed} == {"stage2"}
+    assert bool(order.weights["head.weight"].any())
+
+
+def test_all_layers_compete(trained):
+    model, data = trained
+    names = ["stage1", "stage2"]
+    result = GreedyFilterPruning(model, names).run(
+        data, data[:3], num_filters=3, schedule="all_layers", show_progress=False
+    )
+    x, y = joined(data)
+    removed, masks = plain_loop_over_layers(model, names, x, y, 7)
+    assert result.removed == removed
+    assert {name for name, _ in removed} == set(names)
+    assert all(torch.equal(result.masks()[name], masks[name].bool()) for name in names)
+    right = masked_outputs(model, x, masks).argmax(1) == y
+    assert result.accuracy[-1] == float(right.double().mean())
+    shown = joined(data[:3])
+    right = masked_outputs(model, shown[0], masks).argmax(1) == shown[1]
+    assert result.report_accuracy[-1] == float(right.double().mean())
+    assert all(int(mask.sum()) >= 1 for mask in result.masks().values())
+    with pytest.raises(ValueError, match="Filters of 2 layers were removed"):
+        result.order  # noqa: B018
+    with pytest.raises(ValueError, match="No filter of 'head'"):
+        result.kept(layer="head")
+
+
+def test_layer_by_layer_keeps_what_was_removed_before(trained):
+    model, data = trained
+    result = GreedyFilterPruning(model, ["stage1", "stage2"]).run(
+        data, num_filters={"stage1": 2, "stage2": 4}, show_progress=False
+    )
+    x, y = joined(data)
+    first, masks = plain_loop_over_layers(model, ["stage1"], x, y, 2)
+    assert result.removed[:2] == first
+    # The second layer is judged on the network that lacks the first one's filters.
+    scores = []
+    for candidate in range(6):
+        mask = torch.ones(6)
+        mask[candidate] = 0
+        outputs = masked_outputs(model, x, {**masks, "stage2": mask}).double()
+        accuracy = float((outputs.argmax(1) == y).double().mean())
+        loss = float(torch.nn.functional.cross_entropy(outputs, y))
+        scores.append((-accuracy, loss, candidate))
+    assert result.removed[2] == ("stage2", min(scores)[2])
+    assert result.accuracy[3] == -min(scores)[0]
+    assert [name for name, _ in result.removed] == ["stage1"] * 2 + ["stage2"] * 2
+
+
+def test_equal_filters_go_by_their_norm():
+    """Two dead filters: neither accuracy nor loss tells them apart, their weights do."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(1, 3, 1),
+        torch.nn.ReLU(),
+        torch.nn.AdaptiveAvgPool2d(1),
+        torch.nn.Flatten(),
+        torch.nn.Linear(3, 2),
+    ).eval()
+    model[4].weight.data[:, :2] = 0
+    model[0].weight.data = torch.tensor([3.0, -1.0, 1.0]).reshape(3, 1, 1, 1)
+    x = torch.rand(8, 1, 4, 4)
+    model[4].bias.data -= model(x).mean(0).detach()
+    data = [(x, model(x).argmax(1))]
+    order = GreedyFilterPruning(model, "0").run(data, num_filters=1, show_progress=False).order
+    assert order == [1, 0]
+    model[0].weight.data[:2] *= torch.tensor([0.1, 1.0]).reshape(2, 1, 1, 1)
+    order = GreedyFilterPruning(model, "0").run(data, num_filters=1, show_progress=False).order
+    assert order == [0, 1]
+    # An activation has no weights: the lower index goes first.
+    assert GreedyFilterPruning(model, "1").run(data, num_filters=1, show_progress=False).order == [
+        0,
+        1,
+    ]
+
+
+def test_fine_tuning_between_steps(trained, tmp_path):
+    model, data = trained
+    before = {name: one.clone() for name, one in model.state_dict().items()}
+    calls = []
+    tuning = LayerwiseFineTuning(data, {"stage2": 0.05, "head": 0.2}, num_steps=80)
+
+    def tune(network):
+        calls.append(network)
+        x, _ = joined(data)
+        assert torch.count_nonzero(network.stage1(x).sum((0, 2, 3)) == 0) == len(calls)
+        tuning(network)
+
+    run = {"num_filters": 1, "fine_tune": tune, "show_progress": False}
+    pruning = GreedyFilterPruning(model, "stage1")
+    result = pruning.run(data, data, **run)
+    assert len(calls) == 3
+    assert all(network is not model for network in calls)
+    assert all(torch.equal(one, before[name]) for name, one in model.state_dict().items())
+    assert result.accuracy == result.report_accuracy
+    # What is recorded is the accuracy of the tuned, masked network.
+    tuned = copy.deepcopy(model)
+    tuned.load_state_dict(result.weights)
+    x, y = joined(data)
+    with masked_filters(tuned, result.masks()), torch.no_grad():
+        accuracy = float((tuned(x).argmax(1) == y).double().mean())
+    assert accuracy == result.accuracy[-1]
+    plain = pruning.run(data, num_filters=1, show_progress=False)
+    assert result.accuracy[-1] > plain.accuracy[-1]
+    assert plain.weights is None
+    # Layers without a learning rate stay as they are, and so do running statistics.
+    for name in ("stage1.0.weight", "stage2.1.running_mean"):
+        assert torch.equal(result.weights[name], before[name])
+    assert not torch.equal(result.weights["head.weight"], before["head.weight"])
+
+
+def test_a_killed_run_with_fine_tuning_continues_exactly(trained, tmp_path):
+    model, data = trained
+    x, y = joined(data)
+    loader = torch.utils.data.DataLoader(
+        torch.utils.data.TensorDataset(x, y), batch_size=16, shuffle=True
+    )
+    tune = LayerwiseFineTuning(loader, 0.05, num_steps=5)
+    path = tmp_path / "state.safetensors"
+    options = {"fine_tune": tune, "fine_tune_every": 2, "show_progress": False}
+    pruning = GreedyFilterPruning(model, "stage2")
+    full = pruning.run(data, num_filters=1, **options)
+    pruning.run(data, num_filters=3, state_path=path, **options)
+    torch.manual_seed(1234)  # another process has another random state
+    rest = pruning.run(data, num_filters=1, state_path=path, **options)
+    assert rest == full
+    assert all(torch.equal(one, full.weights[name]) for name, one in rest.weights.items())
+
+
+def test_accuracy_floor_after_fine_tuning(trained):
+    """A removal whose fine-tuning fails the floor is taken back, weights and all."""
+    model, data = trained
+
+    def spoil(network):
+        network.head.weight.data.zero_()
+        network.head.bias.data = torch.tensor([1.0, 0.0, 0.0])  # all images are of class 0
+
+    result = GreedyFilterPruning(model, "stage1").run(
+        data, min_accuracy=0.45, fine_tune=spoil, fine_tune_every=2, show_progress=False
+    )
+    assert len(result.removed) == 1
+    assert result.weights is None
+    # The next layer starts from the weights before the failure.
+    both = GreedyFilterPruning(model, ["stage1", "stage2"]).run(
+        data, min_accuracy=0.45, fine_tune=spoil, fine_tune_every=2, show_progress=False
+    )
+    one = GreedyFilterPruning(model, ["stage1", "stage2"]).run(
+        data, num_filters={"stage1": 3, "stage2": 5}, show_progress=False
+    )
+    assert both.accuracy[:2] == one.accuracy[:2]
+    assert len(both.removed) == 1 or both.removed == one.removed
+
+
+def test_sequential_testing_saves_and_chooses_alike():
+    """Half of the filters matter much; they are soon out of the question."""
+    torch.manual_seed(0)
+    number, classes = 8, 4
+    model = torch.nn.Sequential(torch.nn.Conv2d(number, number, 1, bias=False))
+    model.append(torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()))
+    model.append(torch.nn.Linear(number, classes, bias=False))
+    model[0].weight.data = torch.eye(number)[:, :, None, None]
+    model[2].weight.data = torch.cat([torch.eye(classes), torch.zeros(classes, 4)], 1)
+    y = torch.arange(400) % classes
+    x = 0.3 * torch.rand(400, number, 2, 2)
+    x[torch.arange(400), y] += 1
+    data = [(x[i : i + 20], y[i : i + 20]) for i in range(0, 400, 20)]
+    pruning = GreedyFilterPruning(model, "0")
+    full = pruning.run(data, num_filters=4, show_progress=False)
+    early = pruning.run(data, num_filters=4, error_probability=0.05, show_progress=False)
+    assert sorted(full.order) == [4, 5, 6, 7]
+    assert early.order == full.order
+    assert early.accuracy == full.accuracy
+    assert full.saving == 0
+    assert full.evaluations[0] == 8 * 400
+    # A candidate that a class depends on loses 5 images of 20: the sign test drops it when
+    # 0.5 ** lost < 0.05 / (7 * 19), which takes 12 images, so 3 batches.
+    assert early.evaluations[0] == 4 * 400 + 4 * 60
+    assert early.saving == pytest.approx(1 - sum(early.evaluations) / sum(full.evaluations))
+
+
+def test_equal_candidates_are_not_dropped(trained):
+    """Where nothing can be told apart, everything is run."""
+    model, data = trained
+    generator = torch.Generator().manual_seed(0)
+    noise = [(x, torch.randint(3, (len(y),), generator=generator)) for x, y in data]
+    for seed in range(5):
+        order = torch.randperm(len(noise), generator=torch.Generator().manual_seed(seed))
+        result = GreedyFilterPruning(model, "stage2").run(
+            [noise[i] for i in order], num_filters=5, error_probability=1e-6, show_progress=False
+        )
+        assert result.saving == 0
+
+
+def test_masked_filters_restores_the_model(trained):
+    model, data = trained
+    mask = torch.tensor([True, False, True, False])
+    with masked_filters(model, {"stage1": mask}), torch.no_grad():
+        assert torch.equal(model(data[0][0]), masked_outputs(model, data[0][0], {"stage1": mask}))
+    assert "forward" not in vars(model.stage1)
+    x = data[0][0]
+    with pytest.raises(ValueError, match=r"shape \(3,\), but the layer has 4"):  # noqa: SIM117
+        with masked_filters(model, {"stage1": mask[:3]}):
+            model(x)
+    assert "forward" not in vars(model.stage1)
+
+
+def test_files_of_runs(trained, tmp_path):
+    model, data = trained
+    path = tmp_path / "order.safetensors"
+    result = GreedyFilterPruning(model, "stage1").run(data, num_filters=2, show_progress=False)
+    result.save(path)
+    assert PruningOrder.load(path) == result
+    assert PruningOrder.load(path).weights is None
+    save_file({"a": torch.ones(1)}, path)
+    with pytest.raises(ValueError, match="not a file of a pruning run"):
+        PruningOrder.load(path)
+
+
+def test_bad_options(trained):
+    model, data = trained
+    both = GreedyFilterPruning(model, ["stage1", "stage2"])
+    for options, message in [
+        ({"num_filters": 2, "schedule": "all_at_once"}, "schedule='all_at_once'"),
+        ({"num_filters": 1, "schedule": "all_layers"}, "expected 2 to 10"),
+        ({"num_filters": {"stage1": 1}, "schedule": "all_layers"}, "one number"),
+        ({"num_filters": {"stage3": 1}}, "names \\['stage3'\\]"),
+        ({"num_filters": 2, "error_probability": 1.0}, "between 0 and 1"),
+        ({"num_filters": 2, "fine_tune_every": 0}, "fine_tune_every=0"),
+        ({"ratio": 7, "schedule": "all_layers"}, "expected 1 to 5"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            both.run(data, show_progress=False, **options)
+    with pytest.raises(ValueError, match="needs the model itself"):
+        GreedyFilterPruning(lambda x: model(x), model.stage1).run(
+            data, num_filters=2, fine_tune=print, show_progress=False
+        )
+    with pytest.raises(ValueError, match="list of layers is empty"):
+        GreedyFilterPruning(model, [])
+    for tuning, message in [
+        (LayerwiseFineTuning([], 0.1), "loader to fine-tune on is empty"),
+        (LayerwiseFineTuning(data, {"pool": 0.1}), "no parameters"),
+        (LayerwiseFineTuning(data, 1e30, num_steps=3), "NaN or Inf"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            tuning(copy.deepcopy(model))

@@ -1,0 +1,113 @@
+"""A specialist's outputs and accuracies against the full network with its other filters masked."""
+
+import pytest
+import torch
+from torch import nn
+
+from captum_classfilters import ClassFilters, LayerFilterContribution
+from captum_classfilters.cli.demo import load_digits, small_cnn, train_classifier
+from captum_classfilters.metrics import evaluate_classifier
+from captum_classfilters.pruning import Specialist, specialise
+from tests.models import batches, deep, images, joined
+
+pytest.importorskip("torch_pruning")
+QUIET = {"show_progress": False}
+
+
+def table_of(layer, filters, classes=3, seed=0, select=2):
+    scores = torch.rand(classes, filters, generator=torch.Generator().manual_seed(seed))
+    return ClassFilters(
+        scores, torch.ones(classes), class_names=["a", "b", "c"][:classes], layer=layer
+    ).select(select)
+
+
+@pytest.mark.parametrize("classes", [[2, 0], ["c", "a"]])
+def test_outputs_are_the_masked_networks(classes):
+    model, data = deep(seed=2), batches(60)
+    x, y = joined(data)
+    first, second = table_of("stage1", 4), table_of("stage2", 6, seed=1)
+    specialist = specialise(model, [first, second], classes, images(), dataloader=data, **QUIET)
+    with torch.no_grad():
+        maps = model.stage1(x) * first.selected[[2, 0]].any(0).reshape(1, -1, 1, 1)
+        maps = model.stage2(maps) * second.selected[[2, 0]].any(0).reshape(1, -1, 1, 1)
+        expected = model.head(maps.mean((2, 3)))[:, [2, 0]]
+        found = specialist.model.eval()(x)
+        full = model(x)
+    assert torch.allclose(found, expected, atol=1e-6)
+    assert specialist.classes == (2, 0)
+    assert specialist.class_names == ("c", "a")
+    table = specialist.accuracy
+    for place, label in enumerate((2, 0)):
+        of = y == label
+        assert int(table.counts[place]) == int(of.sum())
+        assert float(table.among_all[place]) == float((full[of].argmax(1) == label).double().mean())
+        among = (full[of][:, [2, 0]].argmax(1) == place).double().mean()
+        assert float(table.full[place]) == float(among)
+        assert float(table.specialist[place]) == float(
+            (found[of].argmax(1) == place).double().mean()
+        )
+    both = y != 1
+    right = (found[both].argmax(1) == (y[both] == 0).long()).double().mean()
+    assert table.overall() == pytest.approx(float(right))
+    assert "together" in str(table)
+
+
+def test_a_convolutional_head_is_cut_too():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(2, 6, 3), nn.ReLU(), nn.Conv2d(6, 3, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    ).eval()
+    table, x = table_of("1", 6), images()
+    specialist = specialise(model, table, ["b", "c"], x)
+    assert (specialist.model[2].out_channels, specialist.model[0].out_channels) == (
+        2,
+        int(table.selected[1:].any(0).sum()),
+    )
+    with torch.no_grad():
+        kept = torch.relu(model[0](x)) * table.selected[1:].any(0).reshape(1, -1, 1, 1)
+        expected = model[2:](kept)[:, 1:]
+        assert torch.allclose(specialist.model(x), expected, atol=1e-6)
+
+
+def test_digits_with_half_their_filters():
+    pytest.importorskip("sklearn")
+    torch.manual_seed(0)
+    digits = load_digits()
+    model = train_classifier(small_cnn(), digits.train, epochs=8, show_progress=False)
+    table = LayerFilterContribution(model, "filters").identify(digits.train, num_filters=8, **QUIET)
+    example = next(iter(digits.test))[0][:4]
+    specialist = specialise(model, table, [1, 4, 7], example, dataloader=digits.test, **QUIET)
+    assert isinstance(specialist, Specialist)
+    assert int(specialist.kept["filters"].sum()) <= 24
+    assert specialist.model.filters[0].out_channels == int(specialist.kept["filters"].sum())
+    recall = evaluate_classifier(model, digits.test, **QUIET).recall
+    assert torch.allclose(specialist.accuracy.among_all, recall[[1, 4, 7]])
+    assert specialist.accuracy.overall("full") >= specialist.accuracy.overall("among_all")
+    assert specialist.accuracy.overall() > 0.9
+
+
+def test_bad_input():
+    model, x = deep(), images()
+    table = table_of("stage2", 6)
+    for tables, classes, options, message in [
+        (table, ["a"], {}, "two or more different"),
+        (table, ["a", 0], {}, "two or more different"),
+        (table, ["a", "z"], {}, "No class named 'z'"),
+        ([], ["a", "b"], {}, "empty"),
+        ([table, table], ["a", "b"], {}, "Two tables"),
+        (
+            table.with_selection(torch.zeros(3, 6, dtype=torch.bool)),
+            ["a", "b"],
+            {},
+            "selects no filters for a, b",
+        ),
+        (table, ["a", "b"], {"head": "stage1.0"}, "expected an nn.Linear"),
+        (table, ["a", "b"], {"dataloader": [(x[:2], torch.tensor([2, 2]))]}, "no image of a, b"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            specialise(model, tables, classes, x, **options, **QUIET)
+    hidden = nn.Sequential(
+        nn.Conv2d(2, 6, 3), nn.Flatten(), nn.Linear(96, 4), nn.ReLU(), nn.Linear(4, 3)
+    ).eval()
+    with pytest.raises(ValueError, match="rows of '2' are not the model's outputs"):
+        specialise(hidden, table_of("0", 6), ["a", "b"], x, head="2")

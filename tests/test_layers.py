@@ -1,0 +1,377 @@
+"""Which layers qualify, which axis holds their filters, and what is said of the others."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from captum_classfilters import (
+    FilterGate,
+    LayerFilterContribution,
+    LayerFilterFrequency,
+    list_filter_layers,
+)
+from captum_classfilters._core.layers import filter_axis
+from captum_classfilters.identify import collect_features
+
+
+class _Permute(nn.Module):
+    def __init__(self, *order: int) -> None:
+        super().__init__()
+        self.order = order
+
+    def forward(self, tensor: Tensor) -> Tensor:
+        return tensor.permute(self.order)
+
+
+class _ChannelsFirstNorm(nn.LayerNorm):
+    """Normalises axis 1 of (N, K, H, W), as ConvNeXt's does."""
+
+    def forward(self, tensor: Tensor) -> Tensor:
+        return super().forward(tensor.movedim(1, -1)).movedim(-1, 1)
+
+
+class _Branches(nn.Module):
+    """Two branches, concatenated; the last is as narrow as a map may by chance be."""
+
+    def __init__(self, first: int, second: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, first, 1)
+        self.second = nn.Conv2d(3, second, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.cat([self.first(images), self.second(images)], 1)
+
+
+class _Tokens(nn.Module):
+    """A patch embedding: a convolution whose maps become tokens (N, L, K)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.projection = nn.Conv2d(3, width, 2, stride=2)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.projection(images).flatten(2).transpose(1, 2)
+
+
+class _Windows(nn.Module):
+    """Cuts (N, K, H, W) in windows of two by two: (N windows, 4, K)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, images: Tensor) -> Tensor:
+        windows = images.unfold(2, 2, 2).unfold(3, 2, 2)
+        tokens = self.norm(windows.permute(0, 2, 3, 4, 5, 1).flatten(0, 2).flatten(1, 2))
+        return tokens.reshape(len(images), -1, tokens.shape[-1]).transpose(1, 2)
+
+
+class _Merging(nn.Module):
+    """Registers its widths in another order than it uses them, as Swin's patch merging."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.reduction = nn.Linear(4 * width, 2 * width)
+        self.norm = nn.LayerNorm(4 * width)
+
+    def forward(self, tensor: Tensor) -> Tensor:
+        return self.reduction(self.norm(torch.cat([tensor] * 4, -1)))
+
+
+def _axis(layer: nn.Module, tensor: Tensor) -> int:
+    return filter_axis(layer, layer(tensor))
+
+
+def _convnext_block(width: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(width, width, 3, padding=1, groups=width),
+        _Permute(0, 2, 3, 1),
+        nn.LayerNorm(width),
+        nn.Linear(width, 2 * width),
+        nn.GELU(),
+        nn.Linear(2 * width, width),
+        _Permute(0, 3, 1, 2),
+    )
+
+
+# -- the axis --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(4, 4), (6, 6), (5, 6), (6, 5)])  # 6 filters, maps of 6 included
+def test_convolutions_are_read_on_axis_1_whatever_the_size_of_the_maps(size: tuple) -> None:
+    images = torch.rand(2, 3, *size)
+    assert _axis(nn.Conv2d(3, 6, 1), images) == 1
+    assert _axis(nn.Sequential(nn.Conv2d(3, 6, 1), nn.GroupNorm(2, 6), nn.ReLU()), images) == 1
+    assert _axis(nn.ReLU(), images) == 1
+
+
+@pytest.mark.parametrize("size", [(5, 6), (6, 5), (6, 6)])
+def test_concatenated_branches_are_read_on_axis_1(size: tuple) -> None:
+    # A map as wide as the last branch's 6 filters is not taken for the filters.
+    assert _axis(_Branches(4, 6), torch.rand(2, 3, *size)) == 1
+
+
+@pytest.mark.parametrize("size", [(4, 4), (6, 6), (6, 5), (8, 16)])
+def test_linear_and_layer_norm_are_read_on_the_last_axis(size: tuple) -> None:
+    tensor = torch.rand(2, *size, 6)
+    assert _axis(nn.Linear(6, 6), tensor) == 3
+    assert _axis(nn.LayerNorm(6), tensor) == 3
+
+
+@pytest.mark.parametrize("size", [(5, 5), (6, 5), (8, 7), (6, 6)])
+def test_layer_norm_with_its_own_forward_is_read_by_size(size: tuple) -> None:
+    assert _axis(_ChannelsFirstNorm(6), torch.rand(2, 6, *size)) == 1
+    assert filter_axis(_ChannelsFirstNorm(6), torch.rand(2, 9, *size[1:], 6)) == 3
+
+
+def test_layer_norm_over_whole_maps_is_channels_first() -> None:
+    assert _axis(nn.LayerNorm([4, 3, 5]), torch.rand(2, 4, 3, 5)) == 1
+
+
+def test_blocks_that_leave_their_last_module_behind() -> None:
+    assert _axis(_convnext_block(6), torch.rand(2, 6, 4, 5)) == 1
+    assert _axis(_convnext_block(6)[:-1], torch.rand(2, 6, 4, 5)) == 3
+    assert _axis(_Merging(5), torch.rand(2, 4, 3, 5)) == 3
+    assert _axis(_Tokens(6), torch.rand(2, 3, 4, 4)) == 2  # four tokens
+    assert _axis(_Tokens(6), torch.rand(2, 3, 8, 8)) == 2  # sixteen: more tokens than filters
+
+
+def test_blocks_that_reshape_what_their_last_module_puts_out() -> None:
+    images = torch.rand(2, 3, 2, 3)
+    moved = nn.Sequential(nn.Conv2d(3, 6, 1), _Permute(0, 2, 3, 1))
+    assert _axis(moved, images) == 3
+    assert _axis(nn.Sequential(nn.Conv2d(3, 6, 1), nn.Flatten(2)), images) == 1  # six positions
+    doubled = nn.Sequential(nn.Linear(3, 6), nn.ZeroPad1d((0, 6)))  # wider than any module says
+    assert _axis(doubled, torch.rand(2, 5, 3)) == 2
+
+
+def test_the_last_weighted_module_decides_first() -> None:
+    block = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 6))
+    assert _axis(block, torch.rand(2, 4, 5, 3)) == 3  # axis 1 has the size of the first
+
+
+def test_a_block_of_equal_axes_must_be_told() -> None:
+    block, images = _convnext_block(6), torch.rand(2, 6, 6, 6)
+    with pytest.raises(ValueError, match=r"axis 1 and axis 3.*channel_dim=1 or channel_dim=-1"):
+        _axis(block, images)
+    assert filter_axis(block, block(images), channel_dim=1) == 1
+    net = nn.Sequential(block, nn.Flatten(), nn.Linear(216, 2))
+    with pytest.raises(ValueError, match="channel_dim"):
+        FilterGate(net, "0")(torch.ones(2, 6), images)
+    gates = torch.ones(2, 6)
+    torch.testing.assert_close(FilterGate(net, "0", channel_dim=1)(gates, images), net(images))
+
+
+@pytest.mark.parametrize("channel_dim", [0, -4, 4, -5])
+def test_an_axis_that_is_none_is_refused(channel_dim: int) -> None:
+    with pytest.raises(ValueError, match="does not name a channel axis"):
+        filter_axis(None, torch.rand(2, 3, 4, 5), channel_dim)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    width=st.integers(1, 7),
+    height=st.integers(1, 7),
+    breadth=st.integers(1, 7),
+    last=st.booleans(),
+)
+def test_leaves_never_depend_on_the_size(width: int, height: int, breadth: int, last: bool) -> None:
+    if last:
+        assert _axis(nn.Linear(2, width), torch.rand(1, height, breadth, 2)) == 3
+    else:
+        assert _axis(nn.Conv2d(2, width, 1), torch.rand(1, 2, height, breadth)) == 1
+
+
+# -- the list --------------------------------------------------------------------------------------
+
+
+class _Everything(nn.Module):
+    """One layer for every remark."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, 3, padding=1)
+        self.relu = nn.ReLU(inplace=True)
+        self.unused = nn.Conv2d(3, 6, 3)
+        self.windows = _Windows(6)
+        self.to_last = _Permute(0, 2, 1)
+        self.expand = nn.Linear(6, 12)
+        self.gelu = nn.GELU()
+        self.attention = nn.MultiheadAttention(12, 2, batch_first=True)
+        self.pool = nn.AdaptiveMaxPool1d(1, return_indices=True)
+        self.argmax = _Argmax()
+        self.flatten = nn.Flatten()
+        self.head = nn.Linear(12, 4)
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps = self.relu(self.relu(self.conv(images)))
+        tokens = self.gelu(self.expand(self.to_last(self.windows(maps))))
+        tokens, _weights = self.attention(tokens, tokens, tokens)
+        pooled, _indices = self.pool(tokens.transpose(1, 2))
+        self.argmax(pooled)
+        return self.head(self.flatten(pooled))
+
+
+class _Argmax(nn.Module):
+    def forward(self, tensor: Tensor) -> Tensor:
+        return tensor.argmax(1)
+
+
+def test_every_layer_gets_its_row_and_its_reason() -> None:
+    torch.manual_seed(0)
+    layers = list_filter_layers(_Everything(), torch.rand(3, 3, 4, 8))
+    assert layers.head == "head"
+    # name: (shape, runs, channel_dim, num_filters, feeds_head, qualifies)
+    expected: dict[str, Any] = {
+        "conv": ((3, 6, 4, 8), 1, 1, 6, None, True),
+        "relu": ((3, 6, 4, 8), 2, None, None, None, False),
+        "windows": ((3, 6, 32), 1, 1, 6, None, True),
+        "windows.norm": ((24, 4, 6), 1, None, None, None, False),
+        "to_last": ((3, 32, 6), 1, 2, 6, None, True),
+        "expand": ((3, 32, 12), 1, 2, 12, None, True),
+        "gelu": ((3, 32, 12), 1, 2, 12, None, True),
+        "attention": (None, 1, None, None, None, False),
+        "pool": (None, 1, None, None, None, False),
+        "argmax": ((3, 1), 1, None, None, None, False),
+        "flatten": ((3, 12), 1, 1, 12, "identical", True),
+        "head": ((3, 4), 1, 1, 4, None, True),
+        "unused": (None, 0, None, None, None, False),
+    }
+    for name, (shape, runs, axis, width, feed, qualifies) in expected.items():
+        row = layers[name]
+        assert (row.shape, row.runs, row.channel_dim) == (shape, runs, axis), name
+        assert (row.num_filters, row.feeds_head, row.qualifies) == (width, feed, qualifies), name
+    reasons = {
+        "relu": "called 2 times",
+        "windows.norm": "axis 0 is not the batch",
+        "to_last": "needs channel_dim=-1",
+        "expand": "",
+        "gelu": "needs channel_dim=-1",
+        "attention": "a tuple, not one tensor",
+        "argmax": "int64",
+        "unused": "never called",
+        "head": "puts out the logits",
+    }
+    for name, reason in reasons.items():
+        assert reason in layers[name].reason, name
+        assert bool(reason) == bool(layers[name].reason), name
+    assert [row.name for row in layers.qualifying] == [row.name for row in layers if row.qualifies]
+    assert [row.name for row in layers.feeding_head] == ["flatten"]
+    assert len(layers.to_pandas()) == len(layers) == len(str(layers).splitlines()) - 1
+
+
+@pytest.mark.parametrize(
+    ("middle", "width", "feed"),
+    [(nn.AdaptiveAvgPool2d(1), 6, "mean"), (nn.Identity(), 6 * 12, "flatten")],
+)
+def test_how_a_layer_feeds_the_head(middle: nn.Module, width: int, feed: str) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 6, 1), middle, nn.Flatten(), nn.Linear(width, 2))
+    layers = list_filter_layers(net, torch.rand(2, 3, 3, 4))
+    assert layers["0"].feeds_head == feed
+    assert layers["2"].feeds_head == "identical"
+    assert layers["0"].reason == ""
+
+
+def test_a_model_that_goes_on_after_its_head_is_told_apart() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 2, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    )
+    layers = list_filter_layers(net, torch.rand(2, 3, 5, 5))
+    assert (layers.head, layers["1"].feeds_head) == ("2", "identical")
+    assert "not exact" in layers["1"].reason
+
+
+def test_an_ambiguous_block_does_not_qualify_until_it_is_told() -> None:
+    net = nn.Sequential(_convnext_block(6), nn.Flatten(), nn.Linear(216, 2))
+    row = list_filter_layers(net, torch.rand(2, 6, 6, 6))["0"]
+    assert not row.qualifies
+    assert (row.channel_dim, row.num_filters) == (None, 6)
+    assert "channel_dim=1 or channel_dim=-1" in row.reason
+
+
+def test_modules_without_weights_between_equal_axes() -> None:
+    # Six filters on maps of six by six, and 6 hidden units: sizes say nothing, only the order does.
+    net = nn.Sequential(
+        nn.Conv2d(6, 6, 1),
+        nn.ReLU(inplace=True),
+        nn.MaxPool2d(1),
+        _Permute(0, 2, 3, 1),
+        nn.Linear(6, 6),
+        nn.GELU(),
+        nn.Dropout(),
+        _Permute(0, 3, 1, 2),
+        nn.ReLU(),
+    )
+    layers = list_filter_layers(net, torch.rand(2, 6, 6, 6))
+    found = [layers[str(index)].channel_dim for index in range(9)]
+    assert found == [1, 1, 1, None, 3, 3, 3, None, None]
+    assert all("Same size" in layers[str(index)].reason for index in (3, 7, 8))
+    assert not any(layers[str(index)].qualifies for index in (3, 7, 8))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_model_is_left_as_found(fails: bool) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.Dropout(), nn.Flatten(), nn.Linear(54, 2)).train()
+    net[3].eval()
+    state = torch.get_rng_state()
+    images = torch.rand(2, 3, 4 if fails else 5, 5)
+    if fails:
+        with pytest.raises(RuntimeError):
+            list_filter_layers(net, images)
+    else:
+        list_filter_layers(net, images)
+    torch.set_rng_state(state)
+    assert [module.training for module in net] == [True, True, True, False]
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
+    assert all(parameter.grad is None for parameter in net.parameters())
+
+
+def test_running_statistics_stay_and_the_pass_is_in_evaluation_mode() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.Flatten(), nn.Linear(54, 2))
+    seen = []
+    net[1].register_forward_pre_hook(lambda module, _inputs: seen.append(module.training))
+    before = net[1].running_mean.clone()
+    list_filter_layers(net.train(), torch.rand(2, 3, 5, 5))
+    assert seen == [False]
+    torch.testing.assert_close(net[1].running_mean, before, rtol=0, atol=0)
+
+
+def test_only_one_forward_pass_is_made() -> None:
+    net = _Everything()
+    calls = []
+    net.register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    list_filter_layers(net, torch.rand(2, 3, 4, 8))
+    assert calls == [False]
+
+
+def test_no_examples_are_refused() -> None:
+    with pytest.raises(ValueError, match="at least one example"):
+        list_filter_layers(nn.Sequential(nn.Linear(3, 2)), torch.rand(0, 3))
+
+
+def test_leaves_only() -> None:
+    net = nn.Sequential(nn.Sequential(nn.Conv2d(3, 6, 1)), nn.Flatten(), nn.Linear(24, 2))
+    names = [row.name for row in list_filter_layers(net, torch.rand(2, 3, 2, 2), leaves_only=True)]
+    assert names == ["0.0", "1", "2"]
+
+
+# -- windows of an image are not images ------------------------------------------------------------
+
+
+def test_windows_are_refused_by_every_entry() -> None:
+    net, images = _Everything().eval(), torch.rand(3, 3, 4, 8)
+    data = [(images, torch.tensor([0, 1, 2]))]
+    message = "axis 0 is not the batch"
+    for method in (LayerFilterFrequency, LayerFilterContribution):
+        with pytest.raises(ValueError, match=message):
+            method(net, "windows.norm").identify(data, show_progress=False)
+    with pytest.raises(ValueError, match=message):
+        collect_features(net, "windows.norm", data, show_progress=False)
+    with pytest.raises(ValueError, match=message):
+        FilterGate(net, "windows.norm")(torch.ones(3, 6), images)
