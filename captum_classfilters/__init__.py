@@ -9,6 +9,7 @@ from captum_classfilters.attr import (
     LayerFilterFrequency,
 )
 from captum_classfilters.class_filters import Agreement, ClassFilters, ClassOverlap
+from captum_classfilters.class_scores import ClassScores
 from captum_classfilters.gate_space import FilterGate
 from captum_classfilters.gates import ClassSpecificGate
 from captum_classfilters.heads import (
@@ -31,6 +32,7 @@ __all__ = [
     "ClassFilterSaliency",
     "ClassFilters",
     "ClassOverlap",
+    "ClassScores",
     "ClassSpecificGate",
     "DecomposedLinear",
     "FilterGate",

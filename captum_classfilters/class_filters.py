@@ -1,5 +1,6 @@
 """The result table of every identification method: classes by filters."""
 
+import difflib
 import json
 import os
 import warnings
@@ -258,14 +259,7 @@ class ClassFilters:
         Raises:
             ValueError: There is no such class.
         """
-        if isinstance(class_, str):
-            if class_ not in self.class_names:
-                raise ValueError(f"No class named {class_!r}; the names are {self.class_names}.")
-            return self.class_names.index(class_)
-        index = int(class_)
-        if not 0 <= index < self.num_classes:
-            raise ValueError(f"Class {index} is out of range; the table has {self.num_classes}.")
-        return index
+        return index_of_class(class_, self.class_names)
 
     def filters_of(self, class_: int | str) -> Tensor:
         """Filters selected for a class, highest score first.
@@ -335,6 +329,7 @@ class ClassFilters:
             return self._discoveries(fdr, num_filters, mass)
         if (num_filters is None) == (mass is None):
             raise ValueError("Give exactly one of num_filters and mass, or fdr.")
+        check_selection(num_filters, mass)
         if num_filters is not None:
             sizes = self._checked_number(num_filters)
         else:
@@ -374,8 +369,7 @@ class ClassFilters:
         return self._replace(selected=selected)
 
     def _checked_number(self, num_filters: int) -> Tensor:
-        if isinstance(num_filters, bool) or int(num_filters) != num_filters:
-            raise ValueError(f"num_filters={num_filters!r} is not a whole number.")
+        check_selection(num_filters, None)
         if not 1 <= num_filters <= self.num_filters:
             raise ValueError(
                 f"num_filters={num_filters} is out of range: the layer {self.layer!r} has "
@@ -384,8 +378,6 @@ class ClassFilters:
         return torch.full((self.num_classes,), int(num_filters))
 
     def _sizes_for_mass(self, mass: float) -> Tensor:
-        if not 0 < mass <= 1:
-            raise ValueError(f"mass={mass} is out of range; choose a share in (0, 1].")
         positive = self._scores.clamp(min=0).nan_to_num(0.0).sort(1, descending=True).values
         cumulative = positive.cumsum(1)
         # A relative tolerance keeps rounding in the sum from asking for one filter too many.
@@ -609,6 +601,66 @@ class ClassFilters:
         )
 
 
+def check_selection(num_filters: int | None, mass: float | None) -> None:
+    """Raise if a selection cannot be meant, whatever the table."""
+    if num_filters is not None and mass is not None:
+        raise ValueError("Give num_filters or mass, not both.")
+    if num_filters is not None:
+        whole = isinstance(num_filters, (int, float)) and not isinstance(num_filters, bool)
+        if not whole or int(num_filters) != num_filters:
+            raise ValueError(f"num_filters={num_filters!r} is not a whole number.")
+        if num_filters < 1:
+            raise ValueError(f"num_filters={num_filters} is out of range; choose at least 1.")
+    if mass is not None and not 0 < mass <= 1:
+        raise ValueError(f"mass={mass} is out of range; choose a share in (0, 1].")
+
+
+def check_class_names(class_names: Sequence[str] | None, num_classes: int | None) -> None:
+    """Raise if names are given twice, or are not as many as there are classes."""
+    if class_names is None:
+        return
+    names = [str(name) for name in class_names]
+    twice = (
+        sorted({name for name in names if names.count(name) > 1})
+        if len(set(names)) < len(names)
+        else []
+    )
+    if twice:
+        raise ValueError(
+            f"class_names must be different names; {', '.join(map(repr, twice[:5]))} is there twice."
+        )
+    if num_classes is not None and len(names) != num_classes:
+        raise ValueError(
+            f"class_names has {len(names)} names; expected {num_classes} different names."
+        )
+
+
+def names_of_classes(names: Sequence[str] | None, num_classes: int) -> tuple[str, ...]:
+    """C names: those given if they are as many, else the classes' indices."""
+    if names is None or len(names) != num_classes:
+        return tuple(str(index) for index in range(num_classes))
+    return tuple(map(str, names))
+
+
+def index_of_class(class_: int | str, names: Sequence[str]) -> int:
+    """The index of a class given by its index or its name.
+
+    Raises:
+        ValueError: There is no such class; the nearest names are named.
+    """
+    if isinstance(class_, str):
+        if class_ in names:
+            return list(names).index(class_)
+        near = difflib.get_close_matches(class_, names, n=3, cutoff=0.4)
+        shown = near or list(names[:8])
+        hint = "Did you mean" if near else "The names are"
+        raise ValueError(f"No class named {class_!r}. {hint} {', '.join(map(repr, shown))}?")
+    index = int(class_)
+    if not 0 <= index < len(names):
+        raise ValueError(f"Class {index} is out of range; there are {len(names)} classes.")
+    return index
+
+
 def _check_table(
     scores: Tensor,
     counts: Tensor,
@@ -628,8 +680,7 @@ def _check_table(
     assert selected is not None
     if selected.dtype != torch.bool:
         raise ValueError(f"selected is {selected.dtype}; expected a bool mask of shape (C, K).")
-    if len(class_names) != num_classes or len(set(map(str, class_names))) != num_classes:
-        raise ValueError(f"class_names must be {num_classes} different names.")
+    check_class_names(class_names, num_classes)
     seen = counts > 0
     if not bool(torch.isfinite(scores[seen]).all()):
         raise ValueError("scores of classes with images hold NaN or Inf.")

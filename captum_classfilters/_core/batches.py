@@ -1,22 +1,253 @@
-"""Reading the batches of a user's loader."""
+"""The one loop over a user's data: what a batch is, where it goes, what is refused, and when."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from captum_classfilters._core.devices import device_of, on_device
+from captum_classfilters._core.distributed import is_main_process
+from captum_classfilters._core.guard import model_left_as_found
+from captum_classfilters._core.labels import Memberships, class_labels, memberships
+
+Unpack = Callable[[Any], tuple[Any, Any]]
+
+_LABELS = ("labels", "label", "targets", "target", "y")
+_IMAGES = ("pixel_values", "images", "image", "inputs", "input", "x")
+_BATCHES_AHEAD = 8  # of an accelerator, before the host asks it how they went
+_BYTES_AHEAD = 256 * 2**20  # of inputs that must be kept meanwhile
 
 
-def split_batch(batch: Any, number: int, device: Any) -> tuple[tuple[Tensor, ...], Any]:
-    """Inputs, on a device, and labels of one batch of a loader."""
-    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-        raise ValueError(
-            f"Batch {number} is a {type(batch).__name__}; expected a pair (inputs, labels)."
+@dataclass(frozen=True)
+class Batch:
+    """One batch of a loader, its inputs where the model is.
+
+    Args:
+
+        number (int): Its place in the loader, from 0.
+        first_image (int): How many images came before it.
+        inputs (tuple): The model's inputs, N images first.
+        labels (Any): As the loader gave them; None where it gave none.
+    """
+
+    number: int
+    first_image: int
+    inputs: tuple[Any, ...]
+    labels: Any
+
+    @property
+    def size(self) -> int:
+        """N."""
+        return num_images(self.inputs)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the inputs are."""
+        return next(part.device for part in self.inputs if isinstance(part, Tensor))
+
+    def class_labels(self, num_classes: int) -> Tensor:
+        """One class index for each image (N,), checked, where the inputs are."""
+        labels = class_labels(self.labels, self.size, num_classes, self.number)
+        return on_device(labels, self.device)
+
+    def memberships(self, num_classes: int) -> Memberships:
+        """Which image counts for which class, checked, where the inputs are."""
+        return memberships(self.labels, self.size, num_classes, self.number).to(self.device)
+
+
+class Batches:
+    """The batches of one pass over a loader, and what waits for a device to answer.
+
+    Args:
+
+        dataloader (iterable): The user's loader.
+        device (torch.device, optional): Where the inputs go.
+        unpack (Callable, optional): From a batch to the pair (inputs, labels).
+        labeled (bool): Batches without labels are refused.
+        bar (tqdm): The progress bar.
+    """
+
+    def __init__(
+        self,
+        dataloader: Iterable[Any],
+        device: torch.device | None,
+        unpack: Unpack | None,
+        labeled: bool,
+        bar: Any,
+    ) -> None:
+        self._dataloader, self._device, self._unpack = dataloader, device, unpack
+        self._labeled, self._bar = labeled, bar
+        self.num_images = 0
+        self._waiting: list[tuple[Tensor, Callable[[list[bool]], None]]] = []
+        self._bytes_kept = self._ahead = 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        for number, raw in enumerate(self._dataloader):
+            inputs, labels = _unpacked(raw, number, self._unpack, self._labeled)
+            size = num_images(inputs)
+            if size:
+                inputs = on_device(_ordinary(inputs), self._device)
+                yield Batch(number, self.num_images, inputs, labels)
+                self.num_images += size
+                self._ahead += 1
+            if self._ahead >= _BATCHES_AHEAD:
+                self.settle()
+            self._bar.update()
+        self.settle()
+
+    def later(
+        self, flags: Sequence[Tensor], then: Callable[[list[bool]], None], kept: Any = ()
+    ) -> None:
+        r"""
+        Call a function with some bools of a device, in order and soon.
+
+        On a CPU that is at once. Elsewhere the answers to several batches are read together, so that
+        the device does not wait for the host after each.
+
+        Args:
+
+            flags (sequence of Tensor): Bools of no axes, at least one.
+            then (Callable): What to do with their values.
+            kept: Tensors that ``then`` keeps alive until it is called.
+        """
+        self._waiting.append((torch.stack(list(flags)), then))
+        self._bytes_kept += sum(
+            part.numel() * part.element_size() for part in kept if isinstance(part, Tensor)
         )
-    inputs, labels = batch
-    inputs = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
-    if not inputs or not all(isinstance(one, Tensor) for one in inputs):
-        raise ValueError(f"The inputs of batch {number} are not Tensors.")
-    return tuple(one.to(device) if device is not None else one for one in inputs), labels
+        if flags[0].device.type == "cpu" or self._bytes_kept >= _BYTES_AHEAD:
+            self.settle()
+
+    def settle(self) -> None:
+        """Read what waits and act on it."""
+        waiting, self._waiting, self._bytes_kept, self._ahead = self._waiting, [], 0, 0
+        if not waiting:
+            return
+        values: list[bool] = torch.cat([flags for flags, _ in waiting]).tolist()
+        for flags, then in waiting:
+            own, values = values[: len(flags)], values[len(flags) :]
+            then(own)
+
+    def memberships(self, batch: Batch, num_classes: int) -> Memberships:
+        """As of the batch itself, but class indices on an accelerator are checked later."""
+        labels = batch.labels
+        if not isinstance(labels, Tensor) or labels.device.type == "cpu":
+            return batch.memberships(num_classes)
+        if labels.shape == (batch.size, 1) and num_classes > 1:
+            labels = labels[:, 0]
+        if (
+            labels.shape != (batch.size,)
+            or labels.is_floating_point()
+            or labels.dtype == torch.bool
+        ):
+            return batch.memberships(num_classes)
+        in_range = ((labels >= 0) & (labels < num_classes)).all()
+        self.later([in_range], lambda ok: None if ok[0] else _raised(batch, num_classes))
+        return Memberships(labels.long().clamp(0, num_classes - 1)).to(batch.device)
+
+    def check(self, right: Tensor, error: Callable[[], Exception]) -> None:
+        """Raise an error, soon, unless a bool of no axes on a device is true."""
+
+        def then(values: list[bool]) -> None:
+            if not values[0]:
+                raise error()
+
+        self.later([right], then)
+
+
+@contextmanager
+def read_batches(
+    model: nn.Module | Sequence[nn.Module | None] | None,
+    dataloader: Iterable[Any],
+    description: str,
+    *,
+    device: torch.device | str | None = None,
+    unpack: Unpack | None = None,
+    labeled: bool = True,
+    gradients: bool = False,
+    may_be_empty: bool = False,
+    show_progress: bool = True,
+) -> Iterator[Batches]:
+    r"""
+    Read a loader once, the models in evaluation mode and left as found.
+
+    A batch is a pair (inputs, labels), of which more members are ignored; a mapping with labels and
+    one tensor of images; or what ``unpack`` makes a pair of. Inputs are a Tensor or several. Empty
+    batches are passed over.
+
+    Args:
+
+        model (nn.Module, None or a sequence of them): The models that will run.
+        dataloader (iterable): The loader.
+        description (str): What the progress bar is called.
+        device (torch.device or str, optional): Where the inputs go; by default where the first
+                    model is.
+        unpack (Callable, optional): From a batch to the pair (inputs, labels).
+        labeled (bool): Refuse batches without labels.
+                    Default: True
+        gradients (bool): Record gradients in the block; the model's parameters stay out of them.
+                    Default: False
+        may_be_empty (bool): Allow a loader without an image, a rank's share for example.
+                    Default: False
+        show_progress (bool): Show a progress bar, on the main process.
+                    Default: True
+
+    Raises:
+        ValueError: A batch is something else, or there is no image.
+    """
+    models = [model] if model is None or isinstance(model, nn.Module) else list(model)
+    where = next((d for d in (device, *map(device_of, models)) if d is not None), None)
+    bar = tqdm(
+        total=len(dataloader)
+        if isinstance(dataloader, Sized) and _has_length(dataloader)
+        else None,
+        desc=description,
+        unit="batch",
+        disable=not (show_progress and is_main_process()),
+    )
+    with ExitStack() as stack:
+        stack.enter_context(bar)
+        for module in {id(module): module for module in models}.values():
+            stack.enter_context(model_left_as_found(module, evaluation=True, freeze=True))
+        # Whatever the caller switched off around the call, Lightning's hooks for example.
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.set_grad_enabled(gradients))
+        batches = Batches(
+            dataloader, None if where is None else torch.device(where), unpack, labeled, bar
+        )
+        yield batches
+        batches.settle()
+    if not batches.num_images and not may_be_empty:
+        raise ValueError(
+            "The data loader is empty: there is no image to read. A generator can be read only once; "
+            "pass a list or a DataLoader."
+        )
+
+
+def first_batch(
+    model: nn.Module | None, dataloader: Iterable[Any], unpack: Unpack | None = None
+) -> Batch:
+    """The first batch of a loader that has an image, for a look at what the model does with it."""
+    with read_batches(
+        model, dataloader, "first batch", unpack=unpack, labeled=False, show_progress=False
+    ) as batches:
+        for batch in batches:
+            return batch
+    raise AssertionError("read_batches refuses empty loaders")
+
+
+def _raised(batch: Batch, num_classes: int) -> None:
+    """The error that the labels of a batch deserve."""
+    batch.memberships(num_classes)
+    raise AssertionError("labels out of range")
+
+
+def num_images(inputs: Sequence[Any]) -> int:
+    """N, the rows of the first input that is a tensor with axes."""
+    return next((len(part) for part in inputs if isinstance(part, Tensor) and part.dim()), 0)
 
 
 def check_read_again(dataloader: Any) -> None:
@@ -29,3 +260,86 @@ def dataset_names(dataloader: Any) -> Sequence[str] | None:
     """Class names that a loader's data set knows, as torchvision's do."""
     names = getattr(getattr(dataloader, "dataset", None), "classes", None)
     return [str(name) for name in names] if isinstance(names, (list, tuple)) else None
+
+
+def _unpacked(
+    batch: Any, number: int, unpack: Unpack | None, labeled: bool
+) -> tuple[tuple[Any, ...], Any]:
+    """Inputs and labels of one batch of a loader."""
+    if unpack is not None:
+        batch = unpack(batch)
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+            raise ValueError(
+                f"unpack returned a {_described(batch)} for batch {number}; expected a pair "
+                "(inputs, labels)."
+            )
+    inputs, labels = _parts(batch, number, labeled)
+    if isinstance(inputs, Mapping):
+        inputs = _tensors_of(inputs, number)
+    inputs = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
+    if not inputs or not all(isinstance(part, Tensor) for part in inputs):
+        raise _refusal(number, "whose inputs are not Tensors: " + _described(inputs))
+    return inputs, labels
+
+
+def _parts(batch: Any, number: int, labeled: bool) -> tuple[Any, Any]:
+    if isinstance(batch, Mapping):
+        key = next((name for name in _LABELS if name in batch), None)
+        if key is None and labeled:
+            raise _refusal(number, f"a mapping with {', '.join(map(repr, batch))} and no labels")
+        inputs = {name: value for name, value in batch.items() if name != key}
+        return inputs, None if key is None else batch[key]
+    if isinstance(batch, (tuple, list)) and len(batch) >= 2:
+        return batch[0], batch[1]
+    if labeled or not isinstance(batch, (Tensor, tuple, list)):
+        raise _refusal(number, f"a {_described(batch)}")
+    return (batch, None) if isinstance(batch, Tensor) else (batch[0] if batch else (), None)
+
+
+def _tensors_of(inputs: Mapping[Any, Any], number: int) -> tuple[Any, ...]:
+    images = next((name for name in _IMAGES if name in inputs), None)
+    if images is not None:
+        return (inputs[images],)
+    if "input_ids" in inputs:  # tokens, and what masks them
+        return tuple(inputs[name] for name in ("input_ids", "attention_mask") if name in inputs)
+    tensors = [name for name, value in inputs.items() if isinstance(value, Tensor)]
+    if len(tensors) != 1:
+        raise _refusal(number, f"a mapping whose inputs could be {tensors or list(inputs)}")
+    return (inputs[tensors[0]],)
+
+
+def _refusal(number: int, found: str) -> ValueError:
+    return ValueError(
+        f"Batch {number} is {found}; expected a pair (inputs, labels), or a mapping with 'labels' and "
+        "one tensor of images. Otherwise say what is what: "
+        "unpack=lambda batch: (batch['image'], batch['label'])."
+    )
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, (tuple, list)):
+        kinds = ", ".join(type(part).__name__ for part in value)
+        return f"{type(value).__name__} of {len(value)} ({kinds})"
+    return type(value).__name__
+
+
+def _ordinary(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Inputs that autograd can record, whatever mode they were made in."""
+    return tuple(
+        part.clone() if isinstance(part, Tensor) and part.is_inference() else part
+        for part in inputs
+    )
+
+
+def _has_length(dataloader: Sized) -> bool:
+    try:
+        len(dataloader)
+    except TypeError:  # a DataLoader of an iterable data set
+        return False
+    return True
+
+
+def split_batch(batch: Any, number: int, device: Any) -> tuple[tuple[Tensor, ...], Any]:
+    """Inputs, on a device, and labels of one batch of a loader; for loops not yet moved here."""
+    inputs, labels = _unpacked(batch, number, None, True)
+    return on_device(inputs, device), labels

@@ -1,10 +1,15 @@
-"""The model comes back exactly as found."""
+"""The model comes back exactly as found, and one thread at a time works on it."""
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+
+_locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
+_locks_guard = threading.Lock()
 
 
 @contextmanager
@@ -14,7 +19,8 @@ def model_left_as_found(
     r"""Restore training flags, ``requires_grad``, ``grad``, and the random state on exit.
 
     Hooks are not this guard's business: whoever registers one removes it. The guard holds
-    references, not copies, so it costs no memory.
+    references, not copies, so it costs no memory. Another thread that wants the same model, or a
+    wrapper of it, waits until the block ends; the same thread may enter again.
 
     Args:
 
@@ -23,25 +29,42 @@ def model_left_as_found(
         freeze (bool): Switch ``requires_grad`` off for every parameter inside the block, so that
                     a backward pass stops at the layer of interest.
     """
-    modules = list(model.modules()) if model is not None else []
-    parameters = list(model.parameters()) if model is not None else []
-    training = [module.training for module in modules]
-    gradients = [(parameter.requires_grad, parameter.grad) for parameter in parameters]
-    random_state = torch.get_rng_state()
-    cuda_random_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    if model is None:
+        with _random_state():
+            yield
+        return
+    with _lock_of(model), _random_state():
+        training = [(module, module.training) for module in model.modules()]
+        gradients = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+        try:
+            if evaluation:
+                model.eval()
+            if freeze:
+                for parameter, _, _ in gradients:
+                    parameter.requires_grad_(False)
+            yield
+        finally:
+            for module, flag in training:
+                module.training = flag
+            for parameter, requires_grad, gradient in gradients:
+                parameter.requires_grad_(requires_grad)
+                parameter.grad = gradient
+
+
+@contextmanager
+def _random_state() -> Iterator[None]:
+    state = torch.get_rng_state()
+    cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
     try:
-        if evaluation and model is not None:
-            model.eval()
-        if freeze:
-            for parameter in parameters:
-                parameter.requires_grad_(False)
         yield
     finally:
-        for module, flag in zip(modules, training, strict=True):
-            module.training = flag
-        for parameter, (requires_grad, gradient) in zip(parameters, gradients, strict=True):
-            parameter.requires_grad_(requires_grad)
-            parameter.grad = gradient
-        torch.set_rng_state(random_state)
-        if cuda_random_states is not None:
-            torch.cuda.set_rng_state_all(cuda_random_states)
+        torch.set_rng_state(state)
+        if cuda_states is not None:
+            torch.cuda.set_rng_state_all(cuda_states)
+
+
+def _lock_of(model: nn.Module) -> threading.RLock:
+    """One lock for a model and all its wrappers: that of the module that owns its first parameter."""
+    owner = next((m for m in model.modules() if next(m.parameters(False), None) is not None), model)
+    with _locks_guard:
+        return _locks.setdefault(owner, threading.RLock())

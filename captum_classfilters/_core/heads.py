@@ -1,21 +1,24 @@
-"""The linear layer at the end of a model, and how another layer feeds it."""
+"""The linear layer at the end of a model, and how another layer feeds it: seen, not assumed."""
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from captum_classfilters._core.devices import without_autocast
 from captum_classfilters._core.layers import positions_last
+from captum_classfilters._core.taps import hooked
 
 Feed = Literal["identical", "mean", "flatten"]
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is linear over channels: ``nn.Linear`` or an ungrouped 1x1 convolution."""
+    """Whether a module is by its class linear over channels: ``nn.Linear``, an ungrouped 1x1
+    convolution. What it really does is seen when it runs, or by :func:`computes_its_weight`."""
     if isinstance(module, nn.Linear):
         return True
     return (
@@ -35,6 +38,13 @@ class HeadRecord:
     features: Tensor | None = None
     logits: Tensor | None = None
     runs: dict[int, int] = field(default_factory=dict)
+    _versions: tuple[int, int] = (0, 0)
+
+    def see(self, module: nn.Module, features: Tensor, logits: Tensor) -> None:
+        """Take note of a linear layer that has just run."""
+        self.module, self.features, self.logits = module, features, logits
+        self.runs[id(module)] = self.runs.get(id(module), 0) + 1
+        self._versions = _version(features), _version(logits)
 
     def clear(self) -> None:
         """Forget the last forward pass."""
@@ -42,15 +52,30 @@ class HeadRecord:
         self.runs.clear()
 
     def is_output(self, output: Any) -> bool:
-        """Whether the model's output is this layer's, unchanged and from a single use of it."""
+        """Whether the model's output is this layer's own tensor (N, C), not written into since, from
+        a single use of the layer. Nothing is read from a device for it."""
         return (
             isinstance(output, Tensor)
             and self.logits is not None
+            and self.features is not None
             and self.runs.get(id(self.module)) == 1
-            and output.shape == self.logits.shape
-            and output.dim() == 2
-            and (output.data_ptr() == self.logits.data_ptr() or torch.equal(output, self.logits))
+            and self.logits.dim() == 2
+            and (output.shape == self.logits.shape or output.shape == (self.logits.numel(),))
+            and output.data_ptr() == self.logits.data_ptr()
+            and (_version(self.features), _version(output)) == self._versions
         )
+
+    def computes_its_weight(self) -> Tensor:
+        """Whether the recorded output is the recorded input times the layer's weight, plus its
+        bias: a bool of no axes on the model's device. A class may be linear and its forward not."""
+        assert self.features is not None
+        assert self.logits is not None
+        with without_autocast(self.logits.device):
+            features = self.features.detach()
+            if not features.is_floating_point() or features.shape[1] != self.weight.shape[1]:
+                return torch.zeros((), dtype=torch.bool, device=features.device)
+            plain = linear_output(self.weight, self.bias, features)
+        return alike(plain, self.logits.detach(), features.dtype)
 
     @property
     def weight(self) -> Tensor:
@@ -65,6 +90,12 @@ class HeadRecord:
         return self.weight.new_zeros(len(self.weight)) if bias is None else bias.detach()
 
 
+def linear_output(weight: Tensor, bias: Tensor, features: Tensor) -> Tensor:
+    """Features (N, K) or (N, K, ...) through a weight (C, K) and a bias (C,), in the weight's type."""
+    moved = features.to(weight.dtype).movedim(1, -1)
+    return F.linear(moved, weight, bias.to(weight.dtype)).movedim(-1, 1)
+
+
 @contextmanager
 def record_head(model: nn.Module | None) -> Iterator[HeadRecord]:
     """Record the last linear layer of each forward pass made inside the block."""
@@ -72,20 +103,39 @@ def record_head(model: nn.Module | None) -> Iterator[HeadRecord]:
 
     def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         if inputs and isinstance(inputs[0], Tensor) and isinstance(output, Tensor):
-            record.module, record.features, record.logits = module, inputs[0], output
-            record.runs[id(module)] = record.runs.get(id(module), 0) + 1
+            record.see(module, inputs[0], output)
 
-    linear = [module for module in model.modules() if is_linear(module)] if model else []
-    handles = [module.register_forward_hook(hook) for module in linear]
-    try:
+    linear = [] if model is None else [m for m in model.modules() if is_linear(m)]
+    with hooked(linear, hook):
         yield record
+
+
+def computes_its_weight(module: nn.Module) -> bool:
+    """Whether a head puts out its weight times its input plus its bias, tried on random numbers.
+
+    For questions that are asked without images. Hooks on the head count as part of it.
+    """
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or not is_linear(module):
+        return False
+    generator = torch.Generator().manual_seed(0)
+    shape = (4, weight.shape[1], *[1] * (weight.dim() - 2))
+    features = torch.randn(shape, generator=generator).to(weight)
+    training = module.training
+    try:
+        module.eval()
+        with torch.no_grad(), record_head(module) as record:
+            module(features)
+        return record.logits is not None and bool(record.computes_its_weight())
+    except Exception:  # whatever a foreign forward raises, plain it is not
+        return False
     finally:
-        for handle in handles:
-            handle.remove()
+        module.train(training)
 
 
-def how_layer_feeds(features: Tensor, activation: Tensor, axis: int) -> Feed | None:
-    r"""How a layer's tensor becomes the head's input, checked on the numbers of this batch.
+def candidate_feed(features: Tensor, activation: Tensor, axis: int) -> tuple[Feed, Tensor] | None:
+    r"""
+    How a layer's tensor may become the head's input, and whether the numbers bear it out.
 
     Args:
 
@@ -94,27 +144,45 @@ def how_layer_feeds(features: Tensor, activation: Tensor, axis: int) -> Feed | N
         axis (int): The axis of the filters.
 
     Returns:
-        *str* or *None*: ``"identical"``, ``"mean"`` over positions, ``"flatten"`` of filters and
-        positions, or None when the batch shows none of these.
+        *tuple* of the only way that the shapes allow and a bool of no axes on the model's device,
+        or None where they allow none.
     """
     if len(features) != len(activation):
         return None
     if features.dim() != 2:  # a convolutional head sees the layer's own maps
-        alike = features.shape == activation.shape and _same(features, activation)
-        return "identical" if alike else None
+        whole = features.shape == activation.shape
+        return ("identical", alike(activation, features)) if whole else None
     maps = positions_last(activation, axis)
     num_filters, num_positions = maps.shape[1:]
     if features.shape[1] == num_filters:
         if num_positions == 1:
-            return "identical" if _same(features, maps[:, :, 0]) else None
-        return "mean" if _same(features, maps.mean(2)) else None
+            return "identical", alike(maps[:, :, 0], features)
+        return "mean", alike(maps.mean(2), features)
     if features.shape[1] == num_filters * num_positions:
-        return "flatten" if _same(features, maps.flatten(1)) else None
+        return "flatten", alike(maps.flatten(1), features)
     return None
 
 
-def _same(left: Tensor, right: Tensor) -> bool:
-    scale = float(right.abs().max()) if right.numel() else 0.0
-    if not math.isfinite(scale):
-        return False
-    return torch.allclose(left, right, rtol=1e-4, atol=1e-5 * max(scale, 1e-6))
+def how_layer_feeds(features: Tensor, activation: Tensor, axis: int) -> Feed | None:
+    """How a layer's tensor becomes the head's input, or None; see :func:`candidate_feed`."""
+    candidate = candidate_feed(features, activation, axis)
+    return candidate[0] if candidate is not None and bool(candidate[1]) else None
+
+
+def alike(left: Tensor, right: Tensor, *computed_in: torch.dtype) -> Tensor:
+    """Whether two tensors hold the same finite numbers up to rounding, as a bool of no axes on
+    their device. The coarsest of their types, and of those named, says what rounding is."""
+    types = [t for t in (left.dtype, right.dtype, *computed_in) if t.is_floating_point]
+    eps = max((torch.finfo(t).eps for t in types), default=0.0)
+    wide = torch.promote_types(left.dtype, right.dtype)
+    left, right = left.detach().to(wide), right.detach().to(wide)
+    if not right.numel():
+        return torch.ones((), dtype=torch.bool, device=right.device)
+    size = right.abs()
+    allowed = max(1e-5, 4 * eps) * size.amax().clamp(min=1e-6) + max(1e-4, 4 * eps) * size
+    return ((left - right).abs() <= allowed).all() & right.isfinite().all()
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was written into; inference tensors do not count it."""
+    return 0 if tensor.is_inference() else tensor._version

@@ -1,8 +1,10 @@
 """Finding layers, their names and the axis that holds their filters."""
 
 import difflib
+import functools
+import types
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -16,38 +18,118 @@ _CHANNELS_FIRST = (
 _CHANNELS_LAST = (nn.Linear, nn.Bilinear, nn.LayerNorm, nn.Embedding)
 
 
-def module_of(forward_func: Callable[..., Any] | None) -> nn.Module | None:
-    """The model behind a forward function: itself, or the owner of a bound method."""
-    if isinstance(forward_func, nn.Module):
+def module_of(
+    forward_func: Callable[..., Any] | None, layers: Sequence[Any] = ()
+) -> nn.Module | None:
+    r"""
+    The model behind a forward function: itself, the owner of a bound method, or, for any other
+    function, the module it refers to (in its closure, its globals or as a bound argument) that
+    contains the layers.
+    """
+    if forward_func is None or isinstance(forward_func, nn.Module):
         return forward_func
-    owner = getattr(forward_func, "__self__", None)
-    return owner if isinstance(owner, nn.Module) else None
+    modules = [layer for layer in layers if isinstance(layer, nn.Module)]
+    for value in _referred_to(forward_func):
+        if isinstance(value, nn.Module) and _contains(value, modules):
+            return value
+    return None
+
+
+def _referred_to(function: Any) -> Iterator[Any]:
+    """What a function has at hand when it is called."""
+    if isinstance(function, functools.partial):
+        yield from (*function.args, *function.keywords.values())
+        yield from ([function.func] if isinstance(function.func, nn.Module) else ())
+        yield from _referred_to(function.func)
+        return
+    owner = getattr(function, "__self__", None)
+    if owner is not None:
+        yield owner
+        yield from vars(owner).values() if hasattr(owner, "__dict__") else ()
+    function = getattr(function, "__func__", function)
+    if not hasattr(function, "__code__"):  # an object with __call__
+        yield from vars(function).values() if hasattr(function, "__dict__") else ()
+        return
+    for cell in function.__closure__ or ():
+        with suppress(ValueError):  # a cell that is still empty
+            yield cell.cell_contents
+            if isinstance(cell.cell_contents, (types.FunctionType, functools.partial)):
+                yield from _referred_to(cell.cell_contents)
+    yield from (
+        function.__globals__[name]
+        for name in function.__code__.co_names
+        if name in function.__globals__
+    )
+    yield from function.__defaults__ or ()
+
+
+def _contains(model: nn.Module, layers: list[nn.Module]) -> bool:
+    inside = {id(module) for module in model.modules()}
+    return all(id(layer) in inside for layer in layers)
+
+
+class ModelWrapper(nn.Module):
+    """A module around a model whose layers keep the model's names."""
+
+    wrapped_model: nn.Module
+
+
+_WRAPPED = {"_orig_mod"}  # what torch.compile calls the module it wraps
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside ``DataParallel``, ``DistributedDataParallel``, ``torch.compile`` and this
+    package's own wrappers, whose layer names are everybody's."""
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif "_orig_mod" in model._modules:
+            model = model._modules["_orig_mod"]  # type: ignore[assignment]
+        elif isinstance(model, ModelWrapper):
+            model = model.wrapped_model
+        else:
+            return model
+
+
+def named_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules of a model by their plain names, those without the names of wrappers; the model
+    itself is ``""``. A module that has several names is there under each."""
+    named = unwrapped(model).named_modules(remove_duplicate=False)
+    return {plain_name(name): module for name, module in named}
+
+
+def plain_name(name: str) -> str:
+    """A dotted name without the parts that ``torch.compile`` adds."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPED)
 
 
 def find_layer(model: nn.Module | None, name: str) -> nn.Module:
     """The submodule with this dotted name; the error names the nearest ones."""
     if model is None:
         raise ValueError(
-            f"The layer is given by its name, {name!r}, but the forward function is not a module "
-            "or a module's bound method; pass the layer's module instead of its name."
+            f"The layer is given by its name, {name!r}, but the forward function is neither a "
+            "module nor a function in which a module is found; pass the layer's module instead of "
+            "its name."
         )
-    names = dict(model.named_modules())
-    if name in names and name:
-        return names[name]
-    known = [key for key in names if key]
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.3)
-    some = ", ".join(map(repr, near or known[:8]))
-    more = " and others" if not near and len(known) > 8 else ""
+    names = named_layers(model)
+    own = dict(model.named_modules(remove_duplicate=False))  # with the names of wrappers
+    for known in (names, own):
+        if name and name in known:
+            return known[name]
+    keys = [key for key in names if key]
+    near = difflib.get_close_matches(name, keys, n=3, cutoff=0.3)
+    some = ", ".join(map(repr, near or keys[:8]))
+    more = " and others" if not near and len(keys) > 8 else ""
     hint = f"Did you mean {some}?" if near else f"It has {some or 'no submodules'}{more}."
-    raise ValueError(f"The model {type(model).__name__} has no layer {name!r}. {hint}")
+    raise ValueError(f"The model {type(unwrapped(model)).__name__} has no layer {name!r}. {hint}")
 
 
 def layer_name(model: nn.Module | None, layer: nn.Module | None) -> str:
-    """The dotted name of a layer in its model, or its class name when it is not found there."""
+    """The plain dotted name of a layer in its model, or its class name if it is not found there."""
     if model is not None:
-        for name, module in model.named_modules():
+        for name, module in unwrapped(model).named_modules():
             if module is layer:
-                return name.removeprefix("module.") or type(layer).__name__
+                return plain_name(name) or type(layer).__name__
     return type(layer).__name__
 
 
@@ -55,8 +137,8 @@ def find_layers(
     model: nn.Module, layers: str | nn.Module | Sequence[str | nn.Module]
 ) -> dict[str, nn.Module]:
     """One layer or several, given as modules or dotted names, by their names."""
-    given = [layers] if isinstance(layers, (str, nn.Module)) else layers
-    modules = [find_layer(model, one) if isinstance(one, str) else one for one in given]
+    several = [layers] if isinstance(layers, (str, nn.Module)) else layers
+    modules = [find_layer(model, layer) if isinstance(layer, str) else layer for layer in several]
     return {layer_name(model, module): module for module in modules}
 
 

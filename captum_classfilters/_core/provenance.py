@@ -8,6 +8,7 @@ import captum
 import torch
 from torch import nn
 
+from captum_classfilters._core.layers import unwrapped
 from captum_classfilters._version import __version__
 
 
@@ -26,14 +27,28 @@ def fingerprint(model: nn.Module | None) -> str | None:
     return digest.hexdigest()
 
 
+class Provenance:
+    """Records of one run; a model's fingerprint is computed once for all of them."""
+
+    def __init__(self) -> None:
+        self._fingerprints: dict[int, str | None] = {}
+
+    def of(self, model: nn.Module | None, **details: Any) -> dict[str, Any]:
+        """Versions, the model's class and fingerprint, the time, and any details given."""
+        plain = None if model is None else unwrapped(model)
+        if id(plain) not in self._fingerprints:
+            self._fingerprints[id(plain)] = fingerprint(plain)
+        return {
+            "captum_classfilters": __version__,
+            "captum": captum.__version__,
+            "torch": str(torch.__version__),
+            "model": None if plain is None else type(plain).__name__,
+            "model_sha256": self._fingerprints[id(plain)],
+            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            **details,
+        }
+
+
 def provenance(model: nn.Module | None, **details: Any) -> dict[str, Any]:
-    """Versions, the model's class and fingerprint, the time, and any details given."""
-    return {
-        "captum_classfilters": __version__,
-        "captum": captum.__version__,
-        "torch": str(torch.__version__),
-        "model": type(model).__name__ if model is not None else None,
-        "model_sha256": fingerprint(model),
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        **details,
-    }
+    """One such record."""
+    return Provenance().of(model, **details)

@@ -1,5 +1,6 @@
 """Per-image evidence: Captum attributions whose features are filters."""
 
+from captum_classfilters.attr.base import LayerFilterAttribution, WeightedFilterAttribution
 from captum_classfilters.attr.class_filter_saliency import ClassFilterSaliency
 from captum_classfilters.attr.filter_maps import filter_activation_maps, filter_gradient_maps
 from captum_classfilters.attr.layer_class_gate import LayerClassGate
@@ -11,8 +12,10 @@ __all__ = [
     "ClassFilterSaliency",
     "LayerClassGate",
     "LayerFilterAblation",
+    "LayerFilterAttribution",
     "LayerFilterContribution",
     "LayerFilterFrequency",
+    "WeightedFilterAttribution",
     "filter_activation_maps",
     "filter_gradient_maps",
 ]

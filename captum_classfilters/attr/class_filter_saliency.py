@@ -8,30 +8,22 @@ import torch.nn.functional as F
 from captum.attr import Attribution, GradientAttribution
 from torch import Tensor, nn
 
+from captum_classfilters._core.batches import num_images
 from captum_classfilters._core.captum import (
     BaselineType,
     TargetType,
-    _extract_device_ids,
-    _format_additional_forward_args,
-    _format_input_baseline,
-    _format_output,
-    _forward_layer_distributed_eval,
-    _is_tuple,
-    _sort_key_list,
-    apply_gradient_requirements,
     approximation_parameters,
+    format_additional_forward_args,
+    format_input_baseline,
+    format_output,
+    is_tuple,
     log_usage,
-    undo_gradient_requirements,
 )
-from captum_classfilters._core.layers import (
-    along_filters,
-    filter_axis,
-    find_layer,
-    layer_name,
-    module_of,
-    runs_once,
-)
-from captum_classfilters.attr.base import class_indices
+from captum_classfilters._core.guard import model_left_as_found
+from captum_classfilters._core.layers import along_filters, find_layer, layer_name, module_of
+from captum_classfilters._core.outputs import class_scores
+from captum_classfilters._core.taps import LayerTap, tapping
+from captum_classfilters._core.targets import class_indices, own_scores
 from captum_classfilters.attr.layer_filter_contribution import LayerFilterContribution
 from captum_classfilters.class_filters import ClassFilters
 
@@ -162,11 +154,12 @@ class ClassFilterSaliency(GradientAttribution):
             ValueError: The layer's filters do not match the table's, or the target's class has no
                         selected filters.
         """
-        is_tuple = _is_tuple(inputs)
+        was_tuple = is_tuple(inputs)
         points: tuple[Tensor, ...]
-        points, baselines = _format_input_baseline(inputs, baselines)
-        chosen = self._chosen_filters(target, len(points[0]))
-        extra = _format_additional_forward_args(additional_forward_args)
+        points, baselines = format_input_baseline(inputs, baselines)
+        points = tuple(point.clone() if point.is_inference() else point for point in points)
+        chosen = self._chosen_filters(target, num_images(points))
+        extra = format_additional_forward_args(additional_forward_args) or ()
         if self.mode == "activation_map":
             attributions = self._maps(points, target, extra, n_steps, method, chosen)
         else:
@@ -174,19 +167,26 @@ class ClassFilterSaliency(GradientAttribution):
             if n_steps is not None:
                 step_sizes, alphas = approximation_parameters(method)
                 path = list(zip(step_sizes(n_steps), alphas(n_steps), strict=True))
-            gradients = self._gradients(points, baselines, target, extra, path, chosen)
-            attributions = gradients
+            model = module_of(self.forward_func, [self.layer])
+            with (
+                model_left_as_found(model, evaluation=True, freeze=True),
+                torch.inference_mode(False),
+                torch.enable_grad(),
+            ):
+                attributions = self._gradients(points, baselines, target, extra, path, chosen)
             if self.multiplies_by_inputs:
                 attributions = tuple(
-                    gradient * (one - baseline)
-                    for gradient, one, baseline in zip(gradients, points, baselines, strict=True)
+                    gradient * (point - baseline)
+                    for gradient, point, baseline in zip(
+                        attributions, points, baselines, strict=True
+                    )
                 )
-        owned = tuple(one.detach().contiguous() for one in attributions)
-        return _format_output(is_tuple, owned)
+        owned = tuple(part.detach().contiguous() for part in attributions)
+        return format_output(was_tuple, owned)
 
-    def _chosen_filters(self, target: TargetType, num_images: int) -> Tensor:
+    def _chosen_filters(self, target: TargetType, number: int) -> Tensor:
         """Selected filters of each image's class (N, K)."""
-        classes = class_indices(self.class_filters.num_classes, target, num_images)
+        classes = class_indices(self.class_filters.num_classes, target, number)
         chosen = self.class_filters.selected[classes]
         empty = classes[~chosen.any(1)].unique().tolist()
         if empty:
@@ -194,8 +194,7 @@ class ClassFilterSaliency(GradientAttribution):
             raise ValueError(f"No filters are selected for the target class(es) {names}.")
         return chosen
 
-    def _mask(self, chosen: Tensor, activation: Tensor) -> Tensor:
-        axis = filter_axis(self.layer, activation, self.channel_dim)
+    def _mask(self, chosen: Tensor, activation: Tensor, axis: int) -> Tensor:
         if activation.shape[axis] != chosen.shape[1]:
             raise ValueError(
                 f"The layer has {activation.shape[axis]} filters, but class_filters was found at "
@@ -208,65 +207,69 @@ class ClassFilterSaliency(GradientAttribution):
         inputs: tuple[Tensor, ...],
         baselines: tuple[Any, ...],
         target: TargetType,
-        extra: Any,
+        extra: tuple[Any, ...],
         path: list[tuple[float, float]],
         chosen: Tensor,
     ) -> tuple[Tensor, ...]:
         """Gradients through the chosen filters, averaged over the path; one step at a time."""
-        total = [torch.zeros_like(one) for one in inputs]
+        if not any(image.is_floating_point() for image in inputs):
+            raise ValueError(
+                f"The inputs are {', '.join(str(image.dtype) for image in inputs)}; integer inputs "
+                "such as tokens have no gradient. Explain the layer behind the embedding instead: "
+                "LayerFilterContribution gives a score for each filter and position."
+            )
+        total = [torch.zeros(i.shape, dtype=_real(i), device=i.device) for i in inputs]
         for step_size, alpha in path:
             points = tuple(
-                (baseline + alpha * (one - baseline)).detach()
-                for one, baseline in zip(inputs, baselines, strict=True)
+                (baseline + alpha * (image - baseline)).detach().requires_grad_()
+                if image.is_floating_point()
+                else image
+                for image, baseline in zip(inputs, baselines, strict=True)
             )
-            for sums, gradient in zip(
-                total, self._gradient(points, target, extra, chosen), strict=True
-            ):
-                sums.add_(gradient, alpha=step_size)
+            gradients = self._gradient(points, target, extra, chosen)
+            for sums, gradient in zip(total, gradients, strict=True):
+                if gradient is not None:
+                    sums.add_(gradient, alpha=step_size)
         return tuple(total)
 
     def _gradient(
-        self, points: tuple[Tensor, ...], target: TargetType, extra: Any, chosen: Tensor
-    ) -> tuple[Tensor, ...]:
-        flags = apply_gradient_requirements(points, warn=False)
-        name = layer_name(module_of(self.forward_func), self.layer)
-        with torch.enable_grad():
-            with runs_once([self.layer], lambda: [name]):
-                saved, output = _forward_layer_distributed_eval(
-                    self.forward_func,
-                    points,
-                    self.layer,
-                    target,
-                    extra,
-                    forward_hook_with_return=True,
-                )
-            device_ids = _extract_device_ids(self.forward_func, saved, self.device_ids)
-            devices = _sort_key_list(list(saved[self.layer]), device_ids)
-            tensors = [_single(saved[self.layer][device], name) for device in devices]
-            at_layer = torch.autograd.grad(torch.unbind(output), tensors, retain_graph=True)
-            through = self._through_chosen(tensors, at_layer, chosen)
-            gradients = torch.autograd.grad(tensors, points, through, allow_unused=True)
-        undo_gradient_requirements(points, flags)
-        return tuple(
-            torch.zeros_like(point) if gradient is None else gradient
-            for point, gradient in zip(points, gradients, strict=True)
-        )
+        self, points: tuple[Tensor, ...], target: TargetType, extra: tuple[Any, ...], chosen: Tensor
+    ) -> list[Tensor | None]:
+        """Gradients at the inputs through the chosen filters; None where there are none."""
+        at_layer: list[tuple[Tensor, int]] = []
 
-    def _through_chosen(
-        self, tensors: list[Tensor], gradients: tuple[Tensor, ...], chosen: Tensor
-    ) -> list[Tensor]:
-        """Gradients at the layer, those of other filters set to zero; one tensor per device."""
+        def keep(tensor: Tensor, axis: int) -> Tensor:
+            at_layer.append((tensor, axis))
+            return tensor.clone()  # what follows may write into the layer's tensor
+
+        name = layer_name(module_of(self.forward_func, [self.layer]), self.layer)
+        tap = LayerTap(self.layer, name, self.channel_dim, react=keep)
+        with tapping([tap]):
+            output = self.forward_func(*points, *extra)
+            tap.check(len(chosen))
+        own = own_scores(class_scores(output), target, len(chosen)).sum()
+        # Replicas of a data-parallel model have a share of the images each.
+        tensors = [tensor for tensor, _ in at_layer]
+        if not own.requires_grad or not all(tensor.requires_grad for tensor in tensors):
+            raise ValueError(
+                f"No gradient flows from the output through the layer {name!r} to the inputs: a "
+                "part of the model runs under torch.no_grad() or is not differentiable."
+            )
+        slopes = torch.autograd.grad(own, tensors, retain_graph=True, materialize_grads=True)
         shares = chosen.split([len(tensor) for tensor in tensors])
-        return [
-            gradient * self._mask(share, tensor)
-            for tensor, gradient, share in zip(tensors, gradients, shares, strict=True)
+        through = [
+            slope * self._mask(share, tensor, axis)
+            for (tensor, axis), slope, share in zip(at_layer, slopes, shares, strict=True)
         ]
+        wanted = [point for point in points if point.requires_grad]
+        found = iter(torch.autograd.grad(tensors, wanted, through, allow_unused=True))
+        return [next(found) if point.requires_grad else None for point in points]
 
     def _maps(
         self,
         inputs: tuple[Tensor, ...],
         target: TargetType,
-        extra: Any,
+        extra: tuple[Any, ...],
         n_steps: int | None,
         method: str,
         chosen: Tensor,
@@ -275,34 +278,52 @@ class ClassFilterSaliency(GradientAttribution):
             self.forward_func, self.layer, self.device_ids, self.channel_dim
         )
         attributions = contribution.attribute(inputs, target, extra, n_steps=n_steps, method=method)
-        attributions = _single(attributions, contribution._layer_names()[0])
-        axis = filter_axis(self.layer, attributions, self.channel_dim)
-        maps = (attributions * self._mask(chosen, attributions)).sum(axis, keepdim=True)
-        maps = maps.movedim(axis, 1)
+        name = layer_name(module_of(self.forward_func, [self.layer]), self.layer)
+        if not isinstance(attributions, Tensor):
+            raise ValueError(
+                f"The layer {name!r} puts out {len(attributions)} tensors; expected one."
+            )
+        axis = LayerTap(self.layer, name, self.channel_dim).axis_of(attributions)
+        masked = attributions * self._mask(chosen, attributions, axis)
+        maps = masked.sum(axis, keepdim=True).movedim(axis, 1)
         if maps.dim() < 3:
             raise ValueError(
-                "mode='activation_map' needs a layer with positions, (N, K, H, W) say; "
+                "mode='activation_map' needs a layer with positions, (N, K, H, W) for example; "
                 f"this one puts out {tuple(attributions.shape)}."
             )
-        return tuple(_like_input(maps, one) for one in inputs)
+        if not any(_has_positions(image, maps) for image in inputs):
+            raise ValueError(_no_positions(inputs, maps))
+        return tuple(_like_input(maps, image) for image in inputs)
 
 
-def _single(value: Any, name: str) -> Tensor:
-    if isinstance(value, (tuple, list)):
-        if len(value) != 1:
-            raise ValueError(f"The layer {name!r} puts out {len(value)} tensors; expected one.")
-        value = value[0]
-    tensor: Tensor = value
-    return tensor
+def _real(image: Tensor) -> torch.dtype:
+    """The type of an input's attributions."""
+    return image.dtype if image.is_floating_point() else torch.get_default_dtype()
 
 
-def _like_input(maps: Tensor, one: Tensor) -> Tensor:
-    """(N, 1, h, w) spread over an input's positions and channels, its total unchanged in kind."""
-    if one.dim() != maps.dim():
-        raise ValueError(
-            f"An input of shape {tuple(one.shape)} has no positions that match the layer's "
-            f"{tuple(maps.shape[2:])}; use mode='input_gradient'."
-        )
+def _has_positions(image: Tensor, maps: Tensor) -> bool:
+    """Whether an input has the axes of the layer's maps: channels, then as many of positions."""
+    return image.is_floating_point() and image.dim() == maps.dim()
+
+
+def _no_positions(inputs: tuple[Tensor, ...], maps: Tensor) -> str:
+    shapes = ", ".join(f"{tuple(image.shape)} ({image.dtype})" for image in inputs)
+    advice = (
+        "Use mode='input_gradient'."
+        if any(image.is_floating_point() for image in inputs)
+        else "The layer's own attributions, of LayerFilterContribution, show the positions."
+    )
+    return (
+        f"Inputs of shape {shapes} have no positions that match the layer's "
+        f"{tuple(maps.shape[2:])}. {advice}"
+    )
+
+
+def _like_input(maps: Tensor, image: Tensor) -> Tensor:
+    """(N, 1, h, w) spread over an input's positions and channels, its total unchanged in kind;
+    zeros for an input without positions, a table of numbers for example."""
+    if not _has_positions(image, maps):
+        return torch.zeros(image.shape, dtype=_real(image), device=image.device)
     modes = {3: "linear", 4: "bilinear", 5: "trilinear"}
-    spread = F.interpolate(maps, size=one.shape[2:], mode=modes[maps.dim()], align_corners=False)
-    return spread.expand_as(one) / one.shape[1]
+    spread = F.interpolate(maps, size=image.shape[2:], mode=modes[maps.dim()], align_corners=False)
+    return spread.expand_as(image) / image.shape[1]

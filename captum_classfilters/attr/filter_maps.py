@@ -1,21 +1,14 @@
 """Where single filters look: their activations, and the gradients of these, in the image's size."""
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from scipy.ndimage import gaussian_filter
 from torch import Tensor, nn
 
-from captum_classfilters._core.captum import _forward_layer_eval
+from captum_classfilters._core.devices import device_of, on_device
 from captum_classfilters._core.guard import model_left_as_found
-from captum_classfilters._core.layers import (
-    filter_axis,
-    find_layer,
-    layer_name,
-    only_tensor,
-    runs_once,
-)
+from captum_classfilters._core.layers import find_layer, layer_name
+from captum_classfilters._core.taps import LayerTap, tapping
 
 
 def filter_activation_maps(
@@ -64,7 +57,7 @@ def filter_activation_maps(
         torch.Size([2, 3, 6, 6])
     """
     with torch.no_grad(), model_left_as_found(model, evaluation=True):
-        maps = _maps(model, layer, images, channel_dim)
+        maps = _maps(model, layer, on_device(images, device_of(model)), channel_dim)
     chosen = _chosen(maps, filters)
     own = maps.gather(1, chosen[:, :, None, None].expand(-1, -1, *maps.shape[2:]))
     size = (images.shape[-2], images.shape[-1]) if size is None else size
@@ -113,8 +106,12 @@ def filter_gradient_maps(
         raise ValueError(f"images have shape {tuple(images.shape)}; expected (N, colours, H, W).")
     if blur is not None and not blur > 0:
         raise ValueError(f"blur={blur} must be positive, in pixels; None leaves the maps sharp.")
-    points = images.detach().clone().requires_grad_()
-    with torch.enable_grad(), model_left_as_found(model, evaluation=True, freeze=True):
+    points = on_device(images.detach(), device_of(model)).clone().requires_grad_()
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        model_left_as_found(model, evaluation=True, freeze=True),
+    ):
         means = _maps(model, layer, points, channel_dim, any_layout=True)
         means = means.flatten(2).mean(2) if means.dim() > 2 else means
         chosen = _chosen(means, filters)
@@ -156,21 +153,22 @@ def _maps(
 ) -> Tensor:
     """The layer's output with the filters on axis 1."""
     module = find_layer(model, layer) if isinstance(layer, str) else layer
+    kept: list[Tensor] = []
 
-    def names() -> list[str]:
-        return [layer_name(model, module)]
+    def keep(tensor: Tensor, axis: int) -> Tensor:
+        kept.append(tensor.movedim(axis, 1))
+        return tensor.clone()  # what follows may write into the layer's tensor
 
-    with runs_once([module], names):
-        found: Any = _forward_layer_eval(
-            model, (images,), [module], grad_enabled=torch.is_grad_enabled()
-        )
-    activation = only_tensor(found[0], names()[0])
-    maps = activation.movedim(filter_axis(module, activation, channel_dim), 1)
-    if maps.dim() != 4 and not any_layout:
+    tap = LayerTap(module, layer_name(model, module), channel_dim, react=keep)
+    with tapping([tap]):
+        model(images)
+        tap.check(len(images))
+    if kept[0].dim() != 4 and not any_layout:
         raise ValueError(
-            f"The layer {names()[0]!r} puts out {tuple(activation.shape)}; maps need (N, K, h, w)."
+            f"The layer {tap.name!r} puts out {tuple(kept[0].shape)} with its filters on axis 1; "
+            "maps need (N, K, h, w)."
         )
-    return maps
+    return kept[0]
 
 
 def _chosen(maps: Tensor, filters: Tensor | None) -> Tensor:

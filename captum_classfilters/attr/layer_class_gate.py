@@ -6,19 +6,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from captum_classfilters._core.captum import (
-    TargetType,
-    _format_tensor_into_tuples,
-    _forward_layer_eval,
-    log_usage,
-)
-from captum_classfilters._core.layers import along_filters, filter_axis, module_of, runs_once
+from captum_classfilters._core.captum import TargetType
+from captum_classfilters._core.forward import FilterMaps
+from captum_classfilters._core.layers import module_of
 from captum_classfilters._core.provenance import provenance
-from captum_classfilters.attr.base import LayerFilterAttribution, class_indices
+from captum_classfilters._core.targets import as_indices, class_indices
+from captum_classfilters.attr.base import WeightedFilterAttribution
 from captum_classfilters.class_filters import ClassFilters
 
 
-class LayerClassGate(LayerFilterAttribution):
+class LayerClassGate(WeightedFilterAttribution):
     r"""
     The gates of the target's class, as a layer attribution.
 
@@ -67,7 +64,7 @@ class LayerClassGate(LayerFilterAttribution):
         descending: bool = True,
         channel_dim: int | None = None,
     ) -> None:
-        LayerFilterAttribution.__init__(self, forward_func, layer, device_ids, channel_dim)
+        WeightedFilterAttribution.__init__(self, forward_func, layer, device_ids, channel_dim)
         if not isinstance(gate, Tensor) or gate.dim() != 2:
             given = tuple(gate.shape) if isinstance(gate, Tensor) else type(gate).__name__
             raise ValueError(
@@ -79,62 +76,22 @@ class LayerClassGate(LayerFilterAttribution):
         self.descending = descending
 
     @property
-    def multiplies_by_inputs(self) -> bool:
-        """True: gates times activations."""
-        return True
-
-    @property
     def options(self) -> dict[str, Any]:
         """The method's own options, for the record."""
         return {"descending": self.descending}
 
-    @log_usage(part_of_slo=True)
-    def attribute(
-        self,
-        inputs: Tensor | tuple[Tensor, ...],
-        target: TargetType = None,
-        additional_forward_args: Any = None,
-        attribute_to_layer_input: bool = False,
-    ) -> Any:
-        r"""
-        Args:
-
-            inputs (Tensor or tuple[Tensor, ...]): Input of the model, N examples first.
-            target (int, tuple, Tensor or list): The class, in any of Captum's forms for (N, C).
-                        Default: None
-            additional_forward_args (Any, optional): Further arguments of the forward function.
-                        Default: None
-            attribute_to_layer_input (bool): Use the layer's input instead of its output.
-                        Default: False
-
-        Returns:
-            *Tensor* of **attributions**:
-            - **attributions** (*Tensor*):
-                        Shaped like the layer.
-
-        Raises:
-            ValueError: The layer has another number of filters than the gate.
-        """
-        formatted: tuple[Tensor, ...] = _format_tensor_into_tuples(inputs)
-        layers = self._layers()
-        with runs_once(layers, self._layer_names):
-            ((activation,),) = _forward_layer_eval(
-                self.forward_func,
-                formatted,
-                layers,
-                additional_forward_args,
-                device_ids=self.device_ids,
-                attribute_to_layer_input=attribute_to_layer_input,
-            )
-        layer = None if attribute_to_layer_input else layers[0]
-        axis = filter_axis(layer, activation, self.channel_dim)
-        if activation.shape[axis] != self.gate.shape[1]:
+    def weights_from(self, maps: FilterMaps, target: TargetType) -> Tensor:
+        """The rule: the gates of the target's class."""
+        if maps.num_filters != self.gate.shape[1]:
             raise ValueError(
-                f"The layer has {activation.shape[axis]} filters, the gate {self.gate.shape[1]}."
+                f"The layer has {maps.num_filters} filters, the gate {self.gate.shape[1]}."
             )
-        rows = class_indices(len(self.gate), target, len(activation))
-        gates = self.gate[rows.to(self.gate.device)].to(activation)
-        return self._formatted([(activation * along_filters(gates, activation, axis),)])
+        gate = self.gate.to(maps.means)
+        classes = as_indices(target)
+        if classes is None or classes.device != gate.device:
+            indices = class_indices(len(gate), target, len(maps.means))
+            classes = indices.to(gate.device)
+        return gate[classes][:, :, None]
 
     def class_filters(
         self,

@@ -1,6 +1,7 @@
 """Abbasi-Asl and Yu: what a target's score loses when a filter is removed."""
 
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from typing import Any, Literal
 
 import torch
@@ -9,22 +10,57 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from captum_classfilters._core.captum import (
-    _format_additional_forward_args,
-    _format_tensor_into_tuples,
-    _select_targets,
+    format_additional_forward_args,
+    format_tensor_into_tuples,
     log_usage,
 )
-from captum_classfilters._core.layers import along_filters, filter_axis
+from captum_classfilters._core.guard import model_left_as_found
+from captum_classfilters._core.layers import along_filters, filter_axis, module_of
+from captum_classfilters._core.outputs import are_probabilities, as_rows, log_probabilities
 from captum_classfilters._core.replay.suffix_replay import SuffixReplay
-from captum_classfilters.attr.base import LayerFilterAttribution, Layers, class_indices
+from captum_classfilters._core.targets import class_indices, own_scores
+from captum_classfilters.attr.base import LayerFilterAttribution, Layers
+from captum_classfilters.identify.accuracy_reduction import accuracy_reduction, metric_reduction
 
 Replacement = Literal["zero", "mean", "resample"]
 Score = Literal["logit", "probability", "log_probability"]
-_SCORES: dict[str, Callable[[Tensor], Tensor]] = {
-    "logit": lambda outputs: outputs,
-    "probability": lambda outputs: outputs.softmax(1),
-    "log_probability": lambda outputs: outputs.log_softmax(1),
-}
+SCORES: tuple[str, ...] = ("logit", "probability", "log_probability")
+
+
+def score_reader(
+    outputs: Tensor, target: Any, num_images: int, score: Score
+) -> Callable[[Tensor], Tensor]:
+    r"""
+    How to read each image's own score off what the model returns.
+
+    Args:
+
+        outputs (Tensor): What the full model returned; tells probabilities from logits.
+        target (int, tuple, Tensor or list): The output to read, in any of Captum's forms.
+        num_images (int): N.
+        score (str): ``"logit"``, ``"probability"`` or ``"log_probability"``.
+
+    Returns:
+        *Callable* from outputs of one run to scores (N,).
+    """
+    if score == "logit":
+        return lambda outputs: own_scores(outputs, target, num_images)
+    probabilities = are_probabilities(outputs)
+    if target is None and outputs.numel() == num_images:
+        target = 1  # of a binary classifier's one logit
+
+    def read(outputs: Tensor) -> Tensor:
+        logs = log_probabilities(as_rows(outputs), probabilities)
+        return own_scores(logs if score == "log_probability" else logs.exp(), target, num_images)
+
+    return read
+
+
+def lost_scores(replay: SuffixReplay, removed: Tensor, read: Callable[[Tensor], Tensor]) -> Tensor:
+    """What each image's own score loses without each of its sets of filters, (P, N), on the CPU."""
+    full = read(replay.output)
+    parts = [full - read(output) for _, outputs in replay.in_parts(removed) for output in outputs]
+    return torch.stack(parts).cpu().double()
 
 
 class LayerFilterAblation(LayerFilterAttribution, PerturbationAttribution):
@@ -54,7 +90,8 @@ class LayerFilterAblation(LayerFilterAttribution, PerturbationAttribution):
         device_ids (list of int, optional): Devices of a hidden ``DataParallel`` model.
                     Default: None
         score (str): ``"logit"``, the model's output as it is; ``"probability"`` or
-                    ``"log_probability"``, its (log-)softmax over axis 1.
+                    ``"log_probability"``, its (log-)softmax over axis 1, or what the model
+                    returns if its rows are probabilities already.
                     Default: "logit"
         replacement (str): What stands in for a removed filter: ``"zero"``; ``"mean"``, the
                     filter's mean over all images and positions of the batch; ``"resample"``, the
@@ -96,8 +133,8 @@ class LayerFilterAblation(LayerFilterAttribution, PerturbationAttribution):
     ) -> None:
         LayerFilterAttribution.__init__(self, forward_func, layer, device_ids, channel_dim)
         PerturbationAttribution.__init__(self, forward_func)
-        if score not in _SCORES:
-            raise ValueError(f"score={score!r}; choose one of {', '.join(_SCORES)}.")
+        if score not in SCORES:
+            raise ValueError(f"score={score!r}; choose one of {', '.join(SCORES)}.")
         if replacement not in ("zero", "mean", "resample"):
             raise ValueError(f"replacement={replacement!r}; choose one of zero, mean, resample.")
         self.score = score
@@ -156,17 +193,26 @@ class LayerFilterAblation(LayerFilterAttribution, PerturbationAttribution):
         """
         if perturbations_per_eval is not None and perturbations_per_eval < 1:
             raise ValueError(f"perturbations_per_eval={perturbations_per_eval} must be at least 1.")
-        images: tuple[Tensor, ...] = _format_tensor_into_tuples(inputs)
+        images: tuple[Tensor, ...] = format_tensor_into_tuples(inputs)
+        extra = format_additional_forward_args(additional_forward_args)
         drops: list[tuple[Tensor, ...]] = []
-        for layer in self._layers():
-            replay = self._replay(
-                layer, images, layer_baselines, additional_forward_args, attribute_to_layer_input
-            )
-            values = self._drops(replay, target, perturbations_per_eval, show_progress)
-            tensor = replay.activation
-            positions = tensor[0].numel() // tensor.shape[replay.axis]
-            spread = along_filters(values / positions, tensor, replay.axis)
-            drops.append((spread.expand_as(tensor),))
+        with ExitStack() as stack:
+            model = module_of(self.forward_func, self._layers())
+            stack.enter_context(model_left_as_found(model, evaluation=True, freeze=True))
+            stack.enter_context(torch.inference_mode(False))
+            for layer in self._layers():
+                replay = self.replay(
+                    layer,
+                    images,
+                    layer_baselines=layer_baselines,
+                    additional_forward_args=extra,
+                    at_input=attribute_to_layer_input,
+                )
+                values = self.drops(replay, target, perturbations_per_eval, show_progress)
+                tensor = replay.activation
+                positions = tensor[0].numel() // tensor.shape[replay.axis]
+                spread = along_filters(values / positions, tensor, replay.axis)
+                drops.append((spread.expand_as(tensor),))
         return self._formatted(drops)
 
     def identify(self, dataloader: Iterable[Any], *, metric: Any = None, **options: Any) -> Any:
@@ -190,8 +236,6 @@ class LayerFilterAblation(LayerFilterAttribution, PerturbationAttribution):
         """
         if metric is None:
             return super().identify(dataloader, **options)
-        from captum_classfilters.identify import accuracy_reduction, metric_reduction
-
         if metric == "accuracy":
             return accuracy_reduction(self, dataloader, **options)
         if not callable(metric):
@@ -200,23 +244,25 @@ class LayerFilterAblation(LayerFilterAttribution, PerturbationAttribution):
 
     # -- shared with the data-set form -----------------------------------------------------------
 
-    def _replay(
+    def replay(
         self,
         layer: nn.Module,
-        inputs: tuple[Tensor, ...],
+        inputs: tuple[Any, ...],
+        *,
         layer_baselines: Tensor | float | None = None,
-        additional_forward_args: Any = None,
+        additional_forward_args: tuple[Any, ...] | None = None,
         at_input: bool = False,
     ) -> SuffixReplay:
+        """A batch that has run once, ready to run without filters of a layer."""
         stands_in = self._stands_in(None if at_input else layer)
         if layer_baselines is not None:
-            given = torch.as_tensor(layer_baselines)
-            stands_in = lambda tensor: given.to(tensor)  # noqa: E731
+            baselines = torch.as_tensor(layer_baselines)
+            stands_in = lambda tensor: baselines.to(tensor)  # noqa: E731
         return SuffixReplay(
             self.forward_func,
             layer,
             inputs,
-            _format_additional_forward_args(additional_forward_args),
+            additional_forward_args,
             at_input=at_input,
             channel_dim=self.channel_dim,
             replacement=stands_in,
@@ -248,13 +294,18 @@ class LayerFilterAblation(LayerFilterAttribution, PerturbationAttribution):
 
         return resample
 
-    def _drops(
-        self, replay: SuffixReplay, target: Any, at_once: int | None, show_progress: bool
+    def drops(
+        self,
+        replay: SuffixReplay,
+        target: Any,
+        perturbations_per_eval: int | None = None,
+        show_progress: bool = False,
     ) -> Tensor:
         """Drop of the target's score for each image and filter (N, K)."""
-        score = _SCORES[self.score]
-        full = _of_targets(score(replay.output), target, replay.num_images)
-        if self.score == "logit" and replay.way == "closed form":
+        read = score_reader(replay.output, target, replay.num_images, self.score)
+        full = read(replay.output)
+        one_logit = replay.output.numel() == replay.num_images
+        if self.score == "logit" and replay.way == "closed form" and not one_logit:
             classes = class_indices(replay.output.shape[1], target, replay.num_images)
             drops = replay.drops_of_single_filters(classes)
             assert drops is not None
@@ -265,21 +316,7 @@ class LayerFilterAblation(LayerFilterAttribution, PerturbationAttribution):
             desc=f"{self.get_name()} attribution",
             disable=not show_progress,
         ) as bar:
-            for _, outputs in replay.in_parts(replay.each_filter(), at_once):
-                parts.extend(
-                    full - _of_targets(score(output), target, replay.num_images)
-                    for output in outputs
-                )
+            for _, outputs in replay.in_parts(replay.each_filter(), perturbations_per_eval):
+                parts.extend(full - read(output) for output in outputs)
                 bar.update(len(outputs))
         return torch.stack(parts, 1)
-
-
-def _of_targets(outputs: Tensor, target: Any, num_images: int) -> Tensor:
-    """Each image's own output (N,)."""
-    selected: Tensor = _select_targets(outputs, target).reshape(-1)
-    if len(selected) != num_images:
-        raise AssertionError(  # as Captum answers a missing or unfit target
-            f"The model puts out {tuple(outputs.shape)} for {num_images} images, and "
-            f"target={target!r} does not pick one number for each."
-        )
-    return selected

@@ -1,34 +1,22 @@
 """The signed contribution of each filter to the target's logit."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
 from captum.attr import GradientAttribution
 from torch import Tensor, nn
 
-from captum_classfilters._core.captum import (
-    TargetType,
-    _format_tensor_into_tuples,
-    _forward_layer_eval,
-    _run_forward,
-    approximation_parameters,
-    compute_layer_gradients_and_eval,
-    log_usage,
-)
-from captum_classfilters._core.heads import HeadRecord, how_layer_feeds, record_head
-from captum_classfilters._core.layers import (
-    along_filters,
-    filter_axis,
-    module_of,
-    positions_last,
-    runs_once,
-)
-from captum_classfilters.attr.base import LayerFilterAttribution, Layers, class_indices
+from captum_classfilters._core.captum import TargetType, approximation_parameters, log_usage
+from captum_classfilters._core.forward import BatchReading, FilterMaps
+from captum_classfilters._core.outputs import class_scores
+from captum_classfilters._core.targets import own_scores
+from captum_classfilters.attr.base import LayerFilterAttribution, Layers, WeightedFilterAttribution
 
 
-class LayerFilterContribution(LayerFilterAttribution, GradientAttribution):
+class LayerFilterContribution(WeightedFilterAttribution, GradientAttribution):
     r"""
     How much each filter adds to the target's logit.
 
@@ -88,10 +76,11 @@ class LayerFilterContribution(LayerFilterAttribution, GradientAttribution):
         LayerFilterAttribution.__init__(self, forward_func, layer, device_ids, channel_dim)
         GradientAttribution.__init__(self, forward_func)
 
-    @property
-    def multiplies_by_inputs(self) -> bool:
-        """True: contributions are activations times gradients."""
-        return True
+    needs_derivative = True
+
+    def weights_from(self, maps: FilterMaps, target: TargetType) -> Tensor:
+        """The rule: the derivative of the target's score."""
+        return maps.derivative(target)
 
     def has_convergence_delta(self) -> bool:
         """True."""
@@ -144,203 +133,69 @@ class LayerFilterContribution(LayerFilterAttribution, GradientAttribution):
             ValueError: The layer has no channel dimension, or does not run exactly once.
             AssertionError: The target does not fit the output, as everywhere in Captum.
         """
-        formatted: tuple[Tensor, ...] = _format_tensor_into_tuples(inputs)
-        call = _Call(self, formatted, target, additional_forward_args, attribute_to_layer_input)
-        if n_steps is None:
-            attributions = call.closed_form() or call.gradients(grad_kwargs)
-        else:
-            attributions = call.integrated(n_steps, method, grad_kwargs)
-        if not return_convergence_delta:
-            return self._formatted(attributions)
+        if n_steps is not None and n_steps < 1:
+            raise ValueError(f"n_steps={n_steps} must be at least 1.")
+        run = partial(
+            self._forward,
+            inputs,
+            additional_forward_args,
+            attribute_to_layer_input,
+            grad_kwargs=grad_kwargs,
+        )
+        with run() as reading:
+            scores = self._own_scores(reading, target) if return_convergence_delta else None
+            if n_steps is None:
+                maps = self._like_layers(reading, lambda maps, _: self.maps_from(maps, target))
+        if n_steps is not None:
+            step_sizes, alphas = approximation_parameters(method)
+            path = list(zip(step_sizes(n_steps), alphas(n_steps), strict=True))
+            maps = [self._integrated(layer, path, target, run) for layer in self._layers()]
+        if scores is None:
+            return self._formatted(maps)
         deltas = [
-            call.total(parts) - call.output_change(layer)
-            for layer, parts in zip(self._layers(), attributions, strict=True)
+            _total(parts) - (scores - self._without(layer, target, run))
+            for layer, parts in zip(self._layers(), maps, strict=True)
         ]
         several = isinstance(self.layer, (list, tuple))
-        return self._formatted(attributions), deltas if several else deltas[0]
+        return self._formatted(maps), deltas if several else deltas[0]
 
-
-class _Call:
-    """One call of ``attribute``: its arguments, and the three ways to the contributions."""
-
-    def __init__(
+    def _integrated(
         self,
-        method: LayerFilterContribution,
-        inputs: tuple[Tensor, ...],
+        layer: nn.Module,
+        path: list[tuple[float, float]],
         target: TargetType,
-        additional_forward_args: Any,
-        at_input: bool,
-    ) -> None:
-        self.method = method
-        self.layers = method._layers()
-        self.inputs = inputs
-        self.target = target
-        self.additional_forward_args = additional_forward_args
-        self.at_input = at_input
-
-    def output(self) -> Tensor:
-        """The target's score (N,)."""
-        output: Tensor = _run_forward(
-            self.method.forward_func, self.inputs, self.target, self.additional_forward_args
-        )
-        return output
-
-    def closed_form(self) -> list[tuple[Tensor, ...]] | None:
-        """Exact contributions where the head is linear in every layer asked for, else None."""
-        model = module_of(self.method.forward_func)
-        devices = self.method.device_ids or getattr(model, "device_ids", None) or []
-        if model is None or len(devices) > 1:
-            return None
-        captured: dict[int, Any] = {}
-        with (
-            torch.no_grad(),
-            _keep(self.layers, captured, self.at_input),
-            record_head(model) as head,
-        ):
-            with runs_once(self.layers, self.method._layer_names):
-                output = _run_forward(
-                    self.method.forward_func, self.inputs, None, self.additional_forward_args
-                )
-            if not head.is_output(output):
-                return None
-            rows = class_indices(output.shape[1], self.target, len(output)).to(output.device)
-            weight = head.weight[rows]
-            parts = [
-                self._linear_contribution(layer, captured.get(id(layer)), head, weight)
-                for layer in self.layers
-            ]
-        return None if any(part is None for part in parts) else [(part,) for part in parts]  # type: ignore[misc]
-
-    def _linear_contribution(
-        self, layer: nn.Module, activation: Any, head: HeadRecord, weight: Tensor
-    ) -> Tensor | None:
-        if not isinstance(activation, Tensor) or activation.dim() < 2 or head.features is None:
-            return None
-        own_layer = None if self.at_input else layer
-        axis = filter_axis(own_layer, activation, self.method.channel_dim)
-        feed = how_layer_feeds(head.features, activation, axis)
-        if feed is None:
-            return None
-        if feed == "flatten":
-            maps = positions_last(activation, axis)
-            moved = weight.reshape(maps.shape)
-            shape = activation.movedim(axis, 1).shape
-            return activation * moved.reshape(shape).movedim(1, axis)
-        num_positions = activation[0].numel() // activation.shape[axis]
-        return activation * along_filters(weight / num_positions, activation, axis)
-
-    def gradients(
-        self, grad_kwargs: dict[str, Any] | None, layers: list[nn.Module] | None = None
-    ) -> list[tuple[Tensor, ...]]:
-        """Activation times gradient, for any network."""
-        gradients, activations = self._gradients_and_activations(
-            self.layers if layers is None else layers, grad_kwargs
-        )
-        return [
-            tuple(gradient * activation for gradient, activation in zip(*parts, strict=True))
-            for parts in zip(gradients, activations, strict=True)
-        ]
-
-    def integrated(
-        self, n_steps: int, method: str, grad_kwargs: dict[str, Any] | None
-    ) -> list[tuple[Tensor, ...]]:
-        """Contributions integrated along the gate path, one step and one layer at a time."""
-        if n_steps < 1:
-            raise ValueError(f"n_steps={n_steps} must be at least 1.")
-        step_sizes, alphas = approximation_parameters(method)
-        path = list(zip(step_sizes(n_steps), alphas(n_steps), strict=True))
-        return [self._integrated_layer(layer, path, grad_kwargs) for layer in self.layers]
-
-    def _integrated_layer(
-        self, layer: nn.Module, path: list[tuple[float, float]], grad_kwargs: dict[str, Any] | None
+        run: Callable[..., AbstractContextManager[BatchReading]],
     ) -> tuple[Tensor, ...]:
-        (activations,) = _forward_layer_eval(
-            self.method.forward_func,
-            self.inputs,
-            [layer],
-            self.additional_forward_args,
-            device_ids=self.method.device_ids,
-            attribute_to_layer_input=self.at_input,
-        )
-        average = [torch.zeros_like(activation) for activation in activations]
+        """Contributions integrated along the gate path, one step at a time."""
+        average: list[Tensor] = []
         for step_size, alpha in path:
-            with _scaled(layer, alpha, self.at_input):
-                gradients, _ = self._gradients_and_activations([layer], grad_kwargs)
-            for total, gradient in zip(average, gradients[0], strict=True):
-                total.add_(gradient, alpha=step_size)
-        return tuple(a * b for a, b in zip(activations, average, strict=True))
-
-    def _gradients_and_activations(
-        self, layers: list[nn.Module], grad_kwargs: dict[str, Any] | None
-    ) -> tuple[list[tuple[Tensor, ...]], list[tuple[Tensor, ...]]]:
-        def names() -> list[str]:
-            known = dict(zip(map(id, self.layers), self.method._layer_names(), strict=True))
-            return [known[id(layer)] for layer in layers]
-
-        with runs_once(layers, names):
-            gradients, activations = compute_layer_gradients_and_eval(
-                self.method.forward_func,
-                layers,
-                self.inputs,
-                self.target,
-                self.additional_forward_args,
-                device_ids=self.method.device_ids,
-                attribute_to_layer_input=self.at_input,
-                grad_kwargs=grad_kwargs,
+            with run(layers=[layer], scale=alpha) as reading:
+                slopes = [step_size * maps.derivative(target) for maps in reading.layers[0]]
+            average = [a + b for a, b in zip(average, slopes, strict=True)] if average else slopes
+        with run(layers=[layer]) as reading:
+            return tuple(
+                layout.restored(maps.maps * slope)
+                for maps, layout, slope in zip(
+                    reading.layers[0], reading.layouts[0], average, strict=True
+                )
             )
-        return gradients, [tuple(one.detach() for one in layer) for layer in activations]
 
-    def total(self, parts: tuple[Tensor, ...]) -> Tensor:
-        """The sum of all contributions of each image (N,)."""
-        sums = [part.detach().flatten(1).sum(1) for part in parts]
-        return torch.stack(sums).sum(0)
+    def _own_scores(self, reading: BatchReading, target: TargetType) -> Tensor:
+        """The target's score (N,)."""
+        scores = own_scores(class_scores(reading.output), target, len(reading.layers[0][0].means))
+        return scores.detach()
 
-    def output_change(self, layer: nn.Module) -> Tensor:
-        """The output's change between all filters of a layer removed and none (N,)."""
-        with torch.no_grad():
-            full = self.output()
-            with _scaled(layer, 0.0, self.at_input):
-                removed = self.output()
-        return full - removed
-
-
-@contextmanager
-def _keep(layers: list[nn.Module], kept: dict[int, Any], at_input: bool) -> Iterator[None]:
-    """Keep a copy of each layer's tensor: in-place successors would overwrite the original."""
-
-    def hook(module: nn.Module, inputs: Any, output: Any = None) -> None:
-        tensor = inputs if at_input else output
-        if isinstance(tensor, (tuple, list)) and len(tensor) == 1:
-            tensor = tensor[0]
-        kept[id(module)] = tensor.clone() if isinstance(tensor, Tensor) else None
-
-    handles = [
-        layer.register_forward_pre_hook(hook) if at_input else layer.register_forward_hook(hook)
-        for layer in layers
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    def _without(
+        self,
+        layer: nn.Module,
+        target: TargetType,
+        run: Callable[..., AbstractContextManager[BatchReading]],
+    ) -> Tensor:
+        """The target's score (N,) with all filters of a layer removed."""
+        with torch.no_grad(), run(layers=[layer], scale=0.0) as reading:
+            return self._own_scores(reading, target)
 
 
-@contextmanager
-def _scaled(layer: nn.Module, alpha: float, at_input: bool) -> Iterator[None]:
-    """Scale a layer's tensors by alpha; a scale of zero removes even what is not finite."""
-
-    def scale(value: Any) -> Any:
-        if isinstance(value, (tuple, list)):
-            parts = [scale(one) for one in value]
-            return parts if isinstance(value, list) else tuple(parts)
-        return value * alpha if alpha else torch.zeros_like(value)
-
-    handle = (
-        layer.register_forward_pre_hook(lambda _module, inputs: scale(inputs))
-        if at_input
-        else layer.register_forward_hook(lambda _module, _inputs, output: scale(output))
-    )
-    try:
-        yield
-    finally:
-        handle.remove()
+def _total(parts: tuple[Tensor, ...]) -> Tensor:
+    """The sum of all contributions of each image (N,)."""
+    return torch.stack([part.detach().flatten(1).sum(1) for part in parts]).sum(0)

@@ -6,12 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from captum_classfilters._core.captum import (
-    _format_tensor_into_tuples,
-    _forward_layer_eval,
-    log_usage,
-)
-from captum_classfilters._core.layers import along_filters, filter_axis, positions_last, runs_once
+from captum_classfilters._core.forward import FilterMaps
 from captum_classfilters.attr.base import LayerFilterAttribution, Layers
 
 
@@ -63,6 +58,9 @@ class LayerFilterFrequency(LayerFilterAttribution):
         tensor([3., 3., 3., 3.])
     """
 
+    counts_votes = True
+    depends_on_target = False
+
     def __init__(
         self,
         forward_func: Callable[..., Tensor],
@@ -77,78 +75,34 @@ class LayerFilterFrequency(LayerFilterAttribution):
         self.top_k = top_k
 
     @property
+    def default_num_filters(self) -> int:
+        """As many as each image votes for."""
+        return self.top_k
+
+    @property
     def options(self) -> dict[str, Any]:
         """The method's own options, for the record."""
         return {"top_k": self.top_k}
 
-    @log_usage(part_of_slo=True)
-    def attribute(
-        self,
-        inputs: Tensor | tuple[Tensor, ...],
-        target: Any = None,
-        additional_forward_args: Any = None,
-        attribute_to_layer_input: bool = False,
-    ) -> Any:
-        r"""
-        Args:
-
-            inputs (Tensor or tuple[Tensor, ...]): Input of the model, N examples first.
-            target (optional): Accepted so that callers can treat all methods alike; not used.
-                        Default: None
-            additional_forward_args (Any, optional): Further arguments of the forward function.
-                        Default: None
-            attribute_to_layer_input (bool): Vote on the layer's input instead of its output.
-                        Default: False
-
-        Returns:
-            *Tensor*, *tuple[Tensor, ...]* or *list* of **attributions**:
-            - **attributions** (*Tensor*, *tuple[Tensor, ...]* or *list*):
-                        Votes shaped like the layer, each vote spread evenly over the filter's
-                        positions so that it sums to one. A tuple for layers of several tensors, a
-                        list for several layers.
-
-        Raises:
-            ValueError: ``top_k`` exceeds the number of filters, the layer has no channel dimension,
-                        or it does not run exactly once.
-        """
-        inputs = _format_tensor_into_tuples(inputs)
-        layers = self._layers()
-        with runs_once(layers, self._layer_names):
-            activations = _forward_layer_eval(
-                self.forward_func,
-                inputs,
-                layers,
-                additional_forward_args,
-                device_ids=self.device_ids,
-                attribute_to_layer_input=attribute_to_layer_input,
-            )
-        votes = [
-            tuple(
-                self._votes_like(tensor, None if attribute_to_layer_input else layer)
-                for tensor in tensors
-            )
-            for layer, tensors in zip(layers, activations, strict=True)
-        ]
-        return self._formatted(votes)
-
-    def _votes_like(self, activation: Tensor, layer: Any) -> Tensor:
-        axis = filter_axis(layer, activation, self.channel_dim)
-        maps = positions_last(activation, axis)
-        votes = strongest(maps.mean(2), self.top_k).to(activation.dtype) / maps.shape[2]
-        return along_filters(votes, activation, axis).expand_as(activation)
+    def scores_from(self, maps: FilterMaps, target: Any = None) -> Tensor:
+        """The rule: a vote for each of the image's strongest filters."""
+        return strongest(maps.means, self.top_k).to(maps.means.dtype)
 
 
 def strongest(values: Tensor, top_k: int) -> Tensor:
     r"""
     Mark the ``top_k`` largest values of each row; ties go to the lower index.
 
+    A value of exactly zero is no evidence where another value of the row is not zero: it is marked
+    only in rows of zeros, where there is nothing else to mark.
+
     Args:
 
         values (Tensor): Shape (N, K).
-        top_k (int): How many to mark.
+        top_k (int): How many to mark at most.
 
     Returns:
-        *Tensor* of bool, shape (N, K), with ``top_k`` entries set in every row.
+        *Tensor* of bool, shape (N, K).
 
     Raises:
         ValueError: ``top_k`` exceeds K.
@@ -158,4 +112,6 @@ def strongest(values: Tensor, top_k: int) -> Tensor:
             f"top_k={top_k} is larger than the {values.shape[1]} filters of the layer."
         )
     order = values.sort(dim=1, descending=True, stable=True).indices[:, :top_k]
-    return torch.zeros_like(values, dtype=torch.bool).scatter_(1, order, True)
+    marked = torch.zeros_like(values, dtype=torch.bool).scatter_(1, order, True)
+    is_zero = values == 0
+    return marked & ~(is_zero & ~is_zero.all(1, keepdim=True))

@@ -5,19 +5,28 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import Metric
-from tqdm.auto import tqdm
 
-from captum_classfilters._core.batches import dataset_names, split_batch
-from captum_classfilters._core.distributed import gather, is_main_process
-from captum_classfilters._core.guard import model_left_as_found
+from captum_classfilters._core.batches import Batch, Unpack, dataset_names, read_batches
+from captum_classfilters._core.devices import sums_device
+from captum_classfilters._core.distributed import gather, is_distributed
+from captum_classfilters._core.labels import labels_of_scores
 from captum_classfilters._core.layers import layer_name, module_of
+from captum_classfilters._core.outputs import (
+    are_probabilities,
+    as_rows,
+    log_probabilities,
+    two_classes,
+)
 from captum_classfilters._core.provenance import provenance
 from captum_classfilters._core.replay.suffix_replay import SuffixReplay
-from captum_classfilters.attr import LayerFilterAblation
-from captum_classfilters.class_filters import ClassFilters
-from captum_classfilters.identify.statistics import labels_of_scores
+from captum_classfilters._core.rules import Ablation
+from captum_classfilters.class_filters import (
+    ClassFilters,
+    check_class_names,
+    names_of_classes,
+)
 
 
 @dataclass(frozen=True)
@@ -146,13 +155,14 @@ class MetricReduction:
 
 
 def accuracy_reduction(
-    method: LayerFilterAblation,
+    method: Ablation,
     dataloader: Iterable[Any],
     *,
     num_classes: int | None = None,
     class_names: Sequence[str] | None = None,
     attribute_to_layer_input: bool = False,
     perturbations_per_eval: int | None = None,
+    unpack: Unpack | None = None,
     device: torch.device | str | None = None,
     show_progress: bool = True,
 ) -> AccuracyReduction:
@@ -182,7 +192,9 @@ def accuracy_reduction(
                     Default: False
         perturbations_per_eval (int, optional): Filters removed per replay. By default as many as
                     a memory budget allows.
-        device (torch.device or str, optional): Where the batches go; by default where they are.
+        unpack (Callable, optional): From a batch of another kind to the pair (inputs, labels).
+                    Default: None
+        device (torch.device or str, optional): Where the batches go; by default where the model is.
         show_progress (bool): Show a progress bar over the batches.
                     Default: True
 
@@ -209,16 +221,27 @@ def accuracy_reduction(
         >>> torch.allclose((shares[:, None] * car.class_reduction).sum(0), car.reduction)
         True
     """
+    check_class_names(class_names, num_classes)
     sums: _Sums | None = None
-    batches = _replays(method, dataloader, attribute_to_layer_input, device, show_progress)
-    with model_left_as_found(module_of(method.forward_func), evaluation=True):
-        for number, replay, raw_labels in batches:
-            labels = labels_of_scores(replay.output, raw_labels, number, num_classes)
-            if sums is None:
-                sums = _Sums(num_classes or replay.output.shape[1], replay.num_filters)
-            sums.update(replay, labels, perturbations_per_eval)
+    replays = _replays(
+        method,
+        dataloader,
+        attribute_to_layer_input,
+        unpack,
+        device,
+        show_progress,
+        is_distributed(),
+    )
+    for batch, replay in replays:
+        scores = two_classes(replay.output)
+        labels = labels_of_scores(scores, batch.labels, batch.number, num_classes)
+        if sums is None:
+            check_class_names(class_names, num_classes or scores.shape[1])
+            sums = _Sums(num_classes or scores.shape[1], replay.num_filters)
+            sums = sums.to(sums_device(scores.device))
+        sums.update(replay, labels, perturbations_per_eval)
     # A process may have no image; it still takes part in the sum.
-    sizes = [one for one in gather(None if sums is None else tuple(sums.lost.shape)) if one]
+    sizes = [size for size in gather(None if sums is None else tuple(sums.lost.shape)) if size]
     if not sizes:
         raise ValueError("The data loader is empty: there is no image to measure accuracy on.")
     if sums is None:
@@ -227,12 +250,13 @@ def accuracy_reduction(
 
 
 def metric_reduction(
-    method: LayerFilterAblation,
+    method: Ablation,
     dataloader: Iterable[Any],
     metric: Callable[[Tensor, Tensor], Any],
     *,
     attribute_to_layer_input: bool = False,
     perturbations_per_eval: int | None = None,
+    unpack: Unpack | None = None,
     device: torch.device | str | None = None,
     show_progress: bool = True,
 ) -> MetricReduction:
@@ -251,7 +275,9 @@ def metric_reduction(
                     Default: False
         perturbations_per_eval (int, optional): Filters removed per replay. By default as many as
                     a memory budget allows.
-        device (torch.device or str, optional): Where the batches go; by default where they are.
+        unpack (Callable, optional): From a batch of another kind to the pair (inputs, labels).
+                    Default: None
+        device (torch.device or str, optional): Where the batches go; by default where the model is.
         show_progress (bool): Show a progress bar over the batches.
                     Default: True
 
@@ -262,20 +288,18 @@ def metric_reduction(
         ValueError: The loader is empty or the method has several layers.
     """
     full, without, labels = [], [], []
-    batches = _replays(method, dataloader, attribute_to_layer_input, device, show_progress)
-    with model_left_as_found(module_of(method.forward_func), evaluation=True):
-        for _number, replay, raw_labels in batches:
-            full.append(replay.output)
-            without.append(replay.outputs(replay.each_filter(), perturbations_per_eval))
-            labels.append(torch.as_tensor(raw_labels).to(replay.output.device))
-    if not full:
-        raise ValueError("The data loader is empty: there is nothing to measure the metric on.")
+    for batch, replay in _replays(
+        method, dataloader, attribute_to_layer_input, unpack, device, show_progress
+    ):
+        full.append(replay.output.cpu())
+        without.append(replay.outputs(replay.each_filter(), perturbations_per_eval).cpu())
+        labels.append(torch.as_tensor(batch.labels).cpu())
     truth = torch.cat(labels)
     values = [float(metric(outputs, truth)) for outputs in torch.cat(without, 1)]
     return MetricReduction(
         metric=float(metric(torch.cat(full), truth)),
         without=torch.tensor(values, dtype=torch.float64),
-        layer=method._layer_names()[0],
+        layer=_only_layer(method)[1],
     )
 
 
@@ -306,37 +330,39 @@ class _Sums(Metric):
 
     def update(self, replay: SuffixReplay, labels: Tensor, at_once: int | None) -> None:
         """Add a batch, some filters at a time."""
-        right, log_probability = _right_and_log_probability(replay.output, labels)
-        place = labels.cpu()
-        self.counts += torch.bincount(place, minlength=len(self.counts))
-        self.correct.index_add_(0, place, right.long().cpu())
+        probabilities = are_probabilities(replay.output)
+        right, log_probability = _right_and_log_probability(replay.output, labels, probabilities)
+        place = labels.to(self.counts.device)
+        self.counts.index_add_(0, place, torch.ones_like(place))
+        self.correct.index_add_(0, place, right.to(place))
         for some, outputs in replay.in_parts(replay.each_filter(), at_once):
-            still, log_without = _right_and_log_probability(outputs, labels)
+            still, log_without = _right_and_log_probability(outputs, labels, probabilities)
+            if not bool(log_without.isfinite().all()):
+                raise ValueError(
+                    f"The model returns NaN or Inf without some of the filters {some.start} to "
+                    f"{some.start + len(outputs) - 1}; accuracy would take it for some class."
+                )
             parts = {
-                "lost": (right & ~still).long(),
-                "gained": (still & ~right).long(),
-                "log_drop": (log_probability - log_without).double(),
-                "drop": (log_probability.exp() - log_without.exp()).double(),
+                "lost": right & ~still,
+                "gained": still & ~right,
+                "log_drop": log_probability - log_without,
+                "drop": log_probability.exp() - log_without.exp(),
             }
             for name, values in parts.items():
-                getattr(self, name)[:, some] += torch.zeros(
-                    len(self.counts), len(outputs), dtype=values.dtype
-                ).index_add_(0, place, values.T.cpu())
+                state = getattr(self, name)
+                rows = values.T.to(state.device, state.dtype)
+                table = torch.zeros_like(state[:, some]).index_add_(0, place, rows)
+                state[:, some] += table
 
     def compute(self) -> dict[str, Tensor]:
         """The states, summed over processes."""
-        return {name: getattr(self, name).clone() for name in self._defaults}
+        return {name: getattr(self, name).cpu().clone() for name in self._defaults}
 
-    def result(
-        self, method: LayerFilterAblation, class_names: Sequence[str] | None
-    ) -> AccuracyReduction:
+    def result(self, method: Ablation, class_names: Sequence[str] | None) -> AccuracyReduction:
         """The counts of all batches, with what they come from."""
         sums = self.compute()
         counts = sums["counts"]
         number = counts.double()[:, None]
-        names = class_names
-        if names is None or len(names) != len(counts):
-            names = [str(label) for label in range(len(counts))]
         return AccuracyReduction(
             counts=counts,
             correct=sums["correct"],
@@ -344,10 +370,10 @@ class _Sums(Metric):
             gained=sums["gained"],
             log_probability_drop=sums["log_drop"] / number,
             probability_drop=sums["drop"] / number,
-            class_names=tuple(names),
-            layer=method._layer_names()[0],
+            class_names=names_of_classes(class_names, len(counts)),
+            layer=_only_layer(method)[1],
             provenance=provenance(
-                module_of(method.forward_func),
+                module_of(method.forward_func, [method.layer]),
                 options=method.options,
                 feeds_head=None,
                 num_images=int(counts.sum()),
@@ -356,31 +382,47 @@ class _Sums(Metric):
 
 
 def _replays(
-    method: LayerFilterAblation,
+    method: Ablation,
     dataloader: Iterable[Any],
     at_input: bool,
+    unpack: Unpack | None,
     device: torch.device | str | None,
     show_progress: bool,
-) -> Iterator[tuple[int, SuffixReplay, Any]]:
-    """Each batch's number, replay and labels."""
-    layers = method._layers()
+    may_be_empty: bool = False,
+) -> Iterator[tuple[Batch, SuffixReplay]]:
+    """Each batch, run once and ready to run without filters."""
+    layer, name = _only_layer(method)
+    with read_batches(
+        module_of(method.forward_func, [layer]),
+        dataloader,
+        f"without {name}",
+        device=device,
+        unpack=unpack,
+        may_be_empty=may_be_empty,
+        show_progress=show_progress,
+    ) as batches:
+        for batch in batches:
+            yield batch, method.replay(layer, batch.inputs, at_input=at_input)
+
+
+def _only_layer(method: Ablation) -> tuple[nn.Module, str]:
+    """The method's one layer and its name."""
+    layers = method.layer if isinstance(method.layer, (list, tuple)) else [method.layer]
+    names = [layer_name(module_of(method.forward_func, [layer]), layer) for layer in layers]
     if len(layers) != 1:
-        names = ", ".join(method._layer_names())
-        raise ValueError(f"The method has several layers ({names}); measure them one by one.")
-    name = layer_name(module_of(method.forward_func), layers[0])
-    quiet = not show_progress or not is_main_process()
-    bar = tqdm(dataloader, desc=f"without {name}", unit="batch", disable=quiet)
-    for number, batch in enumerate(bar):
-        inputs, labels = split_batch(batch, number, device)
-        if len(inputs[0]):
-            yield number, method._replay(layers[0], inputs, at_input=at_input), labels
+        raise ValueError(
+            f"The method has several layers ({', '.join(names)}); measure them one by one."
+        )
+    return layers[0], names[0]
 
 
-def _right_and_log_probability(outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def _right_and_log_probability(
+    outputs: Tensor, labels: Tensor, probabilities: bool
+) -> tuple[Tensor, Tensor]:
     """Whether each output (..., N, C) is right, and the label's log-probability: (..., N)."""
-    index = labels.expand(outputs.shape[:-1])[..., None]
-    log_probability = outputs.log_softmax(-1).gather(-1, index)[..., 0]
-    return outputs.argmax(-1) == labels, log_probability
+    logs = log_probabilities(outputs if outputs.dim() > 1 else as_rows(outputs), probabilities)
+    index = labels.expand(logs.shape[:-1])[..., None]
+    return logs.argmax(-1) == labels, logs.gather(-1, index)[..., 0]
 
 
 def _difference_interval(lost: Tensor, gained: Tensor, counts: Tensor, confidence: float) -> Tensor:

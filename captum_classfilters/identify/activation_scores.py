@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 
 from captum_classfilters._core.batches import split_batch
 from captum_classfilters._core.guard import model_left_as_found
+from captum_classfilters._core.labels import class_labels
 from captum_classfilters._core.layers import (
     check_batch,
     check_runs,
@@ -20,7 +21,6 @@ from captum_classfilters._core.layers import (
     only_tensor,
     positions_last,
 )
-from captum_classfilters.identify.statistics import class_labels
 
 
 @dataclass(frozen=True)

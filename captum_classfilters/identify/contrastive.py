@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from captum.attr import LayerAttribution
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from captum_classfilters._core.batches import dataset_names, split_batch
-from captum_classfilters._core.guard import model_left_as_found
+from captum_classfilters._core.batches import Batch, dataset_names, read_batches
+from captum_classfilters._core.outputs import scores_per_class
 from captum_classfilters._core.provenance import provenance
-from captum_classfilters.identify.identify_class_filters import Job, Reduction, device_of, jobs_of
-from captum_classfilters.identify.statistics import ClassFilterSums, class_labels
+from captum_classfilters.class_filters import index_of_class, names_of_classes
+from captum_classfilters.identify.evidence_sources import Reduction, Source, sources_of
+from captum_classfilters.identify.statistics import ClassFilterSums
 
 if TYPE_CHECKING:
     import pandas
@@ -161,7 +161,7 @@ class ConfusionFilters:
         Raises:
             ValueError: There is no such class, or no image in that cell.
         """
-        key = _index(true, self.class_names), _index(predicted, self.class_names)
+        key = index_of_class(true, self.class_names), index_of_class(predicted, self.class_names)
         if key not in self.cells:
             names = self.class_names[key[0]], self.class_names[key[1]]
             raise ValueError(f"No image of class {names[0]!r} was taken for {names[1]!r}.")
@@ -244,21 +244,20 @@ def contrast_classes(
     names = class_names if class_names is not None else dataset_names(dataloader)
     sums: ClassFilterSums | None = None
     pair: list[int] = []
-    for inputs, labels, outputs in pass_.batches(dataloader, show_progress):
+    for batch, labels, outputs in pass_.batches(dataloader, show_progress):
         if not pair:
-            names = _names(names, outputs.shape[1])
-            pair = [_index(favoured, names), _index(against, names)]
+            names = names_of_classes(names, outputs.shape[1])
+            pair = [index_of_class(favoured, names), index_of_class(against, names)]
             if pair[0] == pair[1]:
                 raise ValueError(f"Both classes are {names[pair[0]]!r}; give two different ones.")
         ours = (labels == pair[0]) | (labels == pair[1])
         if not bool(ours.any()):
             continue
         for_, against_ = (torch.full((int(ours.sum()),), class_) for class_ in pair)
-        rows = pass_.difference(inputs, outputs, ours, for_, against_)
+        rows = pass_.difference(batch, outputs, ours, for_, against_)
         sums = ClassFilterSums(2, rows.shape[1]) if sums is None else sums
         sums.update(rows, (labels[ours] == pair[1]).long())
-    if names is None:
-        raise ValueError("The data loader is empty.")
+    assert names is not None
     if sums is None or int(sums.count.min()) < 2:
         counts = [0, 0] if sums is None else sums.count.tolist()
         raise ValueError(
@@ -278,8 +277,8 @@ def contrast_classes(
         degrees_of_freedom=freedom.nan_to_num(1.0)[:-1],
         margin=float(scores[-1]),
         num_images=int(values["count"].sum()),
-        layer=pass_.job.layer_name,
-        method=pass_.job.name,
+        layer=pass_.source.layer_name,
+        method=pass_.source.name,
         provenance=pass_.provenance,
     )
 
@@ -340,7 +339,7 @@ def confusion_filters(
     names = class_names if class_names is not None else dataset_names(dataloader)
     confusion: Tensor | None = None
     kept, keys = [], []
-    for inputs, labels, outputs in pass_.batches(dataloader, show_progress):
+    for batch, labels, outputs in pass_.batches(dataloader, show_progress):
         number = outputs.shape[1]
         predicted = outputs.argmax(1)
         key = labels * number + predicted
@@ -348,12 +347,11 @@ def confusion_filters(
         confusion = counts if confusion is None else confusion + counts
         wrong = predicted != labels
         if bool(wrong.any()):
-            rows = pass_.difference(inputs, outputs, wrong, predicted[wrong], labels[wrong])
+            rows = pass_.difference(batch, outputs, wrong, predicted[wrong], labels[wrong])
             kept.append(rows)
             keys.append(key[wrong])
-    if confusion is None:
-        raise ValueError("The data loader is empty.")
-    names = _names(names, len(confusion))
+    assert confusion is not None
+    names = names_of_classes(names, len(confusion))
     cells = {}
     if kept:
         values, place = torch.cat(keys).unique(return_inverse=True)
@@ -378,56 +376,53 @@ class _Pass:
         at_input: bool,
         device: torch.device | str | None,
     ) -> None:
-        jobs = jobs_of(method, attribute_kwargs, at_input, reduction)
-        if len(jobs) != 1:
+        sources = sources_of(method, attribute_kwargs, at_input, reduction)
+        if len(sources) != 1:
             raise ValueError("The method has several layers; contrast them one by one.")
-        self.job: Job = jobs[0]
-        if not self.job.depends_on_target:
+        self.source: Source = sources[0]
+        if not self.source.depends_on_target:
             raise ValueError(
-                f"{self.job.name} gives the same evidence for every target, so it cannot tell two "
-                "classes apart; use LayerFilterContribution or LayerFilterAblation, say."
+                f"{self.source.name} gives the same evidence for every target, so it cannot tell "
+                "two classes apart; use LayerFilterContribution or LayerFilterAblation, for example."
             )
-        self.device = device if device is not None else device_of(jobs)
-        self.provenance = provenance(self.job.model, options=getattr(method, "options", {}))
+        self.device = device
+        self.provenance = provenance(self.source.model, options=self.source.options)
 
     def batches(
         self, dataloader: Iterable[Any], show_progress: bool
-    ) -> Iterator[tuple[tuple[Tensor, ...], Tensor, Tensor]]:
-        """Inputs, labels and outputs of each batch, the model in evaluation mode."""
-        bar = tqdm(dataloader, desc="contrast", unit="batch", disable=not show_progress)
-        with model_left_as_found(self.job.model, evaluation=True, freeze=True):
-            for number, batch in enumerate(bar):
-                inputs, raw_labels = split_batch(batch, number, self.device)
-                if len(inputs[0]) == 0:
-                    continue
-                with torch.no_grad():
-                    outputs = self.job.method.forward_func(*inputs)
-                if not isinstance(outputs, Tensor) or outputs.dim() != 2:
-                    raise ValueError("Contrasts need a model with logits (N, C).")
-                labels = class_labels(raw_labels, len(inputs[0]), outputs.shape[1], number)
-                yield inputs, labels.cpu(), outputs.cpu()
+    ) -> Iterator[tuple[Batch, Tensor, Tensor]]:
+        """Each batch, its labels and its outputs, these on the CPU."""
+        with read_batches(
+            self.source.model,
+            dataloader,
+            "contrast",
+            device=self.device,
+            show_progress=show_progress,
+        ) as batches:
+            for batch in batches:
+                outputs = scores_per_class(self.source.method.forward_func(*batch.inputs))
+                labels = batch.class_labels(outputs.shape[1])
+                yield batch, labels.cpu(), outputs.cpu()
 
     def difference(
-        self,
-        inputs: tuple[Tensor, ...],
-        outputs: Tensor,
-        chosen: Tensor,
-        favoured: Tensor,
-        against: Tensor,
+        self, batch: Batch, outputs: Tensor, chosen: Tensor, favoured: Tensor, against: Tensor
     ) -> Tensor:
         """Evidence for one target minus that for another, and the margin as a last column."""
-        images = tuple(one[chosen.to(one.device)] for one in inputs)
-        evidence = [self.job.attribute(images, targets) for targets in (favoured, against)]
+        images = tuple(image[chosen.to(image.device)] for image in batch.inputs)
+        evidence = [
+            self.source.attributed(images, targets.to(batch.device))
+            for targets in (favoured, against)
+        ]
         logits = outputs[chosen].double()
         margin = logits.gather(1, favoured[:, None]) - logits.gather(1, against[:, None])
-        return torch.cat([(evidence[0] - evidence[1]).double().cpu(), margin], dim=1)
+        return torch.cat([(evidence[0] - evidence[1]).cpu().double(), margin], dim=1)
 
 
 def _cell(
     values: dict[str, Tensor], position: int, favoured: str, against: str, pass_: _Pass
 ) -> FilterContrast:
     mean = values["mean"][position]
-    number = int(values["count"].reshape(-1)[position])  # torchmetrics squeezes a single count
+    number = int(values["count"].reshape(-1)[position])
     return FilterContrast(
         favoured=favoured,
         against=against,
@@ -436,23 +431,7 @@ def _cell(
         degrees_of_freedom=torch.full_like(mean[:-1], max(number - 1, 1)),
         margin=float(mean[-1]),
         num_images=number,
-        layer=pass_.job.layer_name,
-        method=pass_.job.name,
+        layer=pass_.source.layer_name,
+        method=pass_.source.name,
         provenance=pass_.provenance,
     )
-
-
-def _names(names: Sequence[str] | None, number: int) -> tuple[str, ...]:
-    if names is None or len(names) != number:
-        return tuple(str(index) for index in range(number))
-    return tuple(names)
-
-
-def _index(class_: int | str, names: Sequence[str]) -> int:
-    if isinstance(class_, str):
-        if class_ not in names:
-            raise ValueError(f"No class named {class_!r}; the names are {tuple(names)}.")
-        return list(names).index(class_)
-    if not 0 <= int(class_) < len(names):
-        raise ValueError(f"Class {class_} is out of range; there are {len(names)}.")
-    return int(class_)

@@ -1,6 +1,6 @@
 """The evidence of single images, kept: standard errors, stability over splits, permutations."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
@@ -10,14 +10,11 @@ from captum.attr import LayerAttribution
 from torch import Tensor
 
 from captum_classfilters._core.batches import dataset_names
-from captum_classfilters.class_filters import ClassFilters
-from captum_classfilters.identify.identify_class_filters import (
-    Collector,
-    Reduction,
-    collect,
-    jobs_of,
-    like_methods,
-)
+from captum_classfilters._core.provenance import Provenance
+from captum_classfilters.class_filters import ClassFilters, check_class_names, names_of_classes
+from captum_classfilters.identify.collector import Collector
+from captum_classfilters.identify.evidence_sources import Reduction, like_methods, sources_of
+from captum_classfilters.identify.identify_class_filters import collect
 from captum_classfilters.identify.statistics import ClassFilterSums
 
 _ENTRIES_AT_ONCE = 2**22  # of the matrix repetitions x images, 32 MB in float64
@@ -205,6 +202,7 @@ def collect_evidence(
     reduction: Reduction = "sum",
     attribute_kwargs: Mapping[str, Any] | None = None,
     attribute_to_layer_input: bool = False,
+    unpack: Callable[[Any], tuple[Any, Any]] | None = None,
     device: torch.device | str | None = None,
     show_progress: bool = True,
 ) -> Any:
@@ -218,7 +216,8 @@ def collect_evidence(
 
         methods (LayerAttribution, or a sequence or mapping of them): What to measure, and where.
         dataloader (iterable): Batches of (inputs, labels).
-        num_classes, class_names, device, show_progress: As for :func:`identify_class_filters`.
+        num_classes, class_names, unpack, device, show_progress: As for
+                    :func:`identify_class_filters`.
         reduction, attribute_kwargs, attribute_to_layer_input: Likewise.
 
     Returns:
@@ -243,21 +242,30 @@ def collect_evidence(
         >>> evidence.stability(num_filters=3).overlap.shape
         torch.Size([2])
     """
-    jobs = jobs_of(methods, attribute_kwargs, attribute_to_layer_input, reduction)
-    collector = Collector(jobs, num_classes, None, record_all=True)
-    collect(collector, dataloader, device, show_progress)
+    check_class_names(class_names, num_classes)
+    sources = sources_of(methods, attribute_kwargs, attribute_to_layer_input, reduction)
+    collector = Collector(sources, num_classes, record_all=True)
+    collect(collector, dataloader, class_names, unpack, device, show_progress)
     names = class_names if class_names is not None else dataset_names(dataloader)
-    tables = collector.tables(names, class_names is not None, None)
+    record = Provenance()
     kept = []
-    for job, table in zip(jobs, tables, strict=True):
-        assert job.record is not None
-        scores, labels, _, _ = job.record.tensors()
+    for tally in collector.tallies:
+        assert tally.record is not None
+        assert tally.shape is not None
+        scores, labels, _, _ = tally.record.tensors()
+        source = tally.source
+        origin = record.of(source.model, options=source.options, feeds_head=tally.feed)
         kept.append(
             Evidence(
-                scores, labels, table.class_names, table.layer, table.method, dict(table.provenance)
+                scores,
+                labels,
+                names_of_classes(names, tally.shape[0]),
+                source.table_layer,
+                source.name,
+                {**origin, "num_images": len(labels)},
             )
         )
-    return like_methods(methods, jobs, kept)
+    return like_methods(methods, sources, kept)
 
 
 def _resampled_means(values: Tensor, repetitions: int, generator: torch.Generator) -> Tensor:

@@ -1,4 +1,4 @@
-"""Per-class sums as a torchmetrics Metric, which adds, merges, synchronises and saves them."""
+"""Per-class sums as a torchmetrics Metric, which adds, merges, synchronizes and saves them."""
 
 from typing import Any
 
@@ -9,17 +9,19 @@ from torchmetrics import Metric
 
 class ClassFilterSums(Metric):
     r"""
-    Streaming sums of per-image filter scores, class by class.
+    Streaming statistics of per-image filter scores, class by class: count, mean and M2.
 
-    Memory is O(C K) whatever the number of images. Merging across processes adds the states, so
-    counts are bitwise those of one process and sums differ by rounding in float64 only.
+    M2 is the sum of squared deviations from the mean (Welford; merged as by Chan, Golub and LeVeque,
+    1983), so that a spread far smaller than the scores is not cancelled away. Memory is O(C K)
+    whatever the number of images. Merging across processes leaves counts bitwise those of one
+    process; means and M2 differ by rounding in float64 only.
 
     Args:
 
         num_classes (int): C.
         num_filters (int): K.
-        integer (bool): Scores are whole numbers, votes say; they are then counted in int64, and
-                    no standard errors of rounding enter.
+        integer (bool): Scores are whole numbers, votes for example; their totals and squares are
+                    then counted in int64, without rounding.
                     Default: False
 
     Examples::
@@ -37,6 +39,8 @@ class ClassFilterSums(Metric):
     is_differentiable = False
 
     count: Tensor
+    mean: Tensor
+    m2: Tensor
     total: Tensor
     squares: Tensor
 
@@ -44,11 +48,19 @@ class ClassFilterSums(Metric):
         self, num_classes: int, num_filters: int, integer: bool = False, **options: Any
     ) -> None:
         super().__init__(**options)
-        dtype = torch.int64 if integer else torch.float64
-        table = torch.zeros(num_classes, num_filters, dtype=dtype)
-        self.add_state("count", torch.zeros(num_classes, dtype=torch.int64), dist_reduce_fx="sum")
-        self.add_state("total", table, dist_reduce_fx="sum")
-        self.add_state("squares", table.clone(), dist_reduce_fx="sum")
+        self.integer, self.num_classes, self.num_filters = integer, num_classes, num_filters
+        counts = torch.zeros(num_classes, dtype=torch.int64)
+        if integer:
+            table = torch.zeros(num_classes, num_filters, dtype=torch.int64)
+            self.add_state("count", counts, dist_reduce_fx="sum")
+            self.add_state("total", table, dist_reduce_fx="sum")
+            self.add_state("squares", table.clone(), dist_reduce_fx="sum")
+        else:
+            # Without a reduction, what is merged comes stacked, and `compute` joins it.
+            table = torch.zeros(num_classes, num_filters, dtype=torch.float64)
+            self.add_state("count", counts, dist_reduce_fx=None)
+            self.add_state("mean", table, dist_reduce_fx=None)
+            self.add_state("m2", table.clone(), dist_reduce_fx=None)
 
     def update(self, scores: Tensor, labels: Tensor) -> None:
         """Add a batch.
@@ -58,66 +70,67 @@ class ClassFilterSums(Metric):
             scores (Tensor): Shape (N, K).
             labels (Tensor): Shape (N,), int64 in [0, C).
         """
-        values = scores.detach().to(self.total)
+        values = scores.detach().to(self.count.device)
         labels = labels.to(values.device)
-        self.count += torch.bincount(labels, minlength=len(self.count))
-        self.total.index_add_(0, labels, values)
-        self.squares.index_add_(0, labels, values * values)
+        counts = torch.zeros_like(self.count)
+        counts.index_add_(0, labels, torch.ones_like(labels))
+        if self.integer:
+            votes = values.to(torch.int64)
+            self.count += counts
+            self.total.index_add_(0, labels, votes)
+            self.squares.index_add_(0, labels, votes * votes)
+            return
+        values = values.to(torch.float64)
+        number = counts.clamp(min=1)[:, None].to(torch.float64)
+        mean = torch.zeros_like(self.mean).index_add_(0, labels, values) / number
+        deviations = (values - mean[labels]).square_()
+        m2 = torch.zeros_like(self.m2).index_add_(0, labels, deviations)
+        joined = _joined((self.count, self.mean, self.m2), (counts, mean, m2))
+        self.count, self.mean, self.m2 = joined
 
     def compute(self) -> dict[str, Tensor]:
-        """The table so far.
+        """The table so far, on the CPU.
 
         Returns:
             *dict* with **count** (C,), **total**, **mean** and **standard_error** (C, K). The mean
             of a class without images is NaN; so is the standard error of one with fewer than two.
         """
-        number = self.count.to(torch.float64)[:, None]
-        mean = self.total / number
-        # Sums of squares can fall below the squared sum by rounding.
-        spread = (self.squares - self.total * mean).clamp(min=0) / (number - 1).clamp(min=0)
+        count, total, mean, m2 = (part.cpu() for part in self._moments())
+        number = count.to(torch.float64)[:, None]
+        nothing = torch.full_like(mean, float("nan"))
         return {
-            "count": self.count,
-            "total": self.total,
-            "mean": mean,
-            "standard_error": (spread / number).sqrt(),
+            "count": count,
+            "total": total,
+            "mean": torch.where(number > 0, mean, nothing),
+            "standard_error": torch.where(number > 1, (m2 / (number - 1) / number).sqrt(), nothing),
         }
 
+    def _moments(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Count, total, mean and M2 of all that was merged."""
+        if self.integer:
+            number = self.count.clamp(min=1)[:, None]
+            mean = self.total / number.to(torch.float64)
+            # In whole numbers as long as possible: the difference of two large products is exact.
+            m2 = (self.squares * number - self.total * self.total) / number.to(torch.float64)
+            return self.count, self.total, mean, m2
+        parts = (self.count, self.mean, self.m2)
+        if self.mean.dim() == 2:
+            return self.count, self.mean * self.count[:, None], self.mean, self.m2
+        states = list(zip(*(part.unbind(0) for part in parts), strict=True))
+        merged = states[0]
+        for state in states[1:]:
+            merged = _joined(merged, state)
+        count, mean, m2 = merged
+        return count, mean * count[:, None], mean, m2
 
-def labels_of_scores(
-    scores: Tensor, labels: Any, batch: int, num_classes: int | None = None
-) -> Tensor:
-    """The labels of a batch of class scores (N, C), both checked, where the scores are."""
-    if scores.dim() != 2:
-        raise ValueError(f"The model puts out {tuple(scores.shape)}; accuracy needs (N, C).")
-    finite = scores.isfinite().all(1)
-    if not bool(finite.all()):
-        raise ValueError(
-            f"The model puts out NaN or Inf for image {int((~finite).nonzero()[0, 0])} of batch "
-            f"{batch}; accuracy would take it for some class."
-        )
-    return class_labels(labels, len(scores), num_classes or scores.shape[1], batch).to(
-        scores.device
-    )
 
-
-def class_labels(labels: Any, num_images: int, num_classes: int, batch: int) -> Tensor:
-    """Labels as int64 (N,), checked; the error says what was found and in which batch."""
-    tensor = torch.as_tensor(labels)
-    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
-        raise ValueError(
-            f"The labels of batch {batch} are {tensor.dtype}; expected whole numbers, one class "
-            "index for each image."
-        )
-    if tensor.shape != (num_images,):
-        raise ValueError(
-            f"The labels of batch {batch} have shape {tuple(tensor.shape)}; expected "
-            f"({num_images},), one class index for each image."
-        )
-    tensor = tensor.to(torch.int64)
-    if num_images and (int(tensor.min()) < 0 or int(tensor.max()) >= num_classes):
-        wrong = tensor[(tensor < 0) | (tensor >= num_classes)][0].item()
-        raise ValueError(
-            f"Batch {batch} has the label {wrong}, but there are {num_classes} classes: expected "
-            f"0 to {num_classes - 1}."
-        )
-    return tensor
+def _joined(
+    left: tuple[Tensor, Tensor, Tensor], right: tuple[Tensor, Tensor, Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Count, mean and M2 of two sets of images together."""
+    counts = left[0] + right[0]
+    share = right[0][:, None] / counts.clamp(min=1)[:, None].to(torch.float64)
+    difference = right[1] - left[1]
+    mean = left[1] + difference * share
+    m2 = left[2] + right[2] + difference.square() * (left[0][:, None] * share)
+    return counts, mean, m2

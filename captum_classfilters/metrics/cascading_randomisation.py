@@ -10,8 +10,8 @@ from captum.attr import LayerAttribution
 from torch import Tensor, nn
 
 from captum_classfilters._core.captum import (
-    _format_additional_forward_args,
-    _format_tensor_into_tuples,
+    format_additional_forward_args,
+    format_tensor_into_tuples,
 )
 from captum_classfilters._core.guard import model_left_as_found
 from captum_classfilters.class_filters import _rank_correlation
@@ -99,8 +99,8 @@ def cascading_randomisation(
         ['4', '0']
     """
     check_is_function(make_method)
-    images: tuple[Tensor, ...] = _format_tensor_into_tuples(inputs)
-    further = _format_additional_forward_args(additional_forward_args)
+    images: tuple[Tensor, ...] = format_tensor_into_tuples(inputs)
+    further = format_additional_forward_args(additional_forward_args)
     if further is not None:
         options["additional_forward_args"] = further
     with model_left_as_found(model):

@@ -10,12 +10,12 @@ from tqdm.auto import tqdm
 
 from captum_classfilters._core.batches import split_batch
 from captum_classfilters._core.guard import model_left_as_found
+from captum_classfilters._core.labels import class_labels
 from captum_classfilters._core.layers import module_of
 from captum_classfilters._core.replay.suffix_replay import SuffixReplay
 from captum_classfilters.attr import LayerFilterAblation
 from captum_classfilters.attr.layer_filter_ablation import Replacement
 from captum_classfilters.class_filters import ClassFilters
-from captum_classfilters.identify.statistics import class_labels
 from captum_classfilters.metrics.filter_curves import both_ways
 from captum_classfilters.metrics.removals import (
     MAGNITUDE,
@@ -215,7 +215,7 @@ def replays(
         inputs, raw_labels = split_batch(batch, number, device)
         if len(inputs[0]) == 0:
             continue
-        replay = ablation._replay(layer, inputs)
+        replay = ablation.replay(layer, inputs)
         found = (replay.output.shape[-1], replay.num_filters)
         if replay.output.dim() != 2 or found != shape:
             raise ValueError(

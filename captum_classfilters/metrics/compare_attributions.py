@@ -15,10 +15,10 @@ from tqdm.auto import tqdm
 
 from captum_classfilters._core.guard import model_left_as_found
 from captum_classfilters.attr import LayerFilterAblation
-from captum_classfilters.attr.layer_filter_ablation import _SCORES, _of_targets
+from captum_classfilters.attr.layer_filter_ablation import lost_scores, score_reader
 from captum_classfilters.metrics.explained import PIXELS, Explained, PixelRemoval, explains
 from captum_classfilters.metrics.filter_curves import both_ways
-from captum_classfilters.metrics.filter_infidelity import _infidelity, _lost
+from captum_classfilters.metrics.filter_infidelity import _infidelity
 from captum_classfilters.metrics.filter_sensitivity import explanation_for_sensitivity
 from captum_classfilters.metrics.localization import localization
 from captum_classfilters.metrics.removals import (
@@ -519,7 +519,7 @@ class _Space:
         probability = settings.drop_probability[PIXELS if self.layer is None else "filters"]
         removed = torch.rand(settings.n_perturb_samples, *shape, generator=drawn) < probability
         random_order = torch.rand(shape, generator=drawn).argsort(1)
-        lost = _lost(replay, removed, _SCORES["logit"], target)
+        lost = lost_scores(replay, removed, score_reader(replay.output, target, shape[0], "logit"))
         costs = named_scores(cost, shape)
         costs[RANDOM] = _random_scores(next(iter(costs.values())), drawn)
         for name, one in costs.items():
@@ -531,9 +531,10 @@ class _Space:
             orders.update(self._magnitude_order(shape))
         orders[RANDOM] = random_order
 
+        read = score_reader(replay.output, target, shape[0], "probability")
+
         def value(outputs: Tensor) -> Tensor:
-            own = [_of_targets(_SCORES["probability"](each), target, shape[0]) for each in outputs]
-            return torch.stack(own)
+            return torch.stack([read(output) for output in outputs])
 
         numbers = curve_points(None, shape[1], settings.points)
         curves = both_ways(OrderedRemoval(replay, value, numbers), orders)
@@ -563,7 +564,7 @@ class _Space:
             )
         channel_dim = getattr(self.methods[0].method, "channel_dim", None)
         ablation = LayerFilterAblation(self.model, self.layer, channel_dim=channel_dim)
-        return ablation._replay(self.layer, (inputs,))
+        return ablation.replay(self.layer, (inputs,))
 
     def _note(self, name: str, metric: str, values: Tensor) -> None:
         found = self.values.setdefault(name, {}).setdefault(metric, [])

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from captum_classfilters._core.batches import check_read_again, split_batch
 from captum_classfilters._core.guard import model_left_as_found
+from captum_classfilters._core.labels import class_labels
 from captum_classfilters._core.layers import find_layer, layer_name
 from captum_classfilters.attr import (
     LayerClassGate,
@@ -22,7 +23,6 @@ from captum_classfilters.attr import (
 )
 from captum_classfilters.class_filters import ClassFilters
 from captum_classfilters.identify import binomial_interval, collect_features, identify_class_filters
-from captum_classfilters.identify.statistics import class_labels
 from captum_classfilters.metrics.feature_tables import (
     mutual_information_filters,
     selectivity_filters,
@@ -407,7 +407,7 @@ def _kept_alone(
         for position, batch in enumerate(bar):
             inputs, raw_labels = split_batch(batch, position, device)
             labels = class_labels(raw_labels, len(inputs[0]), num_classes, position).cpu()
-            replay = ablation._replay(layer, inputs)
+            replay = ablation.replay(layer, inputs)
             if replay.num_filters != masks.shape[2]:
                 raise ValueError(
                     f"The layer has {replay.num_filters} filters, the tables {masks.shape[2]}."

@@ -7,11 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from captum_classfilters._core.captum import _format_tensor_into_tuples
+from captum_classfilters._core.captum import (
+    format_additional_forward_args,
+    format_tensor_into_tuples,
+)
 from captum_classfilters._core.guard import model_left_as_found
 from captum_classfilters._core.layers import module_of
 from captum_classfilters.attr import LayerFilterAblation
-from captum_classfilters.attr.layer_filter_ablation import _SCORES, Replacement, Score, _of_targets
+from captum_classfilters.attr.layer_filter_ablation import Replacement, Score, score_reader
 from captum_classfilters.metrics.removals import (
     MAGNITUDE,
     RANDOM,
@@ -161,18 +164,20 @@ def filter_curves(
         seed=seed,
         channel_dim=channel_dim,
     )
-    images: tuple[Tensor, ...] = _format_tensor_into_tuples(inputs)
+    images: tuple[Tensor, ...] = format_tensor_into_tuples(inputs)
     with model_left_as_found(module_of(forward_func)), torch.no_grad():
-        replay = ablation._replay(layer, images, additional_forward_args=additional_forward_args)
+        extra = format_additional_forward_args(additional_forward_args)
+        replay = ablation.replay(layer, images, additional_forward_args=extra)
         shape = (replay.num_images, replay.num_filters)
         named = named_scores(scores, shape)
         magnitude = magnitude_control(forward_func, layer, shape[1], weight_magnitude)
         named[MAGNITUDE] = magnitude.expand(shape)
         points = curve_points(num_filters, shape[1])
 
+        read = score_reader(replay.output, target, shape[0], score)
+
         def value(outputs: Tensor) -> Tensor:
-            own = [_of_targets(_SCORES[score](one), target, shape[0]) for one in outputs]
-            return torch.stack(own)
+            return torch.stack([read(output) for output in outputs])
 
         removal = OrderedRemoval(replay, value, points)
         deletion, insertion = both_ways(removal, {name: order_of(s) for name, s in named.items()})

@@ -7,11 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from captum_classfilters._core.captum import _format_tensor_into_tuples
+from captum_classfilters._core.captum import (
+    format_additional_forward_args,
+    format_tensor_into_tuples,
+)
 from captum_classfilters._core.guard import model_left_as_found
 from captum_classfilters._core.layers import module_of
 from captum_classfilters.attr import LayerFilterAblation
-from captum_classfilters.attr.layer_filter_ablation import _SCORES, Replacement, Score, _of_targets
+from captum_classfilters.attr.layer_filter_ablation import (
+    Replacement,
+    Score,
+    lost_scores,
+    score_reader,
+)
 from captum_classfilters.metrics.removals import RANDOM, named_scores, resolved_layer
 
 
@@ -141,15 +149,17 @@ def filter_infidelity(
         seed=seed,
         channel_dim=channel_dim,
     )
-    images: tuple[Tensor, ...] = _format_tensor_into_tuples(inputs)
+    images: tuple[Tensor, ...] = format_tensor_into_tuples(inputs)
     generator = torch.Generator().manual_seed(seed)
     with model_left_as_found(module_of(forward_func)), torch.no_grad():
-        replay = ablation._replay(layer, images, additional_forward_args=additional_forward_args)
+        extra = format_additional_forward_args(additional_forward_args)
+        replay = ablation.replay(layer, images, additional_forward_args=extra)
         shape = (replay.num_images, replay.num_filters)
         named = named_scores(scores, shape)
         removed = torch.rand(n_perturb_samples, *shape, generator=generator) < drop_probability
-        lost = _lost(replay, removed, _SCORES[score], target)
-        alone = ablation._drops(replay, target, None, False).cpu().double() if each_filter else None
+        read = score_reader(replay.output, target, shape[0], score)
+        lost = lost_scores(replay, removed, read)
+        alone = ablation.drops(replay, target).cpu().double() if each_filter else None
     shuffled = [_shuffled(next(iter(named.values())), seed) for seed in range(random_seeds)]
     pairs = {name: _infidelity(one, removed, lost) for name, one in named.items()}
     controls = [_infidelity(one, removed, lost) for one in shuffled]
@@ -185,17 +195,6 @@ def infidelity_of(predicted: Tensor, lost: Tensor) -> tuple[Tensor, Tensor]:
 
 def _infidelity(scores: Tensor, removed: Tensor, lost: Tensor) -> tuple[Tensor, Tensor]:
     return infidelity_of(torch.einsum("pnk,nk->pn", removed.double(), scores), lost)
-
-
-def _lost(replay: Any, removed: Tensor, score: Callable[[Tensor], Tensor], target: Any) -> Tensor:
-    """What each image's output loses without each of its sets, (P, N)."""
-    full = _of_targets(score(replay.output), target, replay.num_images)
-    parts = [
-        full - _of_targets(score(output), target, replay.num_images)
-        for _, outputs in replay.in_parts(removed)
-        for output in outputs
-    ]
-    return torch.stack(parts).cpu().double()
 
 
 def _shuffled(scores: Tensor, seed: int) -> Tensor:

@@ -10,8 +10,8 @@ from captum.metrics import sensitivity_max
 from torch import Tensor
 
 from captum_classfilters._core.captum import (
-    _format_additional_forward_args,
-    _format_tensor_into_tuples,
+    format_additional_forward_args,
+    format_tensor_into_tuples,
 )
 from captum_classfilters._core.guard import model_left_as_found
 from captum_classfilters._core.layers import filter_axis, module_of, only_tensor, positions_last
@@ -154,8 +154,8 @@ def filter_max_sensitivity(
             f"perturb_radius={perturb_radius} must be above 0, and "
             f"n_perturb_samples={n_perturb_samples} at least 1."
         )
-    images: tuple[Tensor, ...] = _format_tensor_into_tuples(inputs)
-    further = _format_additional_forward_args(additional_forward_args)
+    images: tuple[Tensor, ...] = format_tensor_into_tuples(inputs)
+    further = format_additional_forward_args(additional_forward_args)
     seen: list[Tensor] = []
     if space == "gates":
         method, gate = _gated(method)

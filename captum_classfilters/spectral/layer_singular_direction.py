@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 from captum_classfilters._core.captum import (
     TargetType,
-    _format_tensor_into_tuples,
     _forward_layer_eval,
     compute_layer_gradients_and_eval,
+    format_tensor_into_tuples,
     log_usage,
 )
 from captum_classfilters._core.layers import check_batch, only_tensor, runs_once
@@ -237,7 +237,7 @@ class LayerSingularDirection(LayerFilterAttribution):
         gradients: bool | None = None,
     ) -> tuple[list[Tensor], list[Any] | None]:
         """Signals of each layer, and gradients at its output where contributions need them."""
-        formatted: tuple[Tensor, ...] = _format_tensor_into_tuples(inputs)
+        formatted: tuple[Tensor, ...] = format_tensor_into_tuples(inputs)
         wanted = self.evidence == "contribution" if gradients is None else gradients
         slopes, outputs = self._run(wanted, formatted, target, additional_forward_args, grad_kwargs)
         signals = []

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from captum_classfilters._core.captum import _format_tensor_into_tuples
+from captum_classfilters._core.captum import format_tensor_into_tuples
 from captum_classfilters._core.layers import check_runs, find_layer, layer_name, only_tensor
 from captum_classfilters.spectral.layer_svd import LayerSVD
 from captum_classfilters.spectral.model_svd import ModelSVD, model_svd
@@ -106,7 +106,7 @@ def direction_signals(
     ]
     try:
         with torch.no_grad():
-            model(*_format_tensor_into_tuples(inputs))
+            model(*format_tensor_into_tuples(inputs))
     finally:
         for handle in handles:
             handle.remove()

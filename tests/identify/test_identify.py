@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from captum_classfilters import (
+    ClassScores,
     LayerFilterContribution,
     LayerFilterFrequency,
     identify_class_filters,
@@ -308,7 +309,8 @@ class TestBadInput:
             (torch.tensor([0, -1, 2]), "label -1"),
             (torch.tensor([0.0, 1.0, 2.0]), "torch.float32; expected whole numbers"),
             (torch.tensor([True, False, True]), "torch.bool"),
-            (torch.tensor([[0], [1], [2]]), r"shape \(3, 1\); expected \(3,\)"),
+            (torch.tensor([[0], [1], [3]]), "label 3, but there are 3 classes"),
+            (torch.full((3, 3), 0.5), "not multi-hot"),
             (torch.tensor([0, 1]), r"shape \(2,\)"),
         ],
     )
@@ -382,13 +384,22 @@ class TestBadInput:
             def forward(self, x):
                 return {"logits": self.inner(x)}
 
-        model = Wrapped()
-        with pytest.raises(ValueError, match="puts out dict, not logits"):
-            LayerFilterFrequency(model, "inner.1", top_k=1).identify(batches(), **QUIET)
-        found = LayerFilterFrequency(model, "inner.1", top_k=1).identify(
-            batches(), num_classes=3, **QUIET
-        )
-        assert found.num_classes == 3
+        class Pair(Wrapped):
+            def forward(self, x):
+                return self.inner(x), x
+
+        data = batches()
+        plain = LayerFilterContribution(pool_linear(), "1").identify(data, **QUIET)
+        found = LayerFilterContribution(Wrapped(), "inner.1").identify(data, **QUIET)
+        assert torch.equal(found.scores, plain.scores)
+        with pytest.raises(ValueError, match=r"a tuple of 2 .* wrap the model: ClassScores"):
+            LayerFilterContribution(Pair(), "inner.1").identify(data, **QUIET)
+        wrapped = ClassScores(Pair(), lambda output: output[0])  # the advice, followed
+        found = LayerFilterContribution(wrapped, "inner.1").identify(data, **QUIET)
+        assert torch.equal(found.scores, plain.scores)
+        assert found.layer == "inner.1"
+        votes = LayerFilterFrequency(Pair(), "inner.1", top_k=1)
+        assert votes.identify(data, num_classes=3, **QUIET).num_classes == 3
 
 
 class TestSums:

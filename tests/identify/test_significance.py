@@ -268,12 +268,13 @@ class TestIdentification:
             permutation_p_values(values, labels, num_classes=1)
         with pytest.raises(ValueError, match="between 0 and"):
             vote_p_values(torch.tensor([[3]]), torch.tensor([2]))
-        one = nn.Sequential(
-            nn.Conv2d(2, 3, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 1)
-        )
+        single = nn.Sequential(nn.Conv2d(2, 3, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
         with pytest.raises(ValueError, match="at least two classes"):
-            LayerFilterContribution(one, "0").identify(
-                [(images(), torch.zeros(8, dtype=torch.int64))], significance=True, **QUIET
+            LayerFilterContribution(single, "0").identify(
+                [(images(), torch.zeros(8, dtype=torch.int64))],
+                num_classes=1,
+                significance=True,
+                **QUIET,
             )
 
 

@@ -1,0 +1,144 @@
+"""The one way from a batch's labels to which image counts for which class."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from captum_classfilters._core.devices import on_device
+
+
+@dataclass(frozen=True)
+class Memberships:
+    r"""
+    Pairs of an image and a class it counts for, M in all.
+
+    Args:
+
+        classes (Tensor): Shape (M,), int64.
+        images (Tensor or None): Shape (M,), int64, the place of each pair's image in the batch; None
+                    where every image counts for one class, in order.
+    """
+
+    classes: Tensor
+    images: Tensor | None = None
+
+    def to(self, device: torch.device) -> "Memberships":
+        """The same on a device."""
+        return Memberships(on_device(self.classes, device), on_device(self.images, device))
+
+    def of_images(self, values: Tensor) -> Tensor:
+        """Values (N, ...) of the images as values (M, ...) of the pairs."""
+        return values if self.images is None else values[self.images]
+
+    def rounds(self, num_images: int) -> list[tuple[Tensor, Tensor | None]]:
+        """The pairs as targets (N,) of whole batches: each image's first class, its second and so
+        on; beside each, which places of :attr:`classes` its rows belong to, (N,), -1 for none."""
+        if self.images is None:
+            return [(self.classes, None)]
+        place = torch.arange(len(self.classes), device=self.classes.device)
+        counts = torch.bincount(self.images, minlength=num_images)
+        nth = place - (counts.cumsum(0) - counts)[self.images]
+        rounds: list[tuple[Tensor, Tensor | None]] = []
+        for number in range(int(counts.max()) if len(counts) else 0):
+            chosen = nth == number
+            targets = torch.zeros(num_images, dtype=torch.int64, device=place.device)
+            pairs = torch.full_like(targets, -1)
+            targets[self.images[chosen]] = self.classes[chosen]
+            pairs[self.images[chosen]] = place[chosen]
+            rounds.append((targets, pairs))
+        return rounds
+
+
+def class_labels(labels: Any, num_images: int, num_classes: int, batch: int) -> Tensor:
+    """Labels as int64 (N,), each image of one class; checked.
+
+    Raises:
+        ValueError: They are something else; it says what and in which batch.
+    """
+    found = memberships(labels, num_images, num_classes, batch)
+    if found.images is not None:
+        raise ValueError(
+            f"The labels of batch {batch} are multi-hot, several classes for one image; this "
+            f"function needs one class index for each image, shape ({num_images},)."
+        )
+    return found.classes
+
+
+def memberships(labels: Any, num_images: int, num_classes: int, batch: int) -> Memberships:
+    r"""
+    Which image counts for which class.
+
+    Labels are class indices (N,) or (N, 1); or multi-hot rows (N, C) of zeros and ones in any type,
+    where an image counts for each of its classes. Of two classes, booleans and whole floats are
+    indices too, as binary losses have them.
+
+    Raises:
+        ValueError: They are none of these; it says what was found and in which batch.
+    """
+    tensor = _as_tensor(labels, batch)
+    if tensor.shape == (num_images, 1) and num_classes > 1:
+        tensor = tensor[:, 0]
+    if tensor.shape == (num_images, num_classes) and num_classes > 1:
+        return _hot(tensor, batch)
+    if tensor.shape != (num_images,):
+        raise ValueError(
+            f"The labels of batch {batch} have shape {tuple(tensor.shape)}; expected "
+            f"({num_images},), one class index for each image, or multi-hot rows "
+            f"({num_images}, {num_classes}) if an image has several classes."
+        )
+    if tensor.dtype == torch.bool and num_classes == 2:
+        tensor = tensor.to(torch.int64)
+    if tensor.is_floating_point() and num_classes == 2 and bool((tensor == tensor.round()).all()):
+        tensor = tensor.to(torch.int64)
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+        raise ValueError(
+            f"The labels of batch {batch} are {tensor.dtype}; expected whole numbers, one class "
+            "index for each image."
+        )
+    tensor = tensor.to(torch.int64)
+    wrong = (tensor < 0) | (tensor >= num_classes)
+    if bool(wrong.any()):
+        raise ValueError(
+            f"Batch {batch} has the label {int(tensor[wrong][0])}, but there are {num_classes} "
+            f"classes: expected 0 to {num_classes - 1}."
+        )
+    return Memberships(tensor)
+
+
+def labels_of_scores(
+    scores: Tensor, labels: Any, batch: int, num_classes: int | None = None
+) -> Tensor:
+    """The labels of a batch of class scores (N, C), both checked, where the scores are."""
+    if scores.dim() != 2:
+        raise ValueError(f"The model returns {tuple(scores.shape)}; accuracy needs (N, C).")
+    finite = scores.isfinite().all(1)
+    if not bool(finite.all()):
+        raise ValueError(
+            f"The model returns NaN or Inf for image {int((~finite).nonzero()[0, 0])} of batch "
+            f"{batch}; accuracy would take it for some class."
+        )
+    checked = class_labels(labels, len(scores), num_classes or scores.shape[1], batch)
+    return on_device(checked, scores.device)
+
+
+def _as_tensor(labels: Any, batch: int) -> Tensor:
+    try:
+        return torch.as_tensor(labels)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"The labels of batch {batch} are a {type(labels).__name__} that is no tensor: {error}"
+        ) from error
+
+
+def _hot(tensor: Tensor, batch: int) -> Memberships:
+    if not bool(((tensor == 0) | (tensor == 1)).all()):
+        raise ValueError(
+            f"The labels of batch {batch} have shape {tuple(tensor.shape)} but are not multi-hot: "
+            "they hold numbers other than 0 and 1. Soft labels have no class to count for."
+        )
+    images, classes = tensor.nonzero().unbind(1)
+    if bool((tensor != 0).sum(1).eq(1).all()):  # one-hot: one class for each image, in order
+        return Memberships(classes)
+    return Memberships(classes, images)

@@ -1,0 +1,93 @@
+"""The one way from what a model returns to scores of classes (N, C)."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_KEYS = ("logits", "out")
+
+
+def class_scores(output: Any) -> Tensor:
+    r"""
+    The tensor of scores in what a model returned.
+
+    A tensor is taken as it is; of an object with ``logits`` (Hugging Face) or a mapping with
+    ``logits`` or ``out`` (torchvision's segmentation) that part.
+
+    Raises:
+        ValueError: It is anything else, a tuple for example.
+    """
+    if isinstance(output, Tensor):
+        return output
+    for key in _KEYS:
+        part = output.get(key) if isinstance(output, Mapping) else getattr(output, key, None)
+        if isinstance(part, Tensor):
+            return part
+    raise ValueError(
+        f"The model returns a {type(output).__name__}{_contents(output)}, not one tensor of class "
+        "scores (N, C). To pick the scores, wrap the model: "
+        "ClassScores(model, lambda output: output[0]) in place of the model."
+    )
+
+
+def two_classes(scores: Tensor) -> Tensor:
+    """Scores (N, C); the one logit z of a binary classifier, (N,) or (N, 1), as (-z, z)."""
+    scores = as_rows(scores)
+    return torch.cat([-scores, scores], 1) if scores.dim() == 2 and scores.shape[1] == 1 else scores
+
+
+def as_rows(scores: Tensor) -> Tensor:
+    """Scores (N, C), those of one number for each image, (N,), as (N, 1)."""
+    return scores[:, None] if scores.dim() == 1 else scores
+
+
+def scores_per_class(output: Any) -> Tensor:
+    """Scores (N, C), C at least 2, of what a model returned.
+
+    Raises:
+        ValueError: The model returns something else.
+    """
+    scores = two_classes(class_scores(output))
+    if scores.dim() != 2:
+        raise ValueError(
+            f"The model returns scores of shape {tuple(scores.shape)}, not (N, C). To give each "
+            "image one score per class, the mean over pixels for example, wrap the model: "
+            "ClassScores(model, lambda output: output.mean((2, 3))) in place of the model."
+        )
+    return scores
+
+
+def are_probabilities(scores: Tensor) -> bool:
+    """Whether scores (N, C) are already probabilities: none negative, every row with the sum 1."""
+    if scores.dim() != 2 or scores.shape[1] < 2:
+        return False
+    scores = scores.detach().float()
+    sums_to_one = (scores.sum(1) - 1).abs() <= 1e-3
+    return bool(((scores >= 0).all(1) & sums_to_one).all())
+
+
+def log_probabilities(scores: Tensor, probabilities: bool = False) -> Tensor:
+    r"""
+    Log-probabilities of the classes, (..., C).
+
+    Args:
+
+        scores (Tensor): Logits (..., C), or the one logit (..., 1) of a binary classifier.
+        probabilities (bool): They are probabilities already; see :func:`are_probabilities`.
+                    Default: False
+    """
+    if probabilities:
+        return scores.clamp(min=torch.finfo(scores.dtype).tiny).log()
+    if scores.shape[-1] == 1:
+        return torch.nn.functional.logsigmoid(torch.cat([-scores, scores], -1))
+    return scores.log_softmax(-1)
+
+
+def _contents(output: Any) -> str:
+    if isinstance(output, Mapping):
+        return f" with {', '.join(map(repr, output))}"
+    if isinstance(output, (tuple, list)):
+        return f" of {len(output)} ({', '.join(type(part).__name__ for part in output)})"
+    return ""

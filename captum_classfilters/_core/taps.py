@@ -1,0 +1,132 @@
+"""The one place that hooks a layer, to read its tensor or to put another in its place."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from captum_classfilters._core.layers import (
+    check_batch,
+    check_runs,
+    filter_axis,
+    only_tensor,
+    positions_last,
+)
+
+
+@contextmanager
+def hooked(
+    modules: Iterable[nn.Module], hook: Callable[[nn.Module, Any, Any], Any]
+) -> Iterator[None]:
+    """Call a function with each of these modules, its inputs and its output whenever it has run in
+    the block; what it returns, if not None, takes the output's place."""
+    with ExitStack() as stack:
+        for module in modules:
+            stack.callback(module.register_forward_hook(hook).remove)
+        yield
+
+
+@contextmanager
+def tapped(
+    module: nn.Module, react: Callable[[Any], Any], *, at_input: bool = False
+) -> Iterator[None]:
+    r"""
+    Call a function with what a module puts out, or takes, in every forward pass of the block.
+
+    Args:
+
+        module (nn.Module): The layer.
+        react (Callable): From the layer's output, or from the tuple of its positional inputs, to
+                    what takes its place; None leaves it as it is. A Tensor may replace a tuple or
+                    list that holds a single one.
+        at_input (bool): Tap the layer's inputs.
+                    Default: False
+    """
+
+    def pre_hook(_module: nn.Module, inputs: Any) -> Any:
+        return _in_the_form_of(inputs, react(inputs))
+
+    def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+        return _in_the_form_of(output, react(output))
+
+    with ExitStack() as stack:
+        if at_input:
+            stack.callback(module.register_forward_pre_hook(pre_hook).remove)
+        else:
+            stack.enter_context(hooked([module], hook))
+        yield
+
+
+def _in_the_form_of(value: Any, replacement: Any) -> Any:
+    if isinstance(value, (tuple, list)) and isinstance(replacement, Tensor):
+        return type(value)([replacement])
+    return replacement
+
+
+class LayerTap:
+    r"""
+    One layer's tensor in the current forward pass: how often it came by, and where its filters are.
+
+    Args:
+
+        module (nn.Module): The layer.
+        name (str): Its name, for messages.
+        channel_dim (int, optional): Axis of the filters, where it cannot be told from the layer.
+                    Default: None
+        at_input (bool): Read the layer's input instead of its output.
+                    Default: False
+        react (Callable, optional): From the tensor and the axis of its filters to a tensor that
+                    takes its place, or None.
+                    Default: None
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        name: str,
+        channel_dim: int | None = None,
+        at_input: bool = False,
+        react: Callable[[Tensor, int], Tensor | None] | None = None,
+    ) -> None:
+        self.module, self.name, self.channel_dim = module, name, channel_dim
+        self.at_input, self.react = at_input, react
+        self.rows: dict[torch.device, list[int]] = {}  # of each run on each device
+
+    def axis_of(self, tensor: Tensor) -> int:
+        """The axis of the filters in the layer's tensor, or in one like it."""
+        return filter_axis(None if self.at_input else self.module, tensor, self.channel_dim)
+
+    def maps_of(self, tensor: Tensor) -> Tensor:
+        """The layer's tensor, or one like it, as (N, K, P)."""
+        return positions_last(tensor, self.axis_of(tensor))
+
+    def begin(self) -> None:
+        """Forget the last forward pass."""
+        self.rows = {}
+
+    def take(self, value: Any) -> Any:
+        """See the layer's value pass; what is returned, if not None, takes its place."""
+        tensor = only_tensor(value, self.name)
+        self.count(tensor)
+        return None if self.react is None else self.react(tensor, self.axis_of(tensor))
+
+    def count(self, tensor: Tensor) -> None:
+        """Count a run; replicas of a data-parallel model run once on each device."""
+        self.rows.setdefault(tensor.device, []).append(tensor.shape[0] if tensor.dim() else 0)
+
+    def check(self, num_images: int) -> None:
+        """Raise if the layer did not run exactly once, with one row for each image."""
+        check_runs(self.name, max(map(len, self.rows.values()), default=0))
+        check_batch(self.name, sum(rows[0] for rows in self.rows.values()), num_images)
+
+
+@contextmanager
+def tapping(taps: Sequence[LayerTap]) -> Iterator[None]:
+    """Tap several layers in the forward passes of the block, each told to begin anew."""
+    with ExitStack() as stack:
+        for tap in taps:
+            tap.begin()
+            stack.enter_context(tapped(tap.module, tap.take, at_input=tap.at_input))
+        yield

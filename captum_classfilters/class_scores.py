@@ -1,0 +1,50 @@
+"""A model whose output is turned into class scores, and whose layers keep their names."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from captum_classfilters._core.layers import ModelWrapper
+
+
+class ClassScores(ModelWrapper):
+    r"""
+    Pick the class scores out of whatever a model returns.
+
+    Every method, head and metric of this package takes a ``ClassScores`` in place of the model. The
+    layers keep the names that they have in the model, so a table found through the wrapper fits the
+    model, and the other way round. It is needed where the output is not already a tensor (N, C), an
+    object with ``logits``, or a mapping with ``logits`` or ``out``: for a tuple, one of two heads,
+    segmentation (mean over the pixels of a class), detection (a box's class score).
+
+    Args:
+
+        model (nn.Module): The model.
+        scores (Callable): From what the model returns to scores (N, C), or to one logit (N,) or
+                    (N, 1) of a binary classifier.
+
+    Examples::
+
+        >>> import torch
+        >>> from captum_classfilters import ClassScores, LayerFilterContribution
+        >>> class Segmenter(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.conv, self.head = torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(8, 2, 1)
+        ...     def forward(self, images):
+        ...         return self.head(self.conv(images).relu())
+        >>> model = ClassScores(Segmenter(), lambda maps: maps.mean((2, 3)))
+        >>> data = [(torch.rand(4, 3, 6, 6), torch.tensor([0, 1, 1, 0]))]
+        >>> LayerFilterContribution(model, "conv").identify(data, show_progress=False).layer
+        'conv'
+    """
+
+    def __init__(self, model: nn.Module, scores: Callable[[Any], Tensor]) -> None:
+        super().__init__()
+        self.wrapped_model = model
+        self.scores = scores
+
+    def forward(self, *inputs: Any, **options: Any) -> Tensor:
+        """Scores (N, C) of the model's output."""
+        return self.scores(self.wrapped_model(*inputs, **options))

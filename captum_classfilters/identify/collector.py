@@ -1,0 +1,318 @@
+"""Evidence of batches, added up for any number of methods and layers."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from captum_classfilters._core.batches import Batch, Batches
+from captum_classfilters._core.devices import sums_device
+from captum_classfilters._core.distributed import gather, rank
+from captum_classfilters._core.forward import (
+    BatchReading,
+    LayerRequest,
+    MapsNeededError,
+    SharedForward,
+)
+from captum_classfilters._core.labels import Memberships
+from captum_classfilters._core.outputs import scores_per_class
+from captum_classfilters.identify.evidence_sources import Source
+from captum_classfilters.identify.significance import (
+    EvidenceRecord,
+    LabelPermutation,
+    foreign_labels,
+)
+from captum_classfilters.identify.statistics import ClassFilterSums
+
+
+@dataclass
+class Tally:
+    """What is kept of one source."""
+
+    source: Source
+    sums: ClassFilterSums | None = None
+    record: EvidenceRecord | None = None
+    feed: dict[str, str] | None = None
+    exact: bool | None = None
+
+    @property
+    def shape(self) -> tuple[int, int] | None:
+        """Classes and filters; None before the first image."""
+        return None if self.sums is None else (self.sums.num_classes, self.sums.num_filters)
+
+
+@dataclass
+class _Scores:
+    """A source's scores for a batch: of the pairs (M, K), and of foreign targets (N, K)."""
+
+    own: Tensor
+    foreign: list[Tensor]
+    finite: Tensor
+    means: Tensor | None = None  # of the images' activations (N, K)
+
+
+@dataclass
+class _Group:
+    """Tallies that share a forward pass; ``places`` is the layer of each among those read."""
+
+    tallies: list[Tally]
+    shared: SharedForward
+    places: list[int] = field(default_factory=list)
+
+
+class Collector:
+    """Adds batches to the sums of all sources.
+
+    Args:
+
+        sources (sequence of Source): Methods, each at one layer.
+        num_classes (int, optional): C; by default that of the model's outputs.
+        num_filters (int, optional): How many filters will be selected, checked early.
+        test (LabelPermutation, optional): What permutations need is recorded.
+        record_all (bool): The evidence of every image is recorded.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        num_classes: int | None,
+        num_filters: int | None = None,
+        test: LabelPermutation | None = None,
+        record_all: bool = False,
+    ) -> None:
+        self.num_classes, self.num_filters = num_classes, num_filters
+        self.foreign = test.foreign_targets if test is not None else 0
+        self.generator = torch.Generator().manual_seed((test.seed if test else 0) + 7919 * rank())
+        self.tallies = [Tally(source) for source in sources]
+        for tally in self.tallies:
+            if record_all or (test is not None and not tally.source.counts_votes):
+                tally.record = EvidenceRecord()
+        self.groups = _groups([tally for tally in self.tallies if tally.source.shares_forward])
+
+    def add(self, batches: Batches, batch: Batch) -> None:
+        """Add one batch."""
+        for group in self.groups:
+            self._add_shared(group, batches, batch)
+        for tally in self.tallies:
+            if not tally.source.shares_forward:
+                self._add_attributed(tally, batches, batch)
+
+    # -- rules, in one forward pass --------------------------------------------------------------
+
+    def _add_shared(self, group: _Group, batches: Batches, batch: Batch) -> None:
+        scores, pairs, foreign, holds = self._evaluated(group, batches, batch)
+        flags = [torch.stack(holds).all()] if holds else []
+        flags += [part.finite for part in scores]
+
+        def then(values: list[bool]) -> None:
+            right, finite = scores, values[len(values) - len(scores) :]
+            if holds and not values[0]:
+                # What was seen to hold before does not hold for this batch.
+                group.shared.use_gradients()
+                right = self._evaluated(group, batches, batch, (pairs, foreign))[0]
+                finite = [bool(part.finite) for part in right]
+            for place, tally in enumerate(group.tallies):
+                if not finite[place]:
+                    raise _not_finite(tally.source, right[place], pairs, batch)
+                self._update(tally, right[place], pairs, foreign)
+                self._note(tally, group.shared, group.places[place])
+
+        batches.later(flags, then, kept=batch.inputs if holds else ())
+
+    def _evaluated(
+        self,
+        group: _Group,
+        batches: Batches,
+        batch: Batch,
+        known: tuple[Memberships, list[Tensor]] | None = None,
+    ) -> tuple[list[_Scores], Memberships, list[Tensor], list[Tensor]]:
+        """Scores of a batch, whom they belong to, and what must hold for them."""
+        try:
+            with group.shared.run(batch.inputs, batch.size) as reading:
+                pairs, foreign = known or self._targets(batches, batch, reading.output)
+                scores = [
+                    self._ruled(tally, place, reading, pairs, foreign)
+                    for tally, place in zip(group.tallies, group.places, strict=True)
+                ]
+                return scores, pairs, foreign, reading.holds
+        except MapsNeededError:
+            group.shared.keep_maps()
+            return self._evaluated(group, batches, batch, known)
+
+    def _ruled(
+        self,
+        tally: Tally,
+        place: int,
+        reading: BatchReading,
+        pairs: Memberships,
+        foreign: list[Tensor],
+    ) -> _Scores:
+        source, maps = tally.source, reading.layers[place][0]
+        own = self._of_pairs(source, pairs, len(maps.means), lambda t: source.scores(maps, t))
+        wanted = foreign if source.depends_on_target and tally.record is not None else []
+        others = [source.scores(maps, targets) for targets in wanted]
+        finite = maps.means.isfinite().all() & own.isfinite().all()
+        return _Scores(own, others, _and_finite(finite, others), maps.means)
+
+    @staticmethod
+    def _of_pairs(source: Source, pairs: Memberships, num_images: int, scores: Any) -> Tensor:
+        """Scores (M, K) of pairs of image and class; several passes where an image has several."""
+        if pairs.images is None or not source.depends_on_target:
+            own: Tensor = pairs.of_images(scores(pairs.rounds(num_images)[0][0]))
+            return own
+        result: Tensor | None = None
+        for targets, rows in pairs.rounds(num_images):
+            values = scores(targets)
+            if result is None:
+                result = values.new_zeros(len(pairs.classes), values.shape[1])
+            assert rows is not None
+            chosen = rows >= 0
+            result[rows[chosen]] = values[chosen]
+        assert result is not None
+        return result
+
+    @staticmethod
+    def _note(tally: Tally, shared: SharedForward, place: int) -> None:
+        """How the layer feeds the head, and whether derivatives were the head's weights."""
+        feed = shared.feed(place)
+        if feed is not None and shared.head_name is not None:
+            tally.feed = {"name": shared.head_name, "by": feed}
+        rule = tally.source.rule
+        if rule is not None and rule.needs_derivative:
+            tally.exact = shared.exact(place)
+
+    # -- everybody else ----------------------------------------------------------------------------
+
+    def _add_attributed(self, tally: Tally, batches: Batches, batch: Batch) -> None:
+        source = tally.source
+        output = None
+        if self.num_classes is None:
+            with torch.no_grad():
+                output = source.method.forward_func(*batch.inputs)
+        pairs, foreign = self._targets(batches, batch, output)
+        own = self._of_pairs(
+            source, pairs, batch.size, lambda targets: source.attributed(batch.inputs, targets)
+        )
+        wanted = foreign if source.depends_on_target and tally.record is not None else []
+        others = [source.attributed(batch.inputs, targets) for targets in wanted]
+        scores = _Scores(own, others, _and_finite(own.isfinite().all(), others))
+
+        def then(values: list[bool]) -> None:
+            if not values[0]:
+                raise _not_finite(source, scores, pairs, batch)
+            self._update(tally, scores, pairs, foreign)
+
+        batches.later([scores.finite], then)
+
+    # -- both ----------------------------------------------------------------------------------------
+
+    def _targets(
+        self, batches: Batches, batch: Batch, output: Any
+    ) -> tuple[Memberships, list[Tensor]]:
+        """Which image counts for which class, and the foreign targets of a permutation test."""
+        if self.num_classes is None:
+            self.num_classes = scores_per_class(output).shape[1]
+        pairs = batches.memberships(batch, self.num_classes)
+        if not self.foreign:
+            return pairs, []
+        if pairs.images is not None:
+            raise ValueError(
+                f"The labels of batch {batch.number} are multi-hot; significance permutes labels of "
+                "one class for each image. Leave significance=False, or pass class indices."
+            )
+        drawn = [
+            foreign_labels(pairs.classes, self.num_classes, self.generator)
+            for _ in range(self.foreign)
+        ]
+        return pairs, drawn
+
+    def _update(
+        self, tally: Tally, scores: _Scores, pairs: Memberships, foreign: list[Tensor]
+    ) -> None:
+        """Add scores to the sums."""
+        if tally.sums is None:
+            assert self.num_classes is not None
+            width = scores.own.shape[1]
+            if self.num_filters is not None and self.num_filters > width:
+                raise ValueError(
+                    f"num_filters={self.num_filters} is larger than the {width} filters of the "
+                    f"layer {tally.source.layer_name!r}."
+                )
+            tally.sums = ClassFilterSums(
+                self.num_classes, width, integer=tally.source.counts_votes
+            ).to(sums_device(scores.own.device))
+        tally.sums.update(scores.own, pairs.classes)
+        if tally.record is not None:
+            tally.record.add(scores.own, pairs.classes)
+            for targets, values in zip(foreign, scores.foreign, strict=False):
+                tally.record.add_foreign(values, targets)
+
+    def merge(self) -> None:
+        """Take in the tallies of all ranks."""
+        shapes = gather([tally.shape for tally in self.tallies])
+        notes = gather([(tally.feed, tally.exact) for tally in self.tallies])
+        for place, tally in enumerate(self.tallies):
+            shape = next((s[place] for s in shapes if s[place] is not None), None)
+            if shape is None:
+                raise ValueError("The data loader is empty: there is no image to learn from.")
+            if tally.sums is None:  # this rank's share was empty
+                tally.sums = ClassFilterSums(shape[0], shape[1], tally.source.counts_votes)
+            feeds, exact = zip(*(note[place] for note in notes), strict=True)
+            tally.feed = next((feed for feed in feeds if feed), None)
+            known = [value for value in exact if value is not None]
+            tally.exact = all(known) if known else None
+            if tally.record is not None:
+                tally.record.merge(gather(tally.record))
+
+
+def _groups(tallies: Sequence[Tally]) -> list[_Group]:
+    """Tallies by model and side of the layer, each layer read once."""
+    by_model: dict[tuple[Any, bool], list[Tally]] = {}
+    for tally in tallies:
+        source = tally.source
+        by_model.setdefault((source.method.forward_func, source.at_input), []).append(tally)
+    groups = []
+    for (_, at_input), members in by_model.items():
+        needs: dict[tuple[int, int | None], LayerRequest] = {}
+        keys = []
+        for tally in members:
+            rule = tally.source.rule
+            assert rule is not None
+            key = (id(rule.layer), rule.channel_dim)
+            keys.append(key)
+            derivative = rule.needs_derivative or (key in needs and needs[key].derivative)
+            needs[key] = LayerRequest(rule.layer, rule.channel_dim, derivative)
+        method = members[0].source.method
+        shared = SharedForward(
+            method.forward_func, list(needs.values()), at_input, device_ids=method.device_ids
+        )
+        order = list(needs)
+        groups.append(_Group(members, shared, [order.index(key) for key in keys]))
+    return groups
+
+
+def _not_finite(source: Source, scores: _Scores, pairs: Memberships, batch: Batch) -> ValueError:
+    """The error that names the first image whose activations or scores are not finite."""
+    what, own = "scores", scores.own
+    if scores.means is not None and not bool(scores.means.isfinite().all()):
+        what, own = "activations", pairs.of_images(scores.means)
+    wrong = (~own.isfinite().all(1)).nonzero()
+    if not len(wrong):
+        return ValueError(
+            f"NaN or Inf among the scores of the layer {source.layer_name!r} for other classes in "
+            f"batch {batch.number}."
+        )
+    pair = int(wrong[0, 0])
+    image = pair if pairs.images is None else int(pairs.images[pair])
+    return ValueError(
+        f"NaN or Inf among the {what} of the layer {source.layer_name!r}: class "
+        f"{int(pairs.classes[pair])}, batch {batch.number}, image {image} of the batch."
+    )
+
+
+def _and_finite(finite: Tensor, others: Sequence[Tensor]) -> Tensor:
+    for values in others:
+        finite = finite & values.isfinite().all()
+    return finite

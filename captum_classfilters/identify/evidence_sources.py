@@ -1,0 +1,191 @@
+"""Where the evidence of single images comes from: a method's rule, or its ``attribute``."""
+
+import copy
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from captum.attr import LayerAttribution
+from torch import Tensor, nn
+
+from captum_classfilters._core.forward import FilterMaps
+from captum_classfilters._core.layers import (
+    filter_axis,
+    layer_name,
+    module_of,
+    positions_last,
+)
+from captum_classfilters._core.rules import FilterRule
+
+Reduction = Literal["sum", "mean", "max", "abs_sum"]
+REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "sum": lambda maps: maps.sum(2),
+    "mean": lambda maps: maps.mean(2),
+    "max": lambda maps: maps.amax(2),
+    "abs_sum": lambda maps: maps.abs().sum(2),
+}
+_DEFAULT_FILTERS = 5
+
+
+@dataclass
+class Source:
+    """One method at one layer.
+
+    Args:
+
+        key: The method's place among those given.
+        method (LayerAttribution): The method, bound to that layer alone.
+        kwargs (dict): Further arguments of its ``attribute``.
+        reduction (str): How maps of ``attribute`` become one number per filter.
+    """
+
+    key: Any
+    method: LayerAttribution
+    kwargs: dict[str, Any]
+    reduction: Reduction
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.method.layer, nn.Module):
+            raise ValueError(
+                f"{type(self.method).__name__} has the layer {self.method.layer!r}; expected a "
+                "module."
+            )
+        self.rule = self.method if isinstance(self.method, FilterRule) else None
+        self.model = module_of(self.method.forward_func, [self.method.layer])
+        self.layer_name = layer_name(self.model, self.method.layer)
+
+    @property
+    def name(self) -> str:
+        """The method's name, as Captum spells it without spaces."""
+        return type(self.method).__name__
+
+    @property
+    def table_layer(self) -> str:
+        """The layer's name in a table; not the filters' if the features are something else."""
+        features = self.rule.features_name if self.rule is not None else None
+        return f"{self.layer_name}.{features}" if features else self.layer_name
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Options of the method and of its ``attribute``, for the record."""
+        plain = {k: v for k, v in self.kwargs.items() if isinstance(v, (int, float, str, bool))}
+        return {**(self.rule.options if self.rule is not None else {}), **plain}
+
+    @property
+    def counts_votes(self) -> bool:
+        """Whether scores are whole numbers."""
+        return self.rule is not None and self.rule.counts_votes
+
+    @property
+    def default_num_filters(self) -> int:
+        """How many filters are selected if nothing is said."""
+        return _DEFAULT_FILTERS if self.rule is None else self.rule.default_num_filters
+
+    @property
+    def depends_on_target(self) -> bool:
+        """Whether an image's evidence is another one for another target."""
+        return self._takes_target if self.rule is None else self.rule.depends_on_target
+
+    @property
+    def at_input(self) -> bool:
+        """Whether the evidence is about the layer's input."""
+        return bool(self.kwargs.get("attribute_to_layer_input", False))
+
+    @property
+    def shares_forward(self) -> bool:
+        """Whether the method's rule is followed, in a forward pass shared with other methods."""
+        return (
+            self.rule is not None
+            and self.rule.has_current_rule
+            and not set(self.kwargs) - {"attribute_to_layer_input"}
+        )
+
+    @property
+    def _takes_target(self) -> bool:
+        return "target" in inspect.signature(self.method.attribute).parameters
+
+    def scores(self, maps: FilterMaps, target: Tensor) -> Tensor:
+        """Scores (N, K) by the method's rule."""
+        assert self.rule is not None
+        features = self.rule.features_of(maps, self.method.layer)
+        return self.rule.scores_from(features, target).detach()
+
+    def attributed(self, inputs: tuple[Tensor, ...], target: Tensor) -> Tensor:
+        """Scores (N, K) through the method's own ``attribute``."""
+        kwargs = dict(self.kwargs)
+        if self._takes_target:
+            kwargs.setdefault("target", target)
+        if self.rule is None:
+            # LayerDeepLift hooks gradients before the layer, where frozen parameters leave none.
+            inputs = tuple(
+                image.detach().requires_grad_() if image.is_floating_point() else image
+                for image in inputs
+            )
+        with torch.enable_grad():
+            attributions = self.method.attribute(inputs if len(inputs) > 1 else inputs[0], **kwargs)
+        if not isinstance(attributions, Tensor):
+            raise ValueError(
+                f"{self.name} at {self.layer_name!r} returned a {type(attributions).__name__}; "
+                "class filters need one tensor, (N, K) or (N, K, ...)."
+            )
+        attributions = attributions.detach()
+        if self.rule is not None:
+            return self.rule.filter_scores(attributions, self.at_input)
+        # One channel, as Grad-CAM's maps have, is no layout that the layer could tell.
+        alone = self.at_input or attributions.shape[1] == 1
+        axis = filter_axis(None if alone else self.method.layer, attributions)
+        return REDUCTIONS[self.reduction](positions_last(attributions, axis))
+
+
+def sources_of(
+    methods: Any,
+    attribute_kwargs: Mapping[str, Any] | None,
+    at_input: bool,
+    reduction: Reduction,
+) -> list[Source]:
+    """The methods given, alone or several, each at each of its layers."""
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction={reduction!r}; choose one of {', '.join(REDUCTIONS)}.")
+    several = isinstance(methods, (Mapping, Sequence))
+    kwargs_of: dict[Any, Any] = (
+        dict(attribute_kwargs or {}) if several else {0: dict(attribute_kwargs or {})}
+    )
+    sources = []
+    for key, method in _keyed(methods):
+        if not isinstance(method, LayerAttribution):
+            raise ValueError(
+                f"A {type(method).__name__} is not a Captum LayerAttribution object; pass a method "
+                "bound to a model and a layer, LayerFilterFrequency(model, layer) for example."
+            )
+        kwargs = dict(kwargs_of.pop(key, {}))
+        if at_input:
+            kwargs["attribute_to_layer_input"] = True
+        layers = method.layer if isinstance(method.layer, (list, tuple)) else [method.layer]
+        for layer in layers:
+            single = copy.copy(method)
+            single.layer = layer
+            sources.append(Source(key, single, kwargs, reduction))
+    if kwargs_of:
+        raise ValueError(f"attribute_kwargs names no method: {', '.join(map(str, kwargs_of))}.")
+    if not sources:
+        raise ValueError("methods is empty; pass at least one LayerAttribution.")
+    return sources
+
+
+def like_methods(methods: Any, sources: Sequence[Source], results: Sequence[Any]) -> Any:
+    """Results of the sources in the form in which the methods were given."""
+    shaped: dict[Any, Any] = {}
+    for key, method in _keyed(methods):
+        own = [r for source, r in zip(sources, results, strict=True) if source.key == key]
+        shaped[key] = own if isinstance(method.layer, (list, tuple)) else own[0]
+    if isinstance(methods, Mapping):
+        return shaped
+    return list(shaped.values()) if isinstance(methods, Sequence) else shaped[0]
+
+
+def _keyed(methods: Any) -> Any:
+    if isinstance(methods, Mapping):
+        return methods.items()
+    return enumerate(methods if isinstance(methods, Sequence) else [methods])
