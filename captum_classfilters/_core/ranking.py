@@ -1,0 +1,44 @@
+"""Orders of filters: by their scores, and at random as a control."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torchmetrics.functional import spearman_corrcoef
+
+
+def descending(scores: Tensor) -> Tensor:
+    """Indices by falling score; ties in the order of the filters, NaN last."""
+    return scores.nan_to_num(nan=-float("inf")).sort(dim=-1, descending=True, stable=True).indices
+
+
+def ranks(order: Tensor) -> Tensor:
+    """The place of each filter in an order of filters, (..., K)."""
+    return order.argsort(-1)
+
+
+def rank_correlation(left: Tensor, right: Tensor) -> Tensor:
+    """Spearman's correlation of each row; NaN where a row is constant or not finite."""
+    result = torch.full((len(left),), float("nan"), dtype=torch.float64)
+    usable = torch.isfinite(left).all(1) & torch.isfinite(right).all(1)
+    usable &= (left.std(1) > 0) & (right.std(1) > 0) if left.shape[1] > 1 else False
+    for row in usable.nonzero()[:, 0].tolist():
+        result[row] = spearman_corrcoef(left[row], right[row])
+    return result
+
+
+def random_orders(shape: Sequence[int], repetitions: int, generator: torch.Generator) -> Tensor:
+    """Random orders of K filters, (repetitions, ..., K) for a shape (..., K)."""
+    drawn = [torch.rand(*shape, generator=generator) for _ in range(repetitions)]
+    return torch.stack(drawn).argsort(-1)
+
+
+def first_of(order: Tensor, sizes: Tensor | int) -> Tensor:
+    """Masks (..., K) of the first so many filters of orders (..., K); sizes broadcast to (...)."""
+    return ranks(order) < torch.as_tensor(sizes)[..., None]
+
+
+def random_sets(selected: Tensor, repetitions: int, seed: int) -> Tensor:
+    """Masks (repetitions, ..., K) of as many filters as each row of ``selected`` has, at random."""
+    generator = torch.Generator().manual_seed(seed)
+    return first_of(random_orders(selected.shape, repetitions, generator), selected.sum(-1))
