@@ -168,6 +168,7 @@ def read_batches(
     unpack: Unpack | None = None,
     labeled: bool = True,
     gradients: bool = False,
+    training: bool = False,
     may_be_empty: bool = False,
     show_progress: bool = True,
 ) -> Iterator[Batches]:
@@ -190,6 +191,9 @@ def read_batches(
                     Default: True
         gradients (bool): Record gradients in the block; the model's parameters stay out of them.
                     Default: False
+        training (bool): The block trains the models: gradients are recorded, and modes, parameters
+                    and the random state are left to it.
+                    Default: False
         may_be_empty (bool): Allow a loader without an image, a rank's share for example.
                     Default: False
         show_progress (bool): Show a progress bar, on the main process.
@@ -210,11 +214,11 @@ def read_batches(
     )
     with ExitStack() as stack:
         stack.enter_context(bar)
-        for module in {id(module): module for module in models}.values():
+        for module in {id(module): module for module in models}.values() if not training else ():
             stack.enter_context(model_left_as_found(module, evaluation=True, freeze=True))
         # Whatever the caller switched off around the call, Lightning's hooks for example.
         stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.set_grad_enabled(gradients))
+        stack.enter_context(torch.set_grad_enabled(gradients or training))
         batches = Batches(
             dataloader, None if where is None else torch.device(where), unpack, labeled, bar
         )
