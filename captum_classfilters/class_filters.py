@@ -14,9 +14,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
-from torchmetrics.functional import spearman_corrcoef
 
 from captum_classfilters._core.files import write_atomically
+from captum_classfilters._core.ranking import descending, rank_correlation, ranks
 
 if TYPE_CHECKING:
     import pandas
@@ -272,7 +272,7 @@ class ClassFilters:
             *Tensor* of int64, shape (number selected,). Equal scores keep the filters' order.
         """
         row = self.class_index(class_)
-        order = _descending(self._scores[row])
+        order = descending(self._scores[row])
         return order[self._selected[row][order]]
 
     def classes_of(self, filter_: int) -> list[str]:
@@ -298,12 +298,16 @@ class ClassFilters:
         num_filters: int | None = None,
         mass: float | None = None,
         fdr: float | None = None,
+        positive_only: bool = False,
     ) -> "ClassFilters":
         r"""
         Choose filters for each class, in the order of their scores.
 
-        Ties go to the filter with the lower index. Classes without images select nothing, and a
-        warning names them.
+        Ties go to the filter with the lower index. Classes without images select nothing. A score of
+        exactly zero is no evidence: such a filter is not selected, unless all K are asked for, so a
+        class may get fewer filters than asked, and none at a dead layer. A warning names the
+        classes in each case, and those that get filters with a negative score, which lower the
+        class's logit.
 
         Args:
 
@@ -316,6 +320,8 @@ class ClassFilters:
                         rate and whose score is positive: all of them, or with ``num_filters`` at
                         most that many for each class. A class may end up with none.
                         Default: None
+            positive_only (bool): Leave out filters whose score is not positive.
+                        Default: False
 
         Returns:
             *ClassFilters*: A new table with the same scores.
@@ -334,7 +340,7 @@ class ClassFilters:
             sizes = self._checked_number(num_filters)
         else:
             sizes = self._sizes_for_mass(float(mass))  # type: ignore[arg-type]
-        return self._with_sizes(sizes)
+        return self._with_sizes(sizes, positive_only)
 
     def _discoveries(
         self, fdr: float, num_filters: int | None, mass: float | None
@@ -353,7 +359,7 @@ class ClassFilters:
         if num_filters is not None:
             allowed = self._checked_number(num_filters)[:, None]
             ranked = self._scores.masked_fill(~found, -float("inf"))
-            found &= _ranks(_descending(ranked)) < allowed
+            found &= ranks(descending(ranked)) < allowed
         return self._replace(selected=found)
 
     def with_selection(self, selected: Tensor) -> "ClassFilters":
@@ -384,16 +390,40 @@ class ClassFilters:
         reached = cumulative >= mass * cumulative[:, -1:] * (1 - 1e-12)
         return reached.to(torch.int64).argmax(1) + 1
 
-    def _with_sizes(self, sizes: Tensor) -> "ClassFilters":
-        missing = self.classes_without_images
-        if missing:
-            warnings.warn(
-                f"No filters are selected for {len(missing)} class(es) without images: "
-                f"{', '.join(missing[:10])}{' ...' if len(missing) > 10 else ''}.",
-                stacklevel=3,
+    def _with_sizes(self, sizes: Tensor, positive_only: bool) -> "ClassFilters":
+        seen = self._counts > 0
+        wanted = (ranks(descending(self._scores)) < sizes[:, None]) & seen[:, None]
+        selected = wanted & ((self._scores != 0) | (sizes == self.num_filters)[:, None])
+        if positive_only:
+            selected &= self._scores > 0
+        self._warn_of(~seen, "No filters are selected for {} without images: {}.")
+        nothing = seen & (self._scores == 0).all(1) & (sizes < self.num_filters)
+        self._warn_of(
+            nothing,
+            f"The layer {self.layer!r} is dead for {{}}, every score is zero, and no filters are "
+            "selected: {}.",
+        )
+        fewer = seen & ~nothing & (selected.sum(1) < wanted.sum(1))
+        self._warn_of(
+            fewer,
+            "Fewer filters than asked are selected for {}, whose other filters have a score of "
+            f"{'zero or below' if positive_only else 'exactly zero, which is no evidence'}: {{}}.",
+        )
+        if self.provenance.get("signed", True):
+            self._warn_of(
+                (selected & (self._scores < 0)).any(1),
+                "Filters that lower the class's logit (negative scores) are selected for {}: {}. "
+                "select(..., positive_only=True) leaves them out.",
             )
-        rank = _ranks(_descending(self._scores))
-        return self._replace(selected=(rank < sizes[:, None]) & (self._counts > 0)[:, None])
+        return self._replace(selected=selected)
+
+    def _warn_of(self, classes: Tensor, message: str) -> None:
+        """Warn of some classes (C,), bool, if there are any: how many, and the first names."""
+        names = [self.class_names[row] for row in classes.nonzero()[:, 0].tolist()]
+        if names:
+            number = "1 class" if len(names) == 1 else f"{len(names)} classes"
+            shown = ", ".join(names[:10]) + (" ..." if len(names) > 10 else "")
+            warnings.warn(message.format(number, shown), stacklevel=4)
 
     # -- comparing -------------------------------------------------------------------------------
 
@@ -430,7 +460,7 @@ class ClassFilters:
         return Agreement(
             overlap=torch.where(empty, nothing, shared / sizes.min(0).values),
             chance=torch.where(empty, nothing, sizes.max(0).values / self.num_filters),
-            rank_correlation=_rank_correlation(self._scores, other._scores),
+            rank_correlation=rank_correlation(self._scores, other._scores),
         )
 
     def overlap(self) -> ClassOverlap:
@@ -705,23 +735,3 @@ def _equal(left: Tensor | None, right: Tensor | None) -> bool:
             torch.equal(left.isnan(), right.isnan())
         )
     return bool(torch.equal(left, right))
-
-
-def _descending(scores: Tensor) -> Tensor:
-    """Indices by falling score; ties in the order of the filters, NaN last."""
-    return scores.nan_to_num(nan=-float("inf")).sort(dim=-1, descending=True, stable=True).indices
-
-
-def _ranks(order: Tensor) -> Tensor:
-    """The place of each filter in an order, row by row."""
-    places = torch.arange(order.shape[1]).expand_as(order)
-    return torch.empty_like(order).scatter_(1, order, places)
-
-
-def _rank_correlation(left: Tensor, right: Tensor) -> Tensor:
-    result = torch.full((len(left),), float("nan"), dtype=torch.float64)
-    usable = torch.isfinite(left).all(1) & torch.isfinite(right).all(1)
-    usable &= (left.std(1) > 0) & (right.std(1) > 0) if left.shape[1] > 1 else False
-    for row in usable.nonzero()[:, 0].tolist():
-        result[row] = spearman_corrcoef(left[row], right[row])
-    return result

@@ -5,12 +5,23 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from captum_classfilters._core.batches import num_images
+from captum_classfilters._core.devices import device_of, on_device
 from captum_classfilters._core.guard import model_left_as_found
 from captum_classfilters._core.heads import how_layer_feeds, record_head
-from captum_classfilters._core.layers import declared_filters, filter_axis, layer_layout, layer_name
+from captum_classfilters._core.layers import (
+    declared_filters,
+    filter_axis,
+    layer_layout,
+    layer_name,
+    named_layers,
+    weighted_before,
+)
 from captum_classfilters._core.named_layers import NamedLayers
+from captum_classfilters._core.taps import hooked
 
 if TYPE_CHECKING:
     import pandas
@@ -137,44 +148,104 @@ def list_filter_layers(
         4      Linear             2x2      2                    puts out the logits
     """
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    batch = next((len(one) for one in inputs if isinstance(one, Tensor) and one.dim()), 0)
-    if batch < 1:
+    if num_images(inputs) < 1:
         raise ValueError("example_inputs must hold at least one example.")
-    names = {module: name for name, module in model.named_modules() if name}
-    calls: dict[nn.Module, list[Any]] = {}
-    producers: dict[nn.Module, _Producer] = {}
-    producer = _Producer()
+    inputs = on_device(inputs, device_of(model))
+    names = {module: name for name, module in named_layers(model).items() if name}
+    seen = _Seen(model, names, inputs)
+    layers = [
+        seen.describe(module)
+        for module in [*seen.calls, *(module for module in names if module not in seen.calls)]
+        if not (leaves_only and list(module.children()))
+    ]
+    if any(layer.channel_dim is None and layer.reason == _UNKNOWN for layer in layers):
+        layers = _with_another_size(model, names, inputs, layers)
+    return FilterLayers(layers, layer_name(model, seen.head) if seen.head else None)
 
-    def hook(module: nn.Module, module_inputs: Any, output: Any) -> None:
-        nonlocal producer
-        if not list(module.children()):
-            producer = producer.before(module, module_inputs, output)
-        producers[module] = replace(producer, output=None)
-        # Copies, because in-place successors overwrite what a module put out.
-        kept = output.detach().clone() if isinstance(output, Tensor) else output
-        calls.setdefault(module, []).append(kept)
 
-    handles = [module.register_forward_hook(hook) for module in names]
+_UNKNOWN = "filters on axis 1 or the last? Same size: give channel_dim=1 or channel_dim=-1"
+
+
+def _with_another_size(
+    model: nn.Module, names: dict[nn.Module, str], inputs: Any, layers: list[FilterLayer]
+) -> list[FilterLayer]:
+    """The same, the filters' axis told by images of another size: it is the one that stays."""
+    larger = tuple(
+        F.interpolate(image, scale_factor=1.5) if _is_images(image) else image for image in inputs
+    )
     try:
+        seen = _Seen(model, names, larger)
+    except Exception:  # the model takes one size only
+        return layers
+    modules = {name: module for module, name in names.items()}
+    resolved = []
+    for layer in layers:
+        output = next(iter(seen.calls.get(modules[layer.name], [])), None)
+        if layer.reason == _UNKNOWN and layer.shape and isinstance(output, Tensor):
+            last = len(layer.shape) - 1
+            stays = [axis for axis in (1, last) if output.shape[axis] == layer.shape[axis]]
+            if len(stays) == 1:
+                layer = replace(
+                    layer,
+                    channel_dim=stays[0],
+                    num_filters=layer.shape[stays[0]],
+                    qualifies=True,
+                    reason=seen.found(modules[layer.name]).must_be_told(stays[0]),
+                )
+        resolved.append(layer)
+    return resolved
+
+
+def _is_images(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() == 4 and value.is_floating_point()
+
+
+class _Seen:
+    """What every module put out in one forward pass, and which weighted leaf was before it."""
+
+    def __init__(
+        self, model: nn.Module, names: dict[nn.Module, str], inputs: tuple[Any, ...]
+    ) -> None:
+        self.model, self.names, self.batch = model, names, num_images(inputs)
+        self.calls: dict[nn.Module, list[Any]] = {}
+        self.producers: dict[nn.Module, _Producer] = {}
+        producer = _Producer()
+
+        def hook(module: nn.Module, module_inputs: Any, output: Any) -> None:
+            nonlocal producer
+            if not list(module.children()):
+                producer = producer.before(module, module_inputs, output)
+            self.producers[module] = replace(producer, output=None)
+            # Copies, because in-place successors overwrite what a module put out.
+            kept = output.detach().clone() if isinstance(output, Tensor) else output
+            self.calls.setdefault(module, []).append(kept)
+
         with (
             model_left_as_found(model, evaluation=True),
             torch.no_grad(),
+            hooked(names, hook),
             record_head(model) as head,
         ):
-            output = model(*inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    features = None if head.features is None else head.features.detach()
-    layers = []
-    for module in [*calls, *(module for module in names if module not in calls)]:
-        if leaves_only and list(module.children()):
-            continue
-        found = _Found(
-            names[module], module, calls.get(module, []), producers.get(module, producer), batch
+            self.output = model(*inputs)
+        self.head = head.module
+        self.features = None if head.features is None else head.features.detach()
+        self.ends = isinstance(self.output, Tensor) and head.is_output(self.output)
+        self.ends = self.ends and bool(head.computes_its_weight())
+
+    def describe(self, module: nn.Module) -> FilterLayer:
+        """A module as a row of the table."""
+        return self.found(module).describe(self.features, self.output, self.ends)
+
+    def found(self, module: nn.Module) -> "_Found":
+        """What is known of a module."""
+        return _Found(
+            self.names[module],
+            module,
+            self.calls.get(module, []),
+            self.producers.get(module, _Producer()),
+            weighted_before(self.model, module),
+            self.batch,
         )
-        layers.append(found.describe(features, output, head.is_output(output)))
-    return FilterLayers(layers, layer_name(model, head.module) if head.module else None)
 
 
 @dataclass
@@ -207,6 +278,7 @@ class _Found:
     module: nn.Module
     outputs: list[Any]
     producer: _Producer
+    registered_before: nn.Module | None
     batch: int
 
     def describe(self, features: Tensor | None, model_output: Any, ends: bool) -> FilterLayer:
@@ -219,9 +291,7 @@ class _Found:
         try:
             axis, remark = self._axis(output)
         except ValueError:
-            last = output.dim() - 1
-            reason = f"filters on axis 1 or {last}? Same size: give channel_dim=1 or channel_dim=-1"
-            return self._row(shape, None, output.shape[1], None, False, reason)
+            return self._row(shape, None, output.shape[1], None, False, _UNKNOWN)
         feed = None if features is None else self._feed(features, output, axis)
         if isinstance(model_output, Tensor) and torch.equal(output, model_output):
             feed, remark = None, "puts out the logits"
@@ -253,21 +323,36 @@ class _Found:
 
     def _axis(self, output: Tensor) -> tuple[int, str]:
         """The filter axis, and a remark where the methods must be told it."""
-        axis = filter_axis(self.module, output)
         if declared_filters(self.module) is not None or output.dim() == 2:
-            return axis, ""
-        # A module without weights keeps the layout of the last weighted module that ran before it.
+            return filter_axis(self.module, output), ""
+        # A module without weights keeps the layout of the last weighted module that ran before it;
+        # methods go by the one that is registered before it.
         before = self.producer.module
         width = declared_filters(before) if before is not None else None
         last = output.dim() - 1
-        fits = [one for one in (1, last) if output.shape[one] == width]
-        if fits == [1, last]:
-            layout = layer_layout(before)
-            if layout == "last" and self.producer.kept:
-                fits = [last]
-            elif layout != "first" or self.producer.moved:
-                raise ValueError("Axis 1 and the last axis have the same size.")
-        return (last, "needs channel_dim=-1") if fits == [last] else (axis, "")
+        fits = [axis for axis in (1, last) if output.shape[axis] == width]
+        axis = self._axis_after(before, output)
+        if fits == [1, last] and not self.producer.kept:
+            if self.producer.moved or layer_layout(before) != "first" or axis is None:
+                axis = None
+        elif fits == [last]:
+            axis = last
+        if axis is None:
+            raise ValueError("Axis 1 and the last axis have the same size.")
+        return axis, self.must_be_told(axis)
+
+    def must_be_told(self, axis: int) -> str:
+        """A remark where the methods would take another axis for that of the filters."""
+        output = self.outputs[0]
+        if self._axis_after(self.registered_before, output) == axis:
+            return ""
+        return f"needs channel_dim={'-1' if axis == output.dim() - 1 else '1'}"
+
+    def _axis_after(self, before: nn.Module | None, output: Tensor) -> int | None:
+        try:
+            return filter_axis(self.module, output, None, before)
+        except ValueError:
+            return None
 
     def _row(
         self,

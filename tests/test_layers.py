@@ -248,9 +248,9 @@ def test_every_layer_gets_its_row_and_its_reason() -> None:
     reasons = {
         "relu": "called 2 times",
         "windows.norm": "axis 0 is not the batch",
-        "to_last": "needs channel_dim=-1",
+        "to_last": "",
         "expand": "",
-        "gelu": "needs channel_dim=-1",
+        "gelu": "",
         "attention": "a tuple, not one tensor",
         "argmax": "int64",
         "unused": "never called",
@@ -310,7 +310,16 @@ def test_modules_without_weights_between_equal_axes() -> None:
     )
     layers = list_filter_layers(net, torch.rand(2, 6, 6, 6))
     found = [layers[str(index)].channel_dim for index in range(9)]
-    assert found == [1, 1, 1, None, 3, 3, 3, None, None]
+    # Images of another size tell: the axis that keeps its size is that of the filters.
+    assert found == [1, 1, 1, 3, 3, 3, 3, 1, 1]
+    reasons = [layers[str(index)].reason for index in range(9)]
+    assert [reasons[index] for index in (3, 7, 8)] == [
+        "needs channel_dim=-1",
+        "needs channel_dim=1",
+        "needs channel_dim=1",
+    ]
+    fixed = nn.Sequential(*net, nn.Flatten(), nn.Linear(216, 2))  # takes one size only
+    layers = list_filter_layers(fixed, torch.rand(2, 6, 6, 6))
     assert all("Same size" in layers[str(index)].reason for index in (3, 7, 8))
     assert not any(layers[str(index)].qualifies for index in (3, 7, 8))
 

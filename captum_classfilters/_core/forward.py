@@ -16,7 +16,12 @@ from captum_classfilters._core.heads import (
     candidate_feed,
     record_head,
 )
-from captum_classfilters._core.layers import layer_name, module_of, positions_last
+from captum_classfilters._core.layers import (
+    layer_name,
+    module_of,
+    positions_last,
+    weighted_before,
+)
 from captum_classfilters._core.outputs import class_scores, two_classes
 from captum_classfilters._core.taps import LayerTap, tapping
 from captum_classfilters._core.targets import as_indices, class_indices, own_scores
@@ -275,7 +280,8 @@ class SharedForward:
         self._taps = []
         for request in requests:
             name = layer_name(self.model, request.module)
-            tap = _Reading(request.module, name, request.channel_dim, at_input)
+            before = weighted_before(self.model, request.module)
+            tap = _Reading(request.module, name, request.channel_dim, at_input, before=before)
             tap.several, tap.scale, tap.derivative = several, scale, request.derivative
             tap.by_weights = request.derivative and self.model is not None and len(devices) < 2
             self._taps.append(tap)

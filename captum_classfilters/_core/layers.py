@@ -151,14 +151,22 @@ def declared_filters(layer: nn.Module) -> int | None:
     return declared
 
 
+def weighted_before(model: nn.Module | None, layer: nn.Module) -> nn.Module | None:
+    """The weighted leaf registered before a layer without weights, whose filters it then has."""
+    before = None
+    if model is None or declared_filters(layer) is not None:
+        return None
+    for module in model.modules():
+        if module is layer:
+            return before
+        before = module if _width(module) else before
+    return None
+
+
 def filters_before(model: nn.Module | None, layer: nn.Module) -> int | None:
     """The number of filters that the weighted module registered before a layer declares, if any."""
-    declared = None
-    for module in model.modules() if model is not None else ():
-        if module is layer:
-            return declared
-        declared = _width(module) or declared
-    return None
+    before = weighted_before(model, layer)
+    return None if before is None else _width(before)
 
 
 def _width(module: nn.Module) -> int | None:
@@ -184,15 +192,21 @@ def layer_layout(module: nn.Module | None) -> Literal["first", "last"] | None:
     return "last" if isinstance(module, _CHANNELS_LAST) else None
 
 
-def filter_axis(layer: nn.Module | None, tensor: Tensor, channel_dim: int | None = None) -> int:
+def filter_axis(
+    layer: nn.Module | None,
+    tensor: Tensor,
+    channel_dim: int | None = None,
+    before: nn.Module | None = None,
+) -> int:
     r"""Which axis of a layer's tensor holds the filters: 1, or the last.
 
-    Two-dimensional tensors are (N, K). Elsewhere a convolution or batch normalisation says 1, a
-    linear layer or layer normalisation says the last axis. A block of convolutions says 1. A block
+    Two-dimensional tensors are (N, K). Elsewhere a convolution or batch normalization says 1, a
+    linear layer or layer normalization says the last axis. A block of convolutions says 1. A block
     with linear layers inside follows its weighted modules, the last one first: the first of them
     whose number of filters is the size of axis 1 or of the last axis decides; if it is the size of
-    both, the block cannot be read without ``channel_dim``. Everything without weights, a ReLU say,
-    is read in PyTorch's order (N, K, ...). ``channel_dim`` overrules all.
+    both, the block cannot be read without ``channel_dim``. A layer without weights, a ReLU for
+    example, has the filters of the weighted module ``before`` it, if that is known; else it is read
+    in PyTorch's order (N, K, ...). ``channel_dim`` overrules all.
     """
     if tensor.dim() < 2:
         raise ValueError(
@@ -201,17 +215,13 @@ def filter_axis(layer: nn.Module | None, tensor: Tensor, channel_dim: int | None
             "(N, K, D, H, W) or a channels-last form of these."
         )
     if channel_dim is not None:
-        axis = channel_dim % tensor.dim() if -tensor.dim() <= channel_dim < tensor.dim() else 0
-        if axis == 0:
-            raise ValueError(
-                f"channel_dim={channel_dim} does not name a channel axis of a tensor of shape "
-                f"{tuple(tensor.shape)}; axis 0 is the batch."
-            )
-        return axis
+        return _told_axis(channel_dim, tensor)
     last = tensor.dim() - 1
     if last == 1 or layer is None:
         return 1
     leaves = [leaf for leaf in layer.modules() if _width(leaf) is not None]
+    if not leaves:
+        return 1 if before is None else _axis_after(before, layer, tensor)
     layouts = {layer_layout(leaf) for leaf in leaves} - {None}
     if leaves == [layer] and layouts:
         return 1 if layouts == {"first"} else last
@@ -220,14 +230,48 @@ def filter_axis(layer: nn.Module | None, tensor: Tensor, channel_dim: int | None
     for leaf in reversed(leaves):
         first_fits, last_fits = (tensor.shape[axis] == _width(leaf) for axis in (1, last))
         if first_fits and last_fits and "last" in layouts:
-            raise ValueError(
-                f"The layer {type(layer).__name__} puts out {tuple(tensor.shape)}: axis 1 and axis "
-                f"{last} both have the size of its {_width(leaf)} filters. Say which one holds "
-                f"them: channel_dim=1 or channel_dim=-1."
-            )
+            raise _two_axes(layer, tensor, leaf)
         if first_fits or last_fits:
             return 1 if first_fits else last
     return last if layouts == {"last"} else 1
+
+
+def _told_axis(channel_dim: int, tensor: Tensor) -> int:
+    axis = channel_dim % tensor.dim() if -tensor.dim() <= channel_dim < tensor.dim() else 0
+    if axis == 0:
+        raise ValueError(
+            f"channel_dim={channel_dim} does not name a channel axis of a tensor of shape "
+            f"{tuple(tensor.shape)}; axis 0 is the batch."
+        )
+    return axis
+
+
+def _axis_after(before: nn.Module, layer: nn.Module, tensor: Tensor) -> int:
+    """The axis of the filters in what a layer without weights makes of a weighted one's output."""
+    last, layout = tensor.dim() - 1, layer_layout(before)
+    first_fits, last_fits = (tensor.shape[axis] == _width(before) for axis in (1, last))
+    if layout == "first" and tensor.dim() == _dimensions(before, tensor):
+        return 1  # maps of a convolution stay maps; other widths come from concatenation
+    if first_fits and last_fits and layout != "last":
+        raise _two_axes(layer, tensor, before)
+    if first_fits != last_fits:
+        return 1 if first_fits else last
+    return last if layout == "last" else 1
+
+
+def _dimensions(leaf: nn.Module, tensor: Tensor) -> int:
+    """Axes of what a convolution puts out; of normalizations, those of the tensor at hand."""
+    if isinstance(leaf, nn.modules.conv._ConvNd):
+        return len(leaf.kernel_size) + 2
+    return {nn.BatchNorm1d: 3, nn.BatchNorm2d: 4, nn.BatchNorm3d: 5}.get(type(leaf), tensor.dim())
+
+
+def _two_axes(layer: nn.Module, tensor: Tensor, leaf: nn.Module) -> ValueError:
+    return ValueError(
+        f"The layer {type(layer).__name__} puts out {tuple(tensor.shape)}: axis 1 and axis "
+        f"{tensor.dim() - 1} both have the size of the {_width(leaf)} filters of a "
+        f"{type(leaf).__name__}. Say which one holds them: channel_dim=1 or channel_dim=-1."
+    )
 
 
 def _moved_last(leaf: nn.Module, tensor: Tensor) -> bool:
@@ -239,8 +283,7 @@ def _moved_last(leaf: nn.Module, tensor: Tensor) -> bool:
     width = _width(leaf)
     if width is None or tensor.shape[-1] != width or tensor.shape[1] == width:
         return False
-    dimensions = len(leaf.kernel_size) + 2 if isinstance(leaf, nn.modules.conv._ConvNd) else None
-    return tensor.shape[1] < width or (dimensions is not None and tensor.dim() < dimensions)
+    return tensor.shape[1] < width or tensor.dim() < _dimensions(leaf, tensor)
 
 
 def check_batch(name: str, rows: int, num_images: int) -> None:

@@ -1,7 +1,8 @@
 """The one place that hooks a layer, to read its tensor or to put another in its place."""
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ def hooked(
     """Call a function with each of these modules, its inputs and its output whenever it has run in
     the block; what it returns, if not None, takes the output's place."""
     with ExitStack() as stack:
+        stack.enter_context(_running_eagerly())
         for module in modules:
             stack.callback(module.register_forward_hook(hook).remove)
         yield
@@ -52,11 +54,20 @@ def tapped(
         return _in_the_form_of(output, react(output))
 
     with ExitStack() as stack:
+        stack.enter_context(_running_eagerly())
         if at_input:
             stack.callback(module.register_forward_pre_hook(pre_hook).remove)
         else:
             stack.enter_context(hooked([module], hook))
         yield
+
+
+def _running_eagerly() -> AbstractContextManager[Any]:
+    """A block in which compiled models run as they were written: compiled code does not see hooks
+    that are registered after it was made. Nothing is compiled before torch._dynamo is imported."""
+    if "torch._dynamo" not in sys.modules or not hasattr(torch.compiler, "set_stance"):
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
 
 
 def _in_the_form_of(value: Any, replacement: Any) -> Any:
@@ -80,6 +91,9 @@ class LayerTap:
         react (Callable, optional): From the tensor and the axis of its filters to a tensor that
                     takes its place, or None.
                     Default: None
+        before (nn.Module, optional): The weighted module before a layer without weights; see
+                    :func:`weighted_before`.
+                    Default: None
     """
 
     def __init__(
@@ -89,14 +103,16 @@ class LayerTap:
         channel_dim: int | None = None,
         at_input: bool = False,
         react: Callable[[Tensor, int], Tensor | None] | None = None,
+        before: nn.Module | None = None,
     ) -> None:
         self.module, self.name, self.channel_dim = module, name, channel_dim
-        self.at_input, self.react = at_input, react
+        self.at_input, self.react, self.before = at_input, react, before
         self.rows: dict[torch.device, list[int]] = {}  # of each run on each device
 
     def axis_of(self, tensor: Tensor) -> int:
         """The axis of the filters in the layer's tensor, or in one like it."""
-        return filter_axis(None if self.at_input else self.module, tensor, self.channel_dim)
+        module = None if self.at_input else self.module
+        return filter_axis(module, tensor, self.channel_dim, self.before)
 
     def maps_of(self, tensor: Tensor) -> Tensor:
         """The layer's tensor, or one like it, as (N, K, P)."""

@@ -23,6 +23,7 @@ from captum_classfilters._core.layers import (
     layer_name,
     module_of,
     positions_last,
+    weighted_before,
 )
 from captum_classfilters._core.rules import FilterRule
 from captum_classfilters.identify.identify_class_filters import identify_class_filters
@@ -167,9 +168,11 @@ class LayerFilterAttribution(FilterRule, LayerAttribution):
         Returns:
             *Tensor* of shape (N, K).
         """
-        known = isinstance(self.layer, nn.Module) and not attribute_to_layer_input
-        layer = self.layer if known else None
-        axis = filter_axis(layer, attributions, self.channel_dim)
+        layer, before = None, None
+        if isinstance(self.layer, nn.Module) and not attribute_to_layer_input:
+            layer = self.layer
+            before = weighted_before(module_of(self.forward_func, [layer]), layer)
+        axis = filter_axis(layer, attributions, self.channel_dim, before)
         return positions_last(attributions, axis).sum(2)
 
     def identify(

@@ -20,7 +20,13 @@ from captum_classfilters._core.captum import (
     log_usage,
 )
 from captum_classfilters._core.guard import model_left_as_found
-from captum_classfilters._core.layers import along_filters, find_layer, layer_name, module_of
+from captum_classfilters._core.layers import (
+    along_filters,
+    find_layer,
+    layer_name,
+    module_of,
+    weighted_before,
+)
 from captum_classfilters._core.outputs import class_scores
 from captum_classfilters._core.taps import LayerTap, tapping
 from captum_classfilters._core.targets import class_indices, own_scores
@@ -194,6 +200,11 @@ class ClassFilterSaliency(GradientAttribution):
             raise ValueError(f"No filters are selected for the target class(es) {names}.")
         return chosen
 
+    def _tap(self, react: Callable[[Tensor, int], Tensor] | None = None) -> LayerTap:
+        model = module_of(self.forward_func, [self.layer])
+        name, before = layer_name(model, self.layer), weighted_before(model, self.layer)
+        return LayerTap(self.layer, name, self.channel_dim, react=react, before=before)
+
     def _mask(self, chosen: Tensor, activation: Tensor, axis: int) -> Tensor:
         if activation.shape[axis] != chosen.shape[1]:
             raise ValueError(
@@ -242,8 +253,7 @@ class ClassFilterSaliency(GradientAttribution):
             at_layer.append((tensor, axis))
             return tensor.clone()  # what follows may write into the layer's tensor
 
-        name = layer_name(module_of(self.forward_func, [self.layer]), self.layer)
-        tap = LayerTap(self.layer, name, self.channel_dim, react=keep)
+        tap = self._tap(keep)
         with tapping([tap]):
             output = self.forward_func(*points, *extra)
             tap.check(len(chosen))
@@ -252,7 +262,7 @@ class ClassFilterSaliency(GradientAttribution):
         tensors = [tensor for tensor, _ in at_layer]
         if not own.requires_grad or not all(tensor.requires_grad for tensor in tensors):
             raise ValueError(
-                f"No gradient flows from the output through the layer {name!r} to the inputs: a "
+                f"No gradient flows from the output through the layer {tap.name!r} to the inputs: a "
                 "part of the model runs under torch.no_grad() or is not differentiable."
             )
         slopes = torch.autograd.grad(own, tensors, retain_graph=True, materialize_grads=True)
@@ -278,12 +288,12 @@ class ClassFilterSaliency(GradientAttribution):
             self.forward_func, self.layer, self.device_ids, self.channel_dim
         )
         attributions = contribution.attribute(inputs, target, extra, n_steps=n_steps, method=method)
-        name = layer_name(module_of(self.forward_func, [self.layer]), self.layer)
+        tap = self._tap()
         if not isinstance(attributions, Tensor):
             raise ValueError(
-                f"The layer {name!r} puts out {len(attributions)} tensors; expected one."
+                f"The layer {tap.name!r} puts out {len(attributions)} tensors; expected one."
             )
-        axis = LayerTap(self.layer, name, self.channel_dim).axis_of(attributions)
+        axis = tap.axis_of(attributions)
         masked = attributions * self._mask(chosen, attributions, axis)
         maps = masked.sum(axis, keepdim=True).movedim(axis, 1)
         if maps.dim() < 3:

@@ -26,8 +26,9 @@ class LayerFilterFrequency(LayerFilterAttribution):
 
     Source: Badola, Roy, Padmanabhan, Lal: *Decomposing the Deep: Finding Class Specific Filters in
     Deep CNNs*, Neural Computing & Applications 35 (2023), https://arxiv.org/abs/2112.07719. Unlike
-    the authors' code, equal activations are decided in favour of the lower filter index, and maps
-    need not be square.
+    the authors' code, equal activations are decided in favor of the lower filter index, maps need
+    not be square, and a filter whose mean activation is exactly zero gets no vote: an image with
+    fewer active filters than ``top_k`` has fewer votes.
 
     The target is not used: the votes depend on the image alone, the class enters with the labels
     in ``identify``.
@@ -93,8 +94,7 @@ def strongest(values: Tensor, top_k: int) -> Tensor:
     r"""
     Mark the ``top_k`` largest values of each row; ties go to the lower index.
 
-    A value of exactly zero is no evidence where another value of the row is not zero: it is marked
-    only in rows of zeros, where there is nothing else to mark.
+    A value of exactly zero is no evidence: it is not marked, so a row may have fewer marks.
 
     Args:
 
@@ -113,5 +113,4 @@ def strongest(values: Tensor, top_k: int) -> Tensor:
         )
     order = values.sort(dim=1, descending=True, stable=True).indices[:, :top_k]
     marked = torch.zeros_like(values, dtype=torch.bool).scatter_(1, order, True)
-    is_zero = values == 0
-    return marked & ~(is_zero & ~is_zero.all(1, keepdim=True))
+    return marked & (values != 0)

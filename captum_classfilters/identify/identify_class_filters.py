@@ -185,7 +185,9 @@ def _table(
     assert tally.sums is not None
     sums, source = tally.sums.compute(), tally.source
     p_values = None if test is None else _p_values(tally, sums, test)
-    details: dict[str, Any] = {} if tally.exact is None else {"exact": tally.exact}
+    details: dict[str, Any] = {"signed": source.depends_on_target}
+    if tally.exact is not None:
+        details["exact"] = tally.exact
     if test is not None:
         details["significance"] = test.record()
     return ClassFilters(
