@@ -7,17 +7,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel.scatter_gather import scatter
 
+from captum_classfilters._core.devices import device_of
 from captum_classfilters._core.layers import (
     along_filters,
     check_batch,
     check_runs,
     declared_filters,
-    filter_axis,
     filters_before,
     find_layer,
     layer_name,
     module_of,
+    weighted_before,
 )
+from captum_classfilters._core.taps import LayerTap, tapping
 
 
 class FilterGate(nn.Module):
@@ -74,7 +76,9 @@ class FilterGate(nn.Module):
         device_ids: list[int] | None = None,
     ) -> None:
         super().__init__()
-        self.model = module_of(forward_func)  # registered, so that moving the gate moves the model
+        layers = [layer] if isinstance(layer, nn.Module) else []
+        # Registered, so that moving the gate moves the model.
+        self.model = module_of(forward_func, layers)
         self._function = None if isinstance(forward_func, nn.Module) else forward_func
         self._layer = (find_layer(self.model, layer) if isinstance(layer, str) else layer,)
         self.layer_name = layer_name(self.model, self._layer[0])
@@ -109,14 +113,19 @@ class FilterGate(nn.Module):
             n (int): Number of images.
 
         Returns:
-            *Tensor* of shape (n, K) on the model's device, all ones.
+            *Tensor* of shape (n, K), all ones, where the model is and in its type.
         """
-        parameter = next(self._layer[0].parameters(), None)
-        if parameter is None and self.model is not None:
-            parameter = next(self.model.parameters(), None)
-        device = parameter.device if parameter is not None else None
-        dtype = parameter.dtype if parameter is not None and parameter.is_floating_point() else None
-        return torch.ones(n, self.num_filters, device=device, dtype=dtype)
+        device = device_of(self._layer[0]) or device_of(self.model)
+        return torch.ones(n, self.num_filters, device=device, dtype=self._dtype())
+
+    def _dtype(self) -> torch.dtype | None:
+        """The type of the layer's own parameters or buffers, or else of the model's."""
+        modules = [self._layer[0]] if self.model is None else [self._layer[0], self.model]
+        for module in modules:
+            for tensor in (*module.parameters(), *module.buffers()):
+                if tensor.is_floating_point():
+                    return tensor.dtype
+        return None
 
     def forward(self, gates: Tensor, *inputs: Any) -> Tensor:
         """Run the model with its filters gated.
@@ -134,24 +143,17 @@ class FilterGate(nn.Module):
             ValueError: The gates do not have the layer's number of filters, the layer puts out
                     something other than one tensor, or it does not run exactly once.
         """
-        runs: dict[torch.device, int] = {}
         shares = self._shares(gates)
 
-        def hook(module: nn.Module, module_inputs: Any, output: Any) -> Tensor:
-            if not isinstance(output, Tensor):
-                raise ValueError(
-                    f"The layer {self.layer_name!r} puts out a {type(output).__name__}; gate space "
-                    "needs a layer with a single tensor."
-                )
-            runs[output.device] = runs.get(output.device, 0) + 1
-            return self._gated(shares.get(output.device, gates), output)
+        def gate(output: Tensor, axis: int) -> Tensor:
+            return self._gated(shares.get(output.device, gates), output, axis)
 
-        handle = self._own_layer().register_forward_hook(hook)
-        try:
+        module = self._own_layer()
+        before = weighted_before(self.model, module)
+        tap = LayerTap(module, self.layer_name, self.channel_dim, react=gate, before=before)
+        with tapping([tap]):
             result: Tensor = (self._function or self.model)(*inputs)  # type: ignore[misc]
-        finally:
-            handle.remove()
-        check_runs(self.layer_name, max(runs.values(), default=0))
+        check_runs(self.layer_name, max(map(len, tap.rows.values()), default=0))
         return result
 
     def _own_layer(self) -> nn.Module:
@@ -168,8 +170,7 @@ class FilterGate(nn.Module):
             return {}
         return {share.device: share for share in scatter(gates, self.device_ids)}
 
-    def _gated(self, gates: Tensor, output: Tensor) -> Tensor:
-        axis = filter_axis(self._layer[0], output, self.channel_dim)
+    def _gated(self, gates: Tensor, output: Tensor, axis: int) -> Tensor:
         self._num_filters = output.shape[axis]
         if gates.dim() != 2 or gates.shape[1] != output.shape[axis]:
             raise ValueError(

@@ -1,6 +1,9 @@
 """Gate space: Captum's input methods and metrics over filters."""
 
 import copy
+import functools
+import gc
+import weakref
 
 import pytest
 import torch
@@ -8,7 +11,7 @@ from captum.attr import FeatureAblation, IntegratedGradients, ShapleyValueSampli
 from captum.metrics import infidelity, infidelity_perturb_func_decorator, sensitivity_max
 from torch import nn
 
-from captum_classfilters import FilterGate, LayerFilterContribution
+from captum_classfilters import ClassScores, FilterGate, LayerFilterContribution
 from tests.models import (
     ChannelsLast,
     Reused,
@@ -19,6 +22,7 @@ from tests.models import (
     images,
     pool_linear,
 )
+from tests.pretend_device import pretend
 
 
 @pytest.mark.parametrize("dims", [0, 1, 2, 3])
@@ -47,6 +51,80 @@ def test_forward_functions(wrap):
     expected[:, 1] = 0
     assert torch.allclose(gate(gates, x), model[1:](expected))
     assert hooks_of(model) == 0
+
+
+def compiled(model):
+    fast = torch.compile(model, backend="eager")
+    fast(images())  # compiled before there is a hook
+    return fast
+
+
+WRAPPED = {
+    "compiled": compiled,
+    "lambda": lambda model: lambda x: model(x),
+    "partial": lambda model: functools.partial(model.forward),
+    "data parallel": nn.DataParallel,
+    "class scores": lambda model: ClassScores(model, lambda output: output),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_wrapped_models_and_layers_by_name(name):
+    model, x, gates = deep(), images(), torch.rand(8, 4)
+    gate = FilterGate(WRAPPED[name](model), "stage1")
+    assert gate.layer_name == "stage1"
+    expected = model[1:](model.stage1(x) * gates[:, :, None, None])
+    for _ in range(2):
+        assert torch.allclose(gate(gates, x), expected, atol=1e-6)
+    assert torch.allclose(gate(gate.ones(8), x), model(x))
+    assert hooks_of(model) == 0
+
+
+def test_ones_are_where_the_model_is_and_in_its_type():
+    model = deep().double()
+    assert FilterGate(model, "stage1").ones(2).dtype == torch.float64
+    assert FilterGate(model, "stage1.2").ones(2).dtype == torch.float64  # an activation
+    half = nn.Sequential(nn.Embedding(5, 3), nn.BatchNorm1d(3, affine=False)).bfloat16()
+    assert FilterGate(half, "1").ones(2).dtype == torch.bfloat16  # buffers alone
+    for kind in ("cuda", "meta"):
+        with pretend(kind) as device:
+            model = deep().to(device)
+            for layer in ("stage1", "stage1.2"):
+                gate = FilterGate(model, layer)
+                assert gate.ones(2).device == device
+                zeros = torch.zeros(8, 4)
+                for gates in (zeros, zeros.to(device)):
+                    got = gate(gates, images().to(device)).cpu()
+                    assert torch.allclose(got, FilterGate(deep(), layer)(zeros, images()))
+
+
+def test_a_layer_that_puts_out_a_tuple_of_one_tensor():
+    class One(nn.Module):
+        def forward(self, x):
+            return (x,)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.head = One(), nn.Linear(3, 2)
+
+        def forward(self, x):
+            return self.head(self.one(x)[0])
+
+    model, x, gates = Model(), torch.rand(4, 3), torch.rand(4, 3)
+    assert torch.allclose(FilterGate(model, "one")(gates, x), model.head(x * gates))
+
+
+def test_nothing_keeps_the_model_alive():
+    model = deep()
+    FilterGate(model, "stage1")(torch.ones(8, 4), images())
+    alive = weakref.ref(model)
+    gc.disable()
+    try:
+        del model
+        assert alive() is None
+    finally:
+        gc.enable()
 
 
 def test_one_row_gates_all_images_and_further_inputs_pass():
@@ -131,7 +209,7 @@ def test_number_of_filters_is_corrected_by_a_forward_pass():
 def test_bad_layers():
     with pytest.raises(ValueError, match=r"no layer 'stage3'.*'stage2'"):
         FilterGate(deep(), "stage3")
-    with pytest.raises(ValueError, match="not a module"):
+    with pytest.raises(ValueError, match="neither a module nor a function"):
         FilterGate(lambda x: x, "stage3")
     with pytest.raises(ValueError, match="reached 2 times"):
         FilterGate(Reused(), "relu")(torch.ones(8, 4), images())
