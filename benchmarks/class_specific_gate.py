@@ -107,7 +107,7 @@ def trained(
         "both paths in every batch": GateSchedule(unit="joint"),
     }[training]
     trainer = GatedTrainer(
-        model, gate, optimizer, scheduler=scheduler, regularisation=0.05, schedule=schedule
+        model, gate, optimizer, scheduler=scheduler, regularization=0.05, schedule=schedule
     )
     trainer.fit(setting.train, epochs=setting.epochs, **QUIET)
     gate.detach()

@@ -180,7 +180,7 @@ def tuned(
         gate,
         optimizer,
         scheduler=torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs),
-        regularisation=0.05,
+        regularization=0.05,
         schedule=plain if training == "plain" else GateSchedule("batch", 3, 2),
     )
     started = time.perf_counter()

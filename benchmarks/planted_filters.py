@@ -63,7 +63,7 @@ def gate_table(model, layer, data, num_filters):
         gate,
         torch.optim.Adam([gate.weight], lr=0.02),
         schedule=GateSchedule(period=1, gated=1),
-        regularisation=1e-2,
+        regularization=1e-2,
     )
     trainer.fit(data, epochs=100, show_progress=False)
     gate.detach()

@@ -81,15 +81,18 @@ class FilterGate(nn.Module):
         self.model = module_of(forward_func, layers)
         self._function = None if isinstance(forward_func, nn.Module) else forward_func
         self._layer = (find_layer(self.model, layer) if isinstance(layer, str) else layer,)
-        self.layer_name = layer_name(self.model, self._layer[0])
+        self.layer_name = layer_name(self.model, self.layer)
         self.channel_dim = channel_dim
         self.device_ids = device_ids or getattr(forward_func, "device_ids", None)
         # Only a first guess for `ones`: a forward pass corrects it, or says what is wrong.
         self._num_filters = (
-            num_filters
-            or declared_filters(self._layer[0])
-            or filters_before(self.model, self._layer[0])
+            num_filters or declared_filters(self.layer) or filters_before(self.model, self.layer)
         )
+
+    @property
+    def layer(self) -> nn.Module:
+        """The gated layer."""
+        return self._layer[0]
 
     @property
     def num_filters(self) -> int:
@@ -115,12 +118,12 @@ class FilterGate(nn.Module):
         Returns:
             *Tensor* of shape (n, K), all ones, where the model is and in its type.
         """
-        device = device_of(self._layer[0]) or device_of(self.model)
+        device = device_of(self.layer) or device_of(self.model)
         return torch.ones(n, self.num_filters, device=device, dtype=self._dtype())
 
     def _dtype(self) -> torch.dtype | None:
         """The type of the layer's own parameters or buffers, or else of the model's."""
-        modules = [self._layer[0]] if self.model is None else [self._layer[0], self.model]
+        modules = [self.layer] if self.model is None else [self.layer, self.model]
         for module in modules:
             for tensor in (*module.parameters(), *module.buffers()):
                 if tensor.is_floating_point():
@@ -159,9 +162,9 @@ class FilterGate(nn.Module):
     def _own_layer(self) -> nn.Module:
         """The gated layer; in a data-parallel replica of the gate, the replica's layer."""
         if self.model is None or self._function is not None:
-            return self._layer[0]
-        if any(module is self._layer[0] for module in self.model.modules()):
-            return self._layer[0]
+            return self.layer
+        if any(module is self.layer for module in self.model.modules()):
+            return self.layer
         return find_layer(self.model, self.layer_name)
 
     def _shares(self, gates: Tensor) -> dict[torch.device, Tensor]:

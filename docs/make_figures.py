@@ -143,7 +143,7 @@ def draw_gates() -> None:
         )
         steps = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 60)
         trainer = GatedTrainer(
-            model, gate, optimizer, scheduler=steps, schedule=schedule, regularisation=0.05
+            model, gate, optimizer, scheduler=steps, schedule=schedule, regularization=0.05
         )
         trainer.fit(digits.train, epochs=60, show_progress=False)
         gate.detach()

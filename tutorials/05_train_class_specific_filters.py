@@ -80,7 +80,7 @@ def trained(model, gate, schedule):
     )
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS)
     trainer = GatedTrainer(
-        model, gate, optimizer, scheduler=scheduler, schedule=schedule, regularisation=0.05
+        model, gate, optimizer, scheduler=scheduler, schedule=schedule, regularization=0.05
     )
     return trainer.fit(digits.train, digits.test, epochs=EPOCHS, **QUIET)
 
@@ -103,7 +103,7 @@ for name, model in (("plain", plain), ("gated", gated)):
     print(f"{name}: test accuracy {evaluate_classifier(model, digits.test, **QUIET).accuracy:.3f}")
 
 # %% [markdown]
-# In a loop of one's own it is three lines more (`gating`, `regulariser`, `project`), and under
+# In a loop of one's own it is three lines more (`gating`, `regularizer`, `project`), and under
 # Lightning a callback; see [the method's page](../methods/class_specific_gate).
 #
 # ## The gate is the table of class filters

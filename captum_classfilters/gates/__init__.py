@@ -2,14 +2,13 @@
 
 from captum_classfilters.gates.class_specific_gate import ClassSpecificGate
 from captum_classfilters.gates.gate_measures import (
-    assign_filters,
-    class_share,
     density_interval,
     filter_correlation,
     gate_similarity,
 )
 from captum_classfilters.gates.gated_training import GatedEpoch, GatedTrainer, GateSchedule
 from captum_classfilters.gates.masking import MaskingResult, masking_test
+from captum_classfilters.metrics.filter_localization import assign_filters
 
 __all__ = [
     "ClassSpecificGate",
@@ -18,7 +17,6 @@ __all__ = [
     "GatedTrainer",
     "MaskingResult",
     "assign_filters",
-    "class_share",
     "density_interval",
     "filter_correlation",
     "gate_similarity",

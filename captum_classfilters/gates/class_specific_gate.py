@@ -1,5 +1,6 @@
 """Liang et al.: a gate between classes and filters, trained with the network."""
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -7,17 +8,25 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from captum_classfilters._core.labels import class_labels
 from captum_classfilters._core.layers import (
     along_filters,
     check_runs,
     filter_axis,
     find_layer,
     layer_name,
+    weighted_before,
 )
+from captum_classfilters._core.taps import LayerTap, tapping
 
 Projection = Literal["rescale", "euclidean"]
-Regulariser = Literal["hinge", "l1", "column_limit", "l12", "column_maximum"]
+Regularizer = Literal["hinge", "l1", "column_limit", "l12", "column_maximum"]
 Distance = Literal["l1", "l2", "smooth_l1"]
+
+# Which gate is attached to a layer.
+_gate_of: weakref.WeakKeyDictionary[nn.Module, "weakref.ref[ClassSpecificGate]"] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 class ClassSpecificGate(nn.Module):
@@ -29,14 +38,14 @@ class ClassSpecificGate(nn.Module):
 
     .. math:: V_G = \{ G \in [0, 1]^{C \times K} : \max_c G_{ck} = 1 \text{ for every } k \} ,
 
-    and a regulariser pulls the gates towards few open classes for each filter. Because the gated
+    and a regularizer pulls the gates towards few open classes for each filter. Because the gated
     path must classify through its class's filters alone, filters become specific to classes:
 
     .. math:: \min_{\theta, G \in V_G} \mathrm{CE}(y, \hat y) + \lambda_1
               \mathrm{CE}(y, \hat y_G) + \lambda_2 R(G) .
 
-    The gate is attached to any layer of any model by a hook. It acts inside :meth:`gating` only:
-    **prediction always uses the ungated path**, and :meth:`detach` leaves the model as found.
+    The gate is attached to any layer of any model, which does not change the model. It acts inside
+    :meth:`gating` only: **prediction always uses the ungated path**.
 
     Source: Liang, Ouyang, Zeng, Su, He, Xia, Zhu, Zhang: *Training Interpretable Convolutional Neural
     Networks by Differentiating Class-specific Filters*, ECCV 2020,
@@ -52,7 +61,7 @@ class ClassSpecificGate(nn.Module):
         projection (str): ``"rescale"`` divides each filter's gates by their largest and clips them,
                     as the authors do, with their corner cases mended; ``"euclidean"`` goes to the
                     nearest point of V_G. Rescaling undoes what shrinks all gates of a filter alike,
-                    as the regulariser does, so that the gate of a trained network, whose gated loss
+                    as the regularizer does, so that the gate of a trained network, whose gated loss
                     is small from the start, hardly closes.
                     Default: "rescale"
 
@@ -70,7 +79,7 @@ class ClassSpecificGate(nn.Module):
         >>> gate = ClassSpecificGate(num_classes=2, num_filters=8).attach(net, "1")
         >>> with gate.gating(labels):
         ...     logits = net(images)
-        >>> loss = torch.nn.functional.cross_entropy(logits, labels) + 1e-3 * gate.regulariser()
+        >>> loss = torch.nn.functional.cross_entropy(logits, labels) + 1e-3 * gate.regularizer()
         >>> loss.backward()
         >>> gate.project()
         >>> gate.detach()
@@ -92,17 +101,21 @@ class ClassSpecificGate(nn.Module):
         self.num_filters = num_filters
         self.projection = projection
         self.weight = nn.Parameter(_initial(num_classes, num_filters, initial))
-        self._labels: Tensor | None = None
-        self._runs = 0
-        self._attached: Any = None
-        self._layer: tuple[nn.Module, str, int | None] | None = None
+        self._gating = False
+        # Whoever holds the gate holds the layer, not the other way round.
+        self._tap: LayerTap | None = None
 
     # -- attaching -------------------------------------------------------------------------------
+
+    @property
+    def attached(self) -> bool:
+        """Whether the gate is attached to a layer."""
+        return self._tap is not None
 
     def attach(
         self, model: nn.Module, layer: nn.Module | str, channel_dim: int | None = None
     ) -> "ClassSpecificGate":
-        """Attach the gate to a layer by a hook.
+        """Attach the gate to a layer.
 
         Args:
 
@@ -117,72 +130,72 @@ class ClassSpecificGate(nn.Module):
             ValueError: The gate, or another one on this layer, is attached already, or the model has
                         no such layer.
         """
-        if self._attached is not None:
+        if self._tap is not None:
             raise ValueError("The gate is attached already; detach() it first.")
         module = find_layer(model, layer) if isinstance(layer, str) else layer
-        if not any(one is module for one in model.modules()):
+        if not any(part is module for part in model.modules()):
             raise ValueError(f"The layer {type(module).__name__} is not part of the model.")
         name = layer_name(model, module)
-        for hook in module._forward_hooks.values():
-            if isinstance(getattr(hook, "__self__", None), ClassSpecificGate):
-                raise ValueError(
-                    f"Another gate is attached to the layer {name!r}; detach() it first."
-                )
-        self._layer = (module, name, channel_dim)
-        self._attached = module.register_forward_hook(self._hook)
+        other = _gate_of[module]() if module in _gate_of else None
+        if other is not None:
+            raise ValueError(f"Another gate is attached to the layer {name!r}; detach() it first.")
+        _gate_of[module] = weakref.ref(self)
+        self._tap = LayerTap(module, name, channel_dim, before=weighted_before(model, module))
         return self
 
     def detach(self) -> None:
-        """Remove the gate's hook; without one attached, nothing happens."""
-        if self._attached is not None:
-            self._attached.remove()
-        self._attached = self._layer = None
+        """Attach the gate to no layer; without one, nothing happens."""
+        if self._tap is not None:
+            _gate_of.pop(self._tap.module, None)
+        self._tap = None
 
     @contextmanager
-    def gating(self, labels: Tensor) -> Iterator["ClassSpecificGate"]:
+    def gating(self, labels: Any, *, check: bool = True) -> Iterator["ClassSpecificGate"]:
         """Inside this block the model's forward passes take the gated path.
 
         Args:
 
             labels (Tensor): Shape (N,), the class of each image of the batch.
+            check (bool): Refuse labels out of range and gates that are not finite. A loop that has
+                        seen to both spares an accelerator the wait.
+                        Default: True
 
         Raises:
             ValueError: The gate is not attached or holds NaN, labels are missing, of a wrong type or
                         out of range, blocks are nested, or the layer did not run.
         """
-        if self._layer is None:
+        if self._tap is None:
             raise ValueError("The gate is not attached to a layer; call attach(model, layer).")
-        if self._labels is not None:
+        if self._gating:
             raise ValueError("The gate is on already; gating() blocks cannot be nested.")
-        self._check_finite()
-        self._labels = self._checked_labels(labels)
-        self._runs = 0
+        if check:
+            self._check_finite()
+            labels = self._checked_labels(labels)
+        tap = LayerTap(
+            self._tap.module,
+            self._tap.name,
+            self._tap.channel_dim,
+            react=lambda output, axis: self._gated(output, labels, axis),
+            before=self._tap.before,
+        )
+        self._gating = True
         try:
-            yield self
+            with tapping([tap]):
+                yield self
         finally:
-            self._labels = None
-        if self._runs == 0:
-            check_runs(self._layer[1], 0)
+            self._gating = False
+        if not tap.rows:
+            check_runs(tap.name, 0)
 
     def _checked_labels(self, labels: Any) -> Tensor:
-        if not isinstance(labels, Tensor) or labels.dim() != 1:
-            given = tuple(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
+        try:
+            num_images = len(labels)
+        except TypeError:
             raise ValueError(
-                f"The gated path needs the labels of the batch, a Tensor (N,) of class indices; got "
-                f"{given}."
-            )
-        if labels.is_floating_point() or labels.dtype == torch.bool:
-            raise ValueError(f"The labels are {labels.dtype}; expected class indices.")
-        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < self.num_classes:
-            raise ValueError(f"A label is out of range; the gate has {self.num_classes} classes.")
-        return labels
-
-    def _hook(self, module: nn.Module, _inputs: Any, output: Any) -> Any:
-        if self._labels is None:
-            return None
-        self._runs += 1
-        assert self._layer is not None
-        return self(output, self._labels, self._layer[2], module)
+                "The gated path needs the labels of the batch, a Tensor (N,) of class indices; got "
+                f"{type(labels).__name__}."
+            ) from None
+        return class_labels(labels, num_images, self.num_classes, batch=0)
 
     def forward(
         self,
@@ -206,7 +219,9 @@ class ClassSpecificGate(nn.Module):
         Raises:
             ValueError: The activations have another number of filters or images.
         """
-        axis = filter_axis(layer, activation, channel_dim)
+        return self._gated(activation, labels, filter_axis(layer, activation, channel_dim))
+
+    def _gated(self, activation: Tensor, labels: Tensor, axis: int) -> Tensor:
         if activation.shape[axis] != self.num_filters or len(activation) != len(labels):
             raise ValueError(
                 f"The layer puts out {tuple(activation.shape)} for {len(labels)} labels, but the "
@@ -214,19 +229,16 @@ class ClassSpecificGate(nn.Module):
                 f"{self.num_filters}, ...)."
             )
         gates = self.weight[labels.to(self.weight.device)]
-        return activation * along_filters(gates.to(activation.dtype), activation, axis)
+        return activation * along_filters(gates.to(activation), activation, axis)
 
     def _check_finite(self) -> None:
         if not bool(torch.isfinite(self.weight).all()):
-            raise ValueError(
-                "The gates hold NaN or Inf: an input or the loss was not finite, or the gate's learning "
-                "rate is too high."
-            )
+            raise gates_not_finite()
 
-    # -- constraint and regulariser --------------------------------------------------------------
+    # -- constraint and regularizer --------------------------------------------------------------
 
     @torch.no_grad()
-    def project(self) -> None:
+    def project(self, *, check: bool = True) -> None:
         r"""
         Bring the gates back into V_G, in place; call it after every step of the gate's optimiser.
 
@@ -237,10 +249,16 @@ class ClassSpecificGate(nn.Module):
         points of V_G, the nearest sets the largest entry to one and clips the rest. Equal entries
         count as largest in the order of the classes.
 
+        Args:
+
+            check (bool): Refuse gates that are not finite.
+                        Default: True
+
         Raises:
             ValueError: The gates hold NaN or Inf.
         """
-        self._check_finite()
+        if check:
+            self._check_finite()
         gates = self.weight
         largest, row = gates.max(0)
         opened = gates.clamp(0, 1)
@@ -251,9 +269,9 @@ class ClassSpecificGate(nn.Module):
             opened = torch.where(usable, scaled, opened)
         gates.copy_(opened)
 
-    def regulariser(
+    def regularizer(
         self,
-        kind: Regulariser = "hinge",
+        kind: Regularizer = "hinge",
         limit: float | None = None,
         distance: Distance = "l1",
     ) -> Tensor:
@@ -303,7 +321,7 @@ class ClassSpecificGate(nn.Module):
 
     def extra_repr(self) -> str:
         """Sizes, for printing."""
-        place = f", attached to {self._layer[1]!r}" if self._layer else ""
+        place = f", attached to {self._tap.name!r}" if self._tap else ""
         return (
             f"num_classes={self.num_classes}, num_filters={self.num_filters}, "
             f"projection={self.projection!r}{place}"
@@ -316,6 +334,14 @@ class ClassSpecificGate(nn.Module):
         copied.load_state_dict(self.state_dict())
         memo[id(self)] = copied
         return copied
+
+
+def gates_not_finite() -> ValueError:
+    """The error for gates that hold NaN or Inf."""
+    return ValueError(
+        "The gates hold NaN or Inf: an input or the loss was not finite, or the gate's learning rate "
+        "is too high."
+    )
 
 
 def _initial(num_classes: int, num_filters: int, initial: float | str | Tensor) -> Tensor:

@@ -2,14 +2,13 @@
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
-from captum_classfilters.class_filters import ClassFilters
 
-
-def _matrix(gate: Tensor, name: str = "gate") -> Tensor:
+def _matrix(gate: Tensor) -> Tensor:
     if not isinstance(gate, Tensor) or gate.dim() != 2 or bool(gate.isnan().any()):
-        given = tuple(gate.shape) if isinstance(gate, Tensor) else type(gate).__name__
-        raise ValueError(f"{name} is {given}; expected a Tensor (C, K) without NaN.")
+        kind = tuple(gate.shape) if isinstance(gate, Tensor) else type(gate).__name__
+        raise ValueError(f"gate is {kind}; expected a Tensor (C, K) without NaN.")
     return gate.detach()
 
 
@@ -17,7 +16,7 @@ def density_interval(num_classes: int, num_filters: int, limit: float | None = N
     r"""
     The attainable range of a gate's L1-density.
 
-    Every filter is fully open for one class, hence at least 1/C; the hinge regulariser presses down
+    Every filter is fully open for one class, hence at least 1/C; the hinge regularizer presses down
     to ``limit`` / (C K).
 
     Args:
@@ -39,27 +38,6 @@ def density_interval(num_classes: int, num_filters: int, limit: float | None = N
     return torch.tensor([1 / num_classes, max(upper, 1 / num_classes)], dtype=torch.float64)
 
 
-def class_share(gate: Tensor, threshold: float = 0.5) -> Tensor:
-    r"""
-    How many filters are open for each pair of classes.
-
-    Args:
-
-        gate (Tensor): Shape (C, K); of a network without a gate, ``table.selected`` of any table of
-                    class filters.
-        threshold (float): A gate above it counts as open.
-                    Default: 0.5
-
-    Returns:
-        *Tensor* of shape (C, C), int64; the diagonal holds each class's own open filters.
-
-    Raises:
-        ValueError: The gate is not a matrix, or holds NaN.
-    """
-    opened = (_matrix(gate) > threshold).to(torch.float64)
-    return (opened @ opened.T).to(torch.int64)
-
-
 def gate_similarity(gate: Tensor) -> float:
     r"""
     Sum over ordered pairs of classes of the cosine between their gates (CSI); lower is more specific.
@@ -77,7 +55,7 @@ def gate_similarity(gate: Tensor) -> float:
     Raises:
         ValueError: The gate is not a matrix, or holds NaN.
     """
-    rows = torch.nn.functional.normalize(_matrix(gate).double(), dim=1)
+    rows = normalize(_matrix(gate).double(), dim=1)
     cosine = rows @ rows.T
     return float(cosine.sum() - cosine.diagonal().sum())
 
@@ -98,27 +76,5 @@ def filter_correlation(weight: Tensor) -> Tensor:
     """
     if weight.dim() < 2:
         raise ValueError(f"weight has shape {tuple(weight.shape)}; expected (K, ...).")
-    rows = torch.nn.functional.normalize(weight.detach().flatten(1).double(), dim=1)
+    rows = normalize(weight.detach().flatten(1).double(), dim=1)
     return (rows @ rows.T).abs().fill_diagonal_(0.0)
-
-
-def assign_filters(scores: Tensor | ClassFilters) -> Tensor:
-    r"""
-    The class of each filter: the one with its highest score; the lower class on a tie.
-
-    Args:
-
-        scores (Tensor or ClassFilters): Shape (C, K): gates, contributions, or transposed mutual
-                    information.
-
-    Returns:
-        *Tensor* of shape (K,), int64.
-
-    Raises:
-        ValueError: The scores are not a matrix.
-    """
-    table = scores.scores if isinstance(scores, ClassFilters) else scores
-    if table.dim() != 2:
-        raise ValueError(f"scores have shape {tuple(table.shape)}; expected (C, K).")
-    filled = table.nan_to_num(nan=-float("inf"))
-    return filled.T.sort(dim=1, descending=True, stable=True).indices[:, 0]

@@ -34,7 +34,7 @@ class ClassGateCallback(Callback):
     Lightning callback that trains a class-specific gate beside any ``training_step``.
 
     In the steps that the schedule says, ``training_step`` runs with the gate on; its loss is that of the
-    gated path. The regulariser's gradient is added before the optimiser steps, and the gate is
+    gated path. The regularizer's gradient is added before the optimiser steps, and the gate is
     projected afterwards. Nothing in the ``LightningModule`` changes, but that one of its optimisers
     must hold the gate's parameters; the simplest way is to make the gate an attribute of the module.
     Lightning's checkpoints hold the gate, and a run that is resumed from one goes on exactly.
@@ -46,10 +46,10 @@ class ClassGateCallback(Callback):
 
         gate (ClassSpecificGate): The gate, attached to a layer of the model.
         schedule (GateSchedule, optional): When steps are gated, by epoch or by batch.
-        regularisation (float): Weight of the regulariser.
+        regularization (float): Weight of the regularizer.
                     Default: 1e-3
-        regulariser (Callable, optional): The term itself, from the gate to a scalar. By default
-                    ``gate.regulariser()``.
+        regularizer (Callable, optional): The term itself, from the gate to a scalar. By default
+                    ``gate.regularizer()``.
         labels (Callable, optional): From a batch to its labels (N,). By default the second of a pair.
 
     Raises:
@@ -81,8 +81,8 @@ class ClassGateCallback(Callback):
         self,
         gate: ClassSpecificGate,
         schedule: GateSchedule | None = None,
-        regularisation: float = 1e-3,
-        regulariser: Callable[[ClassSpecificGate], Tensor] | None = None,
+        regularization: float = 1e-3,
+        regularizer: Callable[[ClassSpecificGate], Tensor] | None = None,
         labels: Callable[[Any], Tensor] = _second,
     ) -> None:
         if _MISSING is not None:
@@ -90,7 +90,7 @@ class ClassGateCallback(Callback):
                 "ClassGateCallback needs Lightning: pip install 'captum-classfilters[lightning]'"
             ) from _MISSING
         super().__init__()
-        if gate._layer is None:
+        if not gate.attached:
             raise ValueError("The gate is not attached; call gate.attach(model, layer) first.")
         self.gate = gate
         self.schedule = schedule or GateSchedule()
@@ -99,8 +99,8 @@ class ClassGateCallback(Callback):
                 "A joint schedule needs two forward passes in a step; make them in training_step, with "
                 "`with gate.gating(labels):` around one, or choose unit='epoch' or 'batch'."
             )
-        self.regularisation = regularisation
-        self.regulariser = regulariser or (lambda one: one.regulariser())
+        self.regularization = regularization
+        self.regularizer = regularizer or (lambda gate: gate.regularizer())
         self.labels = labels
         self._open = ExitStack()
         self._gated = False
@@ -132,12 +132,12 @@ class ClassGateCallback(Callback):
         self._open.close()
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        """Add the regulariser's gradient, after any loss scaling has been undone."""
+        """Add the regularizer's gradient, after any loss scaling has been undone."""
         if not self._gated or not self._holds(optimizer):
             return
         weight = self.gate.weight
         with torch.enable_grad():
-            term = self.regularisation * self.regulariser(self.gate)
+            term = self.regularization * self.regularizer(self.gate)
         if term.requires_grad:
             (gradient,) = torch.autograd.grad(term, weight)
             weight.grad = gradient if weight.grad is None else weight.grad + gradient
@@ -166,4 +166,4 @@ class ClassGateCallback(Callback):
 
     def _holds(self, optimizer: Any) -> bool:
         groups = optimizer.param_groups
-        return any(one is self.gate.weight for group in groups for one in group["params"])
+        return any(held is self.gate.weight for group in groups for held in group["params"])

@@ -1,6 +1,7 @@
 """Training with a class-specific gate: schedule, steps, history, exact resumption."""
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -10,10 +11,12 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from tqdm.auto import tqdm
 
-from captum_classfilters._core.batches import split_batch
+from captum_classfilters._core.batches import Batch, Batches, Unpack, read_batches
+from captum_classfilters._core.devices import device_of
+from captum_classfilters._core.distributed import is_main_process
 from captum_classfilters._core.guard import model_left_as_found
-from captum_classfilters.gates.class_specific_gate import ClassSpecificGate
-from captum_classfilters.identify.statistics import class_labels
+from captum_classfilters._core.outputs import as_rows, class_scores, log_probabilities, two_classes
+from captum_classfilters.gates.class_specific_gate import ClassSpecificGate, gates_not_finite
 
 Unit = Literal["epoch", "batch", "joint"]
 
@@ -97,13 +100,18 @@ class GatedEpoch:
     validation_accuracy: float | None
 
 
+def cross_entropy(scores: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of scores (N, C), or of a binary classifier's one logit (N,) or (N, 1)."""
+    return F.nll_loss(log_probabilities(as_rows(scores)), labels)
+
+
 class GatedTrainer:
     r"""
     Train a network together with its class-specific gate.
 
     A plain step minimises the cross-entropy of the ungated path with ``optimizer``. A gated step
     minimises :math:`\lambda_1` times the cross-entropy of the gated path plus :math:`\lambda_2` times
-    the gate's regulariser with ``gated_optimizer``, and projects the gate. In a joint step the plain
+    the gate's regularizer with ``gated_optimizer``, and projects the gate. In a joint step the plain
     cross-entropy is added. Schedulers advance at the end of an epoch in which their optimiser stepped.
 
     Args:
@@ -118,11 +126,11 @@ class GatedTrainer:
         schedule (GateSchedule, optional): When steps are gated.
         gated_weight (float): :math:`\lambda_1`.
                     Default: 1.0
-        regularisation (float): :math:`\lambda_2`.
+        regularization (float): :math:`\lambda_2`.
                     Default: 1e-3
-        regulariser (Callable, optional): The term itself, from the gate to a scalar. By default
-                    ``gate.regulariser()``.
-        criterion (Callable): Loss of logits and labels.
+        regularizer (Callable, optional): The term itself, from the gate to a scalar. By default
+                    ``gate.regularizer()``.
+        criterion (Callable): Loss of the model's scores, (N, C) or one logit, and labels (N,).
                     Default: cross-entropy
 
     Raises:
@@ -154,11 +162,11 @@ class GatedTrainer:
         gated_scheduler: Any = None,
         schedule: GateSchedule | None = None,
         gated_weight: float = 1.0,
-        regularisation: float = 1e-3,
-        regulariser: Callable[[ClassSpecificGate], Tensor] | None = None,
-        criterion: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+        regularization: float = 1e-3,
+        regularizer: Callable[[ClassSpecificGate], Tensor] | None = None,
+        criterion: Callable[[Tensor, Tensor], Tensor] = cross_entropy,
     ) -> None:
-        if gate._layer is None:
+        if not gate.attached:
             raise ValueError("The gate is not attached; call gate.attach(model, layer) first.")
         if gated_optimizer is None:
             gated_optimizer = optimizer
@@ -166,7 +174,7 @@ class GatedTrainer:
                 optimizer.add_param_group({"params": [gate.weight], "weight_decay": 0.0})
         if not _holds(gated_optimizer, gate.weight):
             raise ValueError("gated_optimizer does not hold the gate's parameters.")
-        if any(isinstance(one, ReduceLROnPlateau) for one in (scheduler, gated_scheduler)):
+        if any(isinstance(part, ReduceLROnPlateau) for part in (scheduler, gated_scheduler)):
             raise ValueError("ReduceLROnPlateau needs a metric; choose a scheduler of epochs.")
         self.model = model
         self.gate = gate
@@ -176,8 +184,8 @@ class GatedTrainer:
         self.gated_scheduler = gated_scheduler
         self.schedule = schedule or GateSchedule()
         self.gated_weight = gated_weight
-        self.regularisation = regularisation
-        self.regulariser = regulariser or (lambda one: one.regulariser())
+        self.regularization = regularization
+        self.regularizer = regularizer or (lambda gate: gate.regularizer())
         self.criterion = criterion
         self.history: list[GatedEpoch] = []
 
@@ -186,6 +194,9 @@ class GatedTrainer:
         train_loader: Iterable[Any],
         validation_loader: Iterable[Any] | None = None,
         epochs: int = 1,
+        *,
+        unpack: Unpack | None = None,
+        device: torch.device | str | None = None,
         show_progress: bool = True,
     ) -> list[GatedEpoch]:
         """Train until ``epochs`` epochs are done, those of a resumed run included.
@@ -195,7 +206,13 @@ class GatedTrainer:
             train_loader (iterable): Batches of (images, labels).
             validation_loader (iterable, optional): Batches to measure the ungated path on.
             epochs (int): Number of epochs in all.
+                        Default: 1
+            unpack (Callable, optional): From a batch of another kind to the pair (inputs, labels).
+                        Default: None
+            device (torch.device or str, optional): Where the batches go; by default where the model
+                        is.
             show_progress (bool): Show a progress bar.
+                        Default: True
 
         Returns:
             *list of GatedEpoch*: The whole history.
@@ -208,11 +225,12 @@ class GatedTrainer:
             range(len(self.history), epochs),
             desc="training",
             unit="epoch",
-            disable=not show_progress,
+            disable=not (show_progress and is_main_process()),
         )
+        options = {"unpack": unpack, "device": device, "show_progress": False}
         for epoch in bar:
             self.model.train()
-            record = self._epoch(epoch, train_loader, validation_loader)
+            record = self._epoch(epoch, train_loader, validation_loader, options)
             self.history.append(record)
             bar.set_postfix(
                 accuracy=record.accuracy,
@@ -224,7 +242,7 @@ class GatedTrainer:
     def step(
         self, images: Tensor | tuple[Tensor, ...], labels: Tensor, gated: bool
     ) -> tuple[float, int]:
-        """One optimisation step.
+        """One optimization step.
 
         Args:
 
@@ -239,58 +257,66 @@ class GatedTrainer:
             ValueError: The model and the gate differ in their number of classes.
         """
         inputs = images if isinstance(images, tuple) else (images,)
+        loss, correct = self._step(inputs, labels, gated, check=True)
+        return float(loss), int(correct)
+
+    def _step(
+        self, inputs: tuple[Any, ...], labels: Tensor, gated: bool, check: bool
+    ) -> tuple[Tensor, Tensor]:
+        """A step; its loss and number of correct predictions, where the model is."""
         optimizer = self.gated_optimizer if gated else self.optimizer
         optimizer.zero_grad(set_to_none=True)
         if not gated:
-            logits = self.model(*inputs)
-            loss = self.criterion(logits, labels)
+            scores = class_scores(self.model(*inputs))
+            loss = self.criterion(scores, labels)
         else:
-            logits = self._gated_logits(inputs, labels)
-            loss = self.gated_weight * self.criterion(logits, labels)
-            loss = loss + self.regularisation * self.regulariser(self.gate)
+            scores = self._gated_scores(inputs, labels, check)
+            loss = self.gated_weight * self.criterion(scores, labels)
+            loss = loss + self.regularization * self.regularizer(self.gate)
             if self.schedule.unit == "joint":
-                logits = self.model(*inputs)
-                loss = loss + self.criterion(logits, labels)
+                scores = class_scores(self.model(*inputs))
+                loss = loss + self.criterion(scores, labels)
         loss.backward()
         optimizer.step()
         if gated:
-            self.gate.project()
-        return float(loss.detach()), int((logits.detach().argmax(1) == labels).sum())
+            self.gate.project(check=check)
+        return loss.detach(), _correct(scores, labels)
 
-    def _gated_logits(self, inputs: tuple[Tensor, ...], labels: Tensor) -> Tensor:
-        with self.gate.gating(labels):
-            logits: Tensor = self.model(*inputs)
-        if logits.shape[1] != self.gate.num_classes:
+    def _gated_scores(self, inputs: tuple[Any, ...], labels: Tensor, check: bool) -> Tensor:
+        with self.gate.gating(labels, check=check):
+            scores = class_scores(self.model(*inputs))
+        num_classes = two_classes(scores).shape[1]
+        if num_classes != self.gate.num_classes:
             raise ValueError(
-                f"The model tells {logits.shape[1]} classes apart, but the gate has "
+                f"The model tells {num_classes} classes apart, but the gate has "
                 f"{self.gate.num_classes}."
             )
-        return logits
+        return scores
 
     def _epoch(
-        self, epoch: int, train_loader: Iterable[Any], validation_loader: Iterable[Any] | None
+        self,
+        epoch: int,
+        train_loader: Iterable[Any],
+        validation_loader: Iterable[Any] | None,
+        options: dict[str, Any],
     ) -> GatedEpoch:
-        losses: list[float] = []
-        gated_batches = right = images_seen = 0
-        device = self.gate.weight.device
-        for number, batch in enumerate(train_loader):
-            images, labels = split_batch(batch, number, device)
-            if not isinstance(labels, Tensor):
-                raise ValueError(
-                    f"Batch {number} has no labels: they are a {type(labels).__name__}; expected a "
-                    "Tensor (N,) of class indices."
-                )
-            labels = class_labels(labels, len(images[0]), self.gate.num_classes, number).to(device)
-            if not self.history and number == 0:
-                # The first gated step may be epochs away.
-                with torch.no_grad(), model_left_as_found(self.model, evaluation=True):
-                    self._gated_logits(tuple(one[:2] for one in images), labels[:2])
-            gated = self.schedule.is_gated(epoch, number)
-            loss, correct = self.step(images, labels, gated)
-            losses.append(loss)
-            gated_batches += gated
-            right += correct
-            images_seen += len(labels)
+        losses: list[Tensor] = []
+        correct: list[Tensor] = []
+        gated_batches = 0
+        with self._batches(train_loader, options, training=True) as batches:
+            for batch in batches:
+                labels = self._labels(batches, batch)
+                if not self.history and not losses:
+                    # The first gated step may be epochs away.
+                    with torch.no_grad(), model_left_as_found(self.model, evaluation=True):
+                        self._gated_scores(batch.inputs, labels, check=True)
+                gated = self.schedule.is_gated(epoch, batch.number)
+                loss, right = self._step(batch.inputs, labels, gated, check=False)
+                if gated:
+                    batches.check(self.gate.weight.detach().isfinite().all(), gates_not_finite)
+                losses.append(loss)
+                correct.append(right)
+                gated_batches += gated
         if not losses:
             raise ValueError(
                 f"The training loader is empty in epoch {epoch}; a generator runs only once."
@@ -299,13 +325,33 @@ class GatedTrainer:
         return GatedEpoch(
             epoch=epoch,
             gated_share=gated_batches / len(losses),
-            loss=sum(losses) / len(losses),
-            accuracy=right / images_seen,
+            loss=float(torch.stack(losses).cpu().double().mean()),
+            accuracy=int(torch.stack(correct).sum()) / batches.num_images,
             density=self.gate.density,
             validation_accuracy=None
             if validation_loader is None
-            else self._accuracy(validation_loader),
+            else self._accuracy(validation_loader, options),
         )
+
+    def _batches(
+        self, dataloader: Iterable[Any], options: dict[str, Any], training: bool
+    ) -> AbstractContextManager[Batches]:
+        where = options["device"] or device_of(self.model) or self.gate.weight.device
+        return read_batches(
+            self.model,
+            dataloader,
+            "training" if training else "validation",
+            **{**options, "device": where},
+            training=training,
+            may_be_empty=training,
+        )
+
+    def _labels(self, batches: Batches, batch: Batch) -> Tensor:
+        """The labels of a batch, checked without a wait for the device."""
+        memberships = batches.memberships(batch, self.gate.num_classes)
+        if memberships.images is not None:
+            return batch.class_labels(self.gate.num_classes)
+        return memberships.classes
 
     def _advance(self, gated_batches: int, batches: int) -> None:
         if self.scheduler is not None and (gated_batches < batches or self._one_optimizer):
@@ -317,17 +363,13 @@ class GatedTrainer:
     def _one_optimizer(self) -> bool:
         return self.gated_optimizer is self.optimizer
 
-    @torch.no_grad()
-    def _accuracy(self, batches: Iterable[Any]) -> float:
-        right = total = 0
-        device = self.gate.weight.device
-        with model_left_as_found(self.model, evaluation=True):
-            for number, batch in enumerate(batches):
-                images, labels = split_batch(batch, number, device)
-                predicted = self.model(*images).argmax(1).cpu()
-                right += int((predicted == labels.cpu()).sum())
-                total += len(labels)
-        return right / max(total, 1)
+    def _accuracy(self, dataloader: Iterable[Any], options: dict[str, Any]) -> float:
+        correct: list[Tensor] = []
+        with self._batches(dataloader, options, training=False) as batches:
+            for batch in batches:
+                labels = self._labels(batches, batch)
+                correct.append(_correct(class_scores(self.model(*batch.inputs)), labels))
+        return int(torch.stack(correct).sum()) / batches.num_images
 
     # -- resuming --------------------------------------------------------------------------------
 
@@ -374,5 +416,10 @@ class GatedTrainer:
         torch.set_rng_state(state["random_state"])
 
 
+def _correct(scores: Tensor, labels: Tensor) -> Tensor:
+    """How many of a batch's images are recognized, where the scores are."""
+    return (two_classes(scores.detach()).argmax(1) == labels.to(scores.device)).sum()
+
+
 def _holds(optimizer: torch.optim.Optimizer, parameter: Tensor) -> bool:
-    return any(one is parameter for group in optimizer.param_groups for one in group["params"])
+    return any(held is parameter for group in optimizer.param_groups for held in group["params"])

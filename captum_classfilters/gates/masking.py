@@ -7,17 +7,20 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from captum_classfilters._core.guard import model_left_as_found
+from captum_classfilters._core.batches import Unpack
 from captum_classfilters._core.layers import find_layer
-from captum_classfilters.attr.layer_filter_ablation import LayerFilterAblation
+from captum_classfilters._core.ranking import random_sets
+from captum_classfilters._core.tables import short_repr, text_table
+from captum_classfilters.attr import LayerFilterAblation
 from captum_classfilters.class_filters import ClassFilters
-from captum_classfilters.metrics.class_curves import replays
+from captum_classfilters.metrics.replayed_batches import confusion_without
 
 
+@short_repr
 @dataclass(frozen=True)
 class MaskingResult:
     r"""
-    Recall of every class under each mask.
+    Recall of every class under each mask; prints as a table.
 
     Args:
 
@@ -30,6 +33,7 @@ class MaskingResult:
         predicted (Tensor): Shape (C, C), int64. Entry (c, j): images of all classes that are taken for
                     class j under the same mask; its diagonal is how often a masked class is still
                     predicted.
+        class_names (tuple of str): C names.
     """
 
     recall: Tensor
@@ -37,6 +41,7 @@ class MaskingResult:
     clean: Tensor
     confusion: Tensor
     predicted: Tensor
+    class_names: tuple[str, ...] = ()
 
     @property
     def own(self) -> Tensor:
@@ -50,6 +55,20 @@ class MaskingResult:
         off_diagonal = ~torch.eye(len(loss), dtype=torch.bool)
         return float(loss[off_diagonal].nanmean())
 
+    def __str__(self) -> str:
+        others = ~torch.eye(len(self.recall), dtype=torch.bool)
+        rows = [
+            {
+                "class": name,
+                "clean": self.clean[row],
+                "own mask": self.recall[row, row],
+                "other classes": self.recall[row][others[row]].nanmean(),
+                "random mask": self.control[row, row],
+            }
+            for row, name in enumerate(self.class_names or map(str, range(len(self.recall))))
+        ]
+        return text_table(rows, title="recall")
+
 
 def masking_test(
     model: nn.Module,
@@ -58,28 +77,38 @@ def masking_test(
     dataloader: Iterable[Any],
     *,
     mode: Literal["mask", "keep"] = "mask",
-    channel_dim: int | None = None,
+    repetitions: int = 1,
     seed: int = 0,
+    channel_dim: int | None = None,
+    unpack: Unpack | None = None,
+    device: torch.device | str | None = None,
     show_progress: bool = True,
 ) -> MaskingResult:
     r"""
     Mask the filters of one class at a time, and measure every class.
 
-    In a network with class-specific filters a masked class is no longer recognised while the others
-    stay as they were (Liang et al.'s masking test). Masked filters are multiplied by zero at the
-    layer; random sets of the same sizes, drawn with ``seed``, are the control.
+    In a network with class-specific filters a masked class is no longer recognized while the others
+    stay as they were (Liang et al.'s masking test). Masked filters are set to zero at the layer;
+    random sets of the same sizes are the control.
+    :func:`~captum_classfilters.metrics.collateral_damage` removes the same sets, beside further
+    controls.
 
     Args:
 
-        model (nn.Module): The model, with logits (N, C).
+        model (nn.Module): The model, with scores (N, C) or one logit.
         layer (nn.Module or str): The layer that ``class_filters`` was found at.
         class_filters (ClassFilters): A table with a selection.
         dataloader (iterable): Batches of (images, labels), other ones than the table was found on.
         mode (str): ``"mask"`` removes a class's filters, ``"keep"`` removes all the others.
                     Default: "mask"
-        channel_dim (int, optional): Axis of the filters, where it cannot be told from the layer.
-        seed (int): Seed of the control.
+        repetitions (int): Random sets for each class to average the control over.
+                    Default: 1
+        seed (int): Seed of the random sets.
                     Default: 0
+        channel_dim (int, optional): Axis of the filters, where it cannot be told from the layer.
+        unpack (Callable, optional): From a batch of another kind to the pair (inputs, labels).
+                    Default: None
+        device (torch.device or str, optional): Where the batches go; by default where the model is.
         show_progress (bool): Show a progress bar.
                     Default: True
 
@@ -107,31 +136,31 @@ def masking_test(
     """
     if mode not in ("mask", "keep"):
         raise ValueError(f"mode={mode!r}; choose 'mask' or 'keep'.")
+    if repetitions < 1:
+        raise ValueError(f"repetitions={repetitions} must be at least 1: the test has a control.")
     selected = class_filters.selected
     if not bool(selected.any()):
         raise ValueError("The table selects no filters; call table.select(num_filters=...) first.")
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.rand(selected.shape, generator=generator).argsort(1).argsort(1)
-    random = order < selected.sum(1, keepdim=True)
-    chosen = torch.cat([selected, random])
-    removed = torch.cat([~chosen if mode == "keep" else chosen, torch.zeros_like(chosen[:1])])
-    number, width = class_filters.num_classes, class_filters.num_filters
-    right = torch.zeros(len(removed), number, dtype=torch.int64)
-    seen = torch.zeros(number, dtype=torch.int64)
-    confusion, predicted = torch.zeros(2, number, number, dtype=torch.int64)
+    sets = torch.cat([selected[None], random_sets(selected, repetitions, seed)])
     module = find_layer(model, layer) if isinstance(layer, str) else layer
-    ablation = LayerFilterAblation(model, module, channel_dim=channel_dim)
-    with model_left_as_found(model, evaluation=True):
-        for replay, labels in replays(ablation, module, (number, width), dataloader, show_progress):
-            seen += torch.bincount(labels, minlength=number)
-            parts = [outputs.argmax(2) for _, outputs in replay.in_parts(removed)]
-            answers = torch.cat(parts).cpu()
-            for row, answer in enumerate(answers):
-                right[row] += torch.bincount(labels[answer == labels], minlength=number)
-            for class_, answer in enumerate(answers[:number]):
-                confusion[class_] += torch.bincount(answer[labels == class_], minlength=number)
-                predicted[class_] += torch.bincount(answer, minlength=number)
-    recall = right.double() / seen.double()
+    clean, without = confusion_without(
+        LayerFilterAblation(model, module, channel_dim=channel_dim),
+        module,
+        (~sets if mode == "keep" else sets).flatten(0, 1),
+        class_filters.num_classes,
+        dataloader,
+        unpack=unpack,
+        device=device,
+        show_progress=show_progress,
+    )
+    counts, every = clean.sum(1).double(), torch.arange(class_filters.num_classes)
+    without = without.unflatten(0, sets.shape[:2])  # (1 + repetitions, C, C, C)
+    recall = without.diagonal(dim1=2, dim2=3) / counts
     return MaskingResult(
-        recall[:number], recall[number : 2 * number], recall[-1], confusion, predicted
+        recall=recall[0],
+        control=recall[1:].mean(0),
+        clean=clean.diagonal() / counts,
+        confusion=without[0, every, every],
+        predicted=without[0].sum(1),
+        class_names=class_filters.class_names,
     )

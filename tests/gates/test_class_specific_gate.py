@@ -1,4 +1,4 @@
-"""The class-specific gate: projection, regulariser, hook, training, measures."""
+"""The class-specific gate: projection, regularizer, hook, training, measures."""
 
 import copy
 
@@ -13,13 +13,13 @@ from captum_classfilters.gates import (
     GatedTrainer,
     GateSchedule,
     assign_filters,
-    class_share,
     density_interval,
     filter_correlation,
     gate_similarity,
     masking_test,
 )
 from tests.models import batches, deep, hooks_of, images, pool_linear
+from tests.pretend_device import host_reads, pretend
 
 QUIET = {"show_progress": False}
 
@@ -49,7 +49,7 @@ class TestProjection:
     def test_uniform_shrinkage_is_undone_by_rescaling_alone(self, projection):
         gate = gate_with([[1.0, 1.0, 1.0]], projection)
         with torch.no_grad():
-            gate.weight.sub_(0.25)  # a step of the regulariser
+            gate.weight.sub_(0.25)  # a step of the regularizer
         gate.project()
         expected = [1, 1, 1] if projection == "rescale" else [1, 0.75, 0.75]
         assert gate.weight[:, 0].tolist() == expected
@@ -86,26 +86,26 @@ class TestProjection:
             gate.project()
 
 
-def test_regulariser_family():
+def test_regularizer_family():
     gate = gate_with([[1.0, 0.5], [1.0, 0.0], [0.25, 1.0]])  # C = 2, K = 3, sum 3.75
-    assert float(gate.regulariser().detach()) == pytest.approx(0.75)
-    assert float(gate.regulariser(limit=10).detach()) == 0
-    assert float(gate.regulariser(distance="l2").detach()) == pytest.approx(0.5625)
-    assert float(gate.regulariser(distance="smooth_l1").detach()) == pytest.approx(0.28125)
-    assert float(gate.regulariser(distance="smooth_l1", limit=1).detach()) == pytest.approx(2.25)
-    assert float(gate.regulariser("l1").detach()) == pytest.approx(3.75)
-    assert float(gate.regulariser("column_limit", limit=1.1).detach()) == pytest.approx(0.55)
+    assert float(gate.regularizer().detach()) == pytest.approx(0.75)
+    assert float(gate.regularizer(limit=10).detach()) == 0
+    assert float(gate.regularizer(distance="l2").detach()) == pytest.approx(0.5625)
+    assert float(gate.regularizer(distance="smooth_l1").detach()) == pytest.approx(0.28125)
+    assert float(gate.regularizer(distance="smooth_l1", limit=1).detach()) == pytest.approx(2.25)
+    assert float(gate.regularizer("l1").detach()) == pytest.approx(3.75)
+    assert float(gate.regularizer("column_limit", limit=1.1).detach()) == pytest.approx(0.55)
     expected = (1.5**2 + 1 + 1.25**2) ** 0.5
-    assert float(gate.regulariser("l12").detach()) == pytest.approx(expected)
-    assert float(gate.regulariser("column_maximum").detach()) == pytest.approx(3.0)
+    assert float(gate.regularizer("l12").detach()) == pytest.approx(expected)
+    assert float(gate.regularizer("column_maximum").detach()) == pytest.approx(3.0)
     assert gate.density == pytest.approx(3.75 / 6)
     # Before the projection gates can be negative: the norm counts them.
     signed = gate_with([[1.0, -0.5, -0.25], [1.0, 0.0, 0.5]])  # C = 3, K = 2
-    assert float(signed.regulariser().detach()) == pytest.approx(1.25)
-    assert float(signed.regulariser("column_limit").detach()) == pytest.approx(0.85 + 0.6)
+    assert float(signed.regularizer().detach()) == pytest.approx(1.25)
+    assert float(signed.regularizer("column_limit").detach()) == pytest.approx(0.85 + 0.6)
     assert signed.density == pytest.approx(3.25 / 6)
     with pytest.raises(ValueError, match="kind='l3'"):
-        gate.regulariser("l3")
+        gate.regularizer("l3")
 
 
 class TestHook:
@@ -135,7 +135,9 @@ class TestHook:
         for labels, message in (
             (None, "needs the labels"),
             (torch.zeros(8), "torch.float32"),
-            (torch.full((8,), 3), "out of range"),
+            (torch.tensor(0), "needs the labels"),
+            (torch.full((8,), 3), "label 3, but there are 3 classes"),
+            (torch.rand(8, 3), "not multi-hot"),
         ):
             with pytest.raises(ValueError, match=message), gate.gating(labels):
                 pass
@@ -148,7 +150,7 @@ class TestHook:
             pytest.raises(ValueError, match="gate has 5 filters"),
             wrong.gating(torch.zeros(8).long()),
         ):
-            wrong._layer[0](torch.rand(8, 6, 4, 4))
+            wrong._tap.module(torch.rand(8, 6, 4, 4))
         with pytest.raises(ValueError, match="hold NaN"):
             ClassSpecificGate(1, 1, initial=torch.tensor([[float("nan")]]))
         with pytest.raises(ValueError, match="from 0 to 2; expected"):
@@ -196,7 +198,7 @@ def trainer_of(model, **options):
     gate = ClassSpecificGate(3, 6).attach(model, "stage2")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2, gamma=0.5)
-    return GatedTrainer(model, gate, optimizer, scheduler=scheduler, regularisation=0.05, **options)
+    return GatedTrainer(model, gate, optimizer, scheduler=scheduler, regularization=0.05, **options)
 
 
 def loader(seed=0):
@@ -225,8 +227,8 @@ class TestTraining:
             with trainer.gate.gating(y):
                 first = F.cross_entropy(gated(x), y)
             second = F.cross_entropy(plain(x), y)
-            regulariser = 0.05 * trainer.gate.regulariser()
-            expected = 0.3 * first + regulariser + (second if unit == "joint" else 0)
+            regularizer = 0.05 * trainer.gate.regularizer()
+            expected = 0.3 * first + regularizer + (second if unit == "joint" else 0)
             assert trainer.step(x, y, gated=True)[0] == pytest.approx(expected.item(), abs=1e-5)
 
     def test_the_gate_is_not_decayed(self):
@@ -307,8 +309,9 @@ class TestTraining:
         ("batch", "message"),
         [
             (lambda x, y: x, "Batch 0 is a Tensor"),
-            (lambda x, y: (x, None), "Batch 0 has no labels"),
-            (lambda x, y: (x, F.one_hot(y)), r"have shape \(120, 3\)"),
+            (lambda x, y: (x, None), "labels of batch 0 are a NoneType"),
+            (lambda x, y: (x, torch.rand(120, 3)), r"have shape \(120, 3\) but are not multi-hot"),
+            (lambda x, y: (x, torch.ones(120, 3)), "multi-hot, several classes for one image"),
             (lambda x, y: (x, y.float()), "are torch.float32"),
             (lambda x, y: (x, y + 1), "has the label 3"),
         ],
@@ -331,8 +334,8 @@ class TestTraining:
             trainer = GatedTrainer(model, gate, torch.optim.SGD(model.parameters(), lr=0.1))
             with pytest.raises(ValueError, match=message):
                 trainer.fit([(x, y % 2)], epochs=1, **QUIET)  # a plain epoch
-            assert gate._labels is None
-            assert all(torch.equal(one, before[key]) for key, one in model.state_dict().items())
+            assert hooks_of(model) == 0
+            assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
     def test_the_check_of_the_first_batch_changes_nothing(self):
         x, y = separable()
@@ -372,12 +375,12 @@ class TestTraining:
         with torch.no_grad():
             gate.weight.sub_(0.7)  # between a step and its projection
         copied = copy.deepcopy(gate)
-        assert copied._layer is None
+        assert not copied.attached
         assert torch.equal(copied.weight, gate.weight)
 
 
 class TestLayerClassGate:
-    gates = torch.tensor([[0.9, 0.1, 0.5, 0.0, 0.2, 0.3], [0.0, 1.0, 0.6, 0.2, 0.1, 0.4]])
+    gates = torch.tensor([[0.9, 0.1, 0.5, 0.05, 0.2, 0.3], [0.0, 1.0, 0.6, 0.2, 0.1, 0.4]])
 
     def method(self, **options):
         gates = torch.cat([self.gates, torch.rand(1, 6)])
@@ -413,8 +416,10 @@ class TestMeasures:
     gate = torch.tensor([[1.0, 0.6, 0.0], [0.0, 1.0, 1.0]])
 
     def test_shares_similarity_and_interval(self):
-        assert class_share(self.gate).tolist() == [[2, 1], [1, 2]]
-        assert class_share(self.gate, threshold=0.6).tolist() == [[1, 0], [0, 2]]  # strictly above
+        table = ClassFilters(self.gate, torch.ones(2))
+        for threshold, count in ((0.5, [[2, 1], [1, 2]]), (0.6, [[1, 0], [0, 2]])):
+            opened = table.with_selection(self.gate > threshold)
+            assert opened.overlap().count.tolist() == count
         cosine = 0.6 / ((1.36**0.5) * (2**0.5))
         assert gate_similarity(self.gate) == pytest.approx(2 * cosine)
         assert density_interval(10, 64).tolist() == pytest.approx([0.1, 0.1])
@@ -483,13 +488,12 @@ class TestMeasures:
     def test_measures_work_without_a_gate(self):
         scores = torch.tensor([[0.2, 0.9, 0.1], [0.8, 0.7, 0.3]])
         table = ClassFilters(scores, torch.ones(2)).select(num_filters=2)
-        assert class_share(table.selected).tolist() == [[2, 2], [2, 2]]
         assert gate_similarity(table.selected) == pytest.approx(2.0)
         assert assign_filters(table).tolist() == [1, 0, 1]
 
     def test_bad_input(self):
         with pytest.raises(ValueError, match=r"gate is \(3,\)"):
-            class_share(torch.rand(3))
+            gate_similarity(torch.rand(3))
         with pytest.raises(ValueError, match="gate is ClassFilters"):
             gate_similarity(ClassFilters(torch.rand(2, 3), torch.ones(2)))
         with pytest.raises(ValueError, match="without NaN"):
@@ -513,7 +517,7 @@ def test_three_lines_in_a_loop_of_ones_own_are_the_trainers_gated_step():
         optimizer.zero_grad()
         with gate.gating(y):  # 1
             loss = F.cross_entropy(own(x), y)
-        loss = loss + 0.05 * gate.regulariser()  # 2
+        loss = loss + 0.05 * gate.regularizer()  # 2
         loss.backward()
         optimizer.step()
         gate.project()  # 3
@@ -555,3 +559,207 @@ def test_gates_that_become_nan_in_training_are_named():
     x[0, 0, 0, 0] = float("nan")
     with pytest.raises(ValueError, match="gates hold NaN"):
         trainer.fit([(x, y)], epochs=1, **QUIET)
+
+
+# -- batches, devices, models ---------------------------------------------------------------------
+
+
+def after_training(model, gate, data, **options):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    trainer = GatedTrainer(
+        model, gate, optimizer, schedule=GateSchedule("batch", period=2), regularization=0.05
+    )
+    trainer.fit(data, data, epochs=2, **QUIET, **options)
+    return trainer
+
+
+def test_training_on_an_accelerator_is_training_on_the_cpu():
+    x, y = separable()
+    data = [(x[i : i + 24], y[i : i + 24]) for i in range(0, 120, 24)]
+    model = deep()
+    gate = ClassSpecificGate(3, 6).attach(model, "stage2")
+    expected = after_training(model, gate, data)
+    for there in (True, False):
+        with pretend("meta") as device:
+            model = deep().to(device)
+            gate = ClassSpecificGate(3, 6).to(device).attach(model, "stage2")
+            batches_ = [(x.to(device), y.to(device)) for x, y in data] if there else data
+            trainer = after_training(model, gate, batches_)
+            assert torch.allclose(gate.weight.detach().cpu(), expected.gate.weight, atol=1e-6)
+            for key, value in model.state_dict().items():
+                assert torch.allclose(value.cpu(), expected.model.state_dict()[key], atol=1e-5)
+        for epoch, same in zip(trainer.history, expected.history, strict=True):
+            assert epoch.accuracy == same.accuracy
+            assert epoch.validation_accuracy == same.validation_accuracy
+            assert epoch.loss == pytest.approx(same.loss, abs=1e-6)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_no_step_waits_for_the_device(there):
+    """The number of reads in an epoch does not grow with its batches but for every eighth."""
+    x, y = separable()
+    reads = []
+    for number in (8, 16):
+        with pretend("meta") as device:
+            model = deep().to(device)
+            gate = ClassSpecificGate(3, 6).to(device).attach(model, "stage2")
+            data = [(x[i : i + 7], y[i : i + 7]) for i in range(number)]
+            if there:
+                data = [(x.to(device), y.to(device)) for x, y in data]
+            host_reads.clear()
+            after_training(model, gate, data)
+            reads.append(len(host_reads))
+    assert reads[1] - reads[0] <= 4  # two epochs of training and validation, one look each
+
+
+@pytest.mark.parametrize("shape", [(1,), ()])
+def test_one_logit(shape):
+    class OneLogit(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.conv, self.head = nn.Conv2d(2, 6, 3), nn.Linear(6, 1)
+
+        def forward(self, x):
+            return self.head(self.conv(x).relu().mean((2, 3))).reshape(-1, *shape)
+
+    x, y = separable()
+    y = (y > 0).long()
+    model = OneLogit()
+    gate = ClassSpecificGate(2, 6).attach(model, "conv")
+    trainer = GatedTrainer(
+        model, gate, torch.optim.Adam(model.parameters(), lr=0.05), schedule=GateSchedule("joint")
+    )
+    with gate.gating(y), torch.no_grad():
+        gated = F.binary_cross_entropy_with_logits(model(x).flatten(), y.float())
+    plain = F.binary_cross_entropy_with_logits(model(x).flatten(), y.float())
+    loss, _ = trainer.step(x, y, gated=True)
+    assert loss == pytest.approx(float((gated + plain).detach()), abs=1e-5)  # no excess of gates
+    assert trainer.fit([(x, y.bool())], [(x, y)], epochs=30, **QUIET)[-1].accuracy > 0.9
+    gate.detach()
+    third = ClassSpecificGate(3, 6).attach(model, "conv")
+    trainer = GatedTrainer(model, third, torch.optim.SGD(model.parameters(), 0.1))
+    with pytest.raises(ValueError, match="tells 2 classes apart, but the gate has 3"):
+        trainer.step(x, y, gated=True)
+
+
+class Answer:
+    def __init__(self, logits):
+        self.logits = logits
+
+
+class Wrapping(nn.Module):
+    """`deep` that answers as Hugging Face's models do, for batches of 24 alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = deep()
+
+    def forward(self, x):
+        return Answer(self.net(x.view(24, 2, 6, 6)))
+
+
+def test_batches_of_every_kind():
+    x, y = separable()
+    model = Wrapping()
+    gate = ClassSpecificGate(3, 6).attach(model, "net.stage2")
+    expected = after_training(model, gate, [(x[:24], y[:24])] * 4)
+    kinds = {
+        "list": [(x[:24], y[:24].tolist())] * 4,
+        "more": [(x[:24], y[:24], "names")] * 4,
+        "tuple": [((x[:24],), y[:24])] * 4,
+        "one-hot": [(x[:24], F.one_hot(y[:24]))] * 4,
+        "mapping": [{"pixel_values": x[:24], "labels": y[:24]}] * 4,
+        "empty first": [(x[:0], y[:0])] + [(x[:24], y[:24])] * 4,
+    }
+    for name, data in kinds.items():
+        model = Wrapping()
+        gate = ClassSpecificGate(3, 6).attach(model, "net.stage2")
+        schedule = after_training(model, gate, data).history
+        if name != "empty first":  # whose batches have other numbers
+            assert schedule == expected.history, name
+            assert torch.equal(gate.weight, expected.gate.weight), name
+    other = Wrapping()
+    gate = ClassSpecificGate(3, 6).attach(other, "net.stage2")
+    packed = [{"a": x[:24], "b": y[:24]}] * 4
+    history = after_training(other, gate, packed, unpack=lambda batch: (batch["a"], batch["b"]))
+    assert history.history == expected.history
+
+
+def test_training_inside_no_grad_and_inference_mode():
+    x, y = separable()
+    for block in (torch.no_grad, torch.inference_mode):
+        trainer = trainer_of(deep(), schedule=GateSchedule("joint"))
+        with block():
+            history = trainer.fit([(x, y)], [(x, y)], epochs=3, **QUIET)
+        assert history[2].loss < history[0].loss
+
+
+def test_a_compiled_model_takes_the_gated_path_although_it_was_compiled_before():
+    x, y = separable()
+    model, plain = deep(), deep()
+    fast = torch.compile(model, backend="eager")
+    fast(x)
+    gates = torch.rand(3, 6)
+    gate = ClassSpecificGate(3, 6, initial=gates).attach(fast, "stage2")
+    same = ClassSpecificGate(3, 6, initial=gates).attach(plain, "stage2")
+    with gate.gating(y), same.gating(y):
+        assert torch.allclose(fast(x), plain(x), atol=1e-6)
+    assert torch.allclose(fast(x), plain(x), atol=1e-6)
+
+
+def test_a_gate_leaves_no_trace_in_the_model_and_another_may_follow():
+    model = deep()
+    gate = ClassSpecificGate(3, 6).attach(model, "stage2")
+    assert hooks_of(model) == 0  # the gate is on in its block alone
+    assert gate.attached
+    twin = copy.deepcopy(model)
+    ClassSpecificGate(3, 6).attach(twin, "stage2")
+    del gate  # forgotten, not detached
+    ClassSpecificGate(3, 6).attach(model, "stage2")
+
+
+def test_masking_with_unequal_sets_repeated_controls_and_one_logit():
+    model = nn.Sequential(nn.Identity(), nn.Linear(3, 1, bias=False))
+    with torch.no_grad():
+        model[1].weight.copy_(torch.tensor([[1.0, -1, 0.5]]))
+    x, y = torch.tensor([[2.0, 1, 0], [1, 3, 1], [0, 2, 2]]), torch.tensor([1, 0, 0])
+    mask = torch.tensor([[False, True, False], [True, False, True]])
+    table = ClassFilters(mask.double(), torch.ones(2)).with_selection(mask)
+    result = masking_test(model, "0", table, [(x, y)], repetitions=40, **QUIET)
+    assert result.clean.tolist() == [1, 1]
+    assert result.recall.tolist() == [[0, 1], [1, 0]]  # z = x0 + x2 / 2, then -x1
+    singles = [float((x[1:] * (torch.arange(3) != k) @ model[1].weight[0] <= 0).double().mean())
+               for k in range(3)]  # fmt: skip
+    assert float(result.control[0, 0]) == pytest.approx(sum(singles) / 3, abs=0.2)
+    again = masking_test(model, "0", table, [(x, y)], repetitions=40, **QUIET)
+    assert torch.equal(again.control, result.control)
+    assert len(str(result).splitlines()) == 4
+    with pytest.raises(ValueError, match="repetitions=0"):
+        masking_test(model, "0", table, [(x, y)], repetitions=0)
+
+
+def test_masking_keeps_classes_without_images_apart():
+    model = nn.Sequential(nn.Identity(), nn.Linear(2, 2, bias=False))
+    with torch.no_grad():
+        model[1].weight.copy_(torch.eye(2))
+    mask = torch.tensor([[True, False], [False, False]])
+    scores = torch.tensor([[1.0, 0], [torch.nan, torch.nan]])
+    table = ClassFilters(scores, torch.tensor([1, 0])).with_selection(mask)
+    data = [(torch.tensor([[2.0, 1.0]]), torch.tensor([0]))]
+    kept = masking_test(model, "0", table, data, mode="keep", **QUIET)
+    assert kept.recall[0, 0] == 1
+    assert bool(kept.recall[:, 1].isnan().all())
+
+
+def test_masking_on_an_accelerator():
+    model, data = deep(), batches()
+    table = ClassFilters(torch.rand(3, 6), torch.ones(3)).select(num_filters=2)
+    expected = masking_test(model, "stage2", table, data, **QUIET)
+    for there in (True, False):
+        with pretend("cuda") as device:
+            moved = [(x.to(device), y.to(device)) for x, y in data] if there else data
+            got = masking_test(deep().to(device), "stage2", table, moved, **QUIET)
+        assert torch.equal(got.confusion, expected.confusion)
+        assert torch.equal(got.control, expected.control)
+        assert got.recall.device.type == "cpu"

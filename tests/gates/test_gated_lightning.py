@@ -54,7 +54,7 @@ def trainer_of(callback, epochs):
 
 
 def fit(module, epochs, checkpoint=None, schedule=None):
-    callback = ClassGateCallback(module.gate, regularisation=0.05, schedule=schedule)
+    callback = ClassGateCallback(module.gate, regularization=0.05, schedule=schedule)
     trainer = trainer_of(callback, epochs)
     trainer.fit(module, data(), ckpt_path=checkpoint)
     return trainer
@@ -74,7 +74,7 @@ def test_callback_is_gated_trainer_step_for_step(schedule):
     optimizer = torch.optim.SGD([*model.parameters(), *gate.parameters()], lr=0.05, momentum=0.9)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2, gamma=0.5)
     trainer = GatedTrainer(
-        model, gate, optimizer, scheduler=scheduler, regularisation=0.05, schedule=schedule
+        model, gate, optimizer, scheduler=scheduler, regularization=0.05, schedule=schedule
     )
     trainer.fit(data(), epochs=4, show_progress=False)
     assert torch.allclose(gate.weight, module.gate.weight, atol=1e-6)
