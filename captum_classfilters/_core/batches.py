@@ -12,14 +12,14 @@ from tqdm.auto import tqdm
 from captum_classfilters._core.devices import device_of, on_device
 from captum_classfilters._core.distributed import is_main_process
 from captum_classfilters._core.guard import model_left_as_found
-from captum_classfilters._core.labels import Memberships, class_labels, memberships
+from captum_classfilters._core.labels import Memberships, class_labels, joined, memberships
 
 Unpack = Callable[[Any], tuple[Any, Any]]
 
 _LABELS = ("labels", "label", "targets", "target", "y")
 _IMAGES = ("pixel_values", "images", "image", "inputs", "input", "x")
-_BATCHES_AHEAD = 8  # of an accelerator, before the host asks it how they went
-_BYTES_AHEAD = 256 * 2**20  # of inputs that must be kept meanwhile
+BATCHES_AHEAD = 8  # of an accelerator, before the host asks it how they went
+BYTES_AHEAD = 256 * 2**20  # of inputs that must be kept meanwhile
 
 
 @dataclass(frozen=True)
@@ -91,10 +91,10 @@ class Batches:
             size = num_images(inputs)
             if size:
                 inputs = on_device(_ordinary(inputs), self._device)
-                yield Batch(number, self.num_images, inputs, labels)
                 self.num_images += size
+                yield Batch(number, self.num_images - size, inputs, labels)
                 self._ahead += 1
-            if self._ahead >= _BATCHES_AHEAD:
+            if self._ahead >= BATCHES_AHEAD:
                 self.settle()
             self._bar.update()
         self.settle()
@@ -115,10 +115,8 @@ class Batches:
             kept: Tensors that ``then`` keeps alive until it is called.
         """
         self._waiting.append((torch.stack(list(flags)), then))
-        self._bytes_kept += sum(
-            part.numel() * part.element_size() for part in kept if isinstance(part, Tensor)
-        )
-        if flags[0].device.type == "cpu" or self._bytes_kept >= _BYTES_AHEAD:
+        self._bytes_kept += num_bytes(kept)
+        if flags[0].device.type == "cpu" or self._bytes_kept >= BYTES_AHEAD:
             self.settle()
 
     def settle(self) -> None:
@@ -131,22 +129,22 @@ class Batches:
             own, values = values[: len(flags)], values[len(flags) :]
             then(own)
 
-    def memberships(self, batch: Batch, num_classes: int) -> Memberships:
-        """As of the batch itself, but class indices on an accelerator are checked later."""
-        labels = batch.labels
-        if not isinstance(labels, Tensor) or labels.device.type == "cpu":
-            return batch.memberships(num_classes)
-        if labels.shape == (batch.size, 1) and num_classes > 1:
-            labels = labels[:, 0]
-        if (
-            labels.shape != (batch.size,)
-            or labels.is_floating_point()
-            or labels.dtype == torch.bool
-        ):
-            return batch.memberships(num_classes)
+    def memberships(self, block: Sequence[Batch], num_classes: int) -> Memberships:
+        """Which image of several batches counts for which class; class indices that come from an
+        accelerator are checked later."""
+        if not all(_indices_on_a_device(batch, num_classes) for batch in block):
+            return joined([batch.memberships(num_classes) for batch in block])
+        labels = torch.cat([batch.labels.reshape(-1) for batch in block])
         in_range = ((labels >= 0) & (labels < num_classes)).all()
-        self.later([in_range], lambda ok: None if ok[0] else _raised(batch, num_classes))
-        return Memberships(labels.long().clamp(0, num_classes - 1)).to(batch.device)
+        self.later([in_range], lambda ok: None if ok[0] else _raised(block, num_classes))
+        return Memberships(labels.long().clamp(0, num_classes - 1)).to(block[0].device)
+
+    def class_labels(self, batch: Batch, num_classes: int) -> Tensor:
+        """One class index for each image (N,), as of the batch itself, but checked later."""
+        memberships = self.memberships([batch], num_classes)
+        if memberships.images is not None:
+            return batch.class_labels(num_classes)  # which refuses several classes
+        return memberships.classes
 
     def check(self, right: Tensor, error: Callable[[], Exception]) -> None:
         """Raise an error, soon, unless a bool of no axes on a device is true."""
@@ -243,10 +241,25 @@ def first_batch(
     raise AssertionError("read_batches refuses empty loaders")
 
 
-def _raised(batch: Batch, num_classes: int) -> None:
-    """The error that the labels of a batch deserve."""
-    batch.memberships(num_classes)
+def _indices_on_a_device(batch: Batch, num_classes: int) -> bool:
+    labels = batch.labels
+    if not isinstance(labels, Tensor) or labels.device.type == "cpu":
+        return False
+    whole = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
+    column = labels.shape == (batch.size, 1) and num_classes > 1
+    return whole and (labels.shape == (batch.size,) or column)
+
+
+def _raised(block: Sequence[Batch], num_classes: int) -> None:
+    """The error that the labels of some batch deserve."""
+    for batch in block:
+        batch.memberships(num_classes)
     raise AssertionError("labels out of range")
+
+
+def num_bytes(tensors: Sequence[Any]) -> int:
+    """Bytes of the tensors among some values."""
+    return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
 
 
 def num_images(inputs: Sequence[Any]) -> int:

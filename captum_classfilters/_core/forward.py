@@ -220,6 +220,24 @@ class BatchReading:
     holds: list[Tensor]
 
 
+@dataclass
+class Glimpse:
+    """What one forward pass showed where means are enough, kept until several are looked at together.
+
+    Args:
+
+        means (list of Tensor): Mean activations (N, K) of each layer.
+        layouts (list of Layout): Of each layer.
+        features (Tensor or None): The head's input, where derivatives are the head's weights.
+        logits (Tensor or None): The head's output.
+    """
+
+    means: list[Tensor]
+    layouts: list["Layout"]
+    features: Tensor | None
+    logits: Tensor | None
+
+
 @dataclass(frozen=True)
 class LayerRequest:
     """A layer to read.
@@ -276,6 +294,7 @@ class SharedForward:
         self.model = module_of(forward_func, [request.module for request in requests])
         devices = device_ids or getattr(forward_func, "device_ids", None) or []
         self.head_name: str | None = None
+        self._head_module: nn.Module | None = None
         self._feeds_known = False
         self._taps = []
         for request in requests:
@@ -317,6 +336,57 @@ class SharedForward:
             reading = self._read(inputs, num_images, head, True)
             assert reading is not None
             yield reading
+
+    @property
+    def means_are_enough(self) -> bool:
+        """Whether batches can be glimpsed at: known after the first one that was run."""
+        return (
+            self._feeds_known
+            and not self._needs_gradients
+            and not any(
+                tap.maps_used or (tap.by_weights and tap.feed == "flatten") for tap in self._taps
+            )
+        )
+
+    def glimpse(self, inputs: tuple[Any, ...], num_images: int) -> Glimpse | None:
+        """Run the model for means alone; None if the batch needs a closer look: :meth:`run`."""
+        with self._watched(differentiable=False) as head:
+            output = self.forward_func(*inputs)
+            for tap in self._taps:
+                tap.check(num_images)
+            if any(len(tap.shares) != 1 or len(tap.shares[0]) != 1 for tap in self._taps):
+                return None
+            parts = [tap.shares[0][0] for tap in self._taps]
+            features = logits = None
+            if any(tap.by_weights for tap in self._taps):
+                if not head.is_output(class_scores(output)):
+                    return None
+                features, logits = head.features, head.logits
+                self._head_module = head.module
+            return Glimpse(
+                [part.means for part in parts], [part.layout for part in parts], features, logits
+            )
+
+    def together(self, glimpses: Sequence[Glimpse]) -> BatchReading:
+        """Several batches as one."""
+        means = [torch.cat(parts) for parts in zip(*(g.means for g in glimpses), strict=True)]
+        weight, holds = None, []
+        if glimpses[0].features is not None:
+            features = torch.cat([g.features for g in glimpses if g.features is not None]).detach()
+            logits = torch.cat([g.logits for g in glimpses if g.logits is not None])
+            head = HeadRecord(self._head_module, features, logits)
+            weight = two_classes(head.weight.T).T
+            holds = [head.computes_its_weight()] + [
+                alike(own, features)
+                for tap, own in zip(self._taps, means, strict=True)
+                if tap.by_weights
+            ]
+        batch = _BatchOfScores(None, len(means[0]), self._taps, weight, self.grad_kwargs)
+        layers = [
+            [_means_alone(tap, own, layout, batch)]
+            for tap, own, layout in zip(self._taps, means, glimpses[0].layouts, strict=True)
+        ]
+        return BatchReading(None, layers, [[layout] for layout in glimpses[0].layouts], holds)
 
     @property
     def _needs_gradients(self) -> bool:
@@ -482,6 +552,21 @@ def _filter_maps(tap: _Reading, place: int, batch: _BatchOfScores) -> FilterMaps
         return _joined([positions_last(gradients[id(part)], axis) for part in shares])
 
     means = _joined([part.means for part in shares])
+    return FilterMaps(means, positions, maps, derivative, name)
+
+
+def _means_alone(tap: _Reading, means: Tensor, layout: Layout, batch: _BatchOfScores) -> FilterMaps:
+    """A layer of which only means were kept."""
+    positions, feed, by_weights, name = layout.num_positions, tap.feed, tap.by_weights, tap.name
+
+    def maps() -> Tensor:
+        raise MapsNeededError(name)
+
+    def derivative(target: TargetType) -> Tensor:
+        if not by_weights:
+            raise MapsNeededError(name)
+        return batch.weights(feed, positions, target)
+
     return FilterMaps(means, positions, maps, derivative, name)
 
 

@@ -1,5 +1,6 @@
 """The one way from a batch's labels to which image counts for which class."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,36 +20,57 @@ class Memberships:
         classes (Tensor): Shape (M,), int64.
         images (Tensor or None): Shape (M,), int64, the place of each pair's image in the batch; None
                     where every image counts for one class, in order.
+        num_images (int): N; M where ``images`` is None.
     """
 
     classes: Tensor
     images: Tensor | None = None
+    num_images: int = -1
+
+    def __post_init__(self) -> None:
+        if self.images is None:
+            object.__setattr__(self, "num_images", len(self.classes))
 
     def to(self, device: torch.device) -> "Memberships":
         """The same on a device."""
-        return Memberships(on_device(self.classes, device), on_device(self.images, device))
+        classes, images = on_device((self.classes, self.images), device)
+        return Memberships(classes, images, self.num_images)
 
     def of_images(self, values: Tensor) -> Tensor:
         """Values (N, ...) of the images as values (M, ...) of the pairs."""
         return values if self.images is None else values[self.images]
 
-    def rounds(self, num_images: int) -> list[tuple[Tensor, Tensor | None]]:
+    def rounds(self) -> list[tuple[Tensor, Tensor | None]]:
         """The pairs as targets (N,) of whole batches: each image's first class, its second and so
         on; beside each, which places of :attr:`classes` its rows belong to, (N,), -1 for none."""
         if self.images is None:
             return [(self.classes, None)]
         place = torch.arange(len(self.classes), device=self.classes.device)
-        counts = torch.bincount(self.images, minlength=num_images)
+        counts = torch.bincount(self.images, minlength=self.num_images)
         nth = place - (counts.cumsum(0) - counts)[self.images]
         rounds: list[tuple[Tensor, Tensor | None]] = []
         for number in range(int(counts.max()) if len(counts) else 0):
             chosen = nth == number
-            targets = torch.zeros(num_images, dtype=torch.int64, device=place.device)
+            targets = torch.zeros(self.num_images, dtype=torch.int64, device=place.device)
             pairs = torch.full_like(targets, -1)
             targets[self.images[chosen]] = self.classes[chosen]
             pairs[self.images[chosen]] = place[chosen]
             rounds.append((targets, pairs))
         return rounds
+
+
+def joined(parts: Sequence[Memberships]) -> Memberships:
+    """The pairs of several batches, their images counted on."""
+    classes = torch.cat([part.classes for part in parts])
+    if all(part.images is None for part in parts):
+        return Memberships(classes)
+    images, before = [], 0
+    for part in parts:
+        own = part.images
+        own = torch.arange(len(part.classes), device=classes.device) if own is None else own
+        images.append(own + before)
+        before += part.num_images
+    return Memberships(classes, torch.cat(images), before)
 
 
 def class_labels(labels: Any, num_images: int, num_classes: int, batch: int) -> Tensor:
@@ -141,4 +163,4 @@ def _hot(tensor: Tensor, batch: int) -> Memberships:
     images, classes = tensor.nonzero().unbind(1)
     if bool((tensor != 0).sum(1).eq(1).all()):  # one-hot: one class for each image, in order
         return Memberships(classes)
-    return Memberships(classes, images)
+    return Memberships(classes, images, len(tensor))

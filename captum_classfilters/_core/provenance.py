@@ -1,6 +1,8 @@
 """Where a result comes from."""
 
 import hashlib
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import datetime, timezone
 from typing import Any
 
@@ -14,36 +16,58 @@ from captum_classfilters._version import __version__
 
 def fingerprint(model: nn.Module | None) -> str | None:
     """SHA-256 over the names, shapes and bytes of a model's parameters and buffers."""
-    if model is None:
-        return None
+    return None if model is None else _digest(_contents(model))
+
+
+def _contents(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """What is hashed of each tensor, on the CPU."""
+    return [
+        (f"{name}{tuple(tensor.shape)}{tensor.dtype}", tensor.detach().cpu().contiguous())
+        for name, tensor in model.state_dict().items()
+        if isinstance(tensor, torch.Tensor)
+    ]
+
+
+def _digest(contents: list[tuple[str, torch.Tensor]]) -> str:
     digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        if not isinstance(tensor, torch.Tensor):
-            continue
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        plain = tensor.detach().cpu().contiguous()
-        if plain.numel():
-            digest.update(plain.flatten().view(torch.uint8).numpy().tobytes())
+    for text, tensor in contents:
+        digest.update(text.encode())
+        if tensor.numel():
+            digest.update(tensor.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
 class Provenance:
-    """Records of one run; a model's fingerprint is computed once for all of them."""
+    """Records of one run; a model's fingerprint is computed once for all of them.
 
-    def __init__(self) -> None:
-        self._fingerprints: dict[int, str | None] = {}
+    Args:
+
+        models (sequence): Models whose fingerprints are begun at once, beside the run itself.
+    """
+
+    def __init__(self, models: Sequence[nn.Module | None] = ()) -> None:
+        self._pool = ThreadPoolExecutor(1)
+        self._fingerprints: dict[int, Future[str]] = {}
+        for model in models:
+            self._begin(model)
+
+    def _begin(self, model: nn.Module | None) -> "Future[str] | None":
+        if model is None:
+            return None
+        plain = unwrapped(model)
+        if id(plain) not in self._fingerprints:
+            self._fingerprints[id(plain)] = self._pool.submit(_digest, _contents(plain))
+        return self._fingerprints[id(plain)]
 
     def of(self, model: nn.Module | None, **details: Any) -> dict[str, Any]:
         """Versions, the model's class and fingerprint, the time, and any details given."""
-        plain = None if model is None else unwrapped(model)
-        if id(plain) not in self._fingerprints:
-            self._fingerprints[id(plain)] = fingerprint(plain)
+        future = self._begin(model)
         return {
             "captum_classfilters": __version__,
             "captum": captum.__version__,
             "torch": str(torch.__version__),
-            "model": None if plain is None else type(plain).__name__,
-            "model_sha256": self._fingerprints[id(plain)],
+            "model": None if model is None else type(unwrapped(model)).__name__,
+            "model_sha256": None if future is None else future.result(),
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             **details,
         }

@@ -1,17 +1,24 @@
 """Evidence of batches, added up for any number of methods and layers."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from captum_classfilters._core.batches import Batch, Batches
+from captum_classfilters._core.batches import (
+    BATCHES_AHEAD,
+    BYTES_AHEAD,
+    Batch,
+    Batches,
+    num_bytes,
+)
 from captum_classfilters._core.devices import sums_device
 from captum_classfilters._core.distributed import gather, rank
 from captum_classfilters._core.forward import (
     BatchReading,
+    Glimpse,
     LayerRequest,
     MapsNeededError,
     SharedForward,
@@ -55,11 +62,21 @@ class _Scores:
 
 @dataclass
 class _Group:
-    """Tallies that share a forward pass; ``places`` is the layer of each among those read."""
+    """Tallies that share a forward pass; ``places`` is the layer of each among those read.
+
+    Where means are enough, batches wait in ``block`` until several can be looked at together.
+    """
 
     tallies: list[Tally]
     shared: SharedForward
-    places: list[int] = field(default_factory=list)
+    places: list[int]
+    block: list[tuple[Batch, Glimpse]] = field(default_factory=list)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the block is to be looked at."""
+        kept = sum(num_bytes(batch.inputs) for batch, _ in self.block)
+        return len(self.block) >= BATCHES_AHEAD or kept >= BYTES_AHEAD
 
 
 class Collector:
@@ -94,76 +111,112 @@ class Collector:
     def add(self, batches: Batches, batch: Batch) -> None:
         """Add one batch."""
         for group in self.groups:
-            self._add_shared(group, batches, batch)
+            glimpse = None
+            if group.shared.means_are_enough:
+                glimpse = group.shared.glimpse(batch.inputs, batch.size)
+            if glimpse is None:
+                self._look_at_block(group, batches)
+                self._look_closely(group, batches, batch)
+                continue
+            group.block.append((batch, glimpse))
+            if group.is_full:
+                self._look_at_block(group, batches)
         for tally in self.tallies:
             if not tally.source.shares_forward:
                 self._add_attributed(tally, batches, batch)
 
+    def finish(self, batches: Batches) -> None:
+        """Look at what still waits."""
+        for group in self.groups:
+            self._look_at_block(group, batches)
+
     # -- rules, in one forward pass --------------------------------------------------------------
 
-    def _add_shared(self, group: _Group, batches: Batches, batch: Batch) -> None:
-        scores, pairs, foreign, holds = self._evaluated(group, batches, batch)
+    def _look_closely(self, group: _Group, batches: Batches, batch: Batch) -> None:
+        """Add one batch, run with all that the rules need."""
+        try:
+            with group.shared.run(batch.inputs, batch.size) as reading:
+                pairs, foreign = self._targets(batches, [batch], reading.output)
+                scores = self._ruled(group, reading, pairs, foreign)
+        except MapsNeededError:
+            group.shared.keep_maps()
+            self._look_closely(group, batches, batch)
+            return
+        self._settle_later(group, batches, [batch], scores, pairs, foreign, reading.holds)
+
+    def _look_at_block(self, group: _Group, batches: Batches) -> None:
+        """Add the batches that were glimpsed at."""
+        block, group.block = group.block, []
+        if not block:
+            return
+        own = [batch for batch, _ in block]
+        reading = group.shared.together([glimpse for _, glimpse in block])
+        pairs, foreign = self._targets(batches, own, None)
+        try:
+            scores = self._ruled(group, reading, pairs, foreign)
+        except MapsNeededError:
+            group.shared.keep_maps()
+            for batch in own:
+                self._look_closely(group, batches, batch)
+            return
+        self._settle_later(group, batches, own, scores, pairs, foreign, reading.holds)
+
+    def _settle_later(
+        self,
+        group: _Group,
+        batches: Batches,
+        block: list[Batch],
+        scores: list[_Scores],
+        pairs: Memberships,
+        foreign: list[Tensor],
+        holds: list[Tensor],
+    ) -> None:
+        """Update the sums once it is known that the scores are right and finite."""
         flags = [torch.stack(holds).all()] if holds else []
         flags += [part.finite for part in scores]
 
         def then(values: list[bool]) -> None:
-            right, finite = scores, values[len(values) - len(scores) :]
             if holds and not values[0]:
-                # What was seen to hold before does not hold for this batch.
+                # What was seen to hold before does not hold here.
                 group.shared.use_gradients()
-                right = self._evaluated(group, batches, batch, (pairs, foreign))[0]
-                finite = [bool(part.finite) for part in right]
+                for batch in block:
+                    self._look_closely(group, batches, batch)
+                return
+            finite = values[len(values) - len(scores) :]
             for place, tally in enumerate(group.tallies):
                 if not finite[place]:
-                    raise _not_finite(tally.source, right[place], pairs, batch)
-                self._update(tally, right[place], pairs, foreign)
+                    raise _not_finite(tally.source, scores[place], pairs, block)
+                self._update(tally, scores[place], pairs, foreign)
                 self._note(tally, group.shared, group.places[place])
 
-        batches.later(flags, then, kept=batch.inputs if holds else ())
-
-    def _evaluated(
-        self,
-        group: _Group,
-        batches: Batches,
-        batch: Batch,
-        known: tuple[Memberships, list[Tensor]] | None = None,
-    ) -> tuple[list[_Scores], Memberships, list[Tensor], list[Tensor]]:
-        """Scores of a batch, whom they belong to, and what must hold for them."""
-        try:
-            with group.shared.run(batch.inputs, batch.size) as reading:
-                pairs, foreign = known or self._targets(batches, batch, reading.output)
-                scores = [
-                    self._ruled(tally, place, reading, pairs, foreign)
-                    for tally, place in zip(group.tallies, group.places, strict=True)
-                ]
-                return scores, pairs, foreign, reading.holds
-        except MapsNeededError:
-            group.shared.keep_maps()
-            return self._evaluated(group, batches, batch, known)
+        inputs = [part for batch in block for part in batch.inputs] if holds else []
+        batches.later(flags, then, kept=inputs)
 
     def _ruled(
         self,
-        tally: Tally,
-        place: int,
+        group: _Group,
         reading: BatchReading,
         pairs: Memberships,
         foreign: list[Tensor],
-    ) -> _Scores:
-        source, maps = tally.source, reading.layers[place][0]
-        own = self._of_pairs(source, pairs, len(maps.means), lambda t: source.scores(maps, t))
-        wanted = foreign if source.depends_on_target and tally.record is not None else []
-        others = [source.scores(maps, targets) for targets in wanted]
-        finite = maps.means.isfinite().all() & own.isfinite().all()
-        return _Scores(own, others, _and_finite(finite, others), maps.means)
+    ) -> list[_Scores]:
+        """Scores by the rules of all tallies."""
+        ruled = []
+        for tally, place in zip(group.tallies, group.places, strict=True):
+            source, (maps,) = tally.source, reading.layers[place]
+            own = self._of_pairs(source, pairs, lambda t, s=source, m=maps: s.scores(m, t))
+            wanted = foreign if source.depends_on_target and tally.record is not None else []
+            others = [source.scores(maps, targets) for targets in wanted]
+            finite = _all_finite([maps.means, own, *others])
+            ruled.append(_Scores(own, others, finite, maps.means))
+        return ruled
 
     @staticmethod
-    def _of_pairs(source: Source, pairs: Memberships, num_images: int, scores: Any) -> Tensor:
+    def _of_pairs(source: Source, pairs: Memberships, scores: Callable[[Tensor], Tensor]) -> Tensor:
         """Scores (M, K) of pairs of image and class; several passes where an image has several."""
         if pairs.images is None or not source.depends_on_target:
-            own: Tensor = pairs.of_images(scores(pairs.rounds(num_images)[0][0]))
-            return own
+            return pairs.of_images(scores(pairs.rounds()[0][0]))
         result: Tensor | None = None
-        for targets, rows in pairs.rounds(num_images):
+        for targets, rows in pairs.rounds():
             values = scores(targets)
             if result is None:
                 result = values.new_zeros(len(pairs.classes), values.shape[1])
@@ -191,17 +244,15 @@ class Collector:
         if self.num_classes is None:
             with torch.no_grad():
                 output = source.method.forward_func(*batch.inputs)
-        pairs, foreign = self._targets(batches, batch, output)
-        own = self._of_pairs(
-            source, pairs, batch.size, lambda targets: source.attributed(batch.inputs, targets)
-        )
+        pairs, foreign = self._targets(batches, [batch], output)
+        own = self._of_pairs(source, pairs, lambda t: source.attributed(batch.inputs, t))
         wanted = foreign if source.depends_on_target and tally.record is not None else []
         others = [source.attributed(batch.inputs, targets) for targets in wanted]
-        scores = _Scores(own, others, _and_finite(own.isfinite().all(), others))
+        scores = _Scores(own, others, _all_finite([own, *others]))
 
         def then(values: list[bool]) -> None:
             if not values[0]:
-                raise _not_finite(source, scores, pairs, batch)
+                raise _not_finite(source, scores, pairs, [batch])
             self._update(tally, scores, pairs, foreign)
 
         batches.later([scores.finite], then)
@@ -209,17 +260,17 @@ class Collector:
     # -- both ----------------------------------------------------------------------------------------
 
     def _targets(
-        self, batches: Batches, batch: Batch, output: Any
+        self, batches: Batches, block: list[Batch], output: Any
     ) -> tuple[Memberships, list[Tensor]]:
         """Which image counts for which class, and the foreign targets of a permutation test."""
         if self.num_classes is None:
             self.num_classes = scores_per_class(output).shape[1]
-        pairs = batches.memberships(batch, self.num_classes)
+        pairs = batches.memberships(block, self.num_classes)
         if not self.foreign:
             return pairs, []
         if pairs.images is not None:
             raise ValueError(
-                f"The labels of batch {batch.number} are multi-hot; significance permutes labels of "
+                f"The labels of batch {block[0].number} are multi-hot; significance permutes labels of "
                 "one class for each image. Leave significance=False, or pass class indices."
             )
         drawn = [
@@ -293,7 +344,9 @@ def _groups(tallies: Sequence[Tally]) -> list[_Group]:
     return groups
 
 
-def _not_finite(source: Source, scores: _Scores, pairs: Memberships, batch: Batch) -> ValueError:
+def _not_finite(
+    source: Source, scores: _Scores, pairs: Memberships, block: Sequence[Batch]
+) -> ValueError:
     """The error that names the first image whose activations or scores are not finite."""
     what, own = "scores", scores.own
     if scores.means is not None and not bool(scores.means.isfinite().all()):
@@ -302,17 +355,23 @@ def _not_finite(source: Source, scores: _Scores, pairs: Memberships, batch: Batc
     if not len(wrong):
         return ValueError(
             f"NaN or Inf among the scores of the layer {source.layer_name!r} for other classes in "
-            f"batch {batch.number}."
+            f"batch {block[0].number}."
         )
     pair = int(wrong[0, 0])
     image = pair if pairs.images is None else int(pairs.images[pair])
+    for batch in block:
+        if image < batch.size:
+            break
+        image -= batch.size
     return ValueError(
         f"NaN or Inf among the {what} of the layer {source.layer_name!r}: class "
         f"{int(pairs.classes[pair])}, batch {batch.number}, image {image} of the batch."
     )
 
 
-def _and_finite(finite: Tensor, others: Sequence[Tensor]) -> Tensor:
-    for values in others:
-        finite = finite & values.isfinite().all()
-    return finite
+def _all_finite(tensors: Sequence[Tensor]) -> Tensor:
+    """Whether some tensors hold no NaN and no infinity: their sums would, too."""
+    sums = [
+        tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32)) for tensor in tensors
+    ]
+    return torch.stack(sums).isfinite().all()

@@ -115,7 +115,7 @@ class Source:
     def attributed(self, inputs: tuple[Tensor, ...], target: Tensor) -> Tensor:
         """Scores (N, K) through the method's own ``attribute``."""
         kwargs = dict(self.kwargs)
-        if self._takes_target:
+        if self.depends_on_target if self.rule is not None else self._takes_target:
             kwargs.setdefault("target", target)
         if self.rule is None:
             # LayerDeepLift hooks gradients before the layer, where frozen parameters leave none.

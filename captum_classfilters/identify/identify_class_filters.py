@@ -115,9 +115,9 @@ def identify_class_filters(
     test = _permutation_test(significance)
     sources = sources_of(methods, attribute_kwargs, attribute_to_layer_input, reduction)
     collector = Collector(sources, num_classes, num_filters, test)
+    record = Provenance([source.model for source in sources])
     collect(collector, dataloader, class_names, unpack, device, show_progress)
     names = class_names if class_names is not None else _fitting(dataloader, collector)
-    record = Provenance()
     tables = []
     for tally in collector.tallies:
         table = _table(tally, names, test, record)
@@ -155,6 +155,7 @@ def collect(
             collector.add(batches, batch)
             if batch.number == 0:
                 check_class_names(class_names, collector.num_classes)
+        collector.finish(batches)
     collector.merge()
 
 
