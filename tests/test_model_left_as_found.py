@@ -35,8 +35,7 @@ from captum_classfilters.identify import (
     unit_scores,
 )
 from captum_classfilters.metrics import (
-    adversarial_detection,
-    cascading_randomisation,
+    cascading_randomization,
     class_curves,
     collateral_damage,
     compare_methods,
@@ -162,9 +161,6 @@ ENTRIES = {
     ).attribute(images(), target=0),
     "filter activation maps": lambda m: filter_activation_maps(m, "2", images()),
     "filter gradient maps": lambda m: filter_gradient_maps(m, "2", images(), torch.arange(2)),
-    "adversarial detection": lambda m: adversarial_detection(
-        m, "2", batches(), lambda x, y: x + 1, folds=2, **QUIET
-    ),
     "ablation": lambda m: LayerFilterAblation(m, "0").attribute(images(), target=0),
     "accuracy reduction": lambda m: LayerFilterAblation(m, "2").identify(
         batches(), metric="accuracy", **QUIET
@@ -226,11 +222,11 @@ ENTRIES = {
     ),
     "class_curves": lambda m: class_curves(m, "2", table(), batches(), **QUIET),
     "collateral_damage": lambda m: collateral_damage(m, "2", table(), batches(), **QUIET),
-    "cascading_randomisation": lambda m: cascading_randomisation(
+    "cascading_randomization": lambda m: cascading_randomization(
         m, lambda twin: LayerFilterContribution(twin, "2"), images(), target=0
     ),
     "remove_and_retrain": lambda m: remove_and_retrain(
-        m, "2", table(), batches(), batches(), num_filters=[2], epochs=1, repeats=1, **QUIET
+        m, "2", table(), batches(), batches(), num_filters=[2], epochs=1, repetitions=1, **QUIET
     ),
 }
 # These run the model once.
@@ -247,7 +243,7 @@ ONE_PASS = {
     "filter_infidelity",
     "filter_curves",
     "filter_max_sensitivity",
-    "cascading_randomisation",
+    "cascading_randomization",
     "remove_and_retrain",
 }
 # Captum's contract: per-image methods run the model as it is, its own random layers included.

@@ -1,13 +1,8 @@
-"""What judges any method: faithfulness, sensitivity, curves, localisation, information, comparison."""
+"""What judges any method: faithfulness, sensitivity, curves, localization, information, comparison."""
 
-from captum_classfilters.metrics.adversarial_detection import (
-    AdversarialDetection,
-    adversarial_detection,
-)
-from captum_classfilters.metrics.breadth_scores import mixture_entropy_score, union_score
-from captum_classfilters.metrics.cascading_randomisation import (
-    CascadingRandomisation,
-    cascading_randomisation,
+from captum_classfilters.metrics.cascading_randomization import (
+    CascadingRandomization,
+    cascading_randomization,
 )
 from captum_classfilters.metrics.class_curves import ClassCurves, class_curves
 from captum_classfilters.metrics.collateral_damage import CollateralDamage, collateral_damage
@@ -28,7 +23,11 @@ from captum_classfilters.metrics.feature_tables import (
 )
 from captum_classfilters.metrics.filter_curves import FilterCurves, filter_curves
 from captum_classfilters.metrics.filter_infidelity import FilterInfidelity, filter_infidelity
-from captum_classfilters.metrics.filter_localization import FilterLocalization, filter_localization
+from captum_classfilters.metrics.filter_localization import (
+    FilterLocalization,
+    assign_filters,
+    filter_localization,
+)
 from captum_classfilters.metrics.filter_sensitivity import (
     FilterSensitivity,
     explanation_for_sensitivity,
@@ -38,7 +37,7 @@ from captum_classfilters.metrics.filter_sensitivity import (
 from captum_classfilters.metrics.localization import (
     Localization,
     boxes_to_masks,
-    centre_box_maps,
+    center_box_maps,
     choose_threshold,
     localization,
 )
@@ -56,10 +55,9 @@ from captum_classfilters.metrics.selectivity import (
 )
 
 __all__ = [
-    "AdversarialDetection",
     "AttributionComparison",
     "AttributionTable",
-    "CascadingRandomisation",
+    "CascadingRandomization",
     "ClassCurves",
     "ClassifierScores",
     "CollateralDamage",
@@ -70,10 +68,10 @@ __all__ = [
     "Localization",
     "MethodComparison",
     "RemoveAndRetrain",
-    "adversarial_detection",
+    "assign_filters",
     "boxes_to_masks",
-    "cascading_randomisation",
-    "centre_box_maps",
+    "cascading_randomization",
+    "center_box_maps",
     "choose_threshold",
     "class_curves",
     "class_means",
@@ -89,7 +87,6 @@ __all__ = [
     "filter_max_sensitivity",
     "filter_scores_of",
     "localization",
-    "mixture_entropy_score",
     "mutual_information_bound",
     "mutual_information_filters",
     "mutual_information_matrix",
@@ -99,5 +96,8 @@ __all__ = [
     "selectivity_filters",
     "selectivity_regulariser",
     "standard_methods",
-    "union_score",
 ]
+
+# Their spelling in the first release.
+cascading_randomisation = cascading_randomization
+centre_box_maps = center_box_maps

@@ -6,32 +6,31 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
-from captum_classfilters._core.batches import split_batch
-from captum_classfilters._core.guard import model_left_as_found
-from captum_classfilters._core.labels import class_labels
-from captum_classfilters._core.layers import module_of
-from captum_classfilters._core.replay.suffix_replay import SuffixReplay
+from captum_classfilters._core.batches import Unpack
+from captum_classfilters._core.devices import sums_device
+from captum_classfilters._core.ranking import descending, random_orders
+from captum_classfilters._core.tables import short_repr, text_table
 from captum_classfilters.attr import LayerFilterAblation
 from captum_classfilters.attr.layer_filter_ablation import Replacement
 from captum_classfilters.class_filters import ClassFilters
-from captum_classfilters.metrics.filter_curves import both_ways
 from captum_classfilters.metrics.removals import (
     MAGNITUDE,
     RANDOM,
     OrderedRemoval,
-    area,
+    areas,
     curve_points,
+    kept_alone,
     magnitude_control,
-    order_of,
-    random_orders,
+    named_tables,
     resolved_layer,
 )
+from captum_classfilters.metrics.replayed_batches import ReplayedBatch, replaying
 
 Measure = Literal["recall", "probability"]
 
 
+@short_repr
 @dataclass(frozen=True)
 class ClassCurves:
     r"""
@@ -61,28 +60,25 @@ class ClassCurves:
     @property
     def necessity_area(self) -> dict[str, Tensor]:
         """Area under each class's necessity curve (C,). Low: its first filters are needed."""
-        return {name: area(curve, self._shares(), 0) for name, curve in self.necessity.items()}
+        return areas(self.necessity, self.num_filters, 0)
 
     @property
     def sufficiency_area(self) -> dict[str, Tensor]:
         """Area under each class's sufficiency curve (C,). High: its first filters suffice."""
-        return {name: area(curve, self._shares(), 0) for name, curve in self.sufficiency.items()}
-
-    def _shares(self) -> Tensor:
-        return torch.tensor(self.num_filters, dtype=torch.float64) / self.num_filters[-1]
+        return areas(self.sufficiency, self.num_filters, 0)
 
     def __str__(self) -> str:
         needed, enough = self.necessity_area, self.sufficiency_area
-        lines = [f"{f'mean area, {self.measure}':36s} necessity  sufficiency"]
-        lines += [
-            f"{name:36s} {float(needed[name].nanmean()):9.4f}  {float(enough[name].nanmean()):11.4f}"
+        rows = [
+            {"": name, "necessity": needed[name].nanmean(), "sufficiency": enough[name].nanmean()}
             for name in needed
         ]
-        return "\n".join(lines)
+        title = f"area under {self.measure}, mean over classes"
+        return text_table(rows, {"necessity": ".4f", "sufficiency": ".4f"}, title)
 
 
 def class_curves(
-    forward_func: Callable[..., Tensor],
+    model: nn.Module | Callable[..., Any],
     layer: nn.Module | str,
     class_filters: ClassFilters | Mapping[str, ClassFilters],
     dataloader: Iterable[Any],
@@ -90,9 +86,12 @@ def class_curves(
     num_filters: Sequence[int] | None = None,
     measure: Measure = "recall",
     replacement: Replacement = "zero",
-    random_seeds: int = 5,
+    repetitions: int = 5,
+    seed: int = 0,
     weight_magnitude: Tensor | None = None,
     channel_dim: int | None = None,
+    unpack: Unpack | None = None,
+    device: torch.device | str | None = None,
     show_progress: bool = True,
 ) -> ClassCurves:
     r"""
@@ -108,10 +107,10 @@ def class_curves(
 
     Args:
 
-        forward_func (Callable): The forward function of the model, with outputs (N, C).
+        model (nn.Module or Callable): The model, or its forward function, with scores (N, C).
         layer (nn.Module or str): The layer that the tables were found at, or its dotted name.
         class_filters (ClassFilters or mapping of them): Tables, found on *other* images.
-        dataloader (iterable): Batches of (images, labels).
+        dataloader (iterable): Batches of (inputs, labels).
         num_filters (sequence of int, optional): Points of the curves; 0, K, and with every number j
                     also K - j are added. By default about 17, evenly spaced.
         measure (str): ``"recall"``, the share of the class's images that are recognised, or
@@ -120,12 +119,17 @@ def class_curves(
         replacement (str): What stands in for a removed filter, as in
                     :class:`~captum_classfilters.LayerFilterAblation`.
                     Default: "zero"
-        random_seeds (int): Random orders for each class to average over.
+        repetitions (int): Random orders for each class to average over.
                     Default: 5
+        seed (int): Seed of the random orders; the global random state is not touched.
+                    Default: 0
         weight_magnitude (Tensor, optional): Shape (K,), the norm of each filter's weights, where it
                     cannot be found in the layer.
         channel_dim (int, optional): Axis of the filters, where it cannot be told from the layer.
                     Default: None
+        unpack (Callable, optional): From a batch of another kind to the pair (inputs, labels).
+                    Default: None
+        device (torch.device or str, optional): Where the batches go; by default where the model is.
         show_progress (bool): Show a progress bar.
                     Default: True
 
@@ -133,8 +137,8 @@ def class_curves(
         *ClassCurves*.
 
     Raises:
-        ValueError: Tables do not fit the layer or each other, labels do not fit, or there are no
-                    images.
+        ValueError: Tables do not fit the layer or each other, labels do not fit, there are no
+                    images, or the model returns NaN or Inf, with filters or without.
 
     Examples::
 
@@ -152,111 +156,75 @@ def class_curves(
     """
     if measure not in ("recall", "probability"):
         raise ValueError(f"measure={measure!r}; choose 'recall' or 'probability'.")
-    if random_seeds < 1:
-        raise ValueError("random_seeds must be at least 1: a curve needs its control.")
-    tables = checked_tables(class_filters)
+    if repetitions < 1:
+        raise ValueError("repetitions must be at least 1: a curve needs its control.")
+    tables = named_tables(class_filters)
     first = next(iter(tables.values()))
     shape = (first.num_classes, first.num_filters)
-    layer = resolved_layer(forward_func, layer)
-    magnitude = magnitude_control(forward_func, layer, shape[1], weight_magnitude)
-    points = curve_points(num_filters, shape[1])
-    orders = {name: order_of(table.scores) for name, table in tables.items()}
-    orders[MAGNITUDE] = order_of(magnitude).expand(shape)
-    random = random_orders(shape, random_seeds)
-    ablation = LayerFilterAblation(
-        forward_func, layer, replacement=replacement, channel_dim=channel_dim
-    )
-    sums = _Sums(len(points), shape[0])
-    with model_left_as_found(module_of(forward_func), evaluation=True), torch.no_grad():
-        for replay, labels in replays(ablation, layer, shape, dataloader, show_progress):
-            removal = OrderedRemoval(replay, _value(labels, measure), points)
-            of_images = {name: order[labels] for name, order in orders.items()}
-            deletion, insertion = both_ways(removal, of_images)
-            drawn = [removal.removing(order[labels]) for order in random]
-            deletion[RANDOM] = torch.stack(drawn).mean(0)
-            insertion[RANDOM] = deletion[RANDOM].flip(0)
-            sums.add(deletion, insertion, labels)
-    necessity, sufficiency = sums.means()
-    return ClassCurves(points, necessity, sufficiency, sums.counts, first.class_names, measure)
-
-
-def checked_tables(
-    class_filters: ClassFilters | Mapping[str, ClassFilters],
-) -> dict[str, ClassFilters]:
-    """Tables by name, all of one shape."""
-    tables = (
-        dict(class_filters)
-        if isinstance(class_filters, Mapping)
-        else {class_filters.method or "class filters": class_filters}
-    )
-    if not tables:
-        raise ValueError("class_filters is empty; pass at least one table.")
-    shapes = {name: tuple(table.scores.shape) for name, table in tables.items()}
-    if len(set(shapes.values())) > 1:
-        raise ValueError(f"The tables do not fit each other; their classes and filters: {shapes}.")
-    return tables
-
-
-def replays(
-    ablation: LayerFilterAblation,
-    layer: nn.Module,
-    shape: tuple[int, int],
-    dataloader: Iterable[Any],
-    show_progress: bool,
-) -> Iterable[tuple[SuffixReplay, Tensor]]:
-    """Each batch, run once and ready to run on without filters; its labels. Whoever asks guards the
-    model: a generator is not closed while an exception of its reader is alive."""
-    model = module_of(ablation.forward_func)
-    parameter = next(model.parameters(), None) if model is not None else None
-    device = parameter.device if parameter is not None else None
-    seen = 0
-    bar = tqdm(dataloader, desc="without filters", unit="batch", disable=not show_progress)
-    for number, batch in enumerate(bar):
-        inputs, raw_labels = split_batch(batch, number, device)
-        if len(inputs[0]) == 0:
-            continue
-        replay = ablation.replay(layer, inputs)
-        found = (replay.output.shape[-1], replay.num_filters)
-        if replay.output.dim() != 2 or found != shape:
-            raise ValueError(
-                f"The table has {shape[0]} classes and {shape[1]} filters; the model puts out "
-                f"{tuple(replay.output.shape)} and the layer has {replay.num_filters} filters."
+    layer = resolved_layer(model, layer)
+    magnitude = magnitude_control(model, layer, shape[1], weight_magnitude)
+    sizes = curve_points(num_filters, shape[1])
+    orders = {name: descending(table.scores) for name, table in tables.items()}
+    orders[MAGNITUDE] = descending(magnitude).expand(shape)
+    random = random_orders(shape, repetitions, torch.Generator().manual_seed(seed))
+    ablation = LayerFilterAblation(model, layer, replacement=replacement, channel_dim=channel_dim)
+    sums = _Sums()
+    with replaying(
+        ablation,
+        layer,
+        shape,
+        dataloader,
+        unpack=unpack,
+        device=device,
+        show_progress=show_progress,
+    ) as batches:
+        for one in batches:
+            removal = OrderedRemoval(
+                one.replay, _value(one, measure), sizes, one.check, f" of batch {one.batch.number}"
             )
-        seen += replay.num_images
-        yield replay, class_labels(raw_labels, replay.num_images, shape[0], number).cpu()
-    if not seen:
-        raise ValueError("The data loader is empty.")
+            curves = removal.both_ways({name: order[one.labels] for name, order in orders.items()})
+            curves[RANDOM] = removal.at_random(random[:, one.labels])
+            sums.add(curves, one.labels, shape[0])
+    necessity = sums.means()
+    return ClassCurves(
+        sizes, necessity, kept_alone(necessity), sums.counts.cpu(), first.class_names, measure
+    )
 
 
-def _value(labels: Tensor, measure: Measure) -> Callable[[Tensor], Tensor]:
-    def value(outputs: Tensor) -> Tensor:
-        own = labels.to(outputs.device).expand(outputs.shape[:-1])
-        if measure == "recall":
-            return (outputs.argmax(-1) == own).double()
-        return outputs.softmax(-1).gather(-1, own[..., None])[..., 0]
+def _value(one: ReplayedBatch, measure: Measure) -> Callable[[Tensor], Tensor]:
+    """From outputs (P, N, ...) to each image's recall or probability (P, N)."""
+    labels = one.labels.to(one.replay.output.device)
 
-    return value
+    def recall(outputs: Tensor) -> Tensor:
+        return (one.classes(outputs).argmax(2) == labels).float()
+
+    def probability(outputs: Tensor) -> Tensor:
+        index = labels.expand(len(outputs), -1)[:, :, None]
+        return one.probabilities(outputs).gather(2, index)[:, :, 0]
+
+    return recall if measure == "recall" else probability
 
 
 class _Sums:
-    """Sums over the images of each class."""
+    """Sums over the images of each class, where the work is."""
 
-    def __init__(self, points: int, num_classes: int) -> None:
-        self.shape = (points, num_classes)
-        self.counts = torch.zeros(num_classes, dtype=torch.int64)
-        self.totals: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
+    def __init__(self) -> None:
+        self.counts = torch.zeros(0, dtype=torch.int64)
+        self.totals: dict[str, Tensor] = {}
 
-    def add(
-        self, deletion: dict[str, Tensor], insertion: dict[str, Tensor], labels: Tensor
-    ) -> None:
-        self.counts += torch.bincount(labels, minlength=self.shape[1])
-        for totals, curves in zip(self.totals, (deletion, insertion), strict=True):
-            for name, values in curves.items():
-                total = totals.setdefault(name, torch.zeros(self.shape, dtype=torch.float64))
-                total.index_add_(1, labels, values)
+    def add(self, curves: Mapping[str, Tensor], labels: Tensor, num_classes: int) -> None:
+        """Add curves (P, N) of images to those of their classes."""
+        device = sums_device(next(iter(curves.values())).device)
+        labels = labels.to(device)
+        if not self.totals:
+            self.counts = torch.zeros(num_classes, dtype=torch.int64, device=device)
+        self.counts.index_add_(0, labels, torch.ones_like(labels))
+        for name, values in curves.items():
+            rows = values.to(device, torch.float64)
+            if name not in self.totals:
+                self.totals[name] = rows.new_zeros(len(rows), num_classes)
+            self.totals[name].index_add_(1, labels, rows)
 
-    def means(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        necessity, sufficiency = (
-            {name: total / self.counts for name, total in totals.items()} for totals in self.totals
-        )
-        return necessity, sufficiency
+    def means(self) -> dict[str, Tensor]:
+        """Means (P, C) on the CPU; NaN for classes without images."""
+        return {name: (total / self.counts).cpu() for name, total in self.totals.items()}

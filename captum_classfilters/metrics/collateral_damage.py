@@ -7,26 +7,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from captum_classfilters._core.guard import model_left_as_found
-from captum_classfilters._core.layers import module_of
+from captum_classfilters._core.batches import Unpack
+from captum_classfilters._core.ranking import descending, first_of, random_sets
+from captum_classfilters._core.tables import short_repr, text_table
 from captum_classfilters.attr import LayerFilterAblation
 from captum_classfilters.attr.layer_filter_ablation import Replacement
 from captum_classfilters.class_filters import ClassFilters
-from captum_classfilters.metrics.class_curves import replays
 from captum_classfilters.metrics.removals import (
     MAGNITUDE,
     RANDOM,
-    first_of,
     magnitude_control,
-    order_of,
-    random_orders,
     resolved_layer,
     reversed_name,
 )
+from captum_classfilters.metrics.replayed_batches import confusion_without
 
 _OWN = "class filters"
 
 
+@short_repr
 @dataclass(frozen=True)
 class CollateralDamage:
     r"""
@@ -34,14 +33,14 @@ class CollateralDamage:
 
     Args:
 
-        clean (Tensor): Shape (C, C), int64: images of class i recognised as class j.
+        clean (Tensor): Shape (C, C), int64: images of class i recognized as class j.
         without (Tensor): Shape (R, C, C), int64: the same without the filters of each of R classes.
         classes (tuple of int): The R classes whose filters were removed.
         num_filters (Tensor): Shape (R,), how many filters each of them lost.
         control_recall (dict): For ``"class filters, reversed"``, ``"weight magnitude"`` and
                     ``"random"`` a Tensor (R, C): recall of each class with as many other filters
                     removed: the class's lowest scores, the largest weights, and random ones, averaged
-                    over seeds.
+                    over repetitions.
         class_names (tuple of str): Names of all C classes.
     """
 
@@ -90,20 +89,21 @@ class CollateralDamage:
         change = self.control_recall[name] - self.clean.diagonal().double() / self._counts()
         return change[torch.arange(len(self.classes)), list(self.classes)], self._others(change)
 
-    def largest(self, number: int = 5) -> list[tuple[str, str, str, float]]:
+    def largest(self, count: int = 5) -> list[tuple[str, str, str, float]]:
         """The confusions that grew most.
 
         Args:
 
-            number (int): How many.
+            count (int): How many.
+                        Default: 5
 
         Returns:
-            *list* of (class whose filters went, true class, class recognised, change of the share).
+            *list* of (class whose filters went, true class, class recognized, change of the share).
         """
         change = self.confusion_difference.nan_to_num()
         change.diagonal(dim1=1, dim2=2).fill_(-1)
         size = len(self.class_names)
-        cells = change.flatten().topk(min(number, change.numel()))
+        cells = change.flatten().topk(min(count, change.numel()))
         return [
             (
                 self.class_names[self.classes[place // size**2]],
@@ -115,14 +115,14 @@ class CollateralDamage:
         ]
 
     def __str__(self) -> str:
-        lines = [f"{'mean change of recall':24s} own class  other classes"]
-        rows = {_OWN: (self.own, self.others)}
-        rows.update({name: self.control(name) for name in self.control_recall})
-        lines += [
-            f"{name:24s} {float(own.nanmean()):+9.4f}  {float(others.nanmean()):+13.4f}"
-            for name, (own, others) in rows.items()
+        changes = {_OWN: (self.own, self.others)}
+        changes.update({name: self.control(name) for name in self.control_recall})
+        rows = [
+            {"": name, "own class": own.nanmean(), "other classes": others.nanmean()}
+            for name, (own, others) in changes.items()
         ]
-        return "\n".join(lines)
+        formats = {"own class": "+.4f", "other classes": "+.4f"}
+        return text_table(rows, formats, "mean change of recall")
 
     def _counts(self) -> Tensor:
         return self.clean.sum(1).double()
@@ -134,16 +134,19 @@ class CollateralDamage:
 
 
 def collateral_damage(
-    forward_func: Callable[..., Tensor],
+    model: nn.Module | Callable[..., Any],
     layer: nn.Module | str,
     class_filters: ClassFilters,
     dataloader: Iterable[Any],
     *,
     classes: Iterable[int | str] | None = None,
     replacement: Replacement = "zero",
-    random_seeds: int = 5,
+    repetitions: int = 5,
+    seed: int = 0,
     weight_magnitude: Tensor | None = None,
     channel_dim: int | None = None,
+    unpack: Unpack | None = None,
+    device: torch.device | str | None = None,
     show_progress: bool = True,
 ) -> CollateralDamage:
     r"""
@@ -154,21 +157,26 @@ def collateral_damage(
 
     Args:
 
-        forward_func (Callable): The forward function of the model, with outputs (N, C).
+        model (nn.Module or Callable): The model, or its forward function, with scores (N, C).
         layer (nn.Module or str): The layer that the table was found at, or its dotted name.
         class_filters (ClassFilters): A table with a selection, found on *other* images.
-        dataloader (iterable): Batches of (images, labels).
+        dataloader (iterable): Batches of (inputs, labels).
         classes (iterable of int or str, optional): Whose filters to remove, one class at a time; by
                     default every class with a selection.
         replacement (str): What stands in for a removed filter, as in
                     :class:`~captum_classfilters.LayerFilterAblation`.
                     Default: "zero"
-        random_seeds (int): Random sets to average over.
+        repetitions (int): Random sets for each class to average over.
                     Default: 5
+        seed (int): Seed of the random sets; the global random state is not touched.
+                    Default: 0
         weight_magnitude (Tensor, optional): Shape (K,), the norm of each filter's weights, where it
                     cannot be found in the layer.
         channel_dim (int, optional): Axis of the filters, where it cannot be told from the layer.
                     Default: None
+        unpack (Callable, optional): From a batch of another kind to the pair (inputs, labels).
+                    Default: None
+        device (torch.device or str, optional): Where the batches go; by default where the model is.
         show_progress (bool): Show a progress bar.
                     Default: True
 
@@ -176,7 +184,8 @@ def collateral_damage(
         *CollateralDamage*.
 
     Raises:
-        ValueError: A class has no selected filters, the table does not fit, or there are no images.
+        ValueError: A class has no selected filters, the table does not fit, there are no images, or
+                    the model returns NaN or Inf, with filters or without.
 
     Examples::
 
@@ -193,26 +202,24 @@ def collateral_damage(
         >>> damage.recall_change.shape
         torch.Size([2, 2])
     """
-    if random_seeds < 1:
-        raise ValueError("random_seeds must be at least 1: damage needs its control.")
+    if repetitions < 1:
+        raise ValueError("repetitions must be at least 1: damage needs its control.")
     rows = _rows(class_filters, classes)
-    layer = resolved_layer(forward_func, layer)
-    shape = (class_filters.num_classes, class_filters.num_filters)
-    magnitude = magnitude_control(forward_func, layer, shape[1], weight_magnitude)
-    sets = _sets(class_filters, rows, magnitude, random_seeds)
-    removed = torch.cat([one.flatten(0, 1) for one in sets.values()])
-    ablation = LayerFilterAblation(
-        forward_func, layer, replacement=replacement, channel_dim=channel_dim
+    layer = resolved_layer(model, layer)
+    magnitude = magnitude_control(model, layer, class_filters.num_filters, weight_magnitude)
+    sets = _sets(class_filters, rows, magnitude, repetitions, seed)
+    clean, without = confusion_without(
+        LayerFilterAblation(model, layer, replacement=replacement, channel_dim=channel_dim),
+        layer,
+        torch.cat([masks.flatten(0, 1) for masks in sets.values()]),
+        class_filters.num_classes,
+        dataloader,
+        unpack=unpack,
+        device=device,
+        show_progress=show_progress,
     )
-    clean = torch.zeros(shape[0], shape[0], dtype=torch.int64)
-    without = torch.zeros(len(removed), shape[0], shape[0], dtype=torch.int64)
-    with model_left_as_found(module_of(forward_func), evaluation=True), torch.no_grad():
-        for replay, labels in replays(ablation, layer, shape, dataloader, show_progress):
-            clean += _confusion(replay.output[None], labels)[0]
-            without += _confusion(replay.outputs(removed), labels)
-    parts = dict(
-        zip(sets, without.split([len(one) * len(rows) for one in sets.values()]), strict=True)
-    )
+    sizes = [len(masks) * len(rows) for masks in sets.values()]
+    parts = dict(zip(sets, without.split(sizes), strict=True))
     own = parts.pop(_OWN)
     recall = {
         name: (part.diagonal(dim1=1, dim2=2).double() / clean.sum(1))
@@ -220,27 +227,31 @@ def collateral_damage(
         .mean(0)
         for name, part in parts.items()
     }
-    number = sets[_OWN][0].sum(1)
-    return CollateralDamage(clean, own, tuple(rows), number, recall, class_filters.class_names)
+    num_filters = sets[_OWN][0].sum(1)
+    return CollateralDamage(clean, own, tuple(rows), num_filters, recall, class_filters.class_names)
 
 
 def _sets(
-    class_filters: ClassFilters, rows: list[int], magnitude: Tensor, random_seeds: int
+    class_filters: ClassFilters,
+    rows: list[int],
+    magnitude: Tensor,
+    repetitions: int,
+    seed: int,
 ) -> dict[str, Tensor]:
     """Masks (draws, R, K) of the selected filters, and as many of every control."""
     own = class_filters.selected[rows]
-    orders = {
-        reversed_name(_OWN): [order_of(class_filters.scores[rows]).flip(-1)],
-        MAGNITUDE: [order_of(magnitude).expand(own.shape)],
-        RANDOM: random_orders(own.shape, random_seeds),
+    sizes = own.sum(1)
+    lowest = descending(class_filters.scores[rows]).flip(-1)
+    return {
+        _OWN: own[None],
+        reversed_name(_OWN): first_of(lowest, sizes)[None],
+        MAGNITUDE: first_of(descending(magnitude).expand(own.shape), sizes)[None],
+        RANDOM: random_sets(own, repetitions, seed),
     }
-    sets = {_OWN: own[None]}
-    for name, drawn in orders.items():
-        sets[name] = torch.stack([_as_many(order, own) for order in drawn])
-    return sets
 
 
 def _rows(class_filters: ClassFilters, classes: Iterable[int | str] | None) -> list[int]:
+    """The classes whose filters are removed."""
     some = class_filters.selected.any(1)
     if classes is None:
         rows: list[int] = some.nonzero()[:, 0].tolist()
@@ -253,18 +264,3 @@ def _rows(class_filters: ClassFilters, classes: Iterable[int | str] | None) -> l
             "with class_filters.select(num_filters=...)."
         )
     return rows
-
-
-def _as_many(order: Tensor, like: Tensor) -> Tensor:
-    """Masks (R, K) of the first filters of orders, as many as each row of ``like`` has."""
-    everything = first_of(order, range(like.shape[1] + 1))  # (K + 1, R, K)
-    return everything[like.sum(1), torch.arange(len(like))]
-
-
-def _confusion(outputs: Tensor, labels: Tensor) -> Tensor:
-    """Confusion matrices (P, C, C) of outputs (P, N, C)."""
-    sets, _, classes = outputs.shape
-    cells = labels * classes + outputs.argmax(-1).cpu()
-    cells = cells + torch.arange(sets)[:, None] * classes**2
-    counts = torch.bincount(cells.flatten(), minlength=sets * classes**2)
-    return counts.reshape(sets, classes, classes)

@@ -1,57 +1,37 @@
 """Attributions of pixels and of filters side by side, each space in a table of its own."""
 
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy
 import torch
-from captum.metrics import sensitivity_max
-from scipy import stats
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from captum_classfilters._core.distributed import is_main_process
 from captum_classfilters._core.guard import model_left_as_found
-from captum_classfilters.attr import LayerFilterAblation
-from captum_classfilters.attr.layer_filter_ablation import lost_scores, score_reader
-from captum_classfilters.metrics.explained import PIXELS, Explained, PixelRemoval, explains
-from captum_classfilters.metrics.filter_curves import both_ways
-from captum_classfilters.metrics.filter_infidelity import _infidelity
-from captum_classfilters.metrics.filter_sensitivity import explanation_for_sensitivity
-from captum_classfilters.metrics.localization import localization
-from captum_classfilters.metrics.removals import (
-    MAGNITUDE,
-    RANDOM,
-    OrderedRemoval,
-    area,
-    curve_points,
-    named_scores,
-    order_of,
-    reversed_name,
-    weight_magnitudes,
-)
-from captum_classfilters.metrics.resources import peak_memory, seconds
+from captum_classfilters._core.tables import short_repr, text_table
+from captum_classfilters.metrics.attribution_space import METRICS, Settings, Space, spaces_of
+from captum_classfilters.metrics.explained import PIXELS, explained_methods
+from captum_classfilters.metrics.inputs import at_model
 
 if TYPE_CHECKING:
     import pandas
 
-logger = logging.getLogger("captum_classfilters")
-
-METRICS = {
-    "infidelity": "squared error of predicting what removed features cost; lower is better",
-    "scale_invariant_infidelity": "the same after the best factor for each image",
-    "max_sensitivity": "largest relative change under noise; lower is better",
-    "deletion_area": "area under the probability as the best features go; lower is better",
-    "insertion_area": "area under the probability as they come; higher is better",
-    "deletion_area_reversed": "the same, worst features first",
-    "insertion_area_reversed": "the same, worst features first",
-    "pointing_game": "whether the map's maximum lies in the box",
-    "box_overlap": "overlap of the map's highest 30 per cent with the box",
+_TITLES = {
+    "infidelity": "infidelity",
+    "scale_invariant_infidelity": "scale-inv.",
+    "max_sensitivity": "max-sens.",
+    "deletion_area": "deletion",
+    "insertion_area": "insertion",
+    "pointing_game": "pointing",
+    "box_overlap": "overlap",
 }
 
 
+@short_repr
 @dataclass(frozen=True)
 class AttributionTable:
     r"""
@@ -62,7 +42,8 @@ class AttributionTable:
         space (str): ``"pixels"`` or ``"filters of layer ..."``.
         values (dict): For each method, and each control, its metrics by name, Tensors (N,).
         seconds (dict): For each method a Tensor: seconds an image, batch by batch.
-        peak_memory (dict): For each method the bytes that its tensors hold at most, for one batch.
+        peak_memory (dict): For each method the bytes that it allocates on a CUDA device at most, for
+                    one batch; empty elsewhere.
         batch_size (int): Images in that batch.
     """
 
@@ -87,17 +68,19 @@ class AttributionTable:
         Returns:
             *tuple* of mean, lower and upper end; NaN ends for a single image.
         """
+        from scipy.stats import t
+
         values = self.values[method][metric]
-        mean, number = float(values.mean()), len(values)
-        if number < 2:
+        mean, size = float(values.mean()), len(values)
+        if size < 2:
             return mean, float("nan"), float("nan")
-        error = float(values.std()) / number**0.5
-        reach = float(stats.t.ppf((1 + confidence) / 2, number - 1)) * error
+        error = float(values.std()) / size**0.5
+        reach = float(t.ppf((1 + confidence) / 2, size - 1)) * error
         return mean, mean - reach, mean + reach
 
     def rows(self, confidence: float = 0.95) -> list[dict[str, Any]]:
         """The table, one row for each method and control: means, ``_low`` and ``_high`` ends,
-        ``seconds_per_image`` (median of the batches) and ``peak_mebibytes``.
+        ``seconds_per_image`` (median of the batches) and, on a CUDA device, ``peak_mebibytes``.
 
         Args:
 
@@ -115,6 +98,7 @@ class AttributionTable:
                 row.update(zip((metric, f"{metric}_low", f"{metric}_high"), ends, strict=True))
             if method in self.seconds:
                 row["seconds_per_image"] = float(self.seconds[method].median())
+            if method in self.peak_memory:
                 row["peak_mebibytes"] = self.peak_memory[method] / 2**20
             rows.append(row)
         return rows
@@ -142,27 +126,20 @@ class AttributionTable:
         return pandas.DataFrame(self.rows(confidence)).set_index("method")
 
     def __str__(self) -> str:
-        number = len(next(iter(next(iter(self.values.values())).values())))
-        short = {
-            "infidelity": "infidelity",
-            "scale_invariant_infidelity": "scale-inv.",
-            "max_sensitivity": "max-sens.",
-            "deletion_area": "deletion",
-            "insertion_area": "insertion",
-            "pointing_game": "pointing",
-            "box_overlap": "overlap",
-        }
-        shown = {m: s for m, s in short.items() if any(m in v for v in self.values.values())}
-        rows = [["", *shown.values(), "ms/image", "peak MiB"]]
+        shown = [m for m in _TITLES if any(m in metrics for metrics in self.values.values())]
+        rows = []
         for method, metrics in self.values.items():
-            cells = [self._cell(method, metric) if metric in metrics else "" for metric in shown]
-            rows.append([method, *cells, *self._cost(method)])
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [f"{self.space}: {number} images, mean ± half width of the 95% interval"]
-        for name, *cells in rows:
-            padded = (f"{cell:>{width}s}" for cell, width in zip(cells, widths[1:], strict=True))
-            lines.append("  ".join([f"{name:{widths[0]}s}", *padded]).rstrip())
-        return "\n".join(lines)
+            row: dict[str, Any] = {"": method}
+            for metric in shown:
+                row[_TITLES[metric]] = self._cell(method, metric) if metric in metrics else None
+            seconds, memory = self.seconds.get(method), self.peak_memory.get(method)
+            row["ms/image"] = None if seconds is None else 1000 * float(seconds.median())
+            if self.peak_memory:
+                row["peak MiB"] = None if memory is None else memory / 2**20
+            rows.append(row)
+        num_images = len(next(iter(next(iter(self.values.values())).values())))
+        title = f"{self.space}: {num_images} images, mean ± half width of the 95% interval"
+        return text_table(rows, {"ms/image": ".2f", "peak MiB": ".1f"}, title)
 
     def _cell(self, method: str, metric: str) -> str:
         mean, low, _ = self.interval(method, metric)
@@ -171,13 +148,8 @@ class AttributionTable:
         reach = mean - low
         return f"{mean:.3g} ± {reach:.0f}" if reach >= 10 else f"{mean:.3g} ± {reach:.1g}"
 
-    def _cost(self, method: str) -> tuple[str, str]:
-        if method not in self.seconds:
-            return "", ""
-        milliseconds = 1000 * float(self.seconds[method].median())
-        return f"{milliseconds:.2f}", f"{self.peak_memory[method] / 2**20:.1f}"
 
-
+@short_repr
 @dataclass(frozen=True)
 class AttributionComparison:
     r"""
@@ -239,7 +211,7 @@ def compare_attributions(
     of perturbed forward passes, and random scores (for filters also the norm of their weights) stand
     in the table as controls: normal, independent of every method, in each image as large as the
     first method's (root mean square), which matters to plain infidelity alone. Time is that of the
-    attribution alone, memory what its tensors hold at most.
+    attribution alone, memory what it allocates on a CUDA device at most.
 
     Args:
 
@@ -275,8 +247,8 @@ def compare_attributions(
         *AttributionComparison*.
 
     Raises:
-        ValueError: There are no methods, one explains another model, shapes do not fit, or a number
-                    is out of range.
+        ValueError: There are no methods, one explains another model, shapes do not fit, a number is
+                    out of range, or the model returns NaN or Inf.
 
     Examples::
 
@@ -297,44 +269,66 @@ def compare_attributions(
         >>> list(comparison.pixels.values), list(comparison.filters)
         (['Integrated Gradients', 'Saliency', 'random'], ['1'])
     """
-    explained = _explained(methods, model)
-    target = torch.as_tensor(target, device=inputs.device)
+    explained = explained_methods(methods, model)
+    target = torch.as_tensor(target)
     target = target.expand(len(inputs)) if target.dim() == 0 else target
     _check_shapes(inputs, target, boxes)
     if min(n_perturb_samples, sensitivity_samples, points, batch_size) < 1:
         raise ValueError("Numbers of samples, points and images in a batch must be at least 1.")
-    probabilities = {PIXELS: 0.2, "filters": 0.5, **(drop_probability or {})}
-    if len(probabilities) > 2 or not all(0 < one < 1 for one in probabilities.values()):
-        raise ValueError(
-            f"drop_probability={dict(drop_probability or {})}; expected numbers between 0 and 1 for "
-            "'pixels' and 'filters'."
-        )
-    settings = _Settings(
-        torch.as_tensor(baseline, dtype=inputs.dtype, device=inputs.device),
+    settings = Settings(
+        torch.as_tensor(baseline, dtype=inputs.dtype),
         n_perturb_samples,
         sensitivity_samples,
         perturb_radius,
-        probabilities,
+        _probabilities(drop_probability),
         points,
         batch_size,
         seed,
     )
-    with model_left_as_found(model, evaluation=True), _numpy_state_left_as_found():
-        spaces = _spaces(model, explained, inputs, target, settings)
-        starts = range(0, len(inputs), batch_size)
-        for start in tqdm(starts, desc="comparing", unit="batch", disable=not show_progress):
+    with (
+        model_left_as_found(model, evaluation=True),
+        _numpy_state_left_as_found(),
+        torch.inference_mode(False),
+        torch.no_grad(),
+    ):
+        spaces: dict[str, Space] = {}
+        parts = range(0, len(inputs), batch_size)
+        quiet = not (show_progress and is_main_process())
+        for start in tqdm(parts, desc="comparing", unit="batch", disable=quiet):
             part = slice(start, start + batch_size)
-            own_boxes = None if boxes is None else boxes[part]
+            (images,), _, own_target = at_model(model, inputs[part], None, target[part])
+            spaces = spaces or spaces_of(model, explained, images, own_target, settings)
             for space in spaces.values():
-                space.add(inputs[part], target[part], own_boxes)
+                space.add(images, own_target, None if boxes is None else boxes[part])
     pixels = spaces.pop(PIXELS, None)
-    maps = {} if pixels is None else {name: one[:pictures] for name, one in pixels.maps.items()}
+    maps = {} if pixels is None else {name: own[:pictures] for name, own in pixels.maps.items()}
     return AttributionComparison(
-        None if pixels is None else pixels.table(),
-        {name: space.table() for name, space in spaces.items()},
+        None if pixels is None else _table(pixels),
+        {name: _table(space) for name, space in spaces.items()},
         inputs[:pictures].detach().cpu(),
         target[:pictures].tolist(),
         maps,
+    )
+
+
+def _table(space: Space) -> AttributionTable:
+    """Everything that was measured in a space, controls last."""
+    return AttributionTable(
+        PIXELS if space.layer is None else f"filters of layer {space.name!r}",
+        {
+            name: {
+                metric: torch.cat(space.values[name][metric])
+                for metric in METRICS
+                if metric in space.values[name]
+            }
+            for name in space.names
+        },
+        {
+            name: torch.tensor(seconds, dtype=torch.float64)
+            for name, seconds in space.seconds.items()
+        },
+        dict(space.memory),
+        space.settings.batch_size,
     )
 
 
@@ -348,224 +342,21 @@ def _check_shapes(inputs: Tensor, target: Tensor, boxes: Tensor | None) -> None:
         raise ValueError(f"boxes have shape {tuple(boxes.shape)}; expected ({len(inputs)}, 4).")
 
 
-@dataclass(frozen=True)
-class _Settings:
-    baseline: Tensor
-    n_perturb_samples: int
-    sensitivity_samples: int
-    perturb_radius: float
-    drop_probability: dict[str, float]
-    points: int
-    batch_size: int
-    seed: int
+def _probabilities(drop_probability: Mapping[str, float] | None) -> dict[str, float]:
+    probabilities = {PIXELS: 0.2, "filters": 0.5, **(drop_probability or {})}
+    if len(probabilities) > 2 or not all(0 < share < 1 for share in probabilities.values()):
+        raise ValueError(
+            f"drop_probability={dict(drop_probability or {})}; expected numbers between 0 and 1 for "
+            "'pixels' and 'filters'."
+        )
+    return probabilities
 
 
 @contextmanager
 def _numpy_state_left_as_found() -> Iterator[None]:
-    """Some of Captum's methods, Gradient SHAP say, draw from NumPy's global generator."""
+    """Some of Captum's methods, Gradient SHAP for example, draw from NumPy's global generator."""
     state = numpy.random.get_state()
     try:
         yield
     finally:
         numpy.random.set_state(state)
-
-
-def _random_scores(like: Tensor, generator: torch.Generator) -> Tensor:
-    """Normal scores of both signs, with the root mean square of each image's scores."""
-    drawn = torch.randn(like.shape, generator=generator, dtype=like.dtype)
-    return drawn * like.square().mean(1, keepdim=True).sqrt()
-
-
-def _seed(seed: int) -> None:
-    torch.manual_seed(seed)
-    numpy.random.seed(seed)
-
-
-def _explained(methods: Mapping[str, Any], model: nn.Module) -> list[Explained]:
-    if not isinstance(methods, Mapping) or not methods:
-        raise ValueError(
-            f"methods is {'empty' if not methods else f'a {type(methods).__name__}'}; expected "
-            'attributions by name, {"saliency": Saliency(model)} say.'
-        )
-    taken = {RANDOM, MAGNITUDE} & set(methods)
-    if taken:
-        raise ValueError(f"The name {taken.pop()!r} is the control's own; choose another one.")
-    result = []
-    for name, given in methods.items():
-        method, options = given if isinstance(given, tuple) else (given, {})
-        if isinstance(method, type):
-            raise ValueError(f"{name!r} is a class; pass {method.__name__}(model).")
-        if not callable(getattr(method, "attribute", method)):
-            raise ValueError(f"{name!r} is a {type(method).__name__}; expected an attribution.")
-        if explains(method, model) is False:
-            raise ValueError(f"{name!r} explains another model than the one given.")
-        result.append(Explained(name, method, dict(options)))
-    return result
-
-
-def _spaces(
-    model: nn.Module,
-    explained: list[Explained],
-    inputs: Tensor,
-    target: Tensor,
-    settings: _Settings,
-) -> "dict[str, _Space]":
-    """The methods sorted by what they score."""
-    spaces: dict[str, _Space] = {}
-    for one in explained:
-        name, layer = one.space(inputs[: settings.batch_size], target[: settings.batch_size])
-        space = spaces.setdefault(name, _Space(model, name, layer, settings))
-        space.methods.append(one)
-    return spaces
-
-
-@dataclass
-class _Space:
-    """What is measured of the methods that score the same features, batch after batch."""
-
-    model: nn.Module
-    name: str
-    layer: nn.Module | None
-    settings: _Settings
-    methods: list[Explained] = field(default_factory=list)
-    values: dict[str, dict[str, list[Tensor]]] = field(default_factory=dict)
-    seconds: dict[str, list[float]] = field(default_factory=dict)
-    memory: dict[str, int] = field(default_factory=dict)
-    maps: dict[str, Tensor] = field(default_factory=dict)
-    batches: int = 0
-
-    def add(self, inputs: Tensor, target: Tensor, boxes: Tensor | None) -> None:
-        """Measure one batch."""
-        order, cost = {}, {}
-        baseline = self.settings.baseline
-        for one in self.methods:
-            raw = self._timed(one, inputs, target)
-            self._note(one.name, "max_sensitivity", self._sensitivity(one, inputs, target))
-            if self.layer is not None:
-                order[one.name] = cost[one.name] = raw
-                continue
-            self.maps.setdefault(one.name, raw.cpu())
-            order[one.name] = raw.sum(1).flatten(1)
-            cost[one.name] = one.pixel_contributions(raw, inputs, baseline)
-            if boxes is not None:
-                found = localization(raw.sum(1), boxes)
-                self._note(one.name, "pointing_game", found.hit)
-                self._note(one.name, "box_overlap", found.iou)
-        with torch.no_grad():
-            self._perturb(inputs, target, order, cost)
-        self.batches += 1
-
-    def table(self) -> AttributionTable:
-        """Everything that was measured, controls last."""
-        controls = [name for name in (RANDOM, MAGNITUDE) if name in self.values]
-        names = [one.name for one in self.methods] + controls
-        return AttributionTable(
-            PIXELS if self.layer is None else f"filters of layer {self.name!r}",
-            {
-                name: {
-                    metric: torch.cat(self.values[name][metric])
-                    for metric in METRICS
-                    if metric in self.values[name]
-                }
-                for name in names
-            },
-            {
-                name: torch.tensor(parts, dtype=torch.float64)
-                for name, parts in self.seconds.items()
-            },
-            dict(self.memory),
-            self.settings.batch_size,
-        )
-
-    def _scores(self, one: Explained, inputs: Tensor, target: Tensor) -> Tensor:
-        scored = one.pixels if self.layer is None else one.filters
-        return scored(inputs, target)
-
-    def _timed(self, one: Explained, inputs: Tensor, target: Tensor) -> Tensor:
-        def run() -> Tensor:
-            return self._scores(one, inputs, target)
-
-        _seed(self.settings.seed)
-        if one.name not in self.memory:  # which is also the warm-up
-            self.memory[one.name] = peak_memory(run, inputs.device)
-        took, result = seconds(run, inputs.device)
-        self.seconds.setdefault(one.name, []).append(took / len(inputs))
-        return result
-
-    def _sensitivity(self, one: Explained, inputs: Tensor, target: Tensor) -> Tensor:
-        def explain(given: Any, target: Tensor) -> Tensor:
-            given = given[0] if isinstance(given, tuple) else given
-            return self._scores(one, given, target)
-
-        _seed(self.settings.seed)
-        return sensitivity_max(
-            explanation_for_sensitivity(explain),
-            inputs,
-            target=target,
-            perturb_radius=self.settings.perturb_radius,
-            n_perturb_samples=self.settings.sensitivity_samples,
-            max_examples_per_batch=len(inputs) * max(1, self.settings.batch_size // len(inputs))
-            if self.settings.sensitivity_samples * len(inputs) > self.settings.batch_size
-            else None,
-        )
-
-    def _perturb(
-        self, inputs: Tensor, target: Tensor, order: dict[str, Tensor], cost: dict[str, Tensor]
-    ) -> None:
-        """Infidelity and curves of all methods and controls from the same perturbed images."""
-        settings, replay = self.settings, self._replay(inputs)
-        shape = (replay.num_images, replay.num_filters)
-        drawn = torch.Generator().manual_seed(settings.seed + self.batches)
-        probability = settings.drop_probability[PIXELS if self.layer is None else "filters"]
-        removed = torch.rand(settings.n_perturb_samples, *shape, generator=drawn) < probability
-        random_order = torch.rand(shape, generator=drawn).argsort(1)
-        lost = lost_scores(replay, removed, score_reader(replay.output, target, shape[0], "logit"))
-        costs = named_scores(cost, shape)
-        costs[RANDOM] = _random_scores(next(iter(costs.values())), drawn)
-        for name, one in costs.items():
-            plain, scaled = _infidelity(one, removed, lost)
-            self._note(name, "infidelity", plain)
-            self._note(name, "scale_invariant_infidelity", scaled)
-        orders = {name: order_of(one) for name, one in named_scores(order, shape).items()}
-        if self.layer is not None:
-            orders.update(self._magnitude_order(shape))
-        orders[RANDOM] = random_order
-
-        read = score_reader(replay.output, target, shape[0], "probability")
-
-        def value(outputs: Tensor) -> Tensor:
-            return torch.stack([read(output) for output in outputs])
-
-        numbers = curve_points(None, shape[1], settings.points)
-        curves = both_ways(OrderedRemoval(replay, value, numbers), orders)
-        shares = torch.tensor(numbers, dtype=torch.float64) / shape[1]
-        for metric, found in zip(("deletion_area", "insertion_area"), curves, strict=True):
-            for name in orders:
-                self._note(name, metric, area(found[name], shares, 0))
-                self._note(name, f"{metric}_reversed", area(found[reversed_name(name)], shares, 0))
-
-    def _magnitude_order(self, shape: tuple[int, int]) -> dict[str, Tensor]:
-        """The control by weights, where the layer's filters have any."""
-        assert self.layer is not None
-        norms = weight_magnitudes(self.model, self.layer, shape[1])
-        if norms is not None:
-            return {MAGNITUDE: order_of(norms).expand(shape)}
-        if not self.batches:
-            logger.warning(
-                "The control %r is left out: no weight has the %d filters of the layer %r.",
-                MAGNITUDE, shape[1], self.name,
-            )  # fmt: skip
-        return {}
-
-    def _replay(self, inputs: Tensor) -> Any:
-        if self.layer is None:
-            return PixelRemoval(
-                self.model, inputs, self.settings.baseline, 4 * self.settings.batch_size
-            )
-        channel_dim = getattr(self.methods[0].method, "channel_dim", None)
-        ablation = LayerFilterAblation(self.model, self.layer, channel_dim=channel_dim)
-        return ablation.replay(self.layer, (inputs,))
-
-    def _note(self, name: str, metric: str, values: Tensor) -> None:
-        found = self.values.setdefault(name, {}).setdefault(metric, [])
-        found.append(values.detach().double().cpu())

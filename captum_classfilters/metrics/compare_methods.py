@@ -11,10 +11,13 @@ from captum.attr import LayerAttribution, LayerGradientXActivation
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from captum_classfilters._core.batches import check_read_again, split_batch
+from captum_classfilters._core.batches import Unpack, check_read_again, first_batch
+from captum_classfilters._core.distributed import is_main_process
 from captum_classfilters._core.guard import model_left_as_found
-from captum_classfilters._core.labels import class_labels
-from captum_classfilters._core.layers import find_layer, layer_name
+from captum_classfilters._core.layers import layer_name
+from captum_classfilters._core.outputs import scores_per_class
+from captum_classfilters._core.ranking import random_sets
+from captum_classfilters._core.tables import short_repr, text_table
 from captum_classfilters.attr import (
     LayerClassGate,
     LayerFilterAblation,
@@ -27,6 +30,8 @@ from captum_classfilters.metrics.feature_tables import (
     mutual_information_filters,
     selectivity_filters,
 )
+from captum_classfilters.metrics.removals import resolved_layer
+from captum_classfilters.metrics.replayed_batches import replaying
 
 if TYPE_CHECKING:
     import pandas
@@ -34,6 +39,7 @@ if TYPE_CHECKING:
 Method: TypeAlias = ClassFilters | LayerAttribution | Callable[[], ClassFilters]
 
 
+@short_repr
 @dataclass(frozen=True)
 class MethodComparison:
     r"""
@@ -49,7 +55,7 @@ class MethodComparison:
         chance (float): The overlap expected of random sets, k / K.
         rank_correlation (Tensor): Shape (M, M). Spearman's correlation of two methods' scores of all
                     filters, mean over classes; NaN where all scores of a method are equal.
-        hits (Tensor): Shape (M, C). Images of a class that are still recognised when the logit of
+        hits (Tensor): Shape (M, C). Images of a class that are still recognized when the logit of
                     every class is computed with that class's k filters alone.
         random_hits (Tensor): Shape (R, C). The same for random filters.
         accuracy (float): Accuracy with all filters, on the same images.
@@ -93,20 +99,12 @@ class MethodComparison:
         return pandas.DataFrame(rows).set_index("method")
 
     def __str__(self) -> str:
-        """The table in Markdown."""
-        rows = self._rows()
-        cells = [list(rows[0])] + [
-            [
-                one if isinstance(one, str) else "" if one != one else f"{one:.3f}"
-                for one in row.values()
-            ]
-            for row in rows
+        rows = [
+            {title: None if cell != cell else cell for title, cell in row.items()}
+            for row in self._rows()
         ]
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        cells.insert(1, ["-" * width for width in widths])
-        lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in cells]
-        lines += [f"{name} does not apply: {reason}" for name, reason in self.skipped.items()]
-        return "\n".join(lines)
+        lines = [f"{name} does not apply: {reason}" for name, reason in self.skipped.items()]
+        return "\n".join([text_table(rows), *lines])
 
     def _rows(self) -> list[dict[str, Any]]:
         interval = self.sufficiency_interval()
@@ -140,7 +138,11 @@ def compare_methods(
     replacement: Literal["zero", "mean"] = "zero",
     gate: Tensor | None = None,
     num_classes: int | None = None,
-    random_seeds: int = 5,
+    repetitions: int = 5,
+    seed: int = 0,
+    channel_dim: int | None = None,
+    unpack: Unpack | None = None,
+    device: torch.device | str | None = None,
     show_progress: bool = True,
 ) -> MethodComparison:
     r"""
@@ -158,8 +160,8 @@ def compare_methods(
 
     Args:
 
-        model (nn.Module): The model, with logits (N, C).
-        layer (nn.Module or str): The layer.
+        model (nn.Module): The model, with scores (N, C).
+        layer (nn.Module or str): The layer, or its dotted name.
         dataloader (iterable): Batches of (inputs, labels) to find filters on, read once by each
                     method so that their costs can be told apart.
         test_loader (iterable): Other batches, to measure sufficiency on.
@@ -175,8 +177,15 @@ def compare_methods(
         gate (Tensor, optional): Shape (C, K), a trained class-specific gate, to be compared too.
                     Default: None
         num_classes (int, optional): C. By default the number of the model's outputs.
-        random_seeds (int): Number of random sets of filters in the control.
+        repetitions (int): Number of random sets of filters in the control.
                     Default: 5
+        seed (int): Seed of the random sets; the global random state is not touched.
+                    Default: 0
+        channel_dim (int, optional): Axis of the filters, where it cannot be told from the layer.
+                    Default: None
+        unpack (Callable, optional): From a batch of another kind to the pair (inputs, labels).
+                    Default: None
+        device (torch.device or str, optional): Where the batches go; by default where the model is.
         show_progress (bool): Show progress bars.
                     Default: True
 
@@ -184,8 +193,9 @@ def compare_methods(
         *MethodComparison*.
 
     Raises:
-        ValueError: There is no method, ``num_filters`` exceeds K, a loader is empty, or a table has
-                    another shape than the layer.
+        ValueError: There is no method, ``num_filters`` exceeds K, a loader is empty, a table has
+                    another shape than the layer, or the model returns NaN or Inf, with filters or
+                    without.
 
     Examples::
 
@@ -211,38 +221,48 @@ def compare_methods(
             stacklevel=2,
         )
     check_read_again(dataloader)
-    module = find_layer(model, layer) if isinstance(layer, str) else layer
-    given = methods is not None
+    layer = resolved_layer(model, layer)
+    reading: dict[str, Any] = {"unpack": unpack, "device": device}
+    asked = methods is not None
     if methods is None:
         methods = standard_methods(
-            model, layer, dataloader, num_filters=num_filters, num_classes=num_classes, gate=gate
+            model,
+            layer,
+            dataloader,
+            num_filters=num_filters,
+            num_classes=num_classes,
+            gate=gate,
+            channel_dim=channel_dim,
+            **reading,
         )
     elif gate is not None:
         methods = {**methods, "class gate": LayerClassGate(model, layer, gate).class_filters}
     if not methods:
         raise ValueError("methods is empty; pass at least one.")
-    tables, seconds, skipped = _tables(methods, dataloader, num_filters, given, show_progress)
-    names = tuple(tables)
+    tables, seconds, skipped = _tables(
+        methods, dataloader, num_filters, asked, reading, show_progress
+    )
     overlap, correlation = _agreements(list(tables.values()))
     masks = torch.stack([table.selected for table in tables.values()])
-    random = _random_masks(masks[0], num_filters, random_seeds)
-    hits, counts, accuracy = _kept_alone(
-        LayerFilterAblation(model, module, replacement=replacement),
-        torch.cat([masks, random]),
+    everywhere = torch.arange(masks.shape[2]).expand(masks.shape[1:]) < num_filters
+    hits, counts, right = hits_alone(
+        LayerFilterAblation(model, layer, replacement=replacement, channel_dim=channel_dim),
+        layer,
+        torch.cat([masks, random_sets(everywhere, repetitions, seed)]),
         test_loader,
-        show_progress,
+        show_progress=show_progress,
+        **reading,
     )
-    number = len(names)
     return MethodComparison(
-        names=names,
+        names=tuple(tables),
         tables=tables,
         num_filters=num_filters,
         overlap=overlap,
         chance=num_filters / masks.shape[2],
         rank_correlation=correlation,
-        hits=hits[:number],
-        random_hits=hits[number:],
-        accuracy=accuracy,
+        hits=hits[: len(tables)],
+        random_hits=hits[len(tables) :],
+        accuracy=int(right.sum()) / int(counts.sum()),
         counts=counts,
         seconds=seconds,
         skipped=skipped,
@@ -257,6 +277,9 @@ def standard_methods(
     num_filters: int = 5,
     num_classes: int | None = None,
     gate: Tensor | None = None,
+    channel_dim: int | None = None,
+    unpack: Unpack | None = None,
+    device: torch.device | str | None = None,
 ) -> dict[str, Method]:
     r"""
     The methods that :func:`compare_methods` compares unless told otherwise.
@@ -275,42 +298,52 @@ def standard_methods(
         num_classes (int, optional): C. By default the number of the model's outputs.
         gate (Tensor, optional): Shape (C, K), a trained gate.
                     Default: None
+        channel_dim (int, optional): Axis of the filters, where it cannot be told from the layer.
+                    Default: None
+        unpack (Callable, optional): From a batch of another kind to the pair (inputs, labels).
+                    Default: None
+        device (torch.device or str, optional): Where the batches go; by default where the model is.
 
     Returns:
-        *dict* of methods, to be passed on to :func:`compare_methods` with others added, say.
+        *dict* of methods, to be passed on to :func:`compare_methods` with others added for example.
     """
-    module = find_layer(model, layer) if isinstance(layer, str) else layer
-    name = layer_name(model, module)
+    layer = resolved_layer(model, layer)
+    reading: dict[str, Any] = {"unpack": unpack, "device": device, "show_progress": False}
+    ablation = LayerFilterAblation(model, layer, channel_dim=channel_dim)
+    contribution = LayerFilterContribution(model, layer, channel_dim=channel_dim)
+    frequency = LayerFilterFrequency(model, layer, top_k=num_filters, channel_dim=channel_dim)
 
     def identified(method: LayerAttribution) -> Callable[[], ClassFilters]:
         return lambda: identify_class_filters(
-            method, dataloader, num_classes=num_classes, num_filters=1, show_progress=False
+            method, dataloader, num_classes=num_classes, num_filters=1, **reading
         )
 
     def reduction(soft: bool) -> ClassFilters:
-        found = LayerFilterAblation(model, module).identify(
-            dataloader, metric="accuracy", num_classes=num_classes, show_progress=False
+        reduced = ablation.identify(
+            dataloader, metric="accuracy", num_classes=num_classes, **reading
         )
-        table: ClassFilters = found.to_class_filters(1, soft=soft)
+        table: ClassFilters = reduced.to_class_filters(1, soft=soft)
         return table
 
     def responses(make: Callable[..., ClassFilters]) -> ClassFilters:
-        features, labels = collect_features(model, module, dataloader, show_progress=False)
-        classes = num_classes if num_classes is not None else _outputs(model, dataloader)
-        return make(features, labels, num_classes=classes, layer=name)
+        features, labels = collect_features(
+            model, layer, dataloader, channel_dim=channel_dim, unpack=unpack, show_progress=False
+        )
+        classes = num_classes or _num_classes(model, dataloader, unpack)
+        return make(features, labels, num_classes=classes, layer=layer_name(model, layer))
 
     methods: dict[str, Method] = {
-        "frequency": identified(LayerFilterFrequency(model, module, top_k=num_filters)),
-        "contribution": identified(LayerFilterContribution(model, module)),
-        "ablation": identified(LayerFilterAblation(model, module)),
+        "frequency": identified(frequency),
+        "contribution": identified(contribution),
+        "ablation": identified(ablation),
         "CAR per class": lambda: reduction(soft=False),
         "CAR per class, soft": lambda: reduction(soft=True),
-        "gradient x activation": identified(LayerGradientXActivation(model, module)),
+        "gradient x activation": identified(LayerGradientXActivation(model, layer)),
         "selectivity": lambda: responses(selectivity_filters),
         "mutual information": lambda: responses(mutual_information_filters),
     }
     if gate is not None:
-        methods["class gate"] = LayerClassGate(model, module, gate).class_filters
+        methods["class gate"] = LayerClassGate(model, layer, gate).class_filters
     return methods
 
 
@@ -318,18 +351,21 @@ def _tables(
     methods: Mapping[str, Method],
     dataloader: Iterable[Any],
     num_filters: int,
-    given: bool,
+    asked: bool,
+    reading: dict[str, Any],
     show_progress: bool,
 ) -> tuple[dict[str, ClassFilters], dict[str, float], dict[str, str]]:
+    """Tables with their selections, what they cost, and methods that do not apply unless asked for."""
     tables: dict[str, ClassFilters] = {}
     seconds: dict[str, float] = {}
     skipped: dict[str, str] = {}
-    for name, method in tqdm(methods.items(), desc="methods", disable=not show_progress):
+    quiet = not (show_progress and is_main_process())
+    for name, method in tqdm(methods.items(), desc="methods", disable=quiet):
         started = time.perf_counter()
         try:
-            table = _table(name, method, dataloader)
+            table = _table(name, method, dataloader, reading)
         except ValueError as error:
-            if given:
+            if asked:
                 raise
             skipped[name] = str(error)
             continue
@@ -345,11 +381,15 @@ def _tables(
     return tables, seconds, skipped
 
 
-def _table(name: str, method: Method, dataloader: Iterable[Any]) -> ClassFilters:
+def _table(
+    name: str, method: Method, dataloader: Iterable[Any], reading: dict[str, Any]
+) -> ClassFilters:
     if isinstance(method, ClassFilters):
         return method
     if isinstance(method, LayerAttribution):
-        table = identify_class_filters(method, dataloader, num_filters=1, show_progress=False)
+        table = identify_class_filters(
+            method, dataloader, num_filters=1, show_progress=False, **reading
+        )
     elif not callable(method):
         raise ValueError(
             f"{name!r} is a {type(method).__name__}; expected a LayerAttribution, a ClassFilters table, "
@@ -380,54 +420,51 @@ def _mean_of_others(table: Tensor, row: int) -> float:
     return float(table[row, others].nanmean())
 
 
-def _random_masks(like: Tensor, num_filters: int, seeds: int) -> Tensor:
-    """Random filters for each class (R, C, K)."""
-    generator = torch.Generator().manual_seed(0)
-    order = torch.rand(seeds, *like.shape, generator=generator).argsort(2).argsort(2)
-    return order < num_filters
-
-
-def _kept_alone(
+def hits_alone(
     ablation: LayerFilterAblation,
+    layer: nn.Module,
     masks: Tensor,
     dataloader: Iterable[Any],
-    show_progress: bool,
-) -> tuple[Tensor, Tensor, float]:
-    """Hits (S, C) of S masks (S, C, K), each class's logit with its own filters alone; images of
-    each class (C,); accuracy with all filters."""
-    number, num_classes = masks.shape[:2]
-    hits = torch.zeros(number, num_classes, dtype=torch.int64)
-    counts = torch.zeros(num_classes, dtype=torch.int64)
-    right = 0
-    model, layer = ablation.forward_func, ablation.layer
-    parameter = next(model.parameters(), None)
-    device = None if parameter is None else parameter.device
-    bar = tqdm(dataloader, desc="kept alone", unit="batch", disable=not show_progress)
-    with model_left_as_found(model, evaluation=True):
-        for position, batch in enumerate(bar):
-            inputs, raw_labels = split_batch(batch, position, device)
-            labels = class_labels(raw_labels, len(inputs[0]), num_classes, position).cpu()
-            replay = ablation.replay(layer, inputs)
-            if replay.num_filters != masks.shape[2]:
-                raise ValueError(
-                    f"The layer has {replay.num_filters} filters, the tables {masks.shape[2]}."
-                )
-            counts += torch.bincount(labels, minlength=num_classes)
-            right += int((replay.output.argmax(1).cpu() == labels).sum())
-            logits = [replay.outputs(~masks[:, c])[..., c].cpu() for c in range(num_classes)]
-            recognised = torch.stack(logits, -1).argmax(-1) == labels
-            for row in range(number):
-                hits[row] += torch.bincount(labels[recognised[row]], minlength=num_classes)
-    if int(counts.sum()) == 0:
-        raise ValueError("The test_loader is empty.")
-    return hits, counts, right / int(counts.sum())
+    **options: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    r"""
+    Images that are recognized when each class's logit is computed with its own filters alone.
+
+    Args:
+
+        ablation (LayerFilterAblation): The model, and what stands in for a filter.
+        layer (nn.Module): The layer.
+        masks (Tensor): Shape (S, C, K), bool: S tables, the filters of each class.
+        dataloader (iterable): Batches of (inputs, labels).
+        options: As for :func:`~captum_classfilters.metrics.replayed_batches.replaying`.
+
+    Returns:
+        *tuple* of int64 Tensors: hits (S, C); images of each class (C,); of these, the images that
+        are recognized with all filters (C,).
+    """
+    num_classes, num_filters = masks.shape[1:]
+    totals: Tensor | None = None
+    with replaying(ablation, layer, (num_classes, num_filters), dataloader, **options) as batches:
+        for one in batches:
+            own = []
+            for class_, removed in enumerate((~masks).unbind(1)):
+                outputs = one.replay.outputs(removed)
+                one.check_finite(outputs, removed)
+                own.append(one.classes(outputs)[:, :, class_])
+            full = one.classes(one.replay.output[None])
+            scores = torch.cat([full, torch.stack(own, 2)])
+            labels = one.labels.to(scores.device)
+            right = (scores.argmax(2) == labels).long()
+            rows = torch.cat([right, torch.ones_like(right[:1])])
+            counts = rows.new_zeros(len(rows), num_classes).index_add_(1, labels, rows)
+            totals = counts if totals is None else totals + counts
+    assert totals is not None
+    totals = totals.cpu()
+    return totals[1:-1], totals[-1], totals[0]
 
 
-def _outputs(model: nn.Module, dataloader: Iterable[Any]) -> int:
-    """C, from the model's output on one image."""
-    parameter = next(model.parameters(), None)
-    inputs, _ = split_batch(
-        next(iter(dataloader)), 0, None if parameter is None else parameter.device
-    )
-    with torch.no_grad(), model_left_as_found(model, evaluation=True):
-        return int(model(*(one[:1] for one in inputs)).shape[1])
+def _num_classes(model: nn.Module, dataloader: Iterable[Any], unpack: Unpack | None) -> int:
+    """C, from what the model returns for the first batch."""
+    batch = first_batch(model, dataloader, unpack)
+    with model_left_as_found(model, evaluation=True), torch.no_grad():
+        return scores_per_class(model(*batch.inputs)).shape[1]

@@ -1,7 +1,7 @@
 """Attributions of either space brought into one form: a score for each pixel or for each filter."""
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +10,11 @@ from captum.attr import LayerAttribution
 from torch import Tensor, nn
 
 from captum_classfilters._core.layers import layer_name, module_of
+from captum_classfilters._core.outputs import class_scores
+from captum_classfilters._core.rules import FilterRule
 from captum_classfilters.gate_space import FilterGate
 from captum_classfilters.metrics.filter_sensitivity import filter_scores_of, scores_filters
-from captum_classfilters.spectral import LayerSingularDirection
+from captum_classfilters.metrics.removals import check_names
 
 PIXELS = "pixels"
 
@@ -29,11 +31,32 @@ def check_is_function(make_method: Any) -> None:
 def explains(method: Any, model: nn.Module) -> bool | None:
     """Whether a method's model has a part in common with a model; None where it hides its model."""
     function = getattr(method, "forward_func", None)
-    found = function.model if isinstance(function, FilterGate) else module_of(function)
-    if found is None:
+    own = function.model if isinstance(function, FilterGate) else module_of(function)
+    if own is None:
         return None
-    parts = {id(one) for one in model.modules()}
-    return any(id(one) in parts for one in found.modules())
+    parts = set(map(id, model.modules()))
+    return any(id(module) in parts for module in own.modules())
+
+
+def explained_methods(methods: Mapping[str, Any], model: nn.Module) -> "list[Explained]":
+    """The methods under comparison, checked to explain this model."""
+    if not isinstance(methods, Mapping) or not methods:
+        raise ValueError(
+            f"methods is {'empty' if not methods else f'a {type(methods).__name__}'}; expected "
+            'attributions by name, {"saliency": Saliency(model)} for example.'
+        )
+    check_names(list(methods))
+    result = []
+    for name, value in methods.items():
+        method, options = value if isinstance(value, tuple) else (value, {})
+        if isinstance(method, type):
+            raise ValueError(f"{name!r} is a class; pass {method.__name__}(model).")
+        if not callable(getattr(method, "attribute", method)):
+            raise ValueError(f"{name!r} is a {type(method).__name__}; expected an attribution.")
+        if explains(method, model) is False:
+            raise ValueError(f"{name!r} explains another model than the one given.")
+        result.append(Explained(name, method, dict(options)))
+    return result
 
 
 class PixelRemoval:
@@ -49,13 +72,13 @@ class PixelRemoval:
     """
 
     def __init__(
-        self, model: Callable[..., Tensor], inputs: Tensor, baseline: Tensor, batch_size: int
+        self, model: Callable[..., Any], inputs: Tensor, baseline: Tensor, batch_size: int
     ) -> None:
         self.model, self.inputs = model, inputs
         self.baseline = baseline.expand_as(inputs)
         self.batch_size = batch_size
         self.num_images, self.num_filters = len(inputs), inputs[0, 0].numel()
-        self.output = model(inputs)
+        self.output = class_scores(model(inputs))
 
     def outputs(self, removed: Tensor) -> Tensor:
         """Outputs (P, N, C) without sets of pixels (P, K) or (P, N, K)."""
@@ -69,7 +92,7 @@ class PixelRemoval:
             rows = masks[start : start + size]
             shape = (len(rows), rows.shape[1], 1, *self.inputs.shape[2:])
             images = torch.where(rows.reshape(shape), self.baseline, self.inputs)
-            output = self.model(images.flatten(0, 1))
+            output = class_scores(self.model(images.flatten(0, 1)))
             yield slice(start, start + size), output.unflatten(0, (len(rows), self.num_images))
 
 
@@ -98,7 +121,7 @@ class Explained:
     def raw(self, inputs: Tensor, target: Any) -> Any:
         """What the method itself returns."""
         attribute = getattr(self.method, "attribute", self.method)
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.enable_grad():
             # Said of every batch, and nothing that whoever compares could change.
             warnings.filterwarnings("ignore", "Input Tensor .* did not already require gradients")
             warnings.filterwarnings("ignore", r"Setting forward, backward hooks and attributes")
@@ -117,13 +140,14 @@ class Explained:
             return PIXELS, None
         if not isinstance(layer, nn.Module):
             raise ValueError(f"{self.name!r} has no single layer; compare its layers one by one.")
-        raw = self.raw(inputs[:2], target[:2])
-        if isinstance(self.method, LayerSingularDirection):
+        raw = self.raw(inputs, target)
+        if isinstance(self.method, FilterRule) and self.method.features_name is not None:
             raise ValueError(
-                f"{self.name!r} scores directions, and removing filters says nothing of them; compare "
-                "on the model of captum_classfilters.spectral.factor_layer, whose filters they are."
+                f"{self.name!r} scores {self.method.features_name}, and removing filters says nothing "
+                "of them; compare on a model whose filters they are, that of "
+                "captum_classfilters.spectral.factor_layer for example."
             )
-        if not scores_filters(self.method, raw, (inputs[:2],)):
+        if not scores_filters(self.method, raw, (inputs,)):
             return PIXELS, None
         return layer_name(module_of(self.method.forward_func), layer), layer
 

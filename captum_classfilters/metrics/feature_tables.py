@@ -67,6 +67,7 @@ def selectivity_filters(
         class_names=class_names,
         layer=layer,
         method="ClassSelectivity",
+        provenance={"signed": False},
     )
 
 
@@ -111,12 +112,12 @@ def mutual_information_filters(
         balanced=balanced,
         seed=seed,
     )
-    counts = torch.bincount(labels.cpu().long(), minlength=matrix.shape[1])
-    scores = matrix.T.masked_fill((counts == 0)[:, None], float("nan"))
+    counts = torch.bincount(labels.cpu().long(), minlength=len(matrix))
     return ClassFilters(
-        scores=scores,
+        scores=matrix.masked_fill((counts == 0)[:, None], float("nan")),
         counts=counts,
         class_names=class_names,
         layer=layer,
         method="MutualInformation",
+        provenance={"signed": False},
     )

@@ -7,29 +7,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from captum_classfilters._core.captum import (
-    format_additional_forward_args,
-    format_tensor_into_tuples,
-)
-from captum_classfilters._core.guard import model_left_as_found
-from captum_classfilters._core.layers import module_of
-from captum_classfilters.attr import LayerFilterAblation
+from captum_classfilters._core.ranking import descending, random_orders
+from captum_classfilters._core.tables import short_repr, text_table
 from captum_classfilters.attr.layer_filter_ablation import Replacement, Score, score_reader
 from captum_classfilters.metrics.removals import (
     MAGNITUDE,
     RANDOM,
     OrderedRemoval,
-    area,
+    areas,
     curve_points,
+    kept_alone,
     magnitude_control,
     named_scores,
-    order_of,
-    random_orders,
     resolved_layer,
-    reversed_name,
 )
+from captum_classfilters.metrics.replayed_batches import replayed_images
 
 
+@short_repr
 @dataclass(frozen=True)
 class FilterCurves:
     r"""
@@ -56,28 +51,25 @@ class FilterCurves:
     def deletion_area(self) -> dict[str, Tensor]:
         """Area under each image's deletion curve (N,), the share of filters from 0 to 1. Low: the
         filters that were named first are needed."""
-        return {name: area(curve, self._shares()) for name, curve in self.deletion.items()}
+        return areas(self.deletion, self.num_filters)
 
     @property
     def insertion_area(self) -> dict[str, Tensor]:
         """Area under each image's insertion curve (N,). High: the first filters suffice."""
-        return {name: area(curve, self._shares()) for name, curve in self.insertion.items()}
-
-    def _shares(self) -> Tensor:
-        return torch.tensor(self.num_filters, dtype=torch.float64) / self.num_filters[-1]
+        return areas(self.insertion, self.num_filters)
 
     def __str__(self) -> str:
         deletion, insertion = self.deletion_area, self.insertion_area
-        lines = [f"{f'area, {self.score}':36s} deletion  insertion"]
-        lines += [
-            f"{name:36s} {float(deletion[name].mean()):8.4f}  {float(insertion[name].mean()):9.4f}"
+        rows = [
+            {"": name, "deletion": deletion[name].mean(), "insertion": insertion[name].mean()}
             for name in deletion
         ]
-        return "\n".join(lines)
+        title = f"area under {self.score}, mean over images"
+        return text_table(rows, {"deletion": ".4f", "insertion": ".4f"}, title)
 
 
 def filter_curves(
-    forward_func: Callable[..., Tensor],
+    model: nn.Module | Callable[..., Any],
     layer: nn.Module | str,
     inputs: Tensor | tuple[Tensor, ...],
     scores: Tensor | Mapping[str, Tensor],
@@ -87,7 +79,7 @@ def filter_curves(
     num_filters: Sequence[int] | None = None,
     score: Score = "probability",
     replacement: Replacement = "zero",
-    random_seeds: int = 5,
+    repetitions: int = 5,
     weight_magnitude: Tensor | None = None,
     channel_dim: int | None = None,
     seed: int = 0,
@@ -106,7 +98,7 @@ def filter_curves(
 
     Args:
 
-        forward_func (Callable): The forward function of the model.
+        model (nn.Module or Callable): The model, or its forward function.
         layer (nn.Module or str): The layer whose filters were scored, or its dotted name.
         inputs (Tensor or tuple[Tensor, ...]): Input of the model, N examples first.
         scores (Tensor or mapping): Shape (N, K), or several of them by name.
@@ -121,20 +113,22 @@ def filter_curves(
         replacement (str): What stands in for a removed filter, as in
                     :class:`~captum_classfilters.LayerFilterAblation`.
                     Default: "zero"
-        random_seeds (int): Random orders to average over.
+        repetitions (int): Random orders to average over.
                     Default: 5
         weight_magnitude (Tensor, optional): Shape (K,), the norm of each filter's weights, where it
                     cannot be found in the layer.
         channel_dim (int, optional): Axis of the filters, where it cannot be told from the layer.
                     Default: None
-        seed (int): Seed of ``replacement="resample"``.
+        seed (int): Seed of the random orders and of ``replacement="resample"``; the global random
+                    state is not touched.
                     Default: 0
 
     Returns:
         *FilterCurves*.
 
     Raises:
-        ValueError: Scores or numbers do not fit, or the layer's weights cannot be found.
+        ValueError: Scores or numbers do not fit, the layer's weights cannot be found, or the model
+                    returns NaN or Inf, with filters or without.
 
     Examples::
 
@@ -153,54 +147,28 @@ def filter_curves(
         >>> bool((curves.deletion_area["scores"] < curves.deletion_area["scores, reversed"]).all())
         True
     """
-    if random_seeds < 1:
-        raise ValueError("random_seeds must be at least 1: a curve needs its control.")
-    layer = resolved_layer(forward_func, layer)
-    ablation = LayerFilterAblation(
-        forward_func,
-        layer,
-        score=score,
-        replacement=replacement,
-        seed=seed,
-        channel_dim=channel_dim,
-    )
-    images: tuple[Tensor, ...] = format_tensor_into_tuples(inputs)
-    with model_left_as_found(module_of(forward_func)), torch.no_grad():
-        extra = format_additional_forward_args(additional_forward_args)
-        replay = ablation.replay(layer, images, additional_forward_args=extra)
+    if repetitions < 1:
+        raise ValueError("repetitions must be at least 1: a curve needs its control.")
+    layer = resolved_layer(model, layer)
+    options = {"replacement": replacement, "seed": seed, "channel_dim": channel_dim}
+    with replayed_images(model, layer, inputs, additional_forward_args, **options) as replay:
         shape = (replay.num_images, replay.num_filters)
-        named = named_scores(scores, shape)
-        magnitude = magnitude_control(forward_func, layer, shape[1], weight_magnitude)
-        named[MAGNITUDE] = magnitude.expand(shape)
-        points = curve_points(num_filters, shape[1])
-
+        orders = {name: descending(values) for name, values in named_scores(scores, shape).items()}
+        magnitude = magnitude_control(model, layer, shape[1], weight_magnitude)
+        orders[MAGNITUDE] = descending(magnitude).expand(shape)
+        sizes = curve_points(num_filters, shape[1])
         read = score_reader(replay.output, target, shape[0], score)
-
-        def value(outputs: Tensor) -> Tensor:
-            return torch.stack([read(output) for output in outputs])
-
-        removal = OrderedRemoval(replay, value, points)
-        deletion, insertion = both_ways(removal, {name: order_of(s) for name, s in named.items()})
-        random = [removal.removing(order) for order in random_orders(shape, random_seeds)]
-    deletion[RANDOM] = torch.stack(random).mean(0)
-    insertion[RANDOM] = deletion[RANDOM].flip(0)
+        removal = OrderedRemoval(
+            replay, lambda outputs: torch.stack([read(output) for output in outputs]), sizes
+        )
+        curves = removal.both_ways(orders)
+        drawn = random_orders(shape, repetitions, torch.Generator().manual_seed(seed))
+        curves[RANDOM] = removal.at_random(drawn)
+    deletion = {name: curve.cpu().double() for name, curve in curves.items()}
+    insertion = kept_alone(deletion)
     return FilterCurves(
-        points,
+        sizes,
         {name: curve.T.contiguous() for name, curve in deletion.items()},
         {name: curve.T.contiguous() for name, curve in insertion.items()},
         score,
     )
-
-
-def both_ways(
-    removal: OrderedRemoval, orders: Mapping[str, Tensor]
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Deletion and insertion (P, N) of orders (N, K) and of their reverses."""
-    deletion: dict[str, Tensor] = {}
-    insertion: dict[str, Tensor] = {}
-    for name, order in orders.items():
-        forwards, backwards = removal.removing(order), removal.removing(order.flip(-1))
-        deletion[name], deletion[reversed_name(name)] = forwards, backwards
-        # Keeping the first j is removing the last K - j.
-        insertion[name], insertion[reversed_name(name)] = backwards.flip(0), forwards.flip(0)
-    return deletion, insertion

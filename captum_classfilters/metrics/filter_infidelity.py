@@ -7,22 +7,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from captum_classfilters._core.captum import (
-    format_additional_forward_args,
-    format_tensor_into_tuples,
-)
-from captum_classfilters._core.guard import model_left_as_found
-from captum_classfilters._core.layers import module_of
-from captum_classfilters.attr import LayerFilterAblation
+from captum_classfilters._core.ranking import random_orders
+from captum_classfilters._core.tables import short_repr, text_table
 from captum_classfilters.attr.layer_filter_ablation import (
     Replacement,
     Score,
     lost_scores,
     score_reader,
 )
-from captum_classfilters.metrics.removals import RANDOM, named_scores, resolved_layer
+from captum_classfilters.metrics.removals import (
+    RANDOM,
+    check_finite,
+    each_in_words,
+    named_scores,
+    resolved_layer,
+)
+from captum_classfilters.metrics.replayed_batches import replayed_images
 
 
+@short_repr
 @dataclass(frozen=True)
 class FilterInfidelity:
     r"""
@@ -45,15 +48,19 @@ class FilterInfidelity:
     num_perturbations: int
 
     def __str__(self) -> str:
-        lines = [f"{'mean over images':24s} infidelity  scale-invariant"]
-        for name, values in self.infidelity.items():
-            scaled = float(self.scale_invariant[name].mean())
-            lines.append(f"{name:24s} {float(values.mean()):10.3e}  {scaled:15.3e}")
-        return "\n".join(lines)
+        rows = [
+            {
+                "mean over images": name,
+                "infidelity": values.mean(),
+                "scale-invariant": self.scale_invariant[name].mean(),
+            }
+            for name, values in self.infidelity.items()
+        ]
+        return text_table(rows, {"infidelity": ".3e", "scale-invariant": ".3e"})
 
 
 def filter_infidelity(
-    forward_func: Callable[..., Tensor],
+    model: nn.Module | Callable[..., Any],
     layer: nn.Module | str,
     inputs: Tensor | tuple[Tensor, ...],
     scores: Tensor | Mapping[str, Tensor],
@@ -65,7 +72,7 @@ def filter_infidelity(
     drop_probability: float = 0.5,
     n_perturb_samples: int = 20,
     each_filter: bool = False,
-    random_seeds: int = 5,
+    repetitions: int = 5,
     channel_dim: int | None = None,
     seed: int = 0,
 ) -> FilterInfidelity:
@@ -87,7 +94,7 @@ def filter_infidelity(
 
     Args:
 
-        forward_func (Callable): The forward function of the model.
+        model (nn.Module or Callable): The model, or its forward function.
         layer (nn.Module or str): The layer whose filters were scored, or its dotted name.
         inputs (Tensor or tuple[Tensor, ...]): Input of the model, N examples first.
         scores (Tensor or mapping): Shape (N, K), or several of them by name; what ``filter_scores``
@@ -108,18 +115,20 @@ def filter_infidelity(
                     Default: 20
         each_filter (bool): Also remove every filter alone, for ``by_filter``.
                     Default: False
-        random_seeds (int): Random orders of the first scores to average over, for the control.
+        repetitions (int): Random orders of the first scores to average over, for the control.
                     Default: 5
         channel_dim (int, optional): Axis of the filters, where it cannot be told from the layer.
                     Default: None
-        seed (int): Seed of the sets; the global random state is not touched.
+        seed (int): Seed of the sets and of the random orders; the global random state is not
+                    touched.
                     Default: 0
 
     Returns:
         *FilterInfidelity*.
 
     Raises:
-        ValueError: Scores do not fit, or a number is out of range.
+        ValueError: Scores do not fit, a number is out of range, or the model returns NaN or Inf,
+                    with filters or without.
 
     Examples::
 
@@ -138,66 +147,58 @@ def filter_infidelity(
     """
     if not 0 < drop_probability < 1:
         raise ValueError(f"drop_probability={drop_probability} must lie between 0 and 1.")
-    if n_perturb_samples < 1 or random_seeds < 1:
-        raise ValueError("n_perturb_samples and random_seeds must be at least 1.")
-    layer = resolved_layer(forward_func, layer)
-    ablation = LayerFilterAblation(
-        forward_func,
-        layer,
-        score=score,
-        replacement=replacement,
-        seed=seed,
-        channel_dim=channel_dim,
-    )
-    images: tuple[Tensor, ...] = format_tensor_into_tuples(inputs)
+    if n_perturb_samples < 1 or repetitions < 1:
+        raise ValueError("n_perturb_samples and repetitions must be at least 1.")
+    layer = resolved_layer(model, layer)
     generator = torch.Generator().manual_seed(seed)
-    with model_left_as_found(module_of(forward_func)), torch.no_grad():
-        extra = format_additional_forward_args(additional_forward_args)
-        replay = ablation.replay(layer, images, additional_forward_args=extra)
+    options = {"replacement": replacement, "seed": seed, "channel_dim": channel_dim}
+    with replayed_images(model, layer, inputs, additional_forward_args, **options) as replay:
         shape = (replay.num_images, replay.num_filters)
         named = named_scores(scores, shape)
         removed = torch.rand(n_perturb_samples, *shape, generator=generator) < drop_probability
         read = score_reader(replay.output, target, shape[0], score)
         lost = lost_scores(replay, removed, read)
-        alone = ablation.drops(replay, target).cpu().double() if each_filter else None
-    shuffled = [_shuffled(next(iter(named.values())), seed) for seed in range(random_seeds)]
-    pairs = {name: _infidelity(one, removed, lost) for name, one in named.items()}
-    controls = [_infidelity(one, removed, lost) for one in shuffled]
-    result = {name: plain for name, (plain, _) in pairs.items()}
-    scaled = {name: scale_invariant for name, (_, scale_invariant) in pairs.items()}
-    result[RANDOM] = torch.stack([plain for plain, _ in controls]).mean(0)
-    scaled[RANDOM] = torch.stack([scale_invariant for _, scale_invariant in controls]).mean(0)
-    by_filter: dict[str, Tensor] = {}
-    if alone is not None:
-        by_filter = {name: (one - alone).square() for name, one in named.items()}
-        errors = [(one - alone).square() for one in shuffled]
-        by_filter[RANDOM] = torch.stack(errors).mean(0)
-    return FilterInfidelity(result, scaled, by_filter, n_perturb_samples)
+        check_finite(lost, each_in_words(removed))
+        each = replay.each_filter()
+        alone = lost_scores(replay, each, read).T if each_filter else None
+        if alone is not None:
+            check_finite(alone.T, each_in_words(each))
+    # The right values at the wrong filters.
+    first = next(iter(named.values()))
+    shuffled = [first.gather(1, order) for order in random_orders(shape, repetitions, generator)]
+
+    def measured(measure: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        values = {name: measure(one) for name, one in named.items()}
+        values[RANDOM] = torch.stack([measure(one) for one in shuffled]).mean(0)
+        return values
+
+    return FilterInfidelity(
+        measured(lambda one: infidelity_of(one, removed, lost)),
+        measured(lambda one: infidelity_of(one, removed, lost, scaled=True)),
+        {} if alone is None else measured(lambda one: (one - alone).square()),
+        n_perturb_samples,
+    )
 
 
-def infidelity_of(predicted: Tensor, lost: Tensor) -> tuple[Tensor, Tensor]:
+def infidelity_of(scores: Tensor, removed: Tensor, lost: Tensor, scaled: bool = False) -> Tensor:
     r"""
-    Infidelity, plain and scale-invariant, of predicted losses.
+    Infidelity of scores, plain or after the best scaling of each image's scores.
 
     Args:
 
-        predicted (Tensor): Shape (P, N), the sum of scores for each perturbation and image.
-        lost (Tensor): Shape (P, N), what the output lost.
+        scores (Tensor): Shape (N, K).
+        removed (Tensor): Shape (P, N, K), bool, sets of filters.
+        lost (Tensor): Shape (P, N), what the output lost without each set.
+        scaled (bool): Scale the scores.
+                    Default: False
 
     Returns:
-        *tuple* of two Tensors (N,).
+        *Tensor* of shape (N,).
     """
-    square = predicted.square().mean(0)
-    # A zero prediction stays zero, whatever its factor.
-    factor = (predicted * lost).mean(0) / torch.where(square > 0, square, torch.ones_like(square))
-    return (predicted - lost).square().mean(0), (factor * predicted - lost).square().mean(0)
-
-
-def _infidelity(scores: Tensor, removed: Tensor, lost: Tensor) -> tuple[Tensor, Tensor]:
-    return infidelity_of(torch.einsum("pnk,nk->pn", removed.double(), scores), lost)
-
-
-def _shuffled(scores: Tensor, seed: int) -> Tensor:
-    """Each image's scores in random order: the right values at the wrong filters."""
-    generator = torch.Generator().manual_seed(seed)
-    return scores.gather(1, torch.rand(scores.shape, generator=generator).argsort(1))
+    predicted = torch.einsum("pnk,nk->pn", removed.double(), scores)
+    if scaled:
+        square = predicted.square().mean(0)
+        # A zero prediction stays zero, whatever its factor.
+        factor = (predicted * lost).mean(0) / torch.where(square > 0, square, 1.0)
+        predicted = factor * predicted
+    return (predicted - lost).square().mean(0)

@@ -1,4 +1,4 @@
-"""Which classes' objects does each filter find?"""
+"""Which class is a filter's own, and whose objects does it find?"""
 
 from dataclasses import dataclass
 
@@ -6,10 +6,41 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from captum_classfilters.gates.gate_measures import assign_filters
+from captum_classfilters._core.ranking import descending
+from captum_classfilters._core.tables import short_repr, text_table
+from captum_classfilters.class_filters import ClassFilters
+from captum_classfilters.metrics.features import checked_labels
 from captum_classfilters.metrics.localization import boxes_to_masks
 
 
+def assign_filters(scores: Tensor | ClassFilters) -> Tensor:
+    r"""
+    The class of each filter: the one with its highest score; the lower class on a tie.
+
+    Args:
+
+        scores (Tensor or ClassFilters): Shape (C, K): gates, contributions, mutual information.
+
+    Returns:
+        *Tensor* of shape (K,), int64.
+
+    Raises:
+        ValueError: The scores are not a matrix.
+
+    Examples::
+
+        >>> import torch
+        >>> from captum_classfilters.metrics import assign_filters
+        >>> assign_filters(torch.tensor([[3., 1., 2.], [0., 5., 2.]]))
+        tensor([0, 1, 0])
+    """
+    table = scores.scores if isinstance(scores, ClassFilters) else scores
+    if table.dim() != 2:
+        raise ValueError(f"scores have shape {tuple(table.shape)}; expected (C, K).")
+    return descending(table.detach().cpu().T)[:, 0]
+
+
+@short_repr
 @dataclass(frozen=True)
 class FilterLocalization:
     r"""
@@ -17,8 +48,8 @@ class FilterLocalization:
 
     Args:
 
-        iou (Tensor): Shape (K, C). Mean overlap over the class's images; NaN without any.
-        precision (Tensor): Shape (K, C). Share of them whose overlap exceeds the threshold.
+        iou (Tensor): Shape (C, K). Mean overlap over the class's images; NaN without any.
+        precision (Tensor): Shape (C, K). Share of them whose overlap exceeds the threshold.
         filter_class (Tensor): Shape (K,). The class that a filter is related to.
         thresholds (Tensor): Shape (K,). Activation above which a filter counts as active.
     """
@@ -47,12 +78,19 @@ class FilterLocalization:
         table = {}
         for class_ in self.filter_class.unique().tolist():
             own = self.filter_class == class_
-            overlap = float(self.iou[own, class_].mean())
-            table[class_] = (int(own.sum()), overlap, float(self.precision[own, class_].mean()))
+            overlap = float(self.iou[class_, own].mean())
+            table[class_] = (int(own.sum()), overlap, float(self.precision[class_, own].mean()))
         return table
 
+    def __str__(self) -> str:
+        rows = [
+            {"class": class_, "filters": size, "overlap": overlap, "precision": precision}
+            for class_, (size, overlap, precision) in self.by_class().items()
+        ]
+        return text_table(rows)
+
     def _own(self, table: Tensor) -> Tensor:
-        return table.gather(1, self.filter_class[:, None])[:, 0]
+        return table.gather(0, self.filter_class[None])[0]
 
 
 def filter_localization(
@@ -102,35 +140,49 @@ def filter_localization(
         ValueError: Shapes do not fit, or ``share`` is out of range.
     """
     masks = _checked(activations, objects, labels, size)
-    number, width = activations.shape[:2]
-    columns = activations.detach().cpu().float().transpose(0, 1).flatten(1)
+    num_filters = activations.shape[1]
+    classes, num_classes = checked_labels(labels, len(masks), num_classes)
+    maps = activations.detach().cpu().float()
     if thresholds is None:
-        if not 0 < share < 1:
-            raise ValueError(f"share={share} must lie between 0 and 1.")
-        above = max(1, round(share * columns.shape[1]))
-        thresholds = columns.kthvalue(columns.shape[1] - above + 1, dim=1).values
-    elif thresholds.shape != (width,):
-        raise ValueError(f"thresholds have shape {tuple(thresholds.shape)} for {width} filters.")
-    floor = columns.min(1).values[:, None, None]
-    overlaps = torch.zeros(number, width, dtype=torch.float64)
-    for image, (own, mask) in enumerate(
-        zip(activations.detach().cpu().float(), masks, strict=True)
-    ):
-        maps = F.interpolate(own[None], size=mask.shape, mode="bilinear", align_corners=False)[0]
-        active = (maps >= thresholds[:, None, None]) & (maps > floor)
-        both = (active & mask).flatten(1).sum(1).double()
-        overlaps[image] = both / (active | mask).flatten(1).sum(1)
-    classes = labels.detach().cpu().long()
-    total = int(classes.max()) + 1 if num_classes is None else num_classes
-    member = F.one_hot(classes, total).double()
-    count = member.sum(0)
-    iou = overlaps.T @ member / count
-    precision = (overlaps > iou_threshold).double().T @ member / count
+        thresholds = _thresholds(maps, share)
+    elif thresholds.shape != (num_filters,):
+        raise ValueError(
+            f"thresholds have shape {tuple(thresholds.shape)} for {num_filters} filters."
+        )
+    thresholds = thresholds.detach().cpu()
+    overlaps = _overlaps(maps, masks, thresholds)
+    member = F.one_hot(classes, num_classes).double()
+    count = member.sum(0)[:, None]
+    iou = member.T @ overlaps / count
+    precision = member.T @ (overlaps > iou_threshold).double() / count
     if filter_class is None:
-        filter_class = assign_filters(precision.T)
-    elif filter_class.shape != (width,):
-        raise ValueError(f"filter_class has shape {tuple(filter_class.shape)} for {width} filters.")
-    return FilterLocalization(iou, precision, filter_class, thresholds)
+        filter_class = assign_filters(precision)
+    elif filter_class.shape != (num_filters,):
+        raise ValueError(
+            f"filter_class has shape {tuple(filter_class.shape)} for {num_filters} filters."
+        )
+    return FilterLocalization(iou, precision, filter_class.detach().cpu(), thresholds)
+
+
+def _thresholds(maps: Tensor, share: float) -> Tensor:
+    """Of each filter (K,), the activation that a share of all positions of all images reaches."""
+    if not 0 < share < 1:
+        raise ValueError(f"share={share} must lie between 0 and 1.")
+    rows = maps.transpose(0, 1).flatten(1)
+    above = max(1, round(share * rows.shape[1]))
+    return rows.kthvalue(rows.shape[1] - above + 1, dim=1).values
+
+
+def _overlaps(maps: Tensor, masks: Tensor, thresholds: Tensor) -> Tensor:
+    """Overlap (N, K) of each image's object with what is active of each filter."""
+    floor = maps.amin((0, 2, 3))[:, None, None]
+    overlaps = torch.zeros(maps.shape[:2], dtype=torch.float64)
+    for row, own, mask in zip(overlaps, maps, masks, strict=True):
+        large = F.interpolate(own[None], size=mask.shape, mode="bilinear", align_corners=False)[0]
+        active = (large >= thresholds[:, None, None]) & (large > floor)
+        both = (active & mask).flatten(1).sum(1).double()
+        row.copy_(both / (active | mask).flatten(1).sum(1))
+    return overlaps
 
 
 def _checked(

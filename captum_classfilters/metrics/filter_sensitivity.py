@@ -6,16 +6,16 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from captum.attr import LayerAttribution
 from captum.metrics import sensitivity_max
-from torch import Tensor
+from torch import Tensor, nn
 
-from captum_classfilters._core.captum import (
-    format_additional_forward_args,
-    format_tensor_into_tuples,
-)
 from captum_classfilters._core.guard import model_left_as_found
 from captum_classfilters._core.layers import filter_axis, module_of, only_tensor, positions_last
+from captum_classfilters._core.tables import short_repr
+from captum_classfilters._core.taps import tapped
 from captum_classfilters.gate_space import FilterGate
+from captum_classfilters.metrics.inputs import at_model
 
 Explanation = Callable[..., tuple[Tensor, ...]]
 
@@ -61,11 +61,12 @@ def explanation_for_sensitivity(method: Any) -> Explanation:
         )
 
     def explain(inputs: Any, **options: Any) -> tuple[Tensor, ...]:
-        return tuple(one.detach().contiguous() for one in _tensors(attribute(inputs, **options)))
+        return tuple(part.detach().contiguous() for part in _tensors(attribute(inputs, **options)))
 
     return explain
 
 
+@short_repr
 @dataclass(frozen=True)
 class FilterSensitivity:
     r"""
@@ -154,37 +155,35 @@ def filter_max_sensitivity(
             f"perturb_radius={perturb_radius} must be above 0, and "
             f"n_perturb_samples={n_perturb_samples} at least 1."
         )
-    images: tuple[Tensor, ...] = format_tensor_into_tuples(inputs)
-    further = format_additional_forward_args(additional_forward_args)
-    seen: list[Tensor] = []
+    model = module_of(method.forward_func)
+    images, further, target = at_model(model, inputs, additional_forward_args, target)
+    moved, explained = images, method.attribute
     if space == "gates":
         method, gate = _gated(method)
         # The gates are the first input, the images stand still behind them.
-        further = (*images, *(further or ()))
-        started: tuple[Tensor, ...] = (gate.ones(len(images[0])),)
-        explained: Callable[..., Any] = _gates_first(method)
-    else:
-        started = images
-        explained = method.attribute
+        further = (*images, *further)
+        moved, explained = (gate.ones(len(images[0])),), _gates_first(method)
+    seen: list[Tensor] = []
 
-    def scores(given: Any, **arguments: Any) -> tuple[Tensor, ...]:
-        seen.append(filter_scores_of(method, explained(given, **arguments)))
+    def scores(inputs: Any, **arguments: Any) -> tuple[Tensor, ...]:
+        with torch.enable_grad():
+            seen.append(filter_scores_of(method, explained(inputs, **arguments)))
         return (seen[-1],)
 
-    if further is not None:
+    if further:
         options["additional_forward_args"] = further
-    with model_left_as_found(module_of(method.forward_func)):
+    with model_left_as_found(model, evaluation=True), torch.inference_mode(False):
         torch.manual_seed(seed)
         overall = sensitivity_max(
             scores,
-            started,
+            moved,
             perturb_radius=perturb_radius,
             n_perturb_samples=n_perturb_samples,
             max_examples_per_batch=max_examples_per_batch,
             target=target,
             **options,
         )
-    return FilterSensitivity(overall, _by_filter(seen[0], seen[1:]))
+    return FilterSensitivity(overall.cpu(), _by_filter(seen[0], seen[1:]).cpu())
 
 
 def filter_scores_of(method: Any, attributions: Any) -> Tensor:
@@ -211,7 +210,7 @@ def filter_scores_of(method: Any, attributions: Any) -> Tensor:
     tensor = only_tensor(attributions, name).detach()
     if tensor.dim() == 2:
         return tensor.contiguous()
-    if not isinstance(layer, torch.nn.Module):
+    if not isinstance(layer, nn.Module):
         raise ValueError(
             f"{name} has no layer, so that its attributions {tuple(tensor.shape)} have no filters; "
             "explanation_for_sensitivity takes it to captum.metrics.sensitivity_max."
@@ -224,19 +223,17 @@ def scores_filters(method: Any, attributions: Any, inputs: tuple[Any, ...]) -> b
     """Whether a layer method has one value for each place of its layer; Grad-CAM has one map for all
     filters. The layer is run once to see."""
     layer = getattr(method, "layer", None)
-    if not isinstance(layer, torch.nn.Module) or not isinstance(attributions, Tensor):
+    if not isinstance(method, LayerAttribution) or not isinstance(layer, nn.Module):
+        return False
+    if not isinstance(attributions, Tensor):
         return False
     shapes: list[torch.Size] = []
 
-    def note(_module: Any, _inputs: Any, output: Any) -> None:
-        shapes.append(only_tensor(output, type(layer).__name__).shape)
+    def note(value: Any) -> None:
+        shapes.append(only_tensor(value, type(layer).__name__).shape)
 
-    handle = layer.register_forward_hook(note)
-    try:
-        with torch.no_grad():
-            method.forward_func(*inputs)
-    finally:
-        handle.remove()
+    with tapped(layer, note), torch.no_grad():
+        method.forward_func(*inputs)
     return bool(shapes) and attributions.shape[1:] == shapes[0][1:]
 
 
@@ -254,7 +251,7 @@ def _by_filter(reference: Tensor, perturbed: list[Tensor]) -> Tensor:
 def _gated(method: Any) -> tuple[Any, FilterGate]:
     """A copy of a layer method that explains the gated model, and the gate."""
     layer = getattr(method, "layer", None)
-    if not isinstance(layer, torch.nn.Module):
+    if not isinstance(layer, nn.Module):
         raise ValueError("space='gates' needs a layer method with a single layer.")
     gated = copy.copy(method)
     gate = FilterGate(method.forward_func, layer, channel_dim=getattr(method, "channel_dim", None))

@@ -10,10 +10,13 @@ from scipy import ndimage
 from torch import Tensor
 from torchvision.ops import box_iou, masks_to_boxes
 
+from captum_classfilters._core.tables import short_repr
+
 Rule = Literal["share", "level", "value"]
 SHARES = tuple(round(0.05 * step, 2) for step in range(1, 20))
 
 
+@short_repr
 @dataclass(frozen=True)
 class Localization:
     r"""
@@ -54,7 +57,7 @@ class Localization:
 
             threshold (float): Between 0 and 1.
             boxes (bool): Overlap of boxes instead; at 0.5 this is the usual measure of weakly
-                        supervised localisation.
+                        supervised localization.
                         Default: False
 
         Returns:
@@ -193,7 +196,7 @@ def choose_threshold(
 
 def boxes_to_masks(boxes: Tensor, size: tuple[int, int]) -> Tensor:
     r"""
-    Boxes as filled masks: the pixels whose centres lie inside.
+    Boxes as filled masks: the pixels whose centers lie inside.
 
     Args:
 
@@ -214,16 +217,16 @@ def boxes_to_masks(boxes: Tensor, size: tuple[int, int]) -> Tensor:
     return inside_y[:, :, None] & inside_x[:, None, :]
 
 
-def centre_box_maps(number: int, size: tuple[int, int]) -> Tensor:
+def center_box_maps(num_images: int, size: tuple[int, int]) -> Tensor:
     r"""
-    The baseline that knows nothing of the image: a box around its centre.
+    The baseline that knows nothing of the image: a box around its center.
 
-    The maps fall with the distance from the centre, so that any threshold leaves a box of the
+    The maps fall with the distance from the center, so that any threshold leaves a box of the
     image's proportions.
 
     Args:
 
-        number (int): N.
+        num_images (int): N.
         size (tuple of int): Height and width.
 
     Returns:
@@ -231,7 +234,7 @@ def centre_box_maps(number: int, size: tuple[int, int]) -> Tensor:
     """
     y, x = ((torch.arange(side) + 0.5 - side / 2).abs() / side for side in size)
     nearness = 1 - 2 * torch.maximum(y[:, None], x[None, :])
-    return nearness.expand(number, *size)
+    return nearness.expand(num_images, *size)
 
 
 def _checked(maps: Tensor, objects: Tensor) -> tuple[Tensor, Tensor]:
@@ -304,7 +307,7 @@ def _overlap(kept: Tensor, mask: Tensor) -> float:
 
 def _box_overlap(kept: Tensor, object_box: Tensor) -> float:
     overlaps = []
-    edges = torch.tensor([0.0, 0.0, 1.0, 1.0], dtype=torch.float64)  # from centres to edges
+    edges = torch.tensor([0.0, 0.0, 1.0, 1.0], dtype=torch.float64)  # from centers to edges
     for one in kept:
         parts, number = ndimage.label(one.numpy())
         if number == 0:

@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from captum_classfilters.metrics.features import checked_features, checked_labels
+
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 
@@ -32,7 +34,7 @@ def mutual_information_matrix(
     Ross (2014, https://doi.org/10.1371/journal.pone.0087357), which scikit-learn's
     ``mutual_info_classif`` uses and Liang et al. (https://arxiv.org/abs/2007.08194) measure with:
 
-    .. math:: I_{kc} = \psi(N) + \langle \psi(q_i) \rangle - \langle \psi(N_{y_i}) \rangle
+    .. math:: I_{ck} = \psi(N) + \langle \psi(q_i) \rangle - \langle \psi(N_{y_i}) \rangle
               - \langle \psi(m_i) \rangle ,
 
     where the ball around image *i* reaches its *q*-th neighbour among images with the same
@@ -61,7 +63,7 @@ def mutual_information_matrix(
                     Default: False
 
     Returns:
-        *Tensor* of shape (K, C), float64, in nats. Zero for classes without two images on each
+        *Tensor* of shape (C, K), float64, in nats. Zero for classes without two images on each
         side.
 
     Raises:
@@ -75,10 +77,13 @@ def mutual_information_matrix(
         >>> telling = labels + 0.01 * torch.rand(400)
         >>> matrix = mutual_information_matrix(
         ...     torch.stack([telling, torch.rand(400)], dim=1), labels)
-        >>> matrix.shape, bool(matrix[0, 0] > 0.68), bool(matrix[1, 0] < 0.1)
+        >>> matrix.shape, bool(matrix[0, 0] > 0.68), bool(matrix[0, 1] < 0.1)
         (torch.Size([2, 2]), True, True)
     """
-    values, classes, number = _checked(features, labels, num_classes, num_neighbors)
+    if num_neighbors < 1:
+        raise ValueError(f"num_neighbors={num_neighbors} must be at least 1.")
+    checked, class_of, number = checked_features(features, labels, num_classes)
+    values, classes = checked.numpy(), class_of.numpy()
     noise = np.random.default_rng(seed)
     draws = _balanced_draws(classes, number, noise) if balanced else None
     seeds = [int(noise.integers(0, 2**63)) for _ in range(values.shape[1])]
@@ -100,28 +105,28 @@ def mutual_information_matrix(
         for row in pool.map(one_filter, order):
             rows.append(row)
             bar.update()
-    return torch.from_numpy(np.stack(rows))
+    return torch.from_numpy(np.stack(rows, axis=1))
 
 
 def mutual_information_score(matrix: Tensor) -> float:
     r"""
     The mutual information score (MIS) of Liang et al.: the mean over filters of their best class's.
 
-    .. math:: \mathrm{MIS} = \frac{1}{K} \sum_k \max_c I_{kc}
+    .. math:: \mathrm{MIS} = \frac{1}{K} \sum_k \max_c I_{ck}
 
     Args:
 
-        matrix (Tensor): Shape (K, C), from :func:`mutual_information_matrix`.
+        matrix (Tensor): Shape (C, K), from :func:`mutual_information_matrix`.
 
     Returns:
         *float*, in nats.
 
     Raises:
-        ValueError: The table is not a matrix with filters and classes.
+        ValueError: The table is not a matrix with classes and filters.
     """
     if matrix.dim() != 2 or not matrix.numel():
-        raise ValueError(f"matrix has shape {tuple(matrix.shape)}; expected (K, C).")
-    return float(matrix.max(1).values.mean())
+        raise ValueError(f"matrix has shape {tuple(matrix.shape)}; expected (C, K).")
+    return float(matrix.max(0).values.mean())
 
 
 def mutual_information_bound(
@@ -146,36 +151,11 @@ def mutual_information_bound(
     Raises:
         ValueError: The labels are not class indices.
     """
-    if labels.dim() != 1 or labels.is_floating_point() or not len(labels) or labels.min() < 0:
-        raise ValueError(
-            f"labels are {labels.dtype} of shape {tuple(labels.shape)}; expected at least one class "
-            "index (N,), not negative."
-        )
-    counts = torch.bincount(labels.long(), minlength=num_classes or 0).to(torch.float64)
+    classes, number = checked_labels(labels, labels.numel(), num_classes)
+    counts = torch.bincount(classes, minlength=number).to(torch.float64)
     share = torch.full_like(counts, 0.5) if balanced else counts / counts.sum()
     other = 1 - share
     return -(torch.xlogy(share, share) + torch.xlogy(other, other))
-
-
-def _checked(
-    features: Tensor, labels: Tensor, num_classes: int | None, num_neighbors: int
-) -> tuple[Floats, Integers, int]:
-    if features.dim() != 2 or labels.shape != features.shape[:1] or not features.numel():
-        raise ValueError(
-            f"features {tuple(features.shape)} and labels {tuple(labels.shape)} do not fit; "
-            "expected (N, K) and (N,) with at least one image and one filter."
-        )
-    if labels.is_floating_point():
-        raise ValueError(f"labels are {labels.dtype}; expected class indices.")
-    if num_neighbors < 1:
-        raise ValueError(f"num_neighbors={num_neighbors} must be at least 1.")
-    if not bool(torch.isfinite(features).all()):
-        raise ValueError("features hold NaN or Inf.")
-    classes = labels.detach().cpu().numpy().astype(np.int64)
-    number = int(classes.max()) + 1 if num_classes is None else num_classes
-    if classes.min() < 0 or classes.max() >= number:
-        raise ValueError(f"labels are out of range: expected 0 to {number - 1}.")
-    return features.detach().cpu().numpy().astype(np.float64), classes, number
 
 
 def _jittered(column: Floats, noise: np.random.Generator) -> Floats:

@@ -9,6 +9,7 @@ from captum.attr import LayerAttribution
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from captum_classfilters._core.devices import device_of
 from captum_classfilters._core.layers import filter_axis
 from captum_classfilters.metrics.explained import check_is_function
 from captum_classfilters.metrics.filter_sensitivity import scores_filters
@@ -55,17 +56,19 @@ def quantus_explanation(
     def explain(
         model: nn.Module, inputs: Any, targets: Any, device: Any = None, **further: Any
     ) -> NDArray[Any]:
-        parameter = next(model.parameters(), None)
-        place = device or (parameter.device if parameter is not None else None)
-        dtype = parameter.dtype if parameter is not None else torch.float32
-        images = torch.as_tensor(numpy.asarray(inputs), dtype=dtype, device=place)
-        classes = torch.as_tensor(numpy.asarray(targets), dtype=torch.int64, device=place)
+        place = device or device_of(model)
+        weights = next((p for p in model.parameters() if p.is_floating_point()), None)
+        dtype = torch.float32 if weights is None else weights.dtype
+        images = torch.as_tensor(numpy.asarray(inputs)).to(place, dtype)
+        classes = torch.as_tensor(numpy.asarray(targets)).to(place, torch.int64)
         method = make_method(model)
         raw = method.attribute(images, target=classes.reshape(-1), **{**options, **further})
         raw = raw[0] if isinstance(raw, tuple) else raw
         if isinstance(method, LayerAttribution):
             raw = _map(method, raw, images)
-        result: NDArray[Any] = raw.detach().cpu().numpy()
+        raw = raw.detach().cpu()
+        # NumPy has no bfloat16.
+        result: NDArray[Any] = (raw.float() if raw.dtype == torch.bfloat16 else raw).numpy()
         return result
 
     return explain

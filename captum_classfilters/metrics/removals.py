@@ -1,4 +1,4 @@
-"""Filters removed in order of a score: what the metrics over filters share."""
+"""Filters removed in order of a score, or in sets: what the metrics over filters share."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -7,27 +7,41 @@ import torch
 from torch import Tensor, nn
 
 from captum_classfilters._core.layers import find_layer, layer_name, module_of
-from captum_classfilters._core.replay.suffix_replay import SuffixReplay
-from captum_classfilters.class_filters import _descending
+from captum_classfilters._core.ranking import first_of
+from captum_classfilters.class_filters import ClassFilters
 
 RANDOM, MAGNITUDE = "random", "weight magnitude"
+Check = Callable[[Tensor, Callable[[], Exception]], None]
+
+
+def resolved_layer(model: Any, layer: nn.Module | str) -> nn.Module:
+    """The layer itself, also where its dotted name is given."""
+    return find_layer(module_of(model), layer) if isinstance(layer, str) else layer
+
+
+# -- what is ranked ----------------------------------------------------------------------------------
 
 
 def reversed_name(name: str) -> str:
-    """What a method's order is called when the filter it ranks last goes first."""
+    """What an order is called when the filter it ranks last goes first."""
     return f"{name}, reversed"
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Raise if a name is that of a control, or of another name's reverse."""
+    for name in names:
+        if name in {RANDOM, MAGNITUDE, *map(reversed_name, (MAGNITUDE, *names))}:
+            raise ValueError(f"The name {name!r} is the control's own; choose another one.")
 
 
 def named_scores(
     scores: Tensor | Mapping[str, Tensor], shape: tuple[int, int]
 ) -> dict[str, Tensor]:
-    """Scores by name, each checked to be finite and of the shape (N, K), in float64."""
+    """Scores by name, each checked to be finite and of the shape (N, K), in float64 on the CPU."""
     named = dict(scores) if isinstance(scores, Mapping) else {"scores": scores}
     if not named:
         raise ValueError("scores is empty; pass at least one Tensor (N, K).")
-    taken = {RANDOM, MAGNITUDE} & set(named)
-    if taken:
-        raise ValueError(f"The name {taken.pop()!r} is the control's own; choose another one.")
+    check_names(list(named))
     for name, values in named.items():
         if not isinstance(values, Tensor) or tuple(values.shape) != shape:
             found = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
@@ -40,92 +54,35 @@ def named_scores(
     return {name: values.detach().cpu().double() for name, values in named.items()}
 
 
-def order_of(scores: Tensor) -> Tensor:
-    """Filters (..., K) by falling score; ties in the order of the filters."""
-    return _descending(scores)
+def named_tables(
+    class_filters: ClassFilters | Mapping[str, ClassFilters],
+) -> dict[str, ClassFilters]:
+    """Tables by name, all of one shape."""
+    tables = (
+        dict(class_filters)
+        if isinstance(class_filters, Mapping)
+        else {class_filters.method or "class filters": class_filters}
+    )
+    if not tables:
+        raise ValueError("class_filters is empty; pass at least one table.")
+    check_names(list(tables))
+    shapes = {name: tuple(table.scores.shape) for name, table in tables.items()}
+    if len(set(shapes.values())) > 1:
+        raise ValueError(f"The tables do not fit each other; their classes and filters: {shapes}.")
+    return tables
 
 
-def places(order: Tensor) -> Tensor:
-    """The place of each filter in an order of filters, (..., K)."""
-    return order.argsort(-1)
-
-
-def random_orders(shape: Sequence[int], seeds: int) -> list[Tensor]:
-    """Random orders of filters, (..., K) for each seed, that leave the global state alone."""
-    return [
-        torch.rand(*shape, generator=torch.Generator().manual_seed(seed)).argsort(-1)
-        for seed in range(seeds)
-    ]
-
-
-def curve_points(num_filters: Sequence[int] | None, most: int, default: int = 16) -> list[int]:
-    """Numbers of filters from 0 to K; with every number j also K - j, so that orders can turn."""
-    if num_filters is None:
-        steps = min(default, most)
-        chosen = {round(step * most / steps) for step in range(steps + 1)}
-    else:
-        chosen = {int(number) for number in num_filters}
-        if not chosen or min(chosen) < 0 or max(chosen) > most:
-            raise ValueError(
-                f"num_filters={list(num_filters)} must be numbers from 0 to {most}, the layer's."
-            )
-    return sorted({0, most} | chosen | {most - number for number in chosen})
-
-
-def first_of(order: Tensor, numbers: Sequence[int]) -> Tensor:
-    """Masks (P, ..., K) of the first so many filters of an order, for each number."""
-    limits = torch.tensor(numbers).reshape(-1, *[1] * order.dim())
-    return places(order)[None] < limits
-
-
-class OrderedRemoval:
+def weight_magnitudes(model: Any, layer: nn.Module, num_filters: int) -> Tensor | None:
     r"""
-    What a batch's outputs are worth with the first, or the last, filters of an order removed.
-
-    Args:
-
-        replay (SuffixReplay): The batch.
-        value (Callable): From outputs (P, N, C) to what is measured, (P, N).
-        numbers (list of int): Numbers of filters, from 0 to K, symmetric about K / 2.
-    """
-
-    def __init__(
-        self, replay: SuffixReplay, value: Callable[[Tensor], Tensor], numbers: Sequence[int]
-    ) -> None:
-        self.replay, self.value, self.numbers = replay, value, list(numbers)
-        self.ends = value(torch.stack([replay.output, self._outputs_without_all()]))
-
-    def removing(self, order: Tensor) -> Tensor:
-        """Values (P, N) with the first 0, ..., K filters of each image's order (N, K) removed."""
-        inner = self.numbers[1:-1]
-        first, last = self.ends[:1], self.ends[1:]
-        if not inner:
-            return torch.cat([first, last]).double().cpu()
-        outputs = self.replay.outputs(first_of(order, inner))
-        return torch.cat([first, self.value(outputs), last]).double().cpu()
-
-    def _outputs_without_all(self) -> Tensor:
-        everything = torch.ones(1, self.replay.num_filters, dtype=torch.bool)
-        return self.replay.outputs(everything)[0]
-
-
-def area(values: Tensor, shares: Tensor, dim: int = -1) -> Tensor:
-    """Area under curves along an axis, the shares from 0 to 1."""
-    return torch.trapezoid(values.movedim(dim, -1), shares.to(values), dim=-1)
-
-
-def weight_magnitudes(forward_func: Any, layer: nn.Module, num_filters: int) -> Tensor | None:
-    r"""
-    Norm of each filter's weights: of the last convolution or linear layer that makes the filters.
+    Euclidean norm of each filter's weights: of the convolution or linear layer that makes the filters.
 
     It is looked for inside the layer, last one first, and then among the modules registered before
-    it, nearest first. `networks.incoming_weight_scores` follows the model's graph instead, and needs
-    an extra for it; a control has to be there always. None where the layer's filters come from several
-    convolutions, so that no weight has as many.
+    it, nearest first; no graph of the model is needed. None where the layer's filters come from
+    several convolutions, so that no weight has as many.
     """
-    model = module_of(forward_func)
+    owner = module_of(model, [layer])
     before: list[nn.Module] = []
-    for module in model.modules() if model is not None else ():
+    for module in owner.modules() if owner is not None else ():
         if module is layer:
             break
         before.append(module)
@@ -136,30 +93,165 @@ def weight_magnitudes(forward_func: Any, layer: nn.Module, num_filters: int) -> 
         if getattr(module, "transposed", False):
             weight = weight.transpose(0, 1)
         if len(weight) == num_filters:
-            return weight.detach().flatten(1).double().norm(dim=1).cpu()
+            return weight.detach().cpu().flatten(1).double().norm(dim=1)
     return None
 
 
 def magnitude_control(
-    forward_func: Any, layer: nn.Module, num_filters: int, given: Tensor | None
+    model: Any, layer: nn.Module, num_filters: int, weight_magnitude: Tensor | None
 ) -> Tensor:
     """The magnitudes (K,) that the caller gave, or those of the layer's weights."""
-    if given is None:
-        found = weight_magnitudes(forward_func, layer, num_filters)
-        if found is not None:
-            return found
-        name = layer_name(module_of(forward_func), layer)
+    if weight_magnitude is None:
+        magnitudes = weight_magnitudes(model, layer, num_filters)
+        if magnitudes is not None:
+            return magnitudes
+        name = layer_name(module_of(model, [layer]), layer)
         raise ValueError(
             f"No weights of {num_filters} filters are found in or before the layer {name!r}. If it is "
             f"the layer that was scored, pass weight_magnitude, a Tensor ({num_filters},)."
         )
-    if tuple(given.shape) != (num_filters,):
+    if tuple(weight_magnitude.shape) != (num_filters,):
         raise ValueError(
-            f"weight_magnitude has shape {tuple(given.shape)}; expected ({num_filters},)."
+            f"weight_magnitude has shape {tuple(weight_magnitude.shape)}; expected ({num_filters},)."
         )
-    return given.detach().cpu().double()
+    return weight_magnitude.detach().cpu().double()
 
 
-def resolved_layer(forward_func: Any, layer: nn.Module | str) -> nn.Module:
-    """The layer itself, also where its dotted name is given."""
-    return find_layer(module_of(forward_func), layer) if isinstance(layer, str) else layer
+# -- what is not finite ---------------------------------------------------------------------------
+
+
+def check_now(right: Tensor, error: Callable[[], Exception]) -> None:
+    """Raise an error unless a bool of no axes is true."""
+    if not bool(right):
+        raise error()
+
+
+def check_finite(
+    outputs: Tensor,
+    without: Callable[[int], str],
+    check: Check = check_now,
+    of_batch: str = "",
+) -> None:
+    """Refuse outputs (P, N, ...) of which an image's largest is NaN or infinite; ``without`` says what
+    the model of row p lacks."""
+    finite = outputs.reshape(*outputs.shape[:2], -1).amax(2).isfinite()
+
+    def error() -> ValueError:
+        row, image = (~finite).nonzero()[0].tolist()
+        return ValueError(
+            f"The model returns NaN or Inf for image {image}{of_batch} with {without(row)}; it would "
+            "count as a wrong answer."
+        )
+
+    check(finite.all(), error)
+
+
+def each_in_words(removed: Tensor | None) -> Callable[[int], str]:
+    """What each row of sets (P, K) or (P, N, K) lacks, in words; None lacks nothing."""
+    return lambda row: "no filter removed" if removed is None else in_words(removed[row])
+
+
+def in_words(removed: Tensor) -> str:
+    """A set of filters (K,), or one for each image (N, K), in words."""
+    if removed.dim() > 1:
+        return f"{int(removed[0].sum())} of {removed.shape[1]} filters removed"
+    filters = removed.nonzero()[:, 0].tolist()
+    more = f" and {len(filters) - 5} more" if len(filters) > 5 else ""
+    shown = f"the filters {', '.join(map(str, filters[:5]))}{more}"
+    return f"{shown if filters else 'no filter'} removed"
+
+
+# -- in order ----------------------------------------------------------------------------------------
+
+
+def curve_points(num_filters: Sequence[int] | None, most: int, default: int = 16) -> list[int]:
+    """Numbers of filters from 0 to K; with every number j also K - j, so that orders can turn."""
+    if num_filters is None:
+        steps = min(default, most)
+        chosen = {round(step * most / steps) for step in range(steps + 1)}
+    else:
+        chosen = {int(size) for size in num_filters}
+        if not chosen or min(chosen) < 0 or max(chosen) > most:
+            raise ValueError(
+                f"num_filters={list(num_filters)} must be numbers from 0 to {most}, the layer's."
+            )
+    return sorted({0, most} | chosen | {most - size for size in chosen})
+
+
+class OrderedRemoval:
+    r"""
+    What a batch's outputs are worth with the first, or the last, filters of an order removed.
+
+    Args:
+
+        replay (SuffixReplay): The batch.
+        value (Callable): From outputs (P, N, ...) to what is measured, (P, N).
+        sizes (list of int): Numbers of filters, from 0 to K, symmetric about K / 2.
+        check (Callable): What is called with each condition on the outputs, and its error.
+        of_batch (str): Names the batch in such an error.
+    """
+
+    def __init__(
+        self,
+        replay: Any,
+        value: Callable[[Tensor], Tensor],
+        sizes: Sequence[int],
+        check: Check = check_now,
+        of_batch: str = "",
+    ) -> None:
+        self.replay, self.value, self.sizes = replay, value, list(sizes)
+        self.check, self.of_batch = check, of_batch
+        everything = torch.ones(1, replay.num_filters, dtype=torch.bool)
+        ends = torch.cat([replay.output[None], self._outputs(everything)])
+        self.ends = value(ends)
+
+    def removing(self, order: Tensor) -> Tensor:
+        """Values (P, N) with the first 0, ..., K filters of each image's order (N, K) removed."""
+        inner = self.sizes[1:-1]
+        first, last = self.ends[:1], self.ends[1:]
+        if not inner:
+            return torch.cat([first, last])
+        removed = first_of(order, torch.tensor(inner)[:, None])
+        return torch.cat([first, self.value(self._outputs(removed)), last])
+
+    def both_ways(self, orders: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Values (P, N) of orders (N, K) and of their reverses, by name."""
+        curves = {}
+        for name, order in orders.items():
+            curves[name] = self.removing(order)
+            curves[reversed_name(name)] = self.removing(order.flip(-1))
+        return curves
+
+    def at_random(self, orders: Tensor) -> Tensor:
+        """Mean values (P, N) of several orders (repetitions, N, K)."""
+        return torch.stack([self.removing(order) for order in orders]).mean(0)
+
+    def _outputs(self, removed: Tensor) -> Tensor:
+        outputs: Tensor = self.replay.outputs(removed)
+        check_finite(outputs, each_in_words(removed), self.check, self.of_batch)
+        return outputs
+
+
+def kept_alone(removed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Curves (P, ...) of keeping the first filters, from those of removing them: to keep the first j
+    is to remove the last K - j."""
+    curves = {}
+    for name in removed:
+        opposite = reversed_name(name)
+        if opposite in removed:
+            curves[name] = removed[opposite].flip(0)
+            curves[opposite] = removed[name].flip(0)
+        elif name not in curves:  # random orders are their own opposite
+            curves[name] = removed[name].flip(0)
+    return curves
+
+
+def area(values: Tensor, sizes: Sequence[int], dim: int = -1) -> Tensor:
+    """Area under curves along an axis, over the share of filters from 0 to 1."""
+    shares = torch.tensor(sizes, dtype=torch.float64) / sizes[-1]
+    return torch.trapezoid(values.movedim(dim, -1), shares.to(values), dim=-1)
+
+
+def areas(curves: Mapping[str, Tensor], sizes: Sequence[int], dim: int = -1) -> dict[str, Tensor]:
+    """The area under each curve, by name."""
+    return {name: area(values, sizes, dim) for name, values in curves.items()}

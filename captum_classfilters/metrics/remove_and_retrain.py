@@ -1,9 +1,9 @@
 """Remove filters and retrain what follows: was the information really in them?"""
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,22 +11,34 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from captum_classfilters._core.batches import check_read_again, split_batch
+from captum_classfilters._core.batches import Unpack, check_read_again, first_batch, read_batches
+from captum_classfilters._core.devices import device_of
+from captum_classfilters._core.distributed import is_main_process
 from captum_classfilters._core.guard import model_left_as_found
-from captum_classfilters._core.layers import along_filters, filter_axis, find_layer, only_tensor
+from captum_classfilters._core.layers import along_filters, find_layer, layer_name
+from captum_classfilters._core.outputs import (
+    are_probabilities,
+    as_rows,
+    class_scores,
+    log_probabilities,
+)
+from captum_classfilters._core.ranking import descending, random_orders
+from captum_classfilters._core.tables import short_repr, text_table
+from captum_classfilters._core.taps import LayerTap, tapping
 from captum_classfilters.class_filters import ClassFilters
 from captum_classfilters.metrics.evaluate_classifier import evaluate_classifier
 from captum_classfilters.metrics.removals import (
     MAGNITUDE,
     RANDOM,
+    check_names,
     magnitude_control,
-    order_of,
-    random_orders,
+    resolved_layer,
     reversed_name,
 )
 from captum_classfilters.metrics.reset import reset_weights, weighted_modules
 
 
+@short_repr
 @dataclass(frozen=True)
 class RemoveAndRetrain:
     r"""
@@ -45,18 +57,18 @@ class RemoveAndRetrain:
     full_accuracy: Tensor
 
     def __str__(self) -> str:
-        head = "".join(f"{number:>8d}" for number in (0, *self.num_filters))
-        lines = [f"{'filters removed':32s}{head}"]
-        full = float(self.full_accuracy.mean())
-        for name, values in self.accuracy.items():
-            row = "".join(f"{value:8.3f}" for value in (full, *values.mean(1).tolist()))
-            lines.append(f"{name:32s}{row}")
-        return "\n".join(lines)
+        full = self.full_accuracy.mean()
+        rows = [
+            {"filters removed": name, "0": full}
+            | {str(size): value for size, value in zip(self.num_filters, values, strict=True)}
+            for name, values in ((name, own.mean(1)) for name, own in self.accuracy.items())
+        ]
+        return text_table(rows)
 
 
 def remove_and_retrain(
     model: nn.Module,
-    layer: str,
+    layer: nn.Module | str,
     rankings: ClassFilters | Tensor | Mapping[str, ClassFilters | Tensor],
     train_loader: Iterable[Any],
     test_loader: Iterable[Any],
@@ -64,10 +76,11 @@ def remove_and_retrain(
     num_filters: Sequence[int],
     epochs: int = 3,
     learning_rate: float = 3e-3,
-    repeats: int = 3,
+    repetitions: int = 3,
     weight_magnitude: Tensor | None = None,
     channel_dim: int | None = None,
     seed: int = 0,
+    unpack: Unpack | None = None,
     show_progress: bool = True,
 ) -> RemoveAndRetrain:
     r"""
@@ -87,16 +100,16 @@ def remove_and_retrain(
     Args:
 
         model (nn.Module): The trained model; it is copied, not changed.
-        layer (str): Dotted name of the layer.
+        layer (nn.Module or str): The layer, or its dotted name.
         rankings (ClassFilters, Tensor or mapping): A table or a Tensor (K,), or several by name.
-        train_loader (iterable): Batches of (images, labels), read once in every epoch.
-        test_loader (iterable): Batches of other images.
+        train_loader (iterable): Batches of (inputs, labels), read once in every epoch.
+        test_loader (iterable): Batches of others.
         num_filters (sequence of int): Numbers of filters to remove, between 1 and K - 1.
         epochs (int): Epochs of each training.
                     Default: 3
         learning_rate (float): Of Adam.
                     Default: 3e-3
-        repeats (int): Repetitions with other new weights.
+        repetitions (int): Trainings of each set, from other new weights.
                     Default: 3
         weight_magnitude (Tensor, optional): Shape (K,), the norm of each filter's weights, where it
                     cannot be found in the layer.
@@ -104,6 +117,8 @@ def remove_and_retrain(
                     Default: None
         seed (int): Seed of weights and random orders; the global random state is left as found.
                     Default: 0
+        unpack (Callable, optional): From a batch of another kind to the pair (inputs, labels).
+                    Default: None
         show_progress (bool): Show a progress bar over trainings.
                     Default: True
 
@@ -114,107 +129,118 @@ def remove_and_retrain(
         ValueError: Rankings or numbers do not fit, a loader is empty or can be read only once, or
                     nothing with weights follows the layer.
     """
-    if epochs < 1 or repeats < 1:
-        raise ValueError("epochs and repeats must be at least 1.")
+    if epochs < 1 or repetitions < 1:
+        raise ValueError("epochs and repetitions must be at least 1.")
     check_read_again(train_loader)
     check_read_again(test_loader)
-    orders = _orders(model, layer, rankings, repeats, weight_magnitude)
-    most = len(next(iter(orders.values()))[0])
-    numbers = sorted({int(number) for number in num_filters})
-    if not numbers or numbers[0] < 1 or numbers[-1] >= most:
+    layer = resolved_layer(model, layer)
+    orders = _orders(model, layer, rankings, repetitions, weight_magnitude, seed)
+    most = orders[RANDOM].shape[1]
+    sizes = sorted({int(size) for size in num_filters})
+    if not sizes or sizes[0] < 1 or sizes[-1] >= most:
         raise ValueError(f"num_filters={list(num_filters)} must be numbers from 1 to {most - 1}.")
-    first = next(iter(train_loader), None)
-    if first is None:
-        raise ValueError("The train_loader is empty.")
-    images, _ = split_batch(first, 0, None)
-    trial = _Trial(model, layer, most, images, channel_dim, epochs, learning_rate)
-    number_of_trainings = repeats * (1 + len(orders) * len(numbers))
+    trial = _Trial(
+        model, layer_name(model, layer), most, channel_dim, epochs, learning_rate, unpack
+    )
+    quiet = not (show_progress and is_main_process())
     with (
         model_left_as_found(model),
-        tqdm(total=number_of_trainings, desc="retraining", disable=not show_progress) as bar,
+        torch.inference_mode(False),
+        tqdm(
+            total=repetitions * (1 + len(orders) * len(sizes)), desc="retraining", disable=quiet
+        ) as bar,
     ):
+        trial.look_at(train_loader)
 
-        def accuracy(removed: Tensor, repeat: int) -> float:
-            value = trial.accuracy(removed, train_loader, test_loader, seed + repeat)
-            bar.update()
-            return value
+        def accuracies(removed: Sequence[Tensor]) -> Tensor:
+            values = []
+            for repetition, filters in enumerate(removed):
+                value = trial.accuracy(filters, train_loader, test_loader, seed + repetition)
+                values.append(value)
+                bar.update()
+            return torch.tensor(values)
 
         nothing = torch.zeros(0, dtype=torch.int64)
-        full = torch.tensor([accuracy(nothing, repeat) for repeat in range(repeats)])
-        found = {
-            name: torch.tensor(
-                [
-                    [accuracy(one[:number], repeat) for repeat, one in enumerate(of_repeats)]
-                    for number in numbers
-                ]
-            )
-            for name, of_repeats in orders.items()
+        full = accuracies([nothing] * repetitions)
+        accuracy = {
+            name: torch.stack([accuracies(list(order[:, :size])) for size in sizes])
+            for name, order in orders.items()
         }
-    return RemoveAndRetrain(numbers, found, full)
+    return RemoveAndRetrain(sizes, accuracy, full)
 
 
 def _orders(
     model: nn.Module,
-    layer: str,
+    layer: nn.Module,
     rankings: ClassFilters | Tensor | Mapping[str, ClassFilters | Tensor],
-    repeats: int,
+    repetitions: int,
     weight_magnitude: Tensor | None,
-) -> dict[str, list[Tensor]]:
-    """For each name an order of filters for each repetition, the controls included."""
-    given = (
-        {rankings.method or "class filters": rankings}
-        if isinstance(rankings, ClassFilters)
-        else dict(rankings)
-        if isinstance(rankings, Mapping)
-        else {"ranking": rankings}
-    )
-    if not all(isinstance(one, (ClassFilters, Tensor)) for one in given.values()):
-        raise ValueError("rankings must be ClassFilters or Tensors (K,) by name.")
-    scores = {
-        name: one.scores[one.counts > 0].mean(0) if isinstance(one, ClassFilters) else one
-        for name, one in given.items()
-    }
-    lengths = {name: tuple(one.shape) for name, one in scores.items()}
-    if not scores or len(set(lengths.values())) > 1 or len(next(iter(lengths.values()))) != 1:
-        raise ValueError(f"rankings must be one or more of one length (K,); found {lengths}.")
-    unsorted = [name for name, one in scores.items() if not bool(torch.isfinite(one).all())]
-    if unsorted:
-        raise ValueError(f"The ranking {unsorted[0]!r} holds NaN or Inf.")
-    number = next(iter(lengths.values()))[0]
-    orders: dict[str, list[Tensor]] = {}
-    for name, one in scores.items():
-        order = order_of(one.detach().cpu().double())
-        orders[name], orders[reversed_name(name)] = [order] * repeats, [order.flip(0)] * repeats
-    magnitude = magnitude_control(model, find_layer(model, layer), number, weight_magnitude)
-    orders[MAGNITUDE] = [order_of(magnitude)] * repeats
-    orders[RANDOM] = random_orders((number,), repeats)
+    seed: int,
+) -> dict[str, Tensor]:
+    """For each name an order of filters for each repetition (R, K), the controls included."""
+    scores = _scores(rankings)
+    num_filters = len(next(iter(scores.values())))
+    once = {}
+    for name, own in scores.items():
+        once[name] = descending(own)
+        once[reversed_name(name)] = once[name].flip(0)
+    once[MAGNITUDE] = descending(magnitude_control(model, layer, num_filters, weight_magnitude))
+    orders = {name: order.expand(repetitions, -1) for name, order in once.items()}
+    generator = torch.Generator().manual_seed(seed)
+    orders[RANDOM] = random_orders((num_filters,), repetitions, generator)
     return orders
 
 
+def _scores(
+    rankings: ClassFilters | Tensor | Mapping[str, ClassFilters | Tensor],
+) -> dict[str, Tensor]:
+    """Scores (K,) by name, checked."""
+    if isinstance(rankings, ClassFilters):
+        rankings = {rankings.method or "class filters": rankings}
+    elif not isinstance(rankings, Mapping):
+        rankings = {"ranking": rankings}
+    if not all(isinstance(ranking, (ClassFilters, Tensor)) for ranking in rankings.values()):
+        raise ValueError("rankings must be ClassFilters or Tensors (K,) by name.")
+    check_names(list(rankings))
+    scores = {
+        name: own.scores[own.counts > 0].mean(0)
+        if isinstance(own, ClassFilters)
+        else own.detach().cpu().double()
+        for name, own in rankings.items()
+    }
+    lengths = {name: tuple(own.shape) for name, own in scores.items()}
+    if not scores or len(set(lengths.values())) > 1 or len(next(iter(lengths.values()))) != 1:
+        raise ValueError(f"rankings must be one or more of one length (K,); found {lengths}.")
+    for name, own in scores.items():
+        if not bool(torch.isfinite(own).all()):
+            raise ValueError(f"The ranking {name!r} holds NaN or Inf.")
+    return scores
+
+
+@dataclass
 class _Trial:
     """Trainings of what follows a layer, each on a copy of the trained model."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        layer: str,
-        num_filters: int,
-        images: tuple[Tensor, ...],
-        channel_dim: int | None,
-        epochs: int,
-        learning_rate: float,
-    ) -> None:
-        self.model, self.layer, self.channel_dim = model, layer, channel_dim
-        self.num_filters = num_filters
-        self.epochs, self.learning_rate = epochs, learning_rate
-        parameter = next(model.parameters())
-        self.device = parameter.device
-        on_device = tuple(one.to(self.device) for one in images)
-        with model_left_as_found(model, evaluation=True):
-            after = weighted_modules(model, on_device, find_layer(model, layer))
+    model: nn.Module
+    layer: str
+    num_filters: int
+    channel_dim: int | None
+    epochs: int
+    learning_rate: float
+    unpack: Unpack | None
+    after: list[str] = field(default_factory=list)
+    probabilities: bool = False
+
+    def look_at(self, train: Iterable[Any]) -> None:
+        """See on one batch what follows the layer, and what the model returns."""
+        batch = first_batch(self.model, train, self.unpack)
+        with model_left_as_found(self.model, evaluation=True), torch.no_grad():
+            after = weighted_modules(self.model, batch.inputs, find_layer(self.model, self.layer))
+            output = self.model(*batch.inputs)
         self.after = [name for name, _ in after]
         if not self.after:
-            raise ValueError(f"Nothing with weights follows the layer {layer!r}.")
+            raise ValueError(f"Nothing with weights follows the layer {self.layer!r}.")
+        self.probabilities = are_probabilities(as_rows(class_scores(output)))
 
     def accuracy(
         self, removed: Tensor, train: Iterable[Any], test: Iterable[Any], seed: int
@@ -235,39 +261,41 @@ class _Trial:
                 part.train()
             for _ in range(self.epochs):
                 self._epoch(twin, train, optimizer)
-            return evaluate_classifier(twin, test, show_progress=False).accuracy
+            return evaluate_classifier(twin, test, unpack=self.unpack, show_progress=False).accuracy
 
     def _epoch(
         self, twin: nn.Module, train: Iterable[Any], optimizer: torch.optim.Optimizer
     ) -> None:
-        for number, batch in enumerate(train):
-            images, labels = split_batch(batch, number, self.device)
-            optimizer.zero_grad(set_to_none=True)
-            with torch.enable_grad():
-                loss = F.cross_entropy(twin(*images), torch.as_tensor(labels).to(self.device))
-            if not bool(torch.isfinite(loss)):
-                raise ValueError("The training loss is NaN or Inf; lower the learning rate.")
-            loss.backward()
-            optimizer.step()
+        with read_batches(
+            twin, train, "training", unpack=self.unpack, training=True, show_progress=False
+        ) as batches:
+            for batch in batches:
+                optimizer.zero_grad(set_to_none=True)
+                scores = as_rows(class_scores(twin(*batch.inputs)))
+                logs = log_probabilities(scores, self.probabilities)
+                loss = F.nll_loss(logs, batch.class_labels(logs.shape[1]))
+                batches.check(loss.detach().isfinite(), _not_finite)
+                loss.backward()
+                optimizer.step()
 
-    @contextmanager
-    def _without(self, twin: nn.Module, removed: Tensor) -> Iterator[None]:
-        layer = find_layer(twin, self.layer)
+    def _without(self, twin: nn.Module, removed: Tensor) -> AbstractContextManager[None]:
+        """A block in which some filters of a copy put out zero."""
+        layer, name = find_layer(twin, self.layer), self.layer
+        mask = torch.zeros(1, self.num_filters, dtype=torch.bool)
+        mask[0, removed] = True
+        mask = mask.to(device_of(twin))
 
-        def hook(_module: nn.Module, _inputs: Any, output: Any) -> Tensor:
-            tensor = only_tensor(output, self.layer)
-            axis = filter_axis(layer, tensor, self.channel_dim)
-            if tensor.shape[axis] != self.num_filters:
+        def remove(tensor: Tensor, axis: int) -> Tensor:
+            if tensor.shape[axis] != mask.shape[1]:
                 raise ValueError(
-                    f"The rankings have {self.num_filters} filters, the layer {self.layer!r} "
+                    f"The rankings have {mask.shape[1]} filters, the layer {name!r} "
                     f"{tensor.shape[axis]}."
                 )
-            kept = tensor.new_ones(1, tensor.shape[axis])
-            kept[0, removed] = 0
-            return tensor * along_filters(kept, tensor, axis)
+            # Not a product: zero times infinity is no zero.
+            return tensor.masked_fill(along_filters(mask, tensor, axis), 0)
 
-        handle = layer.register_forward_hook(hook)
-        try:
-            yield
-        finally:
-            handle.remove()
+        return tapping([LayerTap(layer, name, self.channel_dim, react=remove)])
+
+
+def _not_finite() -> ValueError:
+    return ValueError("The training loss is NaN or Inf; lower the learning rate.")

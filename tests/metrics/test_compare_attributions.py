@@ -31,7 +31,6 @@ from captum_classfilters.metrics import (
     filter_curves,
     filter_infidelity,
 )
-from captum_classfilters.metrics.resources import PeakTensorMemory, peak_memory
 from captum_classfilters.visualize import plot_comparison
 from tests.models import batches, deep, images, pool_linear
 
@@ -202,8 +201,8 @@ def test_the_control_by_weights_is_left_out_where_a_layer_has_no_single_weight(c
 
 
 def test_time_is_that_of_an_image(monkeypatch):
-    module = importlib.import_module("captum_classfilters.metrics.compare_attributions")
-    monkeypatch.setattr(module, "seconds", lambda function, device: (12.0, function()))
+    module = importlib.import_module("captum_classfilters.metrics.attribution_space")
+    monkeypatch.setattr(module, "measured", lambda function, device: (function(), 12.0, None))
     table = compare(model := deep(), {"one": Saliency(model)}, batch_size=6).pixels
     assert table.seconds["one"].tolist() == [2.0, 6.0]  # batches of six images and of two
     assert table.rows()[0]["seconds_per_image"] == 2.0
@@ -309,30 +308,6 @@ def test_the_model_comes_back_as_found():
     assert torch.equal(torch.get_rng_state(), random_state)
     for name, value in model.state_dict().items():
         assert torch.equal(state[name], value)
-
-
-def test_peak_memory_follows_storages():
-    def run():
-        first = torch.ones(1000)  # 4000 bytes
-        second = first + 1  # 8000
-        view = second[:10]  # no more
-        del first, second
-        return view + torch.zeros(500)[:10]  # 4000 + 2000 + 40
-
-    assert peak_memory(run, torch.device("cpu")) == 8000
-    with PeakTensorMemory() as memory:
-        kept = [torch.ones(250) for _ in range(5)]
-    assert memory.peak == 5 * 1000
-    assert len(kept) == 5
-
-
-def test_peak_memory_sees_a_backward_pass():
-    x = torch.ones(100_000, requires_grad=True)
-
-    def run():
-        (x.exp() * 2).sum().backward()
-
-    assert peak_memory(run, torch.device("cpu")) >= 2 * 400_000
 
 
 def test_picture():

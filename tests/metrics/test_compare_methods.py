@@ -92,7 +92,7 @@ def test_agreement_cost_and_the_control():
         "made": lambda: given,
     }
     found = compare_methods(
-        model, "stage2", train, test, methods=methods, num_filters=2, random_seeds=7, **QUIET
+        model, "stage2", train, test, methods=methods, num_filters=2, repetitions=7, **QUIET
     )
     names = list(found.names)
     assert names == list(methods)
@@ -115,7 +115,7 @@ def test_agreement_cost_and_the_control():
     assert frame.loc["votes", "overlap@2 with the others"] == pytest.approx(np.mean(others))
     assert frame.loc["random filters", "overlap@2 with the others"] == found.chance
     assert frame.loc["all filters", "sufficiency at 2"] == found.accuracy
-    assert str(found).count("\n") == 8
+    assert str(found).count("\n") == 7
 
 
 def test_a_method_that_cannot_tell_has_no_correlation_and_spoils_no_mean():
@@ -167,12 +167,14 @@ def test_bad_input():
         compare_methods(
             model, "1", data, batches(), methods=two_methods(model, "1"), num_filters=9, **QUIET
         )
-    with pytest.raises(ValueError, match="test_loader is empty"):
+    with pytest.raises(ValueError, match="data loader is empty"):
         compare_methods(
             model, "1", data, [], methods=two_methods(model, "1"), num_filters=2, **QUIET
         )
     other = {"other": ClassFilters(torch.rand(3, 9), torch.ones(3))}
-    with pytest.raises(ValueError, match="The layer has 6 filters, the tables 9"):
+    with pytest.raises(
+        ValueError, match="3 classes and 9 filters; the model has 3 classes and the layer 6"
+    ):
         compare_methods(model, "1", data, batches(), methods=other, num_filters=2, **QUIET)
     with pytest.raises(ValueError, match="different shapes"):
         compare_methods(

@@ -29,7 +29,7 @@ from captum_classfilters import (
 from captum_classfilters._core.replay.suffix_replay import SuffixReplay
 from captum_classfilters.metrics import (
     CollateralDamage,
-    cascading_randomisation,
+    cascading_randomization,
     class_curves,
     collateral_damage,
     evaluate_classifier,
@@ -161,10 +161,10 @@ def test_infidelity_by_hand():
     assert torch.allclose(found.scale_invariant["scores"], expected, atol=1e-6)  # zero stays zero
 
 
-def of_random_orders(shape, seeds):
+def of_random_orders(shape, repetitions, generator=None):
     """Scores that put filters in the orders of the random control."""
-    drawn = [torch.rand(*shape, generator=torch.Generator().manual_seed(s)) for s in range(seeds)]
-    return {str(seed): -one for seed, one in enumerate(drawn)}
+    generator = torch.Generator().manual_seed(0) if generator is None else generator
+    return {str(place): -torch.rand(shape, generator=generator) for place in range(repetitions)}
 
 
 def mean_of(table, names):
@@ -174,8 +174,11 @@ def mean_of(table, names):
 def test_infidelitys_control_is_the_scores_at_random_filters():
     model, x, scores = pool_linear(), images(), random_scores(6)
     options = {"target": TARGETS, "each_filter": True}
-    found = filter_infidelity(model, "1", x, scores, random_seeds=3, **options)
-    places = {name: (-one).argsort(1) for name, one in of_random_orders((8, 6), 3).items()}
+    found = filter_infidelity(model, "1", x, scores, repetitions=3, **options)
+    generator = torch.Generator().manual_seed(0)
+    torch.rand(20, 8, 6, generator=generator)  # the sets of filters are drawn first
+    drawn = of_random_orders((8, 6), 3, generator)
+    places = {name: (-scores).argsort(1) for name, scores in drawn.items()}
     shuffled = {name: scores.gather(1, place) for name, place in places.items()}
     expected = filter_infidelity(model, "1", x, shuffled, **options)
     for table in ("infidelity", "scale_invariant", "by_filter"):
@@ -360,14 +363,14 @@ def test_magnitude_control_follows_the_weights():
 
 def test_random_curves_are_means_over_random_orders():
     model, x = pool_linear(), images()
-    curves = filter_curves(model, "1", x, random_scores(6), target=TARGETS, random_seeds=3)
+    curves = filter_curves(model, "1", x, random_scores(6), target=TARGETS, repetitions=3)
     orders = of_random_orders((8, 6), 3)
     given = filter_curves(model, "1", x, orders, target=TARGETS)
     assert torch.allclose(curves.deletion["random"], mean_of(given.deletion, orders), atol=1e-6)
     orders = of_random_orders((3, 6), 3)
     tables = {name: table_of(model, "1", scores=one) for name, one in orders.items()}
     options = {"measure": "probability", "show_progress": False}
-    found = class_curves(model, "1", table_of(model, "1"), batches(), random_seeds=3, **options)
+    found = class_curves(model, "1", table_of(model, "1"), batches(), repetitions=3, **options)
     given = class_curves(model, "1", tables, batches(), **options)
     assert torch.allclose(found.necessity["random"], mean_of(given.necessity, orders), atol=1e-6)
 
@@ -533,7 +536,7 @@ def test_damage_by_hand():
 def test_damage_of_random_sets_is_a_mean_over_seeds():
     model, data = pool_linear(), batches()
     table = table_of(model, "1", 3)
-    damage = collateral_damage(model, "1", table, data, random_seeds=3, show_progress=False)
+    damage = collateral_damage(model, "1", table, data, repetitions=3, show_progress=False)
     expected = torch.zeros(3, 3)
     for order in of_random_orders((3, 6), 3).values():
         for row in range(3):
@@ -570,9 +573,9 @@ class Ignorant:
 def test_randomisation_unmasks_what_ignores_the_model():
     model, x = deep(), images()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    blind = cascading_randomisation(model, lambda _: Ignorant(), x, target=0)
+    blind = cascading_randomization(model, lambda _: Ignorant(), x, target=0)
     assert torch.allclose(blind.rank_correlation, torch.ones_like(blind.rank_correlation))
-    honest = cascading_randomisation(
+    honest = cascading_randomization(
         model, lambda twin: LayerFilterContribution(twin, "stage2"), x, target=TARGETS
     )
     assert honest.modules == ["head", "stage2.1", "stage2.0", "stage1.1", "stage1.0"]
@@ -583,7 +586,7 @@ def test_randomisation_unmasks_what_ignores_the_model():
 
 def test_randomisation_of_one_map_for_all_filters():
     """Grad-CAM's map has as many columns as the layer has filters; it is compared as a map."""
-    check = cascading_randomisation(
+    check = cascading_randomization(
         deep(), lambda twin: LayerGradCam(twin, twin.stage2), images(), target=0
     )
     assert bool(torch.isfinite(check.rank_correlation[0]).all())
@@ -601,7 +604,7 @@ def test_randomisation_is_cumulative_from_the_output():
         def attribute(self, inputs, target=None):
             return self.twin.stage2(self.twin.stage1(inputs)).detach()
 
-    check = cascading_randomisation(model, Activation, x, target=0)
+    check = cascading_randomization(model, Activation, x, target=0)
     assert torch.allclose(check.rank_correlation[0], torch.ones(8).double())
     assert float(check.rank_correlation[2].mean()) < 0.9
 
@@ -618,7 +621,7 @@ def test_randomisation_tells_signs_from_sizes():
         def attribute(self, inputs, target=None):
             return inputs if torch.equal(self.weight, before) else -inputs
 
-    check = cascading_randomisation(model, Turning, x, target=0)
+    check = cascading_randomization(model, Turning, x, target=0)
     assert torch.allclose(check.rank_correlation[-1], -torch.ones(8).double())
     assert torch.allclose(check.absolute_rank_correlation[-1], torch.ones(8).double())
 
@@ -642,7 +645,7 @@ def test_every_repetition_trains_in_training_mode_from_other_weights(monkeypatch
     seeds, reset = [], torch.manual_seed
     monkeypatch.setattr(torch, "manual_seed", lambda seed: (seeds.append(seed), reset(seed))[1])
     Watching.modes.clear()
-    retrained(model, random_scores(6)[0], repeats=2, epochs=1, seed=5)
+    retrained(model, random_scores(6)[0], repetitions=2, epochs=1, seed=5)
     assert set(seeds) == {5, 6}
     # For each of 2 x (1 + 4) trainings as many batches to train as to test on.
     in_training = sum(Watching.modes)
@@ -680,7 +683,7 @@ def test_only_planted_filters_cannot_be_made_up_for():
         num_filters=[1, 2],
         epochs=5,
         learning_rate=0.2,
-        repeats=2,
+        repetitions=2,
         show_progress=False,
     )
     assert float(result.full_accuracy.min()) > 0.95
@@ -720,7 +723,7 @@ def constant_gate():
         ),
         (lambda m, x, s: filter_infidelity(m, "nowhere", x, s, target=0), "no layer 'nowhere'"),
         (lambda m, x, s: filter_curves(m, "1", x, s, target=0, num_filters=[7]), "from 0 to 6"),
-        (lambda m, x, s: filter_curves(m, "1", x, s, target=0, random_seeds=0), "its control"),
+        (lambda m, x, s: filter_curves(m, "1", x, s, target=0, repetitions=0), "its control"),
         (
             lambda m, x, s: filter_curves(m, "1", x, s, target=0, weight_magnitude=s[0, :5]),
             r"expected \(6,\)",
@@ -793,17 +796,17 @@ def constant_gate():
             "n_perturb_samples=0 at least 1",
         ),
         (
-            lambda m, x, s: cascading_randomisation(m, LayerFilterContribution(m, "1"), x),
+            lambda m, x, s: cascading_randomization(m, LayerFilterContribution(m, "1"), x),
             "make_method is a LayerFilterContribution; expected a function",
         ),
         (
-            lambda m, x, s: cascading_randomisation(
+            lambda m, x, s: cascading_randomization(
                 m, lambda net: LayerFilterContribution(m, "1"), x, target=0
             ),
             "for the model itself",
         ),
         (
-            lambda m, x, s: cascading_randomisation(
+            lambda m, x, s: cascading_randomization(
                 m, lambda net: IntegratedGradients(FilterGate(m, "1")), x, target=0
             ),
             "for the model itself",
@@ -811,7 +814,7 @@ def constant_gate():
         (lambda m, x, s: retrained(m, s[0, :5]), "The rankings have 5 filters, the layer '1' 6"),
         (lambda m, x, s: retrained(m, s[0] / 0), "'ranking' holds NaN"),
         (lambda m, x, s: retrained(m, s[0], iter(batches())), "read only once"),
-        (lambda m, x, s: retrained(m, s[0], []), "train_loader is empty"),
+        (lambda m, x, s: retrained(m, s[0], []), "data loader is empty"),
         (lambda m, x, s: retrained(m, s[0], epochs=0), "at least 1"),
         (lambda m, x, s: retrained(m, {"a": [1, 2]}), "Tensors"),
     ],

@@ -10,7 +10,7 @@ from captum_classfilters import ClassFilters, ClassFilterSaliency
 from captum_classfilters.attr import filter_activation_maps, filter_gradient_maps
 from captum_classfilters.metrics import (
     boxes_to_masks,
-    centre_box_maps,
+    center_box_maps,
     choose_threshold,
     filter_localization,
     localization,
@@ -170,7 +170,7 @@ class TestLocalization:
         assert wider.nonzero().tolist() == [[1, 0], [1, 1], [1, 2], [2, 0], [2, 1], [2, 2]]
 
     def test_centre_box_keeps_proportions(self):
-        maps = centre_box_maps(2, (8, 16))
+        maps = center_box_maps(2, (8, 16))
         found = localization(maps, torch.tensor([[4, 2, 12, 6]] * 2), value=0.25)
         assert found.iou.tolist() == [1, 1]
         assert found.hit.tolist() == [1, 1]
@@ -229,15 +229,16 @@ class TestFilterLocalization:
         activations, boxes, labels = self.planted()
         found = filter_localization(activations, boxes, labels, size=(8, 8), share=0.125)
         assert found.filter_class.tolist()[:2] == [0, 1]
-        assert found.iou[0].tolist() == [1, 0]
-        assert found.iou[1].tolist() == [0, 1]
-        assert found.iou[3].tolist() == [0, 0]  # at its minimum everywhere: nowhere active
-        assert found.precision[:2].tolist() == [[1, 0], [0, 1]]
+        assert found.iou.shape == (2, 4)
+        assert found.iou[:, 0].tolist() == [1, 0]
+        assert found.iou[:, 1].tolist() == [0, 1]
+        assert found.iou[:, 3].tolist() == [0, 0]  # at its minimum everywhere: nowhere active
+        assert found.precision[:, :2].tolist() == [[1, 0], [0, 1]]
         number, overlap, precision = found.by_class()[1]
         own = found.filter_class == 1
         assert number == int(own.sum())
-        assert overlap == pytest.approx(float(found.iou[own, 1].mean()))
-        assert precision == pytest.approx(float(found.precision[own, 1].mean()))
+        assert overlap == pytest.approx(float(found.iou[1, own].mean()))
+        assert precision == pytest.approx(float(found.precision[1, own].mean()))
 
     def test_threshold_is_over_all_images(self):
         activations = torch.arange(20.0).reshape(5, 1, 2, 2)
@@ -262,7 +263,7 @@ class TestFilterLocalization:
         )
         assert torch.equal(second.filter_class, first.filter_class)
         assert torch.equal(second.thresholds, first.thresholds)
-        own = [float(second.iou[k, c]) for k, c in enumerate(first.filter_class.tolist())]
+        own = [float(second.iou[c, k]) for k, c in enumerate(first.filter_class.tolist())]
         assert second.average_iou == pytest.approx(sum(own) / 4)
 
     def test_bad_input(self):

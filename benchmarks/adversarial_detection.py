@@ -8,10 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
-from captum_classfilters._core.batches import split_batch
-from captum_classfilters._core.guard import model_left_as_found
+from captum_classfilters._core.batches import read_batches
+from captum_classfilters._core.outputs import scores_per_class
 from captum_classfilters.identify import collect_features
 
 
@@ -58,7 +57,7 @@ def adversarial_detection(
     The detector sees the mean activation of each of the layer's filters. It is cross-validated: an
     image and its attacked version are always in the same fold, so that the detector cannot know
     the image. Liang et al. (https://arxiv.org/abs/2007.08194) propose this use of class-specific
-    filters; their abstract says no more, so that the protocol here is this package's.
+    filters; their abstract says no more, so that the protocol is our own.
 
     Args:
 
@@ -66,7 +65,7 @@ def adversarial_detection(
         layer (nn.Module or str): The layer, or its dotted name.
         dataloader (iterable): Batches of (images, labels), not those that the model was trained on.
         attack (Callable): From images and labels of a batch to attacked images of the same shape;
-                    one of ``captum.robust``, say. The model is in evaluation mode.
+                    one of ``captum.robust`` for example. The model is in evaluation mode.
         detector (optional): An unfitted scikit-learn classifier with ``predict_proba``. By default a
                     random forest of 100 trees.
         folds (int): Number of folds.
@@ -84,41 +83,24 @@ def adversarial_detection(
         *AdversarialDetection*.
 
     Raises:
-        ImportError: scikit-learn is missing; it comes with the extra ``demo``.
         ValueError: The loader is empty, the attack changes the images' shape or gives NaN, or
                     fewer images than folds are left.
-
-    Examples::
-
-        >>> import torch
-        >>> from captum.robust import FGSM
-        >>> from captum_classfilters.metrics import adversarial_detection
-        >>> net = torch.nn.Sequential(
-        ...     torch.nn.Conv2d(1, 4, 3), torch.nn.ReLU(), torch.nn.Flatten(),
-        ...     torch.nn.Linear(64, 2))
-        >>> fgsm = FGSM(net, loss_func=torch.nn.CrossEntropyLoss(reduction="none"))
-        >>> data = [(torch.rand(20, 1, 6, 6), torch.arange(20) % 2)]
-        >>> result = adversarial_detection(
-        ...     net, "1", data, lambda x, y: fgsm.perturb(x, epsilon=0.3, target=y),
-        ...     show_progress=False)
-        >>> result.num_images
-        20
     """
     forest = _detector(detector, seed)
-    clean, attacked = [], []
-    parameter = next(model.parameters(), None)
-    device = parameter.device if parameter is not None else torch.device("cpu")
-    bar = tqdm(dataloader, desc="attack", unit="batch", disable=not show_progress)
-    with model_left_as_found(model, evaluation=True):
+    clean, attacked, right = [], [], []
+    with read_batches(model, dataloader, "attack", show_progress=show_progress) as batches:
         torch.manual_seed(seed)
-        for number, batch in enumerate(bar):
-            (images, *_), labels = split_batch(batch, number, device)
-            labels = labels.to(device)
-            changed = _checked(attack(images, labels), images)
+        for batch in batches:
+            (images, *_) = batch.inputs
+            scores = scores_per_class(model(images))
+            labels = batch.class_labels(scores.shape[1])
+            with torch.enable_grad():
+                changed = _checked(attack(images, labels), images)
             clean.append((images, labels))
             attacked.append((changed, labels))
-        right_before = _right(model, clean)
-        right_after = _right(model, attacked)
+            outputs = torch.stack([scores, scores_per_class(model(changed))])
+            right.append((outputs.argmax(2) == labels).cpu())
+    right_before, right_after = torch.cat(right, 1)
     options: dict[str, Any] = {"channel_dim": channel_dim, "show_progress": False}
     before, _ = collect_features(model, layer, clean, **options)
     after, _ = collect_features(model, layer, attacked, **options)
@@ -139,14 +121,10 @@ def adversarial_detection(
     )
 
 
-def _detector(given: Any, seed: int) -> Any:
-    try:
-        from sklearn.ensemble import RandomForestClassifier
-    except ImportError as error:
-        raise ImportError(
-            "adversarial_detection needs scikit-learn: pip install 'captum-classfilters[demo]'"
-        ) from error
-    return RandomForestClassifier(random_state=seed) if given is None else given
+def _detector(detector: Any, seed: int) -> Any:
+    from sklearn.ensemble import RandomForestClassifier
+
+    return RandomForestClassifier(random_state=seed) if detector is None else detector
 
 
 def _checked(changed: Any, images: Tensor) -> Tensor:
@@ -156,13 +134,6 @@ def _checked(changed: Any, images: Tensor) -> Tensor:
     if not bool(torch.isfinite(changed).all()):
         raise ValueError("The attack gave NaN or Inf.")
     return changed.detach()
-
-
-@torch.no_grad()
-def _right(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> Tensor:
-    if not batches:
-        raise ValueError("The data loader is empty.")
-    return torch.cat([(model(images).argmax(1) == labels).cpu() for images, labels in batches])
 
 
 def _cross_validated(

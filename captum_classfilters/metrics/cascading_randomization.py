@@ -6,28 +6,26 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from captum.attr import LayerAttribution
 from torch import Tensor, nn
 
-from captum_classfilters._core.captum import (
-    format_additional_forward_args,
-    format_tensor_into_tuples,
-)
 from captum_classfilters._core.guard import model_left_as_found
-from captum_classfilters.class_filters import _rank_correlation
+from captum_classfilters._core.ranking import rank_correlation
+from captum_classfilters._core.tables import short_repr, text_table
 from captum_classfilters.metrics.explained import check_is_function, explains
 from captum_classfilters.metrics.filter_sensitivity import filter_scores_of, scores_filters
+from captum_classfilters.metrics.inputs import at_model
 from captum_classfilters.metrics.reset import reset_weights, weighted_modules
 
 
+@short_repr
 @dataclass(frozen=True)
-class CascadingRandomisation:
+class CascadingRandomization:
     r"""
     Likeness of explanations to the trained network's, as its weights are lost from the output down.
 
     Args:
 
-        modules (list of str): S modules, each randomised on top of those before it.
+        modules (list of str): S modules, each randomized on top of those before it.
         rank_correlation (Tensor): Shape (S, N). Spearman's correlation of each image's explanation
                     with that of the trained network; NaN where one is constant.
         absolute_rank_correlation (Tensor): Shape (S, N). The same of the absolute values.
@@ -38,16 +36,19 @@ class CascadingRandomisation:
     absolute_rank_correlation: Tensor
 
     def __str__(self) -> str:
-        lines = [f"{'randomised down to':24s} rank correlation  of absolute values"]
         both = zip(self.rank_correlation, self.absolute_rank_correlation, strict=True)
-        for name, (signed, absolute) in zip(self.modules, both, strict=True):
-            lines.append(
-                f"{name:24s} {float(signed.nanmean()):16.3f}  {float(absolute.nanmean()):18.3f}"
-            )
-        return "\n".join(lines)
+        rows = [
+            {
+                "randomized down to": name,
+                "rank correlation": signed.nanmean(),
+                "of absolute values": absolute.nanmean(),
+            }
+            for name, (signed, absolute) in zip(self.modules, both, strict=True)
+        ]
+        return text_table(rows)
 
 
-def cascading_randomisation(
+def cascading_randomization(
     model: nn.Module,
     make_method: Callable[[nn.Module], Any],
     inputs: Tensor | tuple[Tensor, ...],
@@ -56,13 +57,13 @@ def cascading_randomisation(
     additional_forward_args: Any = None,
     seed: int = 0,
     **options: Any,
-) -> CascadingRandomisation:
+) -> CascadingRandomization:
     r"""
-    Randomise a network from its output down, and compare each stage's explanations with the first.
+    Randomize a network from its output down, and compare each stage's explanations with the first.
 
     Adebayo et al.: *Sanity Checks for Saliency Maps*, NeurIPS 2018, https://arxiv.org/abs/1810.03292.
     An explanation that stays alike does not depend on what the network has learned. A copy is
-    randomised; the model itself is not touched. Layer methods are compared by their filter scores,
+    randomized; the model itself is not touched. Layer methods are compared by their filter scores,
     or by their maps where they have one map for all filters; input methods by their attributions.
 
     Args:
@@ -80,7 +81,7 @@ def cascading_randomisation(
         options: Further arguments of the method's ``attribute``.
 
     Returns:
-        *CascadingRandomisation*.
+        *CascadingRandomization*.
 
     Raises:
         ValueError: No module with weights runs, or ``make_method`` ignores its model.
@@ -89,52 +90,59 @@ def cascading_randomisation(
 
         >>> import torch
         >>> from captum_classfilters import LayerFilterContribution
-        >>> from captum_classfilters.metrics import cascading_randomisation
+        >>> from captum_classfilters.metrics import cascading_randomization
         >>> net = torch.nn.Sequential(
         ...     torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1),
         ...     torch.nn.Flatten(), torch.nn.Linear(8, 2))
-        >>> check = cascading_randomisation(
+        >>> check = cascading_randomization(
         ...     net, lambda net: LayerFilterContribution(net, "1"), torch.rand(4, 3, 6, 6), target=1)
         >>> check.modules
         ['4', '0']
     """
     check_is_function(make_method)
-    images: tuple[Tensor, ...] = format_tensor_into_tuples(inputs)
-    further = format_additional_forward_args(additional_forward_args)
-    if further is not None:
-        options["additional_forward_args"] = further
-    with model_left_as_found(model):
-        twin = copy.deepcopy(model)
+    images, further, target = at_model(model, inputs, additional_forward_args, target)
+    with model_left_as_found(model), torch.inference_mode(False):
+        twin = copy.deepcopy(model).eval()
         method = make_method(twin)
         if explains(method, model):
             raise ValueError(
                 "make_method made a method for the model itself, which keeps its weights; it has to "
                 "use the model that it is called with."
             )
-        original = _explanation(method, images, target, options)
-        stages = weighted_modules(twin, (*images, *(further or ())))[::-1]
+        stages = weighted_modules(twin, (*images, *further))[::-1]
         if not stages:
             raise ValueError(f"No module of {type(model).__name__} with weights runs.")
+
+        def explained() -> Tensor:
+            return _explanation(method, images, target, further, options)
+
+        original = explained()
         torch.manual_seed(seed)
         signed, absolute = [], []
         for _, module in stages:
             reset_weights(module)
-            explained = _explanation(method, images, target, options)
-            signed.append(_rank_correlation(original, explained))
-            absolute.append(_rank_correlation(original.abs(), explained.abs()))
+            changed = explained()
+            signed.append(rank_correlation(original, changed))
+            absolute.append(rank_correlation(original.abs(), changed.abs()))
     names = [name or type(module).__name__ for name, module in stages]
-    return CascadingRandomisation(names, torch.stack(signed), torch.stack(absolute))
+    return CascadingRandomization(names, torch.stack(signed), torch.stack(absolute))
 
 
 def _explanation(
-    method: Any, images: tuple[Tensor, ...], target: Any, options: dict[str, Any]
+    method: Any,
+    images: tuple[Tensor, ...],
+    target: Any,
+    further: tuple[Any, ...],
+    options: dict[str, Any],
 ) -> Tensor:
     """(N, features) on the CPU."""
-    attributions = method.attribute(
-        images if len(images) > 1 else images[0], target=target, **options
-    )
-    run = (*images, *(options.get("additional_forward_args") or ()))
-    if isinstance(method, LayerAttribution) and scores_filters(method, attributions, run):
+    if further:
+        options = {**options, "additional_forward_args": further}
+    with torch.enable_grad():
+        attributions = method.attribute(
+            images if len(images) > 1 else images[0], target=target, **options
+        )
+    if scores_filters(method, attributions, (*images, *further)):
         return filter_scores_of(method, attributions).cpu().double()
     tensors = attributions if isinstance(attributions, (tuple, list)) else (attributions,)
-    return torch.cat([one.detach().flatten(1) for one in tensors], 1).cpu().double()
+    return torch.cat([part.detach().flatten(1) for part in tensors], 1).cpu().double()

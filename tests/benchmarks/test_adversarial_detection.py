@@ -1,14 +1,12 @@
 """Telling attacked images from clean ones by the filters."""
 
-import builtins
-
 import pytest
 import torch
 from captum.robust import FGSM, PGD
 from sklearn.linear_model import LogisticRegression
 from torch import nn
 
-from captum_classfilters.metrics import adversarial_detection
+from benchmarks.adversarial_detection import adversarial_detection
 from tests.models import batches, hooks_of, pool_linear
 
 QUIET = {"show_progress": False}
@@ -94,7 +92,7 @@ def test_captums_attacks(kind):
     assert hooks_of(model) == 0
 
 
-def test_bad_input(monkeypatch):
+def test_bad_input():
     model, data = pool_linear(), batches(10)
     for attack, message in (
         (lambda x, y: x[:, :1], "The attack gave"),
@@ -107,13 +105,3 @@ def test_bad_input(monkeypatch):
         adversarial_detection(model, "1", [], lambda x, y: x, **QUIET)
     with pytest.raises(ValueError, match="0 images are left for 5 folds"):
         adversarial_detection(model, "1", data, lambda x, y: x, successful_only=True, **QUIET)
-    importing = builtins.__import__
-
-    def without_sklearn(name, *arguments, **options):
-        if name.startswith("sklearn"):
-            raise ImportError(name)
-        return importing(name, *arguments, **options)
-
-    monkeypatch.setattr(builtins, "__import__", without_sklearn)
-    with pytest.raises(ImportError, match=r"captum-classfilters\[demo\]"):
-        adversarial_detection(model, "1", data, lambda x, y: x, **QUIET)

@@ -1,0 +1,198 @@
+"""A data set run without filters, batch by batch."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from captum_classfilters._core.batches import Batch, Unpack, read_batches
+from captum_classfilters._core.guard import model_left_as_found
+from captum_classfilters._core.layers import module_of
+from captum_classfilters._core.outputs import (
+    are_probabilities,
+    as_rows,
+    class_scores,
+    log_probabilities,
+    scores_per_class,
+)
+from captum_classfilters._core.replay.suffix_replay import SuffixReplay
+from captum_classfilters.attr import LayerFilterAblation
+from captum_classfilters.metrics.evaluate_classifier import gives_probability
+from captum_classfilters.metrics.inputs import at_model
+from captum_classfilters.metrics.removals import Check, check_finite, each_in_words
+
+
+@dataclass(frozen=True)
+class ReplayedBatch:
+    """One batch of a data set, run once and ready to run without filters.
+
+    Args:
+
+        batch (Batch): The batch.
+        replay (SuffixReplay): The replay.
+        labels (Tensor): Shape (N,), on the CPU.
+        check (Callable): Raises an error, soon, unless a bool on the device is true.
+        one_probability (bool): The model's one output is the probability of class 1.
+    """
+
+    batch: Batch
+    replay: SuffixReplay
+    labels: Tensor
+    check: Check
+    one_probability: bool
+
+    def check_finite(self, outputs: Tensor, removed: Tensor | None = None) -> None:
+        """Refuse outputs (P, N, ...) without sets of filters (P, K) that are not finite."""
+        of_batch = f" of batch {self.batch.number}"
+        check_finite(outputs, each_in_words(removed), self.check, of_batch)
+
+    def classes(self, outputs: Tensor) -> Tensor:
+        """Class scores (P, N, C), C at least 2, of outputs (P, N, ...)."""
+        return _classes(outputs, self.one_probability)
+
+    def probabilities(self, outputs: Tensor) -> Tensor:
+        """Probabilities of the classes (P, N, C) of outputs (P, N, ...)."""
+        if self.one_probability or self._are_probabilities:
+            return self.classes(outputs)
+        return log_probabilities(outputs.reshape(*outputs.shape[:2], -1)).exp()
+
+    @cached_property
+    def _are_probabilities(self) -> bool:
+        return are_probabilities(as_rows(self.replay.output))
+
+
+@contextmanager
+def replayed_images(
+    model: Any, layer: nn.Module, inputs: Any, additional_forward_args: Any, **options: Any
+) -> Iterator[SuffixReplay]:
+    """Images, run once and ready to run without filters, where the model is and it left as found.
+
+    Args:
+
+        model (Callable): The model, or its forward function.
+        layer (nn.Module): The layer.
+        inputs (Tensor or tuple[Tensor, ...]): As Captum takes them.
+        additional_forward_args (Any): Likewise.
+        options: As for :class:`~captum_classfilters.LayerFilterAblation`.
+    """
+    owner = module_of(model, [layer])
+    images, further, _ = at_model(owner, inputs, additional_forward_args)
+    with (
+        model_left_as_found(owner, evaluation=True),
+        torch.inference_mode(False),
+        torch.no_grad(),
+    ):
+        ablation = LayerFilterAblation(model, layer, **options)
+        replay = ablation.replay(layer, images, additional_forward_args=further)
+        check_finite(class_scores(replay.output)[None], each_in_words(None))
+        yield replay
+
+
+@contextmanager
+def replaying(
+    ablation: LayerFilterAblation,
+    layer: nn.Module,
+    shape: tuple[int, int],
+    dataloader: Any,
+    *,
+    unpack: Unpack | None = None,
+    device: torch.device | str | None = None,
+    show_progress: bool = True,
+) -> Iterator[Iterator[ReplayedBatch]]:
+    """The batches of a loader for a model and a layer that fit tables of a shape (C, K)."""
+    model = module_of(ablation.forward_func, [layer])
+    with read_batches(
+        model,
+        dataloader,
+        "without filters",
+        device=device,
+        unpack=unpack,
+        show_progress=show_progress,
+    ) as batches:
+
+        def each() -> Iterator[ReplayedBatch]:
+            one_probability: bool | None = None
+            for batch in batches:
+                replay = ablation.replay(layer, batch.inputs)
+                if one_probability is None:
+                    one_probability = _is_one_probability(ablation.forward_func, batch, replay)
+                num_classes = _classes(replay.output[None], one_probability).shape[2]
+                if (num_classes, replay.num_filters) != shape:
+                    raise ValueError(
+                        f"The table has {shape[0]} classes and {shape[1]} filters; the model has "
+                        f"{num_classes} classes and the layer {replay.num_filters} filters."
+                    )
+                labels = batch.class_labels(num_classes).cpu()
+                one = ReplayedBatch(batch, replay, labels, batches.check, one_probability)
+                one.check_finite(replay.output[None])
+                yield one
+
+        yield each()
+
+
+def _is_one_probability(model: Any, batch: Batch, replay: SuffixReplay) -> bool:
+    scores = as_rows(replay.output)
+    one = scores.shape[1:] == (1,) and isinstance(model, nn.Module)
+    return one and gives_probability(model, batch.inputs, scores)
+
+
+def _classes(outputs: Tensor, one_probability: bool) -> Tensor:
+    """Class scores (P, N, C) of outputs (P, N, ...)."""
+    if one_probability:
+        outputs = outputs.reshape(*outputs.shape[:2], 1)
+        return torch.cat([1 - outputs, outputs], 2)
+    return scores_per_class(outputs.flatten(0, 1)).unflatten(0, outputs.shape[:2])
+
+
+def confusion_without(
+    ablation: LayerFilterAblation,
+    layer: nn.Module,
+    removed: Tensor,
+    num_classes: int,
+    dataloader: Any,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    r"""
+    Confusion of the model as it is, and without each of some sets of filters.
+
+    Args:
+
+        ablation (LayerFilterAblation): The model, and what stands in for a filter.
+        layer (nn.Module): The layer.
+        removed (Tensor): Shape (S, K), bool, sets of filters.
+        num_classes (int): C.
+        dataloader (iterable): Batches of (inputs, labels).
+        options: As for :func:`replaying`.
+
+    Returns:
+        *tuple* of Tensors (C, C) and (S, C, C), int64: images of class i recognized as class j.
+    """
+    counts: Tensor | None = None
+    with replaying(
+        ablation, layer, (num_classes, removed.shape[1]), dataloader, **options
+    ) as batches:
+        for one in batches:
+            if counts is None:
+                size = (1 + len(removed)) * num_classes**2
+                counts = torch.zeros(size, dtype=torch.int64, device=one.replay.output.device)
+            labels = one.labels.to(counts.device)
+            _count(counts, one, one.replay.output[None], labels, 0)
+            for rows, outputs in one.replay.in_parts(removed):
+                one.check_finite(outputs, removed[rows])
+                _count(counts, one, outputs, labels, 1 + rows.start)
+    assert counts is not None
+    tables = counts.cpu().reshape(-1, num_classes, num_classes)
+    return tables[0], tables[1:]
+
+
+def _count(counts: Tensor, one: ReplayedBatch, outputs: Tensor, labels: Tensor, start: int) -> None:
+    """Add the answers of outputs (P, N, ...) to flat confusion matrices from a place on."""
+    scores = one.classes(outputs)
+    num_classes = scores.shape[2]
+    place = torch.arange(start, start + len(scores), device=labels.device)[:, None]
+    cells = ((place * num_classes + labels) * num_classes + scores.argmax(2)).flatten()
+    counts.index_add_(0, cells, torch.ones_like(cells))
