@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks import cifar10
+from benchmarks.adversarial_detection import adversarial_detection
 from captum_classfilters import ClassSpecificGate, LayerClassGate, LayerFilterContribution
 from captum_classfilters.cli.demo import load_digits, small_cnn
 from captum_classfilters.gates import (
@@ -34,7 +35,6 @@ from captum_classfilters.gates import (
 )
 from captum_classfilters.identify import collect_features
 from captum_classfilters.metrics import (
-    adversarial_detection,
     evaluate_classifier,
     mutual_information_bound,
     mutual_information_matrix,

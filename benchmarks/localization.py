@@ -32,7 +32,7 @@ from captum_classfilters.attr import filter_activation_maps, filter_gradient_map
 from captum_classfilters.attr.filter_maps import blurred
 from captum_classfilters.identify import collect_features
 from captum_classfilters.metrics import (
-    centre_box_maps,
+    center_box_maps,
     choose_threshold,
     filter_localization,
     localization,
@@ -113,7 +113,7 @@ def methods(model: nn.Module, table: ClassFilters) -> dict:
     gradient = saliency(20, "input_gradient")
     integrated = IntegratedGradients(model)
     return {
-        "centre box": (lambda x, y: centre_box_maps(len(x), (SIZE, SIZE)), False),
+        "centre box": (lambda x, y: center_box_maps(len(x), (SIZE, SIZE)), False),
         "class filters' activation map, 20 filters": (class_map(20), False),
         "class filters' activation map, all 512 (CAM)": (class_map(512), False),
         "10 class filters' activations, one by one": (

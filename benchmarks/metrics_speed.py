@@ -160,7 +160,7 @@ def curves(case: Case) -> tuple[float, float, float]:
             case.scores,
             target=case.target,
             num_filters=points,
-            random_seeds=1,
+            repetitions=1,
         )
     )
     # Deletion and insertion of the order, of weight magnitude and of their reverses, and random.

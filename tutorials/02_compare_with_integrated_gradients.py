@@ -49,7 +49,7 @@ from captum_classfilters import (
 from captum_classfilters.cli.demo import load_digits, small_cnn, train_classifier
 from captum_classfilters.identify import confusion_filters, contrast_classes
 from captum_classfilters.metrics import (
-    cascading_randomisation,
+    cascading_randomization,
     class_curves,
     collateral_damage,
     compare_attributions,
@@ -197,7 +197,7 @@ for removed, true, seen, change in damage.largest(3):
 
 # %%
 print(
-    cascading_randomisation(
+    cascading_randomization(
         model, lambda net: LayerFilterContribution(net, layer), x[:30], target=y[:30]
     )
 )

@@ -22,7 +22,6 @@
 # %%
 import torch
 import torch.nn.functional as F
-from captum.robust import FGSM
 
 from captum_classfilters import ClassSpecificGate, LayerClassGate, LayerFilterContribution
 from captum_classfilters.attr import filter_activation_maps
@@ -30,7 +29,6 @@ from captum_classfilters.cli.demo import load_digits, small_cnn
 from captum_classfilters.gates import GatedTrainer, GateSchedule, masking_test
 from captum_classfilters.identify import collect_features
 from captum_classfilters.metrics import (
-    adversarial_detection,
     evaluate_classifier,
     mutual_information_bound,
     mutual_information_matrix,
@@ -170,27 +168,6 @@ figure, _ = plot_explanations(
     {f"filter {int(k)}": maps[:, [index]] for index, k in enumerate(filters)},
     titles=["a 3"],
 )
-
-# %% [markdown]
-# ## Adversarial images
-#
-# Can a random forest tell attacked from clean images by the filters' activations? Half the images it
-# sees are attacked, so 0.5 is chance.
-
-# %%
-for name, model in (("plain", plain), ("gated", gated)):
-    fgsm = FGSM(model, loss_func=torch.nn.CrossEntropyLoss(reduction="none"), lower_bound=0.0)
-    found = adversarial_detection(
-        model,
-        "filters",
-        digits.test,
-        lambda x, y, fgsm=fgsm: fgsm.perturb(x, epsilon=0.1, target=y),
-        **QUIET,
-    )
-    print(
-        f"{name}: accuracy {found.clean_accuracy:.3f} -> {found.attacked_accuracy:.3f}, "
-        f"detection error {found.error:.3f} +- {found.standard_error:.3f}"
-    )
 
 # %% [markdown]
 # Differences on this one small data set and one seed are an illustration, not a finding; the
