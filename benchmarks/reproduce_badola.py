@@ -199,15 +199,15 @@ def depth_claim(data: Data, figures: bool) -> None:
 
 
 def draw_depth_claim(curves: dict) -> None:
-    from captum_classfilters.visualize.figures import COLOURS, new_figure, quiet
+    from captum_classfilters.visualize.figures import COLORS, new_figure, quiet
 
     figure = new_figure((6.4, 4.0))
     axes = figure.subplots()
-    for colour, (depth, curve) in zip(COLOURS, curves.items(), strict=False):
+    for color, (depth, curve) in zip(COLORS, curves.items(), strict=False):
         for name, style in (("frequency", "--"), ("contribution", "-")):
             loss = [100 * (curve.full_accuracy - value) for value in curve.accuracy[name]]
             label = f"ResNet-{depth}, {name}"
-            axes.plot(curve.num_filters, loss, style, marker="o", ms=3, color=colour, label=label)
+            axes.plot(curve.num_filters, loss, style, marker="o", ms=3, color=color, label=label)
     axes.axhline(1, color="black", linewidth=0.8, linestyle=":")
     axes.set_xscale("log")
     axes.set_xticks(curve.num_filters, [str(value) for value in curve.num_filters], size=7)

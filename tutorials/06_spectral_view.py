@@ -203,7 +203,7 @@ figure, _ = plot_exemplars(seen["second.0"], digits.test.dataset, [0, 1, 2], num
 # %%
 objectives = [
     sign
-    * FeatureObjective.of_direction("second.0", svds["second.0"].left[:, unit], position="centre")
+    * FeatureObjective.of_direction("second.0", svds["second.0"].left[:, unit], position="center")
     for unit in range(3)
     for sign in (-1, 1)
 ]

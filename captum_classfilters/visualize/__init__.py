@@ -14,13 +14,13 @@ from captum_classfilters.visualize.feature_visualization import (
     FeatureObjective,
     FeatureVisualization,
     RandomTransform,
-    colour_root,
+    color_root,
     visualize_features,
 )
 from captum_classfilters.visualize.filter_contrast import plot_filter_contrast
 from captum_classfilters.visualize.hypergraph import plot_class_separation, plot_hypergraph
 from captum_classfilters.visualize.method_comparison import plot_method_comparison
-from captum_classfilters.visualize.optimised_images import plot_features
+from captum_classfilters.visualize.optimized_images import plot_features
 from captum_classfilters.visualize.profile_similarity import plot_profile_similarity
 from captum_classfilters.visualize.pruning import (
     plot_class_bars,
@@ -33,7 +33,7 @@ __all__ = [
     "FeatureObjective",
     "FeatureVisualization",
     "RandomTransform",
-    "colour_root",
+    "color_root",
     "plot_accuracy_curve",
     "plot_class_bars",
     "plot_class_filters",

@@ -3,7 +3,7 @@
 from typing import Any
 
 from captum_classfilters.heads import AccuracyCurve
-from captum_classfilters.visualize.figures import COLOURS, GREY, axes_of, quiet
+from captum_classfilters.visualize.figures import COLORS, GRAY, axes_of, quiet, short_name
 
 
 def plot_accuracy_curve(
@@ -35,24 +35,35 @@ def plot_accuracy_curve(
             [100 * value for value in values],
             marker="os^Dv"[index % 5],
             markersize=5,
-            color=COLOURS[index % len(COLOURS)],
-            label=name,
+            color=COLORS[index % len(COLORS)],
+            label=short_name(name),
         )
     if curve.random_mean:
         middle = [100 * value for value in curve.random_mean]
-        axes.plot(x, middle, color=GREY, linestyle=":", label="random filters")
+        axes.plot(x, middle, color=GRAY, linestyle=":", label="random filters")
         if curve.random_standard_deviation:
             spread = [100 * value for value in curve.random_standard_deviation]
             low = [a - b for a, b in zip(middle, spread, strict=True)]
             high = [a + b for a, b in zip(middle, spread, strict=True)]
-            axes.fill_between(x, low, high, color=GREY, alpha=0.2, linewidth=0)
+            axes.fill_between(x, low, high, color=GRAY, alpha=0.2, linewidth=0)
     axes.set_xscale("log")
-    axes.set_xticks(x, [str(value) for value in x])
+    ticks = _apart(sorted(x))
+    axes.set_xticks(ticks, [str(value) for value in ticks])
     axes.minorticks_off()
     axes.set_xlabel("filters kept for each class")
     axes.set_ylabel("accuracy, %")
     axes.set_title(title or f"decomposed head on {curve.num_images:,} images", loc="left")
-    axes.legend(frameon=False, loc="lower right")
+    axes.legend(frameon=False, loc="best")
     axes.grid(axis="y", color="0.9")
     quiet(axes)
     return figure, axes
+
+
+def _apart(numbers: list[int]) -> list[int]:
+    """Those of the rising numbers whose labels do not touch on a logarithmic axis."""
+    whole = numbers[-1] / numbers[0]
+    kept = [numbers[-1]]
+    for number in reversed(numbers[:-1]):
+        if kept[-1] / number >= whole ** (1 / 14):
+            kept.append(number)
+    return kept[::-1]

@@ -14,6 +14,7 @@ def plot_comparison(
     *,
     images: int | None = None,
     class_names: Sequence[str] | None = None,
+    plt_fig_axis: tuple[Any, Any] | None = None,
     **options: Any,
 ) -> tuple[Any, Any]:
     r"""
@@ -25,6 +26,8 @@ def plot_comparison(
                     :func:`captum_classfilters.metrics.compare_attributions`.
         images (int, optional): How many of the images it kept; all by default.
         class_names (sequence of str, optional): C names; by default the classes' numbers.
+        plt_fig_axis (tuple, optional): Figure and images (1 + number of methods) axes to draw on;
+                    new ones by default.
         options: Further arguments of :func:`plot_explanations`.
 
     Returns:
@@ -39,12 +42,9 @@ def plot_comparison(
         )
     number = len(comparison.images) if images is None else images
     targets = comparison.targets[:number]
-    titles = [class_names[one] if class_names else f"class {one}" for one in targets]
+    titles = [class_names[target] if class_names else f"class {target}" for target in targets]
     return plot_explanations(
         comparison.images[:number],
-        {
-            name.replace(", ", ",\n").replace(" (", "\n("): maps[:number]
-            for name, maps in comparison.maps.items()
-        },
-        **{"titles": titles, **options},
+        {name: maps[:number] for name, maps in comparison.maps.items()},
+        **{"titles": titles, "plt_fig_axis": plt_fig_axis, **options},
     )

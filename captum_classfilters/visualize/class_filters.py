@@ -1,13 +1,20 @@
 """Heat maps of a table: classes by filters, and classes by classes."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from captum_classfilters.class_filters import ClassFilters
-from captum_classfilters.visualize.figures import axes_of
-
-_MOST_TICKS = 40
+from captum_classfilters.visualize.arrays import by_class, chosen, out_of
+from captum_classfilters.visualize.figures import (
+    MISSING,
+    SIGNED,
+    UNSIGNED,
+    axes_of,
+    set_ticks,
+    short_names,
+)
 
 
 def plot_class_filters(
@@ -15,15 +22,17 @@ def plot_class_filters(
     *,
     order: str = "class",
     mark_selected: bool = True,
+    classes: int | Sequence[int | str] = 40,
+    filters: int | Sequence[int] = 200,
     title: str | None = None,
     plt_fig_axis: tuple[Any, Any] | None = None,
 ) -> tuple[Any, Any]:
     r"""
     Classes by filters as a heat map, selected cells marked.
 
-    Scores of both signs get a diverging colour map centred at zero, others a sequential one; colours
+    Scores of both signs get a diverging color map centered at zero, others a sequential one; colors
     saturate at the 99.5th percentile, so that one filter does not hide the rest. Classes without
-    images are grey.
+    images are gray.
 
     Args:
 
@@ -33,6 +42,12 @@ def plot_class_filters(
                     Default: "class"
         mark_selected (bool): Mark selected cells with a dot.
                     Default: True
+        classes (int or sequence): Draw at most so many classes, those with the largest scores; or
+                    these, by their indices or names.
+                    Default: 40
+        filters (int or sequence): Draw at most so many filters, those with the largest scores for
+                    the classes drawn; or these.
+                    Default: 200
         title (str, optional): Title; by default method and layer.
         plt_fig_axis (tuple, optional): Figure and axes to draw on; new ones by default.
 
@@ -40,37 +55,44 @@ def plot_class_filters(
         *tuple* of figure and axes.
 
     Raises:
-        ValueError: The order is unknown.
+        ValueError: The order, a class or a filter is unknown.
     """
-    if order not in ("class", "index"):
-        raise ValueError(f"order={order!r}; choose 'class' or 'index'.")
+    check_order(order)
     scores = class_filters.scores
-    columns = _by_class(scores) if order == "class" else torch.arange(scores.shape[1])
-    width = min(16.0, 3.0 + 0.12 * len(columns))
-    height = min(12.0, 1.6 + 0.26 * len(scores))
-    figure, axes = axes_of(plt_fig_axis, (max(width, 6.0), max(height, 2.6)))
-    shown = scores[:, columns].numpy()
-    limit = float(torch.quantile(scores[~scores.isnan()].abs().float(), 0.995)) or 1.0
-    signed = bool((scores < 0).any())
-    axes.set_facecolor("0.85")
+    rows = chosen(classes, _largest(scores, 1), "classes", class_filters.class_names)
+    columns = chosen(filters, _largest(scores[rows], 0), "filters")
+    if order == "class":
+        columns = columns[by_class(scores[rows][:, columns])]
+    shown = scores[rows][:, columns]
+    size = (min(16.0, 3.0 + 0.12 * len(columns)), min(12.0, 1.6 + 0.26 * len(rows)))
+    figure, axes = axes_of(plt_fig_axis, (max(size[0], 6.0), max(size[1], 2.6)))
+    known = shown[~shown.isnan()].abs()
+    limit = (float(torch.quantile(known, 0.995)) if len(known) else 0.0) or 1.0
+    signed = bool((shown < 0).any())
+    axes.set_facecolor(MISSING)
     image = axes.imshow(
-        shown,
+        shown.numpy(),
         aspect="auto",
         interpolation="nearest",
-        cmap="RdBu_r" if signed else "viridis",
+        cmap=SIGNED if signed else UNSIGNED,
         vmin=-limit if signed else 0.0,
         vmax=limit,
     )
     if mark_selected:
-        rows, places = class_filters.selected[:, columns].nonzero(as_tuple=True)
-        size = max(2.0, min(14.0, 900 / len(columns)))
-        axes.scatter(places, rows, s=size, c="black" if signed else "white", linewidths=0)
-    _ticks(axes.set_yticks, class_filters.class_names)
-    _ticks(axes.set_xticks, [str(column) for column in columns.tolist()], rotation=90)
+        marked = class_filters.selected[rows][:, columns].nonzero(as_tuple=True)
+        dot = max(2.0, min(14.0, 900 / len(columns)))
+        colors = {"c": "black", "edgecolors": "white"} if signed else {"c": "white"}
+        axes.scatter(marked[1], marked[0], s=dot, linewidths=0.4 if dot > 8 else 0, **colors)
+    names = short_names(class_filters.class_names)
+    set_ticks(axes, "y", [names[row] for row in rows.tolist()])
+    set_ticks(axes, "x", [str(column) for column in columns.tolist()], rotation=90)
     axes.tick_params(labelsize=8)
-    axes.set_xlabel(
-        "filter, beside the class it scores highest for" if order == "class" else "filter"
-    )
+    told = ["filter, beside the class it scores highest for" if order == "class" else "filter"]
+    told += [
+        out_of(len(rows), scores.shape[0], "classes"),
+        out_of(len(columns), scores.shape[1], "filters"),
+    ]
+    axes.set_xlabel("; ".join(filter(None, told)))
     axes.set_title(title or f"{class_filters.method} at {class_filters.layer}", loc="left")
     figure.colorbar(image, ax=axes, label=_unit(class_filters), pad=0.01)
     return figure, axes
@@ -79,6 +101,7 @@ def plot_class_filters(
 def plot_class_overlap(
     class_filters: ClassFilters,
     *,
+    classes: int | Sequence[int | str] = 40,
     title: str | None = None,
     plt_fig_axis: tuple[Any, Any] | None = None,
 ) -> tuple[Any, Any]:
@@ -88,42 +111,61 @@ def plot_class_overlap(
     Args:
 
         class_filters (ClassFilters): A table with a selection.
+        classes (int or sequence): Draw at most so many classes, those that share most with another;
+                    or these, by their indices or names.
+                    Default: 40
         title (str, optional): Title.
         plt_fig_axis (tuple, optional): Figure and axes to draw on; new ones by default.
 
     Returns:
         *tuple* of figure and axes.
+
+    Raises:
+        ValueError: A class is unknown.
     """
-    shared = class_filters.overlap().count
-    number = len(shared)
+    from matplotlib.ticker import MaxNLocator
+
+    shared = class_filters.overlap().count.double().fill_diagonal_(float("nan"))
+    most = shared.nan_to_num(nan=-1.0).amax(1)
+    rows = chosen(classes, most, "classes", class_filters.class_names)
+    shown = shared[rows][:, rows]
+    number = len(rows)
     side = min(12.0, 3.0 + 0.3 * number)
     figure, axes = axes_of(plt_fig_axis, (side + 0.8, side))
-    off_diagonal = shared.double().clone()
-    off_diagonal.fill_diagonal_(float("nan"))
-    axes.set_facecolor("0.85")
-    image = axes.imshow(off_diagonal.numpy(), cmap="viridis", vmin=0, interpolation="nearest")
+    top = float(shown.nan_to_num().max()) or 1.0
+    axes.set_facecolor(MISSING)
+    image = axes.imshow(shown.numpy(), cmap=UNSIGNED, vmin=0, vmax=top, interpolation="nearest")
     if number <= 20:
-        top = float(off_diagonal.nan_to_num().max()) or 1.0
-        for row in range(number):
-            for column in range(number):
-                if row != column:
-                    value = int(shared[row, column])
-                    colour = "black" if value > 0.6 * top else "white"
-                    axes.text(column, row, value, ha="center", va="center", size=7, c=colour)
-    _ticks(axes.set_xticks, class_filters.class_names, rotation=90)
-    _ticks(axes.set_yticks, class_filters.class_names)
+        write_cells(axes, shown, "{:.0f}", top)
+    names = short_names(class_filters.class_names)
+    set_ticks(axes, "x", [names[row] for row in rows.tolist()], rotation=90)
+    set_ticks(axes, "y", [names[row] for row in rows.tolist()])
     axes.tick_params(labelsize=8)
-    axes.set_title(title or "filters that two classes share", loc="left")
-    figure.colorbar(image, ax=axes, label="number of filters")
+    empty = "no filters are selected" if not class_filters.selected.any() else ""
+    told = ["filters that two classes share", out_of(number, len(shared), "classes"), empty]
+    axes.set_title(title or "; ".join(filter(None, told)), loc="left")
+    ticks = MaxNLocator(integer=True)
+    figure.colorbar(image, ax=axes, label="number of filters", ticks=ticks)
     return figure, axes
 
 
-def _by_class(scores: torch.Tensor) -> torch.Tensor:
-    """Filters grouped by their best class, best first within a class."""
-    filled = scores.nan_to_num(nan=-float("inf"))
-    best, owner = filled.max(0)
-    by_score = best.sort(descending=True, stable=True).indices
-    return by_score[owner[by_score].sort(stable=True).indices]
+def write_cells(axes: Any, values: torch.Tensor, form: str, top: float) -> None:
+    """Write what is known of a square of numbers into its cells, dark on bright."""
+    for row, column in (~values.isnan()).nonzero().tolist():
+        value = float(values[row, column])
+        color = "black" if value > 0.6 * top else "white"
+        axes.text(column, row, form.format(value), ha="center", va="center", size=7, c=color)
+
+
+def check_order(order: str) -> None:
+    """Raise if filters cannot be put in this order."""
+    if order not in ("class", "index"):
+        raise ValueError(f"order={order!r}; choose 'class' or 'index'.")
+
+
+def _largest(scores: torch.Tensor, axis: int) -> torch.Tensor:
+    """The largest size of the scores along an axis; unknown ones are smallest."""
+    return scores.abs().nan_to_num(nan=-1.0).amax(axis)
 
 
 def _unit(class_filters: ClassFilters) -> str:
@@ -134,9 +176,3 @@ def _unit(class_filters: ClassFilters) -> str:
         "LayerFilterAblation": "mean drop of the score",
     }
     return units.get(class_filters.method, "score")
-
-
-def _ticks(setter: Any, names: Any, **options: Any) -> None:
-    step = -(-len(names) // _MOST_TICKS) if len(names) > 80 else 1
-    positions = list(range(0, len(names), step))
-    setter(positions, [names[position] for position in positions], **options)

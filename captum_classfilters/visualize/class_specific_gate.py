@@ -7,8 +7,19 @@ import torch
 from torch import Tensor
 
 from captum_classfilters.gates import assign_filters, filter_correlation
-from captum_classfilters.visualize.class_filters import _by_class, _ticks
-from captum_classfilters.visualize.figures import axes_of, new_figure
+from captum_classfilters.visualize.arrays import by_class, chosen, numbers_of, out_of
+from captum_classfilters.visualize.class_filters import check_order
+from captum_classfilters.visualize.figures import (
+    SIGNED,
+    UNSIGNED,
+    axes_of,
+    grid_of,
+    headline,
+    names_of,
+    set_ticks,
+)
+
+_MOST_LINES = 60  # more of them between groups would hide the picture
 
 
 def plot_gate_and_weight(
@@ -18,7 +29,10 @@ def plot_gate_and_weight(
     other_weight: Tensor | None = None,
     class_names: Sequence[str] | None = None,
     order: str = "class",
+    classes: int | Sequence[int | str] = 40,
+    filters: int | Sequence[int] = 200,
     title: str | None = None,
+    plt_fig_axis: tuple[Any, Any] | None = None,
 ) -> tuple[Any, Any]:
     r"""
     The gate, the head's weights, and their product, as heat maps one above the other.
@@ -39,61 +53,77 @@ def plot_gate_and_weight(
         order (str): ``"class"`` puts filters beside the class whose gate is highest, ``"index"`` keeps
                     their order.
                     Default: "class"
+        classes (int or sequence): Draw at most so many classes, those with the largest products of
+                    gate and weight; or these.
+                    Default: 40
+        filters (int or sequence): Draw at most so many filters, chosen likewise (of ``other_weight``
+                    as many, those with the largest weights); or these.
+                    Default: 200
         title (str, optional): Title of the figure.
+        plt_fig_axis (tuple, optional): Figure and 3 axes, or 4 with ``other_weight``, to draw on;
+                    new ones by default.
 
     Returns:
         *tuple* of figure and array of axes.
 
     Raises:
-        ValueError: Shapes do not fit, or the order is unknown.
+        ValueError: Shapes do not fit, the order is unknown, or a number is NaN or infinite.
     """
-    if order not in ("class", "index"):
-        raise ValueError(f"order={order!r}; choose 'class' or 'index'.")
-    gate, weight = _table(gate), _table(weight)
+    check_order(order)
+    gate, weight = numbers_of(gate, "The gates"), numbers_of(weight, "The weights")
     if gate.dim() != 2 or weight.shape != gate.shape:
         raise ValueError(
             f"gate {tuple(gate.shape)} and weight {tuple(weight.shape)} do not fit; expected two "
             "matrices (C, K)."
         )
-    columns = _by_class(gate) if order == "class" else torch.arange(gate.shape[1])
+    names = names_of(class_names, len(gate))
+    product = gate * weight
+    rows = chosen(classes, product.abs().amax(1), "classes", class_names or ())
+    columns = chosen(filters, product[rows].abs().amax(0), "filters")
+    if order == "class":
+        columns = columns[by_class(gate[rows][:, columns])]
     parts = [
-        ("gate", gate[:, columns], False),
-        ("weight of the head", weight[:, columns], True),
-        ("gate times weight", (gate * weight)[:, columns], True),
+        ("gate", gate[rows][:, columns], False),
+        ("weight of the head", weight[rows][:, columns], True),
+        ("gate times weight", product[rows][:, columns], True),
     ]
     if other_weight is not None:
-        other = _table(other_weight)
+        other = numbers_of(other_weight, "The other weights")
         if other.dim() != 2 or len(other) != len(gate):
             raise ValueError(
                 f"other_weight has shape {tuple(other.shape)}; expected ({len(gate)}, K)."
             )
-        by_weight = _by_class(other) if order == "class" else torch.arange(other.shape[1])
-        parts.append(("weight of the head, without a gate", other[:, by_weight], True))
+        shown = other[rows]
+        most = filters if isinstance(filters, int) else len(columns)
+        beside = chosen(most, shown.abs().amax(0), "filters")
+        if order == "class":
+            beside = beside[by_class(shown[:, beside])]
+        parts.append(("weight of the head, without a gate", shown[:, beside], True))
     limit = max(float(values.abs().max()) for _, values, signed in parts if signed) or 1.0
-    width = max(7.0, min(14.0, 3.0 + 0.09 * gate.shape[1]))
-    height = max(1.5, min(5.0, 0.9 + 0.14 * len(gate)))
-    figure = new_figure((width, height * len(parts) + 0.3))
-    grid = figure.subplots(len(parts), 1, squeeze=False)[:, 0]
+    width = max(7.0, min(14.0, 3.0 + 0.09 * len(columns)))
+    height = max(1.5, min(5.0, 0.9 + 0.14 * len(rows)))
+    figure, grid = grid_of(plt_fig_axis, len(parts), 1, (width, height * len(parts) + 0.3))
+    grid = grid[:, 0]
     for axes, (name, values, signed) in zip(grid, parts, strict=True):
         image = axes.imshow(
             values.numpy(),
             aspect="auto",
             interpolation="nearest",
-            cmap="RdBu_r" if signed else "viridis",
+            cmap=SIGNED if signed else UNSIGNED,
             vmin=-limit if signed else 0.0,
             vmax=limit if signed else max(1.0, float(gate.max())),
         )
-        _ticks(axes.set_yticks, _names(class_names, len(values)))
+        set_ticks(axes, "y", [names[row] for row in rows.tolist()])
         axes.set_xticks([])
         axes.tick_params(labelsize=7)
         axes.set_title(name, loc="left", size=9)
         figure.colorbar(image, ax=axes, pad=0.01)
+    told = [out_of(len(rows), len(gate), "classes"), out_of(len(columns), gate.shape[1], "filters")]
     for place, name in ((2, "highest gate"), (3, "largest weight")):
         if place < len(parts):
-            beside = f"filter, beside the class of its {name}" if order == "class" else "filter"
-            grid[place].set_xlabel(beside, size=9)
-    if title is not None:
-        figure.suptitle(title, x=0.01, ha="left")
+            by = f"filter, beside the class of its {name}" if order == "class" else "filter"
+            grid[place].set_xlabel("; ".join(filter(None, [by, *told])), size=9)
+    headline(figure, title, x=0.01, ha="left")
     return figure, grid
 
 
@@ -103,24 +133,31 @@ def plot_mutual_information(
     bound: float | None = None,
     class_names: Sequence[str] | None = None,
     order: str = "class",
+    classes: int | Sequence[int | str] = 40,
+    filters: int | Sequence[int] = 200,
     title: str | None = None,
     plt_fig_axis: tuple[Any, Any] | None = None,
 ) -> tuple[Any, Any]:
     r"""
-    Mutual information of every filter and class as a heat map, classes by filters.
+    Mutual information of every class and filter as a heat map.
 
     Args:
 
-        information (Tensor): Shape (K, C), from ``mutual_information_matrix``.
+        information (Tensor): Shape (C, K), from ``mutual_information_matrix``.
         bound (float, optional): The largest value attainable, as the top of the scale; of
-                    ``mutual_information_bound``, say. By default the largest value found, so that
-                    colours of two pictures do not compare.
+                    ``mutual_information_bound`` for example. By default the largest value drawn, so
+                    that colors of two pictures do not compare.
                     Default: None
         class_names (sequence of str, optional): C names.
         order (str): ``"class"`` puts filters beside the class they tell most of, ``"index"`` keeps
                     their order.
                     Default: "class"
-        title (str, optional): Title; by default with the mean over filters of the highest value,
+        classes (int or sequence): Draw at most so many classes, those with the most information; or
+                    these.
+                    Default: 40
+        filters (int or sequence): Draw at most so many filters, chosen likewise; or these.
+                    Default: 200
+        title (str, optional): Title; by default with the mean over all filters of the highest value,
                     and the bound.
         plt_fig_axis (tuple, optional): Figure and axes to draw on; new ones by default.
 
@@ -128,28 +165,34 @@ def plot_mutual_information(
         *tuple* of figure and axes.
 
     Raises:
-        ValueError: The table is not a matrix, or the order is unknown.
+        ValueError: The table is not a matrix, the order is unknown, or a number is NaN or infinite.
     """
-    if order not in ("class", "index"):
-        raise ValueError(f"order={order!r}; choose 'class' or 'index'.")
-    if information.dim() != 2:
-        raise ValueError(f"information has shape {tuple(information.shape)}; expected (K, C).")
-    table = _table(information).T
-    columns = _by_class(table) if order == "class" else torch.arange(table.shape[1])
-    size = (max(7.0, min(14.0, 3.0 + 0.09 * table.shape[1])), max(2.4, 1.2 + 0.2 * len(table)))
+    check_order(order)
+    table = numbers_of(information, "The values of the information")
+    if table.dim() != 2:
+        raise ValueError(f"information has shape {tuple(table.shape)}; expected (C, K).")
+    names = names_of(class_names, len(table))
+    rows = chosen(classes, table.amax(1), "classes", class_names or ())
+    columns = chosen(filters, table[rows].amax(0), "filters")
+    if order == "class":
+        columns = columns[by_class(table[rows][:, columns])]
+    shown = table[rows][:, columns]
+    size = (max(7.0, min(14.0, 3.0 + 0.09 * len(columns))), max(2.4, 1.2 + 0.2 * len(rows)))
     figure, axes = axes_of(plt_fig_axis, size)
     image = axes.imshow(
-        table[:, columns].numpy(),
+        shown.numpy(),
         aspect="auto",
         interpolation="nearest",
-        cmap="viridis",
+        cmap=UNSIGNED,
         vmin=0.0,
-        vmax=(bound if bound is not None else float(table.max())) or 1.0,
+        vmax=(bound if bound is not None else float(shown.max())) or 1.0,
     )
-    _ticks(axes.set_yticks, _names(class_names, len(table)))
+    set_ticks(axes, "y", [names[row] for row in rows.tolist()])
     axes.set_xticks([])
     axes.tick_params(labelsize=8)
-    axes.set_xlabel("filter, beside the class it tells most of" if order == "class" else "filter")
+    told = ["filter, beside the class it tells most of" if order == "class" else "filter"]
+    told += [out_of(len(rows), len(table), "classes"), out_of(len(columns), table.shape[1], "filters")]
+    axes.set_xlabel("; ".join(filter(None, told)))
     score = float(table.max(0).values.mean())
     most = "" if bound is None else f" of at most {bound:.3f}"
     axes.set_title(title or f"mutual information; score {score:.3f}{most}", loc="left", size=10)
@@ -162,6 +205,7 @@ def plot_filter_correlation(
     scores: Tensor,
     *,
     class_names: Sequence[str] | None = None,
+    filters: int | Sequence[int] = 400,
     title: str | None = None,
     plt_fig_axis: tuple[Any, Any] | None = None,
 ) -> tuple[Any, Any]:
@@ -169,14 +213,17 @@ def plot_filter_correlation(
     Absolute cosine between filters' weights, filters grouped by their class.
 
     Where filters are class-specific, blocks on the diagonal stand out. Lines separate the groups; the
-    title has the mean within and across groups.
+    title has the mean within and across groups of all filters.
 
     Args:
 
         weight (Tensor): Shape (K, ...), of the layer whose outputs are the filters.
-        scores (Tensor): Shape (C, K): gates, contributions or transposed mutual information; a
+        scores (Tensor): Shape (C, K): gates, contributions or mutual information; a
                     filter's class is the one with its highest score.
         class_names (sequence of str, optional): C names.
+        filters (int or sequence): Draw at most so many filters, those with the largest scores; or
+                    these.
+                    Default: 400
         title (str, optional): Title.
         plt_fig_axis (tuple, optional): Figure and axes to draw on; new ones by default.
 
@@ -184,52 +231,49 @@ def plot_filter_correlation(
         *tuple* of figure and axes.
 
     Raises:
-        ValueError: Shapes do not fit.
+        ValueError: Shapes do not fit, or a number is NaN or infinite.
     """
-    if scores.dim() != 2 or scores.shape[1] != len(weight):
+    table, weight = numbers_of(scores, "The scores"), numbers_of(weight, "The weights")
+    if table.dim() != 2 or table.shape[1] != len(weight):
         raise ValueError(
-            f"scores {tuple(scores.shape)} do not fit {len(weight)} filters; expected "
+            f"scores {tuple(table.shape)} do not fit {len(weight)} filters; expected "
             f"(C, {len(weight)})."
         )
-    table = _table(scores)
-    columns = _by_class(table)
-    owner = assign_filters(table)[columns]
-    correlation = filter_correlation(weight).cpu()[columns][:, columns]
+    names = names_of(class_names, len(table))
+    columns = chosen(filters, table.abs().amax(0), "filters")
+    columns = columns[by_class(table[:, columns])]
+    all_owners, correlation = assign_filters(table), filter_correlation(weight)
+    owner, shown = all_owners[columns], correlation[columns][:, columns]
     figure, axes = axes_of(plt_fig_axis, (6.4, 5.6))
-    image = axes.imshow(correlation.numpy(), cmap="viridis", vmin=0.0, interpolation="nearest")
-    edges = (owner[1:] != owner[:-1]).nonzero()[:, 0] + 0.5
-    for edge in edges.tolist():
+    top = float(shown.max()) or 1.0
+    image = axes.imshow(shown.numpy(), cmap=UNSIGNED, vmin=0.0, vmax=top, interpolation="nearest")
+    edges = ((owner[1:] != owner[:-1]).nonzero()[:, 0] + 0.5).tolist()
+    for edge in edges if len(edges) <= _MOST_LINES else []:
         axes.axhline(edge, color="white", linewidth=0.5)
         axes.axvline(edge, color="white", linewidth=0.5)
-    names = _names(class_names, len(table))
     present = owner.unique().tolist()
-    middles = [float((owner == class_).nonzero().double().mean()) for class_ in present]
-    axes.set_yticks(middles, [names[class_] for class_ in present])
-    axes.set_xticks(middles, [names[class_] for class_ in present], rotation=90)
+    middles = [float((owner == index).nonzero().double().mean()) for index in present]
+    labels = [names[index] for index in present]
+    set_ticks(axes, "y", labels, middles)
+    set_ticks(axes, "x", labels, middles, rotation=90)
     axes.tick_params(labelsize=8, length=0)
-    within, across = _means(correlation, owner)
-    shown = f"absolute cosine of weights: within a class {within:.2f}, across {across:.2f}"
-    axes.set_title(title or shown, loc="left", size=10)
+    if len(columns) < len(weight):
+        axes.set_xlabel(out_of(len(columns), len(weight), "filters"), size=9)
+    parts = [
+        f"{where} {mean:.2f}"
+        for where, mean in zip(
+            ("within a class", "across"), _means(correlation, all_owners), strict=True
+        )
+        if mean == mean
+    ]
+    told = "\n".join(filter(None, ["absolute cosine of weights", ", ".join(parts)]))
+    axes.set_title(title or told, loc="left", size=10)
     figure.colorbar(image, ax=axes)
     return figure, axes
 
 
 def _means(correlation: Tensor, owner: Tensor) -> tuple[float, float]:
-    """Mean over pairs of filters of one class, and of two."""
+    """Mean over pairs of filters of one class, and of two; NaN without such pairs."""
     same = owner[:, None] == owner[None, :]
     pairs = ~torch.eye(len(owner), dtype=torch.bool)
     return float(correlation[same & pairs].mean()), float(correlation[~same].mean())
-
-
-def _table(values: Tensor) -> Tensor:
-    if not isinstance(values, Tensor):
-        raise ValueError(f"Expected a Tensor, such as gate.weight; got {type(values).__name__}.")
-    return values.detach().cpu().double()
-
-
-def _names(class_names: Sequence[str] | None, number: int) -> list[str]:
-    if class_names is None:
-        return [str(class_) for class_ in range(number)]
-    if len(class_names) != number:
-        raise ValueError(f"{len(class_names)} class names for {number} classes.")
-    return list(class_names)

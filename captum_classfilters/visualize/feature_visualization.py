@@ -1,26 +1,28 @@
-"""Images optimised to drive filters, directions and sums of them."""
+"""Images optimized to drive filters, directions and sums of them."""
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import trange
 
+from captum_classfilters._core.devices import device_of
 from captum_classfilters._core.guard import model_left_as_found
 from captum_classfilters._core.layers import (
     check_batch,
-    check_runs,
-    filter_axis,
     find_layer,
     layer_name,
-    only_tensor,
     positions_last,
+    weighted_before,
 )
+from captum_classfilters._core.tables import short_repr
+from captum_classfilters._core.taps import LayerTap, tapping
 
-Position = tuple[int, ...] | Literal["centre"] | None
+Position = tuple[int, ...] | Literal["center"] | None
 Transform = Callable[[Tensor, torch.Generator], Tensor]
 
 
@@ -35,6 +37,14 @@ class _Term:
     weight: float
     channel_dim: int | None
 
+    def __str__(self) -> str:
+        what = "a direction" if self.filter is None else f"filter {self.filter}"
+        layer = self.layer if isinstance(self.layer, str) else type(self.layer).__name__
+        factor = "" if self.weight == 1 else f"{self.weight:g} * "
+        return f"{factor}{what} of {layer!r}" + (
+            "" if self.position is None else f" at {self.position}"
+        )
+
 
 @dataclass(frozen=True)
 class FeatureObjective:
@@ -46,9 +56,22 @@ class FeatureObjective:
     Args:
 
         terms (tuple): Its summands.
+
+    Examples::
+
+        >>> from captum_classfilters.visualize import FeatureObjective
+        >>> a, b = (FeatureObjective.of_filter("conv", k, position="center") for k in (0, 3))
+        >>> a - 0.5 * b
+        FeatureObjective(filter 0 of 'conv' at center + -0.5 * filter 3 of 'conv' at center)
     """
 
     terms: tuple[_Term, ...]
+
+    def __str__(self) -> str:
+        return " + ".join(map(str, self.terms))
+
+    def __repr__(self) -> str:
+        return f"FeatureObjective({self})"
 
     @classmethod
     def of_filter(
@@ -67,7 +90,7 @@ class FeatureObjective:
             layer (str or nn.Module): The layer, or its dotted name.
             filter (int): The filter.
             position (tuple, str, optional): Indices into the layer's map, (row, column) for a
-                        convolution, or ``"centre"``; all positions by default.
+                        convolution, or ``"center"``; all positions by default.
                         Default: None
             channel_dim (int, optional): Axis of the filters, where the layer does not tell it.
                         Default: None
@@ -87,7 +110,7 @@ class FeatureObjective:
         channel_dim: int | None = None,
     ) -> "FeatureObjective":
         r"""
-        A weighted sum of a layer's filters, a left singular vector say.
+        A weighted sum of a layer's filters, a left singular vector for example.
 
         Args:
 
@@ -107,7 +130,7 @@ class FeatureObjective:
         if direction.dim() != 1:
             raise ValueError(
                 f"direction has shape {tuple(direction.shape)}; expected a vector (K,), one column "
-                "of the left singular vectors say."
+                "of the left singular vectors for example."
             )
         return cls((_Term(layer, None, direction.detach(), position, 1.0, channel_dim),))
 
@@ -178,23 +201,27 @@ class RandomTransform:
         )
 
 
+@short_repr
 @dataclass(frozen=True)
 class FeatureVisualization:
     r"""
-    Optimised images and what they reach.
+    Optimized images and what they reach.
 
     Args:
 
         images (Tensor): Shape (B, C, H, W), in [0, 1]: one image for each objective.
         values (Tensor): Shape (B,): the objectives at these images, untransformed.
         initial (Tensor): Shape (B,): the objectives at the images of the start.
-        history (Tensor): Shape (steps, B): the objectives during optimisation, transformed.
+        history (Tensor): Shape (steps, B): the objectives during optimization, transformed.
+        optimized (Tensor): Shape (B,), bool: whether the objective had a gradient at any step. Where
+                    it had none, the image is the noise that it started from.
     """
 
     images: Tensor
     values: Tensor
     initial: Tensor
     history: Tensor
+    optimized: Tensor
 
 
 def visualize_features(
@@ -205,17 +232,17 @@ def visualize_features(
     steps: int = 256,
     learning_rate: float = 0.05,
     parametrization: Literal["fourier", "pixel"] = "fourier",
-    colour_root: Tensor | None = None,
+    color_root: Tensor | None = None,
     transform: Transform | Literal["default"] | None = "default",
     normalize: Callable[[Tensor], Tensor] | None = None,
     seed: int = 0,
     show_progress: bool = True,
 ) -> FeatureVisualization:
     r"""
-    Optimise one image for each objective by gradient ascent.
+    Optimize one image for each objective by gradient ascent.
 
     The image is a sigmoid of free parameters: pixels, or Fourier coefficients divided by their
-    frequency, which makes low frequencies as easy to move as high ones. All images are optimised
+    frequency, which makes low frequencies as easy to move as high ones. All images are optimized
     in one batch by Adam. Random numbers come from a generator of their own; the global random state
     is not touched, and on the CPU the same seed gives the same images.
 
@@ -236,8 +263,8 @@ def visualize_features(
                     Default: 0.05
         parametrization (str): ``"fourier"`` or ``"pixel"``.
                     Default: "fourier"
-        colour_root (Tensor, optional): Shape (C, C): :func:`colour_root` of images like the
-                    model's, so that colours vary together as they do there. Without it channels
+        color_root (Tensor, optional): Shape (C, C): :func:`color_root` of images like the
+                    model's, so that colors vary together as they do there. Without it channels
                     are independent.
                     Default: None
         transform (Callable, optional): Called with the images and a generator at each step; by
@@ -262,7 +289,7 @@ def visualize_features(
         >>> import torch
         >>> from captum_classfilters.visualize import FeatureObjective, visualize_features
         >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU())
-        >>> objective = FeatureObjective.of_filter("0", 2, position="centre")
+        >>> objective = FeatureObjective.of_filter("0", 2, position="center")
         >>> seen = visualize_features(
         ...     net, [objective, -objective], (3, 16, 16), steps=8, show_progress=False)
         >>> seen.images.shape
@@ -270,13 +297,7 @@ def visualize_features(
         >>> bool((seen.values > seen.initial).all())
         True
     """
-    wanted = [objectives] if isinstance(objectives, FeatureObjective) else list(objectives)
-    strange = [type(one).__name__ for one in wanted if not isinstance(one, FeatureObjective)]
-    if strange or not wanted:
-        raise ValueError(
-            f"The objectives hold {', '.join(strange) or 'nothing'}; expected objects that "
-            "FeatureObjective.of_filter or .of_direction makes."
-        )
+    wanted = _checked_objectives(objectives)
     if len(image_shape) != 3 or min(image_shape) < 1:
         raise ValueError(f"image_shape={image_shape}; expected (C, H, W).")
     if steps < 1:
@@ -286,43 +307,104 @@ def visualize_features(
             raise ValueError(f"transform={transform!r}; expected a callable, or None.")
         transform = RandomTransform()
     generator = torch.Generator().manual_seed(seed)
-    place = next(model.parameters(), torch.empty(0))
-    picture = _Picture(
-        parametrization, (len(wanted), *image_shape), colour_root, generator, place.device
-    )
-    probe = _Probe(model, wanted)
+    with torch.inference_mode(False), torch.enable_grad():
+        picture = _Picture(
+            parametrization,
+            (len(wanted), *image_shape),
+            color_root,
+            generator,
+            device_of(model) or torch.device("cpu"),
+        )
+        with model_left_as_found(model, evaluation=True, freeze=True):
+            probe = _Probe(model, wanted, normalize)
+            result = _ascend(
+                picture, probe, steps, learning_rate, transform, generator, show_progress
+            )
+    _warn_of_still_images(result, wanted)
+    return result
 
-    def values_of(images: Tensor) -> Tensor:
-        return probe(images if normalize is None else normalize(images))
 
+def _checked_objectives(
+    objectives: FeatureObjective | Sequence[FeatureObjective],
+) -> list[FeatureObjective]:
+    wanted = [objectives] if isinstance(objectives, FeatureObjective) else list(objectives)
+    strange = [type(entry).__name__ for entry in wanted if not isinstance(entry, FeatureObjective)]
+    if strange or not wanted:
+        raise ValueError(
+            f"The objectives hold {', '.join(strange) or 'nothing'}; expected objects that "
+            "FeatureObjective.of_filter or .of_direction makes."
+        )
+    return wanted
+
+
+def _ascend(
+    picture: "_Picture",
+    probe: "_Probe",
+    steps: int,
+    learning_rate: float,
+    transform: Transform | None,
+    generator: torch.Generator,
+    show_progress: bool,
+) -> FeatureVisualization:
+    """Adam on the free parameters of the images."""
+    with torch.no_grad():
+        initial = probe(picture.images()).cpu()
+    optimizer = torch.optim.Adam([picture.parameter], lr=learning_rate)
     history = []
-    with model_left_as_found(model, evaluation=True, freeze=True), torch.enable_grad():
-        with torch.no_grad():
-            initial = values_of(picture.images())
-        optimizer = torch.optim.Adam([picture.parameter], lr=learning_rate)
-        bar = trange(steps, desc="optimising", unit="step", disable=not show_progress)
-        for _ in bar:
-            images = picture.images()
-            values = values_of(images if transform is None else transform(images, generator))
-            if bool(values.isnan().any()):
-                raise ValueError(
-                    f"Objective {int(values.isnan().nonzero()[0])} became NaN; lower the learning "
-                    f"rate ({learning_rate}), and look at the model's weights."
-                )
-            optimizer.zero_grad()
-            (-values.sum()).backward()
-            optimizer.step()
-            history.append(values.detach().cpu())
-            bar.set_postfix(objective=f"{float(values.detach().mean()):.3g}", refresh=False)
-        with torch.no_grad():
-            final = picture.images()
-            reached = values_of(final)
-    return FeatureVisualization(final.cpu(), reached.cpu(), initial.cpu(), torch.stack(history))
+    moved = torch.zeros(len(initial), dtype=torch.bool, device=picture.parameter.device)
+    bar = trange(steps, desc="optimizing", unit="step", disable=not show_progress)
+    for _ in bar:
+        images = picture.images()
+        values = probe(images if transform is None else transform(images, generator))
+        if not values.requires_grad:
+            raise ValueError(
+                "The objectives have no gradient towards the image: the model's forward pass detaches "
+                "its tensors, or runs under torch.no_grad, before the layers of the objectives."
+            )
+        history.append(values.detach().cpu())
+        _check_finite(history[-1], learning_rate)
+        optimizer.zero_grad()
+        (-values.sum()).backward()
+        gradient = picture.parameter.grad
+        assert gradient is not None
+        moved |= (gradient != 0).flatten(1).any(1)
+        optimizer.step()
+        bar.set_postfix(objective=f"{float(history[-1].mean()):.3g}", refresh=False)
+    with torch.no_grad():
+        final = picture.images()
+        reached = probe(final).cpu()
+    return FeatureVisualization(final.cpu(), reached, initial, torch.stack(history), moved.cpu())
 
 
-def colour_root(images: Tensor) -> Tensor:
+def _check_finite(values: Tensor, learning_rate: float) -> None:
+    wrong = (~values.isfinite()).nonzero()
+    if len(wrong):
+        raise ValueError(
+            f"Objective {int(wrong[0])} became NaN or infinite; lower the learning rate "
+            f"({learning_rate}), and look at the model's weights."
+        )
+
+
+def _warn_of_still_images(
+    result: FeatureVisualization, objectives: Sequence[FeatureObjective]
+) -> None:
+    """Name the objectives without a gradient, of dead filters for example."""
+    still = (~result.optimized).nonzero()[:, 0].tolist()
+    if not still:
+        return
+    named = ", ".join(f"{index} ({objectives[index]})" for index in still[:5])
+    named += f" and {len(still) - 5} more" if len(still) > 5 else ""
+    warnings.warn(
+        f"Nothing was optimized for {len(still)} of {len(objectives)} objectives, {named}: the gradient "
+        "was zero at every step, so the image is the noise that it started from. A filter behind a "
+        "ReLU that no image drives has none; take the layer before the ReLU, or another seed.",
+        stacklevel=3,
+    )
+
+
+def color_root(images: Tensor) -> Tensor:
     r"""
-    A matrix that gives independent channels the colours' covariance, scaled to unit norm.
+    A matrix that gives independent channels the colors' covariance, scaled to unit norm.
 
     Args:
 
@@ -338,9 +420,9 @@ def colour_root(images: Tensor) -> Tensor:
     Examples::
 
         >>> import torch
-        >>> from captum_classfilters.visualize import colour_root
+        >>> from captum_classfilters.visualize import color_root
         >>> grey = torch.rand(4, 1, 8, 8).expand(4, 3, 8, 8)
-        >>> colour_root(grey).allclose(torch.full((3, 3), 3 ** -0.5), atol=1e-4)
+        >>> color_root(grey).allclose(torch.full((3, 3), 3 ** -0.5), atol=1e-4)
         True
     """
     if images.dim() != 4:
@@ -359,17 +441,17 @@ class _Picture:
         self,
         parametrization: str,
         shape: tuple[int, ...],
-        colours: Tensor | None,
+        colors: Tensor | None,
         generator: torch.Generator,
         device: torch.device,
     ) -> None:
         channels, height, width = shape[1:]
-        if colours is not None and tuple(colours.shape) != (channels, channels):
+        if colors is not None and tuple(colors.shape) != (channels, channels):
             raise ValueError(
-                f"colour_root has shape {tuple(colours.shape)}; images of {channels} channels need "
+                f"color_root has shape {tuple(colors.shape)}; images of {channels} channels need "
                 f"({channels}, {channels})."
             )
-        self.colours = None if colours is None else colours.to(device)
+        self.colors = None if colors is None else colors.to(device)
         self.size = (height, width)
         self.scale: Tensor | None = None
         if parametrization == "fourier":
@@ -392,16 +474,23 @@ class _Picture:
         if self.scale is not None:
             spectrum = torch.view_as_complex(values * self.scale)
             values = torch.fft.irfft2(spectrum, s=self.size, norm="ortho")
-        if self.colours is not None:
-            values = torch.einsum("nchw,dc->ndhw", values, self.colours)
+        if self.colors is not None:
+            values = torch.einsum("nchw,dc->ndhw", values, self.colors)
         return values.sigmoid()
 
 
 class _Probe:
     """The objectives' values at a batch, the b-th image's under the b-th objective."""
 
-    def __init__(self, model: nn.Module, objectives: Sequence[FeatureObjective]) -> None:
-        self.model, self.number = model, len(objectives)
+    def __init__(
+        self,
+        model: nn.Module,
+        objectives: Sequence[FeatureObjective],
+        normalize: Callable[[Tensor], Tensor] | None,
+    ) -> None:
+        self.model, self.number, self.normalize = model, len(objectives), normalize
+        floating = (p.dtype for p in model.parameters() if p.is_floating_point())
+        self.dtype = next(floating, torch.float32)
         self.by_layer: dict[nn.Module, list[tuple[int, _Term]]] = {}
         for index, objective in enumerate(objectives):
             for term in objective.terms:
@@ -410,34 +499,36 @@ class _Probe:
                 self.by_layer.setdefault(module, []).append((index, term))
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Values (B,)."""
+        """Values (B,), in float32 at least."""
         parts: list[list[Tensor]] = [[] for _ in range(self.number)]
-        runs = dict.fromkeys(self.by_layer, 0)
-
-        def hook(module: nn.Module, _inputs: Any, output: Any) -> None:
-            runs[module] += 1
-            name = layer_name(self.model, module)
-            tensor = only_tensor(output, name)
-            check_batch(name, len(tensor), self.number)
-            for index, term in self.by_layer[module]:
-                parts[index].append(_value(term, name, module, tensor, index))
-
-        handles = [module.register_forward_hook(hook) for module in self.by_layer]
-        try:
-            self.model(images)
-        finally:
-            for handle in handles:
-                handle.remove()
-        for module, number in runs.items():
-            check_runs(layer_name(self.model, module), number)
+        taps = [self._tap(module, parts) for module in self.by_layer]
+        images = images if self.normalize is None else self.normalize(images)
+        with tapping(taps):
+            self.model(images.to(self.dtype))
+        for tap in taps:
+            tap.check(self.number)
         return torch.stack([torch.stack(part).sum() for part in parts])
 
+    def _tap(self, module: nn.Module, parts: list[list[Tensor]]) -> LayerTap:
+        first = self.by_layer[module][0][1]
+        before = weighted_before(self.model, module)
+        tap = LayerTap(module, layer_name(self.model, module), first.channel_dim, before=before)
 
-def _value(term: _Term, name: str, module: nn.Module, tensor: Tensor, row: int) -> Tensor:
+        def take(tensor: Tensor, _axis: int) -> None:
+            check_batch(tap.name, len(tensor), self.number)
+            for index, term in self.by_layer[module]:
+                tap.channel_dim = term.channel_dim
+                parts[index].append(_value(term, tap.name, tensor, tap.axis_of(tensor), index))
+
+        tap.react = take
+        return tap
+
+
+def _value(term: _Term, name: str, tensor: Tensor, axis: int, row: int) -> Tensor:
     """One term's value at one image of the layer's output."""
-    axis = filter_axis(module, tensor, term.channel_dim)
     positions = (*tensor.shape[1:axis], *tensor.shape[axis + 1 :])
     maps = positions_last(tensor[row : row + 1], axis)[0]
+    maps = maps.to(torch.promote_types(maps.dtype, torch.float32))
     if term.filter is not None:
         if not 0 <= term.filter < len(maps):
             raise ValueError(
@@ -455,7 +546,7 @@ def _value(term: _Term, name: str, module: nn.Module, tensor: Tensor, row: int) 
     if term.position is None:
         return term.weight * units.mean()
     place = term.position
-    if place == "centre":
+    if place == "center":
         place = tuple(size // 2 for size in positions)
     inside = (
         isinstance(place, tuple)
@@ -465,6 +556,6 @@ def _value(term: _Term, name: str, module: nn.Module, tensor: Tensor, row: int) 
     if not inside:
         raise ValueError(
             f"position={place!r}; the layer {name!r} has positions of shape {positions}: give an index "
-            "into it, or 'centre'."
+            "into it, or 'center'."
         )
     return term.weight * units.reshape(positions)[place]

@@ -1,14 +1,26 @@
-"""What the pictures share: figures that leave pyplot's global state alone, and the colours."""
+"""What the pictures share: figures that leave pyplot's global state alone, colors, ticks, names."""
 
 import sys
-from typing import TYPE_CHECKING, Any
+import textwrap
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, told apart by colour-blind readers too.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-GREY = "#6b6b6b"
+# Okabe and Ito's colors, told apart by color-blind readers too.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+GRAY = "#6b6b6b"
+# Warm is positive and cold is negative, in maps and in bars.
+POSITIVE, NEGATIVE = COLORS[1], COLORS[0]
+SIGNED, UNSIGNED = "RdBu_r", "viridis"
+MISSING = "0.85"
+
+_LONGEST_NAME = 25
+_TICK_INCHES = 0.115  # a label of eight points
 
 
 def new_figure(size: tuple[float, float]) -> "Figure":
@@ -30,14 +42,131 @@ def _in_ipython() -> bool:
     return ipython is not None and ipython.get_ipython() is not None
 
 
-def axes_of(given: tuple[Any, Any] | None, size: tuple[float, float]) -> tuple[Any, Any]:
+def axes_of(plt_fig_axis: tuple[Any, Any] | None, size: tuple[float, float]) -> tuple[Any, Any]:
     """The figure and axes that the caller gave, or new ones."""
-    if given is not None:
-        return given
-    figure = new_figure(size)
-    return figure, figure.subplots()
+    if plt_fig_axis is None:
+        figure = new_figure(size)
+        return figure, figure.subplots()
+    figure, axes = _pair(plt_fig_axis)
+    many = np.asarray(axes, dtype=object)
+    if many.size != 1:
+        raise ValueError(f"plt_fig_axis holds {many.size} axes; this picture needs one.")
+    return figure, many.item()
+
+
+def grid_of(
+    plt_fig_axis: tuple[Any, Any] | None,
+    rows: int,
+    columns: int,
+    size: tuple[float, float],
+    **options: Any,
+) -> tuple[Any, Any]:
+    """The figure and axes that the caller gave as an array (rows, columns), or new ones; options are
+    those of ``Figure.subplots``."""
+    if plt_fig_axis is None:
+        figure = new_figure(size)
+        return figure, figure.subplots(rows, columns, squeeze=False, **options)
+    figure, axes = _pair(plt_fig_axis)
+    grid = np.asarray(axes, dtype=object)
+    if grid.size != rows * columns:
+        raise ValueError(
+            f"plt_fig_axis holds {grid.size} axes; this picture needs {rows * columns}, in {rows} "
+            f"rows and {columns} columns: figure.subplots({rows}, {columns})."
+        )
+    return figure, grid.reshape(rows, columns)
+
+
+def sheet_of(
+    plt_fig_axis: tuple[Any, Any] | None, number: int, columns: int, size: tuple[float, float]
+) -> tuple[Any, Any]:
+    """A figure and this many axes in rows of so many; those that are left over are blank."""
+    rows = -(-number // columns)
+    if plt_fig_axis is not None and np.size(_pair(plt_fig_axis)[1]) == number:
+        figure, grid = grid_of(plt_fig_axis, 1, number, size)
+    else:
+        figure, grid = grid_of(plt_fig_axis, rows, columns, size)
+    for axes in grid.flat[number:]:
+        axes.set_axis_off()
+    return figure, grid.flatten()[:number]
+
+
+def _pair(plt_fig_axis: Any) -> tuple[Any, Any]:
+    if not isinstance(plt_fig_axis, (tuple, list)) or len(plt_fig_axis) != 2:
+        raise ValueError("plt_fig_axis must be a pair of figure and axes.")
+    return plt_fig_axis[0], plt_fig_axis[1]
+
+
+def headline(figure: Any, title: str | None, default: str = "", **options: Any) -> None:
+    """Set a figure's title; the default one does not replace what the caller wrote there."""
+    if title is not None or (default and not figure.get_suptitle()):
+        figure.suptitle(default if title is None else title, **options)
 
 
 def quiet(axes: Any) -> None:
     """Remove the frame's upper and right sides."""
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def bare(axes: Any) -> None:
+    """A pale frame without ticks, for an image."""
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for side in axes.spines.values():
+        side.set_color("0.8")
+
+
+def short_name(name: Any, length: int = _LONGEST_NAME) -> str:
+    """A name that fits beside a picture: up to its first comma, of so many characters, without
+    mathematics."""
+    text = " ".join(str(name).split(",")[0].split())
+    if len(text) > length:
+        cut = text[: length - 1]
+        words = cut.rpartition(" ")[0]  # whole words, where they are most of it
+        text = f"{words if len(words) > length // 2 else cut.rstrip()}…"
+    return text.replace("$", r"\$")
+
+
+def lines_of(text: str, width: int) -> str:
+    """A title in at most three lines, as narrow as its column."""
+    return "\n".join(textwrap.wrap(text.replace("$", r"\$"), width)[:3])
+
+
+def short_names(names: Iterable[Any]) -> list[str]:
+    """Short names; those that are the same once shortened have their number beside them."""
+    full = [str(name) for name in names]
+    short = [short_name(name) for name in full]
+    counts = Counter(short)
+    return [
+        f"{text} [{index}]" if counts[text] > 1 and text != full[index] else text
+        for index, text in enumerate(short)
+    ]
+
+
+def names_of(class_names: Sequence[str] | None, num_classes: int) -> list[str]:
+    """Short names of the classes; their numbers where none are given."""
+    if class_names is None:
+        return [str(index) for index in range(num_classes)]
+    if len(class_names) != num_classes:
+        raise ValueError(f"{len(class_names)} class names for {num_classes} classes.")
+    return short_names(class_names)
+
+
+def set_ticks(
+    axes: Any,
+    side: Literal["x", "y"],
+    names: Sequence[str],
+    positions: Sequence[float] | None = None,
+    **options: Any,
+) -> None:
+    """Names at 0, 1, ... or at rising positions, as many of them as there is room for."""
+    places = list(range(len(names))) if positions is None else list(positions)
+    extent = axes.get_window_extent()
+    dpi = getattr(axes.figure, "dpi", 100)
+    room = max((extent.width if side == "x" else extent.height) / dpi / _TICK_INCHES, 1)
+    span = (places[-1] - places[0] + 1) if positions is not None else len(names)
+    kept: list[int] = []
+    for index, place in enumerate(places):
+        if not kept or place - places[kept[-1]] >= span / room:
+            kept.append(index)
+    setter = axes.set_xticks if side == "x" else axes.set_yticks
+    setter([places[index] for index in kept], [names[index] for index in kept], **options)

@@ -5,7 +5,14 @@ from typing import Any
 import torch
 
 from captum_classfilters.identify import FilterContrast
-from captum_classfilters.visualize.figures import COLOURS, axes_of, quiet
+from captum_classfilters.visualize.figures import (
+    NEGATIVE,
+    POSITIVE,
+    axes_of,
+    lines_of,
+    quiet,
+    short_name,
+)
 
 
 def plot_filter_contrast(
@@ -40,13 +47,14 @@ def plot_filter_contrast(
     scores = contrast.scores[shown].numpy()
     interval = contrast.interval(confidence, simultaneous=True)[shown].numpy()
     rows = range(len(shown))
-    colours = [COLOURS[0] if value >= 0 else COLOURS[1] for value in scores]
-    axes.barh(rows, scores, color=colours, alpha=0.75)
+    colors = [POSITIVE if value >= 0 else NEGATIVE for value in scores]
+    axes.barh(rows, scores, color=colors, alpha=0.75)
     axes.hlines(rows, interval[:, 0], interval[:, 1], color="black", linewidth=1)
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_yticks(rows, [f"filter {index}" for index in shown.tolist()], fontsize=8)
     axes.invert_yaxis()
-    axes.set_xlabel(f"evidence for {contrast.favoured} rather than {contrast.against}")
+    favored, against = short_name(contrast.favoured), short_name(contrast.against)
+    axes.set_xlabel(lines_of(f"evidence for {favored} rather than {against}", 50))
     default = f"{contrast.method} at {contrast.layer}, {contrast.num_images} images"
     axes.set_title(title or default, loc="left", fontsize=10)
     axes.grid(axis="x", color="0.9")

@@ -4,9 +4,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
 
 from captum_classfilters.spectral import Hypergraph, SeparationTest
-from captum_classfilters.visualize.figures import COLOURS, GREY, axes_of, quiet
+from captum_classfilters.visualize.arrays import chosen, out_of
+from captum_classfilters.visualize.figures import (
+    COLORS,
+    GRAY,
+    axes_of,
+    quiet,
+    set_ticks,
+    short_names,
+)
 
 _LABELS = {
     "jaccard": "mean Jaccard similarity of classes",
@@ -21,6 +31,8 @@ def plot_hypergraph(
     *,
     style: Literal["incidence", "bands"] = "incidence",
     class_names: Sequence[str] | None = None,
+    classes: int | Sequence[int | str] = 40,
+    edges: int | Sequence[int | str] = 100,
     title: str | None = None,
     plt_fig_axis: tuple[Any, Any] | None = None,
 ) -> tuple[Any, Any]:
@@ -37,6 +49,12 @@ def plot_hypergraph(
                     Default: "incidence"
         class_names (sequence of str, optional): Names of the classes, where vertices are images.
                     Default: None
+        classes (int or sequence): Draw at most so many classes, those in most directions; or these.
+                    Of the style ``"incidence"``, as is the next.
+                    Default: 40
+        edges (int or sequence): Draw at most so many directions, those that hold most; or these, by
+                    their indices or names.
+                    Default: 100
         title (str, optional): Title.
         plt_fig_axis (tuple, optional): Figure and axes to draw on; new ones by default.
 
@@ -50,46 +68,75 @@ def plot_hypergraph(
     if style not in ("incidence", "bands"):
         raise ValueError(f"style={style!r}; choose 'incidence' or 'bands'.")
     if not hypergraph.incidence.any():
-        raise ValueError("The hypergraph has no incidences; lower the threshold of its rule.")
-    if style == "bands":
-        figure, axes = axes_of(plt_fig_axis, (5.6, 4.0))
-        converted = hypergraph.to_hypernetx()
-        import hypernetx
-
-        hypernetx.drawing.rubber_band.draw(
-            converted,
-            ax=axes,
-            layout_kwargs={"seed": 0},
-            edge_labels_kwargs={"fontsize": 8},
-            node_labels_kwargs={"fontsize": 9},
+        raise ValueError(
+            "The hypergraph has no incidences: its rule found nothing. Lower the rule's threshold."
         )
-        axes.set_title(title or "", loc="left")
-        return figure, axes
+    if style == "bands":
+        return _draw_bands(hypergraph, title, plt_fig_axis)
     if hypergraph.classes is None:
         raise ValueError("The hypergraph is a dual, whose vertices have no classes.")
-    share = np.zeros((hypergraph.num_classes, len(hypergraph.edges)))
-    np.add.at(share, hypergraph.classes, hypergraph.incidence)
-    count = np.bincount(hypergraph.classes, minlength=hypergraph.num_classes)
-    share = share / np.maximum(count, 1)[:, None]
+    share = _shares(hypergraph)
+    full = _class_names(hypergraph, class_names)
+    names = short_names(full)
+    rows = chosen(classes, torch.from_numpy(share.sum(1)), "classes", full).numpy()
+    share = share[rows]
     used = np.flatnonzero(share.any(0))
-    strongest = share[:, used].argmax(0)
-    used = used[np.lexsort((strongest, (share[:, used] > 0).sum(0)))]
+    if isinstance(edges, int):
+        used = used[chosen(edges, torch.from_numpy(share[:, used].sum(0)), "edges").numpy()]
+        strongest = share[:, used].argmax(0)
+        used = used[np.lexsort((strongest, (share[:, used] > 0).sum(0)))]
+    else:
+        size = torch.zeros(len(hypergraph.edges))
+        used = chosen(edges, size, "edges", list(hypergraph.edges)).numpy()
     width = min(16.0, 2.2 + 0.2 * len(used))
     figure, axes = axes_of(plt_fig_axis, (max(width, 5.0), 1.4 + 0.26 * len(share)))
     image = axes.imshow(share[:, used], cmap="Blues", vmin=0, vmax=1, aspect="auto")
-    names = _names(hypergraph, class_names)
-    axes.set_yticks(range(len(names)), names)
-    axes.set_xticks(range(len(used)), [hypergraph.edges[edge] for edge in used], rotation=90)
+    set_ticks(axes, "y", [names[row] for row in rows])
+    edge_names = short_names(hypergraph.edges[edge] for edge in used)
+    set_ticks(axes, "x", edge_names, rotation=90)
     axes.set_xticks(np.arange(1, len(used)) - 0.5, minor=True)
-    axes.set_yticks(np.arange(1, len(names)) - 0.5, minor=True)
+    axes.set_yticks(np.arange(1, len(rows)) - 0.5, minor=True)
     axes.grid(which="minor", color="white", lw=1)
     axes.tick_params(which="minor", length=0)
     axes.tick_params(labelsize=8)
-    axes.set_xlabel("direction, those of few classes first")
+    told = [
+        "direction, those of few classes first" if isinstance(edges, int) else "direction",
+        out_of(len(rows), hypergraph.num_classes, "classes"),
+        out_of(len(used), len(hypergraph.edges), "directions"),
+    ]
+    axes.set_xlabel("; ".join(filter(None, told)))
     axes.set_title(title or "classes and the directions they are in", loc="left")
     if len(hypergraph.vertices) > hypergraph.num_classes:
         figure.colorbar(image, ax=axes, label="share of the class's images", pad=0.01)
     return figure, axes
+
+
+def _draw_bands(
+    hypergraph: Hypergraph, title: str | None, plt_fig_axis: tuple[Any, Any] | None
+) -> tuple[Any, Any]:
+    converted = hypergraph.to_hypernetx()
+    import hypernetx
+
+    figure, axes = axes_of(plt_fig_axis, (5.6, 4.0))
+    hypernetx.drawing.rubber_band.draw(
+        converted,
+        ax=axes,
+        layout_kwargs={"seed": 0},
+        node_labels=dict(zip(hypergraph.vertices, short_names(hypergraph.vertices), strict=True)),
+        edge_labels_kwargs={"fontsize": 8},
+        node_labels_kwargs={"fontsize": 9},
+    )
+    axes.set_title(title or "", loc="left")
+    return figure, axes
+
+
+def _shares(hypergraph: Hypergraph) -> NDArray[np.float64]:
+    """Share of each class's vertices in each edge (C, E)."""
+    share = np.zeros((hypergraph.num_classes, len(hypergraph.edges)))
+    assert hypergraph.classes is not None
+    np.add.at(share, hypergraph.classes, hypergraph.incidence)
+    count = np.bincount(hypergraph.classes, minlength=hypergraph.num_classes)
+    return np.asarray(share / np.maximum(count, 1)[:, None])
 
 
 def plot_class_separation(
@@ -106,7 +153,8 @@ def plot_class_separation(
     Args:
 
         tests (mapping): Layer names, in order of depth, and their
-                    :class:`~captum_classfilters.spectral.SeparationTest`.
+                    :class:`~captum_classfilters.spectral.SeparationTest`. A layer whose rule found
+                    nothing has no score and is a gap.
         score (str): Which score.
                     Default: "jaccard"
         level (float): Layers with a p-value of at most this have a filled marker. The p-values are
@@ -119,32 +167,38 @@ def plot_class_separation(
         *tuple* of figure and axes.
 
     Raises:
-        ValueError: There are no layers, or the score is unknown.
+        ValueError: There are no layers, none has the score, or the score is unknown.
     """
     if not tests:
         raise ValueError("There are no layers to draw.")
     if score not in _LABELS:
         raise ValueError(f"score={score!r}; choose one of {list(_LABELS)}.")
-    figure, axes = axes_of(plt_fig_axis, (max(5.0, 1.8 + 0.28 * len(tests)), 3.4))
     places = np.arange(len(tests))
     observed = np.array([test.observed[score] for test in tests.values()])
+    if np.isnan(observed).all():
+        raise ValueError(
+            f"No layer has the score {score!r}: the rule found no incidences, or too few. Lower its "
+            "threshold."
+        )
     bands = np.full((3, len(tests)), np.nan)
     for place, test in enumerate(tests.values()):
         drawn = test.null[score][~np.isnan(test.null[score])]
         if len(drawn):
             bands[:, place] = np.quantile(drawn, [0.025, 0.5, 0.975])
-    axes.fill_between(places, bands[0], bands[2], color=GREY, alpha=0.25, lw=0)
-    axes.plot(places, bands[1], color=GREY, lw=1, label="permuted labels, median and 95 %")
-    axes.plot(places, observed, color=COLOURS[0], lw=1.5)
+    figure, axes = axes_of(plt_fig_axis, (min(16.0, max(5.0, 1.8 + 0.28 * len(tests))), 3.4))
+    axes.fill_between(places, bands[0], bands[2], color=GRAY, alpha=0.25, lw=0)
+    axes.plot(places, bands[1], color=GRAY, lw=1, label="permuted labels, median and 95 %")
+    axes.plot(places, observed, color=COLORS[0], lw=1.5)
     significant = np.array([test.p_values[score] <= level for test in tests.values()])
-    for chosen, face, label in (
-        (significant, COLOURS[0], f"true labels, p ≤ {level:g}"),
-        (~significant, "white", f"true labels, p > {level:g}"),
+    known = ~np.isnan(observed)
+    for which, face, label in (
+        (significant & known, COLORS[0], f"true labels, p ≤ {level:g}"),
+        (~significant & known, "white", f"true labels, p > {level:g}"),
     ):
-        if chosen.any():
-            options = {"c": face, "edgecolors": COLOURS[0], "zorder": 3, "s": 28}
-            axes.scatter(places[chosen], observed[chosen], label=label, **options)
-    axes.set_xticks(places, list(tests), rotation=90)
+        if which.any():
+            options = {"c": face, "edgecolors": COLORS[0], "zorder": 3, "s": 28}
+            axes.scatter(places[which], observed[which], label=label, **options)
+    set_ticks(axes, "x", list(tests), rotation=90)
     axes.tick_params(labelsize=8)
     axes.set_ylabel(_LABELS[score])
     axes.set_title(title or "class separation against depth", loc="left")
@@ -153,7 +207,13 @@ def plot_class_separation(
     return figure, axes
 
 
-def _names(hypergraph: Hypergraph, class_names: Sequence[str] | None) -> list[str]:
-    if len(hypergraph.vertices) == hypergraph.num_classes:
+def _class_names(hypergraph: Hypergraph, class_names: Sequence[str] | None) -> list[str]:
+    """The names given, those of the vertices where these are the classes, or numbers."""
+    number = hypergraph.num_classes
+    if class_names is not None:
+        if len(class_names) != number:
+            raise ValueError(f"{len(class_names)} class names for {number} classes.")
+        return [str(name) for name in class_names]
+    if np.array_equal(hypergraph.classes, np.arange(number)):  # type: ignore[arg-type]
         return list(hypergraph.vertices)
-    return [str(name) for name in class_names or range(hypergraph.num_classes)]
+    return [str(index) for index in range(number)]

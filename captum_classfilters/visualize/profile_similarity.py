@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
-from captum_classfilters.visualize.figures import axes_of
+from captum_classfilters.visualize.arrays import chosen, numbers_of, out_of
+from captum_classfilters.visualize.class_filters import write_cells
+from captum_classfilters.visualize.figures import MISSING, UNSIGNED, axes_of, set_ticks, short_names
 
 
 def plot_profile_similarity(
@@ -14,19 +15,23 @@ def plot_profile_similarity(
     names: Sequence[str],
     *,
     label: str = "Jaccard similarity",
+    profiles: int | Sequence[int | str] = 40,
     title: str | None = None,
     plt_fig_axis: tuple[Any, Any] | None = None,
 ) -> tuple[Any, Any]:
     r"""
-    Draw a matrix of similarities; the diagonal does not set the colours.
+    Draw a matrix of similarities; the diagonal does not set the colors, and NaN is gray.
 
     Args:
 
         similarities (ndarray): Shape (n, n), from
-                    :func:`captum_classfilters.spectral.similarity_matrix` say.
+                    :func:`captum_classfilters.spectral.similarity_matrix` for example.
         names (sequence of str): Of the n profiles.
-        label (str): Of the colour bar.
+        label (str): Of the color bar.
                     Default: "Jaccard similarity"
+        profiles (int or sequence): Draw at most so many profiles, those most similar to another; or
+                    these, by their indices or names.
+                    Default: 40
         title (str, optional): Title.
         plt_fig_axis (tuple, optional): Figure and axes to draw on; new ones by default.
 
@@ -34,27 +39,28 @@ def plot_profile_similarity(
         *tuple* of figure and axes.
 
     Raises:
-        ValueError: The matrix is not square, or the names do not fit.
+        ValueError: The matrix is not square, the names do not fit, or a value is infinite.
     """
-    values = np.array(similarities, dtype=float)
-    if values.ndim != 2 or values.shape != (len(names), len(names)):
+    values = numbers_of(similarities, "The similarities", missing=True)
+    if values.dim() != 2 or values.shape != (len(names), len(names)) or not len(names):
         raise ValueError(
-            f"similarities have shape {values.shape} for {len(names)} names; expected (n, n)."
+            f"similarities have shape {tuple(values.shape)} for {len(names)} names; expected (n, n)."
         )
-    np.fill_diagonal(values, np.nan)
-    side = min(12.0, 2.6 + 0.32 * len(values))
+    values = values.clone().fill_diagonal_(float("nan"))
+    rows = chosen(profiles, values.nan_to_num(nan=-1.0).amax(1), "profiles", list(names))
+    shown = values[rows][:, rows]
+    side = min(12.0, 2.6 + 0.32 * len(rows))
     figure, axes = axes_of(plt_fig_axis, (side + 0.9, side))
-    axes.set_facecolor("0.85")
-    image = axes.imshow(values, cmap="viridis", vmin=0, interpolation="nearest")
-    if len(values) <= 20:
-        top = np.nanmax(values) if np.isfinite(values).any() else 1.0
-        for row, column in np.argwhere(np.isfinite(values)):
-            value = values[row, column]
-            colour = "black" if value > 0.6 * top else "white"
-            axes.text(column, row, f"{value:.2f}", ha="center", va="center", size=6, c=colour)
-    axes.set_xticks(range(len(names)), names, rotation=90)
-    axes.set_yticks(range(len(names)), names)
+    axes.set_facecolor(MISSING)
+    top = float(shown.nan_to_num().max()) or 1.0
+    image = axes.imshow(shown.numpy(), cmap=UNSIGNED, vmin=0, vmax=top, interpolation="nearest")
+    if len(rows) <= 20:
+        write_cells(axes, shown, "{:.2f}", top)
+    short = short_names(names)
+    set_ticks(axes, "x", [short[row] for row in rows.tolist()], rotation=90)
+    set_ticks(axes, "y", [short[row] for row in rows.tolist()])
     axes.tick_params(labelsize=8)
-    axes.set_title(title or "similarity of profiles", loc="left")
+    told = ["similarity of profiles", out_of(len(rows), len(values), "profiles")]
+    axes.set_title(title or "; ".join(filter(None, told)), loc="left")
     figure.colorbar(image, ax=axes, label=label)
     return figure, axes

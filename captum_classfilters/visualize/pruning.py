@@ -12,9 +12,31 @@ from captum_classfilters.pruning import (
     PruningOrder,
     RemovalCurves,
 )
-from captum_classfilters.visualize.figures import COLOURS, GREY, axes_of, new_figure, quiet
+from captum_classfilters.visualize.arrays import (
+    Channels,
+    check_channels,
+    chosen,
+    numbers_of,
+    out_of,
+    picture_of,
+    show_picture,
+)
+from captum_classfilters.visualize.figures import (
+    COLORS,
+    GRAY,
+    NEGATIVE,
+    POSITIVE,
+    SIGNED,
+    axes_of,
+    bare,
+    grid_of,
+    headline,
+    quiet,
+    sheet_of,
+    short_name,
+)
 
-_KEPT, _REMOVED = COLOURS[0], COLOURS[1]
+_KEPT, _REMOVED = COLORS[0], COLORS[1]
 _STYLES = ("-", "--", "-.", ":")
 
 
@@ -25,14 +47,17 @@ def plot_filter_grid(
     columns: int | None = None,
     marked: Tensor | None = None,
     mark_label: str = "marked",
+    most: int = 128,
+    channels: Channels = None,
     title: str | None = None,
+    plt_fig_axis: tuple[Any, Any] | None = None,
 ) -> tuple[Any, Any]:
     r"""
     A layer's filters in the order of their removal, the removed ones framed and numbered.
 
     Filters that stay follow in the order of their indices. Weights of three channels are shown as
-    colours around grey, others by their mean over the channels, red positive and blue negative;
-    each filter is scaled by itself.
+    colors around gray, others by their mean over the channels, red positive and blue negative;
+    each filter is scaled by itself. Where all values lie in [0, 1], they are taken for pictures.
 
     Args:
 
@@ -40,52 +65,66 @@ def plot_filter_grid(
                     each filter.
         order (PruningOrder, Tensor or sequence): Filters in the order of their removal.
         columns (int, optional): Pictures in a row. By default about twice as many as rows.
-        marked (Tensor, optional): Shape (K,), bool; these get a dot, colour filters say.
+        marked (Tensor, optional): Shape (K,), bool; these get a dot, color filters for example.
                     Default: None
         mark_label (str): What the dot means.
                     Default: "marked"
+        most (int): Draw at most so many filters, the first of the order.
+                    Default: 128
+        channels (tuple of int, optional): Channels to draw as red, green and blue.
+                    Default: None
         title (str, optional): Title.
+        plt_fig_axis (tuple, optional): Figure and axes to draw on, one for each filter drawn; new
+                    ones by default.
 
     Returns:
-        *tuple* of figure and array of K axes, in the order of the picture.
+        *tuple* of figure and array of the axes drawn on, in the order of the picture.
 
     Raises:
-        ValueError: Shapes do not fit, or the order names a filter twice or one that is not there.
+        ValueError: Shapes do not fit, the order names a filter twice or one that is not there, or a
+                    number is NaN or infinite.
     """
-    if filters.dim() != 4 or filters.shape[-1] * filters.shape[-2] < 2:
+    values = numbers_of(filters, "The filters")
+    if values.dim() != 4 or values.shape[-1] * values.shape[-2] < 2:
         raise ValueError(
-            f"filters have shape {tuple(filters.shape)}; expected (K, channels, h, w) with more "
+            f"filters have shape {tuple(values.shape)}; expected (K, channels, h, w) with more "
             "than one place."
         )
-    number = len(filters)
-    removed = [int(one) for one in (order.order if isinstance(order, PruningOrder) else order)]
+    check_channels(channels, values.shape[1])
+    number = len(values)
+    removed = [int(index) for index in (order.order if isinstance(order, PruningOrder) else order)]
     if len(set(removed)) != len(removed) or not set(removed) <= set(range(number)):
         raise ValueError(f"The order must name each of the {number} filters at most once.")
     if marked is not None and marked.shape != (number,):
         raise ValueError(f"marked has shape {tuple(marked.shape)}; expected ({number},).")
-    shown = removed + [one for one in range(number) if one not in set(removed)]
-    wide = columns or max(1, min(number, round((2 * number) ** 0.5)))
-    rows = -(-number // wide)
-    figure = new_figure((0.72 * wide + 0.3, 0.92 * rows + 0.9))
-    grid = figure.subplots(rows, wide, squeeze=False).flatten()
-    for place, (axes, one) in enumerate(zip(grid, shown, strict=False)):
-        _draw_filter(axes, filters[one])
+    if most < 1:
+        raise ValueError(f"most={most}; expected a positive number.")
+    shown = (removed + [index for index in range(number) if index not in set(removed)])[:most]
+    wide = columns or max(1, min(len(shown), round((2 * len(shown)) ** 0.5)))
+    rows = -(-len(shown) // wide)
+    size = (max(0.72 * wide + 0.3, 4.6), 0.92 * rows + 0.9)
+    figure, grid = sheet_of(plt_fig_axis, len(shown), wide, size)
+    pictures = _are_pictures(values)
+    for place, (axes, index) in enumerate(zip(grid, shown, strict=True)):
+        _draw_filter(axes, values[index], pictures, channels)
         gone = place < len(removed)
-        axes.set_title(f"{one}" + (f" ✕{place + 1}" if gone else ""), size=7, pad=2)
+        axes.set_title(f"{index}" + (f" ✕{place + 1}" if gone else ""), size=7, pad=2)
         for side in axes.spines.values():
             side.set_color(_REMOVED if gone else _KEPT)
             side.set_linewidth(1.8)
-        if marked is not None and bool(marked[one]):
+        if marked is not None and bool(marked[index]):
             axes.plot(
                 0.12, 0.88, "o", transform=axes.transAxes, color="white", markeredgecolor="black",
                 markersize=4.5,
             )  # fmt: skip
-    for axes in grid[number:]:
-        axes.set_axis_off()
-    told = f"orange: removed, ✕ its place ({len(removed)}); blue: kept ({number - len(removed)})"
-    told += "" if marked is None else f"; dot: {mark_label}"
-    figure.suptitle(f"{title}\n{told}" if title else told, size=9, x=0.01, ha="left")
-    return figure, grid[:number]
+    told = [
+        f"orange: removed, ✕ its place ({len(removed)}); blue: kept ({number - len(removed)})",
+        "" if marked is None else f"dot: {mark_label}",
+        out_of(len(shown), number, "filters"),
+    ]
+    legend = "; ".join(filter(None, told))
+    headline(figure, f"{title}\n{legend}" if title else None, legend, size=9, x=0.01, ha="left")
+    return figure, grid
 
 
 def plot_removal_curves(
@@ -101,7 +140,7 @@ def plot_removal_curves(
     Args:
 
         curves (RemovalCurves): From :func:`captum_classfilters.pruning.accuracy_after_removal`.
-        random (str, optional): Name of the control, drawn grey with a band of one standard
+        random (str, optional): Name of the control, drawn gray with a band of one standard
                     deviation over its seeds.
                     Default: "random"
         title (str, optional): Title.
@@ -119,18 +158,25 @@ def plot_removal_curves(
         middle = 100 * values.mean(0)
         spread = 100 * values.std(0) if len(values) > 1 else torch.zeros_like(middle)
         if name == random:
-            colour, style, width = GREY, ":", 1.6
+            color, style, width = GRAY, ":", 1.6
         else:
-            colour = COLOURS[index % len(COLOURS)]
-            style, width = _STYLES[index // len(COLOURS) % len(_STYLES)], 1.6
+            color = COLORS[index % len(COLORS)]
+            style, width = _STYLES[index // len(COLORS) % len(_STYLES)], 1.6
             index += 1
-        label = f"{name}, mean of {len(values)}" if len(values) > 1 else name
-        axes.plot(share, middle, color=colour, linestyle=style, linewidth=width, label=label)
+        label = short_name(name)
+        label = f"{label}, mean of {len(values)}" if len(values) > 1 else label
+        axes.plot(share, middle, color=color, linestyle=style, linewidth=width, label=label)
         if len(values) > 1:
             axes.fill_between(
-                share, middle - spread, middle + spread, color=colour, alpha=0.2, linewidth=0
+                share,
+                (middle - spread).clamp(min=0),
+                (middle + spread).clamp(max=100),
+                color=color,
+                alpha=0.2,
+                linewidth=0,
             )
-    axes.set_xlim(0, 100)
+    steps = max(values.shape[1] for values in curves.accuracy.values()) - 1
+    axes.set_xlim(0, 100 * max(steps, 1) / curves.num_filters)
     axes.set_xlabel(f"filters of {curves.layer} removed, % of {curves.num_filters}")
     axes.set_ylabel("accuracy, %")
     axes.set_title(title or f"accuracy on {curves.num_images:,} images", loc="left")
@@ -144,7 +190,10 @@ def plot_class_bars(
     interpretations: FilterInterpretation | Sequence[FilterInterpretation],
     pictures: Tensor | None = None,
     *,
+    most: int = 12,
+    channels: Channels = None,
     title: str | None = None,
+    plt_fig_axis: tuple[Any, Any] | None = None,
 ) -> tuple[Any, Any]:
     r"""
     For each filter the classes that lose most and least without it, beside the filter.
@@ -159,85 +208,106 @@ def plot_class_bars(
         pictures (Tensor, optional): A picture for each of them, (number, channels, h, w): weights,
                     or the images that excite the filter most.
                     Default: None
+        most (int): Draw at most so many filters, those without which the accuracy over all images
+                    changes most.
+                    Default: 12
+        channels (tuple of int, optional): Channels of the pictures to draw as red, green and blue.
+                    Default: None
         title (str, optional): Title.
+        plt_fig_axis (tuple, optional): Figure and axes (number, 1 or 2) to draw on; new ones by
+                    default.
 
     Returns:
         *tuple* of figure and array of axes (number, 1 or 2), bars last.
 
     Raises:
-        ValueError: Nothing is given, or there is not one picture for each filter.
+        ValueError: Nothing is given, there is not one picture for each filter, or one cannot be
+                    drawn.
     """
-    chosen = (
+    filters = (
         [interpretations]
         if isinstance(interpretations, FilterInterpretation)
         else list(interpretations)
     )
-    if not chosen or (pictures is not None and len(pictures) != len(chosen)):
-        given = "no" if pictures is None else len(pictures)
-        raise ValueError(f"{len(chosen)} filters and {given} pictures: expected one for each.")
-    lengths = [len(_effects(one)) for one in chosen]
-    figure = new_figure((6.4, 0.5 + sum(0.6 + 0.22 * length for length in lengths)))
-    width = 1 if pictures is None else 2
-    grid = figure.subplots(
-        len(chosen),
+    if not filters or (pictures is not None and len(pictures) != len(filters)):
+        count = "no" if pictures is None else len(pictures)
+        raise ValueError(f"{len(filters)} filters and {count} pictures: expected one for each.")
+    drawn = None if pictures is None else numbers_of(pictures, "The pictures")
+    if drawn is not None:
+        if drawn.dim() != 4:
+            raise ValueError(
+                f"pictures have shape {tuple(drawn.shape)}; expected (number, channels, h, w)."
+            )
+        check_channels(channels, drawn.shape[1])
+    changes = torch.tensor([abs(filter_.reduction) for filter_ in filters])
+    rows = chosen(most, changes, "most").tolist()
+    lengths = [len(_effects(filters[row])) for row in rows]
+    width = 1 if drawn is None else 2
+    figure, grid = grid_of(
+        plt_fig_axis,
+        len(rows),
         width,
-        squeeze=False,
+        (6.4, 0.5 + sum(0.6 + 0.22 * length for length in lengths)),
         width_ratios=[1] if width == 1 else [1, 3],
         height_ratios=[1.5 + 0.5 * length for length in lengths],
     )
-    for row, one in enumerate(chosen):
-        if pictures is not None:
-            _draw_filter(grid[row, 0], pictures[row])
-        _draw_bars(grid[row, -1], one)
-    grid[-1, -1].set_xlabel("accuracy lost without the filter, points")
-    if title:
-        figure.suptitle(title, size=10, x=0.01, ha="left")
+    are_pictures = drawn is not None and _are_pictures(drawn)
+    for axes, row in zip(grid, rows, strict=True):
+        if drawn is not None:
+            _draw_filter(axes[0], drawn[row], are_pictures, channels)
+        _draw_bars(axes[-1], filters[row])
+    told = ["accuracy lost without the filter, points", out_of(len(rows), len(filters), "filters")]
+    grid[-1, -1].set_xlabel("\n".join(filter(None, told)))
+    headline(figure, title, size=10, x=0.01, ha="left")
     return figure, grid
 
 
-def _effects(one: FilterInterpretation) -> list[ClassEffect]:
+def _effects(filter_: FilterInterpretation) -> list[ClassEffect]:
     """Classes from most to least, none twice."""
-    names = {effect.name for effect in one.top}
-    return [*one.top, *(effect for effect in one.bottom[::-1] if effect.name not in names)]
+    names = {effect.name for effect in filter_.top}
+    return [*filter_.top, *(effect for effect in filter_.bottom[::-1] if effect.name not in names)]
 
 
-def _draw_bars(axes: Any, one: FilterInterpretation) -> None:
-    effects = _effects(one)
+def _draw_bars(axes: Any, filter_: FilterInterpretation) -> None:
+    effects = _effects(filter_)
     values = [100 * effect.reduction for effect in effects]
     places = list(range(len(effects)))
     low = [value - 100 * effect.low for value, effect in zip(values, effects, strict=True)]
     high = [100 * effect.high - value for value, effect in zip(values, effects, strict=True)]
-    colours = [_REMOVED if value > 0 else _KEPT for value in values]
-    axes.barh(places, values, color=colours, height=0.7)
+    colors = [POSITIVE if value > 0 else NEGATIVE for value in values]
+    axes.barh(places, values, color=colors, height=0.7)
     axes.errorbar(
         values, places, xerr=[low, high], fmt="none", ecolor="0.3", elinewidth=1, capsize=2
     )
     axes.axvline(0, color="black", linewidth=0.8)
-    axes.set_yticks(places, [effect.name for effect in effects], size=8)
+    axes.set_yticks(places, [short_name(effect.name) for effect in effects], size=8)
     axes.invert_yaxis()
-    if len(one.top) < len(effects):
-        axes.axhline(len(one.top) - 0.5, color="0.6", linewidth=0.8, linestyle=":")
+    if len(filter_.top) < len(effects):
+        axes.axhline(len(filter_.top) - 0.5, color="0.6", linewidth=0.8, linestyle=":")
     axes.set_title(
-        f"filter {one.filter}: {100 * one.reduction:+.2f} points over all images",
+        f"filter {filter_.filter}: {100 * filter_.reduction:+.2f} points over all images",
         loc="left",
         size=9,
     )
     quiet(axes)
 
 
-def _draw_filter(axes: Any, filter_: Tensor) -> None:
-    """Weights, or a picture with values in [0, 1] alone."""
-    values = filter_.detach().double().cpu()
-    size = float(values.abs().max()) or 1.0
-    picture = float(values.min()) >= 0 and float(values.max()) <= 1
-    if len(values) == 3:
-        shown = values if picture else 0.5 + values / (2 * size)
-        axes.imshow(shown.permute(1, 2, 0).numpy(), interpolation="nearest")
-    elif len(values) == 1 and picture:
-        axes.imshow(values[0].numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-    else:
-        mean = values.mean(0)
-        limit = float(mean.abs().max()) or 1.0
-        axes.imshow(mean.numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
-    axes.set_xticks([])
-    axes.set_yticks([])
+def _are_pictures(values: Tensor) -> bool:
+    """Whether numbers lie in [0, 1], as those of images do and those of weights hardly ever."""
+    return not values.numel() or (float(values.min()) >= 0 and float(values.max()) <= 1)
+
+
+def _draw_filter(axes: Any, values: Tensor, picture: bool, channels: Channels) -> None:
+    """A picture, or weights: three channels as colors around gray, else their signed mean."""
+    bare(axes)
+    if picture:
+        show_picture(axes, picture_of(values, channels), interpolation="nearest")
+        return
+    if channels is not None or len(values) == 3:
+        shown = values[list(channels or range(3))]
+        limit = float(shown.abs().max()) or 1.0
+        axes.imshow((0.5 + shown / (2 * limit)).movedim(0, -1).numpy(), interpolation="nearest")
+        return
+    mean = values.mean(0)
+    limit = float(mean.abs().max()) or 1.0
+    axes.imshow(mean.numpy(), cmap=SIGNED, vmin=-limit, vmax=limit, interpolation="nearest")

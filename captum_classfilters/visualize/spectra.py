@@ -6,7 +6,15 @@ from typing import Any
 import numpy as np
 
 from captum_classfilters.spectral import LayerSpectrum, ModelSpectra
-from captum_classfilters.visualize.figures import COLOURS, GREY, axes_of, new_figure, quiet
+from captum_classfilters.visualize.figures import (
+    COLORS,
+    GRAY,
+    axes_of,
+    grid_of,
+    headline,
+    quiet,
+    set_ticks,
+)
 
 _MARKERS = "osD^v"
 
@@ -34,16 +42,13 @@ def plot_spectrum(
     Returns:
         *tuple* of figure and the pair of axes.
     """
-    if plt_fig_axis is None:
-        figure = new_figure((9.6, 3.8))
-        pair = figure.subplots(1, 2)
-    else:
-        figure, pair = plt_fig_axis
+    figure, grid = grid_of(plt_fig_axis, 1, 2, (9.6, 3.8))
+    pair = grid[0]
     values = np.sort(spectrum.values[spectrum.values > 0].cpu().numpy())
     _draw_bulk(pair[0], spectrum, values)
     _draw_tail(pair[1], spectrum, values)
     rows, columns = spectrum.shape
-    figure.suptitle(title or f"{spectrum.name}, {rows} by {columns}", x=0.01, ha="left")
+    headline(figure, title, f"{spectrum.name}, {rows} by {columns}", x=0.01, ha="left")
     return figure, pair
 
 
@@ -57,21 +62,21 @@ def _draw_bulk(axes: Any, spectrum: LayerSpectrum, values: np.ndarray) -> None:
         values,
         bins=np.linspace(0, values[-1], number + 1),
         density=True,
-        color=COLOURS[5],
+        color=COLORS[5],
         alpha=0.6,
         label=f"{len(values)} eigenvalues",
     )
     grid = np.linspace(max(fit.law.lower, values[-1] * 1e-4), fit.law.upper, 600)
     bulk = 1 - len(outliers) / len(values)
     density = bulk * fit.law.density(grid)
-    axes.plot(grid, density, color=COLOURS[1], label="Marchenko-Pastur")
+    axes.plot(grid, density, color=COLORS[1], label="Marchenko-Pastur")
     if len(outliers):
         base = [0.02] * len(outliers)
         axes.plot(
             outliers,
             base,
             "|",
-            color=COLOURS[0],
+            color=COLORS[0],
             markersize=12,
             transform=axes.get_xaxis_transform(),
             label=f"{len(outliers)} above the edge",
@@ -88,16 +93,16 @@ def _draw_bulk(axes: Any, spectrum: LayerSpectrum, values: np.ndarray) -> None:
 def _draw_tail(axes: Any, spectrum: LayerSpectrum, values: np.ndarray) -> None:
     law = spectrum.power_law
     above = 1 - np.arange(len(values)) / len(values)
-    axes.plot(values, above, ".", color=COLOURS[5], markersize=4, label="eigenvalues")
+    axes.plot(values, above, ".", color=COLORS[5], markersize=4, label="eigenvalues")
     x = np.geomspace(law.minimum, values[-1], 50)
     share = law.num_tail / len(values)
     axes.plot(
         x,
         share * (x / law.minimum) ** (1 - law.alpha),
-        color=COLOURS[0],
+        color=COLORS[0],
         label=f"power law, exponent {law.alpha:.2f} ± {law.standard_error:.2f} ({spectrum.verdict})",
     )
-    axes.axvline(law.minimum, color=GREY, linestyle=":", linewidth=1)
+    axes.axvline(law.minimum, color=GRAY, linestyle=":", linewidth=1)
     axes.set_xscale("log")
     axes.set_yscale("log")
     # Eigenvalues near zero would take most of a logarithmic axis.
@@ -142,37 +147,36 @@ def plot_exponents(
     if not models:
         raise ValueError("spectra is empty; pass at least one model's.")
     names = [layer.name for layer in next(iter(models.values()))]
-    for label, one in models.items():
-        if [layer.name for layer in one] != names:
+    for label, model in models.items():
+        if [layer.name for layer in model] != names:
             raise ValueError(f"The layers of {label!r} are not those of the first model.")
     figure, axes = axes_of(plt_fig_axis, (max(6.4, 1.5 + 0.28 * min(len(names), 40)), 4.2))
-    axes.axhspan(1, 3, color=COLOURS[2], alpha=0.15, linewidth=0)
-    axes.axhspan(3, 4.5, color=COLOURS[4], alpha=0.15, linewidth=0)
+    axes.axhspan(1, 3, color=COLORS[2], alpha=0.15, linewidth=0)
+    axes.axhspan(3, 4.5, color=COLORS[4], alpha=0.15, linewidth=0)
     for text, height in (("good", 1.05), ("fair", 3.1)):
-        axes.annotate(text, (1.01, height), xycoords=("axes fraction", "data"), color=GREY)
+        axes.annotate(text, (1.01, height), xycoords=("axes fraction", "data"), color=GRAY)
     place = np.arange(len(names))
-    for index, (label, one) in enumerate(models.items()):
+    for index, (label, model) in enumerate(models.items()):
         axes.errorbar(
             place,
-            [layer.power_law.alpha for layer in one],
-            yerr=[layer.power_law.standard_error for layer in one],
-            color=COLOURS[index % len(COLOURS)],
+            [layer.power_law.alpha for layer in model],
+            yerr=[layer.power_law.standard_error for layer in model],
+            color=COLORS[index % len(COLORS)],
             marker=_MARKERS[index % len(_MARKERS)],
             markersize=5,
             linewidth=1,
             elinewidth=0.7,
-            label=f"{label}, universal metric {one.universal_metric:.2f}".removeprefix(", "),
+            label=f"{label}, universal metric {model.universal_metric:.2f}".removeprefix(", "),
         )
     axes.set_yscale("log")
-    highest = max(layer.power_law.alpha for one in models.values() for layer in one)
+    highest = max(layer.power_law.alpha for model in models.values() for layer in model)
     ticks = [tick for tick in (1, 2, 3, 5, 10, 20, 50, 100, 200) if tick <= 1.6 * highest]
     axes.set_yticks(ticks, [str(tick) for tick in ticks])
     axes.minorticks_off()
     axes.set_ylim(1, 1.4 * max(highest, 4.5))
-    step = max(1, -(-len(names) // 40))
-    axes.set_xticks(place[::step], names[::step], rotation=90 if len(names) > 6 else 0, fontsize=8)
+    set_ticks(axes, "x", names, rotation=90 if len(names) > 6 else 0, fontsize=8)
     axes.set_ylabel("power-law exponent ± its standard error")
-    figure.suptitle(title or "exponents of the layers' spectra", x=0.01, ha="left")
+    headline(figure, title, "exponents of the layers' spectra", x=0.01, ha="left")
     axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
     quiet(axes)
     return figure, axes

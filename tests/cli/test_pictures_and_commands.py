@@ -1,4 +1,4 @@
-"""Pictures, the demo, and the command line, end to end on small images."""
+"""The demo and the command line, end to end on small images."""
 
 import csv
 import json
@@ -6,7 +6,6 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -20,120 +19,7 @@ from captum_classfilters.cli.compare_folder import _class_filters
 from captum_classfilters.cli.demo import run_demo
 from captum_classfilters.cli.folder_classes import _categories, _places
 from captum_classfilters.cli.main import main
-from captum_classfilters.heads import AccuracyCurve
-from captum_classfilters.visualize import (
-    figures as _figures,
-)
-from captum_classfilters.visualize import (
-    plot_accuracy_curve,
-    plot_class_filters,
-    plot_class_overlap,
-    plot_explanations,
-    plot_filter_maps,
-)
 from tests.models import images, pool_linear
-
-
-def table(classes=3, filters=7, signed=True):
-    scores = torch.randn(classes, filters, generator=torch.Generator().manual_seed(0))
-    scores = scores if signed else scores.abs()
-    names = [f"class {index}" for index in range(classes)]
-    return ClassFilters(
-        scores, torch.ones(classes), class_names=names, method="M", layer="L"
-    ).select(2)
-
-
-class TestPictures:
-    def test_only_a_notebook_finds_them_among_the_figures_of_pyplot(self, monkeypatch):
-        """There the figure shows below the cell; elsewhere nothing piles up."""
-        plt.close("all")
-        plot_class_filters(table())
-        assert plt.get_fignums() == []
-        assert not _figures._in_ipython()
-        session = SimpleNamespace(get_ipython=lambda: object())
-        with monkeypatch.context() as patched:
-            patched.setitem(sys.modules, "IPython", session)
-            assert _figures._in_ipython()
-        monkeypatch.setattr(_figures, "_in_ipython", lambda: True)
-        figure, _ = plot_class_filters(table())
-        assert plt.get_fignums() == [figure.number]
-        plt.close("all")
-
-    def test_heat_map_shows_scores_and_marks_the_selection(self):
-        one = table()
-        _, axes = plot_class_filters(one, order="index")
-        image = axes.images[0]
-        np.testing.assert_allclose(image.get_array(), one.scores.numpy())
-        assert image.norm.vmin == -image.norm.vmax
-        marked = {(int(y), int(x)) for x, y in axes.collections[0].get_offsets()}
-        assert marked == {tuple(cell) for cell in one.selected.nonzero().tolist()}
-        assert [label.get_text() for label in axes.get_yticklabels()] == list(one.class_names)
-
-    def test_heat_map_groups_filters_by_their_best_class(self):
-        one = table()
-        _, axes = plot_class_filters(one)
-        order = [int(label.get_text()) for label in axes.get_xticklabels()]
-        assert sorted(order) == list(range(7))
-        best = one.scores.argmax(0)[order].tolist()
-        assert best == sorted(best)
-
-    def test_heat_map_of_votes_and_of_many_classes(self):
-        _, axes = plot_class_filters(table(signed=False))
-        assert axes.images[0].norm.vmin == 0
-        _, axes = plot_class_filters(table(classes=300, filters=600))
-        assert len(axes.get_yticks()) <= 40
-        scores = torch.rand(2, 3)
-        scores[1] = float("nan")
-        plot_class_filters(ClassFilters(scores, torch.tensor([1, 0])))
-        with pytest.raises(ValueError, match="order='random'"):
-            plot_class_filters(table(), order="random")
-
-    def test_curve_draws_every_rule_and_the_controls(self):
-        curve = AccuracyCurve(
-            [1, 2, 4],
-            {"ours": [0.2, 0.5, 0.9], "theirs": [0.1, 0.2, 0.9]},
-            {},
-            0.9,
-            [0.1, 0.1, 0.9],
-            [0.01, 0.02, 0.0],
-            10,
-        )
-        _, axes = plot_accuracy_curve(curve)
-        drawn = {line.get_label(): list(line.get_ydata()) for line in axes.lines}
-        assert drawn["ours"] == pytest.approx([20, 50, 90])
-        assert drawn["random filters"] == pytest.approx([10, 10, 90])
-        assert drawn["all filters"][0] == pytest.approx(90)
-
-    @pytest.mark.parametrize("channels", [1, 3])
-    def test_explanations_survive_maps_of_zeros(self, channels):
-        images = torch.rand(2, channels, 5, 5) * 3
-        maps = torch.randn(2, channels, 5, 5)
-        figure, grid = plot_explanations(
-            images, {"a": maps, "b": torch.zeros_like(maps)}, titles="xy"
-        )
-        assert grid.shape == (2, 3)
-        assert "zero" in [text.get_text() for text in grid[0, 2].texts]
-        assert grid[0, 1].get_title() == "a"
-        figure.canvas.draw()
-        with pytest.raises(ValueError, match="expected 2 maps"):
-            plot_explanations(images, {"a": maps[:1]})
-        with pytest.raises(ValueError, match="1 or 3"):
-            plot_explanations(torch.rand(2, 4, 5, 5), {})
-
-    def test_filter_maps_carry_their_contribution(self):
-        one = table()
-        contributions = torch.randn(7, 3, 3)
-        _, grid = plot_filter_maps(torch.rand(1, 6, 6), contributions, one, "class 1")
-        first = int(one.filters_of(1)[0])
-        assert grid[1].get_title() == f"filter {first}\n{float(contributions[first].sum()):+.2f}"
-        with pytest.raises(ValueError, match="expected one image"):
-            plot_filter_maps(torch.rand(1, 6, 6), contributions[:3], one, 0)
-
-    def test_overlap_counts(self):
-        _, axes = plot_class_overlap(table())
-        shared = table().overlap().count
-        texts = {text.get_position(): int(text.get_text()) for text in axes.texts}
-        assert texts[(1, 0)] == int(shared[0, 1])
 
 
 def test_demo_end_to_end(tmp_path):

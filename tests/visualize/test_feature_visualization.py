@@ -7,7 +7,7 @@ from torch import nn
 from captum_classfilters.visualize import (
     FeatureObjective,
     RandomTransform,
-    colour_root,
+    color_root,
     plot_features,
     visualize_features,
 )
@@ -34,7 +34,7 @@ def optimum(weight):
 def test_a_linear_unit_gets_its_own_pattern(parametrization):
     model = hand_made()
     weight = model[0].weight.detach()
-    up = of_filter("0", 0, position="centre")
+    up = of_filter("0", 0, position="center")
     direction = torch.tensor([0.6, -0.8])
     both = of_direction("0", direction, position=(1, 1))
     seen = visualize_features(
@@ -61,9 +61,10 @@ def test_a_linear_unit_gets_its_own_pattern(parametrization):
         assert float((seen.images[..., outside] - 0.5).abs().max()) < 0.02
 
 
+@pytest.mark.filterwarnings("ignore:Nothing was optimized")
 def test_sums_are_sums():
     model = deep()
-    a, b = of_filter("stage1", 1), of_filter("stage2", 2, position="centre")
+    a, b = of_filter("stage1", 1), of_filter("stage2", 2, position="center")
     options = {"steps": 1, "transform": None, "seed": 3, **QUIET}
     alone = [visualize_features(model, one, (2, 8, 8), **options).initial for one in (a, b)]
     mixed = visualize_features(model, a - 0.5 * b, (2, 8, 8), **options).initial
@@ -136,7 +137,7 @@ def test_channels_last_layer():
     torch.testing.assert_close(first.images, last.images)
 
 
-def test_one_channel_and_colours():
+def test_one_channel_and_colors():
     model = nn.Sequential(nn.Conv2d(1, 2, 3))
     assert visualize_features(
         model, of_filter("0", 0), (1, 7, 9), steps=2, **QUIET
@@ -146,26 +147,129 @@ def test_one_channel_and_colours():
         7,
         9,
     )
-    grey = colour_root(torch.rand(4, 1, 8, 8).expand(4, 3, 8, 8))
+    grey = color_root(torch.rand(4, 1, 8, 8).expand(4, 3, 8, 8))
     seen = visualize_features(
-        hand_made(), of_filter("0", 0), (3, 8, 8), steps=5, colour_root=grey, **QUIET
+        hand_made(), of_filter("0", 0), (3, 8, 8), steps=5, color_root=grey, **QUIET
     )
     spread = seen.images.amax(1) - seen.images.amin(1)
     assert float(spread.max()) < 1e-3  # colours that only vary together stay grey
     assert float(seen.images.std()) > 0.01
 
 
-def test_colour_root_is_the_root_of_the_covariance():
+def test_color_root_is_the_root_of_the_covariance():
     mixing = torch.tensor([[1.0, 0.3, 0.0], [0.0, 0.5, 0.2], [0.4, 0.0, 0.8]])
     noise = torch.rand(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     images = torch.einsum("dc,nchw->ndhw", mixing, noise)
-    root = colour_root(images)
+    root = color_root(images)
     covariance = torch.cov(images.movedim(1, 0).flatten(1), correction=0)
     squared = root @ root
     torch.testing.assert_close(squared / squared.trace(), covariance / covariance.trace())
     assert float(root.norm(dim=0).max()) == pytest.approx(1)
     with pytest.raises(ValueError, match=r"expected \(N, C, H, W\)"):
-        colour_root(torch.rand(3, 4))
+        color_root(torch.rand(3, 4))
+
+
+# Types of number
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("parametrization", ["pixel", "fourier"])
+def test_models_of_any_type(dtype, parametrization):
+    options = {"steps": 20, "parametrization": parametrization, **QUIET}
+    objectives = [of_filter("0", 1), of_direction("0", torch.tensor([0.6, -0.8]))]
+    plain = visualize_features(hand_made(), objectives, (3, 8, 8), **options)
+    seen = visualize_features(hand_made().to(dtype), objectives, (3, 8, 8), **options)
+    coarse = {torch.bfloat16: 0.05, torch.float16: 0.01, torch.float64: 1e-5}[dtype]
+    torch.testing.assert_close(seen.images, plain.images, atol=coarse, rtol=0)
+    torch.testing.assert_close(seen.values.float(), plain.values, atol=coarse, rtol=coarse)
+    assert seen.values.dtype in (torch.float32, torch.float64)
+    plot_features(seen)
+
+
+def test_a_model_of_two_types():
+    class Mixed(nn.Sequential):
+        def forward(self, x):
+            return self[1](self[0](x).float())
+
+    torch.manual_seed(0)
+    model = Mixed(nn.Conv2d(3, 2, 3).bfloat16(), nn.Conv2d(2, 4, 3))
+    mixed = of_filter("1", 3) + 2 * of_filter("0", 1, position="center")
+    seen = visualize_features(model, mixed, (3, 9, 9), steps=20, **QUIET)
+    assert float(seen.values) > float(seen.initial) + 0.1
+
+
+# Nothing to optimize
+
+
+def test_a_filter_without_a_gradient_is_named():
+    model = deep()
+    model.stage2[1].bias.data[3] = -1e3  # dead behind its ReLU
+    objectives = [of_filter("stage2", 0), of_filter("stage2", 3), of_filter("stage2.1", 3)]
+    with pytest.warns(
+        UserWarning, match=r"1 of 3 objectives, 1 \(filter 3 of 'stage2'\): the grad"
+    ):
+        seen = visualize_features(model, objectives, (2, 8, 8), steps=3, **QUIET)
+    assert seen.optimized.tolist() == [True, False, True]
+    _, axes = plot_features(seen)
+    assert [one.get_title().split("\n")[1] == "not optimized" for one in axes] == [0, 1, 0]
+    start = visualize_features(model, of_filter("stage1.0", 0), (2, 8, 8), steps=1, **QUIET)
+    assert start.optimized.tolist() == [True]
+    nothing = 0 * of_filter("stage1", 1, position="center")
+    with pytest.warns(UserWarning, match=r"0 \(0 \* filter 1 of 'stage1' at center\)"):
+        visualize_features(model, nothing, (2, 8, 8), steps=2, **QUIET)
+
+
+def test_a_gradient_at_one_step_is_enough(recwarn):
+    model = hand_made()
+    calls = []
+
+    def first_only(images, generator):
+        calls.append(1)
+        return images if len(calls) == 1 else images.detach() * 0 + images * 0
+
+    seen = visualize_features(
+        model, of_filter("0", 0), (3, 5, 5), steps=4, transform=first_only, **QUIET
+    )
+    assert seen.optimized.tolist() == [True]
+    assert not recwarn.list
+
+
+def test_a_forward_pass_that_detaches_is_refused():
+    class Frozen(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 2, 3)
+
+        def forward(self, x):
+            with torch.no_grad():
+                return self.conv(x)
+
+    with pytest.raises(ValueError, match="no gradient towards the image"):
+        visualize_features(Frozen(), of_filter("conv", 0), (3, 6, 6), steps=2, **QUIET)
+
+
+def test_inside_inference_mode():
+    model = hand_made()
+    with torch.inference_mode():
+        seen = visualize_features(model, of_filter("0", 0), (3, 6, 6), steps=9, **QUIET)
+    assert float(seen.values) > float(seen.initial)
+
+
+def test_infinite_values_are_named():
+    model = hand_made()
+    model[0].weight.data.fill_(3e38)
+    with pytest.raises(ValueError, match="Objective 0 became NaN or infinite"):
+        visualize_features(model, of_filter("0", 0), (3, 6, 6), steps=1, **QUIET)
+
+
+def test_results_print_in_a_line():
+    seen = visualize_features(hand_made(), of_filter("0", 0), (3, 6, 6), steps=2, **QUIET)
+    assert str(seen) == (
+        "FeatureVisualization(images=float32 (1, 3, 6, 6), values=float32 (1,), "
+        "initial=float32 (1,), history=float32 (2, 1), optimized=bool (1,))"
+    )
+    objective = 2 * of_direction(deep().stage1, torch.ones(4))
+    assert repr(objective) == "FeatureObjective(2 * a direction of 'Sequential')"
 
 
 # Transforms
@@ -218,7 +322,7 @@ def test_bad_input():
         ({"steps": 0}, "steps=0"),
         ({"parametrization": "wavelet"}, "choose 'fourier' or 'pixel'"),
         ({"transform": "none"}, "expected a callable"),
-        ({"colour_root": torch.eye(3)}, "images of 2 channels need"),
+        ({"color_root": torch.eye(3)}, "images of 2 channels need"),
         ({"objectives": of_filter("stage2", 6)}, "has filters 0 to 5"),
         ({"objectives": of_filter("stage2", -1)}, "has filters 0 to 5"),
         ({"objectives": of_filter("stage3", 1)}, "no layer 'stage3'"),
@@ -243,7 +347,7 @@ def test_bad_input():
 
 @pytest.mark.parametrize("side", [16, 96])
 def test_fourier_steps_move_images_of_any_size_alike(side):
-    objective = of_filter("0", 0, position="centre")
+    objective = of_filter("0", 0, position="center")
     seen = visualize_features(
         hand_made(), objective, (3, side, side), steps=5, transform=None, **QUIET
     )

@@ -36,13 +36,13 @@ def test_another_networks_weight_has_its_own_order():
 
 
 def test_mutual_information():
-    information = torch.tensor([[0.1, 0.3], [0.2, 0.0], [0.0, 0.25]])
+    information = torch.tensor([[0.1, 0.2, 0.0], [0.3, 0.0, 0.25]])
     _, axes = plot_mutual_information(information, bound=0.325)
-    np.testing.assert_allclose(axes.images[0].get_array(), information.T[:, [1, 0, 2]])
+    np.testing.assert_allclose(axes.images[0].get_array(), information[:, [1, 0, 2]])
     assert axes.images[0].norm.vmax == 0.325
     assert "score 0.250 of at most 0.325" in axes.get_title(loc="left")
     _, axes = plot_mutual_information(information, order="index")
-    np.testing.assert_allclose(axes.images[0].get_array(), information.T)
+    np.testing.assert_allclose(axes.images[0].get_array(), information)
     assert axes.images[0].norm.vmax == pytest.approx(0.3)
 
 
@@ -70,7 +70,7 @@ def test_bad_input():
         plot_gate_and_weight(GATE, WEIGHT, other_weight=torch.rand(3))
     with pytest.raises(ValueError, match="1 class names for 2"):
         plot_gate_and_weight(GATE, WEIGHT, class_names=["cat"])
-    with pytest.raises(ValueError, match=r"expected \(K, C\)"):
+    with pytest.raises(ValueError, match=r"expected \(C, K\)"):
         plot_mutual_information(torch.rand(3))
     with pytest.raises(ValueError, match="order='size'"):
         plot_mutual_information(GATE, order="size")

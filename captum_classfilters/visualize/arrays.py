@@ -1,0 +1,139 @@
+"""What is drawn, as plain numbers: any type and device in, NaN named, images in [0, 1]."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+Channels = tuple[int, int, int] | None
+_SLACK = 1e-3  # what rounding leaves outside [0, 1] after a normalization is undone
+
+
+def numbers_of(values: Any, what: str, *, missing: bool = False) -> Tensor:
+    r"""
+    Values as float64 on the CPU, whatever their type and device.
+
+    Args:
+
+        values (Tensor, ndarray or sequence): The values.
+        what (str): What error messages call them, a plural.
+        missing (bool): Allow NaN, for what is not known.
+                    Default: False
+
+    Raises:
+        ValueError: They are not real numbers, or some are NaN or infinite.
+    """
+    try:
+        tensor = torch.as_tensor(values).detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"{what} are a {type(values).__name__}; expected a Tensor of numbers."
+        ) from error
+    if tensor.is_complex():
+        raise ValueError(f"{what} are {tensor.dtype}; expected real numbers.")
+    tensor = tensor.cpu().double()
+    wrong = tensor.isinf() if missing else ~tensor.isfinite()
+    if bool(wrong.any()):
+        first = tuple(wrong.nonzero()[0].tolist())
+        raise ValueError(
+            f"{what} hold {int(wrong.sum())} NaN or infinite values of {tensor.numel()}, the first "
+            f"at {first}; only finite numbers can be drawn."
+        )
+    return tensor
+
+
+def picture_of(image: Any, channels: Channels = None, what: str = "the image") -> NDArray[Any]:
+    r"""
+    An image (C, H, W) as one to draw: (H, W) in gray or (H, W, 3) in color, in [0, 1].
+
+    One channel is gray and three are red, green and blue; any other number is drawn as its mean, in
+    gray, unless three channels are chosen. Bytes are divided by 255; other values beyond [0, 1] are
+    stretched to it.
+    """
+    values = numbers_of(image, f"The pixels of {what}")
+    if values.dim() != 3 or not values.numel():
+        raise ValueError(f"{what} has shape {tuple(values.shape)}; expected (C, H, W).")
+    if getattr(image, "dtype", None) in (torch.uint8, np.uint8):
+        values = values / 255
+    shown = _of_channels(values, channels)
+    low, high = float(shown.min()), float(shown.max())
+    if low < -_SLACK or high > 1 + _SLACK:
+        shown = (shown - low) / max(high - low, 1e-12)
+    picture: NDArray[Any] = shown.clamp(0, 1).numpy()
+    return picture
+
+
+def _of_channels(values: Tensor, channels: Channels) -> Tensor:
+    """(C, H, W) as (H, W) or (H, W, 3)."""
+    if channels is not None:
+        check_channels(channels, len(values))
+        return values[list(channels)].movedim(0, -1)
+    return values.movedim(0, -1) if len(values) == 3 else values.mean(0)
+
+
+def check_channels(channels: Channels, number: int) -> None:
+    """Raise if these are not three of the channels."""
+    if channels is None:
+        return
+    if len(channels) != 3 or not all(0 <= channel < number for channel in channels):
+        raise ValueError(
+            f"channels={channels}; choose three from 0 to {number - 1}, for red, green and blue."
+        )
+
+
+def show_picture(axes: Any, picture: NDArray[Any], **options: Any) -> None:
+    """Draw what :func:`picture_of` made."""
+    axes.imshow(picture, cmap="gray", vmin=0, vmax=1, **options)
+
+
+def by_class(scores: Tensor) -> Tensor:
+    """Filters of a table (C, K) grouped by their best class, best first within a class."""
+    best, owner = scores.nan_to_num(nan=-float("inf")).max(0)
+    by_score = best.sort(descending=True, stable=True).indices
+    return by_score[owner[by_score].sort(stable=True).indices]
+
+
+def chosen(
+    wanted: int | Sequence[Any], sizes: Tensor, what: str, names: Sequence[str] = ()
+) -> Tensor:
+    r"""
+    Which rows or columns of a large table to draw.
+
+    Args:
+
+        wanted (int or sequence): So many of the largest sizes, in their own order; or indices, or
+                    names, in the order given.
+        sizes (Tensor): Shape (n,). NaN is smallest.
+        what (str): The argument's name, for messages.
+        names (sequence of str): What the n are called.
+
+    Returns:
+        *Tensor* of int64.
+    """
+    number = len(sizes)
+    if isinstance(wanted, int) and not isinstance(wanted, bool):
+        if wanted < 1:
+            raise ValueError(f"{what}={wanted}; expected a positive number.")
+        order = sizes.nan_to_num(nan=-float("inf")).sort(descending=True, stable=True).indices
+        return order[:wanted].sort().values
+    if isinstance(wanted, (str, bool)):
+        raise ValueError(f"{what}={wanted!r}; expected a number, or a list.")
+    known = {name: place for place, name in enumerate(names)}
+    places = [known.get(entry, entry) for entry in wanted]
+    for place in places:
+        if isinstance(place, str) or not 0 <= int(place) < number:
+            raise ValueError(
+                f"{what} hold {place!r}; expected 0 to {number - 1}"
+                + (", or names." if names else ".")
+            )
+    if not places:
+        raise ValueError(f"{what} are empty; there is nothing to draw.")
+    return torch.tensor([int(place) for place in places])
+
+
+def out_of(drawn: int, number: int, what: str) -> str:
+    """Says how many of a table's rows or columns are drawn, where not all are."""
+    return f"the {drawn:,} of {number:,} {what}" if drawn < number else ""

@@ -1,0 +1,62 @@
+"""Sheets of optimized images."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from captum_classfilters.visualize.arrays import Channels, picture_of, show_picture
+from captum_classfilters.visualize.feature_visualization import FeatureVisualization
+from captum_classfilters.visualize.figures import headline, sheet_of, short_name
+
+
+def plot_features(
+    features: FeatureVisualization,
+    names: Sequence[str] | None = None,
+    *,
+    columns: int = 8,
+    channels: Channels = None,
+    title: str | None = None,
+    plt_fig_axis: tuple[Any, Any] | None = None,
+) -> tuple[Any, Any]:
+    r"""
+    Draw optimized images, each under its name and the value that its objective reaches.
+
+    An image whose objective had no gradient says "not optimized" instead.
+
+    Args:
+
+        features (FeatureVisualization): From
+                    :func:`captum_classfilters.visualize.visualize_features`.
+        names (sequence of str, optional): Of the B objectives; by default their numbers.
+                    Default: None
+        columns (int): Images in a row.
+                    Default: 8
+        channels (tuple of int, optional): Channels of the images to draw as red, green and blue; by
+                    default one is gray, three are colors, and of other numbers the mean is drawn.
+                    Default: None
+        title (str, optional): Title.
+        plt_fig_axis (tuple, optional): Figure and B axes to draw on; new ones by default.
+
+    Returns:
+        *tuple* of figure and array of B axes.
+
+    Raises:
+        ValueError: The names are not B, or there is no column.
+    """
+    number = len(features.images)
+    names = [str(name) for name in (range(number) if names is None else names)]
+    if len(names) != number or columns < 1:
+        raise ValueError(
+            f"{len(names)} names and {columns} columns for {number} images; expected a name for each "
+            "image and a column at least."
+        )
+    wide = min(columns, number)
+    size = (1.25 * wide + 0.3, 1.55 * -(-number // wide) + (0.4 if title else 0))
+    figure, grid = sheet_of(plt_fig_axis, number, wide, size)
+    for index, axes in enumerate(grid):
+        axes.set_axis_off()
+        show_picture(axes, picture_of(features.images[index], channels))
+        value = f"{float(features.values[index]) + 0.0:.2g}"
+        reached = value if bool(features.optimized[index]) else "not optimized"
+        axes.set_title(f"{short_name(names[index], 17)}\n{reached}", size=8, pad=2)
+    headline(figure, title, size=10)
+    return figure, grid

@@ -1,0 +1,506 @@
+"""Every public picture draws what people have: any type, zeros, one filter, two classes, long names."""
+
+import inspect
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+from torch.utils.data import TensorDataset
+
+from captum_classfilters import ClassFilters, visualize
+from captum_classfilters.heads import AccuracyCurve
+from captum_classfilters.identify import Exemplars, ExemplarSide, FilterContrast
+from captum_classfilters.metrics import AttributionComparison, MethodComparison
+from captum_classfilters.pruning import ClassEffect, FilterInterpretation, RemovalCurves
+from captum_classfilters.spectral import (
+    class_hypergraph,
+    model_spectra,
+    separation_test,
+)
+
+LONG = "common iguana or green lizard of the tropical rain forest, Iguana iguana"
+
+
+class Data:
+    """What the pictures draw, of C classes and K filters, with numbers of one type and kind."""
+
+    def __init__(self, classes=3, filters=7, dtype=torch.float32, kind="any", long=False, layers=4):
+        self.classes, self.filters, self.dtype, self.kind = classes, filters, dtype, kind
+        self.layers = layers
+        self.random = torch.Generator().manual_seed(0)
+        self.names = [f"{LONG} {c}" if long else f"class {c}" for c in range(classes)]
+        self.methods = [f"{LONG} {m}" if long else f"method {m}" for m in range(3)]
+
+    def __call__(self, *shape):
+        values = torch.randn(shape, generator=self.random)
+        values = {"any": values, "zero": 0 * values, "negative": -values.abs()}[self.kind]
+        return values.to(self.dtype)
+
+    def uniform(self, *shape):
+        values = torch.rand(shape, generator=self.random)
+        return (0 * values if self.kind == "zero" else values).to(self.dtype)
+
+    def table(self):
+        return ClassFilters(
+            self(self.classes, self.filters),
+            torch.full((self.classes,), 9),
+            class_names=self.names,
+            layer="layer4",
+            method="LayerFilterContribution",
+        ).with_selection(torch.arange(self.filters).expand(self.classes, -1) < 5)
+
+    def exemplars(self):
+        n = 3
+        side = ExemplarSide(
+            torch.arange(n).repeat(self.filters, 1),
+            self(self.filters, n).float(),
+            torch.zeros(self.filters, n, 2, dtype=torch.long),
+            torch.tensor([1, 1, 6, 7]).expand(self.filters, n, 4),
+            torch.zeros(self.filters, n, dtype=torch.long),
+        )
+        return Exemplars("conv", "mean", side, side, n, False)
+
+    def separation(self):
+        labels = torch.arange(12) % self.classes
+        scores = self(12, self.filters).float()
+        options = {"rule": "exemplars", "num_exemplars": 2, "show_progress": False}
+        return separation_test(scores, labels, permutations=9, **options)
+
+    def comparison(self):
+        maps = {name: self(2, 3, 8, 8) for name in self.methods}
+        return AttributionComparison(None, {}, self.uniform(2, 3, 8, 8), [0, 1], maps)
+
+    def methods_compared(self):
+        m = len(self.methods)
+        square = torch.rand(m, m, generator=self.random).double()
+        return MethodComparison(
+            names=tuple(self.methods),
+            tables={name: self.table() for name in self.methods},
+            num_filters=5,
+            overlap=square,
+            chance=0.1,
+            rank_correlation=2 * square - 1,
+            hits=torch.full((m, self.classes), 4),
+            random_hits=torch.full((2, self.classes), 2),
+            accuracy=0.9,
+            counts=torch.full((self.classes,), 9),
+            seconds=dict(zip(self.methods, [1.0, 2.0, float("nan")], strict=True)),
+        )
+
+    def contrast(self):
+        errors = torch.full((self.filters,), 0.1).double()
+        scores = self(self.filters).double()
+        return FilterContrast(
+            self.names[0], self.names[1], scores, errors, 100 * errors, 1.0, 20, "layer4", "M"
+        )
+
+    def interpretations(self):
+        effects = tuple(
+            ClassEffect(name, value, value - 0.1, value + 0.1, value, 9)
+            for name, value in zip(self.names[:4], (0.3, 0.1, -0.05, -0.2), strict=False)
+        )
+        return [
+            FilterInterpretation(k, 0.01 * k, effects, effects[::-1]) for k in range(self.filters)
+        ]
+
+    def curves(self):
+        steps = min(self.filters + 1, 5)
+        accuracy = {
+            self.methods[0]: torch.linspace(0.9, 0.1, steps)[None],
+            "random": torch.rand(3, steps, generator=self.random),
+        }
+        orders = {name: torch.zeros(len(a), steps - 1).long() for name, a in accuracy.items()}
+        return RemovalCurves("layer4", self.filters, orders, accuracy, 1000)
+
+    def spectra(self):
+        widths = [9] * (self.layers + 1)
+        torch.manual_seed(0)
+        net = torch.nn.Sequential()
+        for index, (n, m) in enumerate(itertools.pairwise(widths)):
+            net.add_module(f"a_layer_with_a_name_{index}", torch.nn.Linear(n, m))
+        return model_spectra(net)
+
+
+STEPS = [1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 64, 512]
+CALLS = {
+    "plot_accuracy_curve": lambda d, v, **o: v.plot_accuracy_curve(
+        AccuracyCurve(
+            STEPS,
+            {name: [0.1 * (1 + i)] * 14 for i, name in enumerate(d.methods)},
+            {},
+            0.9,
+            [0.1] * 14,
+            [0.02] * 14,
+            100,
+        ),
+        **o,
+    ),
+    "plot_class_bars": lambda d, v, **o: v.plot_class_bars(
+        d.interpretations(), d(d.filters, 3, 5, 5), **o
+    ),
+    "plot_class_filters": lambda d, v, **o: v.plot_class_filters(d.table(), **o),
+    "plot_class_overlap": lambda d, v, **o: v.plot_class_overlap(d.table(), **o),
+    "plot_class_separation": lambda d, v, **o: v.plot_class_separation(
+        {f"layer {n}": d.separation() for n in range(d.layers)}, score="purity", **o
+    ),
+    "plot_comparison": lambda d, v, **o: v.plot_comparison(
+        d.comparison(), class_names=d.names, **o
+    ),
+    "plot_exemplars": lambda d, v, **o: v.plot_exemplars(
+        d.exemplars(), TensorDataset(d.uniform(3, 3, 8, 8)), [0], class_names=d.names, **o
+    ),
+    "plot_explanations": lambda d, v, **o: v.plot_explanations(
+        d.uniform(2, 3, 8, 8),
+        {name: d(2, 3, 8, 8) for name in d.methods},
+        titles=d.names[:2],
+        **o,
+    ),
+    "plot_exponents": lambda d, v, **o: v.plot_exponents(d.spectra(), **o),
+    "plot_features": lambda d, v, **o: v.plot_features(
+        v.FeatureVisualization(
+            d.uniform(3, 3, 8, 8), d(3), d(3), d(4, 3), torch.tensor([True, True, False])
+        ),
+        d.methods,
+        **o,
+    ),
+    "plot_filter_contrast": lambda d, v, **o: v.plot_filter_contrast(d.contrast(), **o),
+    "plot_filter_correlation": lambda d, v, **o: v.plot_filter_correlation(
+        d(d.filters, 3, 3, 3), d(d.classes, d.filters), class_names=d.names, **o
+    ),
+    "plot_filter_grid": lambda d, v, **o: v.plot_filter_grid(d(d.filters, 3, 3, 3), [0], **o),
+    "plot_filter_maps": lambda d, v, **o: v.plot_filter_maps(
+        d.uniform(3, 8, 8), d(d.filters, 4, 4), d.table(), 1, **o
+    ),
+    "plot_gate_and_weight": lambda d, v, **o: v.plot_gate_and_weight(
+        d.uniform(d.classes, d.filters),
+        d(d.classes, d.filters),
+        other_weight=d(d.classes, d.filters),
+        class_names=d.names,
+        **o,
+    ),
+    "plot_hypergraph": lambda d, v, **o: v.plot_hypergraph(
+        class_hypergraph(
+            torch.eye(d.classes).repeat(1, -(-d.filters // d.classes))[:, : d.filters],
+            torch.arange(d.classes),
+            class_names=d.names,
+            threshold=0.01,
+        ),
+        **o,
+    ),
+    "plot_method_comparison": lambda d, v, **o: v.plot_method_comparison(d.methods_compared(), **o),
+    "plot_mutual_information": lambda d, v, **o: v.plot_mutual_information(
+        d.uniform(d.classes, d.filters), class_names=d.names, **o
+    ),
+    "plot_profile_similarity": lambda d, v, **o: v.plot_profile_similarity(
+        d.uniform(d.classes, d.classes), d.names, **o
+    ),
+    "plot_removal_curves": lambda d, v, **o: v.plot_removal_curves(d.curves(), **o),
+    "plot_spectrum": lambda d, v, **o: v.plot_spectrum(next(iter(d.spectra())), **o),
+}
+SIZES = {
+    "plain": {"classes": 4, "filters": 6},
+    "small": {"classes": 2, "filters": 1},
+    "long": {"classes": 5, "filters": 4, "long": True},
+    "large": {"classes": 1000, "filters": 2048, "layers": 90},
+    "bfloat16": {"dtype": torch.bfloat16},
+    "float16": {"dtype": torch.float16},
+    "zero": {"kind": "zero"},
+    "negative": {"kind": "negative"},
+}
+
+
+def drawn(name, size, **options):
+    figure, axes = CALLS[name](Data(**SIZES[size]), visualize, **options)
+    figure.canvas.draw()  # what breaks there breaks here
+    return figure, axes
+
+
+def test_every_public_picture_is_tried():
+    assert set(CALLS) == {name for name in visualize.__all__ if name.startswith("plot_")}
+
+
+@pytest.mark.parametrize("size", [size for size in SIZES if size != "large"])
+@pytest.mark.parametrize("name", CALLS)
+def test_draws(name, size, recwarn):
+    drawn(name, size)
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_draws_on_the_callers_axes(name):
+    assert "plt_fig_axis" in inspect.signature(getattr(visualize, name)).parameters
+    figure, axes = drawn(name, "plain")
+    wanted = np.atleast_1d(np.asarray(axes, dtype=object))
+    own = Figure(figsize=figure.get_size_inches())
+    given = own.subplots(*(wanted.shape if wanted.ndim == 2 else (1, wanted.size)), squeeze=False)
+    own_figure, own_axes = drawn(
+        name, "plain", plt_fig_axis=(own, given.item() if wanted.size == 1 else given.flatten())
+    )
+    assert own_figure is own
+    assert np.shape(own_axes) == np.shape(axes)
+    assert set(np.ravel(own_axes)) == set(given.flat)
+    for one in given.flat:
+        assert one.has_data()
+    with pytest.raises(ValueError, match="plt_fig_axis holds 81 axes"):
+        drawn(name, "plain", plt_fig_axis=(own, [own.axes[0]] * 81))
+    with pytest.raises(ValueError, match="pair of figure and axes"):
+        drawn(name, "plain", plt_fig_axis=own)
+
+
+def labels(axes, side):
+    return [text.get_text() for text in getattr(axes, f"get_{side}ticklabels")()]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "plot_class_filters",
+        "plot_class_overlap",
+        "plot_filter_correlation",
+        "plot_filter_grid",
+        "plot_class_bars",
+        "plot_gate_and_weight",
+        "plot_hypergraph",
+        "plot_mutual_information",
+        "plot_profile_similarity",
+    ],
+)
+def test_large_tables_show_the_largest_and_say_so(name):
+    figure, axes = CALLS[name](Data(**SIZES["large"]), visualize)
+    panels = np.atleast_1d(np.asarray(axes, dtype=object)).ravel()
+    assert len(panels) <= 128
+    said = figure.get_suptitle() + "".join(
+        one.get_xlabel() + one.get_title(loc="left") for one in panels
+    )
+    assert " of 2,048 " in said or " of 1,000 " in said
+    assert max(len(labels(one, side)) for one in panels for side in "xy") <= 200
+    assert max(figure.get_size_inches()) <= 25
+
+
+def test_which_of_a_large_table_is_the_callers_choice():
+    table = Data(classes=50, filters=300).table()
+    _, axes = visualize.plot_class_filters(
+        table, classes=["class 3", 1], filters=[9, 4, 6], order="index"
+    )
+    expected = table.scores[[3, 1]][:, [9, 4, 6]]
+    np.testing.assert_array_equal(axes.images[0].get_array(), expected)
+    assert labels(axes, "y") == ["class 3", "class 1"]
+    assert labels(axes, "x") == ["9", "4", "6"]
+    _, axes = visualize.plot_class_filters(table, classes=2, filters=300, order="index")
+    rows = table.scores.abs().amax(1).topk(2).indices.sort().values
+    np.testing.assert_array_equal(axes.images[0].get_array(), table.scores[rows])
+    for options, message in [
+        ({"classes": 0}, "classes=0; expected a positive number"),
+        ({"classes": ["cat"]}, "classes hold 'cat'; expected 0 to 49, or names"),
+        ({"filters": [300]}, "filters hold 300; expected 0 to 299"),
+        ({"filters": []}, "filters are empty"),
+        ({"filters": "all"}, "expected a number, or a list"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            visualize.plot_class_filters(table, **options)
+
+
+# What is not finite
+
+
+NOT_FINITE = {
+    "plot_class_bars": lambda v, x, d: v.plot_class_bars(d.interpretations(), x(7, 3, 5, 5)),
+    "plot_explanations": lambda v, x, d: v.plot_explanations(x(2, 3, 8, 8), {}),
+    "maps": lambda v, x, d: v.plot_explanations(d(2, 3, 8, 8), {"a": x(2, 3, 8, 8)}),
+    "plot_filter_correlation": lambda v, x, d: v.plot_filter_correlation(x(7, 3, 3), d(3, 7)),
+    "scores": lambda v, x, d: v.plot_filter_correlation(d(7, 3, 3), x(3, 7)),
+    "plot_filter_grid": lambda v, x, d: v.plot_filter_grid(x(7, 3, 3, 3), [0]),
+    "plot_filter_maps": lambda v, x, d: v.plot_filter_maps(d(3, 8, 8), x(7, 4, 4), d.table(), 1),
+    "plot_gate_and_weight": lambda v, x, d: v.plot_gate_and_weight(x(3, 7), d(3, 7)),
+    "weight": lambda v, x, d: v.plot_gate_and_weight(d(3, 7), x(3, 7)),
+    "other_weight": lambda v, x, d: v.plot_gate_and_weight(d(3, 7), d(3, 7), other_weight=x(3, 7)),
+    "plot_mutual_information": lambda v, x, d: v.plot_mutual_information(x(3, 7)),
+}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", NOT_FINITE)
+def test_nan_and_infinity_are_named(name, value):
+    data = Data()
+
+    def broken(*shape):
+        values = torch.zeros(shape)
+        values[(0,) * len(shape)] = value
+        return values
+
+    with pytest.raises(ValueError, match="1 NaN or infinite value"):
+        NOT_FINITE[name](visualize, broken, data)
+
+
+def test_unknown_similarities_are_gray_and_infinite_ones_are_named():
+    values = np.array([[1.0, np.nan, 0.5], [np.nan, 1.0, 0.25], [0.5, 0.25, 1.0]])
+    _, axes = visualize.plot_profile_similarity(values, "abc")
+    assert {text.get_text() for text in axes.texts} == {"0.50", "0.25"}
+    values[0, 1] = np.inf
+    with pytest.raises(ValueError, match="1 NaN or infinite"):
+        visualize.plot_profile_similarity(values, "abc")
+
+
+# Images of any number of channels
+
+
+def shown(images, **options):
+    _, grid = visualize.plot_explanations(images, {}, **options)
+    return np.asarray(grid[0, 0].images[0].get_array())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_channels_of_an_image(dtype):
+    for channels in (1, 2, 4, 7):
+        images = torch.rand(1, channels, 5, 6).to(dtype)
+        np.testing.assert_allclose(shown(images), images[0].double().mean(0), atol=1e-7)
+    images = torch.rand(1, 7, 5, 6).to(dtype)
+    expected = images[0, [6, 2, 3]].double().permute(1, 2, 0)
+    np.testing.assert_array_equal(shown(images, channels=(6, 2, 3)), expected)
+    np.testing.assert_array_equal(shown(images[:, :3]), images[0, :3].double().permute(1, 2, 0))
+
+
+def test_values_outside_the_unit_interval():
+    images = torch.rand(1, 3, 5, 6)
+    bytes_ = (255 * images).to(torch.uint8)
+    np.testing.assert_allclose(shown(bytes_), bytes_[0].permute(1, 2, 0) / 255)
+    np.testing.assert_allclose(shown(images - 1e-4), (images[0] - 1e-4).clamp(0).permute(1, 2, 0))
+    far = 7 * images - 3
+    low, high = far.min(), far.max()
+    np.testing.assert_allclose(shown(far), ((far[0] - low) / (high - low)).permute(1, 2, 0), 1e-5)
+    assert shown(torch.full((1, 1, 4, 4), 0.5)).max() == 0.5
+    _, grid = visualize.plot_explanations(torch.full((1, 2, 4, 4), 0.5), {})
+    assert grid[0, 0].images[0].get_clim() == (0, 1)  # gray means the same in every picture
+
+
+@pytest.mark.parametrize("channels", [(0, 1, 4), (0, 1), (-1, 0, 1), (0, 1, 2, 3)])
+def test_channels_that_are_not_there(channels):
+    for call in (
+        lambda: visualize.plot_explanations(torch.rand(1, 4, 5, 5), {}, channels=channels),
+        lambda: visualize.plot_filter_grid(torch.rand(2, 4, 5, 5), [0], channels=channels),
+        lambda: visualize.plot_class_bars(
+            Data().interpretations(), torch.rand(7, 4, 5, 5), channels=channels
+        ),
+    ):
+        with pytest.raises(ValueError, match="choose three from 0 to 3"):
+            call()
+
+
+def test_weights_of_any_number_of_channels():
+    weights = torch.randn(4, 5, 3, 3)
+    _, grid = visualize.plot_filter_grid(weights, [2])
+    np.testing.assert_allclose(grid[0].images[0].get_array(), weights[2].double().mean(0))
+    _, grid = visualize.plot_filter_grid(weights, [2], channels=(4, 0, 1))
+    part = weights[2, [4, 0, 1]]
+    expected = 0.5 + part / (2 * part.abs().max())
+    np.testing.assert_allclose(grid[0].images[0].get_array(), expected.permute(1, 2, 0), atol=1e-6)
+    pictures = weights.sigmoid()
+    _, grid = visualize.plot_filter_grid(pictures, [2])
+    np.testing.assert_allclose(grid[0].images[0].get_array(), pictures[2].double().mean(0))
+    # One filter of positive weights among others is one of weights, too.
+    weights[1] = 0.25
+    _, grid = visualize.plot_filter_grid(weights[:, :3], [1])
+    np.testing.assert_allclose(grid[0].images[0].get_array(), 1)
+
+
+# Maps
+
+
+@pytest.mark.parametrize(
+    ("maps", "sign", "said"),
+    [
+        (torch.zeros(1, 3, 4, 4), "all", "zero"),
+        (-torch.rand(1, 3, 4, 4) - 0.1, "positive", "no positive values"),
+        (torch.rand(1, 3, 4, 4) + 0.1, "negative", "no negative values"),
+    ],
+)
+def test_maps_without_values_of_the_sign_say_so(maps, sign, said):
+    _, grid = visualize.plot_explanations(torch.rand(1, 3, 4, 4), {"a": maps}, sign=sign)
+    assert [text.get_text() for text in grid[0, 1].texts] == [said]
+
+
+@pytest.mark.parametrize("sign", ["all", "positive", "negative", "absolute_value"])
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_maps_are_scaled_by_themselves(sign, scale, recwarn):
+    maps = torch.randn(1, 2, 6, 6, generator=torch.Generator().manual_seed(0))
+    images = torch.rand(1, 3, 6, 6)
+    _, plain = visualize.plot_explanations(images, {"a": maps}, sign=sign)
+    _, scaled = visualize.plot_explanations(images, {"a": scale * maps}, sign=sign)
+    one, two = (np.asarray(grid[0, 1].images[0].get_array()) for grid in (plain, scaled))
+    np.testing.assert_allclose(one, two, rtol=1e-5)
+    assert not recwarn.list
+    top = maps[0].sum(0).abs().numpy()
+    if sign == "all":  # warm where the sum over the channels is positive
+        assert (np.sign(one) == np.sign(maps[0].sum(0).numpy())).all()
+        assert abs(one).argmax() in np.flatnonzero(top >= np.quantile(top, 0.9))
+
+
+def test_blended_maps_need_the_images_size():
+    images, small = torch.rand(1, 2, 8, 8), torch.rand(1, 1, 4, 4)
+    visualize.plot_explanations(images, {"a": small})
+    visualize.plot_explanations(images, {"a": images}, method="blended_heat_map")
+    with pytest.raises(ValueError, match=r"interpolate, or choose method='heat_map'"):
+        visualize.plot_explanations(images, {"a": small}, method="blended_heat_map")
+
+
+def test_explanations_refuse():
+    images = torch.rand(2, 3, 4, 4)
+    for call, message in [
+        (lambda: visualize.plot_explanations(images, {"a": images[:1]}), "expected 2 maps"),
+        (lambda: visualize.plot_explanations(images[0], {}), r"expected \(N, C, H, W\)"),
+        (lambda: visualize.plot_explanations(images[:0], {}), "an image at least"),
+        (lambda: visualize.plot_explanations(images, {}, method="masked"), "method='masked'"),
+        (lambda: visualize.plot_explanations(images, {}, sign="plus"), "sign='plus'"),
+        (lambda: visualize.plot_explanations(images, {}, outlier_perc=100), "outlier_perc=100"),
+        (lambda: visualize.plot_explanations(images, {}, titles=["a"]), "1 titles for 2 images"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_a_class_without_filters_has_no_maps():
+    table = ClassFilters(torch.rand(2, 3), torch.ones(2).long(), class_names=["cat", "dog"])
+    with pytest.raises(ValueError, match=r"No filters .* 'dog': choose some with"):
+        visualize.plot_filter_maps(torch.rand(3, 4, 4), torch.rand(3, 2, 2), table, "dog")
+
+
+def test_a_data_set_of_what_is_no_tensor():
+    pil = pytest.importorskip("PIL.Image")
+    pictures = [pil.new("RGB", (8, 8), (255, 0, 0))] * 3
+    with pytest.raises(ValueError, match=r"gives a Image; expected a Tensor .* to_display"):
+        visualize.plot_exemplars(Data().exemplars(), pictures, [0])
+    to_display = lambda image: torch.as_tensor(np.array(image)).permute(2, 0, 1)  # noqa: E731
+    _, grid = visualize.plot_exemplars(Data().exemplars(), pictures, [0], to_display=to_display)
+    assert grid[0, 0].images[0].get_array()[0, 0].tolist() == [1, 0, 0]
+
+
+# Names
+
+
+def test_names_are_short_and_stay_apart():
+    names = ["tench, Tinca tinca", f"{LONG} A", f"{LONG} B", "costs $5 or $6"]
+    table = ClassFilters(torch.rand(4, 3), torch.ones(4).long(), class_names=names)
+    figure, axes = visualize.plot_class_filters(table)
+    assert labels(axes, "y") == [
+        "tench",
+        "common iguana or green… [1]",
+        "common iguana or green… [2]",
+        r"costs \$5 or \$6",
+    ]
+    figure.canvas.draw()  # dollars are not mathematics
+    word = "Donaudampfschifffahrtsgesellschaft"
+    assert visualize.figures.short_name(word) == f"{word[:24]}…"
+
+
+def test_a_callers_headline_stays():
+    own = Figure()
+    own.suptitle("mine")
+    axes = own.subplots(1, 4)
+    visualize.plot_method_comparison(Data().methods_compared(), plt_fig_axis=(own, axes))
+    assert own.get_suptitle() == "mine"
+    visualize.plot_method_comparison(
+        Data().methods_compared(), title="theirs", plt_fig_axis=(own, axes)
+    )
+    assert own.get_suptitle() == "theirs"
