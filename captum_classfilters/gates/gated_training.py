@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from tqdm.auto import tqdm
 
-from captum_classfilters._core.batches import Batch, Batches, Unpack, read_batches
+from captum_classfilters._core.batches import Batches, Unpack, read_batches
 from captum_classfilters._core.devices import device_of
 from captum_classfilters._core.distributed import is_main_process
 from captum_classfilters._core.guard import model_left_as_found
@@ -305,7 +305,7 @@ class GatedTrainer:
         gated_batches = 0
         with self._batches(train_loader, options, training=True) as batches:
             for batch in batches:
-                labels = self._labels(batches, batch)
+                labels = batches.class_labels(batch, self.gate.num_classes)
                 if not self.history and not losses:
                     # The first gated step may be epochs away.
                     with torch.no_grad(), model_left_as_found(self.model, evaluation=True):
@@ -346,13 +346,6 @@ class GatedTrainer:
             may_be_empty=training,
         )
 
-    def _labels(self, batches: Batches, batch: Batch) -> Tensor:
-        """The labels of a batch, checked without a wait for the device."""
-        memberships = batches.memberships(batch, self.gate.num_classes)
-        if memberships.images is not None:
-            return batch.class_labels(self.gate.num_classes)
-        return memberships.classes
-
     def _advance(self, gated_batches: int, batches: int) -> None:
         if self.scheduler is not None and (gated_batches < batches or self._one_optimizer):
             self.scheduler.step()
@@ -367,7 +360,7 @@ class GatedTrainer:
         correct: list[Tensor] = []
         with self._batches(dataloader, options, training=False) as batches:
             for batch in batches:
-                labels = self._labels(batches, batch)
+                labels = batches.class_labels(batch, self.gate.num_classes)
                 correct.append(_correct(class_scores(self.model(*batch.inputs)), labels))
         return int(torch.stack(correct).sum()) / batches.num_images
 

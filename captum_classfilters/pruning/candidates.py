@@ -1,96 +1,186 @@
-"""What removing each candidate filter does to the accuracy."""
+"""What removing each of some sets of filters does to the accuracy."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from captum_classfilters._core.batches import Batch, Batches
+from captum_classfilters._core.devices import sums_device
+from captum_classfilters._core.labels import labels_of_scores
+from captum_classfilters._core.outputs import log_probabilities, scores_per_class
 from captum_classfilters._core.replay.suffix_replay import SuffixReplay
+from captum_classfilters.metrics.removals import check_finite, each_in_words
+
+Error = Callable[[], Exception]
 
 
-@dataclass
+@dataclass(frozen=True)
+class LabeledReplay:
+    r"""
+    A batch that has run once, ready to run on without filters.
+
+    Args:
+
+        replay (SuffixReplay): The replay.
+        labels (Tensor): Shape (N,), checked, where the model is.
+        probabilities (bool): The model returns probabilities, not logits.
+        number (int): The batch's place in its loader.
+    """
+
+    replay: SuffixReplay
+    labels: Tensor
+    probabilities: bool
+    number: int
+
+
+class Conditions:
+    """What must hold on a device, read all together."""
+
+    def __init__(self) -> None:
+        self._waiting: list[tuple[Tensor, Error]] = []
+
+    def add(self, right: Tensor, error: Error) -> None:
+        """A bool of no axes that must be true, and the error if it is not."""
+        self._waiting.append((right, error))
+
+    def settle(self) -> None:
+        """Raise the first error."""
+        waiting, self._waiting = self._waiting, []
+        if not waiting:
+            return
+        for right, (_, error) in zip(
+            torch.stack([flag for flag, _ in waiting]).tolist(), waiting, strict=True
+        ):
+            if not right:
+                raise error()
+
+
 class Candidates:
     r"""
-    Accuracy and cross-entropy without each candidate, measured batch by batch.
+    Accuracy and cross-entropy without each of some sets of filters, measured batch by batch.
 
-    With ``error_probability`` a candidate is dropped as soon as fewer images are right without it
-    than without the best candidate so far, beyond chance: of the images that only one of the two
-    gets right, too few are the candidate's (one-sided sign test). The level is shared out among
-    candidates and batches, so the best is dropped with at most the stated probability.
+    Counts stay where the model is until they are asked for. With ``error_probability`` a candidate
+    is dropped as soon as fewer images are right without it than without the best candidate so far,
+    beyond chance: of the images that only one of the two gets right, too few are the candidate's
+    (one-sided sign test). The level is shared out among candidates and batches, so the best is
+    dropped with at most the stated probability.
 
     Args:
 
         removed (Tensor): Shape (P, K), bool; the filters without which to run.
         error_probability (float, optional): By default every candidate sees every image.
+                    Default: None
         looks (int): Number of batches.
+                    Default: 1
     """
 
-    removed: Tensor
-    error_probability: float | None = None
-    looks: int = 1
-    evaluations: int = 0
-    possible_evaluations: int = 0
-    images: int = 0
-    _right: list[Tensor] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.loss = torch.zeros(len(self.removed), dtype=torch.float64)
-        self.active = torch.ones(len(self.removed), dtype=torch.bool)
+    def __init__(
+        self, removed: Tensor, error_probability: float | None = None, looks: int = 1
+    ) -> None:
+        self.removed, self.error_probability, self.looks = removed, error_probability, looks
+        self.evaluations = self.possible_evaluations = self.num_images = 0
+        self.active = torch.ones(len(removed), dtype=torch.bool)
+        self._right: Tensor | None = None
+        self._loss: Tensor | None = None
+        self._answers: list[Tensor] = []  # of the sequential test
+        self._conditions = Conditions()
 
     def measure(
-        self, batches: Iterable[tuple[SuffixReplay, Tensor]], at_once: int | None
+        self, batches: Iterable[LabeledReplay], perturbations_per_eval: int | None
     ) -> "Candidates":
         """Run all batches."""
-        for replay, labels in batches:
-            self._add(replay, labels, at_once)
-            self._drop()
+        for batch in batches:
+            self.add(batch, perturbations_per_eval)
         return self
+
+    def add(self, batch: LabeledReplay, perturbations_per_eval: int | None) -> None:
+        """Run a batch without each candidate that has not been dropped."""
+        num_images, device = len(batch.labels), sums_device(batch.labels.device)
+        if self._right is None or self._loss is None:
+            self._right = torch.zeros(len(self.removed), dtype=torch.int64, device=device)
+            self._loss = self._right.double()
+        rows = self.active.nonzero()[:, 0]
+        answers = []
+        for part, outputs in batch.replay.in_parts(self.removed[rows], perturbations_per_eval):
+            without = each_in_words(self.removed[rows[part]])
+            check_finite(outputs, without, self._conditions.add, f" of batch {batch.number}")
+            right, log_probability = _right_and_log_probability(outputs, batch)
+            places = rows[part].to(device)
+            self._right.index_add_(0, places, right.sum(1).to(device))
+            self._loss.index_add_(0, places, -log_probability.sum(1))
+            answers.append(right)
+        self.num_images += num_images
+        self.evaluations += num_images * len(rows)
+        self.possible_evaluations += num_images * len(self.removed)
+        if self.error_probability is not None:
+            right = torch.zeros(len(self.removed), num_images, dtype=torch.bool)
+            right[rows] = torch.cat(answers).cpu()
+            self._answers.append(right)
+            self._drop(self.error_probability)
 
     @property
     def accuracy(self) -> Tensor:
         """Shape (P,); -inf for candidates that were dropped."""
-        right = torch.cat(self._right, 1).sum(1, dtype=torch.float64) / self.images
-        return right.masked_fill(~self.active, -torch.inf)
+        share = self._settled()[0].double() / self.num_images
+        return share.masked_fill(~self.active, -torch.inf)
 
     @property
     def mean_loss(self) -> Tensor:
         """Mean cross-entropy (P,)."""
-        return self.loss / self.images
+        return self._settled()[1] / self.num_images
 
-    def _add(self, replay: SuffixReplay, labels: Tensor, at_once: int | None) -> None:
-        number = len(labels)
-        rows = self.active.nonzero()[:, 0]
-        right = torch.zeros(len(self.removed), number, dtype=torch.bool)
-        for part, outputs in replay.in_parts(self.removed[rows], at_once):
-            some = rows[part]
-            right[some] = (outputs.argmax(2) == labels).cpu()
-            index = labels.expand(outputs.shape[:2])[..., None]
-            log_probability = outputs.double().log_softmax(2).gather(2, index)
-            self.loss[some] -= log_probability.sum((1, 2)).cpu()
-        self._right.append(right)
-        self.images += number
-        self.evaluations += number * len(rows)
-        self.possible_evaluations += number * len(self.removed)
+    def _settled(self) -> tuple[Tensor, Tensor]:
+        """Counts and sums (P,) on the CPU, once all outputs are seen to be finite."""
+        if self._right is None or self._loss is None:
+            nothing = torch.zeros(len(self.removed))
+            return nothing.long(), nothing.double()
+        self._conditions.settle()
+        return self._right.cpu(), self._loss.cpu()
 
-    def _drop(self) -> None:
-        if self.error_probability is None or len(self._right) >= self.looks:
+    def _drop(self, error_probability: float) -> None:
+        if len(self._answers) >= self.looks:
             return
-        right = torch.cat(self._right, 1)
+        right = torch.cat(self._answers, 1)
         right[~self.active] = False
         best = int(right.sum(1).argmax())
         only_best = (right[best] & ~right).sum(1)
         apart = only_best + (right & ~right[best]).sum(1)
-        level = self.error_probability / max(1, (len(right) - 1) * (self.looks - 1))
+        level = error_probability / max(1, (len(right) - 1) * (self.looks - 1))
         from scipy.stats import binom
 
         chance = torch.as_tensor(binom.sf(only_best.numpy() - 1, apart.numpy(), 0.5))
         self.active &= chance >= level
 
 
-def accuracy_without(
-    batches: Iterable[tuple[SuffixReplay, Tensor]], removed: Tensor
-) -> tuple[float, float]:
+def accuracy_without(batches: Iterable[LabeledReplay], removed: Tensor) -> tuple[float, float]:
     """Accuracy and mean cross-entropy without one set of filters (K,)."""
     measured = Candidates(removed[None]).measure(batches, 1)
     return float(measured.accuracy), float(measured.mean_loss)
+
+
+def checked_labels(batches: Batches, batch: Batch, replay: SuffixReplay) -> Tensor:
+    """The labels of a batch, where the model is; scores and labels are checked, soon."""
+    scores = scores_per_class(replay.output)
+
+    def error() -> ValueError:
+        try:
+            labels_of_scores(scores, batch.labels, batch.number)
+        except ValueError as error:
+            return error
+        raise AssertionError("scores that are not finite")
+
+    batches.check(scores.isfinite().all(), error)
+    return batches.class_labels(batch, scores.shape[1])
+
+
+def _right_and_log_probability(outputs: Tensor, batch: LabeledReplay) -> tuple[Tensor, Tensor]:
+    """Of outputs (P, N, C), or of one logit each, whether they are right and the label's
+    log-probability, (P, N), the latter in float64 where sums are kept."""
+    scores = outputs[..., None] if outputs.dim() == 2 else outputs
+    exact = scores.to(sums_device(scores.device), torch.float64)
+    logs = log_probabilities(exact, batch.probabilities)
+    index = batch.labels.to(logs.device).expand(logs.shape[:2])[..., None]
+    right = logs.argmax(2) == index[..., 0]
+    return right, logs.gather(2, index)[..., 0]

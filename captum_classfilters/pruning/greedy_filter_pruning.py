@@ -1,9 +1,9 @@
 """Abbasi-Asl and Yu: remove the filter that costs the least accuracy, again and again."""
 
-import copy
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,18 +11,25 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from captum_classfilters._core.batches import Unpack, read_batches
+from captum_classfilters._core.copies import copied
+from captum_classfilters._core.distributed import is_main_process
+from captum_classfilters._core.filter_weights import filter_weights
 from captum_classfilters._core.guard import model_left_as_found
-from captum_classfilters._core.layers import find_layer, layer_name, module_of
+from captum_classfilters._core.layers import find_layer, layer_name, module_of, unwrapped
+from captum_classfilters._core.outputs import are_probabilities, class_scores
 from captum_classfilters._core.provenance import fingerprint
 from captum_classfilters._core.replay.suffix_replay import SuffixReplay
-from captum_classfilters.identify.statistics import labels_of_scores
-from captum_classfilters.pruning.candidates import Candidates, accuracy_without
+from captum_classfilters.pruning.candidates import (
+    Candidates,
+    LabeledReplay,
+    accuracy_without,
+    checked_labels,
+)
 from captum_classfilters.pruning.masked_filters import masked_filters
 from captum_classfilters.pruning.pruning_order import PruningOrder
 
 Schedule = Literal["layer_by_layer", "all_layers"]
-Batches = list[tuple[tuple[Tensor, ...], Any]]
-Replays = Iterable[tuple[SuffixReplay, Tensor]]
 
 
 class GreedyFilterPruning:
@@ -42,7 +49,7 @@ class GreedyFilterPruning:
     What comes before a layer runs once and is held in memory for all steps, so a step costs only
     what follows the layer. The model is not changed: filters are masked in the layer's output, and
     fine-tuning works on a copy. A mask leaves what later modules make of a zero, the shift of a
-    batch normalisation say, so name the module that ends with the activation.
+    batch normalization for example, so name the module that ends with the activation.
 
     Args:
 
@@ -72,12 +79,14 @@ class GreedyFilterPruning:
         channel_dim: int | None = None,
     ) -> None:
         self.forward_func = forward_func
-        self.model = module_of(forward_func)
         several: list[Any] = list(layer) if isinstance(layer, (list, tuple)) else [layer]
         if not several:
             raise ValueError("The list of layers is empty.")
-        modules = [find_layer(self.model, one) if isinstance(one, str) else one for one in several]
-        self.layers = {layer_name(self.model, one): one for one in modules}
+        self.model = module_of(forward_func, several)
+        modules = [
+            find_layer(self.model, name) if isinstance(name, str) else name for name in several
+        ]
+        self.layers = {layer_name(self.model, module): module for module in modules}
         self.channel_dim = channel_dim
 
     def run(
@@ -95,6 +104,8 @@ class GreedyFilterPruning:
         state_path: str | os.PathLike[str] | None = None,
         perturbations_per_eval: int | None = None,
         seed: int = 0,
+        unpack: Unpack | None = None,
+        device: torch.device | str | None = None,
         show_progress: bool = True,
     ) -> PruningOrder:
         r"""
@@ -116,7 +127,7 @@ class GreedyFilterPruning:
                         removes the filter of any layer whose removal costs the least.
                         Default: "layer_by_layer"
             fine_tune (Callable, optional): Trains the network it is given in place, filters
-                        masked; :class:`LayerwiseFineTuning` say.
+                        masked; :class:`LayerwiseFineTuning` for example.
                         Default: None
             fine_tune_every (int): Removals between two fine-tunings.
                         Default: 1
@@ -125,12 +136,17 @@ class GreedyFilterPruning:
                         most this probability. Batches should be small and in random order.
                         Default: None
             state_path (str or path, optional): A safetensors file written after every removal; if
-                        it exists, the run continues from it.
+                        it exists, the run continues from it. All options must be the same but the
+                        bounds, which may go further where one layer is pruned, or all compete.
             perturbations_per_eval (int, optional): Filters per replay. By default as many as a
                         memory budget allows.
             seed (int): Each fine-tuning starts from a random state of its own, made from this, so
                         that a run that was continued draws the same batches.
                         Default: 0
+            unpack (Callable, optional): From a batch of another kind to the pair (inputs, labels).
+                        Default: None
+            device (torch.device or str, optional): Where the batches go; by default where the model
+                        is.
             show_progress (bool): Show a progress bar over the removals.
                         Default: True
 
@@ -139,17 +155,37 @@ class GreedyFilterPruning:
 
         Raises:
             ValueError: No bound is given; a bound would remove every filter or lies above the
-                        start; the loaders hold different classes; the state belongs to another
-                        model or other layers; an option is unknown.
+                        start; the loaders hold different classes; the state belongs to another run;
+                        an option is unknown; the model returns NaN or Inf, with filters or without.
         """
         if num_filters is None and ratio is None and min_accuracy is None:
             raise ValueError("Give at least one of num_filters, ratio and min_accuracy.")
-        _check_options(schedule, fine_tune, self.model, error_probability, fine_tune_every)
-        with model_left_as_found(self.model, evaluation=True):
-            network = self._network(dataloader, report_dataloader, fine_tune is not None)
+        self._check_options(schedule, fine_tune, error_probability, fine_tune_every)
+        options = {
+            "schedule": schedule,
+            "channel_dim": self.channel_dim,
+            "fine_tune": _described(fine_tune),
+            "fine_tune_every": fine_tune_every,
+            "error_probability": error_probability,
+            "seed": seed,
+            "num_filters": dict(num_filters) if isinstance(num_filters, Mapping) else num_filters,
+            "ratio": ratio,
+            "min_accuracy": min_accuracy,
+        }
+        reading = {"unpack": unpack, "device": device, "show_progress": show_progress}
+        with model_left_as_found(self.model, evaluation=True), torch.inference_mode(False):
+            network = self._network(fine_tune is not None)
+            network.read(dataloader, False, reading)
+            if report_dataloader is not None:
+                network.read(report_dataloader, True, reading)
+            network.check_classes()
             totals = network.num_filters()
-            groups = _groups(totals, schedule, num_filters, ratio)
-            result = network.started(totals, min_accuracy, state_path)
+            groups = _groups(totals, schedule, num_filters, ratio, min_accuracy)
+            plain = None if self.model is None else unwrapped(self.model)
+            result = network.started(totals, options, fingerprint(plain))
+            if state_path is not None and Path(state_path).exists():
+                result = _continued(PruningOrder.load(state_path), result, groups, state_path)
+                network.resume(result)
             step = _Step(
                 network, min_accuracy, fine_tune, fine_tune_every, error_probability, seed,
                 perturbations_per_eval,
@@ -158,7 +194,7 @@ class GreedyFilterPruning:
                 total=sum(sum(totals[name] for name in group) - keep for group, keep in groups),
                 initial=len(result.removed),
                 desc=f"pruning {', '.join(self.layers)}",
-                disable=not show_progress,
+                disable=not (show_progress and is_main_process()),
             ) as bar:
                 for group, keep in groups:
                     while _left(result, group) > keep and step(result, group):
@@ -167,136 +203,179 @@ class GreedyFilterPruning:
                         bar.update()
         return result
 
-    def _network(
-        self, dataloader: Iterable[Any], report: Iterable[Any] | None, tuned: bool
-    ) -> "_Network":
-        forward_func, layers = self.forward_func, self.layers
-        if tuned:
-            assert isinstance(self.model, nn.Module)
-            forward_func = copy.deepcopy(self.model)
-            layers = {name: find_layer(forward_func, name) for name in layers}
-        network = _Network(
-            forward_func,
-            layers,
-            self.channel_dim,
-            _batches(dataloader, "dataloader"),
-            [] if report is None else _batches(report, "report_dataloader"),
-            fingerprint(self.model),
-        )
-        network.check_classes()
-        return network
+    def _check_options(
+        self,
+        schedule: str,
+        fine_tune: Any,
+        error_probability: float | None,
+        fine_tune_every: int,
+    ) -> None:
+        if schedule not in ("layer_by_layer", "all_layers"):
+            raise ValueError(f"schedule={schedule!r}; choose 'layer_by_layer' or 'all_layers'.")
+        if fine_tune is not None and not isinstance(self.forward_func, nn.Module):
+            raise ValueError("Fine-tuning needs the model itself, not a function of it.")
+        if fine_tune_every < 1:
+            raise ValueError(f"fine_tune_every={fine_tune_every} must be at least 1.")
+        if error_probability is not None and not 0 < error_probability < 1:
+            raise ValueError(f"error_probability={error_probability} must lie between 0 and 1.")
+
+    def _network(self, tuned: bool) -> "_Network":
+        if not tuned:
+            return _Network(self.forward_func, self.layers, self.channel_dim)
+        assert isinstance(self.model, nn.Module)
+        model = copied(self.model)
+        layers = {name: find_layer(model, name) for name in self.layers}
+        return _Network(model, layers, self.channel_dim)
 
 
-@dataclass
 class _Network:
-    """The network as it is by now, and the images to run it on."""
+    """The network as it is by now, and the images to run it on: those that choose the filters, and
+    those to report on."""
 
-    forward_func: Callable[..., Tensor]
-    layers: dict[str, nn.Module]
-    channel_dim: int | None
-    images: Batches
-    report: Batches
-    model_sha256: str | None
-    _recorded: dict[bool, list[tuple[SuffixReplay, Tensor]]] = field(default_factory=dict)
-    _recorded_at: str | None = None
+    def __init__(
+        self,
+        forward_func: Callable[..., Tensor],
+        layers: dict[str, nn.Module],
+        channel_dim: int | None,
+    ) -> None:
+        self.forward_func, self.layers, self.channel_dim = forward_func, layers, channel_dim
+        self.model = module_of(forward_func, list(layers.values()))
+        self.ways: dict[str, str] = {}
+        self.images: dict[bool, list[tuple[tuple[Any, ...], Tensor]]] = {False: [], True: []}
+        self._probabilities: bool | None = None
+        # Batches held in memory, run up to one layer.
+        self._recorded: dict[bool, list[LabeledReplay]] = {}
+        self._recorded_at = next(iter(layers))
+
+    # -- images ----------------------------------------------------------------------------------
+
+    def read(self, dataloader: Iterable[Any], report: bool, options: Mapping[str, Any]) -> None:
+        """Read a loader; each batch is run once, up to the first layer."""
+        name = "report_dataloader" if report else "dataloader"
+        recorded: list[LabeledReplay] = []
+        with read_batches(
+            self.model, dataloader, f"reading {name}", may_be_empty=True, **options
+        ) as batches:
+            for batch in batches:
+                replay = self._replay(self._recorded_at, batch.inputs)
+                labels = checked_labels(batches, batch, replay)
+                if self._probabilities is None:
+                    self._probabilities = are_probabilities(class_scores(replay.output))
+                recorded.append(LabeledReplay(replay, labels, self._probabilities, len(recorded)))
+                self.images[report].append((batch.inputs, labels))
+        if not recorded:
+            raise ValueError(f"{name} is empty: the data loader gave no image.")
+        self._recorded[report] = recorded
+
+    def check_classes(self) -> None:
+        """The images to report on must hold the classes of those that choose."""
+        if not self.images[True]:
+            return
+        chosen, reported = (
+            set(torch.cat([labels for _, labels in self.images[part]]).tolist())
+            for part in (False, True)
+        )
+        if chosen != reported:
+            raise ValueError(
+                "The loaders hold different classes: "
+                f"{sorted(chosen - reported)} only among the images that choose, "
+                f"{sorted(reported - chosen)} only among those that report."
+            )
 
     def num_filters(self) -> dict[str, int]:
         """K of each layer."""
-        first = self.images[:1]
-        return {name: next(self._run(name, first))[0].num_filters for name in self.layers}
+        inputs, _ = self.images[False][0]
+        first = self._recorded_at
+        return {
+            name: self._recorded[False][0].replay.num_filters
+            if name == first
+            else self._replay(name, inputs).num_filters
+            for name in self.layers
+        }
 
-    def without_others(self, name: str, masks: Mapping[str, Tensor]) -> Any:
+    # -- running ---------------------------------------------------------------------------------
+
+    def without_others(
+        self, name: str, masks: Mapping[str, Tensor]
+    ) -> AbstractContextManager[nn.Module]:
         """A block in which the other layers lack what they have lost."""
-        model = module_of(self.forward_func)
         others = {other: mask for other, mask in masks.items() if other != name}
-        return masked_filters(model or nn.Module(), others, self.channel_dim)
+        model = nn.Module() if self.model is None else self.model
+        return masked_filters(model, others, self.channel_dim)
 
-    def replays(self, name: str, report: bool, keep: bool) -> Replays:
+    def replays(self, name: str, report: bool, keep: bool) -> Iterable[LabeledReplay]:
         """Batches recorded up to a layer; held in memory on demand."""
-        batches = self.report if report else self.images
         if not keep:
-            return self._run(name, batches)
+            self.forget()
+            return self._run(name, report)
         if self._recorded_at != name:
             self.forget()
         self._recorded_at = name
         if report not in self._recorded:
-            self._recorded[report] = list(self._run(name, batches))
+            self._recorded[report] = list(self._run(name, report))
         return self._recorded[report]
 
     def forget(self) -> None:
         """Forget what was recorded: the network has changed."""
         self._recorded.clear()
-        self._recorded_at = None
+
+    def measure(
+        self, name: str, masks: Mapping[str, Tensor], report: bool, keep: bool
+    ) -> tuple[float, float]:
+        """Accuracy and cross-entropy of the network as it is."""
+        with self.without_others(name, masks):
+            return accuracy_without(self.replays(name, report, keep), ~masks[name])
+
+    def _run(self, name: str, report: bool) -> Iterator[LabeledReplay]:
+        assert self._probabilities is not None
+        for number, (inputs, labels) in enumerate(self.images[report]):
+            replay = self._replay(name, inputs)
+            yield LabeledReplay(replay, labels, self._probabilities, number)
+
+    def _replay(self, name: str, inputs: tuple[Any, ...]) -> SuffixReplay:
+        layer = self.layers[name]
+        replay = SuffixReplay(self.forward_func, layer, inputs, channel_dim=self.channel_dim)
+        known = self.ways.get(name, replay.way).split(", ")
+        self.ways[name] = ", ".join(sorted({*known, replay.way}))
+        return replay
+
+    # -- the record ------------------------------------------------------------------------------
 
     @property
     def module(self) -> nn.Module:
         """The network, where it is tuned."""
-        model = module_of(self.forward_func)
-        assert model is not None
-        return model
-
-    def _run(self, name: str, batches: Batches) -> Iterator[tuple[SuffixReplay, Tensor]]:
-        layer = self.layers[name]
-        for number, (inputs, labels) in enumerate(batches):
-            replay = SuffixReplay(self.forward_func, layer, inputs, channel_dim=self.channel_dim)
-            yield replay, labels_of_scores(replay.output, labels, number)
-
-    def check_classes(self) -> None:
-        """The images to report on must hold the classes of those that choose."""
-        if not self.report:
-            return
-        one, other = (
-            set(torch.cat([torch.as_tensor(labels).cpu() for _, labels in part]).tolist())
-            for part in (self.images, self.report)
-        )
-        if one != other:
-            raise ValueError(
-                "The loaders hold different classes: "
-                f"{sorted(one - other)} only among the images that choose, "
-                f"{sorted(other - one)} only among those that report."
-            )
-
-    def measure(self, name: str, masks: dict[str, Tensor], report: bool, keep: bool) -> float:
-        """Accuracy of the network as it is."""
-        with self.without_others(name, masks):
-            return accuracy_without(self.replays(name, report, keep), ~masks[name])[0]
+        assert self.model is not None
+        return self.model
 
     def started(
-        self,
-        totals: dict[str, int],
-        min_accuracy: float | None,
-        state_path: str | os.PathLike[str] | None,
+        self, totals: dict[str, int], options: dict[str, Any], model_sha256: str | None
     ) -> PruningOrder:
-        """A new record, or the one that is to be continued."""
+        """A new record."""
         masks = {name: torch.ones(total, dtype=torch.bool) for name, total in totals.items()}
-        first = next(iter(totals))
-        start = self.measure(first, masks, False, keep=True)
-        if min_accuracy is not None and min_accuracy > start:
+        first, floor = next(iter(totals)), options["min_accuracy"]
+        start, loss = self.measure(first, masks, False, keep=True)
+        if floor is not None and floor > start:
             raise ValueError(
-                f"min_accuracy={min_accuracy} lies above the accuracy at the start, {start:.4f}."
+                f"min_accuracy={floor} lies above the accuracy at the start, {start:.4f}."
             )
-        if state_path is not None and Path(state_path).exists():
-            return self._continued(PruningOrder.load(state_path), totals, start, state_path)
+        report = self.measure(first, masks, True, keep=True)[:1] if self.images[True] else ()
         return PruningOrder(
             filters=totals,
             accuracy=[start],
-            report_accuracy=[self.measure(first, masks, True, keep=True)] if self.report else [],
-            model_sha256=self.model_sha256,
+            report_accuracy=list(report),
+            model_sha256=model_sha256,
+            options=options,
+            ways=self.ways,
+            num_images=sum(len(labels) for _, labels in self.images[False]),
+            start_loss=loss,
         )
 
-    def _continued(
-        self, state: PruningOrder, totals: dict[str, int], start: float, path: Any
-    ) -> PruningOrder:
-        same = (state.filters, state.model_sha256, state.accuracy[0], bool(state.report_accuracy))
-        if same != (totals, self.model_sha256, start, bool(self.report)):
-            raise ValueError(
-                f"{path} holds the state of another run, over {state.filters}; remove it, or "
-                "continue with the same model, layers and images."
-            )
+    def resume(self, state: PruningOrder) -> None:
+        """Bring the network to where another run stopped."""
+        self.ways = state.ways = {**self.ways, **state.ways}
         if state.weights is not None:
             self.module.load_state_dict(state.weights)
             self.forget()
-        return state
 
 
 @dataclass
@@ -309,19 +388,14 @@ class _Step:
     fine_tune_every: int
     error_probability: float | None
     seed: int
-    at_once: int | None
+    perturbations_per_eval: int | None
 
     def __call__(self, result: PruningOrder, group: Sequence[str]) -> bool:
         """Remove the next filter; False if that would break the accuracy bound."""
         keep = len(group) == 1
         measured = [(name, *self._candidates(result, name, keep)) for name in group]
-        best = min(
-            (-float(candidates.accuracy[row]), float(candidates.mean_loss[row]), size, place, row)
-            for place, (_, _, candidates, sizes) in enumerate(measured)
-            for row, size in enumerate(sizes)
-        )
-        name, filters, _, _ = measured[best[3]]
-        accuracy, removal = -best[0], (name, int(filters[best[4]]))
+        accuracy, removal = _best(measured)
+        name, _ = removal
         result.removed.append(removal)
         weights = result.weights
         due = self.fine_tune is not None and len(result.removed) % self.fine_tune_every == 0
@@ -336,12 +410,13 @@ class _Step:
                 self.network.forget()
             return False
         result.accuracy.append(accuracy)
-        result.evaluations.append(sum(one.evaluations for _, _, one, _ in measured))
+        result.evaluations.append(sum(part.evaluations for _, _, part, _ in measured))
         result.possible_evaluations.append(
-            sum(one.possible_evaluations for _, _, one, _ in measured)
+            sum(part.possible_evaluations for _, _, part, _ in measured)
         )
-        if self.network.report:
-            result.report_accuracy.append(self.network.measure(name, result.masks(), True, keep))
+        if self.network.images[True]:
+            reported, _ = self.network.measure(name, result.masks(), True, keep)
+            result.report_accuracy.append(reported)
         return True
 
     def _candidates(
@@ -352,10 +427,12 @@ class _Step:
         kept = masks[name]
         filters = kept.nonzero()[:, 0] if int(kept.sum()) > 1 else torch.zeros(0, dtype=torch.int64)
         removed = ~kept | (filters[:, None] == torch.arange(len(kept)))
-        candidates = Candidates(removed, self.error_probability, len(self.network.images))
+        candidates = Candidates(removed, self.error_probability, len(self.network.images[False]))
         if len(filters):
             with self.network.without_others(name, masks):
-                candidates.measure(self.network.replays(name, False, keep), self.at_once)
+                candidates.measure(
+                    self.network.replays(name, False, keep), self.perturbations_per_eval
+                )
         return filters, candidates, _norms(self.network.layers[name], filters, len(kept))
 
     def _tuned(self, result: PruningOrder, name: str, keep: bool) -> float:
@@ -363,36 +440,74 @@ class _Step:
         assert self.fine_tune is not None
         model, masks = self.network.module, result.masks()
         torch.manual_seed(self.seed + len(result.removed))
-        with masked_filters(model, masks, self.network.channel_dim):
+        with masked_filters(model, masks, self.network.channel_dim), torch.enable_grad():
             self.fine_tune(model)
         model.eval()
         result.weights = _state(model)
         self.network.forget()
-        return self.network.measure(name, masks, False, keep)
+        return self.network.measure(name, masks, False, keep)[0]
+
+
+def _best(
+    measured: Sequence[tuple[str, Tensor, Candidates, list[float]]],
+) -> tuple[float, tuple[str, int]]:
+    """The accuracy without the filter that costs least, and its layer and index."""
+    rows = [
+        (-accuracy, loss, norm, place, row)
+        for place, (_, _, candidates, norms) in enumerate(measured)
+        for row, (accuracy, loss, norm) in enumerate(
+            zip(candidates.accuracy.tolist(), candidates.mean_loss.tolist(), norms, strict=True)
+        )
+    ]
+    lost, _, _, place, row = min(rows)
+    name, filters, _, _ = measured[place]
+    return -lost, (name, int(filters[row]))
+
+
+def _described(fine_tune: Any) -> Any:
+    """A function in words that another process finds the same."""
+    if fine_tune is None:
+        return None
+    name = getattr(fine_tune, "__qualname__", type(fine_tune).__qualname__)
+    return {"function": name, **getattr(fine_tune, "options", {})}
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
-    return {name: one.detach().clone() for name, one in model.state_dict().items()}
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
 
 
-def _norms(layer: nn.Module, filters: Tensor, number: int) -> list[float]:
+def _norms(layer: nn.Module, filters: Tensor, num_filters: int) -> list[float]:
     """L1 norm of each filter's weights; 0 where the layer itself has none."""
-    weight = getattr(layer, "weight", None)
-    if not isinstance(weight, Tensor) or weight.dim() < 2 or len(weight) != number:
+    weights = filter_weights(layer)
+    if weights is None or len(weights) != num_filters:
         return [0.0] * len(filters)
-    sums = weight.detach().flatten(1).abs().sum(1).cpu()
-    return [float(one) for one in sums[filters]]
+    norms: list[float] = weights.flatten(1).abs().sum(1).cpu()[filters].tolist()
+    return norms
 
 
-def _batches(dataloader: Iterable[Any], name: str) -> Batches:
-    batches = []
-    for inputs, labels in dataloader:
-        images = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
-        if len(images[0]):
-            batches.append((images, labels))
-    if not batches:
-        raise ValueError(f"{name} is empty: the data loader gave no image.")
-    return batches
+def _continued(
+    state: PruningOrder,
+    start: PruningOrder,
+    groups: Sequence[tuple[list[str], int]],
+    path: str | os.PathLike[str],
+) -> PruningOrder:
+    """The record that is to be continued, if it is of the same run."""
+    differences = state.differences(start, bounds=len(groups) > 1)
+    if differences:
+        raise ValueError(
+            f"{path} holds the state of another run, which differs in {'; '.join(differences)}. "
+            "Remove it, or continue with the same options, model, layers and images."
+        )
+    floor = start.options["min_accuracy"]
+    for group, keep in groups if len(groups) == 1 else ():
+        if _left(state, group) < keep or min(state.accuracy) < (floor or 0):
+            raise ValueError(
+                f"{path} holds the state of a run that has gone beyond these bounds: "
+                f"{_left(state, group)} filters are left, at an accuracy of "
+                f"{min(state.accuracy):.4f} or more. PruningOrder.load reads what it removed."
+            )
+    state.options = start.options
+    return state
 
 
 def _left(result: PruningOrder, group: Sequence[str]) -> int:
@@ -404,6 +519,7 @@ def _groups(
     schedule: Schedule,
     num_filters: int | Mapping[str, int] | None,
     ratio: float | None,
+    min_accuracy: float | None,
 ) -> list[tuple[list[str], int]]:
     """Layers that compete with each other, and how many filters they keep together."""
     if schedule == "all_layers":
@@ -411,12 +527,18 @@ def _groups(
             raise ValueError("num_filters must be one number where all layers compete.")
         total = sum(totals.values())
         return [(list(totals), _number_to_keep(total, len(totals), num_filters, ratio))]
-    given = dict(num_filters) if isinstance(num_filters, Mapping) else {}
-    if unknown := set(given) - set(totals):
+    by_layer = (
+        dict(num_filters)
+        if isinstance(num_filters, Mapping)
+        else {name: num_filters for name in totals if num_filters is not None}
+    )
+    if unknown := set(by_layer) - set(totals):
         raise ValueError(f"num_filters names {sorted(unknown)}, but the layers are {list(totals)}.")
-    one = None if isinstance(num_filters, Mapping) else num_filters
+    missing = [name for name in totals if name not in by_layer]
+    if missing and ratio is None and min_accuracy is None:
+        raise ValueError(f"num_filters must name every layer; it lacks {', '.join(missing)}.")
     return [
-        ([name], _number_to_keep(total, 1, given.get(name, one), ratio))
+        ([name], _number_to_keep(total, 1, by_layer.get(name), ratio))
         for name, total in totals.items()
     ]
 
@@ -433,20 +555,3 @@ def _number_to_keep(total: int, least: int, num_filters: int | None, ratio: floa
         )
     by_ratio = least if ratio is None else int(total / ratio)
     return max(least if num_filters is None else num_filters, by_ratio, least)
-
-
-def _check_options(
-    schedule: str,
-    fine_tune: Any,
-    model: nn.Module | None,
-    error_probability: float | None,
-    fine_tune_every: int,
-) -> None:
-    if schedule not in ("layer_by_layer", "all_layers"):
-        raise ValueError(f"schedule={schedule!r}; choose 'layer_by_layer' or 'all_layers'.")
-    if fine_tune is not None and model is None:
-        raise ValueError("Fine-tuning needs the model itself, not a function of it.")
-    if fine_tune_every < 1:
-        raise ValueError(f"fine_tune_every={fine_tune_every} must be at least 1.")
-    if error_probability is not None and not 0 < error_probability < 1:
-        raise ValueError(f"error_probability={error_probability} must lie between 0 and 1.")

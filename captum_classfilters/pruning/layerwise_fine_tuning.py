@@ -1,14 +1,22 @@
 """A few steps of training with a learning rate for each layer."""
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
+from captum_classfilters._core.batches import Batch, Batches, Unpack, read_batches
 from captum_classfilters._core.layers import find_layer
+from captum_classfilters._core.outputs import (
+    as_rows,
+    class_scores,
+    log_probabilities,
+    scores_per_class,
+)
 
 
 @dataclass(frozen=True)
@@ -31,6 +39,9 @@ class LayerwiseFineTuning:
                     Default: 0.9
         weight_decay (float): Of the trained parameters.
                     Default: 0.0
+        unpack (Callable, optional): From a batch of another kind to the pair (inputs, labels).
+                    Default: None
+        device (torch.device or str, optional): Where the batches go; by default where the model is.
 
     Examples::
 
@@ -49,6 +60,19 @@ class LayerwiseFineTuning:
     num_steps: int = 100
     momentum: float = 0.9
     weight_decay: float = 0.0
+    unpack: Unpack | None = None
+    device: torch.device | str | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options of the training, for the record."""
+        rates = self.learning_rates
+        return {
+            "learning_rates": dict(rates) if isinstance(rates, Mapping) else rates,
+            "num_steps": self.num_steps,
+            "momentum": self.momentum,
+            "weight_decay": self.weight_decay,
+        }
 
     def __call__(self, model: nn.Module) -> list[float]:
         """
@@ -62,28 +86,38 @@ class LayerwiseFineTuning:
                         loss is not finite.
         """
         groups = self._groups(model)
-        flags = [(one, one.requires_grad, one.grad) for one in model.parameters()]
-        training = [(module, module.training) for module in model.modules()]
-        trained = {id(one) for group in groups for one in group["params"]}
-        try:
-            model.train()
-            for module in model.modules():
-                if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                    module.eval()
-            for parameter, _, _ in flags:
-                parameter.requires_grad_(id(parameter) in trained)
-                parameter.grad = None
-            optimizer = torch.optim.SGD(
-                groups, lr=0.0, momentum=self.momentum, weight_decay=self.weight_decay
-            )
-            with torch.enable_grad():
-                return [_step(model, optimizer, *batch) for batch in self._batches()]
-        finally:
-            for module, flag in training:
-                module.training = flag
-            for parameter, requires_grad, gradient in flags:
-                parameter.requires_grad_(requires_grad)
-                parameter.grad = gradient
+        optimizer = torch.optim.SGD(
+            groups, lr=0.0, momentum=self.momentum, weight_decay=self.weight_decay
+        )
+        losses: list[Tensor] = []
+        with _trained([parameter for group in groups for parameter in group["params"]], model):
+            while len(losses) < self.num_steps:
+                self._read_once(model, optimizer, losses)
+        values: list[float] = torch.stack(losses).tolist() if losses else []
+        return values
+
+    def _read_once(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, losses: list[Tensor]
+    ) -> None:
+        """Train on a loader's batches until it ends or there are enough losses."""
+        before = len(losses)
+        with read_batches(
+            model,
+            self.dataloader,
+            "fine-tuning",
+            device=self.device,
+            unpack=self.unpack,
+            training=True,
+            may_be_empty=True,
+            show_progress=False,
+        ) as batches:
+            for batch in batches:
+                losses.append(_step(model, optimizer, batches, batch))
+                batches.check(losses[-1].isfinite(), _not_finite)
+                if len(losses) == self.num_steps:
+                    break
+        if len(losses) == before:
+            raise ValueError("The loader to fine-tune on is empty.")
 
     def _groups(self, model: nn.Module) -> list[dict[str, Any]]:
         if not isinstance(self.learning_rates, Mapping):
@@ -96,27 +130,42 @@ class LayerwiseFineTuning:
             groups.append({"params": parameters, "lr": rate})
         return groups
 
-    def _batches(self) -> Iterator[Any]:
-        left = self.num_steps
-        while left > 0:
-            before = left
-            for images, labels in self.dataloader:
-                if left == 0:
-                    return
-                left -= 1
-                yield images, labels
-            if left == before:
-                raise ValueError("The loader to fine-tune on is empty.")
+
+@contextmanager
+def _trained(parameters: list[nn.Parameter], model: nn.Module) -> Iterator[None]:
+    """Training mode but for batch normalization, and gradients for these parameters alone."""
+    trained = {id(parameter) for parameter in parameters}
+    flags = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    training = [(module, module.training) for module in model.modules()]
+    try:
+        model.train()
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+        for parameter, _, _ in flags:
+            parameter.requires_grad_(id(parameter) in trained)
+            parameter.grad = None
+        yield
+    finally:
+        for module, flag in training:
+            module.training = flag
+        for parameter, requires_grad, gradient in flags:
+            parameter.requires_grad_(requires_grad)
+            parameter.grad = gradient
 
 
 def _step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, images: torch.Tensor, labels: torch.Tensor
-) -> float:
-    device = next(model.parameters()).device
+    model: nn.Module, optimizer: torch.optim.Optimizer, batches: Batches, batch: Batch
+) -> Tensor:
+    """One step; its loss, where the model is."""
     optimizer.zero_grad(set_to_none=True)
-    loss = F.cross_entropy(model(images.to(device)), labels.to(device))
-    if not bool(torch.isfinite(loss)):
-        raise ValueError("The loss of fine-tuning is NaN or Inf; lower the learning rates.")
+    scores = class_scores(model(*batch.inputs))
+    labels = batches.class_labels(batch, scores_per_class(scores).shape[1])
+    loss = F.nll_loss(log_probabilities(as_rows(scores)), labels)
     loss.backward()
     optimizer.step()
-    return float(loss.detach())
+    return loss.detach()
+
+
+def _not_finite() -> ValueError:
+    return ValueError("The loss of fine-tuning is NaN or Inf; lower the learning rates.")

@@ -1,9 +1,11 @@
 """The record of a pruning run."""
 
 import json
+import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,6 +15,7 @@ from torch import Tensor
 from captum_classfilters._core.files import write_atomically
 
 _KEY = "pruning_order"
+BOUNDS = ("num_filters", "ratio", "min_accuracy")
 
 
 @dataclass
@@ -31,6 +34,11 @@ class PruningOrder:
         evaluations (list of int): For each removal, how many images were run without a candidate.
         possible_evaluations (list of int): How many there would have been without early stopping.
         model_sha256 (str or None): Fingerprint of the model.
+        options (dict): The options of the run, by name.
+        ways (dict of str to str): How outputs without filters of each layer were found: ``"closed
+                    form"``, ``"replay"``, ``"whole model"``, or several of these for other batches.
+        num_images (int): Images that chose the filters.
+        start_loss (float or None): Mean cross-entropy of these before the first removal.
         weights (dict of str to Tensor or None): State of the fine-tuned network; None without
                     fine-tuning.
     """
@@ -42,6 +50,10 @@ class PruningOrder:
     evaluations: list[int] = field(default_factory=list)
     possible_evaluations: list[int] = field(default_factory=list)
     model_sha256: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    ways: dict[str, str] = field(default_factory=dict)
+    num_images: int = 0
+    start_loss: float | None = None
     weights: dict[str, Tensor] | None = field(default=None, compare=False, repr=False)
 
     @property
@@ -73,17 +85,30 @@ class PruningOrder:
     def order_of(self, layer: str) -> list[int]:
         """The removed filters of one layer, in order."""
         self._check(layer)
-        return [one for name, one in self.removed if name == layer]
+        return [index for name, index in self.removed if name == layer]
 
-    def kept(self, number: int | None = None, layer: str | None = None) -> Tensor:
-        """Which filters of a layer are left (K,), bool: after all removals, or when ``number`` of
-        them were left."""
+    def kept(self, num_filters: int | None = None, layer: str | None = None) -> Tensor:
+        """Which filters of a layer are left.
+
+        Args:
+
+            num_filters (int, optional): When so many of them were left; by default after all
+                        removals.
+            layer (str, optional): The layer; may be left out where there is one.
+
+        Returns:
+            *Tensor* of shape (K,), bool.
+
+        Raises:
+            ValueError: The order does not reach that far, or has no such layer.
+        """
         name = self.layer if layer is None else layer
         order, total = self.order_of(name), self.filters[name]
-        removed = len(order) if number is None else total - number
+        removed = len(order) if num_filters is None else total - num_filters
         if not 0 <= removed <= len(order):
             raise ValueError(
-                f"number={number}: the order leaves {total - len(order)} to {total} filters."
+                f"num_filters={num_filters}: the order leaves {total - len(order)} to {total} "
+                "filters."
             )
         kept = torch.ones(total, dtype=torch.bool)
         kept[order[:removed]] = False
@@ -98,10 +123,10 @@ class PruningOrder:
         record = {
             name: value for name, value in vars(self).items() if name not in ("weights", "removed")
         } | {
-            "removed": [list(one) for one in self.removed],
+            "removed": [list(removal) for removal in self.removed],
             "has_weights": self.weights is not None,
         }
-        tensors = {name: one.contiguous() for name, one in (self.weights or {}).items()}
+        tensors = {name: value.contiguous() for name, value in (self.weights or {}).items()}
         write_atomically(Path(path), save(tensors, metadata={_KEY: json.dumps(record)}))
 
     @classmethod
@@ -120,8 +145,36 @@ class PruningOrder:
         except (SafetensorError, KeyError) as error:
             raise ValueError(f"{path} is not a file of a pruning run.") from error
         weights = tensors if record.pop("has_weights") else None
-        removed = [(name, number) for name, number in record.pop("removed")]
+        removed = [(name, index) for name, index in record.pop("removed")]
         return cls(**record, removed=removed, weights=weights)
+
+    def differences(self, other: "PruningOrder", bounds: bool = True) -> list[str]:
+        """How the start of this run differs from another's, in words; the numbers and accuracies
+        at which to stop count on demand."""
+        pairs = {
+            "layers": (self.filters, other.filters),
+            "model": (self.model_sha256, other.model_sha256),
+            "num_images": (self.num_images, other.num_images),
+            "accuracy at the start": (self.accuracy[:1], other.accuracy[:1]),
+            "accuracy of the images to report on": (
+                self.report_accuracy[:1],
+                other.report_accuracy[:1],
+            ),
+        }
+        for name in dict.fromkeys([*self.options, *other.options]):
+            if bounds or name not in BOUNDS:
+                pairs[name] = (self.options.get(name), other.options.get(name))
+        told = [
+            f"{name} ({before} there, {now} here)"
+            for name, (before, now) in pairs.items()
+            if json.dumps(before) != json.dumps(now)
+        ]
+        theirs, own = self.start_loss, other.start_loss
+        if theirs is None or own is None or told:
+            return told
+        if not math.isclose(theirs, own, rel_tol=1e-4):
+            told.append(f"images (a loss of {theirs:.6g} there, {own:.6g} here)")
+        return told
 
     def _check(self, layer: str) -> None:
         if layer not in self.filters:

@@ -6,22 +6,25 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
-from captum_classfilters._core.batches import split_batch
-from captum_classfilters._core.guard import model_left_as_found
+from captum_classfilters._core.batches import Unpack, read_batches
 from captum_classfilters._core.layers import find_layer, layer_name, module_of
+from captum_classfilters._core.outputs import are_probabilities, class_scores
 from captum_classfilters._core.replay.suffix_replay import SuffixReplay
-from captum_classfilters.identify.statistics import labels_of_scores
+from captum_classfilters._core.tables import short_repr, text_table
+from captum_classfilters.pruning.candidates import Candidates, LabeledReplay, checked_labels
 from captum_classfilters.pruning.pruning_order import PruningOrder
 
 Order = Tensor | Sequence[Any] | PruningOrder
+_SHARES = (0.0, 0.25, 0.5, 0.75, 0.9)
 
 
+@short_repr
 @dataclass(frozen=True)
 class RemovalCurves:
     r"""
-    Accuracy against the number of filters removed, for several orders of the same layer.
+    Accuracy against the number of filters removed, for several orders of the same layer; prints as
+    a table.
 
     Args:
 
@@ -31,6 +34,8 @@ class RemovalCurves:
         accuracy (dict): For each name accuracies (S, R + 1), before the first removal and after
                     each; never without every filter.
         num_images (int): N.
+        way (str): How outputs without filters were found: ``"closed form"``, ``"replay"``, ``"whole
+                    model"``, or several of these for other batches.
     """
 
     layer: str
@@ -38,6 +43,7 @@ class RemovalCurves:
     orders: dict[str, Tensor]
     accuracy: dict[str, Tensor]
     num_images: int
+    way: str = ""
 
     @property
     def full_accuracy(self) -> float:
@@ -79,13 +85,16 @@ class RemovalCurves:
         Returns:
             *str*.
         """
-        width = max(len(name) for name in self.accuracy) + 2
-        head = " " * width + "".join(f"{share:>10.0%}" for share in shares)
-        lines = [head]
-        for name in self.accuracy:
-            cells = "".join(f"{self.at(share, name):>10.4f}" for share in shares)
-            lines.append(f"{name:{width}s}{cells}")
-        return "\n".join(lines)
+        rows = [
+            {"removed": name, **{f"{share:.0%}": self.at(share, name) for share in shares}}
+            for name in self.accuracy
+        ]
+        return text_table(rows, {f"{share:.0%}": ".4f" for share in shares})
+
+    def __str__(self) -> str:
+        longest = min(values.shape[1] for values in self.accuracy.values()) - 1
+        shares = [share for share in _SHARES if round(share * self.num_filters) <= longest]
+        return f"accuracy without filters of {self.layer}\n{self.table(shares)}"
 
 
 def removal_order(scores: Tensor) -> Tensor:
@@ -114,6 +123,8 @@ def accuracy_after_removal(
     *,
     channel_dim: int | None = None,
     perturbations_per_eval: int | None = None,
+    unpack: Unpack | None = None,
+    device: torch.device | str | None = None,
     show_progress: bool = True,
 ) -> RemovalCurves:
     r"""
@@ -125,7 +136,7 @@ def accuracy_after_removal(
 
     Args:
 
-        forward_func (Callable): The forward function of the model, with logits (N, C).
+        forward_func (Callable): The forward function of the model, with scores (N, C) or one logit.
         layer (nn.Module or str): The layer, or its dotted name.
         orders (Tensor, sequence, PruningOrder or mapping of them): Filters in the order of their
                     removal, (R,) or several orders (S, R); see :func:`removal_order`. A mapping
@@ -135,6 +146,9 @@ def accuracy_after_removal(
                     Default: None
         perturbations_per_eval (int, optional): Sets of filters per replay. By default as many as a
                     memory budget allows.
+        unpack (Callable, optional): From a batch of another kind to the pair (inputs, labels).
+                    Default: None
+        device (torch.device or str, optional): Where the batches go; by default where the model is.
         show_progress (bool): Show a progress bar over the batches.
                     Default: True
 
@@ -142,7 +156,8 @@ def accuracy_after_removal(
         *RemovalCurves*.
 
     Raises:
-        ValueError: The loader is empty, an order names a filter twice or one that is not there.
+        ValueError: The loader is empty, an order names a filter twice or one that is not there, or
+                    the model returns NaN or Inf, with filters or without.
 
     Examples::
 
@@ -156,27 +171,40 @@ def accuracy_after_removal(
         >>> curves.accuracy["order"].shape  # 0 to 3 of 4 filters removed
         torch.Size([1, 4])
     """
-    model = module_of(forward_func)
+    model = module_of(forward_func, [layer])
     module = find_layer(model, layer) if isinstance(layer, str) else layer
     named = dict(orders) if isinstance(orders, Mapping) else {"order": orders}
     if not named:
         raise ValueError("The mapping of orders is empty.")
     sets: _Sets | None = None
+    ways: set[str] = set()
     name = layer_name(model, module)
-    bar = tqdm(dataloader, desc=f"removing {name}", unit="batch", disable=not show_progress)
-    with model_left_as_found(model, evaluation=True):
-        for number, batch in enumerate(bar):
-            inputs, labels = split_batch(batch, number, None)
-            if not len(inputs[0]):
-                continue
-            replay = SuffixReplay(forward_func, module, inputs, channel_dim=channel_dim)
+    with read_batches(
+        model,
+        dataloader,
+        f"removing {name}",
+        device=device,
+        unpack=unpack,
+        show_progress=show_progress,
+    ) as batches:
+        for batch in batches:
+            replay = SuffixReplay(forward_func, module, batch.inputs, channel_dim=channel_dim)
+            ways.add(replay.way)
+            labels = checked_labels(batches, batch, replay)
             if sets is None:
                 sets = _Sets(named, replay.num_filters)
-            sets.add(replay, labels, number, perturbations_per_eval)
-    if sets is None:
-        raise ValueError("The data loader is empty: there is no image to measure accuracy on.")
+                probabilities = are_probabilities(class_scores(replay.output))
+            sets.counts.add(
+                LabeledReplay(replay, labels, probabilities, batch.number), perturbations_per_eval
+            )
+    assert sets is not None  # the loader has an image
     return RemovalCurves(
-        name, sets.num_filters, sets.orders, sets.accuracy(), num_images=sets.num_images
+        name,
+        sets.num_filters,
+        sets.orders,
+        sets.accuracy(),
+        num_images=sets.counts.num_images,
+        way=", ".join(sorted(ways)),
     )
 
 
@@ -187,12 +215,11 @@ class _Sets:
         self.num_filters = num_filters
         self.orders = {name: _checked(name, order, num_filters) for name, order in named.items()}
         self.points: dict[str, Tensor] = {}
-        self.num_images = 0
         sets: dict[bytes, int] = {}
         rows: list[Tensor] = []
         for name, orders in self.orders.items():
             place = torch.zeros(len(orders), min(orders.shape[1], num_filters - 1) + 1).long()
-            for seed, order in enumerate(orders):
+            for row, order in enumerate(orders):
                 removed = torch.zeros(num_filters, dtype=torch.bool)
                 for step in range(place.shape[1]):
                     if step:
@@ -201,21 +228,13 @@ class _Sets:
                     if key not in sets:
                         sets[key] = len(rows)
                         rows.append(removed.clone())
-                    place[seed, step] = sets[key]
+                    place[row, step] = sets[key]
             self.points[name] = place
-        self.removed = torch.stack(rows)
-        self.right = torch.zeros(len(rows), dtype=torch.int64)
-
-    def add(self, replay: SuffixReplay, labels: Any, number: int, at_once: int | None) -> None:
-        """Add a batch."""
-        truth = labels_of_scores(replay.output, labels, number)
-        for rows, outputs in replay.in_parts(self.removed, at_once):
-            self.right[rows] += (outputs.argmax(2) == truth).sum(1).cpu()
-        self.num_images += replay.num_images
+        self.counts = Candidates(torch.stack(rows))
 
     def accuracy(self) -> dict[str, Tensor]:
         """Accuracies (S, R + 1) of each order."""
-        share = self.right.double() / self.num_images
+        share = self.counts.accuracy
         return {name: share[place] for name, place in self.points.items()}
 
 
@@ -231,7 +250,7 @@ def _checked(name: str, order: Order, num_filters: int) -> Tensor:
     for row in rows.tolist():
         if len(set(row)) != len(row):
             raise ValueError(f"The order {name!r} names a filter twice.")
-        wrong = [one for one in row if not 0 <= one < num_filters]
+        wrong = [index for index in row if not 0 <= index < num_filters]
         if wrong:
             raise ValueError(
                 f"The order {name!r} names filter {wrong[0]}; the layer has {num_filters}."

@@ -1,10 +1,12 @@
 """Greedy pruning against the plain loop over whole forward passes, and its bounds."""
 
 import copy
+import functools
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from captum_classfilters.pruning import (
     GreedyFilterPruning,
@@ -14,6 +16,7 @@ from captum_classfilters.pruning import (
 )
 from captum_classfilters.pruning import greedy_filter_pruning as module
 from tests.models import batches, deep, hooks_of, joined
+from tests.pretend_device import host_reads, pretend
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +163,7 @@ def test_bad_input(trained):
         pruning.run(broken, num_filters=2, show_progress=False)
     with pytest.raises(ValueError, match="different classes"):
         pruning.run(data, [(x[y < 1], y[y < 1])], num_filters=2, show_progress=False)
-    with pytest.raises(ValueError, match="number=0"):
+    with pytest.raises(ValueError, match="num_filters=0"):
         pruning.run(data, num_filters=2, show_progress=False).kept(0)
 
 
@@ -472,3 +475,292 @@ def test_bad_options(trained):
     ]:
         with pytest.raises(ValueError, match=message):
             tuning(copy.deepcopy(model))
+
+
+# -- resuming -------------------------------------------------------------------------------------
+
+
+def test_a_run_continues_with_the_same_options_alone(trained, tmp_path):
+    model, data = trained
+    path = tmp_path / "state.safetensors"
+    both = GreedyFilterPruning(model, ["stage1", "stage2"])
+    options = {"num_filters": 3, "error_probability": 0.01, "show_progress": False}
+    both.run(data, data, state_path=path, **options)
+    x, y = joined(data)
+    flipped = [(x.flip(3), y)]  # other images of the same labels
+    others = [
+        ({"seed": 1}, r"seed \(0 there, 1 here\)"),
+        ({"error_probability": 0.02}, r"error_probability \(0.01 there, 0.02 here\)"),
+        ({"fine_tune_every": 2}, "fine_tune_every"),
+        ({"schedule": "all_layers"}, "schedule"),
+        ({"fine_tune": LayerwiseFineTuning(data, 0.1)}, "LayerwiseFineTuning"),
+        ({"num_filters": 2}, r"num_filters \(3 there, 2 here\)"),
+        ({"min_accuracy": 0.1}, "min_accuracy"),
+    ]
+    for changed, message in others:
+        with pytest.raises(ValueError, match=f"another run.*{message}"):
+            both.run(data, data, state_path=path, **{**options, **changed})
+    with pytest.raises(ValueError, match="images to report on"):
+        both.run(data, state_path=path, **options)
+    with pytest.raises(ValueError, match=r"another run.*(images|accuracy at the start)"):
+        both.run(flipped, flipped, state_path=path, **options)
+    with pytest.raises(ValueError, match="num_images"):
+        both.run([*data, *data], data, state_path=path, **options)
+    again = both.run(data, data, state_path=path, **options)
+    assert again == PruningOrder.load(path)
+    tuned = tmp_path / "tuned.safetensors"
+    options = {"num_filters": 3, "state_path": tuned, "show_progress": False}
+    GreedyFilterPruning(model, "stage1").run(
+        data, fine_tune=LayerwiseFineTuning(data, 0.1, num_steps=2), **options
+    )
+    with pytest.raises(ValueError, match="'num_steps': 3"):
+        GreedyFilterPruning(model, "stage1").run(
+            data, fine_tune=LayerwiseFineTuning(data, 0.1, num_steps=3), **options
+        )
+
+
+def test_bounds_of_one_layer_may_go_further_but_not_back(trained, tmp_path):
+    model, data = trained
+    path = tmp_path / "state.safetensors"
+    pruning = GreedyFilterPruning(model, "stage2")
+    pruning.run(data, num_filters=3, state_path=path, show_progress=False)
+    with pytest.raises(ValueError, match="gone beyond these bounds: 3 filters are left"):
+        pruning.run(data, num_filters=4, state_path=path, show_progress=False)
+    state = PruningOrder.load(path)
+    state.accuracy[2] = 0.25
+    state.save(tmp_path / "low.safetensors")
+    options = {"num_filters": 1, "state_path": tmp_path / "low.safetensors"}
+    with pytest.raises(ValueError, match=r"at an accuracy of 0\.2500 or more"):
+        pruning.run(data, min_accuracy=0.3, show_progress=False, **options)
+    rest = pruning.run(data, num_filters=1, state_path=path, show_progress=False)
+    assert rest == pruning.run(data, num_filters=1, show_progress=False)
+
+
+# -- batches, devices, models ---------------------------------------------------------------------
+
+
+def test_pruning_on_an_accelerator_is_pruning_on_the_cpu(trained):
+    model, data = trained
+    names = ["stage1", "stage2"]
+    runs = [
+        ("stage2", {"num_filters": 2}),
+        (names, {"num_filters": 3, "schedule": "all_layers"}),
+        ("stage2", {"num_filters": 4, "error_probability": 0.1}),
+    ]
+    for layer, options in runs:
+        expected = GreedyFilterPruning(model, layer).run(data, data, show_progress=False, **options)
+        for there in (True, False):
+            with pretend("cuda") as device:
+                moved = copy.deepcopy(model).to(device)
+                batches_ = [(x.to(device), y.to(device)) for x, y in data] if there else data
+                got = GreedyFilterPruning(moved, layer).run(
+                    batches_, data, show_progress=False, **options
+                )
+            assert got.removed == expected.removed
+            assert got.accuracy == expected.accuracy
+            assert got.report_accuracy == expected.report_accuracy
+            assert got.evaluations == expected.evaluations
+
+
+def test_fine_tuning_on_an_accelerator(trained, tmp_path):
+    model, data = trained
+    tune = LayerwiseFineTuning(data, {"stage2": 0.05}, num_steps=3)
+    expected = GreedyFilterPruning(model, "stage1").run(
+        data, num_filters=2, fine_tune=tune, show_progress=False
+    )
+    with pretend("meta") as device:
+        moved = copy.deepcopy(model).to(device)
+        got = GreedyFilterPruning(moved, "stage1").run(
+            data, num_filters=2, fine_tune=tune, show_progress=False
+        )
+        weights = {name: value.cpu() for name, value in got.weights.items()}
+    assert got.removed == expected.removed
+    for name, value in expected.weights.items():
+        assert torch.allclose(weights[name].float(), value.float(), atol=1e-6), name
+
+
+def test_steps_do_not_wait_for_the_device_batch_by_batch(trained):
+    """Apart from the replay itself, a step reads its counts once, however many batches there are."""
+    model, data = trained
+    own = []
+    for number in (8, 16):
+        with pretend("cuda") as device:
+            moved = copy.deepcopy(model).to(device)
+            on_device = [(x.to(device), y.to(device)) for x, y in data * 4][:number]
+            host_reads.clear()
+            GreedyFilterPruning(moved, "stage1").run(on_device, num_filters=1, show_progress=False)
+            own.append([read for read in host_reads if "/replay/" not in read])
+    assert len(own[1]) - len(own[0]) <= 1 + 1  # reading is looked at every eighth batch
+
+
+class OneLogit(nn.Module):
+    """Says z = a0 + a1 / 2 - a2 for the means a of three filters."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.filters, self.head, self.shape = nn.ReLU(), nn.Linear(3, 1), shape
+        with torch.no_grad():
+            self.head.weight.copy_(torch.tensor([[1.0, 0.5, -1.0]]))
+            self.head.bias.fill_(-0.2)
+
+    def forward(self, x):
+        return self.head(self.filters(x).mean((2, 3))).reshape(-1, *self.shape)
+
+
+@pytest.mark.parametrize("shape", [(1,), ()])
+def test_one_logit(shape):
+    model = OneLogit(shape)
+    x = torch.rand(40, 3, 2, 2, generator=torch.Generator().manual_seed(0)).double().float()
+    means = x.mean((2, 3))
+    z = means @ model.head.weight[0] + model.head.bias
+    y = (z > 0).long()
+    order = GreedyFilterPruning(model, "filters").run([(x, y)], num_filters=2, show_progress=False)
+    weights = model.head.weight.detach()[0]
+    scores = []
+    for filter_ in range(3):
+        without = z.detach() - means[:, filter_] * weights[filter_]
+        right = ((without > 0) == (y == 1)).double().mean()
+        loss = nn.functional.binary_cross_entropy_with_logits(without.double(), y.double())
+        scores.append((-float(right), float(loss), filter_))
+    assert order.order == [min(scores)[2]]
+    assert order.accuracy == pytest.approx([1.0, -min(scores)[0]])
+    own = nn.functional.binary_cross_entropy_with_logits(z.double(), y.double())
+    assert order.start_loss == pytest.approx(float(own), rel=1e-6)
+
+
+def test_probabilities_are_not_put_through_a_softmax_again(trained):
+    model, data = trained
+    likely = nn.Sequential(*copy.deepcopy(model).children(), nn.Softmax(1)).eval()
+    order = GreedyFilterPruning(model, "stage2").run(data, num_filters=2, show_progress=False)
+    again = GreedyFilterPruning(likely, "1").run(data, num_filters=2, show_progress=False)
+    assert again.order == order.order
+    assert again.start_loss == pytest.approx(order.start_loss, rel=1e-5)
+
+
+class Ratio(nn.Module):
+    """Divides two filters by a third, which must not be zero."""
+
+    def __init__(self):
+        super().__init__()
+        self.filters = nn.Identity()
+
+    def forward(self, x):
+        means = self.filters(x).mean((2, 3))
+        return means[:, :2] / means[:, 2:]
+
+
+def test_outputs_that_are_not_finite_without_a_filter_are_refused_by_name():
+    x = 1 + torch.rand(6, 3, 2, 2)
+    data = [(x, torch.arange(6) % 2)] * 2
+    pruning = GreedyFilterPruning(Ratio(), "filters")
+    for options in ({}, {"error_probability": 0.1}):
+        with pytest.raises(ValueError, match=r"NaN or Inf for image 0 of batch 0 .* filters 2 rem"):
+            pruning.run(data, num_filters=2, show_progress=False, **options)
+
+
+def test_the_way_is_recorded(trained):
+    model, data = trained
+    order = GreedyFilterPruning(model, ["stage1", "stage2"]).run(
+        data, num_filters=3, show_progress=False
+    )
+    assert order.ways == {"stage1": "replay", "stage2": "closed form"}
+    assert order.options["num_filters"] == 3
+
+    class Centred(nn.Module):  # a batch-dependent model cannot be replayed
+        def forward(self, x):
+            return x - x.mean(0, keepdim=True)
+
+    whole = nn.Sequential(*model.children(), Centred()).eval()
+    again = GreedyFilterPruning(whole, "0").run(data, num_filters=3, show_progress=False)
+    assert again.ways == {"0": "whole model"}
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        nn.DataParallel,
+        lambda model: torch.compile(model, backend="eager"),
+        lambda model: lambda x: model(x),
+        lambda model: functools.partial(model.forward),
+    ],
+)
+def test_wrapped_models(trained, wrap):
+    model, data = trained
+    wrapped = wrap(copy.deepcopy(model))
+    wrapped(data[0][0])
+    expected = GreedyFilterPruning(model, "stage1").run(data, num_filters=2, show_progress=False)
+    got = GreedyFilterPruning(wrapped, "stage1").run(data, num_filters=2, show_progress=False)
+    assert (got.removed, got.accuracy) == (expected.removed, expected.accuracy)
+    assert got.model_sha256 == expected.model_sha256
+    if isinstance(wrapped, nn.Module):
+        tune = LayerwiseFineTuning(data, {"stage2": 0.05}, num_steps=3)
+        options = {"num_filters": 2, "fine_tune": tune, "show_progress": False}
+        expected = GreedyFilterPruning(model, "stage1").run(data, **options)
+        assert GreedyFilterPruning(wrapped, "stage1").run(data, **options).order == expected.order
+
+
+def test_loaders_of_every_kind(trained):
+    model, data = trained
+    expected = GreedyFilterPruning(model, "stage1").run(data, num_filters=2, show_progress=False)
+    kinds = {
+        "list": [(x, y.tolist()) for x, y in data],
+        "more": [(x, y, "name") for x, y in data],
+        "tuple": [((x,), y) for x, y in data],
+        "empty first": [(data[0][0][:0], data[0][1][:0]), *data],
+        "generator": (pair for pair in data),
+        "one by one": [(x[i : i + 1], y[i : i + 1]) for x, y in data for i in range(len(y))],
+    }
+    for name, loader in kinds.items():
+        got = GreedyFilterPruning(model, "stage1").run(loader, num_filters=2, show_progress=False)
+        assert (got.removed, got.accuracy) == (expected.removed, expected.accuracy), name
+    named = [{"a": x, "b": y} for x, y in data]
+    unpacked = GreedyFilterPruning(model, "stage1").run(
+        named, num_filters=2, unpack=lambda batch: (batch["a"], batch["b"]), show_progress=False
+    )
+    assert unpacked.removed == expected.removed
+    for block in (torch.no_grad, torch.inference_mode):
+        with block():
+            got = GreedyFilterPruning(model, "stage1").run(
+                data, num_filters=2, fine_tune=LayerwiseFineTuning(data, 1e-9, num_steps=1),
+                show_progress=False,
+            )  # fmt: skip
+        assert got.removed == expected.removed
+    x, y = data[0]
+    for labels, message in [
+        (y.float(), "float32"),
+        (y + 1, "label 3"),
+        (torch.ones(16, 3), "multi"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            GreedyFilterPruning(model, "stage1").run([(x, labels)], num_filters=2)
+
+
+def test_every_layer_has_a_bound(trained):
+    model, data = trained
+    both = GreedyFilterPruning(model, ["stage1", "stage2"])
+    with pytest.raises(ValueError, match="must name every layer; it lacks stage2"):
+        both.run(data, num_filters={"stage1": 2}, show_progress=False)
+    order = both.run(data, num_filters={"stage1": 2}, ratio=2, show_progress=False)
+    assert [int(order.kept(layer=name).sum()) for name in order.filters] == [2, 3]
+
+
+def test_norms_of_turned_and_grouped_filters():
+    up = nn.ConvTranspose2d(4, 6, 1, groups=2, bias=False)
+    with torch.no_grad():
+        up.weight.copy_(torch.arange(12.0).reshape(4, 3, 1, 1))
+    # Rows are inputs: group 0 has inputs 0 and 1, group 1 inputs 2 and 3.
+    assert module._norms(up, torch.arange(6), 6) == [3, 5, 7, 15, 17, 19]
+    assert module._norms(nn.ReLU(), torch.arange(2), 6) == [0, 0]
+
+
+def test_fine_tuning_of_one_logit_with_tuples_and_labels_as_a_list():
+    model = OneLogit((1,))
+    x = torch.rand(12, 3, 2, 2)
+    y = (torch.arange(12) % 2).tolist()
+    z = model(x)[:, 0].double()
+    loss = nn.functional.binary_cross_entropy_with_logits(z, torch.tensor(y).double())
+    tuning = LayerwiseFineTuning([(x[:0], []), ((x,), y, "more")], 0.1, num_steps=3)
+    losses = tuning(model.eval())
+    assert losses[0] == pytest.approx(float(loss.detach()), rel=1e-5)
+    assert losses[2] < losses[0]
+    assert not model.training

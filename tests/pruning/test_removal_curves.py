@@ -18,6 +18,7 @@ from captum_classfilters.pruning import (
     removal_order,
 )
 from tests.models import TwoInputs, batches, deep, hooks_of, images, joined
+from tests.pretend_device import host_reads, pretend
 
 pytest.importorskip("torch_pruning")
 QUIET = {"show_progress": False}
@@ -216,3 +217,55 @@ def test_bad_input(trained):
         activation_scores(model, "stage1", [(images(2), torch.tensor([0, 3]))], **QUIET)
     with pytest.raises(ValueError, match="seeds=0"):
         random_scores(4, 0)
+
+
+def test_curves_on_an_accelerator_are_those_of_the_cpu(trained):
+    model, data = trained
+    orders = {"a": [0, 2, 1], "b": torch.tensor([[3, 1], [1, 3]])}
+    expected = accuracy_after_removal(model, "stage1", orders, data, **QUIET)
+    own = []
+    for there in (True, False):
+        for times in (4, 8):
+            with pretend("cuda") as device:
+                moved = deep().to(device)
+                moved.load_state_dict(model.state_dict())
+                loader = [(x.to(device), y.to(device)) for x, y in data] if there else data
+                host_reads.clear()
+                got = accuracy_after_removal(moved, "stage1", orders, loader * times, **QUIET)
+                own.append(len([read for read in host_reads if "/replay/" not in read]))
+            for name, accuracy in expected.accuracy.items():
+                assert torch.equal(got.accuracy[name], accuracy)
+                assert got.accuracy[name].device.type == "cpu"
+        assert own[-1] - own[-2] <= 2  # 16 batches more are looked at twice more
+
+
+def test_curves_of_one_logit_say_their_way():
+    model = nn.Sequential(nn.Identity(), nn.Linear(3, 1, bias=False))
+    with torch.no_grad():
+        model[1].weight.copy_(torch.tensor([[1.0, -2, 0.5]]))
+    x, y = torch.tensor([[3.0, 1, 1], [1, 1, 0], [2, 0, 1], [0, 1, 1]]), torch.tensor([1, 0, 1, 1])
+    curves = accuracy_after_removal(model, "0", [1, 0], [(x, y)], **QUIET)
+    # z: 1.5, -1, 2.5, -1.5; then 3.5, 1, 2.5, 0.5; then 0.5, 0, 0.5, 0.5
+    assert curves.accuracy["order"].tolist() == [[0.75, 0.75, 1.0]]
+    assert curves.way in ("closed form", "replay")
+    assert "0%" in str(curves)
+
+
+def test_curves_refuse_outputs_that_are_not_finite():
+    class Ratio(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.filters = nn.Identity()
+
+        def forward(self, x):
+            means = self.filters(x).mean((2, 3))
+            return means[:, :2] / means[:, 2:]
+
+    data = [(1 + torch.rand(6, 3, 2, 2), torch.arange(6) % 2)]
+    with pytest.raises(
+        ValueError, match=r"NaN or Inf for image 0 of batch 0 .*filters 1, 2 removed"
+    ):
+        accuracy_after_removal(Ratio(), "filters", [1, 2], data, **QUIET)
+    broken = [(torch.full((2, 3, 2, 2), torch.nan), torch.arange(2))]
+    with pytest.raises(ValueError, match="NaN or Inf for image 0 of batch 0"):
+        accuracy_after_removal(Ratio(), "filters", [1], broken, **QUIET)
