@@ -1,6 +1,6 @@
 """Abbasi-Asl and Yu's experiments on LeNet (MNIST), ResNet-20 (CIFAR-10) and SqueezeNet (ImageNet).
 
-    python -m benchmarks.reproduce_car [--part lenet|seeds|compress|resnet20|colours|squeezenet|greedy|all]
+    python -m benchmarks.reproduce_car [--part lenet|seeds|compress|resnet20|colors|squeezenet|greedy|all]
 
 Needs the data folder that benchmarks/cifar10.py describes. LeNet is trained here, in about a minute.
 """
@@ -231,8 +231,8 @@ def at_shares(
     return table
 
 
-def colours() -> None:
-    """Are the first filters to go those that see colour? The first convolution of ResNet-20."""
+def colors() -> None:
+    """Are the first filters to go those that see color? The first convolution of ResNet-20."""
     model = cifar10.pretrained(20)
     choose = in_batches(*cifar10.images("test", 2000))
     order = GreedyFilterPruning(model, "bn1").run(choose, num_filters=1, **QUIET).order
@@ -393,7 +393,7 @@ def main() -> None:
         "seeds": lenet_seeds,
         "compress": compress,
         "resnet20": lambda: resnet20(options.choose, options.report),
-        "colours": colours,
+        "colors": colors,
         "squeezenet": squeezenet,
         "greedy": lambda: greedy_speed(options.images, options.plain_images, options.plain_left),
     }

@@ -32,10 +32,13 @@ def median_and_interquartile(times: Sequence[float]) -> tuple[float, float]:
 
 
 def _timed(model: nn.Module, inputs: tuple[Any, ...]) -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    started = time.perf_counter()
+    started = _now()
     model(*inputs)
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
+    return _now() - started
+
+
+def _now() -> float:
+    """The time at which everything that was asked of an accelerator is done."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    return time.perf_counter()

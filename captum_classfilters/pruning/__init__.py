@@ -13,7 +13,7 @@ from captum_classfilters.pruning.class_interpretation import (
     class_interpretation,
     interpretation_table,
 )
-from captum_classfilters.pruning.colour import greyed, response_chroma, weight_chroma
+from captum_classfilters.pruning.color import grayed, response_chroma, weight_chroma
 from captum_classfilters.pruning.compare_networks import (
     NetworkComparison,
     NetworkCost,
@@ -71,7 +71,7 @@ __all__ = [
     "compress_layer",
     "encode_weights",
     "filter_importance_baselines",
-    "greyed",
+    "grayed",
     "incoming_weight_scores",
     "interpretation_table",
     "kmeans_quantize",

@@ -56,8 +56,8 @@ class FilterInterpretation:
     def __str__(self) -> str:
         def told(effects: tuple[ClassEffect, ...]) -> str:
             return ", ".join(
-                f"{one.name} {one.reduction:+.3f} [{one.low:+.3f}, {one.high:+.3f}]"
-                for one in effects
+                f"{effect.name} {effect.reduction:+.3f} [{effect.low:+.3f}, {effect.high:+.3f}]"
+                for effect in effects
             )
 
         return (
@@ -122,12 +122,12 @@ def class_interpretation(
             images=int(reduction.counts[row]),
         )
 
-    found = []
+    interpretations = []
     for column, overall in enumerate(reduction.reduction.tolist()):
         order = sorted(
             seen, key=lambda row: (-float(values[row, column]), -float(soft[row, column]), row)
         )
-        found.append(
+        interpretations.append(
             FilterInterpretation(
                 filter=column,
                 reduction=overall,
@@ -135,7 +135,7 @@ def class_interpretation(
                 bottom=tuple(effect(row, column) for row in order[::-1][:num_classes]),
             )
         )
-    return found
+    return interpretations
 
 
 def interpretation_table(interpretations: list[FilterInterpretation]) -> "pandas.DataFrame":
@@ -151,9 +151,9 @@ def interpretation_table(interpretations: list[FilterInterpretation]) -> "pandas
     import pandas
 
     rows = [
-        {"filter": one.filter, "end": end, "place": place, **vars(effect)}
-        for one in interpretations
-        for end, effects in (("most", one.top), ("least", one.bottom))
+        {"filter": filter_.filter, "end": end, "place": place, **vars(effect)}
+        for filter_ in interpretations
+        for end, effects in (("most", filter_.top), ("least", filter_.bottom))
         for place, effect in enumerate(effects, 1)
     ]
     return pandas.DataFrame(rows)

@@ -8,11 +8,14 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from captum_classfilters._core.filter_graph import as_tuple
+from captum_classfilters._core.costs import before_and_after, num_bytes, num_outputs
+from captum_classfilters._core.devices import device_of, on_device
 from captum_classfilters._core.guard import model_left_as_found
+from captum_classfilters._core.tables import short_repr
 from captum_classfilters._core.timing import interleaved_seconds, median_and_interquartile
 
 
+@short_repr
 @dataclass(frozen=True)
 class NetworkCost:
     r"""
@@ -20,7 +23,8 @@ class NetworkCost:
 
     Args:
 
-        filters (int): Filters of all its convolutions and outputs of all its linear layers.
+        filters (int): Filters of all its convolutions and outputs of all its linear layers,
+                    decomposed heads among them.
         parameters (int): Its parameters.
         multiply_adds (int): Multiply-adds of convolutions and matrix products for one example.
         bytes (int): Bytes of its parameters and buffers.
@@ -36,6 +40,7 @@ class NetworkCost:
     seconds_interquartile: float
 
 
+@short_repr
 @dataclass(frozen=True)
 class NetworkComparison:
     r"""
@@ -58,30 +63,27 @@ class NetworkComparison:
         return self.before.seconds / self.after.seconds
 
     def __str__(self) -> str:
-        rows = [
-            ("filters", "filters", "{:,.0f}"),
-            ("parameters", "parameters", "{:,.0f}"),
-            ("multiply-adds", "multiply_adds", "{:,.0f}"),
-            ("bytes", "bytes", "{:,.0f}"),
-            ("forward pass, ms", "seconds", "{:,.2f}"),
-        ]
-        lines = [f"{'':18s}{'before':>16s}{'after':>16s}{'ratio':>9s}"]
-        for title, name, form in rows:
+        titles = {
+            "filters": "filters",
+            "parameters": "parameters",
+            "multiply-adds": "multiply_adds",
+            "bytes": "bytes",
+            "forward pass, ms": "seconds",
+        }
+        quantities = {}
+        for title, name in titles.items():
             scale = 1000 if name == "seconds" else 1
-            before, after = (scale * getattr(one, name) for one in (self.before, self.after))
-            ratio = before / after if after else float("nan")
-            lines.append(
-                f"{title:18s}{form.format(before):>16s}{form.format(after):>16s}{ratio:>8.2f}x"
-            )
-        lines += [f"{name}: {before} -> {after}" for name, (before, after) in self.layers.items()]
-        return "\n".join(lines)
+            before, after = (scale * getattr(cost, name) for cost in (self.before, self.after))
+            quantities[title] = (before, after)
+        lost = [f"{name}: {before} -> {after}" for name, (before, after) in self.layers.items()]
+        return "\n".join([before_and_after(quantities), *lost])
 
 
 def compare_networks(
     before: nn.Module, after: nn.Module, example_inputs: Any, *, repetitions: int = 30
 ) -> NetworkComparison:
     r"""
-    Compare what two networks cost, a full one and its pruned form say.
+    Compare what two networks cost, a full one and its pruned form for example.
 
     Forward passes of the two alternate, so that a busy machine slows both; the medians are
     compared. Multiply-adds are counted by ``torch.utils.flop_counter``, two operations each.
@@ -113,7 +115,7 @@ def compare_networks(
     """
     if repetitions < 1:
         raise ValueError(f"repetitions={repetitions} must be at least 1.")
-    inputs = as_tuple(example_inputs)
+    inputs = _inputs(before, example_inputs)
     with (
         model_left_as_found(before, evaluation=True),
         model_left_as_found(after, evaluation=True),
@@ -122,14 +124,14 @@ def compare_networks(
         costs = [
             _cost(model, inputs, own) for model, own in zip((before, after), times, strict=True)
         ]
-    counts = _filters(after)
+    counts = num_outputs(after)
     return NetworkComparison(
         before=costs[0],
         after=costs[1],
         layers={
-            name: (number, counts[name])
-            for name, number in _filters(before).items()
-            if counts.get(name, number) != number
+            name: (width, counts[name])
+            for name, width in num_outputs(before).items()
+            if counts.get(name, width) != width
         },
     )
 
@@ -145,32 +147,27 @@ def multiply_adds(model: nn.Module, example_inputs: Any) -> int:
     Returns:
         *int*.
     """
-    inputs = as_tuple(example_inputs)
+    inputs = _inputs(model, example_inputs)
     counter = FlopCounterMode(display=False)
     with model_left_as_found(model, evaluation=True), torch.no_grad(), counter:
         model(*inputs)
     return int(counter.get_total_flops()) // 2 // len(inputs[0])
 
 
+def _inputs(model: nn.Module, example_inputs: Any) -> tuple[Any, ...]:
+    """A model's inputs as a tuple, where it is."""
+    several = isinstance(example_inputs, (tuple, list))
+    inputs: tuple[Any, ...] = tuple(example_inputs) if several else (example_inputs,)
+    return tuple(on_device(inputs, device_of(model)))
+
+
 def _cost(model: nn.Module, inputs: tuple[Any, ...], times: Sequence[float]) -> NetworkCost:
-    tensors = [*model.parameters(), *model.buffers()]
     seconds, spread = median_and_interquartile(times)
     return NetworkCost(
-        filters=sum(_filters(model).values()),
+        filters=sum(num_outputs(model).values()),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         multiply_adds=multiply_adds(model, inputs),
-        bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors),
+        bytes=num_bytes(model),
         seconds=seconds,
         seconds_interquartile=spread,
     )
-
-
-def _filters(model: nn.Module) -> dict[str, int]:
-    """Filters of every convolution and outputs of every linear layer, by name."""
-    counts = {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.modules.conv._ConvNd):
-            counts[name] = module.out_channels
-        elif isinstance(module, nn.Linear):
-            counts[name] = module.out_features
-    return counts

@@ -1,4 +1,4 @@
-"""Whether a kind of filter, colour filters say, is removed earlier than chance."""
+"""Whether a kind of filter, color filters for example, is removed earlier than chance."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -76,9 +76,9 @@ def selectivity_test(
 
         >>> import torch
         >>> from captum_classfilters.pruning import selectivity_test
-        >>> colour = torch.arange(96) < 48  # half of 96 filters
+        >>> color = torch.arange(96) < 48  # half of 96 filters
         >>> order = [*range(17), 50, 51, 52, *range(17, 48), 48, 49, *range(53, 96)]
-        >>> round(selectivity_test(order, colour).hypergeometric_p, 5)  # 17 of the first 20
+        >>> round(selectivity_test(order, color).hypergeometric_p, 5)  # 17 of the first 20
         0.00038
     """
     from scipy.stats import hypergeom, mannwhitneyu
@@ -88,23 +88,23 @@ def selectivity_test(
         raise ValueError(
             f"selective is {kind.dtype} of shape {tuple(kind.shape)}; expected a mask."
         )
-    removed = [int(one) for one in getattr(order, "order", order)]
-    number = len(kind)
-    if len(set(removed)) != len(removed) or not set(removed) <= set(range(number)):
-        raise ValueError(f"The order must name each of the {number} filters at most once.")
+    removed = [int(index) for index in getattr(order, "order", order)]
+    num_filters = len(kind)
+    if len(set(removed)) != len(removed) or not set(removed) <= set(range(num_filters)):
+        raise ValueError(f"The order must name each of the {num_filters} filters at most once.")
     if not 1 <= top <= len(removed):
         raise ValueError(f"top={top} is out of range: the order has {len(removed)} filters.")
     if bool(kind.all()) or not bool(kind.any()):
         raise ValueError("All filters or none are of the kind; there is nothing to tell apart.")
     count, of_kind = int(kind[removed[:top]].sum()), int(kind.sum())
     # Those that stayed share the mean of the last places.
-    rank = torch.full((number,), (len(removed) + 1 + number) / 2, dtype=torch.float64)
+    rank = torch.full((num_filters,), (len(removed) + 1 + num_filters) / 2, dtype=torch.float64)
     rank[removed] = torch.arange(1, len(removed) + 1, dtype=torch.float64)
     return SelectivityTest(
         top=top,
         count=count,
-        base_rate=of_kind / number,
-        hypergeometric_p=float(hypergeom.sf(count - 1, number, of_kind, top)),
+        base_rate=of_kind / num_filters,
+        hypergeometric_p=float(hypergeom.sf(count - 1, num_filters, of_kind, top)),
         mean_rank=float(rank[kind].mean()),
         mean_rank_others=float(rank[~kind].mean()),
         rank_p=float(

@@ -1,4 +1,4 @@
-"""Colour, removal order, groups and classes of filters against explicit formulas, scipy, sklearn."""
+"""Color, removal order, groups and classes of filters against explicit formulas, scipy, sklearn."""
 
 from itertools import combinations
 from math import comb, exp, log
@@ -15,23 +15,24 @@ from captum_classfilters.identify import AccuracyReduction
 from captum_classfilters.pruning import (
     PruningOrder,
     class_interpretation,
-    greyed,
+    grayed,
     interpretation_table,
     response_chroma,
     selectivity_test,
     weight_chroma,
 )
 from tests.models import batches, deep, hooks_of
+from tests.pretend_device import host_reads, pretend
 
 pytest.importorskip("sklearn")
 QUIET = {"show_progress": False}
 
 
-def colour_images(number=12, seed=0):
+def color_images(number=12, seed=0):
     return torch.rand(number, 3, 6, 6, generator=torch.Generator().manual_seed(seed))
 
 
-# -- colour ---------------------------------------------------------------------------------------
+# -- color ----------------------------------------------------------------------------------------
 
 
 def test_weight_chroma_by_hand():
@@ -39,7 +40,7 @@ def test_weight_chroma_by_hand():
     weights[0] = 2.0  # brightness alone
     weights[1, 0, 0] = torch.tensor([1.0, -1])
     weights[1, 1, 0] = torch.tensor([-1.0, 1])  # red against green alone
-    weights[2, 0, 0, 0] = 3.0  # one colour: (3/sqrt(3))^2 = 3 of 9 is brightness
+    weights[2, 0, 0, 0] = 3.0  # one color: (3/sqrt(3))^2 = 3 of 9 is brightness
     index = weight_chroma(weights)
     assert index[:3].tolist() == pytest.approx([0, 1, 2 / 3])
     assert bool(index[3].isnan())
@@ -53,7 +54,7 @@ def test_weight_chroma_by_hand():
         weight_chroma(torch.ones(4, 1, 3, 3))
 
 
-def colour_model():
+def color_model():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3), nn.Flatten())
     with torch.no_grad():
         model[0].weight.copy_(
@@ -66,15 +67,15 @@ def colour_model():
 
 
 def test_response_chroma_against_a_loop():
-    model, x = colour_model(), colour_images()
+    model, x = color_model(), color_images()
     found = response_chroma(model, "1", [(x[:5], 0), (x[5:], 0)], top=3, **QUIET)
     with torch.no_grad():
         maps = model[1](model[0](x)).flatten(2)
-        grey = model[1](model[0](x.mean(1, keepdim=True).expand_as(x))).flatten(2)
+        gray = model[1](model[0](x.mean(1, keepdim=True).expand_as(x))).flatten(2)
     for filter_ in range(4):
         largest, place = maps[:, filter_].max(1)
         best = largest.argsort(descending=True)[:3]
-        without = sum(float(grey[image, filter_, place[image]]) for image in best)
+        without = sum(float(gray[image, filter_, place[image]]) for image in best)
         assert float(found[filter_]) == pytest.approx(
             1 - without / float(largest[best].sum()), abs=1e-5
         )
@@ -87,18 +88,43 @@ def test_response_chroma_against_a_loop():
     assert bool(response_chroma(model, "1", [x], **QUIET)[2].isnan())
 
 
-def test_grey_in_the_original_colours():
-    x, mean, spread = colour_images(), [0.5, 0.2, 0.1], [0.3, 0.2, 0.5]
-    normalised = (x - torch.tensor(mean).reshape(3, 1, 1)) / torch.tensor(spread).reshape(3, 1, 1)
-    grey = greyed(normalised, mean, spread) * torch.tensor(spread).reshape(3, 1, 1)
-    grey = grey + torch.tensor(mean).reshape(3, 1, 1)
-    assert torch.allclose(grey, x.mean(1, keepdim=True).expand_as(x), atol=1e-6)
-    with pytest.raises(ValueError, match="no colour to remove"):
-        greyed(x[:, :1])
+def test_gray_in_the_original_colors():
+    x, mean, spread = color_images(), [0.5, 0.2, 0.1], [0.3, 0.2, 0.5]
+    normalized = (x - torch.tensor(mean).reshape(3, 1, 1)) / torch.tensor(spread).reshape(3, 1, 1)
+    gray = grayed(normalized, mean, spread) * torch.tensor(spread).reshape(3, 1, 1)
+    gray = gray + torch.tensor(mean).reshape(3, 1, 1)
+    assert torch.allclose(gray, x.mean(1, keepdim=True).expand_as(x), atol=1e-6)
+    with pytest.raises(ValueError, match="no color to remove"):
+        grayed(x[:, :1])
     with pytest.raises(ValueError, match="top=0"):
-        response_chroma(colour_model(), "1", [x], top=0)
+        response_chroma(color_model(), "1", [x], top=0)
     with pytest.raises(ValueError, match="loader is empty"):
-        response_chroma(colour_model(), "1", [], **QUIET)
+        response_chroma(color_model(), "1", [], **QUIET)
+
+
+def test_response_chroma_on_an_accelerator_and_of_further_inputs():
+    model, x = color_model(), color_images()
+    expected = response_chroma(model, "1", [x[:5], x[5:]], top=3, **QUIET)
+    for there in (True, False):
+        with pretend("cuda") as device:
+            moved = color_model().to(device)
+            data = [x[:5].to(device), x[5:].to(device)] if there else [x[:5], x[5:]]
+            host_reads.clear()
+            got = response_chroma(moved, "1", data, top=3, **QUIET)
+            assert len(host_reads) <= 3
+        assert got.device.type == "cpu"
+        assert torch.equal(got, expected)
+
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = color_model()
+
+        def forward(self, images, scale):
+            return self.net(images * scale[:, None, None, None])
+
+    twice = [((x[:5], torch.full((5,), 2.0)), 0), ((x[5:], torch.full((7,), 2.0)), 0)]
+    assert torch.allclose(response_chroma(Scaled(), "net.1", twice, top=3, **QUIET), expected)
 
 
 # -- order ----------------------------------------------------------------------------------------

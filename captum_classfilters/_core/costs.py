@@ -1,0 +1,55 @@
+"""What is counted of a network, and how two of them are told beside each other."""
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from captum_classfilters._core.layers import named_layers
+from captum_classfilters._core.tables import text_table
+
+
+def num_outputs(model: nn.Module) -> dict[str, int]:
+    """Filters of every convolution and outputs of every linear layer, decomposed ones too, by name."""
+    outputs = {}
+    seen: set[int] = set()
+    for name, module in named_layers(model).items():
+        width = getattr(module, "out_channels", getattr(module, "out_features", None))
+        weighted = isinstance(getattr(module, "weight", None), Tensor)
+        if weighted and isinstance(width, int) and id(module) not in seen:
+            outputs[name] = width
+        seen.add(id(module))
+    return outputs
+
+
+def num_bytes(module: nn.Module) -> int:
+    """Bytes of a module's parameters and buffers."""
+    tensors = [*module.parameters(), *module.buffers()]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def before_and_after(quantities: Mapping[str, tuple[float, float]], title: str = "") -> str:
+    r"""
+    Quantities before and after as a table, with their ratios.
+
+    Args:
+
+        quantities (mapping): Title to the two values.
+        title (str): What stands above the titles.
+                    Default: ""
+
+    Returns:
+        *str*.
+
+    Examples::
+
+        >>> from captum_classfilters._core.costs import before_and_after
+        >>> print(before_and_after({"filters": (12, 8), "bytes": (2048, 512)}))
+                 before  after  ratio
+        filters      12      8   1.50
+        bytes     2,048    512   4.00
+    """
+    rows = [
+        {title: name, "before": before, "after": after, "ratio": before / after if after else None}
+        for name, (before, after) in quantities.items()
+    ]
+    return text_table(rows, {"ratio": ".2f"})
