@@ -16,7 +16,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from captum_classfilters._core.files import write_atomically
-from captum_classfilters._core.ranking import descending, rank_correlation, ranks
+from captum_classfilters._core.ranking import descending, highest, rank_correlation, ranks
 
 if TYPE_CHECKING:
     import pandas
@@ -392,7 +392,7 @@ class ClassFilters:
 
     def _with_sizes(self, sizes: Tensor, positive_only: bool) -> "ClassFilters":
         seen = self._counts > 0
-        wanted = (ranks(descending(self._scores)) < sizes[:, None]) & seen[:, None]
+        wanted = highest(self._scores, sizes) & seen[:, None]
         selected = wanted & ((self._scores != 0) | (sizes == self.num_filters)[:, None])
         if positive_only:
             selected &= self._scores > 0

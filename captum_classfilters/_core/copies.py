@@ -3,7 +3,9 @@
 import copy
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.utils._pytree import tree_leaves
 
 
 def copied(model: nn.Module) -> nn.Module:
@@ -14,8 +16,15 @@ def copied(model: nn.Module) -> nn.Module:
     """
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
+        if is_lazy(parameter):
+            continue
         clone = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
         memo[id(parameter)] = clone
     for buffer in model.buffers():
-        memo[id(buffer)] = buffer.detach().clone()
+        if not is_lazy(buffer):
+            memo[id(buffer)] = buffer.detach().clone()
+    for module in model.modules():  # weights that norms and masks have computed, or kept activations
+        for value in tree_leaves(vars(module)):
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo.setdefault(id(value), value.detach().clone())
     return copy.deepcopy(model, memo)

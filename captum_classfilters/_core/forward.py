@@ -362,7 +362,6 @@ class SharedForward:
                 if not head.is_output(class_scores(output)):
                     return None
                 features, logits = head.features, head.logits
-                self._head_module = head.module
             return Glimpse(
                 [part.means for part in parts], [part.layout for part in parts], features, logits
             )
@@ -397,6 +396,7 @@ class SharedForward:
         """Hooks on the layers, and on linear layers while the head matters."""
         by_weights = any(tap.by_weights for tap in self._taps)
         head_matters = by_weights or not self._feeds_known
+        known = self._head_module if by_weights else None
         for tap in self._taps:
             tap.differentiable, tap.frozen = differentiable, False
             tap.keep_maps = tap.maps_used or not self._feeds_known
@@ -404,7 +404,7 @@ class SharedForward:
             with (
                 torch.set_grad_enabled(differentiable),
                 tapping(self._taps),
-                record_head(self.model if head_matters else None) as head,
+                record_head(self.model if head_matters else None, known) as head,
             ):
                 yield head
         finally:
@@ -427,6 +427,7 @@ class SharedForward:
             for tap, candidate in zip(self._taps, candidates, strict=True):
                 tap.feed = candidate[0] if candidate and bool(candidate[1]) else None
             self.head_name = layer_name(self.model, head.module) if head.module else None
+            self._head_module = head.module
             self._feeds_known = True
         holds = self._holds(output, candidates, head) if weighted else []
         if self._needs_gradients and not differentiable:

@@ -97,15 +97,19 @@ def linear_output(weight: Tensor, bias: Tensor, features: Tensor) -> Tensor:
 
 
 @contextmanager
-def record_head(model: nn.Module | None) -> Iterator[HeadRecord]:
-    """Record the last linear layer of each forward pass made inside the block."""
+def record_head(model: nn.Module | None, known: nn.Module | None = None) -> Iterator[HeadRecord]:
+    """Record the last linear layer of each forward pass made inside the block; or the one that is
+    known to be the head, so that the others need no hook."""
     record = HeadRecord()
 
     def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         if inputs and isinstance(inputs[0], Tensor) and isinstance(output, Tensor):
             record.see(module, inputs[0], output)
 
-    linear = [] if model is None else [m for m in model.modules() if is_linear(m)]
+    if known is not None:
+        linear = [known]
+    else:
+        linear = [] if model is None else [m for m in model.modules() if is_linear(m)]
     with hooked(linear, hook):
         yield record
 

@@ -10,13 +10,20 @@ import captum
 import torch
 from torch import nn
 
+from captum_classfilters._core.devices import device_of
 from captum_classfilters._core.layers import unwrapped
 from captum_classfilters._version import __version__
 
 
 def fingerprint(model: nn.Module | None) -> str | None:
     """SHA-256 over the names, shapes and bytes of a model's parameters and buffers."""
-    return None if model is None else _digest(_contents(model))
+    if model is None:
+        return None
+    device = device_of(model)
+    if device is None or device.type != "cuda":
+        return _digest(_contents(model))
+    with torch.cuda.stream(torch.cuda.Stream(device)):  # beside the work of the device
+        return _digest(_contents(model))
 
 
 def _contents(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
@@ -47,16 +54,16 @@ class Provenance:
 
     def __init__(self, models: Sequence[nn.Module | None] = ()) -> None:
         self._pool = ThreadPoolExecutor(1)
-        self._fingerprints: dict[int, Future[str]] = {}
+        self._fingerprints: dict[int, Future[str | None]] = {}
         for model in models:
             self._begin(model)
 
-    def _begin(self, model: nn.Module | None) -> "Future[str] | None":
+    def _begin(self, model: nn.Module | None) -> "Future[str | None] | None":
         if model is None:
             return None
         plain = unwrapped(model)
         if id(plain) not in self._fingerprints:
-            self._fingerprints[id(plain)] = self._pool.submit(_digest, _contents(plain))
+            self._fingerprints[id(plain)] = self._pool.submit(fingerprint, plain)
         return self._fingerprints[id(plain)]
 
     def of(self, model: nn.Module | None, **details: Any) -> dict[str, Any]:

@@ -12,6 +12,19 @@ def descending(scores: Tensor) -> Tensor:
     return scores.nan_to_num(nan=-float("inf")).sort(dim=-1, descending=True, stable=True).indices
 
 
+def highest(scores: Tensor, sizes: Tensor) -> Tensor:
+    """Masks (C, K) of the so many highest scores of each row; ties go to the lower index.
+
+    The same as the first of :func:`descending`, without sorting what is not asked for.
+    """
+    filled = scores.nan_to_num(nan=-float("inf"), neginf=-float("inf"))
+    largest = filled.topk(int(sizes.max().clamp(min=1)), dim=1).values
+    least = largest.gather(1, (sizes - 1).clamp(min=0)[:, None])
+    above, equal = filled > least, filled == least
+    missing = sizes[:, None] - above.sum(1, keepdim=True)
+    return (above | (equal & (equal.cumsum(1) <= missing))) & (sizes > 0)[:, None]
+
+
 def ranks(order: Tensor) -> Tensor:
     """The place of each filter in an order of filters, (..., K)."""
     return order.argsort(-1)

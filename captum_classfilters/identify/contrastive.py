@@ -8,7 +8,7 @@ import torch
 from captum.attr import LayerAttribution
 from torch import Tensor
 
-from captum_classfilters._core.batches import Batch, dataset_names, read_batches
+from captum_classfilters._core.batches import Batch, Unpack, dataset_names, read_batches
 from captum_classfilters._core.outputs import scores_per_class
 from captum_classfilters._core.provenance import provenance
 from captum_classfilters.class_filters import index_of_class, names_of_classes
@@ -192,6 +192,7 @@ def contrast_classes(
     reduction: Reduction = "sum",
     attribute_kwargs: dict[str, Any] | None = None,
     attribute_to_layer_input: bool = False,
+    unpack: Unpack | None = None,
     device: torch.device | str | None = None,
     show_progress: bool = True,
 ) -> FilterContrast:
@@ -216,7 +217,7 @@ def contrast_classes(
         favoured (int or str): Class *a*, by index, or by name where names are known.
         against (int or str): Class *b*.
         class_names (sequence of str, optional): C names. By default those of the data set.
-        reduction, attribute_kwargs, attribute_to_layer_input, device, show_progress: As for
+        reduction, attribute_kwargs, attribute_to_layer_input, unpack, device, show_progress: As for
                     :func:`identify_class_filters`.
 
     Returns:
@@ -240,7 +241,7 @@ def contrast_classes(
         >>> contrast.strongest(3).shape, abs(contrast.unexplained) < 1e-5
         (torch.Size([3]), True)
     """
-    pass_ = _Pass(method, reduction, attribute_kwargs, attribute_to_layer_input, device)
+    pass_ = _Pass(method, reduction, attribute_kwargs, attribute_to_layer_input, unpack, device)
     names = class_names if class_names is not None else dataset_names(dataloader)
     sums: ClassFilterSums | None = None
     pair: list[int] = []
@@ -291,6 +292,7 @@ def confusion_filters(
     reduction: Reduction = "sum",
     attribute_kwargs: dict[str, Any] | None = None,
     attribute_to_layer_input: bool = False,
+    unpack: Unpack | None = None,
     device: torch.device | str | None = None,
     show_progress: bool = True,
 ) -> ConfusionFilters:
@@ -312,7 +314,7 @@ def confusion_filters(
         method (LayerAttribution): A method whose evidence depends on the target, on one layer.
         dataloader (iterable): Batches of (inputs, labels).
         class_names (sequence of str, optional): C names. By default those of the data set.
-        reduction, attribute_kwargs, attribute_to_layer_input, device, show_progress: As for
+        reduction, attribute_kwargs, attribute_to_layer_input, unpack, device, show_progress: As for
                     :func:`identify_class_filters`.
 
     Returns:
@@ -335,7 +337,7 @@ def confusion_filters(
         >>> errors.cell(true, predicted).scores.shape
         torch.Size([8])
     """
-    pass_ = _Pass(method, reduction, attribute_kwargs, attribute_to_layer_input, device)
+    pass_ = _Pass(method, reduction, attribute_kwargs, attribute_to_layer_input, unpack, device)
     names = class_names if class_names is not None else dataset_names(dataloader)
     confusion: Tensor | None = None
     kept, keys = [], []
@@ -374,6 +376,7 @@ class _Pass:
         reduction: Reduction,
         attribute_kwargs: dict[str, Any] | None,
         at_input: bool,
+        unpack: Unpack | None,
         device: torch.device | str | None,
     ) -> None:
         sources = sources_of(method, attribute_kwargs, at_input, reduction)
@@ -385,7 +388,7 @@ class _Pass:
                 f"{self.source.name} gives the same evidence for every target, so it cannot tell "
                 "two classes apart; use LayerFilterContribution or LayerFilterAblation, for example."
             )
-        self.device = device
+        self.unpack, self.device = unpack, device
         self.provenance = provenance(self.source.model, options=self.source.options)
 
     def batches(
@@ -396,6 +399,7 @@ class _Pass:
             self.source.model,
             dataloader,
             "contrast",
+            unpack=self.unpack,
             device=self.device,
             show_progress=show_progress,
         ) as batches:

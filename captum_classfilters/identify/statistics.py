@@ -72,21 +72,21 @@ class ClassFilterSums(Metric):
         """
         values = scores.detach().to(self.count.device)
         labels = labels.to(values.device)
-        counts = torch.zeros_like(self.count)
-        counts.index_add_(0, labels, torch.ones_like(labels))
         if self.integer:
             votes = values.to(torch.int64)
-            self.count += counts
+            self.count.index_add_(0, labels, torch.ones_like(labels))
             self.total.index_add_(0, labels, votes)
             self.squares.index_add_(0, labels, votes * votes)
             return
         values = values.to(torch.float64)
-        number = counts.clamp(min=1)[:, None].to(torch.float64)
-        mean = torch.zeros_like(self.mean).index_add_(0, labels, values) / number
-        deviations = (values - mean[labels]).square_()
-        m2 = torch.zeros_like(self.m2).index_add_(0, labels, deviations)
-        joined = _joined((self.count, self.mean, self.m2), (counts, mean, m2))
-        self.count, self.mean, self.m2 = joined
+        if values.device.type != "cpu":  # which classes are there, only the device knows
+            batch = _moments(values, labels, len(self.count))
+            self.count, self.mean, self.m2 = _joined((self.count, self.mean, self.m2), batch)
+            return
+        rows, places = labels.unique(return_inverse=True)
+        own = (self.count[rows], self.mean[rows], self.m2[rows])
+        joined = _joined(own, _moments(values, places, len(rows)))
+        self.count[rows], self.mean[rows], self.m2[rows] = joined
 
     def compute(self) -> dict[str, Tensor]:
         """The table so far, on the CPU.
@@ -95,17 +95,17 @@ class ClassFilterSums(Metric):
             *dict* with **count** (C,), **total**, **mean** and **standard_error** (C, K). The mean
             of a class without images is NaN; so is the standard error of one with fewer than two.
         """
-        count, total, mean, m2 = (part.cpu() for part in self._moments())
+        count, total, mean, m2 = self._merged()
         number = count.to(torch.float64)[:, None]
-        nothing = torch.full_like(mean, float("nan"))
+        error = (m2 / ((number - 1) * number)).sqrt()
         return {
-            "count": count,
-            "total": total,
-            "mean": torch.where(number > 0, mean, nothing),
-            "standard_error": torch.where(number > 1, (m2 / (number - 1) / number).sqrt(), nothing),
+            "count": count.cpu(),
+            "total": total.cpu(),
+            "mean": mean.masked_fill(number == 0, float("nan")).cpu(),
+            "standard_error": error.masked_fill(number < 2, float("nan")).cpu(),
         }
 
-    def _moments(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _merged(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Count, total, mean and M2 of all that was merged."""
         if self.integer:
             number = self.count.clamp(min=1)[:, None]
@@ -122,6 +122,15 @@ class ClassFilterSums(Metric):
             merged = _joined(merged, state)
         count, mean, m2 = merged
         return count, mean * count[:, None], mean, m2
+
+
+def _moments(values: Tensor, rows: Tensor, number: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Count, mean and M2 of values (N, K) in so many rows."""
+    count = torch.zeros(number, dtype=torch.int64, device=values.device)
+    count.index_add_(0, rows, torch.ones_like(rows))
+    table = values.new_zeros(number, values.shape[1])
+    mean = table.index_add(0, rows, values).div_(count.clamp(min=1)[:, None])
+    return count, mean, table.index_add_(0, rows, (values - mean[rows]).square_())
 
 
 def _joined(
