@@ -8,8 +8,12 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from captum_classfilters._core.costs import before_and_after, num_bytes, num_outputs
-from captum_classfilters._core.devices import device_of, on_device
+from captum_classfilters._core.costs import (
+    before_and_after,
+    inputs_of,
+    num_bytes,
+    num_outputs,
+)
 from captum_classfilters._core.guard import model_left_as_found
 from captum_classfilters._core.tables import short_repr
 from captum_classfilters._core.timing import interleaved_seconds, median_and_interquartile
@@ -115,7 +119,7 @@ def compare_networks(
     """
     if repetitions < 1:
         raise ValueError(f"repetitions={repetitions} must be at least 1.")
-    inputs = _inputs(before, example_inputs)
+    inputs = inputs_of(before, example_inputs)
     with (
         model_left_as_found(before, evaluation=True),
         model_left_as_found(after, evaluation=True),
@@ -147,18 +151,11 @@ def multiply_adds(model: nn.Module, example_inputs: Any) -> int:
     Returns:
         *int*.
     """
-    inputs = _inputs(model, example_inputs)
+    inputs = inputs_of(model, example_inputs)
     counter = FlopCounterMode(display=False)
     with model_left_as_found(model, evaluation=True), torch.no_grad(), counter:
         model(*inputs)
     return int(counter.get_total_flops()) // 2 // len(inputs[0])
-
-
-def _inputs(model: nn.Module, example_inputs: Any) -> tuple[Any, ...]:
-    """A model's inputs as a tuple, where it is."""
-    several = isinstance(example_inputs, (tuple, list))
-    inputs: tuple[Any, ...] = tuple(example_inputs) if several else (example_inputs,)
-    return tuple(on_device(inputs, device_of(model)))
 
 
 def _cost(model: nn.Module, inputs: tuple[Any, ...], times: Sequence[float]) -> NetworkCost:

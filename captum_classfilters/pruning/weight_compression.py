@@ -1,6 +1,5 @@
-"""What is left of a layer's weights: pruned by magnitude, quantised, and coded."""
+"""What is left of a layer's weights: pruned by magnitude, quantized, and coded."""
 
-import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -9,14 +8,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from captum_classfilters._core.filter_graph import as_tuple, name_of
+from captum_classfilters._core.batches import Unpack, check_read_again
+from captum_classfilters._core.copies import copied
+from captum_classfilters._core.costs import before_and_after, inputs_of
+from captum_classfilters._core.filter_graph import name_of
 from captum_classfilters._core.guard import model_left_as_found
 from captum_classfilters._core.layers import check_runs, find_layer
+from captum_classfilters._core.tables import short_repr
+from captum_classfilters._core.taps import hooked
 from captum_classfilters.metrics.evaluate_classifier import evaluate_classifier
 
 _Coder = tuple[Any, list[int], list[int]]  # bits, number of codes of each length, symbols
 
 
+@short_repr
 @dataclass(frozen=True)
 class CompressedWeights:
     r"""
@@ -85,6 +90,7 @@ class CompressedWeights:
         return flat.reshape(self.shape)
 
 
+@short_repr
 @dataclass(frozen=True)
 class CompressionReport:
     r"""
@@ -123,19 +129,16 @@ class CompressionReport:
         return self.bytes[0] / self.bytes[1]
 
     def __str__(self) -> str:
-        lines = [f"{self.layer:18s}{'before':>14s}{'after':>14s}{'ratio':>9s}"]
-        for title in ("filters", "weights", "multiply_adds", "bytes"):
-            before, after = getattr(self, title)
-            share = f"{before / after:>8.2f}x" if after else ""
-            lines.append(f"{title.replace('_', '-'):18s}{before:>14,}{after:>14,}{share}")
+        titles = ("filters", "weights", "multiply_adds", "bytes")
+        quantities = {title.replace("_", "-"): getattr(self, title) for title in titles}
+        if self.accuracy:
+            quantities["accuracy"] = self.accuracy
         parts = ("code", "index", "codebook", "bias")
         bytes_of = ", ".join(f"{part} {getattr(self, part + '_bytes'):,}" for part in parts)
-        lines.append(f"of the bytes after: {bytes_of}")
-        if self.accuracy:
-            lines.append(f"{'accuracy':18s}{self.accuracy[0]:>14.4f}{self.accuracy[1]:>14.4f}")
-        return "\n".join(lines)
+        return f"{before_and_after(quantities, self.layer)}\nof the bytes after: {bytes_of}"
 
 
+@short_repr
 @dataclass(frozen=True)
 class CompressedLayer:
     """A model with one compressed layer.
@@ -175,7 +178,7 @@ def magnitude_prune(model: nn.Module, layer: nn.Module | str, sparsity: float) -
     if not 0 <= sparsity < 1:
         raise ValueError(f"sparsity={sparsity} is out of range; choose a share in [0, 1).")
     name = name_of(model, layer)
-    pruned = _copied(model)
+    pruned = copied(model)
     prune.l1_unstructured(_weighted(pruned, name), "weight", amount=float(sparsity))
     return pruned
 
@@ -210,7 +213,7 @@ def kmeans_quantize(weights: Tensor, clusters: int, seed: int = 0) -> tuple[Tens
         from sklearn.cluster import KMeans
     except ImportError as error:
         raise ImportError(
-            "Quantising needs scikit-learn: pip install 'captum-classfilters[prune]'."
+            "Quantizing needs scikit-learn: pip install 'captum-classfilters[prune]'."
         ) from error
     flat = weights.detach().cpu().flatten()
     values, codes = flat.unique(return_inverse=True)
@@ -226,7 +229,7 @@ def kmeans_quantize(weights: Tensor, clusters: int, seed: int = 0) -> tuple[Tens
 
 def encode_weights(weights: Tensor, codebook: Tensor, codes: Tensor) -> CompressedWeights:
     r"""
-    Code quantised weights: Huffman codes for values and for the gaps between weights not zero.
+    Code quantized weights: Huffman codes for values and for the gaps between weights not zero.
 
     The codes are canonical Huffman codes made and written by the library ``bitarray``, so the size
     is that of bits that decode, not an estimate. Where a bit for each place is shorter than the
@@ -273,6 +276,7 @@ def compress_layer(
     original: nn.Module | None = None,
     dataloader: Iterable[Any] | None = None,
     seed: int = 0,
+    unpack: Unpack | None = None,
     show_progress: bool = True,
 ) -> CompressedLayer:
     r"""
@@ -281,7 +285,7 @@ def compress_layer(
     With ``prune_filters`` before it, the combined compression of Abbasi-Asl and Yu: filters
     removed by accuracy, then weights by magnitude, then values shared and everything coded (Han et
     al., *Deep Compression*, 2016, https://arxiv.org/abs/1510.00149). Weights that are zero already,
-    from :func:`magnitude_prune` and training after it say, stay zero.
+    from :func:`magnitude_prune` and training after it for example, stay zero.
 
     Args:
 
@@ -296,8 +300,10 @@ def compress_layer(
                     Default: None (``model``)
         dataloader (iterable, optional): Batches of (images, labels) to measure accuracy on.
                     Default: None
-        seed (int): Seed of the quantisation.
+        seed (int): Seed of the quantization.
                     Default: 0
+        unpack (Callable, optional): From a batch of another kind to the pair (inputs, labels).
+                    Default: None
         show_progress (bool): Show a progress bar over the batches.
                     Default: True
 
@@ -319,10 +325,21 @@ def compress_layer(
         >>> torch.equal(compressed.weights.to_dense(), compressed.model[0].weight)
         True
     """
+
+    def accuracy(network: nn.Module) -> float:
+        scores = evaluate_classifier(
+            network,
+            dataloader,
+            unpack=unpack,
+            show_progress=show_progress,  # type: ignore[arg-type]
+        )
+        return scores.accuracy
+
+    check_read_again(dataloader)
     name = name_of(model, layer)
     first = model if original is None else original
-    reference, inputs = _weighted(first, name), as_tuple(example_inputs)
-    small = magnitude_prune(model, name, sparsity) if sparsity is not None else _copied(model)
+    reference = _weighted(first, name)
+    small = magnitude_prune(model, name, sparsity) if sparsity is not None else copied(model)
     module = _weighted(small, name)
     if prune.is_pruned(module):
         prune.remove(module, "weight")
@@ -338,20 +355,15 @@ def compress_layer(
         filters=(_filters(reference), _filters(module)),
         weights=(reference.weight.numel(), int(present.sum())),
         multiply_adds=(
-            reference.weight.numel() * _positions(first, name, inputs),
-            int(present.sum()) * _positions(small, name, inputs),
+            reference.weight.numel() * _positions(first, name, example_inputs),
+            int(present.sum()) * _positions(small, name, example_inputs),
         ),
         bytes=(_bytes(reference.weight) + _bytes(reference.bias), coded.num_bytes + bias),
         code_bytes=coded.code_bytes,
         index_bytes=coded.index_bytes,
         codebook_bytes=coded.codebook_bytes,
         bias_bytes=bias,
-        accuracy=None
-        if dataloader is None
-        else (
-            evaluate_classifier(first, dataloader, show_progress=show_progress).accuracy,
-            evaluate_classifier(small, dataloader, show_progress=show_progress).accuracy,
-        ),
+        accuracy=None if dataloader is None else (accuracy(first), accuracy(small)),
     )
     return CompressedLayer(small, coded, report)
 
@@ -363,16 +375,15 @@ def _weighted(model: nn.Module, name: str) -> Any:
             f"The layer {name!r} is a {type(module).__name__}; expected a convolution or a linear "
             "layer, whose weights can be compressed."
         )
+    own = module._parameters
+    if "weight" not in own and not (prune.is_pruned(module) and "weight_orig" in own):
+        raise ValueError(
+            f"The weight of {name!r} is computed from other parameters (a weight normalization or "
+            "another parametrization), which would undo the compression. Make it a weight of its "
+            "own first: torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight'), or "
+            "torch.nn.utils.remove_weight_norm(layer)."
+        )
     return module
-
-
-def _copied(model: nn.Module) -> nn.Module:
-    """A copy; PyTorch's masked weights, which are computed, must be detached for that."""
-    for module in model.modules():
-        for hook in module._forward_pre_hooks.values():
-            if isinstance(hook, prune.BasePruningMethod):
-                setattr(module, hook._tensor_name, hook.apply_mask(module).detach())
-    return copy.deepcopy(model)
 
 
 def _filters(module: Any) -> int:
@@ -383,24 +394,25 @@ def _bytes(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.numel() * tensor.element_size()
 
 
-def _positions(model: nn.Module, name: str, inputs: tuple[Any, ...]) -> int:
+def _positions(model: nn.Module, name: str, example_inputs: Any) -> int:
     """Positions of one image at which a layer's weights are used."""
-    module, seen = find_layer(model, name), []
+    positions: list[int] = []
+    inputs = inputs_of(model, example_inputs)
 
-    def hook(layer: Any, arguments: tuple[Any, ...], output: Tensor) -> None:
+    def note(layer: Any, arguments: tuple[Any, ...], output: Tensor) -> None:
         transposed = getattr(layer, "transposed", False)
         maps = arguments[0] if transposed else output
         width = layer.in_channels if transposed else _filters(layer)
-        seen.append(maps.numel() // len(inputs[0]) // width)
+        positions.append(maps.numel() // len(inputs[0]) // width)
 
-    handle = module.register_forward_hook(hook)
-    try:
-        with model_left_as_found(model, evaluation=True), torch.no_grad():
-            model(*inputs)
-    finally:
-        handle.remove()
-    check_runs(name, len(seen))
-    return int(seen[0])
+    with (
+        model_left_as_found(model, evaluation=True),
+        torch.no_grad(),
+        hooked([find_layer(model, name)], note),
+    ):
+        model(*inputs)
+    check_runs(name, len(positions))
+    return positions[0]
 
 
 # -- Huffman codes, made and written by bitarray --------------------------------------------------

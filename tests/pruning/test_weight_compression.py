@@ -17,6 +17,7 @@ from captum_classfilters.pruning import (
     magnitude_prune,
 )
 from tests.models import batches, deep, images
+from tests.pretend_device import pretend
 
 pytest.importorskip("bitarray")
 sklearn_cluster = pytest.importorskip("sklearn.cluster")
@@ -179,3 +180,34 @@ def test_bad_input():
         compress_layer(model, "stage1.0", x, clusters=0)
     with pytest.raises(ValueError, match="1 codes for 2 weights"):
         encode_weights(torch.ones(2), torch.ones(1), torch.zeros(1, dtype=torch.int64))
+
+
+def test_compression_on_an_accelerator():
+    model, data = deep(seed=2), batches(60)
+    expected = compress_layer(model, "stage2.0", images(), clusters=4, dataloader=data, **QUIET)
+    with pretend("cuda") as device:
+        moved = deep(seed=2).to(device)
+        result = compress_layer(moved, "stage2.0", images(), clusters=4, dataloader=data, **QUIET)
+        weight = result.model.stage2[0].weight.detach()
+        assert weight.device == device
+        assert torch.equal(weight.cpu(), result.weights.to_dense())
+    assert result.report == expected.report
+
+
+def test_weights_that_are_computed_are_refused():
+    for normalized in (nn.utils.parametrizations.weight_norm, nn.utils.weight_norm):
+        model = deep()
+        normalized(model.stage2[0])
+        for call in (
+            lambda m: compress_layer(m, "stage2.0", images()),
+            lambda m: magnitude_prune(m, "stage2.0", 0.5),
+        ):
+            with pytest.raises(ValueError, match=r"computed from other .*remove_weight_norm"):
+                call(model)
+    nn.utils.remove_weight_norm(model.stage2[0])
+    assert compress_layer(model, "stage2.0", images(), clusters=3).report.weights[1] > 0
+
+
+def test_a_loader_for_both_networks_can_be_read_twice():
+    with pytest.raises(ValueError, match="read only once"):
+        compress_layer(deep(), "stage2.0", images(), dataloader=iter(batches()), **QUIET)
