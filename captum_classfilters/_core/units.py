@@ -1,75 +1,131 @@
-"""What a layer puts out, as maps of its filters or of directions in their space."""
+"""What a layer puts out, image by image, as maps of its filters or of directions in their space."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
+from captum_classfilters._core.batches import Batch, Batches, Unpack, read_batches
+from captum_classfilters._core.devices import on_device, without_autocast
 from captum_classfilters._core.layers import (
-    check_batch,
-    check_runs,
-    filter_axis,
     find_layers,
     only_tensor,
     positions_last,
+    weighted_before,
 )
+from captum_classfilters._core.taps import LayerTap, tapping
+
+#: How the positions of a map become one number.
+Aggregate = Literal["mean", "max", "min", "sum", "abs_mean", "abs_sum", "l2"]
+Seen = tuple[Tensor, ...]
+
+_BYTES_ON_DEVICE = 64 * 2**20  # of results that wait there to be moved together
 
 
-class UnitMaps:
-    """One layer's units: its filters, or projections of them on directions.
+def aggregated(maps: Tensor, aggregate: str) -> Tensor:
+    """One number (N, U) for each map of (N, U, P), of half precision in float32."""
+    dtype = torch.promote_types(maps.dtype, torch.float32)
+    if aggregate == "mean":
+        return maps.mean(2, dtype=dtype)
+    if aggregate == "max":
+        return maps.amax(2).to(dtype)
+    if aggregate == "min":
+        return maps.amin(2).to(dtype)
+    if aggregate == "sum":
+        return maps.sum(2, dtype=dtype)
+    if aggregate == "abs_mean":
+        return maps.abs().mean(2, dtype=dtype)
+    if aggregate == "abs_sum":
+        return maps.abs().sum(2, dtype=dtype)
+    check_aggregate(aggregate)
+    return torch.linalg.vector_norm(maps, dim=2, dtype=dtype)
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """A tensor of half precision in float32, others as they are."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def check_aggregate(aggregate: Any, known: Sequence[str] = get_args(Aggregate)) -> None:
+    """Raise if there is no such aggregate."""
+    if aggregate not in known:
+        names = [repr(name) for name in known]
+        raise ValueError(
+            f"aggregate={aggregate!r}; choose one of {', '.join(names[:-1])} and {names[-1]}."
+        )
+
+
+class UnitTap(LayerTap):
+    r"""
+    A layer that is read as maps (N, U, P) of its units: its filters, or directions in their space.
 
     Args:
 
-        name (str): The layer's name, for messages.
+        model (nn.Module): The model.
         module (nn.Module): The layer.
-        channel_dim (int, optional): Axis of the filters.
+        name (str): Its name, for messages.
+        channel_dim (int, optional): Axis of the filters, where it cannot be told from the layer.
+                    Default: None
+        at_input (bool): Read the layer's input instead of its output.
+                    Default: False
         directions (Tensor or object, optional): A matrix (K, r), or an object with one as ``left``.
+                    Default: None
         subtract_bias (bool): Subtract the layer's own bias before projecting.
+                    Default: True
     """
+
+    average_first = False  # a mean over positions is linear: cheaper before projecting
+    positions: tuple[int, ...] = ()  # the shape of a unit's map
+    seen: Seen = ()  # what `reduce` made of the last forward pass
 
     def __init__(
         self,
-        name: str,
+        model: nn.Module,
         module: nn.Module,
+        name: str,
         channel_dim: int | None = None,
+        at_input: bool = False,
         directions: Any = None,
         subtract_bias: bool = True,
     ) -> None:
-        self.name, self.module, self.channel_dim = name, module, channel_dim
-        self.positions: tuple[int, ...] = ()
-        self.runs = 0
-        self.average_first = False  # a mean over positions is linear: cheaper before projecting
-        self.matrix = None if directions is None else self._matrix(directions)
+        before = weighted_before(model, module)
+        super().__init__(module, name, channel_dim, at_input, before=before)
+        #: From maps (N, U, P) to what is kept of them, tensors with N rows.
+        self.reduce: Callable[[Tensor], Seen] = lambda maps: (maps,)
+        self.matrix = None if directions is None else _matrix(directions, name)
         self.offset: Tensor | None = None
-        bias = getattr(module, "bias", None)
-        weighted = isinstance(module, (nn.modules.conv._ConvNd, nn.Linear))
-        if subtract_bias and weighted and self.matrix is not None and isinstance(bias, Tensor):
-            fits = len(bias) == len(self.matrix)  # else `maps` says what does not
-            self.offset = bias.detach().to(self.matrix) @ self.matrix if fits else None
+        if self.matrix is not None and subtract_bias:
+            self.offset = projected_bias(module, self.matrix)
 
-    def _matrix(self, directions: Any) -> Tensor:
-        matrix = getattr(directions, "left", directions)
-        if not isinstance(matrix, Tensor) or matrix.dim() != 2 or not matrix.shape[1]:
-            found = tuple(matrix.shape) if isinstance(matrix, Tensor) else type(matrix).__name__
+    def take(self, value: Any) -> Any:
+        """Keep what matters of the layer's value."""
+        self.seen = self.reduce(self.maps(self.counted(value)))
+
+    def counted(self, value: Any) -> Tensor:
+        """The layer's tensor, its run counted."""
+        tensor = only_tensor(value, self.name)
+        self.count(tensor)
+        if not tensor.is_floating_point():
             raise ValueError(
-                f"The directions for {self.name!r} are {found}; expected a matrix (K, r) whose "
-                "columns are directions."
+                f"The layer {self.name!r} handles {tensor.dtype}, not floating-point numbers; "
+                "choose a layer whose activations are, one behind an embedding for example."
             )
-        return matrix.detach()
+        return tensor
 
-    def maps(self, output: Any) -> Tensor:
-        """The layer's output as (N, U, P), P = 1 where positions are averaged first."""
-        self.runs += 1
-        maps = self.projected(only_tensor(output, self.name))
+    def maps(self, tensor: Tensor) -> Tensor:
+        """The layer's tensor as (N, U, P); P = 1 where positions are averaged first."""
+        maps = self.projected(tensor)
         return maps if self.offset is None else maps - self.offset.to(maps)[:, None]
 
     def projected(self, tensor: Tensor) -> Tensor:
         """A tensor in the layer's layout as (N, U, P), no bias subtracted."""
-        axis = filter_axis(self.module, tensor, self.channel_dim)
+        axis = self.axis_of(tensor)
         self.positions = (*tensor.shape[1:axis], *tensor.shape[axis + 1 :])
         maps = positions_last(tensor, axis)
-        maps = maps.mean(2, keepdim=True) if self.average_first else maps
+        if self.average_first:
+            maps = aggregated(maps, "mean")[:, :, None]
         if self.matrix is None:
             return maps
         if len(self.matrix) != maps.shape[1]:
@@ -77,43 +133,36 @@ class UnitMaps:
                 f"The directions for {self.name!r} have shape {tuple(self.matrix.shape)}, but the "
                 f"layer has {maps.shape[1]} filters; expected ({maps.shape[1]}, r)."
             )
-        return torch.einsum("nkp,kr->nrp", maps, self.matrix.to(maps))
+        maps = at_least_float32(maps)
+        self.matrix = self.matrix.to(maps)  # moved once
+        with without_autocast(maps.device):
+            return torch.einsum("nkp,kr->nrp", maps, self.matrix)
 
-    def check(self, scores: Tensor, num_images: int, seen: int) -> None:
-        """The layer ran once, with one row (N, U) for each image, and no NaN."""
-        check_runs(self.name, self.runs)
-        check_batch(self.name, len(scores), num_images)
-        wrong = scores.isnan().any(1).nonzero()
-        if len(wrong):
+    def check(self, num_images: int) -> None:
+        """Raise if the layer did not run exactly once, with one row for each image."""
+        super().check(num_images)
+        if len(self.rows) > 1:
             raise ValueError(
-                f"The layer {self.name!r} puts out NaN for image {seen + int(wrong[0])}."
+                f"The layer {self.name!r} ran on several devices; pass the model inside the "
+                "DataParallel (model.module)."
             )
 
-
-def aggregated(maps: Tensor, how: str) -> Tensor:
-    """One number (N, U) for each map of (N, U, P)."""
-    if how == "mean":
-        return maps.mean(2)
-    if how == "max":
-        return maps.amax(2)
-    if how == "min":
-        return maps.amin(2)
-    if how == "abs_mean":
-        return maps.abs().mean(2)
-    if how == "l2":
-        return torch.linalg.vector_norm(maps, dim=2)
-    raise ValueError(f"aggregate={how!r}; choose one of 'mean', 'max', 'min', 'abs_mean' and 'l2'.")
+    def finite(self) -> Tensor:
+        """Which images (N,) have only finite numbers in what was kept of them."""
+        parts = [part for part in self.seen if part.is_floating_point()]
+        return torch.stack([part.flatten(1).isfinite().all(1) for part in parts]).all(0)
 
 
 def units_of(
     model: nn.Module,
     layers: str | nn.Module | Sequence[str | nn.Module],
-    directions: Mapping[str, Any] | None,
-    subtract_bias: bool,
-    channel_dim: int | Mapping[str, int] | None,
-) -> list[UnitMaps]:
+    channel_dim: int | Mapping[str, int] | None = None,
+    directions: Mapping[str, Any] | None = None,
+    subtract_bias: bool = True,
+    kind: Callable[..., UnitTap] = UnitTap,
+) -> list[UnitTap]:
     """The units of several layers; with directions, every layer must have some."""
-    units = []
+    taps = []
     for name, module in find_layers(model, layers).items():
         dim = channel_dim.get(name) if isinstance(channel_dim, Mapping) else channel_dim
         if directions is not None and name not in directions:
@@ -121,7 +170,172 @@ def units_of(
                 f"There are no directions for the layer {name!r}; directions must name every layer."
             )
         chosen = None if directions is None else directions[name]
-        units.append(UnitMaps(name, module, dim, chosen, subtract_bias))
-    if not units:
+        taps.append(kind(model, module, name, dim, directions=chosen, subtract_bias=subtract_bias))
+    if not taps:
         raise ValueError("There are no layers.")
-    return units
+    return taps
+
+
+def projected_bias(module: nn.Module, matrix: Tensor) -> Tensor:
+    """A layer's own bias along directions (K, r), as (r,); zeros without one."""
+    bias = getattr(module, "bias", None)
+    weighted = isinstance(module, (nn.modules.conv._ConvNd, nn.Linear))
+    # A matrix that does not fit is refused where the layer is read.
+    if not weighted or not isinstance(bias, Tensor) or len(bias) != len(matrix):
+        return matrix.new_zeros(matrix.shape[1])
+    with without_autocast(matrix.device):
+        return bias.detach().to(matrix) @ matrix
+
+
+def read_units(
+    model: nn.Module,
+    taps: Sequence[UnitTap],
+    dataloader: Iterable[Any],
+    description: str,
+    take: Callable[[Batches, Batch], None],
+    *,
+    unpack: Unpack | None,
+    show_progress: bool,
+    labeled: bool = True,
+) -> int:
+    r"""
+    Run a model over a loader; after each batch a function finds in the taps what they saw of it.
+
+    Args:
+
+        model (nn.Module): The model.
+        taps (sequence of UnitTap): Layers to read.
+        dataloader (iterable): The loader.
+        description (str): What the progress bar is called.
+        take (Callable): Called with the batches and each batch, which has been checked.
+        unpack (Callable, optional): From a batch of another kind to the pair (inputs, labels).
+        show_progress (bool): Show a progress bar.
+        labeled (bool): Refuse batches without labels.
+                    Default: True
+
+    Returns:
+        *int*: The number of images.
+
+    Raises:
+        ValueError: A layer did not run exactly once for each image, or its numbers are not finite.
+    """
+    with read_batches(
+        model,
+        dataloader,
+        description,
+        unpack=unpack,
+        labeled=labeled,
+        show_progress=show_progress,
+    ) as batches:
+        for batch in batches:
+            with tapping(taps):
+                model(*batch.inputs)
+            for tap in taps:
+                tap.check(batch.size)
+                check_finite(batches, batch, tap.name, tap.finite())
+            take(batches, batch)
+    return batches.num_images
+
+
+def check_finite(batches: Batches, batch: Batch, name: str, finite: Tensor) -> None:
+    """Raise, soon, unless all images (N,) of a batch are marked."""
+    number, first = batch.number, batch.first_image  # the error must not keep the images
+
+    def error(finite: Tensor) -> ValueError:
+        image = int((~finite).nonzero()[0, 0])
+        return ValueError(
+            f"NaN or Inf among the activations of the layer {name!r} for image {first + image}: "
+            f"batch {number}, image {image} of the batch."
+        )
+
+    batches.check(finite.all(), partial(error, finite))
+
+
+def given_classes(batch: Batch) -> Tensor | None:
+    """The class index that a batch gives for each image, (N,); None if it gives something else.
+
+    Numbers are not looked at, so a device is not waited for.
+    """
+    try:
+        labels = torch.as_tensor(batch.labels)
+    except (TypeError, ValueError, RuntimeError):
+        return None
+    labels = labels[:, 0] if labels.shape == (batch.size, 1) else labels
+    whole = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
+    return labels.long() if whole and labels.shape == (batch.size,) else None
+
+
+def classes_of(batches: Batches, batch: Batch) -> Tensor:
+    """The class index of each image (N,), of whatever number of classes, checked."""
+    labels, number = given_classes(batch), batch.number
+    if labels is None:
+        raise ValueError(
+            f"The labels of batch {number} are {_described(batch.labels)}; expected one class for "
+            f"each image, whole numbers of shape ({batch.size},)."
+        )
+    batches.check(
+        on_device((labels >= 0).all(), batch.device),
+        lambda: ValueError(
+            f"Batch {number} has a label below 0; expected class indices, which start at 0."
+        ),
+    )
+    return labels
+
+
+class Rows:
+    r"""
+    Tensors with a row for each image, kept on the CPU batch after batch.
+
+    Those of a device wait there for others to be moved with, so that it need not be waited for after
+    each batch.
+
+    Args:
+
+        keep (Callable, optional): From tensors on their device to what is kept of them, on the CPU;
+                    by default the first of them itself.
+                    Default: None
+    """
+
+    def __init__(self, keep: Callable[..., Any] | None = None) -> None:
+        self._keep = keep or (lambda rows, *_: rows.cpu())
+        self._waiting: list[Seen] = []
+        self._bytes = 0
+        self._pieces: list[Any] = []
+
+    def add(self, *tensors: Tensor) -> None:
+        """Add a batch's rows."""
+        self._waiting.append(tensors)
+        self._bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        if tensors[0].device.type == "cpu" or self._bytes >= _BYTES_ON_DEVICE:
+            self._move()
+
+    def pieces(self) -> list[Any]:
+        """What is kept, in order."""
+        self._move()
+        return self._pieces
+
+    def _move(self) -> None:
+        waiting, self._waiting, self._bytes = self._waiting, [], 0
+        if waiting:
+            parts = [
+                part[0] if len(part) == 1 else torch.cat(part)
+                for part in zip(*waiting, strict=True)
+            ]
+            self._pieces.append(self._keep(*parts))
+
+
+def _matrix(directions: Any, name: str) -> Tensor:
+    matrix = getattr(directions, "left", directions)
+    if not isinstance(matrix, Tensor) or matrix.dim() != 2 or not matrix.shape[1]:
+        described = tuple(matrix.shape) if isinstance(matrix, Tensor) else type(matrix).__name__
+        raise ValueError(
+            f"The directions for {name!r} are {described}; expected a matrix (K, r) whose columns "
+            "are directions."
+        )
+    return matrix.detach()
+
+
+def _described(labels: Any) -> str:
+    if isinstance(labels, Tensor):
+        return f"{labels.dtype} of shape {tuple(labels.shape)}"
+    return f"a {type(labels).__name__}"

@@ -1,28 +1,29 @@
 """How much a layer's filters are active, and what their activations change: pruning baselines."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
-from captum_classfilters._core.batches import split_batch
-from captum_classfilters._core.guard import model_left_as_found
-from captum_classfilters._core.labels import class_labels
-from captum_classfilters._core.layers import (
-    check_batch,
-    check_runs,
-    filter_axis,
-    find_layer,
-    layer_name,
-    only_tensor,
-    positions_last,
+from captum_classfilters._core.batches import Batch, Batches, read_batches
+from captum_classfilters._core.devices import sums_device
+from captum_classfilters._core.layers import find_layers
+from captum_classfilters._core.outputs import (
+    are_probabilities,
+    as_rows,
+    class_scores,
+    log_probabilities,
+    scores_per_class,
 )
+from captum_classfilters._core.tables import short_repr
+from captum_classfilters._core.taps import tapping
+from captum_classfilters._core.units import UnitTap, at_least_float32, check_finite
 
 
+@short_repr
 @dataclass(frozen=True)
 class ActivationScores:
     r"""
@@ -53,6 +54,7 @@ def activation_scores(
     dataloader: Iterable[Any],
     *,
     channel_dim: int | None = None,
+    unpack: Callable[[Any], tuple[Any, Any]] | None = None,
     show_progress: bool = True,
 ) -> ActivationScores:
     r"""
@@ -65,21 +67,23 @@ def activation_scores(
 
     Args:
 
-        model (nn.Module): The model, with logits (N, C).
+        model (nn.Module): The model, with logits or probabilities (N, C), or one logit.
         layer (nn.Module or str): The layer, or its dotted name; an activation, if filters are to be
                     judged by what later layers read.
         dataloader (iterable): Batches of (inputs, labels).
         channel_dim (int, optional): Axis of the filters, where it cannot be told from the layer.
                     Default: None
+        unpack (Callable, optional): From a batch of another kind to the pair (inputs, labels).
+                    Default: None
         show_progress (bool): Show a progress bar over the batches.
                     Default: True
 
     Returns:
-        *ActivationScores*.
+        *ActivationScores*, on the CPU in float64.
 
     Raises:
-        ValueError: The loader is empty, labels are not class indices, or the layer does not run
-                    exactly once.
+        ValueError: The loader is empty, labels are not class indices, the layer does not run exactly
+                    once, or activations are NaN or infinite.
 
     Examples::
 
@@ -93,72 +97,85 @@ def activation_scores(
         >>> scores.mean.shape, scores.taylor.shape
         (torch.Size([8]), torch.Size([8]))
     """
-    module = find_layer(model, layer) if isinstance(layer, str) else layer
-    sums = _Sums(module, layer_name(model, module), channel_dim)
-    parameter = next(model.parameters(), None)
-    device = None if parameter is None else parameter.device
-    handle = module.register_forward_hook(sums.take)
-    bar = tqdm(dataloader, desc="activations", unit="batch", disable=not show_progress)
-    try:
-        with model_left_as_found(model, evaluation=True, freeze=True), torch.enable_grad():
-            for number, batch in enumerate(bar):
-                inputs, labels = split_batch(batch, number, device)
-                if len(inputs[0]):
-                    sums.taken.clear()
-                    sums.add(model(*inputs), labels, number, len(inputs[0]))
-    finally:
-        handle.remove()
-    return sums.result()
+    ((name, module),) = find_layers(model, layer).items()
+    tap = _Leaf(model, module, name, channel_dim)
+    sums = _Sums(tap)
+    with read_batches(
+        model,
+        dataloader,
+        "activations",
+        unpack=unpack,
+        gradients=True,
+        show_progress=show_progress,
+    ) as batches:
+        for batch in batches:
+            with tapping([tap]):
+                sums.add(model(*batch.inputs), batches, batch)
+    return sums.result(batches.num_images)
+
+
+class _Leaf(UnitTap):
+    """A layer at which the gradient starts; a copy goes on, since what follows may overwrite it."""
+
+    def take(self, value: Any) -> Any:
+        """Put a copy of a differentiable tensor in the layer's place."""
+        leaf = self.counted(value).detach().clone().requires_grad_(True)
+        self.seen = (leaf,)
+        return leaf.clone()
 
 
 class _Sums:
-    """Sums over images and positions."""
+    """Sums over images and positions, where the model is."""
 
-    def __init__(self, layer: nn.Module, name: str, channel_dim: int | None) -> None:
-        self.layer, self.name, self.channel_dim = layer, name, channel_dim
-        self.taken: list[Tensor] = []
-        self.images = self.values = 0
-        self.mean = self.zeros = self.taylor = torch.zeros(0, dtype=torch.float64)
-        self.maximum = torch.zeros(0)
+    def __init__(self, tap: _Leaf) -> None:
+        self.tap = tap
+        self.num_values = 0
+        self.sums: Tensor | None = None  # (3, K): absolute activations, zeros and changes
+        self.maximum: Tensor | None = None
+        self.probabilities: bool | None = None
 
-    def take(self, _module: nn.Module, _inputs: Any, output: Any) -> Any:
-        """Start the gradient at the layer; a copy goes on, since what follows may overwrite it."""
-        leaf = only_tensor(output, self.name).detach().clone().requires_grad_(True)
-        self.taken.append(leaf)
-        on = leaf.clone()
-        return type(output)([on]) if isinstance(output, (tuple, list)) else on
+    def add(self, output: Any, batches: Batches, batch: Batch) -> None:
+        """Add what one batch showed, inside the block in which the layer is tapped."""
+        self.tap.check(batch.size)
+        (leaf,) = self.tap.seen
+        slope = self._slope(output, batches, batch)
+        maps, slopes = (at_least_float32(self.tap.maps(part)) for part in (leaf.detach(), slope))
+        change = (maps * slopes).abs()
+        check_finite(batches, batch, self.tap.name, (maps.abs() + change).isfinite().all(2).all(1))
+        where = sums_device(maps.device)
+        parts = [
+            part.to(where).sum((0, 2), dtype=torch.float64)
+            for part in (maps.abs(), maps <= 0, change)
+        ]
+        total, highest = torch.stack(parts), maps.amax((0, 2)).to(where).double()
+        self.sums = total if self.sums is None else self.sums + total
+        self.maximum = highest if self.maximum is None else torch.maximum(self.maximum, highest)
+        self.num_values += batch.size * maps.shape[2]
 
-    def add(self, logits: Tensor, labels: Any, number: int, images: int) -> None:
-        check_runs(self.name, len(self.taken))
-        activation = self.taken[0]
-        check_batch(self.name, len(activation), images)
-        if logits.dim() != 2:
-            raise ValueError(f"The model puts out {tuple(logits.shape)}; a loss needs (N, C).")
-        truth = class_labels(labels, images, logits.shape[1], number).to(logits.device)
-        loss = F.cross_entropy(logits, truth, reduction="sum")
-        (gradient,) = torch.autograd.grad(loss, activation)
-        axis = filter_axis(self.layer, activation, self.channel_dim)
-        maps = positions_last(activation.detach(), axis).cpu()
-        change = (maps * positions_last(gradient, axis).cpu()).abs()
-        parts = [one.double().sum((0, 2)) for one in (maps.abs(), maps <= 0, change)]
-        if not self.images:
-            self.mean, self.zeros, self.taylor = (torch.zeros_like(one) for one in parts)
-            self.maximum = torch.full((maps.shape[1],), -float("inf"), dtype=torch.float64)
-        self.mean, self.zeros, self.taylor = (
-            old + new for old, new in zip((self.mean, self.zeros, self.taylor), parts, strict=True)
-        )
-        self.maximum = torch.maximum(self.maximum, maps.amax((0, 2)).double())
-        self.images += images
-        self.values += images * maps.shape[2]
+    def _slope(self, output: Any, batches: Batches, batch: Batch) -> Tensor:
+        """The derivative of the batch's loss at the layer, in its layout."""
+        (leaf,) = self.tap.seen
+        num_classes = scores_per_class(output).shape[1]
+        scores = at_least_float32(as_rows(class_scores(output)))
+        if self.probabilities is None:  # of the first batch: the host waits for it
+            self.probabilities = are_probabilities(scores)
+        labels = batches.class_labels(batch, num_classes)
+        loss = F.nll_loss(log_probabilities(scores, self.probabilities), labels, reduction="sum")
+        slope = None
+        if loss.requires_grad:
+            (slope,) = torch.autograd.grad(loss, leaf, allow_unused=True)
+        if slope is None:
+            raise ValueError(
+                f"No gradient of the model's output reaches the layer {self.tap.name!r}: what "
+                "follows it is not differentiable or does not use it."
+            )
+        return slope
 
-    def result(self) -> ActivationScores:
-        if not self.images:
-            raise ValueError("The data loader is empty: there are no activations.")
+    def result(self, num_images: int) -> ActivationScores:
+        """The means, on the CPU."""
+        assert self.sums is not None
+        assert self.maximum is not None
+        mean, zero_share, taylor = (self.sums / self.num_values).cpu()
         return ActivationScores(
-            mean=self.mean / self.values,
-            maximum=self.maximum,
-            zero_share=self.zeros / self.values,
-            taylor=self.taylor / self.values,
-            layer=self.name,
-            num_images=self.images,
+            mean, self.maximum.cpu(), zero_share, taylor, self.tap.name, num_images
         )

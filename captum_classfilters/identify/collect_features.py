@@ -1,21 +1,14 @@
 """A layer's mean activations for every image of a data set, and the labels."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
-from captum_classfilters._core.guard import model_left_as_found
-from captum_classfilters._core.layers import (
-    check_batch,
-    check_runs,
-    filter_axis,
-    find_layer,
-    layer_name,
-    positions_last,
-)
+from captum_classfilters._core.layers import find_layers
+from captum_classfilters._core.units import Rows, UnitTap, aggregated, at_least_float32
+from captum_classfilters.identify.unit_scores import collect_units
 
 
 def collect_features(
@@ -26,33 +19,38 @@ def collect_features(
     channel_dim: int | None = None,
     attribute_to_layer_input: bool = False,
     flatten: bool = False,
+    unpack: Callable[[Any], tuple[Any, Any]] | None = None,
     show_progress: bool = True,
 ) -> tuple[Tensor, Tensor]:
     r"""
     Collect a layer's mean activations, image by image.
 
-    Maps are averaged inside the hook, so memory is O(N K). The model runs in evaluation mode and is
-    left as found.
+    These are the :func:`unit_scores` of one layer's filters, or of its input's.
 
     Args:
 
-        model (nn.Module): The model.
+        model (nn.Module): The model. It runs in evaluation mode and is left as found.
         layer (nn.Module or str): The layer, or its dotted name.
         dataloader (iterable): Batches of (inputs, labels).
         channel_dim (int, optional): Axis of the filters, where it cannot be told from the layer.
                     Default: None
-        attribute_to_layer_input (bool): Collect the layer's input, a head's features say.
+        attribute_to_layer_input (bool): Collect the layer's input, the features of a head for
+                    example.
                     Default: False
         flatten (bool): Keep positions as further features (N, K P) instead of averaging.
                     Default: False
+        unpack (Callable, optional): From a batch of another kind to the pair (inputs, labels).
+                    Default: None
         show_progress (bool): Show a progress bar.
                     Default: True
 
     Returns:
-        *tuple* of the features (N, K), and the labels (N,), both on the CPU.
+        *tuple* of the features (N, K), float32 or the model's higher precision, and the labels (N,),
+        int64; on the CPU.
 
     Raises:
-        ValueError: The loader is empty, or the layer does not run exactly once.
+        ValueError: The loader is empty, labels are not class indices, the layer puts out NaN or Inf
+            or does not run exactly once, or with ``flatten`` images differ in size.
 
     Examples::
 
@@ -64,36 +62,12 @@ def collect_features(
         >>> features.shape, labels.shape
         (torch.Size([8, 8]), torch.Size([8]))
     """
-    module = find_layer(model, layer) if isinstance(layer, str) else layer
-    name = layer_name(model, module)
-    batch: list[Tensor] = []
-
-    def take(value: Any) -> None:
-        tensor = value[0] if isinstance(value, (tuple, list)) else value
-        axis = filter_axis(None if attribute_to_layer_input else module, tensor, channel_dim)
-        maps = positions_last(tensor.detach(), axis)
-        batch.append(maps.flatten(1).clone() if flatten else maps.mean(2))
-
-    if attribute_to_layer_input:
-        handle = module.register_forward_pre_hook(lambda _module, inputs: take(inputs))
-    else:
-        handle = module.register_forward_hook(lambda _module, _inputs, output: take(output))
-    features, labels = [], []
-    parameter = next(model.parameters(), None)
-    device = parameter.device if parameter is not None else torch.device("cpu")
-    bar = tqdm(dataloader, desc="features", unit="batch", disable=not show_progress)
-    try:
-        with model_left_as_found(model, evaluation=True), torch.no_grad():
-            for inputs, targets in bar:
-                parts = inputs if isinstance(inputs, (tuple, list)) else (inputs,)
-                batch.clear()
-                model(*(part.to(device) for part in parts))
-                check_runs(name, len(batch))
-                check_batch(name, len(batch[0]), len(parts[0]))
-                features.append(batch[0].cpu())
-                labels.append(torch.as_tensor(targets).cpu())
-    finally:
-        handle.remove()
-    if not features:
-        raise ValueError("The data loader is empty.")
-    return torch.cat(features), torch.cat(labels)
+    ((name, module),) = find_layers(model, layer).items()
+    tap = UnitTap(model, module, name, channel_dim, attribute_to_layer_input)
+    # What follows the layer may overwrite its maps, so they are copied.
+    tap.reduce = lambda maps: (
+        at_least_float32(maps.flatten(1).clone()) if flatten else aggregated(maps, "mean"),
+    )
+    rows = {name: Rows()}
+    labels = collect_units(model, [tap], dataloader, rows, unpack, show_progress, flatten)
+    return torch.cat(rows[name].pieces()), labels

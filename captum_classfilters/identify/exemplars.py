@@ -1,24 +1,33 @@
 """The images, and the places in them, that drive a filter or a direction furthest, up and down."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import RandomSampler
-from tqdm.auto import tqdm
 
-from captum_classfilters._core.batches import split_batch
-from captum_classfilters._core.guard import model_left_as_found
-from captum_classfilters._core.layers import check_runs
-from captum_classfilters._core.units import UnitMaps, aggregated, units_of
+from captum_classfilters._core.batches import Batch, Batches
+from captum_classfilters._core.devices import on_device
+from captum_classfilters._core.tables import short_repr
+from captum_classfilters._core.units import (
+    Aggregate,
+    Seen,
+    UnitTap,
+    aggregated,
+    check_aggregate,
+    given_classes,
+    read_units,
+    units_of,
+)
 from captum_classfilters.identify.receptive_field import receptive_field
 
-Aggregate = Literal["extreme", "mean", "max", "min", "abs_mean", "l2"]
 Side = Literal["highest", "lowest"]
 
 
+@short_repr
 @dataclass(frozen=True)
 class ExemplarSide:
     r"""
@@ -33,7 +42,8 @@ class ExemplarSide:
                     layer's map, (row, column) for a convolution.
         box (Tensor or None): Shape (U, n, 4), int64: left, top, right, bottom of the input pixels
                     that this position can depend on, right and bottom being the first outside.
-        label (Tensor or None): Shape (U, n), int64: the images' labels.
+        label (Tensor or None): Shape (U, n), int64: the images' classes, if the loader gives one
+                    class index for each.
     """
 
     image: Tensor
@@ -43,6 +53,7 @@ class ExemplarSide:
     label: Tensor | None
 
 
+@short_repr
 @dataclass(frozen=True)
 class Exemplars:
     r"""
@@ -128,11 +139,12 @@ def exemplars(
     dataloader: Iterable[Any],
     *,
     num_exemplars: int = 9,
-    aggregate: Aggregate = "extreme",
+    aggregate: Aggregate | Literal["extreme"] = "extreme",
     directions: Mapping[str, Any] | None = None,
     subtract_bias: bool = True,
     boxes: bool | Mapping[str, Tensor] = True,
     channel_dim: int | Mapping[str, int] | None = None,
+    unpack: Callable[[Any], tuple[Any, Any]] | None = None,
     show_progress: bool = True,
 ) -> dict[str, Exemplars]:
     r"""
@@ -143,17 +155,17 @@ def exemplars(
     highest images like any other: those where it is least negative.
 
     An image's map :math:`p` becomes one number by its maximum, for the highest side, and minimum,
-    for the lowest side (``"extreme"``), or on both sides by its ``"mean"``, ``"max"``, ``"min"``,
-    mean absolute value (``"abs_mean"``) or Euclidean norm (``"l2"``). **Ties** go to the image that
-    comes first in the loader, and within an image to the first position in row-major order. The
-    patch of an image is where the unit is highest (for the highest side, or ``"max"``), lowest (for
-    the lowest side, or ``"min"``) or furthest from zero (``"abs_mean"``, ``"l2"``).
+    for the lowest side (``"extreme"``), or on both sides by one of the aggregates of
+    :func:`unit_scores`. **Ties** go to the image that comes first in the loader, and within an image
+    to the first position in row-major order. The patch of an image is where the unit is highest (for
+    the highest side, or ``"max"``), lowest (for the lowest side, or ``"min"``) or furthest from zero
+    (``"abs_mean"``, ``"abs_sum"``, ``"l2"``).
 
     Args:
 
         model (nn.Module): The model. It runs in evaluation mode and is left as found.
         layers (str, nn.Module or sequence): Layers, or their dotted names.
-        dataloader (iterable): Batches of (inputs, labels), not shuffled.
+        dataloader (iterable): Batches of (inputs, labels), not shuffled; labels may be missing.
         num_exemplars (int): n, images for each unit and side.
                     Default: 9
         aggregate (str): See above.
@@ -172,6 +184,8 @@ def exemplars(
         channel_dim (int or mapping, optional): Axis of the filters where it cannot be told from the
                     layer, for all layers or by name.
                     Default: None
+        unpack (Callable, optional): From a batch of another kind to the pair (inputs, labels).
+                    Default: None
         show_progress (bool): Show a progress bar.
                     Default: True
 
@@ -179,8 +193,8 @@ def exemplars(
         *dict*: :class:`Exemplars` by layer name.
 
     Raises:
-        ValueError: The loader is empty or shuffles, a layer puts out NaN or does not run exactly
-            once, the directions do not fit a layer, or an option is unknown.
+        ValueError: The loader is empty or shuffles, a layer puts out NaN or Inf or does not run
+            exactly once, the directions do not fit a layer, or an option is unknown.
 
     Examples::
 
@@ -198,8 +212,7 @@ def exemplars(
         >>> found.lowest.score.tolist()
         [[-2.0, 0.0]]
     """
-    if aggregate not in get_args(Aggregate):
-        raise ValueError(f"aggregate={aggregate!r}; choose one of {list(get_args(Aggregate))}.")
+    check_aggregate(aggregate, ("extreme", *get_args(Aggregate)))
     if not isinstance(num_exemplars, int) or num_exemplars < 1:
         raise ValueError(f"num_exemplars={num_exemplars}; expected a positive whole number.")
     if isinstance(getattr(dataloader, "sampler", None), RandomSampler):
@@ -207,170 +220,129 @@ def exemplars(
             "The loader shuffles, so counting images would not find them again; pass one made "
             "with shuffle=False."
         )
-    units = units_of(model, layers, directions, subtract_bias, channel_dim)
-    taps = [_Tap(one, aggregate, num_exemplars) for one in units]
-    number = _read(model, taps, dataloader, boxes, show_progress)
-    return {tap.name: tap.result(number) for tap in taps}
+    taps = units_of(model, layers, channel_dim, directions, subtract_bias)
+    for tap in taps:
+        tap.reduce = partial(_sides, aggregate=aggregate)
+    best = {tap.name: (_Best(num_exemplars, True), _Best(num_exemplars, False)) for tap in taps}
+    fields: dict[tuple[int, ...], Mapping[str, Tensor]] = {}  # by the size of the images
+
+    def take(_batches: Batches, batch: Batch) -> None:
+        size = tuple(batch.inputs[0].shape[1:])
+        if boxes is not False and size not in fields:
+            fields[size] = _boxes(model, taps, batch.inputs, boxes)
+        for tap in taps:
+            field = fields[size][tap.name] if boxes is not False else None
+            sides = zip(best[tap.name], (tap.seen[:2], tap.seen[2:]), strict=True)
+            for side, (scores, places) in sides:
+                side.add(batch, scores, places, tap.positions, field)
+
+    num_images = read_units(
+        model,
+        taps,
+        dataloader,
+        "exemplars",
+        take,
+        unpack=unpack,
+        show_progress=show_progress,
+        labeled=False,
+    )
+    results = {}
+    for name, (highest, lowest) in best.items():
+        results[name] = Exemplars(
+            name, aggregate, highest.result(), lowest.result(), num_images, directions is not None
+        )
+    return results
 
 
-def _read(
-    model: nn.Module,
-    taps: "list[_Tap]",
-    dataloader: Iterable[Any],
-    boxes: bool | Mapping[str, Tensor],
-    show_progress: bool,
-) -> int:
-    """Run the model over the loader; returns the number of images."""
-    parameter = next(model.parameters(), None)
-    device = parameter.device if parameter is not None else None
-    handles = [tap.module.register_forward_hook(tap.hook) for tap in taps]
-    bar = tqdm(dataloader, desc="exemplars", unit="batch", disable=not show_progress)
-    number, measured = 0, dict[tuple[int, ...], Mapping[str, Tensor]]()
-    try:
-        with model_left_as_found(model, evaluation=True), torch.no_grad():
-            for index, batch in enumerate(bar):
-                inputs, labels = split_batch(batch, index, device)
-                if len(inputs[0]) == 0:
-                    continue
-                for tap in taps:
-                    tap.units.runs = 0
-                model(*inputs)
-                size = tuple(inputs[0].shape[1:])
-                for tap in taps:
-                    tap.check(len(inputs[0]), number)
-                if boxes is not False and size not in measured:
-                    measured[size] = _boxes(model, taps, inputs, boxes, handles)
-                for tap in taps:
-                    field = measured[size][tap.name] if boxes is not False else None
-                    tap.merge(number, labels, field)
-                number += len(inputs[0])
-    finally:
-        for handle in handles:
-            handle.remove()
-    if number == 0:
-        raise ValueError("The data loader is empty.")
-    return number
+def _sides(maps: Tensor, aggregate: str) -> Seen:
+    """Of the highest and of the lowest side: aggregates, and the places that stand for them; each
+    (N, U)."""
+    by_size = aggregate in ("abs_mean", "abs_sum", "l2")
+    # torch documents that of equal values the first is found.
+    highest = (maps.abs() if by_size else maps).max(2) if aggregate != "min" else maps.min(2)
+    lowest = highest if by_size or aggregate == "max" else maps.min(2)
+    if aggregate in ("extreme", "max", "min"):
+        return (*highest, *lowest)
+    scores = aggregated(maps, aggregate)
+    return scores, highest.indices, scores, lowest.indices
 
 
 def _boxes(
     model: nn.Module,
-    taps: "list[_Tap]",
+    taps: Sequence[UnitTap],
     inputs: tuple[Tensor, ...],
     boxes: bool | Mapping[str, Tensor],
-    handles: list[Any],
 ) -> Mapping[str, Tensor]:
-    """Receptive fields for one image size: the caller's, or measured with our hooks at rest."""
+    """Receptive fields for one image size: the caller's, or measured."""
     if isinstance(boxes, Mapping):
         for tap in taps:
             shape = tuple(boxes[tap.name].shape) if tap.name in boxes else None
-            if shape != (*tap.units.positions, 4):
+            if shape != (*tap.positions, 4):
                 raise ValueError(
                     f"boxes for {tap.name!r} have shape {shape}; its positions need "
-                    f"{(*tap.units.positions, 4)}. Measure them for images of this size."
+                    f"{(*tap.positions, 4)}. Measure them for images of this size."
                 )
-        return boxes
+        return on_device(dict(boxes), inputs[0].device)
     if len(inputs) != 1 or inputs[0].dim() != 4:
         raise ValueError(
             "Boxes need a model of one image input (N, C, H, W); pass boxes=False for others."
         )
-    for tap in taps:
-        tap.resting = True
-    try:
-        dims = {
-            tap.name: tap.units.channel_dim for tap in taps if tap.units.channel_dim is not None
+    dims = {tap.name: tap.channel_dim for tap in taps if tap.channel_dim is not None}
+    fields = receptive_field(model, [tap.module for tap in taps], inputs[0], channel_dim=dims)
+    return on_device(fields, inputs[0].device)
+
+
+def _unraveled(places: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Flat places (...) as indices (..., dimensions), made where the places are."""
+    indices = []
+    for size in reversed(shape):
+        indices.append(places % size)
+        places = places // size
+    return torch.stack(indices[::-1], -1)
+
+
+class _Best:
+    """The best images of one side so far, where the model is."""
+
+    def __init__(self, num_exemplars: int, descending: bool) -> None:
+        self.num_exemplars, self.descending = num_exemplars, descending
+        self.kept: dict[str, Tensor] = {}
+
+    def add(
+        self,
+        batch: Batch,
+        scores: Tensor,
+        places: Tensor,
+        positions: tuple[int, ...],
+        field: Tensor | None,
+    ) -> None:
+        """Let a batch's images compete with the best so far; scores and places are (N, U)."""
+        num_units = scores.shape[1]
+        images = batch.first_image + torch.arange(len(scores), device=scores.device)
+        new = {
+            "score": scores.T,
+            "image": images.expand(num_units, -1),
+            "position": _unraveled(places.T, positions or (1,)),
         }
-        return receptive_field(model, [tap.module for tap in taps], inputs[0], channel_dim=dims)
-    finally:
-        for tap in taps:
-            tap.resting = False
+        if field is not None:
+            new["box"] = field.reshape(-1, 4)[places.T]
+        labels = given_classes(batch)
+        if labels is not None:
+            new["label"] = on_device(labels, scores.device).expand(num_units, -1)
+        if self.kept:
+            # Earlier images stand first, and the sort is stable: they win ties.
+            new = {k: torch.cat([kept, new[k]], 1) for k, kept in self.kept.items() if k in new}
+        order = new["score"].sort(dim=1, descending=self.descending, stable=True).indices
+        order = order[:, : self.num_exemplars]
+        rows = torch.arange(num_units, device=order.device)[:, None]
+        self.kept = {key: value[rows, order] for key, value in new.items()}
 
-
-class _Tap:
-    """One layer: what the current batch gave, and the best images so far."""
-
-    def __init__(self, units: UnitMaps, aggregate: Aggregate, num_exemplars: int) -> None:
-        self.units, self.name, self.module = units, units.name, units.module
-        self.aggregate, self.number = aggregate, num_exemplars
-        self.resting = False
-        self.batch: dict[Side, tuple[Tensor, Tensor]] = {}  # scores and positions (N, U)
-        self.kept: dict[Side, dict[str, Tensor]] = {}
-
-    def hook(self, _module: nn.Module, _inputs: Any, output: Any) -> None:
-        """Reduce the layer's maps to two numbers and two places for each image and unit."""
-        if not self.resting:
-            maps = self.units.maps(output).detach()
-            self.batch = {side: self._reduced(maps, side) for side in get_args(Side)}
-
-    def _reduced(self, maps: Tensor, side: Side) -> tuple[Tensor, Tensor]:
-        """Aggregates, and the places that stand for them, (N, U) each."""
-        up = self.aggregate == "max" or (side == "highest" and self.aggregate != "min")
-        by_size = self.aggregate in ("abs_mean", "l2")
-        furthest, place = (
-            maps.abs().max(2) if by_size else maps.max(2) if up else maps.min(2)
-        )  # torch documents that of equal values the first is found
-        if self.aggregate in ("mean", "abs_mean", "l2"):
-            return aggregated(maps, self.aggregate), place
-        return furthest, place
-
-    def check(self, num_images: int, seen: int) -> None:
-        """The batch has one row for each image, and no NaN."""
-        check_runs(self.name, self.units.runs)
-        for scores, _ in self.batch.values():
-            self.units.check(scores, num_images, seen)
-
-    def merge(self, seen: int, labels: Any, field: Tensor | None) -> None:
-        """Let a batch's images compete with the best so far."""
-        for side, (scores, place) in self.batch.items():
-            new = {
-                "score": scores.T,
-                "image": (seen + torch.arange(len(scores), device=scores.device)).expand(
-                    scores.shape[1], -1
-                ),
-                "position": torch.stack(
-                    torch.unravel_index(place.T, self.units.positions or (1,)), -1
-                ),
-            }
-            if field is not None:
-                new["box"] = field.reshape(-1, 4).to(place.device)[place.T]
-            if isinstance(labels, Tensor) and labels.shape == (len(scores),):
-                new["label"] = labels.to(scores.device).expand(scores.shape[1], -1)
-            kept = self.kept.get(side)
-            if kept is not None:
-                # Earlier images stand first, and the sort is stable: they win ties.
-                new = {key: torch.cat([kept[key], new[key]], 1) for key in kept if key in new}
-            order = new["score"].sort(dim=1, descending=side == "highest", stable=True).indices
-            order = order[:, : self.number]
-            self.kept[side] = {
-                key: value.gather(
-                    1,
-                    order if value.dim() == 2 else order[..., None].expand(-1, -1, value.shape[2]),
-                )
-                for key, value in new.items()
-            }
-        self.batch = {}
-
-    def result(self, num_images: int) -> Exemplars:
-        """The best images of the whole pass, on the CPU."""
-        highest, lowest = (self._side(self.kept[side]) for side in get_args(Side))
-        directions = self.units.matrix is not None
-        return Exemplars(self.name, self.aggregate, highest, lowest, num_images, directions)
-
-    def _side(self, kept: dict[str, Tensor]) -> ExemplarSide:
-        missing = self.number - kept["score"].shape[1]
-
-        def filled(key: str, value: float) -> Tensor | None:
-            if key not in kept:
-                return None
-            have = kept[key].cpu()
-            rest = have.new_full((len(have), missing, *have.shape[2:]), value)
-            return torch.cat([have, rest], 1)
-
-        image, score, position = (
-            filled("image", -1),
-            filled("score", torch.nan),
-            filled("position", -1),
-        )
-        assert image is not None
-        assert score is not None
-        assert position is not None
-        return ExemplarSide(image, score, position, filled("box", 0), filled("label", -1))
+    def result(self) -> ExemplarSide:
+        """The best images, on the CPU."""
+        filler = {"image": -1, "score": torch.nan, "position": -1, "box": 0, "label": -1}
+        filled: dict[str, Any] = {"box": None, "label": None}
+        for key, kept in self.kept.items():
+            missing = self.num_exemplars - kept.shape[1]
+            rest = kept.new_full((len(kept), missing, *kept.shape[2:]), filler[key])
+            filled[key] = torch.cat([kept, rest], 1).cpu()
+        return ExemplarSide(**filled)

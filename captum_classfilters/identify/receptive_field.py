@@ -1,21 +1,19 @@
 """Which input pixels a position of a layer can depend on, measured on the model itself."""
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from captum_classfilters._core.devices import device_of, on_device
 from captum_classfilters._core.guard import model_left_as_found
-from captum_classfilters._core.layers import (
-    check_batch,
-    check_runs,
-    filter_axis,
-    find_layers,
-    only_tensor,
-    positions_last,
-)
+from captum_classfilters._core.taps import tapped, tapping
+from captum_classfilters._core.units import Seen, UnitTap, units_of
+
+_IMAGES_AT_ONCE = 32
 
 
 class _LastLayerReached(Exception):  # noqa: N818 - it ends a forward pass, it reports no error
@@ -28,7 +26,7 @@ def receptive_field(
     example_input: Tensor,
     *,
     channel_dim: int | Mapping[str, int] | None = None,
-    batch_size: int = 32,
+    batch_size: int | None = None,
 ) -> dict[str, Tensor]:
     r"""
     Measure the box of input pixels that each position of a layer can depend on.
@@ -44,12 +42,13 @@ def receptive_field(
 
         model (nn.Module): The model. It runs in evaluation mode and is left as found.
         layers (str, nn.Module or sequence): Layers, or their dotted names.
-        example_input (Tensor): Shape (N, C, H, W); the first image gives size, type and device.
+        example_input (Tensor): Shape (N, C, H, W); the images give size and type.
         channel_dim (int or mapping, optional): Axis of the filters where it cannot be told from the
                     layer, for all layers or by name.
                     Default: None
-        batch_size (int): Images in one forward pass.
-                    Default: 32
+        batch_size (int, optional): Images in each forward pass; by default as many as
+                    ``example_input`` has, which a model may need, or 32 if it is a single image.
+                    Default: None
 
     Returns:
         *dict*: For each layer's name an int64 tensor of shape (\*positions, 4), (h, w, 4) for a
@@ -78,97 +77,72 @@ def receptive_field(
             f"example_input is {example_input.dtype} of shape {tuple(example_input.shape)}; "
             "receptive fields need floating-point images (N, C, H, W)."
         )
-    found = find_layers(model, layers)
-    probe = _Probe(model, found, channel_dim)
-    blank = torch.zeros_like(example_input[:1])
-    parameter = next(model.parameters(), None)
-    blank = blank if parameter is None else blank.to(parameter.device)
+    num_images = batch_size or (len(example_input) if len(example_input) > 1 else _IMAGES_AT_ONCE)
+    blank = torch.zeros_like(example_input[:1]).repeat(num_images, 1, 1, 1)
+    blank = on_device(blank, device_of(model))
+    probe = _Probe(model, units_of(model, layers, channel_dim))
     # Convolutions by transformed tiles would spread a NaN to positions that do not depend on it.
     plain = torch.backends.cudnn.flags(enabled=False)
     with model_left_as_found(model, evaluation=True), torch.no_grad(), plain:
         for name, reached in probe.run(blank).items():
             if bool(reached.any()):
                 raise ValueError(f"The layer {name!r} puts out NaN for an image of zeros.")
-        edges = [_edges(probe, blank, axis, batch_size) for axis in (3, 2)]
-    columns, rows = edges
+        columns, rows = (_edges(probe, blank, axis) for axis in (3, 2))
     boxes = {}
-    for name in found:
-        (left, right), (top, bottom) = columns[name], rows[name]
+    for tap in probe.taps:
+        (left, right), (top, bottom) = columns[tap.name], rows[tap.name]
         box = torch.stack([left, top, right, bottom], dim=-1)
-        boxes[name] = box.reshape(*probe.positions[name], 4).cpu()
+        boxes[tap.name] = box.reshape(*tap.positions, 4).cpu()
     return boxes
 
 
 class _Probe:
-    """Which positions of some layers are NaN in a forward pass."""
+    """Runs a model as far as the last of some layers, and says where NaN came out."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        modules: Mapping[str, nn.Module],
-        channel_dim: int | Mapping[str, int] | None,
-    ) -> None:
-        self.model, self.modules = model, modules
-        self.channel_dim = channel_dim
-        self.positions: dict[str, tuple[int, ...]] = {}
-        self.checked = False
+    def __init__(self, model: nn.Module, taps: Sequence[UnitTap]) -> None:
+        self.model, self.taps = model, taps
+        self.order: list[str] = []  # in which the layers end in a forward pass
+        for tap in taps:
+            tap.reduce = partial(_reached, tap.name, self.order)
 
     def run(self, images: Tensor) -> dict[str, Tensor]:
         """For each layer, bool (N, P): the position holds a NaN in any filter."""
-        found: dict[str, Tensor] = {}
-        runs = dict.fromkeys(self.modules, 0)
-
-        def hook(module: nn.Module, name: str) -> Callable[..., None]:
-            def take(_module: nn.Module, _inputs: Any, output: Any) -> None:
-                tensor = only_tensor(output, name)
-                chosen = self.channel_dim
-                dim = chosen.get(name) if isinstance(chosen, Mapping) else chosen
-                axis = filter_axis(module, tensor, dim)
-                shape = tuple(tensor.shape)
-                self.positions[name] = (*shape[1:axis], *shape[axis + 1 :])
-                found[name] = positions_last(tensor.isnan(), axis).any(1)
-                runs[name] += 1
-                if self.checked and len(found) == len(self.modules):
-                    raise _LastLayerReached
-
-            return take
-
-        handles = [
-            module.register_forward_hook(hook(module, name))
-            for name, module in self.modules.items()
-        ]
-        try:
-            with suppress(_LastLayerReached):
-                self.model(images)
-        finally:
-            for handle in handles:
-                handle.remove()
-        for name in self.modules:
-            check_runs(name, runs[name])
-            check_batch(name, len(found[name]), len(images))
-        self.checked = True  # the first pass was whole: each layer runs once
-        return found
+        last = self.order[-1:]  # none in the first pass, which is whole: each layer runs once
+        self.order.clear()
+        with tapping(self.taps), ExitStack() as stack, suppress(_LastLayerReached):
+            for tap in self.taps:
+                if tap.name in last:
+                    stack.enter_context(tapped(tap.module, _stop))
+            self.model(images)
+        for tap in self.taps:
+            tap.check(len(images))
+        return {tap.name: tap.seen[0] for tap in self.taps}
 
 
-def _edges(
-    probe: _Probe, blank: Tensor, axis: int, batch_size: int
-) -> dict[str, tuple[Tensor, Tensor]]:
+def _reached(name: str, order: list[str], maps: Tensor) -> Seen:
+    order.append(name)
+    return (maps.isnan().any(1),)
+
+
+def _stop(_value: Any) -> None:
+    raise _LastLayerReached
+
+
+def _edges(probe: _Probe, blank: Tensor, axis: int) -> dict[str, tuple[Tensor, Tensor]]:
     """First pixel, and first pixel after the last, that each position depends on along an axis."""
-    length = blank.shape[axis]
+    length, num_images = blank.shape[axis], len(blank)
     first: dict[str, Tensor] = {}
     end: dict[str, Tensor] = {}
-    for start in range(0, length, batch_size):
-        lines = range(start, min(start + batch_size, length))
-        images = blank.repeat(len(lines), 1, 1, 1)
+    for start in range(0, length, num_images):
+        lines = range(start, min(start + num_images, length))
+        images = blank.clone()  # those beyond the last line stay blank
         for row, line in enumerate(lines):
             images[row].select(axis - 1, line).fill_(float("nan"))
-        for name, reached in probe.run(images).items():
-            if name not in first:
-                first[name] = torch.full_like(reached[0], length, dtype=torch.int64)
-                end[name] = torch.zeros_like(first[name])
-            line_numbers = torch.tensor(list(lines), device=reached.device)[:, None]
-            lowest = torch.where(reached, line_numbers, length).amin(0)
-            highest = torch.where(reached, line_numbers + 1, 0).amax(0)
-            first[name] = torch.minimum(first[name], lowest)
-            end[name] = torch.maximum(end[name], highest)
-    return {name: (torch.where(end[name] > 0, first[name], 0), end[name]) for name in probe.modules}
+        for name, every in probe.run(images).items():
+            reached = every[: len(lines)]
+            numbers = torch.arange(start, start + len(lines), device=reached.device)[:, None]
+            lowest = torch.where(reached, numbers, length).amin(0)
+            highest = torch.where(reached, numbers + 1, 0).amax(0)
+            first[name] = torch.minimum(first[name], lowest) if name in first else lowest
+            end[name] = torch.maximum(end[name], highest) if name in end else highest
+    return {name: (torch.where(last > 0, first[name], 0), last) for name, last in end.items()}

@@ -1,16 +1,22 @@
 """One number for each image and filter, or direction, of several layers."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
-from captum_classfilters._core.batches import split_batch
-from captum_classfilters._core.guard import model_left_as_found
-from captum_classfilters._core.layers import check_runs
-from captum_classfilters._core.units import UnitMaps, aggregated, units_of
+from captum_classfilters._core.batches import Batch, Batches
+from captum_classfilters._core.units import (
+    Aggregate,
+    Rows,
+    UnitTap,
+    aggregated,
+    check_aggregate,
+    classes_of,
+    read_units,
+    units_of,
+)
 
 
 def unit_scores(
@@ -18,10 +24,11 @@ def unit_scores(
     layers: str | nn.Module | Sequence[str | nn.Module],
     dataloader: Iterable[Any],
     *,
-    aggregate: Literal["mean", "max", "min", "abs_mean", "l2"] = "mean",
+    aggregate: Aggregate = "mean",
     directions: Mapping[str, Any] | None = None,
     subtract_bias: bool = True,
     channel_dim: int | Mapping[str, int] | None = None,
+    unpack: Callable[[Any], tuple[Any, Any]] | None = None,
     show_progress: bool = True,
 ) -> tuple[dict[str, Tensor], Tensor]:
     r"""
@@ -34,8 +41,9 @@ def unit_scores(
         model (nn.Module): The model. It runs in evaluation mode and is left as found.
         layers (str, nn.Module or sequence): Layers, or their dotted names.
         dataloader (iterable): Batches of (inputs, labels).
-        aggregate (str): ``"mean"``, ``"max"``, ``"min"``, mean absolute value (``"abs_mean"``) or
-                    Euclidean norm (``"l2"``) over positions.
+        aggregate (str): Over positions: the ``"mean"``, ``"max"``, ``"min"``, ``"sum"``, the mean or
+                    sum of absolute values (``"abs_mean"``, ``"abs_sum"``) or the Euclidean norm
+                    (``"l2"``).
                     Default: "mean"
         directions (mapping, optional): By layer name, a matrix (K, r) whose columns are directions,
                     or an object with such a matrix as ``left``; the units are then the projections
@@ -47,15 +55,18 @@ def unit_scores(
         channel_dim (int or mapping, optional): Axis of the filters where it cannot be told from the
                     layer, for all layers or by name.
                     Default: None
+        unpack (Callable, optional): From a batch of another kind to the pair (inputs, labels).
+                    Default: None
         show_progress (bool): Show a progress bar.
                     Default: True
 
     Returns:
-        *tuple* of a *dict* of tensors (N, U), float32, by layer name, and the labels (N,), int64.
+        *tuple* of a *dict* of tensors (N, U) by layer name, float32 or the model's higher precision,
+        and the labels (N,), int64; on the CPU.
 
     Raises:
-        ValueError: The loader is empty or has no labels, a layer puts out NaN or does not run
-            exactly once, directions do not fit, or the aggregate is unknown.
+        ValueError: The loader is empty, labels are not class indices, a layer puts out NaN or Inf or
+            does not run exactly once, directions do not fit, or the aggregate is unknown.
 
     Examples::
 
@@ -67,68 +78,57 @@ def unit_scores(
         >>> scores["1"].shape
         torch.Size([6, 4])
     """
-    aggregated(torch.zeros(1, 1, 1), aggregate)  # an unknown one is refused before the pass
-    units = units_of(model, layers, directions, subtract_bias, channel_dim)
-    for one in units:
-        one.average_first = aggregate == "mean"
-    parts, labels = score_images(
-        model,
-        units,
-        dataloader,
-        {one.name: lambda maps: aggregated(maps, aggregate) for one in units},
-        show_progress,
-    )
-    return {name: torch.cat(found) for name, found in parts.items()}, labels
+    check_aggregate(aggregate)
+    taps = units_of(model, layers, channel_dim, directions, subtract_bias)
+    for tap in taps:
+        tap.average_first = aggregate == "mean"
+        tap.reduce = lambda maps: (aggregated(maps, aggregate),)
+    rows = {tap.name: Rows() for tap in taps}
+    labels = collect_units(model, taps, dataloader, rows, unpack, show_progress)
+    return {name: torch.cat(kept.pieces()) for name, kept in rows.items()}, labels
 
 
-def score_images(
+def collect_units(
     model: nn.Module,
-    units: Sequence[UnitMaps],
+    taps: Sequence[UnitTap],
     dataloader: Iterable[Any],
-    reduce: Mapping[str, Any],
+    rows: Mapping[str, Rows],
+    unpack: Callable[[Any], tuple[Any, Any]] | None,
     show_progress: bool,
-) -> tuple[dict[str, list[Any]], Tensor]:
-    """What a function makes of each layer's maps (N, U, P), batch by batch, and all labels."""
-    batch: dict[str, Any] = {}
+    one_size: bool = False,
+) -> Tensor:
+    r"""
+    Collect what taps keep of every image.
 
-    def hook(one: UnitMaps) -> Any:
-        def take(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            maps = one.maps(output).detach()
-            batch[one.name] = (maps.amax(2), reduce[one.name](maps))
+    Args:
 
-        return take
+        model (nn.Module): The model.
+        taps (sequence of UnitTap): Layers to read.
+        dataloader (iterable): The loader.
+        rows (mapping): By layer name, where its rows go.
+        unpack (Callable, optional): From a batch of another kind to the pair (inputs, labels).
+        show_progress (bool): Show a progress bar.
+        one_size (bool): Refuse images whose maps differ in size.
+                    Default: False
 
-    parameter = next(model.parameters(), None)
-    device = parameter.device if parameter is not None else None
-    handles = [one.module.register_forward_hook(hook(one)) for one in units]
-    parts: dict[str, list[Any]] = {one.name: [] for one in units}
-    labels: list[Tensor] = []
-    bar = tqdm(dataloader, desc="units", unit="batch", disable=not show_progress)
-    try:
-        with model_left_as_found(model, evaluation=True), torch.no_grad():
-            for index, given in enumerate(bar):
-                inputs, targets = split_batch(given, index, device)
-                targets = torch.as_tensor(targets).cpu()
-                number = len(inputs[0])
-                if targets.shape != (number,):
-                    raise ValueError(
-                        f"The labels of batch {index} have shape {tuple(targets.shape)}; expected "
-                        f"({number},), one class for each image."
-                    )
-                for one in units:
-                    one.runs = 0
-                model(*inputs)
-                for one in units:
-                    check_runs(one.name, one.runs)
-                    highest, found = batch.pop(one.name)
-                    one.check(highest, number, sum(map(len, labels)))
-                    parts[one.name].append(
-                        found.float().cpu() if isinstance(found, Tensor) else found
-                    )
-                labels.append(targets.long())
-    finally:
-        for handle in handles:
-            handle.remove()
-    if not labels or not sum(map(len, labels)):
-        raise ValueError("The data loader is empty.")
-    return parts, torch.cat(labels)
+    Returns:
+        *Tensor*: The labels (N,), int64, on the CPU.
+    """
+    labels = Rows()
+    sizes: dict[str, tuple[int, ...]] = {}
+
+    def take(batches: Batches, batch: Batch) -> None:
+        labels.add(classes_of(batches, batch))
+        for tap in taps:
+            size = sizes.setdefault(tap.name, tap.positions)
+            if one_size and tap.positions != size:
+                raise ValueError(
+                    f"The images differ in size: the maps of {tap.name!r} are {size} before batch "
+                    f"{batch.number} and {tap.positions} in it. Read images of one size."
+                )
+            rows[tap.name].add(*tap.seen)
+
+    read_units(
+        model, taps, dataloader, "features", take, unpack=unpack, show_progress=show_progress
+    )
+    return torch.cat(labels.pieces())

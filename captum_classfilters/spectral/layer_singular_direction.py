@@ -1,27 +1,26 @@
 """Praggastis et al.: signals along the singular directions of a layer's weight."""
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
-from captum_classfilters._core.captum import (
-    TargetType,
-    _forward_layer_eval,
-    compute_layer_gradients_and_eval,
-    format_tensor_into_tuples,
-    log_usage,
-)
-from captum_classfilters._core.layers import check_batch, only_tensor, runs_once
-from captum_classfilters.attr.base import LayerFilterAttribution, Layers
+from captum_classfilters._core.captum import TargetType, log_usage
+from captum_classfilters._core.devices import sums_device
+from captum_classfilters._core.forward import FilterMaps
+from captum_classfilters._core.layers import layer_name, module_of
+from captum_classfilters._core.linear_maps import TRANSPOSED, as_in_use
+from captum_classfilters._core.units import projected_bias
+from captum_classfilters.attr.base import Layers, WeightedFilterAttribution
 from captum_classfilters.spectral.layer_svd import LayerSVD, check_rank, matrix_svd
-from captum_classfilters.spectral.signals import unbiased
-from captum_classfilters.spectral.weight_matrix import weight_matrix
+from captum_classfilters.spectral.weight_matrix import WeightMatrix, unfold, weight_matrix
 
 Evidence = Literal["signal", "contribution"]
 
 
-class LayerSingularDirection(LayerFilterAttribution):
+class LayerSingularDirection(WeightedFilterAttribution):
     r"""
     Evidence of an image along the singular directions of a layer's weight.
 
@@ -63,8 +62,9 @@ class LayerSingularDirection(LayerFilterAttribution):
         rank (int, optional): Only the first so many directions (of each group).
                     Default: None
         svds (mapping, optional): Decompositions by the layers' names, as from
-                    :func:`captum_classfilters.spectral.model_svd`, with a cache say. By default
-                    they are computed when first needed, and again when the weight has changed.
+                    :func:`captum_classfilters.spectral.model_svd`, with a cache for example; they
+                    must be those of the weights as they are. By default they are computed when first
+                    needed, and again when the weight has changed.
                     Default: None
 
     Examples::
@@ -94,19 +94,31 @@ class LayerSingularDirection(LayerFilterAttribution):
         rank: int | None = None,
         svds: Mapping[str, LayerSVD] | None = None,
     ) -> None:
-        LayerFilterAttribution.__init__(self, forward_func, layer, device_ids)
+        WeightedFilterAttribution.__init__(self, forward_func, layer, device_ids)
         if evidence not in ("signal", "contribution"):
             raise ValueError(f"evidence={evidence!r}; choose 'signal' or 'contribution'.")
         self.evidence = evidence
+        self.depends_on_target = self.needs_derivative = evidence == "contribution"
         self.rank = rank
-        self._given = svds
-        self._found: dict[int, tuple[Tensor, LayerSVD]] = {}
+        self._given: dict[str, LayerSVD] | None = None if svds is None else {}
+        # The weight of each layer when it was last decomposed, and what it gave; what was seen to be
+        # current in this pass.
+        self._made: dict[int, tuple[Tensor, LayerSVD]] = {}
+        self._current: dict[int, LayerSVD] = {}
         for module, name in zip(self._layers(), self._layer_names(), strict=True):
-            if svds is not None and name not in svds:
-                raise ValueError(f"svds holds no decomposition of {name!r}.")
             _, rows, columns = weight_matrix(module, name).matrices.shape
             if rank is not None:
                 check_rank(rank, min(rows, columns), f"the layer {name!r}, {rows} x {columns}")
+            if svds is not None and self._given is not None:
+                if name not in svds:
+                    raise ValueError(f"svds holds no decomposition of {name!r}.")
+                self._given[name] = svds[name] if rank is None else svds[name].truncate(rank)
+
+    def __copy__(self) -> "LayerSingularDirection":
+        """A copy, as every pass over a data set works on, looks anew whether weights have changed."""
+        copied = object.__new__(type(self))
+        copied.__dict__.update(self.__dict__, _current={})
+        return copied
 
     @property
     def options(self) -> dict[str, Any]:
@@ -132,21 +144,42 @@ class LayerSingularDirection(LayerFilterAttribution):
             layer = modules[0]
         for module, name in zip(modules, names, strict=True):
             if layer is module or layer == name:
-                return self._svd(module, name)
+                self._current = {}
+                return self._svd(module)
         raise ValueError(f"{layer!r} is not one of the layers {', '.join(names)}.")
 
-    def _svd(self, module: nn.Module, name: str) -> LayerSVD:
-        if self._given is not None:
-            svd = self._given[name]
-            return svd if self.rank is None else svd.truncate(self.rank)
-        weight = module.weight
-        assert isinstance(weight, Tensor)
-        held = self._found.get(id(module))
-        if held is None or held[0].shape != weight.shape or not _same(held[0], weight):
-            svd = matrix_svd(weight_matrix(module, name), repr(name), self.rank, "auto", False)
-            held = (weight.detach().clone(), svd)
-            self._found[id(module)] = held
-        return held[1]
+    def features_of(self, maps: FilterMaps, module: nn.Module) -> FilterMaps:
+        """The maps of the directions: projections of the layer's output without its bias."""
+        matrix = self._svd(module).left
+        if maps.num_filters != len(matrix):
+            raise _outputs_only()
+        return maps.projected(matrix, projected_bias(module, matrix))
+
+    def weights_from(self, maps: FilterMaps, target: TargetType) -> Tensor:
+        """The rule: the derivative along the direction, or alike for signals, whose sum over
+        positions is then their mean."""
+        if self.evidence == "contribution":
+            return maps.derivative(target)
+        return torch.full_like(maps.means, 1 / maps.num_positions)[:, :, None]
+
+    def _svd(self, module: nn.Module) -> LayerSVD:
+        """The decomposition of a layer; its weight is looked at once in a pass."""
+        key = id(module)
+        if key not in self._current:
+            name = layer_name(module_of(self.forward_func, [module]), module)
+            weight = _weight_in_use(module, name)
+            if self._given is not None:
+                svd = self._given[name].to(weight.matrices.device)
+                _check_made_of(svd, weight, name)
+            else:
+                held = self._made.get(key)
+                if held is None or not _same(held[0], weight.matrices):
+                    svd = matrix_svd(weight, repr(name), self.rank, "auto", False)
+                    held = (weight.matrices.clone(), svd)
+                    self._made[key] = held
+                svd = held[1]
+            self._current[key] = svd
+        return self._current[key]
 
     @log_usage(part_of_slo=True)
     def attribute(
@@ -180,24 +213,20 @@ class LayerSingularDirection(LayerFilterAttribution):
                         layer's output, so that the sum over positions is the mean signal.
 
         Raises:
-            ValueError: The layer does not run exactly once, or ``attribute_to_layer_input`` is True.
+            ValueError: The layer does not run exactly once, ``attribute_to_layer_input`` is True, or
+                        a decomposition that was given is not that of the weight.
             AssertionError: The target does not fit the output, as everywhere in Captum.
         """
         if attribute_to_layer_input:
-            raise ValueError(
-                "Singular directions combine a layer's outputs; there are none of its input. Leave "
-                "attribute_to_layer_input False."
+            raise _outputs_only()
+        self._current = {}
+        with self._forward(inputs, additional_forward_args, grad_kwargs=grad_kwargs) as reading:
+            return self._formatted(
+                self._like_layers(
+                    reading,
+                    lambda maps, module: self.maps_from(self.features_of(maps, module), target),
+                )
             )
-        signals, gradients = self._signals(inputs, target, additional_forward_args, grad_kwargs)
-        parts: list[tuple[Tensor, ...]] = []
-        for index, (name, svd) in enumerate(self._svds()):
-            if gradients is None:
-                positions = signals[index][0].numel() // len(svd)
-                parts.append((signals[index] / positions,))
-            else:
-                slope = svd.signals(only_tensor(gradients[index], name).detach())
-                parts.append((signals[index] * slope,))
-        return self._formatted(parts)
 
     def signals(
         self, inputs: Tensor | tuple[Tensor, ...], additional_forward_args: Any = None
@@ -218,66 +247,50 @@ class LayerSingularDirection(LayerFilterAttribution):
             *Tensor*, or *list* for several layers: (N, R, ...) or (N, ..., R), in units of the
             layer's output.
         """
-        signals, _ = self._signals(inputs, None, additional_forward_args, None, gradients=False)
-        return self._formatted([(one,) for one in signals])
-
-    def _svds(self) -> list[tuple[str, LayerSVD]]:
-        """Name and decomposition of each layer."""
-        return [
-            (name, self._svd(layer, name))
-            for layer, name in zip(self._layers(), self._layer_names(), strict=True)
-        ]
-
-    def _signals(
-        self,
-        inputs: Tensor | tuple[Tensor, ...],
-        target: TargetType,
-        additional_forward_args: Any,
-        grad_kwargs: dict[str, Any] | None,
-        gradients: bool | None = None,
-    ) -> tuple[list[Tensor], list[Any] | None]:
-        """Signals of each layer, and gradients at its output where contributions need them."""
-        formatted: tuple[Tensor, ...] = format_tensor_into_tuples(inputs)
-        wanted = self.evidence == "contribution" if gradients is None else gradients
-        slopes, outputs = self._run(wanted, formatted, target, additional_forward_args, grad_kwargs)
-        signals = []
-        for layer, output, (name, svd) in zip(self._layers(), outputs, self._svds(), strict=True):
-            tensor = only_tensor(output, name).detach()
-            check_batch(name, len(tensor), len(formatted[0]))
-            signals.append(svd.signals(unbiased(tensor, layer, svd.channel_axis)))
-        return signals, slopes
-
-    def _run(
-        self,
-        gradients: bool,
-        inputs: tuple[Tensor, ...],
-        target: TargetType,
-        additional_forward_args: Any,
-        grad_kwargs: dict[str, Any] | None,
-    ) -> tuple[list[Any] | None, list[Any]]:
-        """Gradients, if wanted, and outputs of the layers."""
-        layers = self._layers()
-        with runs_once(layers, self._layer_names):
-            if gradients:
-                slopes, activations = compute_layer_gradients_and_eval(
-                    self.forward_func,
-                    layers,
-                    inputs,
-                    target,
-                    additional_forward_args,
-                    device_ids=self.device_ids,
-                    grad_kwargs=grad_kwargs,
+        method = copy.copy(self)
+        method.needs_derivative = False
+        with method._forward(inputs, additional_forward_args) as reading:
+            return self._formatted(
+                self._like_layers(
+                    reading, lambda maps, module: method.features_of(maps, module).maps
                 )
-                return list(slopes), list(activations)
-            outputs = _forward_layer_eval(
-                self.forward_func,
-                inputs,
-                layers,
-                additional_forward_args,
-                device_ids=self.device_ids,
             )
-        return None, list(outputs)
+
+
+def _outputs_only() -> ValueError:
+    return ValueError(
+        "Singular directions combine a layer's outputs; there are none of its input. Leave "
+        "attribute_to_layer_input False."
+    )
+
+
+def _weight_in_use(module: nn.Module, name: str) -> WeightMatrix:
+    """The unfolded weight as it is now. That the layer computes it was tried when the method was made;
+    in a forward pass, with hooks on the layer, it cannot be tried."""
+    kind = "linear" if isinstance(module, nn.Linear) else "convolution"
+    kind = f"transposed {kind}" if isinstance(module, TRANSPOSED) else kind
+    with as_in_use(module):
+        weight: Any = module.weight
+    groups: Any = getattr(module, "groups", 1)
+    return unfold(weight.detach(), kind, groups, f"{type(module).__name__} {name!r}")
 
 
 def _same(held: Tensor, weight: Tensor) -> bool:
-    return held.device == weight.device and bool((held == weight).all())
+    alike = held.shape == weight.shape and held.device == weight.device
+    return alike and bool((held == weight).all())
+
+
+def _check_made_of(svd: LayerSVD, weight: WeightMatrix, name: str) -> None:
+    """Raise unless a decomposition is that of a weight: U^T W has rows of the singular values' size."""
+    fits = svd.groups == len(weight.matrices) and svd.shape == tuple(weight.matrices.shape[1:])
+    if fits:
+        where = sums_device(svd.values.device)
+        blocks, values = svd.blocks.to(where).double(), svd.values.to(where)
+        rows = blocks.mT @ weight.matrices.to(where).double()
+        off = (rows.norm(dim=2).flatten() - values).abs().max()
+        fits = bool(off <= 1e-3 * values.max())
+    if not fits:
+        raise ValueError(
+            f"The decomposition given for {name!r} is not that of its weight as it is now; make it "
+            "anew, model_svd(model) for example, or leave svds out."
+        )

@@ -1,6 +1,7 @@
 """Which units of one layer make the influential units of the next, as a graph."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
@@ -8,18 +9,17 @@ import torch
 from numpy.typing import NDArray
 from scipy import sparse
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
-from captum_classfilters._core.batches import split_batch
-from captum_classfilters._core.guard import model_left_as_found
-from captum_classfilters._core.layers import check_runs, only_tensor
-from captum_classfilters._core.units import UnitMaps, units_of
+from captum_classfilters._core.batches import Batch, Batches, read_batches
+from captum_classfilters._core.taps import tapping
+from captum_classfilters._core.units import UnitTap, check_finite, units_of
 from captum_classfilters.spectral.influential import influential
 
 if TYPE_CHECKING:
     import networkx
 
 GraphKind = Literal["channel", "direction"]
+_ENTRIES_AT_ONCE = 2**22  # of contributions that are weighed together
 
 
 def profile_graph(
@@ -32,6 +32,7 @@ def profile_graph(
     share: float = 0.1,
     contribution_share: float = 0.1,
     channel_dim: int | Mapping[str, int] | None = None,
+    unpack: Callable[[Any], tuple[Any, Any]] | None = None,
     show_progress: bool = True,
 ) -> "networkx.DiGraph":
     r"""
@@ -54,7 +55,7 @@ def profile_graph(
         model (nn.Module): The model. It runs in evaluation mode and is left as found.
         layers (sequence): Two layers or more, or their dotted names, in the order in which they
                     run.
-        dataloader (iterable): Batches of (images, labels); labels are not used.
+        dataloader (iterable): Batches of (inputs, labels); labels are not used and may be missing.
         kind (str): ``"channel"`` or ``"direction"``, with scores as in :func:`profile_images`.
                     Default: "channel"
         directions (mapping, optional): For kind ``"direction"``, by layer name, its decomposition.
@@ -65,6 +66,8 @@ def profile_graph(
                     Default: 0.1
         channel_dim (int or mapping, optional): Axis of the filters where it cannot be told from the
                     layer, for all layers or by name.
+                    Default: None
+        unpack (Callable, optional): From a batch of another kind to the pair (inputs, labels).
                     Default: None
         show_progress (bool): Show a progress bar.
                     Default: True
@@ -101,30 +104,31 @@ def profile_graph(
         raise ValueError("directions go with kind='direction', which needs them.")
     for part in (share, contribution_share):
         influential(torch.zeros(1, 1), share=part)
-    units = units_of(model, layers, directions, True, channel_dim)
-    if len(units) < 2:
+    taps = units_of(model, layers, channel_dim, directions, kind=_Source)
+    if len(taps) < 2:
         raise ValueError("A profile graph needs two layers or more.")
-    links = [_Links() for _ in units[1:]]
-    parameter = next(model.parameters(), None)
-    device = parameter.device if parameter is not None else None
-    bar = tqdm(dataloader, desc="graph", unit="batch", disable=not show_progress)
-    number = 0
-    with model_left_as_found(model, evaluation=True, freeze=True), torch.enable_grad():
-        for index, batch in enumerate(bar):
-            inputs, _ = split_batch(batch, index, device)
-            maps = _maps(model, units, inputs)
-            for link, before, after in zip(links, units, units[1:], strict=False):
-                link.add(before, after, maps, share, contribution_share)
-            number += len(inputs[0])
-    if number == 0:
-        raise ValueError("The data loader is empty.")
-    graph = networkx.DiGraph(num_images=number)
-    for link, before, after in zip(links, units, units[1:], strict=False):
-        for (a, b), (count, total) in sorted(link.sums.items()):
-            weight = total / number
-            graph.add_edge(
-                (before.name, a), (after.name, b), count=count, weight=weight, length=1 / weight
-            )
+    links = [_Link(before, after, share, contribution_share) for before, after in pairwise(taps)]
+    with read_batches(
+        model,
+        dataloader,
+        "graph",
+        unpack=unpack,
+        labeled=False,
+        gradients=True,
+        show_progress=show_progress,
+    ) as batches:
+        for batch in batches:
+            with tapping(taps):
+                model(*batch.inputs)
+                for tap in taps:
+                    tap.check(batch.size)
+                for link in links:
+                    link.add(batches, batch)
+    graph = networkx.DiGraph(num_images=batches.num_images)
+    for link in links:
+        for a, b, count, total in link.edges():
+            weight = total / batches.num_images
+            graph.add_edge(a, b, count=count, weight=weight, length=1 / weight)
     return graph
 
 
@@ -204,71 +208,84 @@ def persistence(
     return list(ripser(values, distance_matrix=True, maxdim=max_dimension)["dgms"])
 
 
-class _Links:
-    """Contributions between two layers, summed over images."""
+class _Source(UnitTap):
+    """A layer from which gradients can be taken; a copy goes on, since what follows may overwrite
+    it."""
 
-    def __init__(self) -> None:
-        self.sums: dict[tuple[int, int], tuple[int, float]] = {}
+    def take(self, value: Any) -> Any:
+        """Keep the layer's tensor and its units' maps (N, U, P), both differentiable."""
+        tensor = self.counted(value)
+        tensor = tensor if tensor.requires_grad else tensor.detach().requires_grad_()
+        self.seen = (tensor, self.maps(tensor))
+        return tensor.clone()
 
-    def add(
-        self,
-        before: UnitMaps,
-        after: UnitMaps,
-        maps: Mapping[str, tuple[Tensor, Tensor]],
-        share: float,
-        contribution_share: float,
+
+class _Link:
+    """Contributions of one layer's units to the next one's, summed over images where the model is."""
+
+    def __init__(
+        self, before: UnitTap, after: UnitTap, share: float, contribution_share: float
     ) -> None:
-        """Add a batch, whose tensors and units' maps are given by layer."""
-        source, earlier = maps[before.name]
-        later = maps[after.name][1]
-        scores = later.amax(2) if after.matrix is None else later.mean(2).abs()
-        mask, _ = influential(scores, share=share)
-        for unit in mask.any(0).nonzero()[:, 0].tolist():
-            rows = mask[:, unit].nonzero()[:, 0]
+        self.before, self.after = before, after
+        self.share, self.contribution_share = share, contribution_share
+        self.counts: Tensor | None = None  # (later units, earlier units)
+        self.totals: Tensor | None = None
+
+    def add(self, batches: Batches, batch: Batch) -> None:
+        """Add a batch, inside the block in which the layers are tapped."""
+        (source, earlier), (_, later) = self.before.seen, self.after.seen
+        scores = later.amax(2) if self.after.matrix is None else later.mean(2).abs()
+        _check(batches, batch, self.after.name, scores)
+        _check(batches, batch, self.before.name, earlier)
+        if self.counts is None:
+            shape = (later.shape[1], earlier.shape[1])
+            self.counts = torch.zeros(shape, dtype=torch.int64, device=scores.device)
+            self.totals = torch.zeros(shape, dtype=torch.float64, device=scores.device)
+        mask, _ = influential(scores, share=self.share)
+        images, units = mask.cpu().nonzero(as_tuple=True)
+        held, columns = [], []
+        for unit in units.unique().tolist():
+            rows = images[units == unit]
             # Images do not depend on each other, so one sum has every image's own gradient.
             (gradient,) = torch.autograd.grad(
                 scores[rows, unit].sum(), source, retain_graph=True, allow_unused=True
             )
             if gradient is None:
                 raise ValueError(
-                    f"The layer {after.name!r} does not depend on {before.name!r}; give layers in "
-                    "the order in which they run."
+                    f"The layer {self.after.name!r} does not depend on {self.before.name!r}; give "
+                    "layers in the order in which they run."
                 )
-            contributions = (earlier.detach() * before.projected(gradient))[rows].sum(2)
-            accepted, weights = influential(contributions, share=contribution_share)
-            for a in accepted.any(0).nonzero()[:, 0].tolist():
-                count, total = self.sums.get((a, unit), (0, 0.0))
-                count += int(accepted[:, a].sum())
-                self.sums[a, unit] = (count, total + float(weights[:, a].sum()))
+            slopes = self.before.projected(gradient)
+            held.append((earlier.detach() * slopes).sum(2)[rows])
+            columns += [unit] * len(rows)
+            if len(columns) * earlier.shape[1] >= _ENTRIES_AT_ONCE:
+                self._weigh(held, columns)
+                held, columns = [], []
+        self._weigh(held, columns)
+
+    def _weigh(self, contributions: list[Tensor], units: list[int]) -> None:
+        """Add the contributions that are accepted, one row for each image of a later unit."""
+        if not units:
+            return
+        assert self.counts is not None
+        assert self.totals is not None
+        accepted, weights = influential(torch.cat(contributions), share=self.contribution_share)
+        index = torch.tensor(units, device=weights.device)
+        self.counts.index_add_(0, index, accepted.long())
+        self.totals.index_add_(0, index, weights)
+
+    def edges(self) -> Iterator[tuple[tuple[str, int], tuple[str, int], int, float]]:
+        """Earlier unit, later unit, number of images and sum of weights."""
+        assert self.counts is not None
+        assert self.totals is not None
+        counts, totals = self.counts.cpu().T, self.totals.cpu().T
+        for a, b in counts.nonzero().tolist():
+            ends = (self.before.name, a), (self.after.name, b)
+            yield *ends, int(counts[a, b]), float(totals[a, b])
 
 
-def _maps(
-    model: nn.Module, units: Sequence[UnitMaps], inputs: tuple[Tensor, ...]
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """By layer, its output, from which gradients can be taken, and its units' maps."""
-    found: dict[str, tuple[Tensor, Tensor]] = {}
-
-    def hook(one: UnitMaps) -> Any:
-        def take(_module: nn.Module, _inputs: Any, output: Any) -> Tensor:
-            tensor = only_tensor(output, one.name)
-            tensor = tensor if tensor.requires_grad else tensor.detach().requires_grad_()
-            found[one.name] = (tensor, one.maps(tensor))
-            return tensor.clone()  # in-place successors overwrite this copy
-
-        return take
-
-    for one in units:
-        one.runs = 0
-    handles = [one.module.register_forward_hook(hook(one)) for one in units]
-    try:
-        model(*inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    for one in units:
-        check_runs(one.name, one.runs)
-        one.check(found[one.name][1].detach().amax(2), len(inputs[0]), 0)
-    return found
+def _check(batches: Batches, batch: Batch, name: str, values: Tensor) -> None:
+    check_finite(batches, batch, name, values.detach().flatten(1).isfinite().all(1))
 
 
 def _networkx() -> Any:

@@ -1,7 +1,9 @@
 """Which directions, channels, elements or positions carry an image, and a class."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -9,13 +11,23 @@ import torch
 from scipy import sparse
 from torch import Tensor, nn
 
-from captum_classfilters._core.units import aggregated, units_of
-from captum_classfilters.identify.unit_scores import score_images
+from captum_classfilters._core.tables import short_repr
+from captum_classfilters._core.units import (
+    Aggregate,
+    Rows,
+    Seen,
+    UnitTap,
+    aggregated,
+    check_aggregate,
+    units_of,
+)
+from captum_classfilters.identify.unit_scores import collect_units
 from captum_classfilters.spectral.influential import influential
 
 Kind = Literal["direction", "channel", "element", "position"]
 
 
+@short_repr
 @dataclass(frozen=True)
 class Profile:
     r"""
@@ -86,6 +98,7 @@ class Profile:
         )
 
 
+@short_repr
 @dataclass(frozen=True)
 class ImageProfiles(Sequence[Profile]):
     r"""
@@ -153,11 +166,12 @@ def profile_images(
     *,
     kind: Kind = "channel",
     directions: Mapping[str, Any] | None = None,
-    aggregate: Literal["mean", "max", "min", "abs_mean", "l2"] | None = None,
+    aggregate: Aggregate | None = None,
     share: float | None = None,
     quantile: float | None = None,
     at_most: int | None = None,
     channel_dim: int | Mapping[str, int] | None = None,
+    unpack: Callable[[Any], tuple[Any, Any]] | None = None,
     show_progress: bool = True,
 ) -> ImageProfiles:
     r"""
@@ -190,15 +204,17 @@ def profile_images(
                     or a matrix (K, r): the result of
                     :func:`~captum_classfilters.spectral.model_svd` say.
                     Default: None
-        aggregate (str, optional): For directions and channels, another score: the ``"mean"``,
-                    ``"max"``, ``"min"``, ``"abs_mean"`` or ``"l2"`` over positions. The mean and the
-                    minimum count by their size.
+        aggregate (str, optional): For directions and channels, another score, as in
+                    :func:`~captum_classfilters.identify.unit_scores`; the ``"mean"``, ``"min"`` and
+                    ``"sum"`` count by their size.
                     Default: None
         share (float, optional): Of :func:`influential`; by default as in the table.
         quantile (float, optional): Of :func:`influential`; by default as in the table.
         at_most (int, optional): Of :func:`influential`; by default as in the table.
         channel_dim (int or mapping, optional): Axis of the filters where it cannot be told from the
                     layer, for all layers or by name.
+                    Default: None
+        unpack (Callable, optional): From a batch of another kind to the pair (inputs, labels).
                     Default: None
         show_progress (bool): Show a progress bar.
                     Default: True
@@ -230,55 +246,53 @@ def profile_images(
     if aggregate is not None:
         if kind not in ("direction", "channel"):
             raise ValueError(f"aggregate={aggregate!r} does not apply to kind={kind!r}.")
-        aggregated(torch.zeros(1, 1, 1), aggregate)
+        check_aggregate(aggregate)
     if share is None and quantile is None:
         share = None if kind == "position" else 0.1
         quantile = 0.97 if kind == "position" else None
         at_most = 100 if kind == "position" and at_most is None else at_most
-    influential(torch.zeros(1, 1), share=share, quantile=quantile, at_most=at_most)
-    units = units_of(model, layers, directions, True, channel_dim)
-    for one in units:
-        one.average_first = aggregate == "mean" or (kind == "direction" and aggregate is None)
-    positions: dict[str, tuple[int, ...]] = {}
-
-    def weighed(maps: Tensor) -> sparse.csr_array:
-        """A batch's weights (N, U), sparse."""
-        scores, place = _scores(maps, kind, aggregate)
-        mask, weights = influential(scores, share=share, quantile=quantile, at_most=at_most)
-        rows, columns = mask.nonzero(as_tuple=True)
-        values = weights[rows, columns].cpu().numpy()
-        width = scores.shape[1]
-        if place is not None:
-            columns, width = columns * maps.shape[2] + place[rows, columns], width * maps.shape[2]
-        index = (rows.cpu().numpy(), columns.cpu().numpy())
-        return sparse.csr_array((values, index), shape=(len(maps), width))
-
-    parts, labels = score_images(
-        model, units, dataloader, dict.fromkeys((one.name for one in units), weighed), show_progress
-    )
-    weights = {}
-    for one in units:
-        positions[one.name] = tuple(one.positions)
-        widths = sorted({part.shape[1] for part in parts[one.name]})
-        if len(widths) > 1:
-            raise ValueError(
-                f"The images differ in size: {one.name!r} has {widths} {kind}s; profile images of "
-                "one size."
-            )
-        weights[one.name] = sparse.csr_array(sparse.vstack(parts[one.name], format="csr"))
-    return ImageProfiles(kind, weights, labels, positions)
+    select = partial(influential, share=share, quantile=quantile, at_most=at_most)
+    select(torch.zeros(1, 1))  # refuses what does not fit
+    taps = units_of(model, layers, channel_dim, directions)
+    for tap in taps:
+        tap.average_first = aggregate == "mean" or (kind == "direction" and aggregate is None)
+        tap.reduce = partial(_scores, kind=kind, aggregate=aggregate)
+    rows = {tap.name: Rows(partial(_sparse_weights, tap, select)) for tap in taps}
+    one_size = kind in ("element", "position")
+    labels = collect_units(model, taps, dataloader, rows, unpack, show_progress, one_size)
+    weights = {
+        name: sparse.csr_array(sparse.vstack(kept.pieces(), format="csr"))
+        for name, kept in rows.items()
+    }
+    return ImageProfiles(kind, weights, labels, {tap.name: tap.positions for tap in taps})
 
 
-def _scores(maps: Tensor, kind: Kind, aggregate: str | None) -> tuple[Tensor, Tensor | None]:
+def _scores(maps: Tensor, kind: Kind, aggregate: str | None) -> Seen:
     """Scores (N, U) of a batch's maps, and the places of elements."""
     if kind == "position":
-        return torch.linalg.vector_norm(maps, dim=1), None
+        return (torch.linalg.vector_norm(maps, dim=1),)
     if kind == "element":
-        highest, place = maps.max(2)  # the first of equal values
-        return highest, place
+        return tuple(maps.max(2))  # the place of the first of equal values
     how = aggregate or ("mean" if kind == "direction" else "max")
     values = aggregated(maps, how)
-    return (values.abs() if how in ("mean", "min") else values), None
+    return (values.abs() if how in ("mean", "min", "sum") else values,)
+
+
+def _sparse_weights(
+    tap: UnitTap,
+    select: Callable[[Tensor], tuple[Tensor, Tensor]],
+    scores: Tensor,
+    places: Tensor | None = None,
+) -> sparse.csr_array:
+    """Weights (N, U) of the influential units, selected where the scores are."""
+    mask, weights = select(scores)
+    rows, columns = mask.nonzero(as_tuple=True)
+    values, width = weights[rows, columns], scores.shape[1]
+    if places is not None:
+        num_positions = math.prod(tap.positions)
+        columns, width = columns * num_positions + places[rows, columns], width * num_positions
+    entries = (values.cpu().numpy(), (rows.cpu().numpy(), columns.cpu().numpy()))
+    return sparse.csr_array(entries, shape=(len(scores), width))
 
 
 def _widths(rows: Mapping[str, sparse.csr_array]) -> dict[str, int]:

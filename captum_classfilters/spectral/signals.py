@@ -1,24 +1,19 @@
 """Signals along singular directions: one forward pass for a batch and all layers."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from captum_classfilters._core.batches import num_images
 from captum_classfilters._core.captum import format_tensor_into_tuples
-from captum_classfilters._core.layers import check_runs, find_layer, layer_name, only_tensor
+from captum_classfilters._core.devices import device_of, on_device
+from captum_classfilters._core.guard import model_left_as_found
+from captum_classfilters._core.layers import find_layer, layer_name
+from captum_classfilters._core.taps import tapping
+from captum_classfilters._core.units import Aggregate, UnitTap, aggregated, check_aggregate
 from captum_classfilters.spectral.layer_svd import LayerSVD
 from captum_classfilters.spectral.model_svd import ModelSVD, model_svd
-
-SignalReduction = Literal["mean", "max", "min", "abs_mean", "l2"]
-# Means are taken before the projection, which is linear; the others need the maps of all directions.
-_OVER_POSITIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "max": lambda maps: maps.amax(2),
-    "min": lambda maps: maps.amin(2),
-    "abs_mean": lambda maps: maps.abs().mean(2),
-    "l2": lambda maps: maps.norm(dim=2),
-}
 
 
 def direction_signals(
@@ -27,7 +22,7 @@ def direction_signals(
     layers: Sequence[str | nn.Module] | None = None,
     *,
     svds: Mapping[str, LayerSVD] | None = None,
-    reduction: SignalReduction | None = "mean",
+    aggregate: Aggregate | None = "mean",
 ) -> dict[str, Tensor]:
     r"""
     Signals of a batch along the singular directions of any number of layers, in one forward pass.
@@ -38,22 +33,22 @@ def direction_signals(
 
     Args:
 
-        model (nn.Module): The model, run as it is, without gradients.
+        model (nn.Module): The model. It runs in evaluation mode and is left as found.
         inputs (Tensor or tuple[Tensor, ...]): Input of the model, N examples first.
         layers (sequence, optional): Layers, or their dotted names; by default those of ``svds``.
                     Of a whole model's decompositions, given or computed here, these are the layers
-                    that run exactly once.
+                    that run exactly once, with one row for each example.
                     Default: None
         svds (mapping, optional): Decompositions by name, as from :func:`model_svd`, with a cache
-                    or a rank say. By default they are computed here.
+                    or a rank for example. By default they are computed here.
                     Default: None
-        reduction (str, optional): Over positions: ``"mean"``, ``"max"``, ``"min"``,
-                    ``"abs_mean"``, ``"l2"`` (the norm), or None for the whole maps.
+        aggregate (str, optional): Over positions, as in
+                    :func:`~captum_classfilters.identify.unit_scores`, or None for the whole maps.
                     Default: "mean"
 
     Returns:
         *dict* of layer names and signals: (N, R), or (N, R, ...) maps as the layer has them ((N, ...,
-        R) for a linear layer), in units of the layer's output.
+        R) for a linear layer), in units of the layer's output, where the model is.
 
     Raises:
         ValueError: A layer is unknown, cannot be decomposed, has no decomposition in ``svds``, or
@@ -70,50 +65,38 @@ def direction_signals(
         >>> {name: tuple(values.shape) for name, values in signals.items()}
         {'0': (4, 8), '3': (4, 2)}
     """
-    if reduction is not None and reduction != "mean" and reduction not in _OVER_POSITIONS:
-        known = ", ".join(("mean", *_OVER_POSITIONS))
-        raise ValueError(f"reduction={reduction!r}; choose one of {known}, or None for maps.")
+    if aggregate is not None:
+        check_aggregate(aggregate)
     chosen = svds if svds is not None else model_svd(model, layers)
     names = list(chosen)
     if layers is not None and svds is not None:
-        names = [one if isinstance(one, str) else layer_name(model, one) for one in layers]
+        names = [layer if isinstance(layer, str) else layer_name(model, layer) for layer in layers]
     missing = [name for name in names if name not in chosen]
     if missing:
         raise ValueError(f"svds holds no decomposition of {', '.join(map(repr, missing))}.")
     anything = layers is None and (svds is None or isinstance(svds, ModelSVD))
-    found: dict[str, Tensor] = {}
-    runs = dict.fromkeys(names, 0)
-
-    def hook(name: str) -> Callable[..., None]:
-        def take(module: nn.Module, _inputs: Any, output: Any) -> None:
-            runs[name] += 1
-            if runs[name] == 1:
-                found[name] = _signals(chosen[name], module, only_tensor(output, name), reduction)
-
-        return take
-
-    modules = {name: _module(model, chosen, name) for name in names}
-    if not anything and None in modules.values():
-        name = next(name for name, module in modules.items() if module is None)
-        raise ValueError(
-            f"{name!r} is a projection inside a MultiheadAttention: it has a spectrum, but no output "
-            "of its own to take signals from."
-        )
-    handles = [
-        module.register_forward_hook(hook(name))
-        for name, module in modules.items()
-        if module is not None
-    ]
-    try:
-        with torch.no_grad():
-            model(*format_tensor_into_tuples(inputs))
-    finally:
-        for handle in handles:
-            handle.remove()
-    if not anything:
-        for name in names:
-            check_runs(name, runs[name])
-    return {name: found[name] for name in names if runs[name] == 1}
+    taps = []
+    for name in names:
+        module = _module(model, chosen, name)
+        if module is not None:
+            taps.append(UnitTap(model, module, name, directions=chosen[name]))
+            taps[-1].average_first = aggregate == "mean"
+            if aggregate is not None:
+                taps[-1].reduce = lambda maps: (aggregated(maps, aggregate),)
+        elif not anything:
+            raise ValueError(
+                f"{name!r} is a projection inside a MultiheadAttention: it has a spectrum, but no "
+                "output of its own to take signals from."
+            )
+    values = on_device(format_tensor_into_tuples(inputs), device_of(model))
+    with model_left_as_found(model, evaluation=True), torch.no_grad(), tapping(taps):
+        model(*values)
+    size = num_images(values)
+    if anything:
+        taps = [tap for tap in taps if list(tap.rows.values()) == [[size]]]
+    for tap in taps:
+        tap.check(size)
+    return {tap.name: _like_layer(tap) if aggregate is None else tap.seen[0] for tap in taps}
 
 
 def _module(model: nn.Module, svds: Mapping[str, LayerSVD], name: str) -> nn.Module | None:
@@ -124,26 +107,8 @@ def _module(model: nn.Module, svds: Mapping[str, LayerSVD], name: str) -> nn.Mod
     return None if isinstance(module, nn.MultiheadAttention) else module
 
 
-def _signals(
-    svd: LayerSVD, module: nn.Module, output: Tensor, reduction: SignalReduction | None
-) -> Tensor:
-    axis = svd.channel_axis
-    if reduction == "mean" and output.dim() > 2:
-        # Positions of size one stay, so that the layout is still the layer's.
-        over = [dim for dim in range(1, output.dim()) if dim != axis % output.dim()]
-        output = output.mean(over, keepdim=True)
-    maps = svd.signals(unbiased(output, module, axis))
-    if reduction is None:
-        return maps
-    positions = maps.movedim(axis, 1).reshape(len(maps), len(svd), -1)
-    return positions[:, :, 0] if reduction == "mean" else _OVER_POSITIONS[reduction](positions)
-
-
-def unbiased(output: Tensor, module: nn.Module, axis: int) -> Tensor:
-    """A layer's output without its bias."""
-    bias = getattr(module, "bias", None)
-    if not isinstance(bias, Tensor):
-        return output
-    shape = [1] * output.dim()
-    shape[axis] = -1
-    return output - bias.detach().reshape(shape)
+def _like_layer(tap: UnitTap) -> Tensor:
+    """Maps (N, R, P) in the layer's own layout."""
+    maps = tap.seen[0]
+    axis = -1 if isinstance(tap.module, nn.Linear) else 1
+    return maps.reshape(*maps.shape[:2], *tap.positions).movedim(1, axis)

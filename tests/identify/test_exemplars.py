@@ -201,8 +201,8 @@ def test_bad_input():
         exemplars(model, "0", DataLoader(TensorDataset(images()), shuffle=True), **QUIET)
     with pytest.raises(ValueError, match="loader is empty"):
         exemplars(model, "0", [], **QUIET)
-    with pytest.raises(ValueError, match="aggregate='sum'; choose one of"):
-        exemplars(model, "0", data, aggregate="sum", **QUIET)
+    with pytest.raises(ValueError, match="aggregate='median'; choose one of"):
+        exemplars(model, "0", data, aggregate="median", **QUIET)
     for number in (0, 2.5):
         with pytest.raises(ValueError, match=f"num_exemplars={number}; expected a positive whole"):
             exemplars(model, "0", data, num_exemplars=number, **QUIET)
@@ -220,7 +220,7 @@ def test_bad_input():
         exemplars(deep(), "stage", data, **QUIET)
     broken = images()
     broken[5, 0, 0, 0] = float("nan")
-    with pytest.raises(ValueError, match="NaN for image 5"):
+    with pytest.raises(ValueError, match="layer '0' for image 5: batch 0, image 5"):
         exemplars(model, "0", [(broken, torch.zeros(8))], **QUIET)
     with pytest.raises(ValueError, match="have shape None"):
         exemplars(model, "0", data, boxes={}, **QUIET)

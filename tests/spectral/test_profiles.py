@@ -99,15 +99,17 @@ def test_unit_scores_are_the_maps_reduced():
         "mean": lambda m: m.mean((2, 3)),
         "max": lambda m: m.amax((2, 3)),
         "min": lambda m: m.amin((2, 3)),
+        "sum": lambda m: m.sum((2, 3)),
         "abs_mean": lambda m: m.abs().mean((2, 3)),
+        "abs_sum": lambda m: m.abs().sum((2, 3)),
         "l2": lambda m: m.square().sum((2, 3)).sqrt(),
     }.items():
         scores, labels = unit_scores(model, list(maps), data, aggregate=how, **QUIET)
         for name in maps:
             torch.testing.assert_close(scores[name], reduce(maps[name]))
         assert torch.equal(labels, y)
-    with pytest.raises(ValueError, match="aggregate='sum'"):
-        unit_scores(model, "stage2", data, aggregate="sum", **QUIET)
+    with pytest.raises(ValueError, match="aggregate='median'"):
+        unit_scores(model, "stage2", data, aggregate="median", **QUIET)
     with pytest.raises(ValueError, match="loader is empty"):
         unit_scores(model, "stage2", [], **QUIET)
     with pytest.raises(ValueError, match="one class for each image"):
@@ -262,14 +264,15 @@ def test_bad_input():
         ({"kind": "direction"}, "needs them"),
         ({"directions": svd}, "directions go with"),
         ({"kind": "element", "aggregate": "mean"}, "does not apply"),
-        ({"aggregate": "sum"}, "aggregate='sum'"),
+        ({"aggregate": "median"}, "aggregate='median'"),
         ({"share": 0.1, "quantile": 0.5}, "Give one of"),
     ):
         with pytest.raises(ValueError, match=message):
             profile_images(model, "stage1.0", data, **options, **QUIET)
     with pytest.raises(ValueError, match="no directions for the layer 'stage2'"):
         profile_images(model, "stage2", data, kind="direction", directions=svd, **QUIET)
-    sizes = [(images(2, 6), torch.zeros(2)), (images(2, 8), torch.zeros(2))]
+    zeros = torch.zeros(2, dtype=torch.int64)
+    sizes = [(images(2, 6), zeros), (images(2, 8), zeros)]
     with pytest.raises(ValueError, match="differ in size"):
         profile_images(model, "stage1", sizes, kind="position", **QUIET)
     profiles = profile_images(model, "stage1", data, **QUIET)

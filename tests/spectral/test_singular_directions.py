@@ -64,7 +64,7 @@ class TestSignals:
     def test_are_projections_of_outputs_before_the_relu_overwrites_them(self):
         model, x = in_place(), images()
         kept = outputs_of(model, x)
-        maps = direction_signals(model, x, reduction=None)
+        maps = direction_signals(model, x, aggregate=None)
         assert list(maps) == ["0", "2", "6"]
         for name, signals in maps.items():
             layer = model.get_submodule(name)
@@ -76,9 +76,9 @@ class TestSignals:
             )
 
     @pytest.mark.parametrize("name", ["0", "2", "6"])
-    def test_reductions(self, name):
+    def test_aggregates(self, name):
         model, x = in_place(), images()
-        maps = direction_signals(model, x, [name], reduction=None)[name]
+        maps = direction_signals(model, x, [name], aggregate=None)[name]
         maps = maps.reshape(len(x), maps.shape[1], -1)
         expected = {
             "mean": maps.mean(2),
@@ -87,15 +87,15 @@ class TestSignals:
             "abs_mean": maps.abs().mean(2),
             "l2": maps.square().sum(2).sqrt(),
         }
-        for reduction, values in expected.items():
-            found = direction_signals(model, x, [name], reduction=reduction)[name]
-            assert torch.allclose(found, values, atol=1e-5), reduction
+        for aggregate, values in expected.items():
+            found = direction_signals(model, x, [name], aggregate=aggregate)[name]
+            assert torch.allclose(found, values, atol=1e-5), aggregate
 
     def test_tokens(self):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(4, 7), nn.GELU(), nn.Linear(7, 7))
         x = torch.randn(3, 5, 4)
-        maps = direction_signals(model, x, ["0"], reduction=None)["0"]
+        maps = direction_signals(model, x, ["0"], aggregate=None)["0"]
         assert maps.shape == (3, 5, 4)  # four directions of a 7 x 4 weight
         mean = direction_signals(model, x, ["0"])["0"]
         assert torch.allclose(mean, maps.mean(1), atol=1e-6)
@@ -108,8 +108,8 @@ class TestSignals:
         assert list(direction_signals(model, x, svds=plain)) == ["6"]
         with pytest.raises(ValueError, match="no decomposition of '0'"):
             direction_signals(model, x, ["0", "6"], svds=plain)
-        with pytest.raises(ValueError, match="reduction='sum'; choose one of mean, max"):
-            direction_signals(model, x, reduction="sum")
+        with pytest.raises(ValueError, match="aggregate='median'; choose one of 'mean', 'max'"):
+            direction_signals(model, x, aggregate="median")
 
         class Unused(nn.Module):
             def __init__(self):
@@ -159,7 +159,7 @@ class TestSignals:
             )
             for key in layers
         ]
-        maps = direction_signals(model, x, layers, reduction=None)
+        maps = direction_signals(model, x, layers, aggregate=None)
         for handle in handles:
             handle.remove()
         for key in layers:

@@ -1,0 +1,105 @@
+"""Methods of every kind, at layers of every kind, share one forward pass; tables equal `attribute`."""
+
+import pytest
+import torch
+
+from captum_classfilters import (
+    LayerClassGate,
+    LayerFilterContribution,
+    LayerFilterFrequency,
+    LayerSingularDirection,
+    identify_class_filters,
+)
+from tests.models import batches, deep, pool_linear
+
+QUIET = {"show_progress": False}
+
+
+def counted(model):
+    """How often a model has run, in a list of one number."""
+    runs = [0]
+
+    def count(*_):
+        runs[0] += 1
+
+    model.register_forward_hook(count)
+    return runs
+
+
+def four_methods(model, layers, gated, decomposed):
+    """Methods over several layers each."""
+    gate = torch.rand(3, 6, generator=torch.Generator().manual_seed(4))
+    return {
+        "frequency": LayerFilterFrequency(model, layers, top_k=2),
+        "contribution": LayerFilterContribution(model, layers),
+        "gate": LayerClassGate(model, gated, gate),
+        "signals": LayerSingularDirection(model, decomposed),
+        "directions": LayerSingularDirection(model, decomposed, evidence="contribution"),
+    }
+
+
+def linear_before_head():
+    """A convolution, then two linear layers with nothing between them."""
+    model = pool_linear(classes=6)
+    return model.append(torch.nn.Linear(6, 3)).eval()
+
+
+def flat(results):
+    """Tables of methods over one layer or several, in order."""
+    return [
+        table
+        for value in results.values()
+        for table in (value if isinstance(value, list) else [value])
+    ]
+
+
+def means_of_attributions(method, data, num_classes=3):
+    """For each layer, (C, K): the mean over each class's images of what `attribute` gives."""
+    several = isinstance(method.layer, list)
+    scores, labels = [], []
+    for x, y in data:
+        parts = method.attribute(x, target=y)
+        parts = parts if several else [parts]
+        scores.append([part.flatten(2).sum(2) if part.dim() > 2 else part for part in parts])
+        labels.append(y)
+    labels = torch.cat(labels)
+    return [
+        torch.stack([torch.cat(parts).double()[labels == c].mean(0) for c in range(num_classes)])
+        for parts in zip(*scores, strict=True)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("model", "layers", "gated", "decomposed", "runs"),
+    [
+        # Everything feeds the head, and derivatives are its weights: one run of each batch.
+        (linear_before_head, ["4"], "4", ["4"], 5),
+        # Gradients are needed, which the first batch shows: it runs twice.
+        (deep, ["stage1", "stage2"], "stage2", ["stage1.0", "stage2.0", "head"], 6),
+    ],
+)
+def test_one_forward_pass_for_each_batch(model, layers, gated, decomposed, runs):
+    model, data = model(), batches()
+    methods = four_methods(model, layers, gated, decomposed)
+    number = counted(model)
+    tables = identify_class_filters(methods, data, num_filters=2, **QUIET)
+    assert number[0] == runs
+    assert len(data) == 5
+    expected = [part for method in methods.values() for part in means_of_attributions(method, data)]
+    for table, means in zip(flat(tables), expected, strict=True):
+        torch.testing.assert_close(table.scores, means, atol=1e-6, rtol=1e-4)
+    names = [table.layer for table in flat(tables)]
+    assert [name for name in names if name.endswith(".directions")] == [
+        f"{layer}.directions" for layer in decomposed * 2
+    ]
+
+
+def test_alone_and_together_are_the_same():
+    model, data = deep(), batches()
+    methods = four_methods(model, ["stage1", "stage2"], "stage2", ["stage1.0", "head"])
+    together = identify_class_filters(methods, data, num_filters=2, **QUIET)
+    for key, method in methods.items():
+        alone = identify_class_filters(method, data, num_filters=2, **QUIET)
+        for one, other in zip(flat({key: alone}), flat({key: together[key]}), strict=True):
+            torch.testing.assert_close(one.scores, other.scores, atol=1e-6, rtol=1e-5)
+            assert torch.equal(one.selected, other.selected)
