@@ -98,7 +98,7 @@ def orders_of(
         # Ties of the accuracy are decided by the cross-entropy, as in the greedy run.
         "CAR, one-shot": car.reduction + 1e-6 * car.loss_increase,
         "… ties by index": car.reduction,
-        **filter_importance_baselines(model, layer, choose, seeds=seeds, **QUIET),
+        **filter_importance_baselines(model, layer, choose, repetitions=seeds, **QUIET),
     }
     rest = {name: removal_order(values) for name, values in scores.items()}
     return greedy, {"CAR, greedy": torch.tensor(greedy.order), **rest}

@@ -6,8 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from captum_classfilters._core.batches import check_read_again, split_batch
-from captum_classfilters._core.filter_graph import FilterGraph, as_tuple, name_of
+from captum_classfilters._core.batches import Unpack, check_read_again, first_batch
+from captum_classfilters._core.costs import inputs_of
+from captum_classfilters._core.filter_graph import FilterGraph, name_of
+from captum_classfilters._core.filter_weights import filter_weights, reading_weights
 from captum_classfilters.identify import activation_scores
 
 
@@ -39,13 +41,11 @@ def incoming_weight_scores(
         ValueError: The layer's filters are not those of weighted layers.
         ImportError: Torch-Pruning, of the extra ``prune``, is not installed.
     """
-    graph = FilterGraph(model, as_tuple(example_inputs))
+    graph = FilterGraph(model, inputs_of(model, example_inputs))
     module = graph.layer(name_of(model, layer))
     scores = torch.zeros(graph.width(module, channel_dim)[1], dtype=torch.float64)
     for source in graph.sources(module, channel_dim):
-        weight = _weight(source.module).detach().double().abs()
-        out = 1 if getattr(source.module, "transposed", False) else 0
-        own = weight.movedim(out, 0).flatten(1).mean(1).cpu()
+        own = _sizes(filter_weights(source.module)).mean(1)
         scores[source.places] = own[source.filters]
     return scores
 
@@ -75,43 +75,45 @@ def outgoing_weight_scores(
         ValueError: The layer's filters are not those of weighted layers.
         ImportError: Torch-Pruning, of the extra ``prune``, is not installed.
     """
-    graph = FilterGraph(model, as_tuple(example_inputs))
+    graph = FilterGraph(model, inputs_of(model, example_inputs))
     module = graph.layer(name_of(model, layer))
-    number = graph.width(module, channel_dim)[1]
-    total, weights = (torch.zeros(number, dtype=torch.float64) for _ in range(2))
+    num_filters = graph.width(module, channel_dim)[1]
+    total, weights = torch.zeros(2, num_filters, dtype=torch.float64)
     for source in graph.sources(module, channel_dim):
         place_of = dict(zip(source.filters, source.places, strict=True))
         reach = graph.reach(source.module)
         for name, inputs in reach.consumers.items():
-            reader = model.get_submodule(name)
-            into = 0 if getattr(reader, "transposed", False) else 1
-            size = _weight(reader).detach().double().abs().movedim(into, 0).flatten(1).cpu()
+            sizes = _sizes(reading_weights(model.get_submodule(name)))[inputs]
             at = torch.tensor([place_of[own] for own in reach.read_filters[name]])
-            total.index_add_(0, at, size[inputs].sum(1))
-            weights.index_add_(0, at, torch.full((len(at),), size.shape[1], dtype=torch.float64))
+            total.index_add_(0, at, sizes.sum(1))
+            weights.index_add_(0, at, torch.full_like(sizes[:, 0], sizes.shape[1]))
     return total / weights.clamp(min=1)
 
 
-def random_scores(num_filters: int, seeds: int = 10) -> Tensor:
-    """Scores that know nothing, one row for each seed.
+def random_scores(num_filters: int, repetitions: int = 10, seed: int = 0) -> Tensor:
+    """Scores that know nothing, one row for each repetition.
 
     Args:
 
         num_filters (int): K.
-        seeds (int): Number of seeds, 0 to seeds - 1.
+        repetitions (int): Number of rows R.
                     Default: 10
+        seed (int): Seed of the first row; each further row has the next one.
+                    Default: 0
 
     Returns:
-        *Tensor* of shape (seeds, K), float64; each row a permutation of 0 to K - 1.
+        *Tensor* of shape (R, K), float64; each row a permutation of 0 to K - 1.
 
     Raises:
         ValueError: A number is not positive.
     """
-    if num_filters < 1 or seeds < 1:
-        raise ValueError(f"num_filters={num_filters} and seeds={seeds} must be at least 1.")
+    if num_filters < 1 or repetitions < 1:
+        raise ValueError(
+            f"num_filters={num_filters} and repetitions={repetitions} must be at least 1."
+        )
     rows = [
-        torch.randperm(num_filters, generator=torch.Generator().manual_seed(seed))
-        for seed in range(seeds)
+        torch.randperm(num_filters, generator=torch.Generator().manual_seed(seed + row))
+        for row in range(repetitions)
     ]
     return torch.stack(rows).double()
 
@@ -121,8 +123,10 @@ def filter_importance_baselines(
     layer: nn.Module | str,
     dataloader: Iterable[Any],
     *,
-    seeds: int = 10,
+    repetitions: int = 10,
+    seed: int = 0,
     channel_dim: int | None = None,
+    unpack: Unpack | None = None,
     show_progress: bool = True,
 ) -> dict[str, Tensor]:
     r"""
@@ -133,9 +137,13 @@ def filter_importance_baselines(
         model (nn.Module): The model, with logits (N, C).
         layer (nn.Module or str): The layer, or its dotted name.
         dataloader (iterable): Batches of (inputs, labels); the first also traces the model.
-        seeds (int): Number of random orders.
+        repetitions (int): Number of random orders R.
                     Default: 10
+        seed (int): Seed of the first random order; each further one has the next seed.
+                    Default: 0
         channel_dim (int, optional): Axis of the filters, where it cannot be told from the layer.
+                    Default: None
+        unpack (Callable, optional): From a batch of another kind to the pair (inputs, labels).
                     Default: None
         show_progress (bool): Show a progress bar over the batches.
                     Default: True
@@ -143,7 +151,7 @@ def filter_importance_baselines(
     Returns:
         *dict* of float64 Tensors (K,): ``"incoming weights"``, ``"outgoing weights"``,
         ``"mean activation"``, ``"maximum activation"``, ``"APoZ"`` (one minus the share of zeros),
-        ``"Taylor"``, and (seeds, K): ``"random"``.
+        ``"Taylor"``, and (R, K): ``"random"``.
 
     Raises:
         ValueError: As for the single scores.
@@ -161,27 +169,28 @@ def filter_importance_baselines(
         >>> baselines["Taylor"].shape, baselines["random"].shape
         (torch.Size([8]), torch.Size([10, 8]))
     """
-    options = {"channel_dim": channel_dim}
     check_read_again(dataloader)
-    first = next(iter(dataloader), None)
-    if first is None:
-        raise ValueError("The data loader is empty: there are no activations.")
-    parameter = next(model.parameters(), None)
-    example, _ = split_batch(first, 0, None if parameter is None else parameter.device)
+    example = first_batch(model, dataloader, unpack).inputs
     activity = activation_scores(
-        model, layer, dataloader, channel_dim=channel_dim, show_progress=show_progress
+        model,
+        layer,
+        dataloader,
+        channel_dim=channel_dim,
+        unpack=unpack,
+        show_progress=show_progress,
     )
     return {
-        "incoming weights": incoming_weight_scores(model, layer, example, **options),
-        "outgoing weights": outgoing_weight_scores(model, layer, example, **options),
+        "incoming weights": incoming_weight_scores(model, layer, example, channel_dim=channel_dim),
+        "outgoing weights": outgoing_weight_scores(model, layer, example, channel_dim=channel_dim),
         "mean activation": activity.mean,
         "maximum activation": activity.maximum,
         "APoZ": 1 - activity.zero_share,
         "Taylor": activity.taylor,
-        "random": random_scores(len(activity.mean), seeds),
+        "random": random_scores(len(activity.mean), repetitions, seed),
     }
 
 
-def _weight(module: Any) -> Tensor:
-    weight: Tensor = module.weight
-    return weight
+def _sizes(weights: Tensor | None) -> Tensor:
+    """Absolute weights as rows (K, n), in float64 on the CPU."""
+    assert weights is not None  # a source or reader of filters has weights
+    return weights.cpu().double().abs().flatten(1)

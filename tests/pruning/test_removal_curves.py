@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from captum_classfilters import LayerFilterAblation
+from captum_classfilters._core.filter_weights import reading_weights
 from captum_classfilters.identify import activation_scores
 from captum_classfilters.pruning import (
     GreedyFilterPruning,
@@ -152,6 +153,21 @@ def test_weight_scores_of_concatenated_and_of_reused_filters():
     assert torch.allclose(outgoing_weight_scores(model, "right", x), expected[3:])
 
 
+def test_weight_scores_of_grouped_layers_by_hand():
+    model = nn.Sequential(
+        nn.ConvTranspose2d(2, 4, 1, groups=2, bias=False), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2)
+    ).eval()
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[1.0, -2], [3, 5]])[:, :, None, None])
+    assert incoming_weight_scores(model, "1", torch.rand(2, 2, 2, 2)).tolist() == [1, 2, 3, 5]
+    reader = nn.Conv1d(4, 6, 1, groups=2)
+    rows = reading_weights(reader).flatten(1)
+    for index in range(4):
+        group = index // 2
+        own = reader.weight[3 * group : 3 * group + 3, index % 2].flatten()
+        assert torch.equal(rows[index], own)
+
+
 def test_activation_scores_against_autograd(trained):
     model, data = trained
     x, y = joined(data)
@@ -172,7 +188,7 @@ def test_activation_scores_against_autograd(trained):
 
 def test_all_baselines_have_one_direction(trained):
     model, data = trained
-    scores = filter_importance_baselines(model, "stage2", data, seeds=4, **QUIET)
+    scores = filter_importance_baselines(model, "stage2", data, repetitions=4, **QUIET)
     activity = activation_scores(model, "stage2", data, **QUIET)
     assert torch.equal(scores["APoZ"], 1 - activity.zero_share)
     assert torch.equal(scores["Taylor"], activity.taylor)
@@ -189,6 +205,7 @@ def test_random_scores_are_seeded():
     assert scores.shape == (10, 7)
     assert torch.equal(scores, random_scores(7))
     assert torch.equal(scores[:3], random_scores(7, 3))
+    assert torch.equal(scores[2:5], random_scores(7, 3, seed=2))
     assert all(sorted(row) == list(range(7)) for row in scores.tolist())
     assert len({tuple(row) for row in scores.tolist()}) > 5
 
@@ -215,7 +232,7 @@ def test_bad_input(trained):
         filter_importance_baselines(model, "stage1", iter(data), **QUIET)
     with pytest.raises(ValueError, match="3 classes"):
         activation_scores(model, "stage1", [(images(2), torch.tensor([0, 3]))], **QUIET)
-    with pytest.raises(ValueError, match="seeds=0"):
+    with pytest.raises(ValueError, match="repetitions=0"):
         random_scores(4, 0)
 
 
