@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 from captum_classfilters._core.layers import find_layer
+from captum_classfilters._core.outputs import scores_per_class
 from captum_classfilters.attr import (
     ClassFilterSaliency,
     LayerFilterAblation,
@@ -31,11 +32,11 @@ from captum_classfilters.cli.folder_classes import assign_outputs, short_name
 from captum_classfilters.cli.identify_folder import (
     SCHEMA_VERSION,
     FolderJob,
-    _evenly,
-    _named_layer,
-    _prepared_output,
+    evenly_spread,
     image_folder,
     load_model,
+    named_layer,
+    prepared_output,
 )
 from captum_classfilters.gate_space import FilterGate
 from captum_classfilters.identify import identify_class_filters
@@ -117,18 +118,19 @@ def run_compare(job: FolderJob, write: Callable[[str], None] = print) -> Attribu
     Raises:
         ValueError, OSError: With what was wrong, and what would be right.
     """
-    layer_name = _named_layer(job)
-    output = _prepared_output(job, (*COMPARED, CLASS_FILTERS))
+    layer_name = named_layer(job)
+    output = prepared_output(job, (*COMPARED, CLASS_FILTERS))
     dataset = image_folder(job.data, job.image_size)
     model = load_model(
         job.model, job.checkpoint, job.num_classes or None, len(dataset.classes), job.random_weights
     ).to(job.device)
     layer = find_layer(model, layer_name)
     names = assign_outputs(dataset, model, job.model, job.class_names)
-    chosen = _evenly(dataset, job.limit)
+    chosen = evenly_spread(dataset, job.limit)
     images = torch.stack([chosen[place][0] for place in range(len(chosen))]).to(job.device)
     with torch.no_grad():
-        targets = torch.cat([model(part).argmax(1) for part in images.split(job.batch_size)])
+        scores = [scores_per_class(model(part)) for part in images.split(job.batch_size)]
+        targets = torch.cat(scores).argmax(1)
     methods = {
         name: _class_filters(model, layer, job, dataset, chosen, targets, names)
         if name == CLASS_FILTERS
@@ -178,11 +180,11 @@ def _class_filters(
         device=job.device,
         show_progress=job.show_progress,
     )
-    without = sorted({one for one in targets.tolist() if not bool(table.selected[one].any())})
+    without = sorted({row for row in targets.tolist() if not bool(table.selected[row].any())})
     if without:
         raise ValueError(
             "The model takes images for the classes "
-            f"{', '.join(table.class_names[one] for one in without)}, of which the folder's other images "
+            f"{', '.join(table.class_names[row] for row in without)}, of which the folder's other images "
             "show none, so that they have no class filters; add images, or leave class_filters out "
             "of --method."
         )

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from tqdm.auto import tqdm
 
+from captum_classfilters._core.batches import read_batches
+from captum_classfilters._core.tables import text_table
 from captum_classfilters.attr import (
     ClassFilterSaliency,
     LayerFilterContribution,
@@ -124,10 +126,15 @@ def train_classifier(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
     model.train()
     for _ in tqdm(range(epochs), desc="training", unit="epoch", disable=not show_progress):
-        for images, labels in dataloader:
-            optimizer.zero_grad()
-            F.cross_entropy(model(images), labels).backward()
-            optimizer.step()
+        with read_batches(
+            model, dataloader, "training", training=True, show_progress=False
+        ) as batches:
+            for batch in batches:
+                optimizer.zero_grad()
+                logits = model(*batch.inputs)
+                labels = batches.class_labels(batch, logits.shape[1])
+                F.cross_entropy(logits, labels).backward()
+                optimizer.step()
         schedule.step()
     return model.eval()
 
@@ -236,11 +243,12 @@ def _refitted(
 ) -> dict[str, float]:
     """Test accuracy of decomposed heads, refitted on the training images."""
     accuracies = {}
-    for number in tqdm((1, 2, 3, 5, 8), desc="refitting", unit="head", disable=not show_progress):
-        decomposed = decompose(model, table.select(num_filters=number))
+    sizes = tqdm((1, 2, 3, 5, 8), desc="refitting", unit="head", disable=not show_progress)
+    for num_filters in sizes:
+        decomposed = decompose(model, table.select(num_filters=num_filters))
         refit_head(decomposed, digits.train, show_progress=False)
         scores = evaluate_classifier(decomposed, digits.test, show_progress=False)
-        accuracies[str(number)] = scores.accuracy
+        accuracies[str(num_filters)] = scores.accuracy
     return accuracies
 
 
@@ -354,27 +362,29 @@ def _report(results: dict[str, Any], folder: Path, write: Callable[[str], None])
     curve = results["accuracy_by_filters_kept"]
     refitted = results["refitted"]
     write(f"\nTest accuracy with all {NUM_FILTERS} filters: {results['test_accuracy']:.3f}")
+    names = ("frequency", "contribution", "random")
+    rows = [
+        {
+            "kept": num_filters,
+            **{name: curve[name][place] for name in names},
+            "refitted": refitted.get(str(num_filters)),
+        }
+        for place, num_filters in enumerate(curve["num_filters"])
+    ]
     write("\nDecomposed head, test accuracy by filters kept for each class:")
-    write("  kept  frequency  contribution  refitted  random")
-    rows = zip(
-        curve["num_filters"],
-        curve["frequency"],
-        curve["contribution"],
-        curve["random"],
-        strict=True,
-    )
-    for number, frequency, contribution, random in rows:
-        again = f"{refitted[str(number)]:8.3f}" if str(number) in refitted else " " * 8
-        write(f"  {number:4d}  {frequency:9.3f}  {contribution:12.3f}  {again}  {random:6.3f}")
+    write(text_table(rows))
     for space, methods in results["metrics"].items():
+        rows = [
+            {
+                "method": name,
+                "infidelity": values["infidelity"],
+                "max-sensitivity": values.get("max_sensitivity", float("nan")),
+                "ms": 1000 * values["seconds"],
+            }
+            for name, values in methods.items()
+        ]
         write(f"\nIn {space} (lower is better; the two spaces are not comparable):")
-        for name, values in methods.items():
-            sensitive = values.get("max_sensitivity")
-            shown = f"  max-sensitivity {sensitive:6.3f}" if sensitive is not None else ""
-            write(
-                f"  {name:32s} infidelity {values['infidelity']:9.2e}{shown}"
-                f"  {1000 * values['seconds']:8.1f} ms"
-            )
+        write(text_table(rows, {"infidelity": ".2e", "ms": ".1f"}))
     write(
         "\nTime: " + ", ".join(f"{name} {took:.1f} s" for name, took in results["seconds"].items())
     )

@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from captum_classfilters._core.devices import device_of, on_device
+from captum_classfilters._core.outputs import scores_per_class
+
 
 def assign_outputs(
     dataset: Any,
@@ -37,25 +40,25 @@ def assign_outputs(
     Raises:
         ValueError: Folders and outputs cannot be matched.
     """
-    parameter = next(model.parameters())
     with torch.no_grad():
-        number = model(dataset[0][0][None].to(parameter.device)).shape[1]
+        image = on_device(dataset[0][0][None], device_of(model))
+        num_outputs = scores_per_class(model(image)).shape[1]
     folders = list(dataset.classes)
-    if len(folders) > number:
+    if len(folders) > num_outputs:
         raise ValueError(
-            f"The folder has {len(folders)} classes, but the model has {number} outputs."
+            f"The folder has {len(folders)} classes, but the model has {num_outputs} outputs."
         )
     if class_names is not None:
-        names = _lines(Path(class_names), number)
-    elif len(folders) == number:
+        names = _lines(Path(class_names), num_outputs)
+    elif len(folders) == num_outputs:
         return folders
     else:
-        names = _categories(model_name, number, folders)
+        names = _categories(model_name, num_outputs, folders)
     places = _places(names)
     unknown = [folder for folder in folders if folder not in places]
     if unknown:
         raise ValueError(
-            f"The folder has {len(folders)} classes, the model {number} outputs, and no output is known "
+            f"The folder has {len(folders)} classes, the model {num_outputs} outputs, and no output is known "
             f"by the name of {', '.join(map(repr, unknown[:3]))}; pass --class-names FILE, with a line "
             "for each output that begins with its folder's name."
         )
@@ -64,23 +67,25 @@ def assign_outputs(
     return names
 
 
-def _lines(path: Path, number: int) -> list[str]:
+def _lines(path: Path, num_outputs: int) -> list[str]:
     if not path.is_file():
         raise ValueError(f"There is no file of class names {path}.")
     names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     names = [name for name in names if name]
-    if len(names) != number:
-        raise ValueError(f"{path} names {len(names)} classes, but the model has {number} outputs.")
+    if len(names) != num_outputs:
+        raise ValueError(
+            f"{path} names {len(names)} classes, but the model has {num_outputs} outputs."
+        )
     return names
 
 
-def _categories(model_name: str, number: int, folders: Sequence[str]) -> list[str]:
+def _categories(model_name: str, num_outputs: int, folders: Sequence[str]) -> list[str]:
     """The categories of public weights that hold all folders; else none."""
     from torchvision.models import get_model_weights
 
     for weights in get_model_weights(model_name):
         names = list(weights.meta.get("categories", ()))
-        if len(names) == number and set(folders) <= set(names):
+        if len(names) == num_outputs and set(folders) <= set(names):
             return names
     return []
 

@@ -13,6 +13,7 @@ from captum.attr import IntegratedGradients
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
+from captum_classfilters._core.tables import text_table
 from captum_classfilters.attr import (
     ClassFilterSaliency,
     LayerFilterContribution,
@@ -26,6 +27,7 @@ from captum_classfilters.layers import list_filter_layers
 METHODS = {"frequency": LayerFilterFrequency, "contribution": LayerFilterContribution}
 SCHEMA_VERSION = 1
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_CLASSES_TOLD = 20
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
 
 
@@ -94,13 +96,13 @@ def run_identify(job: FolderJob, write: Callable[[str], None] = print) -> dict[s
     Raises:
         ValueError, OSError: With what was wrong, and what would be right.
     """
-    layer = _named_layer(job)
-    output = _prepared_output(job)
+    layer = named_layer(job)
+    output = prepared_output(job)
     dataset = image_folder(job.data, job.image_size)
     model = load_model(
         job.model, job.checkpoint, job.num_classes or None, len(dataset.classes), job.random_weights
     ).to(job.device)
-    chosen = _evenly(dataset, job.limit)
+    chosen = evenly_spread(dataset, job.limit)
     loader = DataLoader(chosen, batch_size=job.batch_size)
     methods = {name: METHODS[name](model, layer) for name in job.methods}
     names = assign_outputs(dataset, model, job.model, job.class_names)
@@ -266,7 +268,9 @@ def _state_dict(path: Path) -> dict[str, Tensor]:
     for wrapper in _WRAPPERS:
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
-    if not isinstance(state, dict) or not all(isinstance(one, Tensor) for one in state.values()):
+    if not isinstance(state, dict) or not all(
+        isinstance(value, Tensor) for value in state.values()
+    ):
         raise ValueError(f"{path} does not hold a state dict of tensors.")
     return {key.removeprefix("module."): value for key, value in state.items()}
 
@@ -277,7 +281,8 @@ def _few(items: Sequence[str]) -> str:
     return ", ".join(items[:3]) + (f" and {len(items) - 3} more" if len(items) > 3 else "")
 
 
-def _named_layer(job: FolderJob) -> str:
+def named_layer(job: FolderJob) -> str:
+    """The layer that a job names."""
     if job.layer is None:
         raise ValueError(
             f"No layer is named; `captum-classfilters layers --model {job.model}` lists which layers "
@@ -286,7 +291,9 @@ def _named_layer(job: FolderJob) -> str:
     return job.layer
 
 
-def _prepared_output(job: FolderJob, known: Iterable[str] = tuple(METHODS)) -> Path:
+def prepared_output(job: FolderJob, known: Iterable[str] = tuple(METHODS)) -> Path:
+    """The folder for a job's results, once its options are checked; older results count no more."""
+    _check_numbers(job)
     unknown = [name for name in job.methods if name not in known]
     if unknown or not job.methods:
         raise ValueError(f"Unknown methods {unknown}; choose from {', '.join(known)}.")
@@ -299,7 +306,19 @@ def _prepared_output(job: FolderJob, known: Iterable[str] = tuple(METHODS)) -> P
     return output
 
 
-def _evenly(dataset: Any, limit: int | None) -> Subset[Any]:
+def _check_numbers(job: FolderJob) -> None:
+    for name in ("num_filters", "batch_size", "image_size", "limit"):
+        value = getattr(job, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {value} must be at least 1.")
+    try:
+        torch.empty(0, device=job.device)
+    except (RuntimeError, AssertionError) as error:  # as PyTorch refuses what is not there
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"--device {job.device} cannot be used: {reason}") from error
+
+
+def evenly_spread(dataset: Any, limit: int | None) -> Subset[Any]:
     """A part of the images, spread evenly over a folder that is ordered by class."""
     count = len(dataset) if limit is None else min(limit, len(dataset))
     places = torch.linspace(0, len(dataset) - 1, count).round().long().tolist()
@@ -376,9 +395,14 @@ def _report(tables: dict[str, ClassFilters], output: Path, write: Callable[[str]
     for name, table in tables.items():
         write(f"\n{name}: {table}")
         seen = [index for index, count in enumerate(table.counts.tolist()) if count]
-        for row in seen[:20]:
-            filters = " ".join(map(str, table.filters_of(row).tolist()))
-            write(f"  {short_name(table.class_names[row]):24s} {filters}")
-        if len(seen) > 20:
-            write(f"  ... and {len(seen) - 20} further classes")
+        rows = [
+            {
+                "class": short_name(table.class_names[row]),
+                "filters": " ".join(map(str, table.filters_of(row).tolist())),
+            }
+            for row in seen[:_CLASSES_TOLD]
+        ]
+        write(text_table(rows))
+        if len(seen) > _CLASSES_TOLD:
+            write(f"... and {len(seen) - _CLASSES_TOLD} further classes")
     write(f"\nTables, pictures and manifest.json are in {output}")

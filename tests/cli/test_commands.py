@@ -125,6 +125,9 @@ class TestCommands:
             ({"--data": "nowhere"}, "There is no folder nowhere"),
             ({"--method": "guess"}, "Unknown methods"),
             ({"--num-filters": 600}, "num_filters=600 is larger than the 512 filters"),
+            ({"--limit": 0}, "--limit 0 must be at least 1"),
+            ({"--batch-size": -3}, "--batch-size -3 must be"),
+            ({"--device": "gpu"}, "--device gpu cannot be used"),
         ],
     )
     def test_errors_are_one_clear_line(
