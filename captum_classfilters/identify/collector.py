@@ -241,9 +241,10 @@ class Collector:
     def _add_attributed(self, tally: Tally, batches: Batches, batch: Batch) -> None:
         source = tally.source
         output = None
-        if self.num_classes is None:
+        if tally.sums is None and (self.num_classes is None or source.rule is None):
             with torch.no_grad():
                 output = source.method.forward_func(*batch.inputs)
+            source.adapt_to(output)
         pairs, foreign = self._targets(batches, [batch], output)
         own = self._of_pairs(source, pairs, lambda t: source.attributed(batch.inputs, t))
         wanted = foreign if source.depends_on_target and tally.record is not None else []

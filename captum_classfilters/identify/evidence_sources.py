@@ -17,7 +17,9 @@ from captum_classfilters._core.layers import (
     module_of,
     positions_last,
 )
+from captum_classfilters._core.outputs import scores_per_class
 from captum_classfilters._core.rules import FilterRule
+from captum_classfilters.class_scores import ClassScores
 
 Reduction = Literal["sum", "mean", "max", "abs_sum"]
 REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -101,6 +103,17 @@ class Source:
             and self.rule.has_current_rule
             and not set(self.kwargs) - {"attribute_to_layer_input"}
         )
+
+    def adapt_to(self, output: Any) -> None:
+        """Let a method of another package see scores (N, C), whatever the model returns: of a
+        binary classifier's one logit z those of two classes, of an object its ``logits``."""
+        plain = isinstance(output, Tensor) and output.dim() == 2 and output.shape[1] > 1
+        if self.rule is not None or plain or self.model is None or not self._takes_target:
+            return
+        scored = ClassScores(self.model, scores_per_class)
+        self.method.forward_func = scored
+        if isinstance(getattr(self.method, "model", None), nn.Module):
+            self.method.model = scored
 
     @property
     def _takes_target(self) -> bool:
