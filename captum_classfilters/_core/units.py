@@ -15,6 +15,7 @@ from captum_classfilters._core.layers import (
     positions_last,
     weighted_before,
 )
+from captum_classfilters._core.tables import described
 from captum_classfilters._core.taps import LayerTap, tapping
 
 #: How the positions of a map become one number.
@@ -77,6 +78,8 @@ class UnitTap(LayerTap):
     """
 
     average_first = False  # a mean over positions is linear: cheaper before projecting
+    differentiable = False  # `source` takes the layer's place, so that gradients can be taken there
+    source: Tensor  # the layer's tensor in the last forward pass, if it is differentiable
     positions: tuple[int, ...] = ()  # the shape of a unit's map
     seen: Seen = ()  # what `reduce` made of the last forward pass
 
@@ -101,10 +104,6 @@ class UnitTap(LayerTap):
 
     def take(self, value: Any) -> Any:
         """Keep what matters of the layer's value."""
-        self.seen = self.reduce(self.maps(self.counted(value)))
-
-    def counted(self, value: Any) -> Tensor:
-        """The layer's tensor, its run counted."""
         tensor = only_tensor(value, self.name)
         self.count(tensor)
         if not tensor.is_floating_point():
@@ -112,7 +111,13 @@ class UnitTap(LayerTap):
                 f"The layer {self.name!r} handles {tensor.dtype}, not floating-point numbers; "
                 "choose a layer whose activations are, one behind an embedding for example."
             )
-        return tensor
+        if self.differentiable and not tensor.requires_grad:
+            tensor = tensor.detach().requires_grad_()
+        self.seen = self.reduce(self.maps(tensor))
+        if not self.differentiable:
+            return None
+        self.source = tensor
+        return tensor.clone()  # what follows the layer may overwrite it
 
     def maps(self, tensor: Tensor) -> Tensor:
         """The layer's tensor as (N, U, P); P = 1 where positions are averaged first."""
@@ -149,7 +154,7 @@ class UnitTap(LayerTap):
 
     def finite(self) -> Tensor:
         """Which images (N,) have only finite numbers in what was kept of them."""
-        parts = [part for part in self.seen if part.is_floating_point()]
+        parts = [part.detach() for part in self.seen if part.is_floating_point()]
         return torch.stack([part.flatten(1).isfinite().all(1) for part in parts]).all(0)
 
 
@@ -159,7 +164,6 @@ def units_of(
     channel_dim: int | Mapping[str, int] | None = None,
     directions: Mapping[str, Any] | None = None,
     subtract_bias: bool = True,
-    kind: Callable[..., UnitTap] = UnitTap,
 ) -> list[UnitTap]:
     """The units of several layers; with directions, every layer must have some."""
     taps = []
@@ -170,7 +174,7 @@ def units_of(
                 f"There are no directions for the layer {name!r}; directions must name every layer."
             )
         chosen = None if directions is None else directions[name]
-        taps.append(kind(model, module, name, dim, directions=chosen, subtract_bias=subtract_bias))
+        taps.append(UnitTap(model, module, name, dim, False, chosen, subtract_bias))
     if not taps:
         raise ValueError("There are no layers.")
     return taps
@@ -192,7 +196,7 @@ def read_units(
     taps: Sequence[UnitTap],
     dataloader: Iterable[Any],
     description: str,
-    take: Callable[[Batches, Batch], None],
+    take: Callable[[Batches, Batch, Any], None],
     *,
     unpack: Unpack | None,
     show_progress: bool,
@@ -207,7 +211,8 @@ def read_units(
         taps (sequence of UnitTap): Layers to read.
         dataloader (iterable): The loader.
         description (str): What the progress bar is called.
-        take (Callable): Called with the batches and each batch, which has been checked.
+        take (Callable): Called with the batches, each batch, which has been checked, and what the
+                    model returned for it, while the layers are still tapped.
         unpack (Callable, optional): From a batch of another kind to the pair (inputs, labels).
         show_progress (bool): Show a progress bar.
         labeled (bool): Refuse batches without labels.
@@ -225,26 +230,29 @@ def read_units(
         description,
         unpack=unpack,
         labeled=labeled,
+        gradients=any(tap.differentiable for tap in taps),
         show_progress=show_progress,
     ) as batches:
         for batch in batches:
             with tapping(taps):
-                model(*batch.inputs)
-            for tap in taps:
-                tap.check(batch.size)
-                check_finite(batches, batch, tap.name, tap.finite())
-            take(batches, batch)
+                output = model(*batch.inputs)
+                for tap in taps:
+                    tap.check(batch.size)
+                    check_finite(batches, batch, tap.name, tap.finite())
+                take(batches, batch, output)
     return batches.num_images
 
 
-def check_finite(batches: Batches, batch: Batch, name: str, finite: Tensor) -> None:
+def check_finite(
+    batches: Batches, batch: Batch, name: str, finite: Tensor, what: str = "activations"
+) -> None:
     """Raise, soon, unless all images (N,) of a batch are marked."""
     number, first = batch.number, batch.first_image  # the error must not keep the images
 
     def error(finite: Tensor) -> ValueError:
         image = int((~finite).nonzero()[0, 0])
         return ValueError(
-            f"NaN or Inf among the activations of the layer {name!r} for image {first + image}: "
+            f"NaN or Inf among the {what} of the layer {name!r} for image {first + image}: "
             f"batch {number}, image {image} of the batch."
         )
 
@@ -270,8 +278,8 @@ def classes_of(batches: Batches, batch: Batch) -> Tensor:
     labels, number = given_classes(batch), batch.number
     if labels is None:
         raise ValueError(
-            f"The labels of batch {number} are {_described(batch.labels)}; expected one class for "
-            f"each image, whole numbers of shape ({batch.size},)."
+            f"The labels of batch {number} are {described(batch.labels)}; expected one class for each "
+            f"image, whole numbers of shape ({batch.size},)."
         )
     batches.check(
         on_device((labels >= 0).all(), batch.device),
@@ -333,9 +341,3 @@ def _matrix(directions: Any, name: str) -> Tensor:
             "are directions."
         )
     return matrix.detach()
-
-
-def _described(labels: Any) -> str:
-    if isinstance(labels, Tensor):
-        return f"{labels.dtype} of shape {tuple(labels.shape)}"
-    return f"a {type(labels).__name__}"

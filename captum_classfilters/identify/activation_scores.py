@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from captum_classfilters._core.batches import Batch, Batches, read_batches
+from captum_classfilters._core.batches import Batch, Batches
 from captum_classfilters._core.devices import sums_device
 from captum_classfilters._core.layers import find_layers
 from captum_classfilters._core.outputs import (
@@ -19,8 +19,7 @@ from captum_classfilters._core.outputs import (
     scores_per_class,
 )
 from captum_classfilters._core.tables import short_repr
-from captum_classfilters._core.taps import tapping
-from captum_classfilters._core.units import UnitTap, at_least_float32, check_finite
+from captum_classfilters._core.units import UnitTap, at_least_float32, check_finite, read_units
 
 
 @short_repr
@@ -98,63 +97,52 @@ def activation_scores(
         (torch.Size([8]), torch.Size([8]))
     """
     ((name, module),) = find_layers(model, layer).items()
-    tap = _Leaf(model, module, name, channel_dim)
+    tap = UnitTap(model, module, name, channel_dim)
+    tap.differentiable = True
     sums = _Sums(tap)
-    with read_batches(
+    num_images = read_units(
         model,
+        [tap],
         dataloader,
         "activations",
+        sums.add,
         unpack=unpack,
-        gradients=True,
         show_progress=show_progress,
-    ) as batches:
-        for batch in batches:
-            with tapping([tap]):
-                sums.add(model(*batch.inputs), batches, batch)
-    return sums.result(batches.num_images)
-
-
-class _Leaf(UnitTap):
-    """A layer at which the gradient starts; a copy goes on, since what follows may overwrite it."""
-
-    def take(self, value: Any) -> Any:
-        """Put a copy of a differentiable tensor in the layer's place."""
-        leaf = self.counted(value).detach().clone().requires_grad_(True)
-        self.seen = (leaf,)
-        return leaf.clone()
+    )
+    return sums.result(num_images)
 
 
 class _Sums:
     """Sums over images and positions, where the model is."""
 
-    def __init__(self, tap: _Leaf) -> None:
+    def __init__(self, tap: UnitTap) -> None:
         self.tap = tap
         self.num_values = 0
         self.sums: Tensor | None = None  # (3, K): absolute activations, zeros and changes
         self.maximum: Tensor | None = None
         self.probabilities: bool | None = None
 
-    def add(self, output: Any, batches: Batches, batch: Batch) -> None:
-        """Add what one batch showed, inside the block in which the layer is tapped."""
-        self.tap.check(batch.size)
-        (leaf,) = self.tap.seen
-        slope = self._slope(output, batches, batch)
-        maps, slopes = (at_least_float32(self.tap.maps(part)) for part in (leaf.detach(), slope))
-        change = (maps * slopes).abs()
-        check_finite(batches, batch, self.tap.name, (maps.abs() + change).isfinite().all(2).all(1))
+    def add(self, batches: Batches, batch: Batch, output: Any) -> None:
+        """Add what one batch showed."""
+        slope = self._slope(batches, batch, output)
+        maps = at_least_float32(self.tap.seen[0].detach())
+        change = (maps * at_least_float32(self.tap.maps(slope))).abs()
+        finite = change.isfinite().all(2).all(1)
+        check_finite(batches, batch, self.tap.name, finite, "gradients")
         where = sums_device(maps.device)
-        parts = [
-            part.to(where).sum((0, 2), dtype=torch.float64)
-            for part in (maps.abs(), maps <= 0, change)
-        ]
-        total, highest = torch.stack(parts), maps.amax((0, 2)).to(where).double()
+        total = torch.stack(
+            [
+                part.to(where).sum((0, 2), dtype=torch.float64)
+                for part in (maps.abs(), maps <= 0, change)
+            ]
+        )
+        highest = maps.amax((0, 2)).to(where).double()
         self.sums = total if self.sums is None else self.sums + total
         self.maximum = highest if self.maximum is None else torch.maximum(self.maximum, highest)
         self.num_values += batch.size * maps.shape[2]
 
-    def _slope(self, output: Any, batches: Batches, batch: Batch) -> Tensor:
+    def _slope(self, batches: Batches, batch: Batch, output: Any) -> Tensor:
         """The derivative of the batch's loss at the layer, in its layout."""
-        (leaf,) = self.tap.seen
         num_classes = scores_per_class(output).shape[1]
         scores = at_least_float32(as_rows(class_scores(output)))
         if self.probabilities is None:  # of the first batch: the host waits for it
@@ -163,7 +151,7 @@ class _Sums:
         loss = F.nll_loss(log_probabilities(scores, self.probabilities), labels, reduction="sum")
         slope = None
         if loss.requires_grad:
-            (slope,) = torch.autograd.grad(loss, leaf, allow_unused=True)
+            (slope,) = torch.autograd.grad(loss, self.tap.source, allow_unused=True)
         if slope is None:
             raise ValueError(
                 f"No gradient of the model's output reaches the layer {self.tap.name!r}: what "

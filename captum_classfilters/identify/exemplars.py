@@ -226,15 +226,16 @@ def exemplars(
     best = {tap.name: (_Best(num_exemplars, True), _Best(num_exemplars, False)) for tap in taps}
     fields: dict[tuple[int, ...], Mapping[str, Tensor]] = {}  # by the size of the images
 
-    def take(_batches: Batches, batch: Batch) -> None:
+    def take(_batches: Batches, batch: Batch, _output: Any) -> None:
+        seen = [tap.seen for tap in taps]  # measuring boxes runs the model
         size = tuple(batch.inputs[0].shape[1:])
         if boxes is not False and size not in fields:
             fields[size] = _boxes(model, taps, batch.inputs, boxes)
-        for tap in taps:
+        for tap, (high, high_places, low, low_places) in zip(taps, seen, strict=True):
             field = fields[size][tap.name] if boxes is not False else None
-            sides = zip(best[tap.name], (tap.seen[:2], tap.seen[2:]), strict=True)
-            for side, (scores, places) in sides:
-                side.add(batch, scores, places, tap.positions, field)
+            highest, lowest = best[tap.name]
+            highest.add(batch, high, high_places, tap.positions, field)
+            lowest.add(batch, low, low_places, tap.positions, field)
 
     num_images = read_units(
         model,

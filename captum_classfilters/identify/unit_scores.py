@@ -117,7 +117,7 @@ def collect_units(
     labels = Rows()
     sizes: dict[str, tuple[int, ...]] = {}
 
-    def take(batches: Batches, batch: Batch) -> None:
+    def take(batches: Batches, batch: Batch, _output: Any) -> None:
         labels.add(classes_of(batches, batch))
         for tap in taps:
             size = sizes.setdefault(tap.name, tap.positions)

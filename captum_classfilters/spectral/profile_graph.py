@@ -10,9 +10,8 @@ from numpy.typing import NDArray
 from scipy import sparse
 from torch import Tensor, nn
 
-from captum_classfilters._core.batches import Batch, Batches, read_batches
-from captum_classfilters._core.taps import tapping
-from captum_classfilters._core.units import UnitTap, check_finite, units_of
+from captum_classfilters._core.batches import Batch, Batches
+from captum_classfilters._core.units import UnitTap, read_units, units_of
 from captum_classfilters.spectral.influential import influential
 
 if TYPE_CHECKING:
@@ -104,30 +103,32 @@ def profile_graph(
         raise ValueError("directions go with kind='direction', which needs them.")
     for part in (share, contribution_share):
         influential(torch.zeros(1, 1), share=part)
-    taps = units_of(model, layers, channel_dim, directions, kind=_Source)
+    taps = units_of(model, layers, channel_dim, directions)
     if len(taps) < 2:
         raise ValueError("A profile graph needs two layers or more.")
-    links = [_Link(before, after, share, contribution_share) for before, after in pairwise(taps)]
-    with read_batches(
+    for tap in taps:
+        tap.differentiable = True
+    links = [_Link(*ends, share, contribution_share) for ends in pairwise(taps)]
+
+    def take(batches: Batches, batch: Batch, _output: Any) -> None:
+        batches.settle()  # which backward passes are needed depends on the numbers
+        for link in links:
+            link.add(batch.number)
+
+    num_images = read_units(
         model,
+        taps,
         dataloader,
         "graph",
+        take,
         unpack=unpack,
-        labeled=False,
-        gradients=True,
         show_progress=show_progress,
-    ) as batches:
-        for batch in batches:
-            with tapping(taps):
-                model(*batch.inputs)
-                for tap in taps:
-                    tap.check(batch.size)
-                for link in links:
-                    link.add(batches, batch)
-    graph = networkx.DiGraph(num_images=batches.num_images)
+        labeled=False,
+    )
+    graph = networkx.DiGraph(num_images=num_images)
     for link in links:
         for a, b, count, total in link.edges():
-            weight = total / batches.num_images
+            weight = total / num_images
             graph.add_edge(a, b, count=count, weight=weight, length=1 / weight)
     return graph
 
@@ -208,18 +209,6 @@ def persistence(
     return list(ripser(values, distance_matrix=True, maxdim=max_dimension)["dgms"])
 
 
-class _Source(UnitTap):
-    """A layer from which gradients can be taken; a copy goes on, since what follows may overwrite
-    it."""
-
-    def take(self, value: Any) -> Any:
-        """Keep the layer's tensor and its units' maps (N, U, P), both differentiable."""
-        tensor = self.counted(value)
-        tensor = tensor if tensor.requires_grad else tensor.detach().requires_grad_()
-        self.seen = (tensor, self.maps(tensor))
-        return tensor.clone()
-
-
 class _Link:
     """Contributions of one layer's units to the next one's, summed over images where the model is."""
 
@@ -231,12 +220,10 @@ class _Link:
         self.counts: Tensor | None = None  # (later units, earlier units)
         self.totals: Tensor | None = None
 
-    def add(self, batches: Batches, batch: Batch) -> None:
-        """Add a batch, inside the block in which the layers are tapped."""
-        (source, earlier), (_, later) = self.before.seen, self.after.seen
+    def add(self, batch: int) -> None:
+        """Add the batch that the layers have just seen."""
+        (earlier,), (later,) = self.before.seen, self.after.seen
         scores = later.amax(2) if self.after.matrix is None else later.mean(2).abs()
-        _check(batches, batch, self.after.name, scores)
-        _check(batches, batch, self.before.name, earlier)
         if self.counts is None:
             shape = (later.shape[1], earlier.shape[1])
             self.counts = torch.zeros(shape, dtype=torch.int64, device=scores.device)
@@ -248,7 +235,7 @@ class _Link:
             rows = images[units == unit]
             # Images do not depend on each other, so one sum has every image's own gradient.
             (gradient,) = torch.autograd.grad(
-                scores[rows, unit].sum(), source, retain_graph=True, allow_unused=True
+                scores[rows, unit].sum(), self.before.source, retain_graph=True, allow_unused=True
             )
             if gradient is None:
                 raise ValueError(
@@ -259,17 +246,23 @@ class _Link:
             held.append((earlier.detach() * slopes).sum(2)[rows])
             columns += [unit] * len(rows)
             if len(columns) * earlier.shape[1] >= _ENTRIES_AT_ONCE:
-                self._weigh(held, columns)
+                self._weigh(held, columns, batch)
                 held, columns = [], []
-        self._weigh(held, columns)
+        self._weigh(held, columns, batch)
 
-    def _weigh(self, contributions: list[Tensor], units: list[int]) -> None:
+    def _weigh(self, held: list[Tensor], units: list[int], batch: int) -> None:
         """Add the contributions that are accepted, one row for each image of a later unit."""
         if not units:
             return
         assert self.counts is not None
         assert self.totals is not None
-        accepted, weights = influential(torch.cat(contributions), share=self.contribution_share)
+        contributions = torch.cat(held)
+        if not bool(contributions.isfinite().all()):
+            raise ValueError(
+                f"NaN or Inf among the gradients of the layer {self.after.name!r} at "
+                f"{self.before.name!r} in batch {batch}."
+            )
+        accepted, weights = influential(contributions, share=self.contribution_share)
         index = torch.tensor(units, device=weights.device)
         self.counts.index_add_(0, index, accepted.long())
         self.totals.index_add_(0, index, weights)
@@ -282,10 +275,6 @@ class _Link:
         for a, b in counts.nonzero().tolist():
             ends = (self.before.name, a), (self.after.name, b)
             yield *ends, int(counts[a, b]), float(totals[a, b])
-
-
-def _check(batches: Batches, batch: Batch, name: str, values: Tensor) -> None:
-    check_finite(batches, batch, name, values.detach().flatten(1).isfinite().all(1))
 
 
 def _networkx() -> Any:
