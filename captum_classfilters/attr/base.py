@@ -181,6 +181,7 @@ class LayerFilterAttribution(FilterRule, LayerAttribution):
         *,
         num_classes: int | None = None,
         class_names: Sequence[str] | None = None,
+        target: int | None = None,
         num_filters: int | None = None,
         mass: float | None = None,
         attribute_kwargs: Mapping[str, Any] | None = None,
@@ -198,7 +199,7 @@ class LayerFilterAttribution(FilterRule, LayerAttribution):
         Args:
 
             dataloader (iterable): Batches of (inputs, labels).
-            num_classes, class_names, num_filters, mass, attribute_kwargs: As for
+            num_classes, class_names, target, num_filters, mass, attribute_kwargs: As for
                         :func:`captum_classfilters.identify_class_filters`.
             attribute_to_layer_input, significance, unpack, device, show_progress: Likewise.
 
@@ -210,6 +211,7 @@ class LayerFilterAttribution(FilterRule, LayerAttribution):
             dataloader,
             num_classes=num_classes,
             class_names=class_names,
+            target=target,
             num_filters=num_filters,
             mass=mass,
             attribute_kwargs=attribute_kwargs,

@@ -89,6 +89,7 @@ class Collector:
         num_filters (int, optional): How many filters will be selected, checked early.
         test (LabelPermutation, optional): What permutations need is recorded.
         record_all (bool): The evidence of every image is recorded.
+        target (int, optional): The class that all evidence is for; labels are then groups.
     """
 
     def __init__(
@@ -98,9 +99,12 @@ class Collector:
         num_filters: int | None = None,
         test: LabelPermutation | None = None,
         record_all: bool = False,
+        target: int | None = None,
     ) -> None:
         self.num_classes, self.num_filters = num_classes, num_filters
-        self.foreign = test.foreign_targets if test is not None else 0
+        self.target = target
+        # With one target for all, the evidence does not depend on the labels.
+        self.foreign = test.foreign_targets if test is not None and target is None else 0
         self.generator = torch.Generator().manual_seed((test.seed if test else 0) + 7919 * rank())
         self.tallies = [Tally(source) for source in sources]
         for tally in self.tallies:
@@ -210,9 +214,13 @@ class Collector:
             ruled.append(_Scores(own, others, finite, maps.means))
         return ruled
 
-    @staticmethod
-    def _of_pairs(source: Source, pairs: Memberships, scores: Callable[[Tensor], Tensor]) -> Tensor:
+    def _of_pairs(
+        self, source: Source, pairs: Memberships, scores: Callable[[Tensor], Tensor]
+    ) -> Tensor:
         """Scores (M, K) of pairs of image and class; several passes where an image has several."""
+        if self.target is not None:
+            targets = torch.full((pairs.num_images,), self.target, device=pairs.classes.device)
+            return pairs.of_images(scores(targets))
         if pairs.images is None or not source.depends_on_target:
             return pairs.of_images(scores(pairs.rounds()[0][0]))
         result: Tensor | None = None

@@ -30,6 +30,7 @@ def identify_class_filters(
     *,
     num_classes: int | None = None,
     class_names: Sequence[str] | None = None,
+    target: int | None = None,
     num_filters: int | None = None,
     mass: float | None = None,
     reduction: Reduction = "sum",
@@ -61,6 +62,9 @@ def identify_class_filters(
         num_classes (int, optional): C. By default the number of the model's outputs.
         class_names (sequence of str, optional): C names. By default those of
                     ``dataloader.dataset.classes`` where there are C of them.
+        target (int, optional): Explain this output for all images. The labels are then groups to be
+                    compared, of any kind (site, artifact, background), and ``class_names`` or
+                    ``num_classes`` says how many there are. By default each image's own class.
         num_filters (int, optional): Select this many filters for each class. By default ``top_k``
                     for :class:`LayerFilterFrequency` and 5 elsewhere, but never more than K.
         mass (float, optional): Select by share of the scores instead; see
@@ -112,15 +116,16 @@ def identify_class_filters(
     """
     check_selection(num_filters, mass)
     check_class_names(class_names, num_classes)
+    num_classes = number_of_groups(target, class_names, num_classes)
     test = _permutation_test(significance)
     sources = sources_of(methods, attribute_kwargs, attribute_to_layer_input, reduction)
-    collector = Collector(sources, num_classes, num_filters, test)
+    collector = Collector(sources, num_classes, num_filters, test, target=target)
     record = Provenance([source.model for source in sources])
     collect(collector, dataloader, class_names, unpack, device, show_progress)
     names = class_names if class_names is not None else _fitting(dataloader, collector)
     tables = []
     for tally in collector.tallies:
-        table = _table(tally, names, test, record)
+        table = _table(tally, names, test, record, target)
         if mass is not None:
             tables.append(table.select(mass=mass))
             continue
@@ -131,6 +136,20 @@ def identify_class_filters(
             )
         tables.append(table.select(num_filters=number))
     return like_methods(methods, sources, tables)
+
+
+def number_of_groups(
+    target: int | None, class_names: Sequence[str] | None, num_classes: int | None
+) -> int | None:
+    """How many rows a table has, as far as it is said; with a target, labels are groups."""
+    if target is None or num_classes is not None:
+        return num_classes
+    if class_names is None:
+        raise ValueError(
+            f"With target={target} the labels are groups, not the model's outputs: pass class_names "
+            "or num_classes, so that it is known how many there are."
+        )
+    return len(class_names)
 
 
 def collect(
@@ -182,11 +201,14 @@ def _table(
     names: Sequence[str] | None,
     test: LabelPermutation | None,
     record: Provenance,
+    target: int | None,
 ) -> ClassFilters:
     assert tally.sums is not None
     sums, source = tally.sums.compute(), tally.source
     p_values = None if test is None else _p_values(tally, sums, test)
     details: dict[str, Any] = {"signed": source.depends_on_target}
+    if target is not None:
+        details["target"] = target
     if tally.exact is not None:
         details["exact"] = tally.exact
     if test is not None:

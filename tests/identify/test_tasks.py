@@ -160,3 +160,24 @@ def test_scores_that_are_picked():
     assert table.layer == "conv"
     drops = LayerFilterAblation(model, "conv").identify(data, **QUIET)
     assert drops.num_filters == 6
+
+
+def test_groups_that_are_not_the_outputs():
+    model, data = deep(), batches()
+    x, _ = joined(data)
+    site = (torch.arange(24) // 3) % 2
+    grouped = [(images, site[5 * i : 5 * i + len(images)]) for i, (images, _) in enumerate(data)]
+    method = LayerFilterContribution(model, "stage1")
+    names = ["hospital A", "hospital B"]
+    table = method.identify(grouped, target=2, class_names=names, significance=True, **QUIET)
+    each = method.filter_scores(method.attribute(x, target=2))
+    assert torch.allclose(table.scores, class_means(each, site, 2), atol=1e-6)
+    assert table.class_names == tuple(names)
+    assert table.provenance["target"] == 2
+    assert table.p_values.shape == (2, 4)
+    captum = identify_class_filters(
+        LayerGradientXActivation(model, model.stage1), grouped, target=2, num_classes=2, **QUIET
+    )
+    assert torch.allclose(captum.scores, table.scores, atol=1e-6)
+    with pytest.raises(ValueError, match="pass class_names or num_classes"):
+        method.identify(grouped, target=2, **QUIET)
