@@ -15,6 +15,7 @@ from captum_classfilters._core.layers import (
     positions_last,
     weighted_before,
 )
+from captum_classfilters._core.outputs import scores_per_class
 from captum_classfilters._core.tables import described
 from captum_classfilters._core.taps import LayerTap, tapping
 
@@ -273,8 +274,18 @@ def given_classes(batch: Batch) -> Tensor | None:
     return labels.long() if whole and labels.shape == (batch.size,) else None
 
 
-def classes_of(batches: Batches, batch: Batch) -> Tensor:
-    """The class index of each image (N,), of whatever number of classes, checked."""
+def num_outputs(output: Any) -> int | None:
+    """How many classes a model's output has scores of; None if it is something else."""
+    try:
+        return scores_per_class(output).shape[1]
+    except ValueError:
+        return None
+
+
+def classes_of(batches: Batches, batch: Batch, num_classes: int | None) -> Tensor:
+    """The class index of each image (N,), checked; of whatever number of classes if it is None."""
+    if num_classes is not None:
+        return batches.class_labels(batch, num_classes)
     labels, number = given_classes(batch), batch.number
     if labels is None:
         raise ValueError(

@@ -19,6 +19,7 @@ def collect_features(
     channel_dim: int | None = None,
     attribute_to_layer_input: bool = False,
     flatten: bool = False,
+    num_classes: int | None = None,
     unpack: Callable[[Any], tuple[Any, Any]] | None = None,
     show_progress: bool = True,
 ) -> tuple[Tensor, Tensor]:
@@ -39,6 +40,9 @@ def collect_features(
                     Default: False
         flatten (bool): Keep positions as further features (N, K P) instead of averaging.
                     Default: False
+        num_classes (int, optional): C; labels are 0 to C - 1. By default the number of the model's
+                    outputs, if those are scores (N, C), else any.
+                    Default: None
         unpack (Callable, optional): From a batch of another kind to the pair (inputs, labels).
                     Default: None
         show_progress (bool): Show a progress bar.
@@ -69,5 +73,7 @@ def collect_features(
         at_least_float32(maps.flatten(1).clone()) if flatten else aggregated(maps, "mean"),
     )
     rows = {name: Rows()}
-    labels = collect_units(model, [tap], dataloader, rows, unpack, show_progress, flatten)
+    labels = collect_units(
+        model, [tap], dataloader, rows, num_classes, unpack, show_progress, flatten
+    )
     return torch.cat(rows[name].pieces()), labels

@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from captum_classfilters._core.batches import check_read_again
 from captum_classfilters._core.guard import model_left_as_found
 from captum_classfilters._core.layers import module_of
+from captum_classfilters._core.tables import short_repr
 from captum_classfilters.class_filters import ClassFilters
 from captum_classfilters.identify.identify_class_filters import identify_class_filters
 from captum_classfilters.identify.significance import false_discovery_adjusted
 
 
+@short_repr
 @dataclass(frozen=True)
 class RandomWeightsNull:
     r"""
@@ -49,7 +51,7 @@ def random_weights_null(
     **options: Any,
 ) -> RandomWeightsNull:
     r"""
-    Compare a method's table with those of re-initialised copies of the model.
+    Compare a method's table with those of re-initialized copies of the model.
 
     **The null.** What was learnt does not matter: the row of a class is drawn from the same
     distribution as rows under random weights, in which filters are exchangeable. Logits of random
@@ -74,7 +76,7 @@ def random_weights_null(
 
     Raises:
         ValueError: ``repetitions`` is below 1, the method's model is not a module, or a module with
-                    parameters cannot be re-initialised: it has no ``reset_parameters``.
+                    parameters cannot be re-initialized: it has no ``reset_parameters``.
 
     Examples::
 
@@ -101,12 +103,12 @@ def random_weights_null(
     with model_left_as_found(None):
         for repetition in range(repetitions):
             torch.manual_seed(seed + repetition)
-            other = copy.deepcopy(method)
-            copied = module_of(other.forward_func)
-            assert copied is not None
-            reinitialise(copied)
-            random.append(identify_class_filters(other, dataloader, **options))
-    agreements = [table.agreement(other) for other in random]
+            twin = copy.deepcopy(method)
+            random_model = module_of(twin.forward_func)
+            assert random_model is not None
+            reinitialise(random_model)
+            random.append(identify_class_filters(twin, dataloader, **options))
+    agreements = [table.agreement(random_table) for random_table in random]
     p_values = _p_values(table, random)
     return RandomWeightsNull(
         class_filters=table._replace(
@@ -118,8 +120,8 @@ def random_weights_null(
             },
         ),
         random=random,
-        rank_correlation=torch.tensor([one.mean_rank_correlation for one in agreements]),
-        overlap=torch.tensor([one.mean_overlap for one in agreements]),
+        rank_correlation=torch.tensor([part.mean_rank_correlation for part in agreements]),
+        overlap=torch.tensor([part.mean_overlap for part in agreements]),
         chance=agreements[0].mean_chance,
     )
 
@@ -144,14 +146,16 @@ def reinitialise(model: nn.Module) -> nn.Module:
         elif next(module.parameters(recurse=False), None) is not None:
             raise ValueError(
                 f"The module {name or '(the model itself)'!r}, a {type(module).__name__}, has "
-                "parameters and no reset_parameters(), so it cannot be re-initialised."
+                "parameters and no reset_parameters(), so it cannot be re-initialized."
             )
     return model
 
 
 def _p_values(table: ClassFilters, random: list[ClassFilters]) -> Tensor:
     own = _shares(table.scores)
-    null = torch.cat([_shares(other.scores) for other in random], dim=1).sort(1).values
+    null = (
+        torch.cat([_shares(random_table.scores) for random_table in random], dim=1).sort(1).values
+    )
     p_values = torch.full_like(own, float("nan"))
     for row in (table.counts > 0).nonzero()[:, 0].tolist():
         below = torch.searchsorted(null[row].contiguous(), own[row].contiguous())

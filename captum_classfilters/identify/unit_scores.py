@@ -14,6 +14,7 @@ from captum_classfilters._core.units import (
     aggregated,
     check_aggregate,
     classes_of,
+    num_outputs,
     read_units,
     units_of,
 )
@@ -28,6 +29,7 @@ def unit_scores(
     directions: Mapping[str, Any] | None = None,
     subtract_bias: bool = True,
     channel_dim: int | Mapping[str, int] | None = None,
+    num_classes: int | None = None,
     unpack: Callable[[Any], tuple[Any, Any]] | None = None,
     show_progress: bool = True,
 ) -> tuple[dict[str, Tensor], Tensor]:
@@ -54,6 +56,9 @@ def unit_scores(
                     Default: True
         channel_dim (int or mapping, optional): Axis of the filters where it cannot be told from the
                     layer, for all layers or by name.
+                    Default: None
+        num_classes (int, optional): C; labels are 0 to C - 1. By default the number of the model's
+                    outputs, if those are scores (N, C), else any.
                     Default: None
         unpack (Callable, optional): From a batch of another kind to the pair (inputs, labels).
                     Default: None
@@ -84,7 +89,7 @@ def unit_scores(
         tap.average_first = aggregate == "mean"
         tap.reduce = lambda maps: (aggregated(maps, aggregate),)
     rows = {tap.name: Rows() for tap in taps}
-    labels = collect_units(model, taps, dataloader, rows, unpack, show_progress)
+    labels = collect_units(model, taps, dataloader, rows, num_classes, unpack, show_progress)
     return {name: torch.cat(kept.pieces()) for name, kept in rows.items()}, labels
 
 
@@ -93,6 +98,7 @@ def collect_units(
     taps: Sequence[UnitTap],
     dataloader: Iterable[Any],
     rows: Mapping[str, Rows],
+    num_classes: int | None,
     unpack: Callable[[Any], tuple[Any, Any]] | None,
     show_progress: bool,
     one_size: bool = False,
@@ -106,6 +112,7 @@ def collect_units(
         taps (sequence of UnitTap): Layers to read.
         dataloader (iterable): The loader.
         rows (mapping): By layer name, where its rows go.
+        num_classes (int, optional): C, by default the number of the model's outputs if it is known.
         unpack (Callable, optional): From a batch of another kind to the pair (inputs, labels).
         show_progress (bool): Show a progress bar.
         one_size (bool): Refuse images whose maps differ in size.
@@ -117,8 +124,9 @@ def collect_units(
     labels = Rows()
     sizes: dict[str, tuple[int, ...]] = {}
 
-    def take(batches: Batches, batch: Batch, _output: Any) -> None:
-        labels.add(classes_of(batches, batch))
+    def take(batches: Batches, batch: Batch, output: Any) -> None:
+        known = num_outputs(output) if num_classes is None else num_classes
+        labels.add(classes_of(batches, batch, known))
         for tap in taps:
             size = sizes.setdefault(tap.name, tap.positions)
             if one_size and tap.positions != size:

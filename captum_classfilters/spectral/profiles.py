@@ -171,6 +171,7 @@ def profile_images(
     quantile: float | None = None,
     at_most: int | None = None,
     channel_dim: int | Mapping[str, int] | None = None,
+    num_classes: int | None = None,
     unpack: Callable[[Any], tuple[Any, Any]] | None = None,
     show_progress: bool = True,
 ) -> ImageProfiles:
@@ -213,6 +214,9 @@ def profile_images(
         at_most (int, optional): Of :func:`influential`; by default as in the table.
         channel_dim (int or mapping, optional): Axis of the filters where it cannot be told from the
                     layer, for all layers or by name.
+                    Default: None
+        num_classes (int, optional): C; labels are 0 to C - 1. By default the number of the model's
+                    outputs, if those are scores (N, C), else any.
                     Default: None
         unpack (Callable, optional): From a batch of another kind to the pair (inputs, labels).
                     Default: None
@@ -259,7 +263,9 @@ def profile_images(
         tap.reduce = partial(_scores, kind=kind, aggregate=aggregate)
     rows = {tap.name: Rows(partial(_sparse_weights, tap, select)) for tap in taps}
     one_size = kind in ("element", "position")
-    labels = collect_units(model, taps, dataloader, rows, unpack, show_progress, one_size)
+    labels = collect_units(
+        model, taps, dataloader, rows, num_classes, unpack, show_progress, one_size
+    )
     weights = {
         name: sparse.csr_array(sparse.vstack(kept.pieces(), format="csr"))
         for name, kept in rows.items()
