@@ -16,6 +16,7 @@ from captum_classfilters._core.devices import device_of
 from captum_classfilters._core.distributed import is_main_process
 from captum_classfilters._core.guard import model_left_as_found
 from captum_classfilters._core.outputs import as_rows, class_scores, log_probabilities, two_classes
+from captum_classfilters._core.tables import short_repr
 from captum_classfilters.gates.class_specific_gate import ClassSpecificGate, gates_not_finite
 
 Unit = Literal["epoch", "batch", "joint"]
@@ -78,6 +79,7 @@ class GateSchedule:
         return step % self.period >= self.period - self.gated
 
 
+@short_repr
 @dataclass(frozen=True)
 class GatedEpoch:
     """What one epoch did.

@@ -223,7 +223,8 @@ class GreedyFilterPruning:
         if not tuned:
             return _Network(self.forward_func, self.layers, self.channel_dim)
         assert isinstance(self.model, nn.Module)
-        model = copied(self.model)
+        # A compiled copy would be compiled anew for every mask.
+        model = copied(getattr(self.model, "_orig_mod", self.model))
         layers = {name: find_layer(model, name) for name in self.layers}
         return _Network(model, layers, self.channel_dim)
 

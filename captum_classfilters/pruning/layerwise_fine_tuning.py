@@ -17,8 +17,10 @@ from captum_classfilters._core.outputs import (
     log_probabilities,
     scores_per_class,
 )
+from captum_classfilters._core.tables import short_repr
 
 
+@short_repr
 @dataclass(frozen=True)
 class LayerwiseFineTuning:
     r"""

@@ -13,15 +13,17 @@ from safetensors.torch import save
 from torch import Tensor
 
 from captum_classfilters._core.files import write_atomically
+from captum_classfilters._core.tables import short_repr, text_table
 
 _KEY = "pruning_order"
 BOUNDS = ("num_filters", "ratio", "min_accuracy")
 
 
+@short_repr
 @dataclass
 class PruningOrder:
     r"""
-    The order in which filters were removed, and the accuracy on the way.
+    The order in which filters were removed, and the accuracy on the way; prints as a table.
 
     Args:
 
@@ -55,6 +57,22 @@ class PruningOrder:
     num_images: int = 0
     start_loss: float | None = None
     weights: dict[str, Tensor] | None = field(default=None, compare=False, repr=False)
+
+    def __str__(self) -> str:
+        rows = [
+            {
+                "layer": name,
+                "filters": total,
+                "left": total - len(self.order_of(name)),
+                "without filters by": self.ways.get(name, ""),
+            }
+            for name, total in self.filters.items()
+        ]
+        curves = {"accuracy": self.accuracy, "accuracy reported": self.report_accuracy}
+        told = [
+            f"{name} {curve[0]:.4f} -> {curve[-1]:.4f}" for name, curve in curves.items() if curve
+        ]
+        return text_table(rows, title="; ".join(told))
 
     @property
     def layer(self) -> str:

@@ -665,6 +665,14 @@ def test_the_way_is_recorded(trained):
     )
     assert order.ways == {"stage1": "replay", "stage2": "closed form"}
     assert order.options["num_filters"] == 3
+    assert str(order).splitlines()[1].split() == [
+        "layer",
+        "filters",
+        "left",
+        *["without", "filters", "by"],
+    ]
+    assert str(order).splitlines()[3].split() == ["stage2", "6", "3", "closed", "form"]
+    assert len(repr(order)) < 900
 
     class Centred(nn.Module):  # a batch-dependent model cannot be replayed
         def forward(self, x):
