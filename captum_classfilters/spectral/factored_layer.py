@@ -7,7 +7,15 @@ import torch
 from torch import Tensor, nn
 
 from captum_classfilters._core.guard import model_left_as_found
+from captum_classfilters._core.heads import alike
 from captum_classfilters._core.layers import find_layer, layer_name
+from captum_classfilters._core.linear_maps import (
+    CONVOLUTIONS,
+    TRANSPOSED,
+    as_in_use,
+    runs_pytorchs_forward,
+    trial_inputs,
+)
 from captum_classfilters.spectral.layer_svd import LayerSVD, matrix_svd
 from captum_classfilters.spectral.weight_matrix import weight_matrix
 
@@ -38,6 +46,8 @@ class FactoredLayer(nn.Sequential):
             self.add_module("directions", _directions(layer, svd))
             self.add_module("combination", _combination(layer, svd))
         self.train(layer.training)
+        if not runs_pytorchs_forward(layer):
+            _check_equal(layer, self if rank is None else FactoredLayer(layer))
 
 
 def factor_layer(model: nn.Module, layer: nn.Module | str, *, rank: int | None = None) -> nn.Module:
@@ -59,8 +69,9 @@ def factor_layer(model: nn.Module, layer: nn.Module | str, *, rank: int | None =
         *nn.Module*.
 
     Raises:
-        ValueError: The layer is unknown, cannot be decomposed, is the whole model, or belongs to a
-                    ``MultiheadAttention``, which uses its weight without calling it.
+        ValueError: The layer is unknown, cannot be decomposed, is the whole model, has a padding of
+                    its own, or belongs to a ``MultiheadAttention``, which uses its weight without
+                    calling it.
 
     Examples::
 
@@ -95,6 +106,19 @@ def factor_layer(model: nn.Module, layer: nn.Module | str, *, rank: int | None =
     return copy.deepcopy(model, {id(module): factored})
 
 
+def _check_equal(layer: nn.Module, factored: nn.Module) -> None:
+    """Raise if a layer with a forward of its own does more than a plain one with its settings."""
+    with as_in_use(layer):
+        inputs = trial_inputs(layer)
+        wanted, got = layer(inputs), factored(inputs)
+    if wanted.shape != got.shape or not bool(alike(got, wanted)):
+        raise ValueError(
+            f"The forward of {type(layer).__name__} is its own: a plain layer with its weight and its "
+            "settings gives other outputs, because of a padding of its own for example. Put what it "
+            "does beside its weight in a layer before it."
+        )
+
+
 def _directions(layer: Any, svd: LayerSVD) -> nn.Module:
     r"""The layer with :math:`S V^\top` for filters and no bias."""
     assert svd.right is not None
@@ -120,16 +144,14 @@ def _combination(layer: Any, svd: LayerSVD) -> nn.Module:
     if svd.kind == "linear":
         made: Any = nn.Linear(len(svd), svd.num_filters, bias=bias)
     else:
-        kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[len(layer.kernel_size) - 1]
+        kind = CONVOLUTIONS[len(layer.kernel_size) - 1]
         made = kind(len(svd), svd.num_filters, 1, groups=svd.groups, bias=bias)
     return _filled(made, svd.blocks.flatten(0, 1), layer.bias, layer.weight)
 
 
 def _plain(layer: nn.Module) -> Any:
     """PyTorch's own class of a convolution, without what a subclass adds."""
-    kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    kinds += (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)  # type: ignore[assignment]
-    return next(kind for kind in kinds if isinstance(layer, kind))
+    return next(kind for kind in (*CONVOLUTIONS, *TRANSPOSED) if isinstance(layer, kind))
 
 
 def _filled(made: Any, weight: Tensor, bias: Tensor | None, like: Tensor) -> nn.Module:

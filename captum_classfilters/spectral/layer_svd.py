@@ -5,14 +5,16 @@ from functools import cached_property
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
+from captum_classfilters._core.linear_maps import run_with_weight
+from captum_classfilters._core.tables import short_repr
 from captum_classfilters.spectral.routes import Method, choose_route, decompose
 from captum_classfilters.spectral.weight_matrix import WeightMatrix, weight_matrix
 
-_METHODS = ("auto", "direct", "gram", "randomised")
+_METHODS = ("auto", "direct", "gram", "randomized")
 
 
+@short_repr
 @dataclass(frozen=True, eq=False)  # tensors have no single truth value
 class LayerSVD:
     r"""
@@ -30,7 +32,7 @@ class LayerSVD:
                     as many kernel axes as it has) and (R, in) for a linear layer.
         kind (str): ``"convolution"``, ``"transposed convolution"`` or ``"linear"``.
         columns (int): Entries of one unfolded filter, n = (c / G) kh kw.
-        route (str): How it was found: ``"direct"``, ``"gram"`` or ``"randomised"``.
+        route (str): How it was found: ``"direct"``, ``"gram"`` or ``"randomized"``.
     """
 
     blocks: Tensor
@@ -118,11 +120,7 @@ class LayerSVD:
         Raises:
             ValueError: The right vectors were not asked for.
         """
-        replaced = {"weight": self.input_weight().to(inputs)}
-        if getattr(module, "bias", None) is not None:
-            replaced["bias"] = torch.zeros(len(self), dtype=inputs.dtype, device=inputs.device)
-        result: Tensor = functional_call(module, replaced, (inputs,))
-        return result
+        return run_with_weight(module, self.input_weight().to(inputs), inputs)
 
     def input_weight(self) -> Tensor:
         r"""
@@ -203,11 +201,12 @@ def layer_svd(
     Args:
 
         module (nn.Module): A ``Conv1d``, ``Conv2d``, ``Conv3d``, their transposed forms, or a
-                    ``Linear``; also pruned or parametrised ones.
+                    ``Linear``; also pruned or parametrized ones. The weight is the one that the
+                    layer computes with; a layer that computes another map is refused.
         rank (int, optional): Keep this many directions (of each group); by default all.
                     Default: None
         method (str): ``"direct"`` (LAPACK), ``"gram"`` (eigenvectors of the smaller Gram matrix, in
-                    float64), ``"randomised"`` (a sketch, for few directions of a large weight; its
+                    float64), ``"randomized"`` (a sketch, for few directions of a large weight; its
                     values are lower bounds) or ``"auto"``, which chooses by size. The result's
                     ``route`` says which one it was.
                     Default: "auto"
@@ -219,7 +218,8 @@ def layer_svd(
 
     Raises:
         ValueError: The module has no weight that is a matrix from channels to channels, the weight
-                    is quantised, NaN or infinite, or ``rank`` exceeds the number of directions.
+                    is quantized, NaN or infinite, or not what the layer computes, or ``rank`` exceeds
+                    the number of directions.
 
     Examples::
 

@@ -177,7 +177,7 @@ def fit_marchenko_pastur(
         (0, 0.05)
     """
     smaller, larger = _checked_shape(shape)
-    numbers = np.sort(_positive(values))
+    numbers = np.sort(positive_numbers(values))
     unit = MarchenkoPastur(1.0, smaller / larger)
     margin = (1 + tolerance) * (1 + larger ** (-2 / 3))
     size = len(numbers)
@@ -232,9 +232,9 @@ def _checked_shape(shape: tuple[int, int]) -> tuple[int, int]:
     return min(shape), max(shape)
 
 
-def _positive(values: Tensor | Any) -> np.ndarray:
+def positive_numbers(values: Tensor | Any) -> np.ndarray:
     """Positive eigenvalues as numbers; rounding leaves zeros where the rank is not full."""
-    numbers = torch.as_tensor(values).detach().double().cpu().numpy().ravel()
+    numbers = torch.as_tensor(values).detach().cpu().double().numpy().ravel()
     if not np.isfinite(numbers).all():
         raise ValueError("The eigenvalues are not all finite.")
     numbers = numbers[numbers > 0]

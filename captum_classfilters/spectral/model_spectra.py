@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -10,17 +10,20 @@ import torch
 from torch import Tensor, nn
 
 from captum_classfilters._core.guard import model_left_as_found
+from captum_classfilters._core.tables import short_repr, text_table
 from captum_classfilters.spectral.eigenvalues import eigenvalues
 from captum_classfilters.spectral.marchenko_pastur import MarchenkoPasturFit, fit_marchenko_pastur
 from captum_classfilters.spectral.model_svd import ModelSVD, model_svd
 from captum_classfilters.spectral.power_law import PowerLaw, fit_power_law
-from captum_classfilters.spectral.weight_matrix import WeightMatrix
+from captum_classfilters.spectral.weight_matrix import UnfitWeightError, WeightMatrix, can_decompose
 
 if TYPE_CHECKING:
     import pandas
 
 Verdict = Literal["good", "fair", "untrained"]
 _GOOD_UP_TO, _FAIR_UP_TO = 4.0, 7.0
+_FORMATS = {"largest eigenvalue": ".4g"}
+_OF_TWIN = ("alpha", "largest eigenvalue", "verdict")
 
 
 def layer_verdict(alpha: float) -> Verdict:
@@ -43,6 +46,7 @@ def layer_verdict(alpha: float) -> Verdict:
     return "good" if mu <= _GOOD_UP_TO else "fair" if mu <= _FAIR_UP_TO else "untrained"
 
 
+@short_repr
 @dataclass(frozen=True, eq=False)  # tensors have no single truth value
 class LayerSpectrum:
     r"""
@@ -79,10 +83,11 @@ class LayerSpectrum:
         return self.power_law.alpha * math.log(self.largest)
 
 
+@short_repr
 @dataclass(frozen=True)
 class ModelSpectra:
     r"""
-    The spectra of a model's layers, in the model's order.
+    The spectra of a model's layers, in the model's order. Prints as a table.
 
     Args:
 
@@ -107,6 +112,10 @@ class ModelSpectra:
         names = ", ".join(layer.name for layer in self.layers)
         raise KeyError(f"{name!r}: {reason}" if reason else f"{name!r} is not among {names}.")
 
+    def __str__(self) -> str:
+        told = [f"{name} has no spectrum: {reason}." for name, reason in self.skipped.items()]
+        return "\n".join([text_table([_row(layer) for layer in self.layers], _FORMATS), *told])
+
     @property
     def universal_metric(self) -> float:
         r"""The mean over layers of :math:`\alpha \ln \lambda_{max}`."""
@@ -128,7 +137,8 @@ def model_spectra(model: nn.Module | ModelSVD, layers: Sequence[str] | None = No
     Random-matrix statistics of every convolution and linear layer of a model.
 
     Only singular values are computed, one layer at a time. Layers with fewer than two different
-    eigenvalues, a head of one output say, have no tail to fit and are listed as skipped.
+    eigenvalues, a head of one output for example, have no tail to fit; they are listed as skipped, as
+    are those whose weight is not finite, or is not what the layer computes.
 
     Args:
 
@@ -153,7 +163,7 @@ def model_spectra(model: nn.Module | ModelSVD, layers: Sequence[str] | None = No
     svds = model if isinstance(model, ModelSVD) else model_svd(model)
     if layers is not None:
         svds = model_svd(svds.model, layers)
-    return _spectra({name: _read(svds, name) for name in svds})
+    return _spectra({name: _read(svds, name) for name in svds}, svds.skipped)
 
 
 def universal_metric(model: nn.Module | ModelSVD, layers: Sequence[str] | None = None) -> float:
@@ -189,9 +199,10 @@ def universal_metric(model: nn.Module | ModelSVD, layers: Sequence[str] | None =
     return model_spectra(model, layers).universal_metric
 
 
+@short_repr
 @dataclass(frozen=True)
 class SpectraComparison:
-    """The spectra of a model and of its random twin.
+    """The spectra of a model and of its random twin. Prints as a table.
 
     Args:
 
@@ -201,6 +212,17 @@ class SpectraComparison:
 
     model: ModelSpectra
     twin: ModelSpectra
+
+    def __str__(self) -> str:
+        twins = {layer.name: _row(layer) for layer in self.twin}
+        rows = []
+        for layer in self.model:
+            row = _row(layer)
+            others = twins.get(layer.name, {})
+            row |= {f"{name} of twin": others.get(name) for name in _OF_TWIN}
+            rows.append(row)
+        formats = {f"{name} of twin": form for name, form in _FORMATS.items()}
+        return text_table(rows, _FORMATS | formats)
 
     def to_pandas(self) -> "pandas.DataFrame":
         """A row for each layer, the twin's columns beside the model's; needs the extra ``pandas``.
@@ -231,7 +253,7 @@ def compare_with_random(
         twin (str or nn.Module): ``"reset"`` initialises a copy of each layer by its own
                     ``reset_parameters``; ``"shuffled"`` shuffles the entries of each weight, which
                     keeps their distribution and so the scale; a model of the same layers, freshly
-                    made say, is taken as it is.
+                    made for example, is taken as it is.
                     Default: "reset"
         layers (sequence of str, optional): Names of the layers; by default all.
         seed (int): Of the twin; PyTorch's random state is left as found.
@@ -244,13 +266,14 @@ def compare_with_random(
         ValueError: A layer cannot be initialised again, or the twin lacks one.
     """
     svds = model_svd(model, layers)
+    spectra = model_spectra(svds)
     if isinstance(twin, nn.Module):
         others = model_svd(twin)
-        missing = [name for name in svds if name not in others]
+        missing = [layer.name for layer in spectra if layer.name not in others]
         if missing:
             raise ValueError(f"The twin has no layers {', '.join(missing)}, which the model has.")
-        weights = {name: others.matrix(name) for name in svds}
-        return SpectraComparison(model_spectra(svds), _spectra(_readers(weights)))
+        weights = {layer.name: others.matrix(layer.name) for layer in spectra}
+        return SpectraComparison(spectra, _spectra(_readers(weights), {}))
     makers: dict[str, Callable[[ModelSVD, str], WeightMatrix]] = {
         "reset": _reset,
         "shuffled": _shuffled,
@@ -259,8 +282,9 @@ def compare_with_random(
         raise ValueError(f"twin={twin!r}; choose 'reset', 'shuffled' or pass a model.")
     with model_left_as_found(None):
         torch.manual_seed(seed)
-        random = _spectra({name: _made(makers[twin], svds, name) for name in svds})
-    return SpectraComparison(model_spectra(svds), random)
+        made = {layer.name: _made(makers[twin], svds, layer.name) for layer in spectra}
+        random = _spectra(made, {})
+    return SpectraComparison(spectra, random)
 
 
 Reader = Callable[[], tuple[tuple[int, int], Tensor]]
@@ -289,20 +313,26 @@ def _of_weight(weight: WeightMatrix) -> tuple[tuple[int, int], Tensor]:
     return (rows, columns), eigenvalues(weight)
 
 
-def _spectra(readers: dict[str, Reader]) -> ModelSpectra:
-    found, skipped = [], {}
+def _spectra(readers: dict[str, Reader], skipped: Mapping[str, str]) -> ModelSpectra:
+    layers, reasons = [], dict(skipped)
     for name, reader in readers.items():
-        shape, values = reader()
+        try:
+            shape, values = reader()
+        except UnfitWeightError as error:
+            reasons[name] = str(error).rstrip(".")
+            continue
         if len(values[values > 0].unique()) < 2:
-            skipped[name] = "fewer than two different positive eigenvalues"
+            reasons[name] = "fewer than two different positive eigenvalues"
             continue
         bulk = fit_marchenko_pastur(values, shape)
-        found.append(LayerSpectrum(name, shape, values, fit_power_law(values), bulk))
-    if not found:
+        layers.append(LayerSpectrum(name, shape, values, fit_power_law(values), bulk))
+    if not layers:
+        told = "; ".join(f"{name!r}: {reason}" for name, reason in list(reasons.items())[:3])
         raise ValueError(
-            "No layer has two different positive eigenvalues, so there is no spectrum to describe."
+            "No layer has two different positive eigenvalues, so there is no spectrum to describe "
+            f"({told})."
         )
-    return ModelSpectra(tuple(found), skipped)
+    return ModelSpectra(tuple(layers), reasons)
 
 
 def _reset(svds: ModelSVD, name: str) -> WeightMatrix:
@@ -313,6 +343,12 @@ def _reset(svds: ModelSVD, name: str) -> WeightMatrix:
         raise ValueError(
             f"{type(module).__name__} {name!r} has no `reset_parameters`; choose twin='shuffled' or "
             "pass a freshly made model."
+        )
+    if can_decompose(module) and "weight" not in dict(module.named_parameters(recurse=False)):
+        raise ValueError(
+            f"`reset_parameters` does not renew the weight of {type(module).__name__} {name!r}, which is "
+            "derived from others by pruning or a parametrization. Choose twin='shuffled' or pass a "
+            "freshly made model."
         )
     reset()
     return svds.matrix(name, fresh)

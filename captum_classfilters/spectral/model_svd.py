@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from captum_classfilters._core.files import write_atomically
 from captum_classfilters._core.layers import find_layer, layer_name
+from captum_classfilters._core.linear_maps import why_not_its_weight
 from captum_classfilters.spectral.layer_svd import LayerSVD, check_method, check_rank, matrix_svd
 from captum_classfilters.spectral.routes import Method
 from captum_classfilters.spectral.weight_matrix import (
@@ -37,6 +38,8 @@ class ModelSVD(Mapping[str, LayerSVD]):
         sources (mapping): Layer names and where their weights are.
         options (mapping): ``rank``, ``method`` and ``right`` of :func:`layer_svd`.
         cache (path, optional): Folder of decompositions on disk.
+        skipped (mapping, optional): Convolutions and linear layers that are left out, and why.
+                    Default: None
     """
 
     def __init__(
@@ -45,12 +48,14 @@ class ModelSVD(Mapping[str, LayerSVD]):
         sources: Mapping[str, Source],
         options: tuple[int | None, Method, bool],
         cache: Path | None,
+        skipped: Mapping[str, str] | None = None,
     ) -> None:
         self.model = model
+        self.skipped = dict(skipped or {})
         self.rank, self.method, self.right = options
         self.cache = cache
         self._sources = dict(sources)
-        self._found: dict[str, LayerSVD] = {}
+        self._kept: dict[str, LayerSVD] = {}
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._sources)
@@ -59,11 +64,21 @@ class ModelSVD(Mapping[str, LayerSVD]):
         return len(self._sources)
 
     def __getitem__(self, name: str) -> LayerSVD:
-        if name not in self._found:
+        if name not in self._kept:
+            if name in self.skipped:
+                raise KeyError(f"{name!r} was skipped: {self.skipped[name]}.")
             if name not in self._sources:
                 raise KeyError(f"{name!r} is not among the layers {', '.join(self._sources)}.")
-            self._found[name] = self._decomposed(name)
-        return self._found[name]
+            self._kept[name] = self._decomposed(name)
+        return self._kept[name]
+
+    def __repr__(self) -> str:
+        parts = [
+            f"{len(self)} layers of {type(self.model).__name__}",
+            f"{len(self._kept)} decomposed",
+        ]
+        parts += [f"{len(self.skipped)} skipped"] if self.skipped else []
+        return f"ModelSVD({', '.join(parts)})"
 
     def module(self, name: str) -> nn.Module:
         """The module that holds a layer's weight.
@@ -87,7 +102,7 @@ class ModelSVD(Mapping[str, LayerSVD]):
         Returns:
             *LayerSVD* or None.
         """
-        return self._found.get(name)
+        return self._kept.get(name)
 
     def matrix(self, name: str, module: nn.Module | None = None) -> WeightMatrix:
         """The unfolded weight of a layer, a view where possible.
@@ -113,7 +128,7 @@ class ModelSVD(Mapping[str, LayerSVD]):
         Returns:
             *dict* of layer names and routes; ``", from disk"`` follows those read from the cache.
         """
-        return {name: svd.route for name, svd in self._found.items()}
+        return {name: svd.route for name, svd in self._kept.items()}
 
     def forget(self, name: str | None = None) -> None:
         """Drop a decomposition, or all of them, from memory; the cache on disk stays.
@@ -123,9 +138,9 @@ class ModelSVD(Mapping[str, LayerSVD]):
             name (str, optional): Which; by default all.
         """
         if name is None:
-            self._found.clear()
+            self._kept.clear()
         else:
-            self._found.pop(name, None)
+            self._kept.pop(name, None)
 
     def _decomposed(self, name: str) -> LayerSVD:
         weight = self.matrix(name)
@@ -159,7 +174,8 @@ def model_svd(
     No class of model is known by name. The query, key and value projections of a
     ``MultiheadAttention`` are parameters, not layers; they are listed as ``"<name>.query"``,
     ``"<name>.key"`` and ``"<name>.value"``, three linear layers that share their input, beside its
-    ``"<name>.out_proj"``. They have spectra, but no output of their own to take signals from.
+    ``"<name>.out_proj"``. They have spectra, but no output of their own to take signals from. Layers
+    whose own forward computes another map than their weight's are in ``skipped``, with the reason.
 
     Args:
 
@@ -199,29 +215,36 @@ def model_svd(
     check_method(method)
     if rank is not None:
         check_rank(rank, None, "any layer")
-    sources = _sources(model)
+    sources, skipped = _sources(model)
     if not sources:
+        reasons = "".join(f" {name!r}: {reason}." for name, reason in skipped.items())
         raise ValueError(
-            f"The model {type(model).__name__} has no convolution or linear layer to decompose."
+            f"The model {type(model).__name__} has no convolution or linear layer to decompose.{reasons}"
         )
     if layers is not None:
-        sources = _chosen(model, layers, sources)
+        sources, skipped = _chosen(model, layers, sources), {}
     folder = None if cache is None else Path(cache)
     if folder is not None and folder.exists() and not folder.is_dir():
         raise ValueError(f"cache={str(cache)!r} is a file; expected a folder, which may be new.")
-    return ModelSVD(model, sources, (rank, method, right), folder)
+    return ModelSVD(model, sources, (rank, method, right), folder, skipped)
 
 
-def _sources(model: nn.Module) -> dict[str, Source]:
-    """Where each decomposable weight of a model is."""
-    found: dict[str, Source] = {}
+def _sources(model: nn.Module) -> tuple[dict[str, Source], dict[str, str]]:
+    """Where each decomposable weight of a model is, and why others are not decomposable."""
+    sources: dict[str, Source] = {}
+    skipped: dict[str, str] = {}
     for name, module in model.named_modules():
         if can_decompose(module):
-            found[name or type(module).__name__] = (module, None)
+            called = name or type(module).__name__
+            reason = why_not_its_weight(module)
+            if reason is None:
+                sources[called] = (module, None)
+            else:
+                skipped[called] = reason
         elif isinstance(module, nn.MultiheadAttention):
             for part in ("query", "key", "value"):
-                found[f"{name}.{part}" if name else part] = (module, part)
-    return found
+                sources[f"{name}.{part}" if name else part] = (module, part)
+    return sources, skipped
 
 
 def _chosen(
@@ -229,11 +252,11 @@ def _chosen(
 ) -> dict[str, Source]:
     """Those of the wanted layers, in their order."""
     if isinstance(layers, (str, nn.Module)) or not layers:
-        given = "empty" if layers == [] else f"{layers!r}"
-        raise ValueError(f"layers={given}; pass a list of layers or names, or None for all.")
+        told = "empty" if layers == [] else f"{layers!r}"
+        raise ValueError(f"layers={told}; pass a list of layers or names, or None for all.")
     chosen = {}
-    for one in layers:
-        name = one if isinstance(one, str) else layer_name(model, one)
+    for layer in layers:
+        name = layer if isinstance(layer, str) else layer_name(model, layer)
         if name not in sources:
             weight_matrix(find_layer(model, name), name)  # says what is wrong with it
             sources[name] = (find_layer(model, name), None)  # a second name of a shared layer

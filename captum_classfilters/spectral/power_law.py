@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from captum_classfilters.spectral.marchenko_pastur import _positive
+from captum_classfilters.spectral.marchenko_pastur import positive_numbers
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def fit_power_law(values: Tensor, minimum: float | None = None) -> PowerLaw:
         >>> round(fit_power_law(pareto, minimum=1.0).alpha, 2)
         5.0
     """
-    numbers = np.sort(_positive(values))
+    numbers = np.sort(positive_numbers(values))
     if len(np.unique(numbers)) < 2:
         raise ValueError(
             f"A power law needs at least two different positive eigenvalues; found {len(numbers)}, "

@@ -7,13 +7,13 @@ from scipy.linalg import eigh
 from scipy.linalg.blas import dsyrk
 from torch import Tensor
 
-Method = Literal["auto", "direct", "gram", "randomised"]
+Method = Literal["auto", "direct", "gram", "randomized"]
 
 # Below this many directions LAPACK's own decomposition is as fast as the Gram matrix.
 _DIRECT_UP_TO = 64
-# A truncated decomposition is worth a randomised sketch where it drops most of a large matrix.
-_RANDOMISED_FROM = 1024
-_RANDOMISED_SHARE = 16
+# A truncated decomposition is worth a randomized sketch where it drops most of a large matrix.
+_RANDOMIZED_FROM = 1024
+_RANDOMIZED_SHARE = 16
 # Columns, or rows, of a weight that are held in float64 at a time.
 _AT_ONCE = 512
 # Singular values below this share of the largest have no direction that the Gram matrix can tell.
@@ -27,8 +27,8 @@ def choose_route(rows: int, columns: int, rank: int | None, method: Method) -> s
     directions = min(rows, columns)
     if directions <= _DIRECT_UP_TO:
         return "direct"
-    few = rank is not None and rank * _RANDOMISED_SHARE <= directions
-    return "randomised" if few and directions >= _RANDOMISED_FROM else "gram"
+    few = rank is not None and rank * _RANDOMIZED_SHARE <= directions
+    return "randomized" if few and directions >= _RANDOMIZED_FROM else "gram"
 
 
 def decompose(
@@ -37,11 +37,11 @@ def decompose(
     """Left (G, d, r), values (G, r), right (G, r, n) or None, and the route taken in the end."""
     matrices = matrices.detach()
     matrices = matrices if matrices.dtype == torch.float64 else matrices.float()
-    found = None if route == "direct" else _each(matrices, rank, route, right)
-    if found is None:
+    parts = None if route == "direct" else _each(matrices, rank, route, right)
+    if parts is None:
         route = route if route == "direct" else "direct, the weight being of lower rank"
-        found = _direct(matrices)
-    left, values, rows = found
+        parts = _direct(matrices)
+    left, values, rows = parts
     left, rows = _fixed_signs(
         left[..., :rank], rows[:, :rank] if right and rows is not None else None
     )
@@ -59,13 +59,13 @@ def _each(
     """Each group by itself; None where one of them loses directions."""
     lefts, values, rights = [], [], []
     for matrix in matrices:
-        found = _gram(matrix, right) if route == "gram" else _randomised(matrix, rank)
-        if found is None:
+        parts = _gram(matrix, right) if route == "gram" else _randomized(matrix, rank)
+        if parts is None:
             return None
-        lefts.append(found[0])
-        values.append(found[1])
-        rights.append(found[2])
-    rows = [one for one in rights if one is not None]
+        lefts.append(parts[0])
+        values.append(parts[1])
+        rights.append(parts[2])
+    rows = [vectors for vectors in rights if vectors is not None]
     return _stacked(lefts), _stacked(values), _stacked(rows) if rows else None
 
 
@@ -135,8 +135,8 @@ def _times(matrix: Tensor, vectors: Tensor) -> Tensor:
     return torch.cat(blocks)
 
 
-def _randomised(matrix: Tensor, rank: int | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Halko et al.'s randomised sketch, with the same random numbers every time."""
+def _randomized(matrix: Tensor, rank: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Halko et al.'s randomized sketch, with the same random numbers every time."""
     rank = min(matrix.shape) if rank is None else rank
     sketch = min(rank + max(10, rank // 2), *matrix.shape)
     devices = [matrix.device] if matrix.device.type == "cuda" else []
@@ -162,4 +162,4 @@ def singular_values(matrices: Tensor) -> Tensor:
     """Singular values (G, r) in float64, without vectors."""
     _, rows, columns = matrices.shape
     turned = matrices if rows <= columns else matrices.mT
-    return torch.stack([_roots(torch.linalg.eigvalsh(_minus_gram(one))) for one in turned])
+    return torch.stack([_roots(torch.linalg.eigvalsh(_minus_gram(matrix))) for matrix in turned])

@@ -134,7 +134,7 @@ def gavish_donoho_threshold(values: Tensor, shape: tuple[int, int]) -> float:
         *float*, in the units of the values.
     """
     q = min(shape) / max(shape)
-    median = float(np.median(values.double().cpu().numpy()))
+    median = float(np.median(values.detach().cpu().double().numpy()))
     return (0.56 * q**3 - 0.95 * q**2 + 1.82 * q + 1.43) * median
 
 
@@ -172,7 +172,7 @@ def permutation_threshold(
 
 
 def _checked(values: Tensor, shape: tuple[int, int]) -> Tensor:
-    numbers = torch.as_tensor(values).detach().double().cpu().flatten()
+    numbers = torch.as_tensor(values).detach().cpu().double().flatten()
     if len(shape) != 2 or len(numbers) != min(shape):
         raise ValueError(
             f"{len(numbers)} singular values do not belong to a matrix of shape {tuple(shape)}; "
@@ -187,7 +187,9 @@ def _checked(values: Tensor, shape: tuple[int, int]) -> Tensor:
 
 def _not_all_zero(values: Tensor) -> Tensor:
     """Singular values in float64, of which one at least says something."""
-    numbers = values.double()
+    numbers = values.detach().cpu().double()
+    if not bool(numbers.isfinite().all()):
+        raise ValueError("Singular values must be finite; some are NaN or infinite.")
     if not bool((numbers > 0).any()):
         raise ValueError("All singular values are zero: there is nothing to choose from.")
     return numbers

@@ -4,11 +4,22 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+from captum_classfilters._core.linear_maps import (
+    LINEAR_MAPS,
+    TRANSPOSED,
+    as_in_use,
+    why_not_its_weight,
+)
+from captum_classfilters._core.tables import short_repr
 
 
+class UnfitWeightError(ValueError):
+    """A convolution's or linear layer's weight that cannot be decomposed as it is."""
+
+
+@short_repr
 class WeightMatrix(NamedTuple):
     """The unfolded weight of a layer.
 
@@ -26,7 +37,7 @@ class WeightMatrix(NamedTuple):
 
 def can_decompose(module: nn.Module) -> bool:
     """Whether a module is of a class that :func:`weight_matrix` unfolds."""
-    return isinstance(module, (nn.Linear, *_CONVOLUTIONS, *_TRANSPOSED))
+    return isinstance(module, LINEAR_MAPS)
 
 
 def weight_matrix(module: nn.Module, name: str | None = None) -> WeightMatrix:
@@ -43,20 +54,29 @@ def weight_matrix(module: nn.Module, name: str | None = None) -> WeightMatrix:
         name (str, optional): What error messages call it.
                     Default: None
 
+    The weight is the one that the layer computes with at inference: with its masks of pruning and
+    its parametrizations. A layer whose own forward does anything else with it is refused.
+
     Returns:
         *WeightMatrix*.
 
     Raises:
         ValueError: The module has no weight, one that is no linear map from channels to channels, a
-                    quantised, empty or not yet initialised one, or one with NaN or infinite entries.
+                    quantized, empty or not yet initialized one, one with NaN or infinite entries, or
+                    one that is not what the layer computes.
     """
     called = f"{type(module).__name__}" + (f" {name!r}" if name else "")
     if not isinstance(module, nn.Module):
         raise ValueError(f"Expected a layer, a torch.nn.Module; got a {called}.")
-    weight = getattr(module, "weight", None)
+    if any(map(is_lazy, module.parameters())):
+        raise UnfitWeightError(
+            f"{called} has no weight yet; run the model once so that it learns its shape."
+        )
+    with as_in_use(module):  # a parametrization may update its buffers in training
+        weight = getattr(module, "weight", None)
     if callable(weight) and not isinstance(weight, Tensor):
         raise ValueError(
-            f"{called} is quantised: its weight is packed integers. Decompose the floating-point "
+            f"{called} is quantized: its weight is packed integers. Decompose the floating-point "
             "layer that it was made from."
         )
     if isinstance(module, nn.MultiheadAttention):
@@ -69,30 +89,36 @@ def weight_matrix(module: nn.Module, name: str | None = None) -> WeightMatrix:
             f"{called} has no weight of its own, so it has no singular directions. Choose a "
             "convolution or a linear layer inside or before it."
         )
-    if isinstance(weight, nn.parameter.UninitializedParameter):
-        raise ValueError(
-            f"{called} has no weight yet; run the model once so that it learns its shape."
-        )
     if not can_decompose(module):
         raise ValueError(
             f"{called} has a weight of shape {tuple(weight.shape)}, but it is not a convolution or a "
-            "linear layer. Choose one of these, a normalisation's neighbour say."
+            "linear layer. Choose one of these, a normalization's neighbor for example."
         )
-    return unfold(weight.detach(), _kind(module), getattr(module, "groups", 1), called)
+    reason = why_not_its_weight(module)
+    # Hooks of pruning and of weight normalization renew the weight when the layer runs, as it just did.
+    with as_in_use(module):
+        weight = module.weight.detach()  # type: ignore[operator]
+    result = unfold(weight, _kind(module), getattr(module, "groups", 1), called)
+    if reason is not None:
+        raise UnfitWeightError(
+            f"{called} cannot be decomposed by its weight: {reason}. Decompose a plain layer with the "
+            "weight that it computes with: merge an adapter, convert a quantized or standardized one."
+        )
+    return result
 
 
 def unfold(weight: Tensor, kind: str, groups: int, called: str) -> WeightMatrix:
     """The matrices of a weight that is known to be one of a convolution or a linear layer."""
     if weight.is_complex() or not weight.is_floating_point():
-        raise ValueError(f"{called} has a weight of {weight.dtype}; expected real numbers.")
+        raise UnfitWeightError(f"{called} has a weight of {weight.dtype}; expected real numbers.")
     if weight.is_meta or not weight.numel():
         what = "without values, on the meta device" if weight.is_meta else "without entries"
-        raise ValueError(f"{called} has a weight of shape {tuple(weight.shape)} {what}.")
+        raise UnfitWeightError(f"{called} has a weight of shape {tuple(weight.shape)} {what}.")
     # NaN wins every comparison here; `isfinite` of a large weight would copy it several times.
     if not bool(torch.isfinite(torch.stack(weight.aminmax())).all()):
         bad = ~torch.isfinite(weight)
         first = tuple(bad.nonzero()[0].tolist())
-        raise ValueError(
+        raise UnfitWeightError(
             f"{called} has {int(bad.sum())} NaN or infinite entries in its weight, the first at "
             f"{first}; a decomposition needs finite numbers."
         )
@@ -105,6 +131,6 @@ def unfold(weight: Tensor, kind: str, groups: int, called: str) -> WeightMatrix:
 
 
 def _kind(module: nn.Module) -> str:
-    if isinstance(module, _TRANSPOSED):
+    if isinstance(module, TRANSPOSED):
         return "transposed convolution"
     return "linear" if isinstance(module, nn.Linear) else "convolution"

@@ -95,7 +95,7 @@ def test_a_decomposition_by_hand():
     assert torch.allclose(svd.right.flatten(1), torch.tensor([[0.0, -1.0], [1.0, 0.0]]))
 
 
-@pytest.mark.parametrize("method", ["direct", "gram", "randomised"])
+@pytest.mark.parametrize("method", ["direct", "gram", "randomized"])
 def test_signs_are_fixed(method):
     torch.manual_seed(1)
     weight = torch.randn(40, 70)
@@ -144,7 +144,7 @@ def test_routes_are_chosen_by_size_and_reported():
     large = nn.Linear(1030, 1024)
     before = torch.get_rng_state()
     svd = layer_svd(large, rank=4)
-    assert svd.route == "randomised"
+    assert svd.route == "randomized"
     assert not svd.complete
     assert torch.equal(before, torch.get_rng_state())
     assert torch.equal(svd.left, layer_svd(large, rank=4).left)  # the same numbers every time
@@ -337,7 +337,7 @@ class TestBadLayers:
 
     def test_quantised(self):
         layer = torch.ao.nn.quantized.Conv2d(3, 4, 3)
-        with pytest.raises(ValueError, match="Conv2d is quantised"):
+        with pytest.raises(ValueError, match="Conv2d is quantized"):
             layer_svd(layer)
 
     def test_uninitialised(self):

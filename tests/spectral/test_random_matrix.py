@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from scipy.integrate import quad, trapezoid
 from torch import nn
+from torch.nn.utils import prune
+from torch.nn.utils.parametrizations import weight_norm
 
 from benchmarks import cifar10
 from captum_classfilters.spectral import (
@@ -333,6 +335,63 @@ class TestModels:
         assert table.loc["0.0", "columns"] == 27
         with pytest.raises(ValueError, match="No layer has two"):
             model_spectra(nn.Linear(20, 1))
+
+    def test_no_layer_stops_the_others(self):
+        torch.manual_seed(0)
+        net = nn.Sequential(self.net(), *(nn.Linear(9, 8) for _ in range(4)), nn.LazyLinear(3))
+        net[1].weight.data[2, 3] = float("nan")
+        net[2].weight.data = net[2].weight.data[:0]
+        net[3].forward = lambda x: 2 * nn.functional.linear(x, net[3].weight)
+        net[4].weight.data.zero_()
+        net.append(nn.Linear(3, 4, device="meta"))
+        spectra = model_spectra(net)
+        assert [layer.name for layer in spectra] == ["0.0", "0.3"]
+        assert set(spectra.skipped) == set("123456")
+        for name, reason in (
+            ("1", "1 NaN or infinite entries in its weight, the first at (2, 3)"),
+            ("2", "without entries"),
+            ("3", "gives other numbers than its weight and bias do, off by 1"),
+            ("4", "fewer than two different positive eigenvalues"),
+            ("5", "run the model once"),
+            ("6", "on the meta device"),
+        ):
+            assert reason in spectra.skipped[name]
+            assert f"\n{name} has no spectrum: " in str(spectra)
+        assert len(compare_with_random(net).twin) == 2
+        with pytest.raises(ValueError, match=r"no spectrum to describe \('1': .* NaN"):
+            model_spectra(net, ["1", "4"])
+        with pytest.raises(ValueError, match="'3' cannot be decomposed by its weight"):
+            model_spectra(net, ["0.0", "3"])
+
+    def test_printed_as_tables(self):
+        net = self.net()
+        spectra = model_spectra(net)
+        head, first, second = str(spectra).splitlines()
+        assert head.split()[:4] == ["layer", "rows", "columns", "alpha"]
+        assert first.split()[:3] == ["0", "16", "27"]
+        assert f"{spectra['3'].power_law.alpha:.3f}" in second
+        assert (
+            repr(spectra) == "ModelSpectra(layers=(LayerSpectrum(…), LayerSpectrum(…)), skipped={})"
+        )
+        assert "values=float64 (16,)" in repr(spectra["0"])
+        compared = compare_with_random(net)
+        lines = str(compared).splitlines()
+        assert len(lines) == 3
+        assert "alpha of twin" in lines[0]
+        assert f"{compared.twin['0'].power_law.alpha:.3f}" in lines[1]
+        assert len(repr(compared)) < 100
+        svds = model_svd(net)
+        assert len(svds["0"].values) == 16
+        assert repr(svds) == "ModelSVD(2 layers of Sequential, 1 decomposed)"
+        assert "values=float32 (16,)" in repr(svds["0"])
+        assert repr(svds.matrix("3")).startswith("WeightMatrix(matrices=float32 (1, 20, 64),")
+
+    @pytest.mark.parametrize("derive", [weight_norm, lambda layer: prune.identity(layer, "weight")])
+    def test_a_derived_weight_has_no_twin_by_reset(self, derive):
+        net = nn.Sequential(nn.Linear(9, 8), derive(nn.Linear(8, 7)))
+        with pytest.raises(ValueError, match=r"does not renew the weight .*shuffled"):
+            compare_with_random(net)
+        assert len(compare_with_random(net, "shuffled").twin) == 2
 
     def test_comparison_with_a_twin(self):
         net = self.net()
