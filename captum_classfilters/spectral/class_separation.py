@@ -9,21 +9,24 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm.auto import trange
 
+from captum_classfilters._core.overlap import jaccard_of, shared_members
+from captum_classfilters._core.tables import short_repr, text_table
 from captum_classfilters.spectral.hypergraph import (
     Ends,
     Hypergraph,
+    Membership,
     Rule,
     Vertices,
-    _checked,
-    _components,
-    _Membership,
+    checked_labels,
     class_hypergraph,
+    connected_components,
 )
 
 # Which end of the null's distribution speaks for separation.
 _HIGHER = {"jaccard": False, "components": True, "purity": True, "single_class_share": True}
 
 
+@short_repr
 @dataclass(frozen=True)
 class SeparationTest:
     r"""
@@ -47,14 +50,14 @@ class SeparationTest:
     p_values: Mapping[str, float]
 
     def __str__(self) -> str:
-        rows = [f"{'score':<20}{'observed':>10}{'null':>10}{'std':>8}{'p':>8}"]
+        rows = []
         for name, p in self.p_values.items():
             draws = self.null[name][~np.isnan(self.null[name])]
             mean, spread = (draws.mean(), draws.std()) if len(draws) else (np.nan, np.nan)
-            rows.append(
-                f"{name:<20}{self.observed[name]:>10.3f}{mean:>10.3f}{spread:>8.3f}{p:>8.3f}"
-            )
-        return "\n".join(rows)
+            numbers = {"observed": self.observed[name], "null": mean, "std": spread, "p": p}
+            rows.append({"score": name, **numbers})
+        empty = "" if self.hypergraph.incidence.any() else "The rule found nothing: no incidences."
+        return text_table(rows, title=empty)
 
 
 def class_jaccard(hypergraph: Hypergraph) -> NDArray[np.float64]:
@@ -88,7 +91,7 @@ def separation_scores(hypergraph: Hypergraph, *, s: int = 1) -> dict[str, float]
                     Default: 1
 
     Returns:
-        *dict*:
+        *dict*, with NaN for what is not defined, as for a hypergraph without incidences:
 
         - ``"jaccard"``: mean :func:`class_jaccard` of two different classes; low where classes use
           different edges.
@@ -202,10 +205,10 @@ def separation_test(
         class_names=class_names,
         **options,
     )
-    known = _checked(scores, labels, class_names)[0].numpy()
+    known = checked_labels(scores, labels, class_names)[0].numpy()
     observed = separation_scores(graph, s=s)
     size = int(graph.incidence.sum()) if match_size else None
-    membership = _Membership(scores, rule, threshold, share, num_exemplars, ends)
+    membership = Membership(scores, rule, threshold, share, num_exemplars, ends)
     # Images keep their edges under any labels, and so their similarities and components.
     fixed = _similarities(graph.incidence) if vertices == "image" else None
     generator = np.random.default_rng(seed)
@@ -265,30 +268,32 @@ def _scores(
     between = _between(known, classes, num_classes)
     pairs = between[~np.eye(num_classes, dtype=bool)]
     pairs = pairs[~np.isnan(pairs)]
-    found = {
+    scores = {
         "jaccard": float(pairs.mean()) if len(pairs) else float("nan"),
         "components": float("nan"),
         "purity": float(purity.mean()) if len(size) else float("nan"),
         "single_class_share": (
             float(((held > 0).sum(0) == 1).mean()) if len(size) else float("nan")
         ),
-        "empty_edges": float(1 - len(size) / incidence.shape[1]),
-        "empty_vertices": float((~incidence.any(1)).mean()),
+        "empty_edges": _share(~incidence.any(0)),
+        "empty_vertices": _share(~incidence.any(1)),
     }
-    if s is not None:
-        groups = _components(incidence, s)
-        found["components"] = float(len(groups) + len(incidence) - sum(map(len, groups)))
-    return found
+    if s is not None and incidence.any():
+        groups = connected_components(incidence, s)
+        scores["components"] = float(len(groups) + len(incidence) - sum(map(len, groups)))
+    return scores
+
+
+def _share(which: Any) -> float:
+    return float(which.mean()) if len(which) else float("nan")
 
 
 def _similarities(incidence: NDArray[np.bool_]) -> NDArray[np.float32]:
     """Jaccard similarities of every two vertices' edge sets (V, V); NaN where one has none."""
-    member = incidence.astype(np.float32)
-    both = member @ member.T
-    size = member.sum(1)
-    either = size[:, None] + size[None, :] - both
-    known = (size[:, None] > 0) & (size[None, :] > 0)
-    return np.divide(both, either, out=np.full_like(both, np.nan), where=known)
+    both, size = shared_members(incidence)
+    similarities = jaccard_of(both, size, dtype=np.float32)
+    similarities[size == 0] = similarities[:, size == 0] = np.nan
+    return similarities
 
 
 def _between(

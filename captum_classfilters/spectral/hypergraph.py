@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 from torch import Tensor
 
+from captum_classfilters._core.tables import short_repr
 from captum_classfilters.spectral.influential import influential
 
 Rule = Literal["signal_share", "influential", "exemplars"]
@@ -17,10 +18,11 @@ Vertices = Literal["class", "image"]
 Ends = Literal["highest", "lowest", "both"]
 
 
+@short_repr
 @dataclass(frozen=True)
 class Hypergraph:
     r"""
-    Vertices and the edges that hold them.
+    Vertices and the edges that hold them, which may be none: then the rule found nothing.
 
     Args:
 
@@ -79,8 +81,8 @@ class Hypergraph:
         if s < 1 or of not in ("vertices", "edges"):
             raise ValueError(f"s={s}, of={of!r}; expected s >= 1 and 'vertices' or 'edges'.")
         names = self.vertices if of == "vertices" else self.edges
-        found = _components(self.incidence if of == "vertices" else self.incidence.T, s)
-        return [[names[index] for index in group] for group in found]
+        groups = connected_components(self.incidence if of == "vertices" else self.incidence.T, s)
+        return [[names[index] for index in group] for group in groups]
 
     def to_scipy(self) -> sparse.csr_array:
         """The incidence matrix.
@@ -138,7 +140,8 @@ def class_hypergraph(
     influential     the direction is influential        it is so for at least ``threshold``
                     (:func:`influential` at ``share``)  of its images, half by default
     exemplars       it is one of the direction's        one of these images is its
-                    ``num_exemplars`` highest images
+                    ``num_exemplars`` highest images,
+                    if their scores differ
     =============== =================================== ==================================
 
     Source: Praggastis et al. (2022), https://arxiv.org/abs/2208.06894, whose abstract models class
@@ -182,8 +185,8 @@ def class_hypergraph(
         >>> graph.components()
         [['0'], ['1']]
     """
-    membership = _Membership(scores, rule, threshold, share, num_exemplars, ends)
-    labels, names = _checked(scores, labels, class_names)
+    membership = Membership(scores, rule, threshold, share, num_exemplars, ends)
+    labels, names = checked_labels(scores, labels, class_names)
     edges = tuple(f"u{unit}" for unit in range(scores.shape[1]))
     if vertices == "class":
         incidence = membership.of_classes(labels.numpy(), len(names))
@@ -194,7 +197,7 @@ def class_hypergraph(
     raise ValueError(f"vertices={vertices!r}; choose one of {list(get_args(Vertices))}.")
 
 
-class _Membership:
+class Membership:
     """Which images, and which classes under any labels, are in which edges."""
 
     def __init__(
@@ -254,17 +257,18 @@ class _Membership:
 
 
 def _exemplary(values: Tensor, number: int, ends: Ends) -> Tensor:
-    """Whether an image is among a unit's highest or lowest; ties to the lower image index."""
+    """Whether an image is among a unit's highest or lowest; ties go to the lower image index."""
     if ends not in get_args(Ends):
         raise ValueError(f"ends={ends!r}; choose one of {list(get_args(Ends))}.")
     mask = torch.zeros_like(values, dtype=torch.bool)
     for end in ("highest", "lowest") if ends == "both" else (ends,):
         order = values.sort(dim=0, descending=end == "highest", stable=True).indices
         mask.scatter_(0, order[:number], True)
-    return mask
+    # Where all images have the same score, none is exemplary.
+    return mask & (values.amax(0) > values.amin(0))
 
 
-def _checked(
+def checked_labels(
     scores: Tensor, labels: Tensor, class_names: Sequence[str] | None
 ) -> tuple[Tensor, tuple[str, ...]]:
     """Labels on the CPU, and the names of all classes."""
@@ -283,7 +287,7 @@ def _checked(
     return labels.long().cpu(), names
 
 
-def _components(incidence: NDArray[np.bool_], s: int) -> list[list[int]]:
+def connected_components(incidence: NDArray[np.bool_], s: int) -> list[list[int]]:
     """Rows that are linked by sharing at least s columns."""
     member = sparse.csr_array(incidence.astype(np.int64))
     linked = (member @ member.T).toarray() >= s

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
+from captum_classfilters._core.overlap import jaccard_of, shared_members
 from captum_classfilters.spectral.profiles import Profile
 
 Measure = Literal["jaccard", "average", "instance"]
@@ -54,7 +55,7 @@ def average_jaccard(first: Profile, second: Profile, layers: Sequence[str] | Non
 
 def instance_jaccard(image: Profile, group: Profile, layers: Sequence[str] | None = None) -> float:
     r"""
-    The share of one profile's units that are in another, an image's in its class's say.
+    The share of one profile's units that are in another, an image's in its class's for example.
 
     Args:
 
@@ -106,22 +107,25 @@ def similarity_matrix(
     if measure not in get_args(Measure):
         raise ValueError(f"measure={measure!r}; choose one of {list(get_args(Measure))}.")
     names = _common(profiles, layers)
-    stacks = [sparse.vstack([one.counts[name] > 0 for one in profiles]) for name in names]
-    shared = [_shared(stack) for stack in stacks]
+    stacks = [sparse.vstack([profile.counts[name] > 0 for profile in profiles]) for name in names]
+    shared = [shared_members(stack) for stack in stacks]
     if measure == "average":
-        return np.asarray(np.mean([_jaccard(*pair) for pair in shared], axis=0))
+        layerwise = [jaccard_of(both, size, of_nothing=1.0) for both, size in shared]
+        return np.asarray(np.mean(layerwise, axis=0))
     both = np.sum([pair[0] for pair in shared], axis=0)
     size = np.sum([pair[1] for pair in shared], axis=0)
     if measure == "jaccard":
-        return _jaccard(both, size)
-    return _ratio(both, np.broadcast_to(size[:, None], both.shape))
+        return jaccard_of(both, size, of_nothing=1.0)
+    own = np.broadcast_to(size[:, None], both.shape)
+    return np.divide(both, own, out=np.ones(both.shape), where=own > 0)
 
 
 def _common(profiles: Sequence[Profile], layers: Sequence[str] | None) -> list[str]:
     if not profiles:
         raise ValueError("There are no profiles.")
     described: list[Any] = [
-        (one.kind, {name: row.shape[1] for name, row in one.counts.items()}) for one in profiles
+        (profile.kind, {name: row.shape[1] for name, row in profile.counts.items()})
+        for profile in profiles
     ]
     for other in described[1:]:
         if other != described[0]:
@@ -133,18 +137,3 @@ def _common(profiles: Sequence[Profile], layers: Sequence[str] | None) -> list[s
     if missing or not names:
         raise ValueError(f"layers={layers}; the profiles have {list(described[0][1])}.")
     return names
-
-
-def _shared(stack: Any) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Units that every two rows share (n, n), and each row's own (n,)."""
-    member = sparse.csr_array(stack).astype(np.int64)
-    return (member @ member.T).toarray(), np.asarray(member.sum(1))
-
-
-def _jaccard(both: NDArray[Any], size: NDArray[Any]) -> NDArray[np.float64]:
-    return _ratio(both, size[:, None] + size[None, :] - both)
-
-
-def _ratio(part: NDArray[Any], whole: NDArray[Any]) -> NDArray[np.float64]:
-    """A part of a whole; of nothing, all."""
-    return np.divide(part, whole, out=np.ones(part.shape), where=whole > 0)

@@ -20,6 +20,7 @@ from captum_classfilters.spectral import (
     separation_scores,
     separation_test,
 )
+from captum_classfilters.spectral.hypergraph import Membership
 
 QUIET = {"show_progress": False}
 SCORES = torch.tensor(
@@ -152,7 +153,8 @@ def test_scores_of_classes_by_definition(incidence):
         assert scores[name] == pytest.approx(expected, nan_ok=True, abs=1e-6), name
     assert scores["empty_edges"] == pytest.approx(1 - len(sizes) / incidence.shape[1])
     isolated = sum(not row.any() for row in incidence)
-    assert scores["components"] == len(graph.components()) + isolated
+    expected = len(graph.components()) + isolated if incidence.any() else math.nan
+    assert scores["components"] == pytest.approx(expected, nan_ok=True)
     assert scores["empty_vertices"] == pytest.approx(isolated / len(incidence))
 
 
@@ -243,10 +245,8 @@ def test_null_is_the_permuted_hypergraph():
 
 
 def test_null_has_the_size_of_the_observed_hypergraph():
-    from captum_classfilters.spectral.hypergraph import _Membership
-
     scores, labels = separated(images=60)
-    membership = _Membership(scores, "signal_share", None, 0.1, 10, "highest")
+    membership = Membership(scores, "signal_share", None, 0.1, 10, "highest")
     for size in (0, 1, 7, 36):
         permuted = np.random.default_rng(1).permutation(labels.numpy())
         assert membership.of_classes(permuted, 3, size).sum() == size
@@ -262,6 +262,65 @@ def test_image_null_equals_new_labels():
         expected = separation_scores(class_hypergraph(scores, permuted, **options))
         for name in ("jaccard", "purity", "single_class_share"):
             assert test.null[name][draw] == pytest.approx(expected[name], abs=1e-6)
+
+
+# A rule that finds nothing
+
+
+@pytest.mark.parametrize(
+    "graph",
+    [
+        class_hypergraph(torch.zeros(6, 4), torch.arange(6) % 3),
+        class_hypergraph(torch.zeros(6, 4), torch.arange(6) % 3, vertices="image"),
+        class_hypergraph(torch.zeros(6, 4), torch.arange(6) % 3, rule="influential"),
+        class_hypergraph(torch.ones(6, 4), torch.arange(6) % 3, rule="exemplars", num_exemplars=1),
+        Hypergraph(np.zeros((3, 0), dtype=bool), ("a", "b", "c"), (), np.arange(3), 3),
+        Hypergraph(np.zeros((0, 2), dtype=bool), (), ("u0", "u1"), np.arange(0), 3),
+        Hypergraph(np.zeros((0, 0), dtype=bool), (), (), np.arange(0), 3),
+    ],
+    ids=lambda graph: f"{graph.incidence.shape}",
+)
+def test_an_empty_hypergraph_answers(graph, recwarn):
+    assert not graph.incidence.any()
+    assert "tensor" not in repr(graph)
+    assert graph.dual().incidence.shape == graph.incidence.shape[::-1]
+    assert graph.dual().dual().vertices == graph.vertices
+    for s in (1, 2):
+        assert graph.components(s) == graph.components(s, "edges") == []
+    assert graph.to_scipy().shape == graph.incidence.shape
+    assert graph.to_scipy().nnz == 0
+    assert class_jaccard(graph).shape == (3, 3)
+    assert np.isnan(class_jaccard(graph)).all()
+    scores = separation_scores(graph)
+    for name in ("jaccard", "components", "purity", "single_class_share"):
+        assert math.isnan(scores[name])
+    for name, number in zip(("empty_vertices", "empty_edges"), graph.incidence.shape, strict=True):
+        assert scores[name] == pytest.approx(1 if number else math.nan, nan_ok=True)
+    assert not recwarn.list
+
+
+def test_an_empty_hypergraph_goes_to_hypernetx():
+    pytest.importorskip("hypernetx")
+    graph = class_hypergraph(torch.zeros(6, 4), torch.arange(6) % 3)
+    assert len(graph.to_hypernetx().edges) == 0
+
+
+@pytest.mark.parametrize("vertices", ["class", "image"])
+@pytest.mark.parametrize("rule", ["signal_share", "influential", "exemplars"])
+def test_a_test_of_nothing_says_so(rule, vertices):
+    test = separation_test(
+        torch.zeros(6, 4),
+        torch.arange(6) % 3,
+        rule=rule,
+        vertices=vertices,
+        permutations=3,
+        **QUIET,
+    )
+    assert all(math.isnan(p) for p in test.p_values.values())
+    lines = str(test).splitlines()
+    assert lines[0] == "The rule found nothing: no incidences."
+    assert len(lines) == 6
+    assert len(repr(test)) < 400
 
 
 def test_hypernetx():

@@ -130,8 +130,43 @@ def test_hypergraph_picture_refuses():
     with pytest.raises(ValueError, match="is a dual"):
         plot_hypergraph(graph().dual())
     empty = Hypergraph(np.zeros((2, 1), dtype=bool), ("a", "b"), ("u0",), np.arange(2), 2)
-    with pytest.raises(ValueError, match="no incidences"):
-        plot_hypergraph(empty)
+    for style in ("incidence", "bands"):
+        with pytest.raises(ValueError, match="no incidences: its rule found nothing"):
+            plot_hypergraph(empty, style=style)
+    with pytest.raises(ValueError, match="1 class names for 2 classes"):
+        plot_hypergraph(graph(), class_names=["a"])
+
+
+def test_as_many_images_as_classes_are_not_taken_for_them():
+    scores = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    made = class_hypergraph(scores, torch.tensor([1, 0]), vertices="image", threshold=0.5)
+    _, axes = plot_hypergraph(made)
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["0", "1"]
+    drawn = np.asarray(axes.images[0].get_array())
+    names = [label.get_text() for label in axes.get_xticklabels()]
+    assert drawn[0].tolist() == [float(name == "u1") for name in names]
+
+
+def test_which_directions_are_drawn():
+    _, axes = plot_hypergraph(graph(), classes=["dog", "cat"], edges=["u3", "u1"])
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["u3", "u1"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["dog", "cat"]
+    assert np.asarray(axes.images[0].get_array()).tolist() == [[0, 1], [0, 1]]
+    _, axes = plot_hypergraph(graph(), edges=1)
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["u1"]  # in two classes
+    assert "the 1 of 4 directions" in axes.get_xlabel()
+
+
+def test_layers_whose_rule_found_nothing_are_gaps():
+    labels = torch.arange(12) % 3
+    options = {"permutations": 5, "threshold": 0.3, **QUIET}
+    nothing = separation_test(torch.zeros(12, 6), labels, **options)
+    some = separation_test(torch.eye(3).repeat(1, 2)[labels], labels, **options)
+    _, axes = plot_class_separation({"a": nothing, "b": some}, score="purity")
+    assert np.isnan(axes.lines[1].get_ydata()[0])
+    assert axes.lines[1].get_ydata()[1] == 1
+    with pytest.raises(ValueError, match="No layer has the score 'components': the rule found no"):
+        plot_class_separation({"a": nothing}, score="components")
 
 
 def test_class_separation_against_depth():
