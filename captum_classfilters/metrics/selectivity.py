@@ -19,18 +19,19 @@ def class_selectivity_index(class_means: Tensor) -> Tensor:
     :math:`m_{\max}` the largest of the filter's class-conditional **mean** activations and
     :math:`m_{\mathrm{rest}}` the mean of the others (Morcos et al. 2018,
     https://arxiv.org/abs/1803.06959; Leavitt and Morcos 2020, https://arxiv.org/abs/2003.01262). Class
-    sums in place of means would reward filters for the larger classes.
+    sums in place of means would reward filters for the larger classes. The index is defined for
+    activations that are not negative, as those after a ReLU are.
 
     Args:
 
-        class_means (Tensor): Shape (C, K), not negative: :func:`class_means`, say. Rows of NaN,
-                    classes without images, are left out.
+        class_means (Tensor): Shape (C, K), not negative, from :func:`class_means` for example. Rows of
+                    NaN, classes without images, are left out.
 
     Returns:
         *Tensor* of shape (K,), between 0 and 1; 0 for a filter that is always zero.
 
     Raises:
-        ValueError: There are fewer than two classes with images.
+        ValueError: There are fewer than two classes with images, or a mean is negative or infinite.
 
     Examples::
 
@@ -39,9 +40,18 @@ def class_selectivity_index(class_means: Tensor) -> Tensor:
         >>> class_selectivity_index(torch.tensor([[1., 1.], [0., 1.]])).round(decimals=3)
         tensor([1., 0.])
     """
+    if class_means.dim() != 2:
+        raise ValueError(f"class_means have shape {tuple(class_means.shape)}; expected (C, K).")
     means = class_means[~class_means.isnan().any(1)]
-    if means.dim() != 2 or len(means) < 2:
+    if len(means) < 2:
         raise ValueError(f"class_means {tuple(class_means.shape)} need two classes with images.")
+    wrong = ((means < 0) | means.isinf()).any(0).nonzero()[:, 0].tolist()
+    if wrong:
+        raise ValueError(
+            f"class_means of {len(wrong)} filters are negative or infinite, of filter {wrong[0]} for "
+            f"example, whose smallest is {float(means[:, wrong[0]].min()):.3g}. The index is defined "
+            "for activations that are not negative: take a layer after its ReLU."
+        )
     largest = means.max(0).values
     rest = (means.sum(0) - largest) / (len(means) - 1)
     return (largest - rest) / (largest + rest + _EPSILON)
@@ -85,7 +95,7 @@ def selectivity_regulariser(activations: Tensor | Sequence[Tensor], labels: Tens
         *Tensor*, a scalar in [0, 1].
 
     Raises:
-        ValueError: The batch holds fewer than two classes.
+        ValueError: The batch holds fewer than two classes, or a class's mean is negative.
     """
     layers = [activations] if isinstance(activations, Tensor) else list(activations)
     present, index = labels.unique(return_inverse=True)
