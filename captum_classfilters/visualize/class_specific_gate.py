@@ -191,7 +191,10 @@ def plot_mutual_information(
     axes.set_xticks([])
     axes.tick_params(labelsize=8)
     told = ["filter, beside the class it tells most of" if order == "class" else "filter"]
-    told += [out_of(len(rows), len(table), "classes"), out_of(len(columns), table.shape[1], "filters")]
+    told += [
+        out_of(len(rows), len(table), "classes"),
+        out_of(len(columns), table.shape[1], "filters"),
+    ]
     axes.set_xlabel("; ".join(filter(None, told)))
     score = float(table.max(0).values.mean())
     most = "" if bound is None else f" of at most {bound:.3f}"

@@ -26,6 +26,7 @@ Position = tuple[int, ...] | Literal["center"] | None
 Transform = Callable[[Tensor, torch.Generator], Tensor]
 
 
+@short_repr
 @dataclass(frozen=True)
 class _Term:
     """One weighted sum of a layer's filters, averaged over positions or at one of them."""
