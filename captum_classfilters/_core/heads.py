@@ -177,7 +177,7 @@ def alike(left: Tensor, right: Tensor, *computed_in: torch.dtype) -> Tensor:
     """Whether two tensors hold the same finite numbers up to rounding, as a bool of no axes on
     their device. The coarsest of their types, and of those named, says what rounding is."""
     types = [t for t in (left.dtype, right.dtype, *computed_in) if t.is_floating_point]
-    eps = max((torch.finfo(t).eps for t in types), default=0.0)
+    eps = max((rounding(t, right.device) for t in types), default=0.0)
     wide = torch.promote_types(left.dtype, right.dtype)
     left, right = left.detach().to(wide), right.detach().to(wide)
     if not right.numel():
@@ -185,6 +185,15 @@ def alike(left: Tensor, right: Tensor, *computed_in: torch.dtype) -> Tensor:
     size = right.abs()
     allowed = max(1e-5, 4 * eps) * size.amax().clamp(min=1e-6) + max(1e-4, 4 * eps) * size
     return ((left - right).abs() <= allowed).all() & right.isfinite().all()
+
+
+def rounding(dtype: torch.dtype, device: torch.device) -> float:
+    """The relative error of a single operation: that of the type, or of TensorFloat-32 where a GPU
+    may compute in it, whose results depend on the size of the batch."""
+    tensor_float = torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32
+    if dtype == torch.float32 and device.type == "cuda" and tensor_float:
+        return 2.0**-10
+    return torch.finfo(dtype).eps
 
 
 def _version(tensor: Tensor) -> int:

@@ -14,6 +14,8 @@ from captum_classfilters._core.devices import device_of
 from captum_classfilters._core.layers import unwrapped
 from captum_classfilters._version import __version__
 
+_CHUNK = 64 * 2**20  # bytes that travel from a device at once
+
 
 def fingerprint(model: nn.Module | None) -> str | None:
     """SHA-256 over the names, shapes and bytes of a model's parameters and buffers."""
@@ -21,26 +23,33 @@ def fingerprint(model: nn.Module | None) -> str | None:
         return None
     device = device_of(model)
     if device is None or device.type != "cuda":
-        return _digest(_contents(model))
+        return _digest(model)
     with torch.cuda.stream(torch.cuda.Stream(device)):  # beside the work of the device
-        return _digest(_contents(model))
+        return _digest(model)
 
 
-def _contents(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    """What is hashed of each tensor, on the CPU."""
-    return [
-        (f"{name}{tuple(tensor.shape)}{tensor.dtype}", tensor.detach().cpu().contiguous())
-        for name, tensor in model.state_dict().items()
-        if isinstance(tensor, torch.Tensor)
-    ]
-
-
-def _digest(contents: list[tuple[str, torch.Tensor]]) -> str:
+def _digest(model: nn.Module) -> str:
     digest = hashlib.sha256()
-    for text, tensor in contents:
-        digest.update(text.encode())
-        if tensor.numel():
-            digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+    headers: list[bytes] = []
+    chunk: list[torch.Tensor] = []
+
+    def add_chunk() -> None:
+        """Fetch what has gathered, in one copy."""
+        data = torch.cat(chunk).cpu() if chunk else torch.zeros(0, dtype=torch.uint8)
+        for header, part in zip(headers, data.split([len(part) for part in chunk]), strict=True):
+            digest.update(header)
+            digest.update(part.numpy().data)
+        headers.clear()
+        chunk.clear()
+
+    for name, tensor in model.state_dict().items():
+        if not isinstance(tensor, torch.Tensor):
+            continue
+        if chunk and (chunk[0].device != tensor.device or sum(map(len, chunk)) >= _CHUNK):
+            add_chunk()
+        headers.append(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        chunk.append(tensor.detach().contiguous().flatten().view(torch.uint8))
+    add_chunk()
     return digest.hexdigest()
 
 
