@@ -326,15 +326,6 @@ def compress_layer(
         True
     """
 
-    def accuracy(network: nn.Module) -> float:
-        scores = evaluate_classifier(
-            network,
-            dataloader,
-            unpack=unpack,
-            show_progress=show_progress,  # type: ignore[arg-type]
-        )
-        return scores.accuracy
-
     check_read_again(dataloader)
     name = name_of(model, layer)
     first = model if original is None else original
@@ -350,6 +341,13 @@ def compress_layer(
     with torch.no_grad():
         module.weight.copy_(coded.to_dense())
     bias = _bytes(module.bias)
+    accuracy = None
+    if dataloader is not None:
+        before, after = (
+            evaluate_classifier(network, dataloader, unpack=unpack, show_progress=show_progress)
+            for network in (first, small)
+        )
+        accuracy = before.accuracy, after.accuracy
     report = CompressionReport(
         layer=name,
         filters=(_filters(reference), _filters(module)),
@@ -363,7 +361,7 @@ def compress_layer(
         index_bytes=coded.index_bytes,
         codebook_bytes=coded.codebook_bytes,
         bias_bytes=bias,
-        accuracy=None if dataloader is None else (accuracy(first), accuracy(small)),
+        accuracy=accuracy,
     )
     return CompressedLayer(small, coded, report)
 
