@@ -80,11 +80,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _model_and_images(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, help="any torchvision classifier, resnet18 say")
+    parser.add_argument(
+        "--model", required=True, help="any torchvision classifier, for example resnet18"
+    )
     parser.add_argument("--checkpoint", help="safetensors file or PyTorch state dict")
     parser.add_argument("--random-weights", action="store_true", help="go on without a checkpoint")
     parser.add_argument("--data", required=True, help="folder with one subfolder for each class")
-    parser.add_argument("--layer", help="dotted name, layer4 say; `layers` lists them")
+    parser.add_argument("--layer", help="dotted name, for example layer4; `layers` lists them")
     parser.add_argument("--output", required=True, help="folder for the results")
     parser.add_argument("--num-filters", type=int, default=5, help="(default: %(default)s)")
     parser.add_argument("--num-classes", type=int, help="outputs of the model")

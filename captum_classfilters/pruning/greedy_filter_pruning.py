@@ -242,7 +242,7 @@ class _Network:
         self.forward_func, self.layers, self.channel_dim = forward_func, layers, channel_dim
         self.model = module_of(forward_func, list(layers.values()))
         self.ways: dict[str, str] = {}
-        self.images: dict[bool, list[tuple[tuple[Any, ...], Tensor]]] = {False: [], True: []}
+        self.images: dict[bool, list[tuple[tuple[Any, ...], Tensor, int]]] = {False: [], True: []}
         self._probabilities: bool | None = None
         # Batches held in memory, run up to one layer.
         self._recorded: dict[bool, list[LabeledReplay]] = {}
@@ -262,8 +262,8 @@ class _Network:
                 labels = checked_labels(batches, batch, replay)
                 if self._probabilities is None:
                     self._probabilities = are_probabilities(class_scores(replay.output))
-                recorded.append(LabeledReplay(replay, labels, self._probabilities, len(recorded)))
-                self.images[report].append((batch.inputs, labels))
+                recorded.append(LabeledReplay(replay, labels, self._probabilities, batch.number))
+                self.images[report].append((batch.inputs, labels, batch.number))
         if not recorded:
             raise ValueError(f"{name} is empty: the data loader gave no image.")
         self._recorded[report] = recorded
@@ -273,7 +273,7 @@ class _Network:
         if not self.images[True]:
             return
         chosen, reported = (
-            set(torch.cat([labels for _, labels in self.images[part]]).tolist())
+            set(torch.cat([labels for _, labels, _ in self.images[part]]).tolist())
             for part in (False, True)
         )
         if chosen != reported:
@@ -285,7 +285,7 @@ class _Network:
 
     def num_filters(self) -> dict[str, int]:
         """K of each layer."""
-        inputs, _ = self.images[False][0]
+        inputs, _, _ = self.images[False][0]
         first = self._recorded_at
         return {
             name: self._recorded[False][0].replay.num_filters
@@ -329,7 +329,7 @@ class _Network:
 
     def _run(self, name: str, report: bool) -> Iterator[LabeledReplay]:
         assert self._probabilities is not None
-        for number, (inputs, labels) in enumerate(self.images[report]):
+        for inputs, labels, number in self.images[report]:
             replay = self._replay(name, inputs)
             yield LabeledReplay(replay, labels, self._probabilities, number)
 
@@ -367,7 +367,7 @@ class _Network:
             model_sha256=model_sha256,
             options=options,
             ways=self.ways,
-            num_images=sum(len(labels) for _, labels in self.images[False]),
+            num_images=sum(len(labels) for _, labels, _ in self.images[False]),
             start_loss=loss,
         )
 

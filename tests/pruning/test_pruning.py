@@ -651,10 +651,10 @@ class Ratio(nn.Module):
 
 def test_outputs_that_are_not_finite_without_a_filter_are_refused_by_name():
     x = 1 + torch.rand(6, 3, 2, 2)
-    data = [(x, torch.arange(6) % 2)] * 2
+    data = [(x[:0], torch.zeros(0)), *[(x, torch.arange(6) % 2)] * 2]
     pruning = GreedyFilterPruning(Ratio(), "filters")
     for options in ({}, {"error_probability": 0.1}):
-        with pytest.raises(ValueError, match=r"NaN or Inf for image 0 of batch 0 .* filters 2 rem"):
+        with pytest.raises(ValueError, match=r"NaN or Inf for image 0 of batch 1 .* filters 2 rem"):
             pruning.run(data, num_filters=2, show_progress=False, **options)
 
 
