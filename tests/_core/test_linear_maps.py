@@ -12,6 +12,7 @@ from torch.nn.utils import prune
 from captum_classfilters._core.linear_maps import run_with_weight, why_not_its_weight
 from captum_classfilters.spectral import FactoredLayer, factor_layer, layer_svd, model_svd
 from tests.models import hooks_of
+from tests.pretend_device import pretend
 
 
 class Standardized(nn.Conv2d):
@@ -306,3 +307,16 @@ def test_run_with_weight_of_another_number_of_filters():
     x = inputs_for(layer)
     expected = F.conv_transpose2d(x, weight, None, stride=2, padding=1, output_padding=1, groups=2)
     torch.testing.assert_close(run_with_weight(layer, weight, x), expected)
+
+
+@pytest.mark.parametrize("recipe", [*OTHERS.values(), *THEIR_WEIGHT.values()])
+def test_on_an_accelerator(recipe):
+    plain = made(recipe).eval()
+    reason, x = why_not_its_weight(plain), inputs_for(plain)
+    with pretend("cuda") as device:
+        layer = made(recipe).eval().to(device)
+        assert (why_not_its_weight(layer) is None) == (reason is None)
+        if reason is None:
+            signals = layer_svd(layer).signals_from_input(layer, x.to(device)).cpu()
+            expected = layer_svd(plain).signals_from_input(plain, x)
+            torch.testing.assert_close(signals, expected, atol=1e-4, rtol=1e-4)

@@ -19,6 +19,7 @@ from captum_classfilters.spectral import (
     model_spectra,
     separation_test,
 )
+from tests.pretend_device import pretend
 
 LONG = "common iguana or green lizard of the tropical rain forest, Iguana iguana"
 
@@ -28,7 +29,7 @@ class Data:
 
     def __init__(self, classes=3, filters=7, dtype=torch.float32, kind="any", long=False, layers=4):
         self.classes, self.filters, self.dtype, self.kind = classes, filters, dtype, kind
-        self.layers = layers
+        self.layers, self.device = layers, torch.device("cpu")
         self.random = torch.Generator().manual_seed(0)
         self.names = [f"{LONG} {c}" if long else f"class {c}" for c in range(classes)]
         self.methods = [f"{LONG} {m}" if long else f"method {m}" for m in range(3)]
@@ -36,15 +37,16 @@ class Data:
     def __call__(self, *shape):
         values = torch.randn(shape, generator=self.random)
         values = {"any": values, "zero": 0 * values, "negative": -values.abs()}[self.kind]
-        return values.to(self.dtype)
+        return values.to(self.device, self.dtype)
 
     def uniform(self, *shape):
         values = torch.rand(shape, generator=self.random)
-        return (0 * values if self.kind == "zero" else values).to(self.dtype)
+        values = 0 * values if self.kind == "zero" else values
+        return values.to(self.device, self.dtype)
 
     def table(self):
         return ClassFilters(
-            self(self.classes, self.filters),
+            self(self.classes, self.filters).cpu(),
             torch.full((self.classes,), 9),
             class_names=self.names,
             layer="layer4",
@@ -226,6 +228,28 @@ def test_every_public_picture_is_tried():
 def test_draws(name, size, recwarn):
     drawn(name, size)
     assert not recwarn.list
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "plot_class_bars",
+        "plot_exemplars",
+        "plot_explanations",
+        "plot_filter_correlation",
+        "plot_filter_grid",
+        "plot_filter_maps",
+        "plot_gate_and_weight",
+        "plot_mutual_information",
+        "plot_profile_similarity",
+    ],
+)
+def test_draws_tensors_of_an_accelerator(name):
+    data = Data(**SIZES["plain"])
+    with pretend("cuda") as device:
+        exemplars = data.exemplars()
+        data.exemplars, data.device = lambda: exemplars, device
+        CALLS[name](data, visualize)
 
 
 @pytest.mark.parametrize("name", CALLS)

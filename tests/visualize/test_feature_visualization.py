@@ -12,6 +12,7 @@ from captum_classfilters.visualize import (
     visualize_features,
 )
 from tests.models import ChannelsLast, Reused, deep, hooks_of, pool_linear
+from tests.pretend_device import pretend
 
 QUIET = {"show_progress": False}
 of_filter, of_direction = FeatureObjective.of_filter, FeatureObjective.of_direction
@@ -196,6 +197,17 @@ def test_a_model_of_two_types():
     mixed = of_filter("1", 3) + 2 * of_filter("0", 1, position="center")
     seen = visualize_features(model, mixed, (3, 9, 9), steps=20, **QUIET)
     assert float(seen.values) > float(seen.initial) + 0.1
+
+
+@pytest.mark.parametrize("parametrization", ["pixel", "fourier"])
+def test_a_model_on_an_accelerator(parametrization):
+    objectives = [of_filter("0", 1), of_direction("0", torch.tensor([0.6, -0.8]))]
+    options = {"steps": 3, "parametrization": parametrization, "color_root": torch.eye(3), **QUIET}
+    plain = visualize_features(hand_made(), objectives, (3, 8, 8), **options)
+    with pretend("meta") as device:
+        seen = visualize_features(hand_made().to(device), objectives, (3, 8, 8), **options)
+    for name in ("images", "values", "initial", "history", "optimized"):
+        torch.testing.assert_close(getattr(seen, name), getattr(plain, name))
 
 
 # Nothing to optimize
