@@ -65,7 +65,7 @@ class DeviceTensor(Tensor):
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         """The device's tensors stay its own after the block, too."""
-        return _run(func, args, kwargs or {})
+        return _run(func, args, kwargs or {}) if _is_ours(types) else NotImplemented
 
     def data_ptr(self) -> int:
         """Where the values lie."""
@@ -98,9 +98,12 @@ class _Pretending(TorchDispatchMode):
     """Sees the operations that no tensor of the device takes part in, such as copies to it."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(kind not in (Tensor, nn.Parameter, DeviceTensor) for kind in types):
-            return NotImplemented  # a class of the code under test, which may hold ours
-        return _run(func, args, kwargs or {})
+        return _run(func, args, kwargs or {}) if _is_ours(types) else NotImplemented
+
+
+def _is_ours(types: Any) -> bool:
+    """Whether no class of the code under test takes part, which may hold tensors of ours."""
+    return all(kind in (Tensor, nn.Parameter, DeviceTensor) for kind in types)
 
 
 class _FromNumbers(TorchFunctionMode):

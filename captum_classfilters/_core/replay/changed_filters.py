@@ -6,11 +6,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from captum_classfilters._core.replay.repeated_batch import (
     POINTWISE,
     CannotReplayError,
+    Copies,
     RepeatedBatch,
     all_rows,
     written_argument,
@@ -49,7 +50,7 @@ class UnchangedSteps:
         return result
 
 
-class ChangedFilters(Tensor):
+class ChangedFilters(Copies):
     r"""
     P copies of a batch of N, each with another value in one filter.
 
@@ -65,6 +66,8 @@ class ChangedFilters(Tensor):
         changed (Tensor): Shape (P, N, ...). That filter's values.
         steps (UnchangedSteps): What is known of the unchanged batch from earlier replays.
         flat (bool): Filters and positions have become one axis to the model.
+                    Default: False
+        is_view (bool): Another batch has the same values, so that they must not be written into.
                     Default: False
     """
 
@@ -98,9 +101,9 @@ class ChangedFilters(Tensor):
         return batch
 
     def all_rows(self) -> Tensor:
-        """All P * N rows, copy after copy."""
+        """All P * N rows, copy after copy, as a tensor that may be written into."""
         rows = self.base.expand(len(self.filters), *self.base.shape).clone()
-        rows[self._copies(), :, self.filters] = self.changed
+        rows[self.places, :, self.filters] = self.changed
         return rows.reshape(self.shape)
 
     @property
@@ -108,14 +111,20 @@ class ChangedFilters(Tensor):
         """What changes (P, N, ...)."""
         return self.changed - self.base[:, self.filters].movedim(1, 0)
 
+    @property
+    def places(self) -> Tensor:
+        """The place of each copy, 0 to P - 1, on the batch's device."""
+        return torch.ones_like(self.filters).cumsum(0) - 1
+
+    def like(self, base: Tensor, changed: Tensor) -> "ChangedFilters":
+        """The same filters with other values."""
+        return ChangedFilters(base, self.filters, changed, self.steps, self.flat)
+
     def overwrite(self, other: "ChangedFilters") -> None:
         """Take another batch's values in place."""
         if self.is_view:
             raise CannotReplayError("an in-place operation on a view of a shared tensor")
         self.base, self.changed = other.base, other.changed
-
-    def _copies(self) -> Tensor:
-        return torch.arange(len(self.filters), device=self.filters.device)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -127,18 +136,16 @@ class ChangedFilters(Tensor):
     ) -> Any:
         """Run an operation filter by filter where that is exact, on all rows elsewhere."""
         kwargs = kwargs or {}
-        written = written_argument(func, args)
+        written = written_argument(func, args, kwargs)
         rule = _rule(func.overloadpacket)
         result = NotImplemented if rule is None else rule(func, args, kwargs)
-        if result is NotImplemented:
-            if isinstance(written, ChangedFilters):
-                raise CannotReplayError(f"{func} writes into a shared tensor")
-            return func(*_spread(args), **_spread(kwargs))
         if isinstance(written, ChangedFilters):
             if not isinstance(result, ChangedFilters):
                 raise CannotReplayError(f"{func} writes into a shared tensor")
             written.overwrite(result)
             return written
+        if result is NotImplemented:
+            return func(*_spread(args), **_spread(kwargs))
         if isinstance(written, RepeatedBatch):
             written.overwrite(all_rows(result), 1)
             return written
@@ -146,7 +153,10 @@ class ChangedFilters(Tensor):
 
 
 def _spread(value: Any) -> Any:
-    return tree_map(lambda one: one.all_rows() if isinstance(one, ChangedFilters) else one, value)
+    """The value with every batch of this kind written out."""
+    return tree_map(
+        lambda leaf: leaf.all_rows() if isinstance(leaf, ChangedFilters) else leaf, value
+    )
 
 
 def _rule(packet: Any) -> Callable[[Any, Any, Any], Any] | None:
@@ -161,50 +171,46 @@ def _rule(packet: Any) -> Callable[[Any, Any, Any], Any] | None:
     return _RULES.get(packet)
 
 
-def _like(batch: ChangedFilters, base: Tensor, values: Tensor) -> ChangedFilters:
-    return ChangedFilters(base, batch.filters, values, batch.steps, batch.flat)
-
-
 def _pointwise(func: Any, args: Any, kwargs: Any) -> Any:
     """Activations, numbers, and sums of batches that differ in the same filters or in none."""
-    tensors = [one for one in tree_flatten((args, kwargs))[0] if isinstance(one, Tensor)]
-    batches = [one for one in tensors if isinstance(one, ChangedFilters)]
+    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    batches = [tensor for tensor in tensors if isinstance(tensor, ChangedFilters)]
     first = batches[0]
-    full = [one for one in tensors if one.dim() and not isinstance(one, ChangedFilters)]
-    if any(one.shape != first.shape for one in (*batches, *full)):
+    full = [t for t in tensors if t.dim() and not isinstance(t, ChangedFilters)]
+    if any(tensor.shape != first.shape for tensor in (*batches, *full)):
         return NotImplemented
-    if any(one.filters is not first.filters or one.flat != first.flat for one in batches):
+    if any(b.filters is not first.filters or b.flat != first.flat for b in batches):
         return NotImplemented
-    if all(_shared(one, first) for one in full):
-        base = tree_map(lambda one: _base_of(one, func), (args, kwargs))
-        values = tree_map(lambda one: _values_of(one, first, func), (args, kwargs))
+    if all(_shared(tensor, first) for tensor in full):
+        base = tree_map(lambda leaf: _base_of(leaf, func), (args, kwargs))
+        values = tree_map(lambda leaf: _values_of(leaf, first, func), (args, kwargs))
         unchanged = first.steps.next(func, lambda: func(*base[0], **base[1]))
-        return _like(first, unchanged, func(*values[0], **values[1]))
+        return first.like(unchanged, func(*values[0], **values[1]))
     if func.overloadpacket in (_aten.add, _aten.add_) and len(batches) == 1 and len(args) == 2:
         return _added(func, args, kwargs)
     return NotImplemented
 
 
-def _shared(one: Tensor, batch: ChangedFilters) -> bool:
-    return isinstance(one, RepeatedBatch) and len(one.rows) == len(batch.base)
+def _shared(tensor: Tensor, batch: ChangedFilters) -> bool:
+    return isinstance(tensor, RepeatedBatch) and len(tensor.rows) == len(batch.base)
 
 
-def _base_of(one: Any, func: Any) -> Any:
-    if isinstance(one, ChangedFilters):
-        # The rows may be a record: never write into them.
-        return one.base.clone() if func._schema.is_mutable else one.base
-    if isinstance(one, RepeatedBatch):
-        return one.rows.clone() if func._schema.is_mutable else one.rows
-    return one
+def _base_of(value: Any, func: Any) -> Any:
+    # The rows may be a record: never write into them.
+    if isinstance(value, ChangedFilters):
+        return value.base.clone() if func._schema.is_mutable else value.base
+    if isinstance(value, RepeatedBatch):
+        return value.rows.clone() if func._schema.is_mutable else value.rows
+    return value
 
 
-def _values_of(one: Any, batch: ChangedFilters, func: Any) -> Any:
-    if isinstance(one, ChangedFilters):
-        return one.changed.clone() if func._schema.is_mutable else one.changed
-    if isinstance(one, RepeatedBatch):
-        rows = one.rows.reshape(batch.base.shape)
+def _values_of(value: Any, batch: ChangedFilters, func: Any) -> Any:
+    if isinstance(value, ChangedFilters):
+        return value.changed.clone() if func._schema.is_mutable else value.changed
+    if isinstance(value, RepeatedBatch):
+        rows = value.rows.reshape(batch.base.shape)
         return rows[:, batch.filters].movedim(1, 0).contiguous()
-    return one
+    return value
 
 
 def _added(func: Any, args: Any, kwargs: Any) -> Tensor:
@@ -216,9 +222,9 @@ def _added(func: Any, args: Any, kwargs: Any) -> Tensor:
     if isinstance(rows, RepeatedBatch) or (place == 0 and func._schema.is_mutable):
         return NotImplemented
     several = rows.reshape(len(batch.filters), *batch.base.shape)
-    changed = several[batch._copies(), :, batch.filters] + batch.changed
+    changed = several[batch.places, :, batch.filters] + batch.changed
     total: Tensor = several.add_(batch.base) if func._schema.is_mutable else several + batch.base
-    total[batch._copies(), :, batch.filters] = changed
+    total[batch.places, :, batch.filters] = changed
     if not func._schema.is_mutable:
         return total.reshape(rows.shape)
     if total.data_ptr() != rows.data_ptr():  # not viewed, but copied
@@ -239,8 +245,8 @@ def _batch_norm(func: Any, args: Any, _kwargs: Any) -> Any:
     base, *others = batch.steps.next(func, lambda: func(batch.base, *args[1:]))
     shape = (-1, *[1] * (batch.changed.dim() - 1))
     values = batch.changed * scale[batch.filters].reshape(shape)
-    values += shift[batch.filters].reshape(shape)
-    return (_like(batch, base, values), *others)
+    values = values + shift[batch.filters].reshape(shape)
+    return (batch.like(base, values.to(base.dtype)), *others)
 
 
 def _pool(func: Any, args: Any, kwargs: Any) -> Any:
@@ -250,8 +256,8 @@ def _pool(func: Any, args: Any, kwargs: Any) -> Any:
     base = batch.steps.next(func, lambda: func(batch.base, *args[1:], **kwargs))
     values = func(batch.changed, *args[1:], **kwargs)
     if isinstance(base, tuple):
-        return tuple(_like(batch, one, other) for one, other in zip(base, values, strict=True))
-    return _like(batch, base, values)
+        return tuple(batch.like(*pair) for pair in zip(base, values, strict=True))
+    return batch.like(base, values)
 
 
 def _over_positions(func: Any, args: Any, kwargs: Any) -> Any:
@@ -263,7 +269,7 @@ def _over_positions(func: Any, args: Any, kwargs: Any) -> Any:
         return NotImplemented
     # The values lack the axis of the filters but have that of the copies.
     base = batch.steps.next(func, lambda: func(batch.base, axes, *args[2:], **kwargs))
-    return _like(batch, base, func(batch.changed, axes, *args[2:], **kwargs))
+    return batch.like(base, func(batch.changed, axes, *args[2:], **kwargs))
 
 
 def _view(func: Any, args: Any, _kwargs: Any) -> Any:
@@ -280,19 +286,19 @@ def _view(func: Any, args: Any, _kwargs: Any) -> Any:
 
 def _cat(func: Any, args: Any, kwargs: Any) -> Any:
     parts, axis = args[0], args[1] if len(args) > 1 else kwargs.get("dim", 0)
-    changed = [one for one in parts if isinstance(one, ChangedFilters)]
+    changed = [part for part in parts if isinstance(part, ChangedFilters)]
     first = changed[0]
     if len(changed) > 1 or first.flat or axis % first.dim() != 1:
         return NotImplemented
-    if not all(one is first or _shared(one, first) for one in parts):
+    if not all(part is first or _shared(part, first) for part in parts):
         return NotImplemented
     before = 0
-    for one in parts:
-        if one is first:
+    for part in parts:
+        if part is first:
             break
-        before += one.shape[1]
+        before += part.shape[1]
     base = first.steps.next(
-        func, lambda: func([one.base if one is first else one.rows for one in parts], 1)
+        func, lambda: func([part.base if part is first else part.rows for part in parts], 1)
     )
     return ChangedFilters(base, first.filters + before, first.changed, first.steps)
 
@@ -301,8 +307,8 @@ def _convolution(func: Any, args: Any, _kwargs: Any) -> Any:
     batch, weight, bias, stride, padding, dilation, transposed, _, groups = args
     if not isinstance(batch, ChangedFilters) or batch.flat or batch.base.dim() != 4 or transposed:
         return NotImplemented
-    number = batch.base.shape[1]
-    if groups != 1 and not groups == number == len(weight):
+    width = batch.base.shape[1]
+    if groups != 1 and not groups == width == len(weight):
         return NotImplemented
     base = batch.steps.next(func, lambda: func(batch.base, *args[1:]))
     if groups != 1:
@@ -315,7 +321,7 @@ def _convolution(func: Any, args: Any, _kwargs: Any) -> Any:
             dilation,
             len(batch.filters),
         )
-        return _like(batch, base, values.transpose(0, 1).contiguous())
+        return batch.like(base, values.transpose(0, 1).contiguous())
     change, kernels = batch.change, weight[:, batch.filters].movedim(1, 0)  # (P, C, kh, kw)
     if weight.shape[2:].numel() == 1 and not any(padding):
         points = change[:, :, None, :: stride[0], :: stride[1]]
@@ -336,8 +342,7 @@ def _linear(func: Any, args: Any, kwargs: Any) -> Any:
         return NotImplemented
     flat = batch.base.flatten(1)
     base = batch.steps.next(func, lambda: func(*args[:-2], flat, weight))
-    number = batch.base.shape[1]
-    rows = weight.unflatten(0, (number, -1))[batch.filters]  # (P, positions, C)
+    rows = weight.unflatten(0, (batch.base.shape[1], -1))[batch.filters]  # (P, positions, C)
     change = batch.change.reshape(len(rows), len(flat), -1)
     return torch.baddbmm(base.expand(len(rows), *base.shape), change, rows).flatten(0, 1)
 

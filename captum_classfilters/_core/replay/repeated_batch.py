@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 _aten = torch.ops.aten
 # Operations that treat the images of a batch alike, one by one, with axis 0 the batch throughout.
@@ -49,7 +49,15 @@ class CannotReplayError(RuntimeError):
     """The model does something that a replay cannot follow; run the whole model instead."""
 
 
-class RepeatedBatch(Tensor):
+class Copies(Tensor):
+    """Stands for several copies of a batch; to the model, a tensor of that many rows."""
+
+    def all_rows(self) -> Tensor:
+        """All rows, copy after copy, as a tensor that may be written into."""
+        raise NotImplementedError
+
+
+class RepeatedBatch(Copies):
     r"""
     ``copies`` times the same N rows, kept once.
 
@@ -60,6 +68,8 @@ class RepeatedBatch(Tensor):
 
         rows (Tensor): The N rows, shape (N, ...).
         copies (int): How often they count.
+        is_view (bool): Another batch has the same rows, so that they must not be written into.
+                    Default: False
     """
 
     rows: Tensor
@@ -76,9 +86,7 @@ class RepeatedBatch(Tensor):
         return batch
 
     def all_rows(self) -> Tensor:
-        """All ``copies * N`` rows, copy after copy."""
-        if self.copies == 1:
-            return self.rows
+        """All ``copies * N`` rows, copy after copy, as a tensor that may be written into."""
         return self.rows.repeat(self.copies, *[1] * (self.rows.dim() - 1))
 
     def overwrite(self, rows: Tensor, copies: int) -> None:
@@ -96,63 +104,72 @@ class RepeatedBatch(Tensor):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Run an operation on one copy where that is exact, on all rows elsewhere."""
-        if any(one is not RepeatedBatch for one in types):
+        if any(issubclass(kind, Copies) and kind is not RepeatedBatch for kind in types):
             return NotImplemented  # the other kind knows what to do with both
         kwargs = kwargs or {}
-        tensors = [one for one in tree_flatten((args, kwargs))[0] if isinstance(one, Tensor)]
-        batches = [one for one in tensors if isinstance(one, RepeatedBatch)]
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        batches = [tensor for tensor in tensors if isinstance(tensor, RepeatedBatch)]
         copies = batches[0].copies
+        written = written_argument(func, args, kwargs)
         shared = _stays_shared(func, args, kwargs, tensors, batches)
-        written = written_argument(func, args)
-        if not shared and _broadcasts(func, tensors, batches, written):
-            apart = tree_map(lambda one: _apart(one, copies), (args, kwargs))
-            result = func(*apart[0], **apart[1])  # writes through a view, where it writes
-            return result.reshape(batches[0].shape) if written is None else written
-        operands = tree_map(_rows if shared else _all_rows, (args, kwargs))
         if isinstance(written, RepeatedBatch):
-            # The rows may be a record, or shared with another batch: never write into them.
-            target = operands[0][0].clone() if operands[0][0] is written.rows else operands[0][0]
-            result = func(target, *operands[0][1:], **operands[1])
-            written.overwrite(result, copies if shared else 1)
-            return written
-        result = func(*operands[0], **operands[1])
-        if not shared:
-            return result
-        is_view = func.is_view
-        return tree_map(
-            lambda one: _repeat(one, copies, is_view) if isinstance(one, Tensor) else one, result
-        )
+            return _write(func, args, kwargs, shared)
+        if shared:
+            result = func(*_one_copy(args), **_one_copy(kwargs))
+            # Batch normalisation also hands out empty tensors that nobody reads.
+            return tree_map_only(
+                Tensor,
+                lambda rows: RepeatedBatch(rows, copies, func.is_view) if rows.numel() else rows,
+                result,
+            )
+        if _broadcasts(func, tensors, batches):
+            apart, options = tree_map(lambda leaf: _apart(leaf, copies), (args, kwargs))
+            result = func(*apart, **options)  # writes through a view, where it writes
+            return result.reshape(batches[0].shape) if written is None else written
+        return func(*all_rows(args), **all_rows(kwargs))
 
 
 def all_rows(value: Any) -> Any:
-    """The value with every shared batch written out."""
-    return tree_map(_all_rows, value)
+    """The value with every batch that stands for copies written out."""
+    return tree_map_only(Copies, lambda batch: batch.all_rows(), value)
 
 
-def _repeat(rows: Tensor, copies: int, is_view: bool) -> Any:
-    # Batch normalisation also hands out empty tensors that nobody reads.
-    return RepeatedBatch(rows, copies, is_view) if rows.numel() else rows
+def written_argument(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The tensor that an operation writes into, if it does; of ours, only the first may be one."""
+    if not func._schema.is_mutable:
+        return None
+    for position, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is None or not argument.alias_info.is_write:
+            continue
+        value = args[position] if position < len(args) else kwargs.get(argument.name)
+        if position == 0:
+            return value
+        if isinstance(value, Copies):
+            raise CannotReplayError(f"{func} writes into a shared tensor")
+    return None
 
 
-def _rows(value: Any) -> Any:
-    return value.rows if isinstance(value, RepeatedBatch) else value
+def _one_copy(value: Any) -> Any:
+    return tree_map_only(RepeatedBatch, lambda batch: batch.rows, value)
 
 
-def _all_rows(value: Any) -> Any:
-    return value.all_rows() if hasattr(value, "all_rows") else value
+def _write(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], shared: bool) -> RepeatedBatch:
+    """An operation in place: the rows may be a record, or shared, so they are never written into."""
+    written: RepeatedBatch = args[0]
+    target = written.rows.clone() if shared else written.all_rows()
+    others, options = (_one_copy if shared else all_rows)((args[1:], kwargs))
+    written.overwrite(func(target, *others, **options), written.copies if shared else 1)
+    return written
 
 
-def _broadcasts(
-    func: Any, tensors: list[Tensor], batches: list[RepeatedBatch], written: Any
-) -> bool:
+def _broadcasts(func: Any, tensors: list[Tensor], batches: list[RepeatedBatch]) -> bool:
     """Whether full tensors can be computed with the one copy, without writing it out."""
-    full = [one for one in tensors if one.dim()]
+    full = [tensor for tensor in tensors if tensor.dim()]
     return (
         func.overloadpacket in POINTWISE
-        and not isinstance(written, RepeatedBatch)
-        and len({(one.copies, len(one.rows)) for one in batches}) == 1
-        and all(one.shape == batches[0].shape for one in full)
-        and all(one.is_contiguous() for one in full if not isinstance(one, RepeatedBatch))
+        and len({(batch.copies, len(batch.rows)) for batch in batches}) == 1
+        and all(tensor.shape == batches[0].shape for tensor in full)
+        and all(t.is_contiguous() for t in full if not isinstance(t, RepeatedBatch))
     )
 
 
@@ -165,21 +182,6 @@ def _apart(value: Any, copies: int) -> Any:
     return value
 
 
-def written_argument(func: Any, args: tuple[Any, ...]) -> Any:
-    """The tensor that an operation writes into, if it does; of ours, only the first may be one."""
-    if not func._schema.is_mutable:
-        return None
-    for position, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is None or not argument.alias_info.is_write:
-            continue
-        value = args[position] if position < len(args) else None
-        if position and hasattr(value, "all_rows"):
-            raise CannotReplayError(f"{func} writes into a shared tensor")
-        if not position:
-            return value
-    return None
-
-
 def _stays_shared(
     func: Any,
     args: tuple[Any, ...],
@@ -190,18 +192,15 @@ def _stays_shared(
     """Whether an operation may run on one copy of its batches."""
     if len({(batch.copies, len(batch.rows)) for batch in batches}) != 1 or "out" in kwargs:
         return False
-    others = len(tensors) - len(batches)
-    packet = func.overloadpacket
+    packet, only_batches = func.overloadpacket, len(tensors) == len(batches)
     rule: Callable[..., bool] | None = _RULES.get(packet)
     if rule is not None:
-        return others == 0 and rule(args)
+        return only_batches and rule(args)
     if packet in POINTWISE:
         same_rank = len({batch.dim() for batch in batches}) == 1
-        return same_rank and all(
-            isinstance(one, RepeatedBatch) or one.dim() == 0 for one in tensors
-        )
+        return same_rank and all(isinstance(t, RepeatedBatch) or t.dim() == 0 for t in tensors)
     if packet in _IMAGE_BY_IMAGE:
-        training = packet is _aten.native_batch_norm and bool(args[5])
+        training = packet in (_aten.native_batch_norm, _aten.cudnn_batch_norm) and bool(args[5])
         first = isinstance(args[0], RepeatedBatch) and args[0].dim() == 4
         return first and len(batches) == 1 and not training
     if packet is _aten.addmm:
@@ -209,8 +208,8 @@ def _stays_shared(
     return False
 
 
-def _not_the_batch(dim: int, rank: int) -> bool:
-    return dim % rank != 0
+def _not_the_batch(axis: int, rank: int) -> bool:
+    return axis % rank != 0
 
 
 _RULES: dict[Any, Callable[..., bool]] = {
@@ -219,7 +218,7 @@ _RULES: dict[Any, Callable[..., bool]] = {
         len(args) > 1
         and isinstance(args[1], (list, tuple))
         and len(args[1]) > 0
-        and all(_not_the_batch(dim, args[0].dim()) for dim in args[1])
+        and all(_not_the_batch(axis, args[0].dim()) for axis in args[1])
     ),
     _aten.slice: lambda args: _not_the_batch(args[1] if len(args) > 1 else 0, args[0].dim()),
     _aten.constant_pad_nd: lambda args: len(args[1]) < 2 * args[0].dim(),

@@ -1,0 +1,272 @@
+"""How the ways of finding outputs are seen to hold; DESIGN.md says what each check catches."""
+
+import random
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from captum_classfilters._core.heads import alike
+from captum_classfilters._core.layers import positions_last
+from captum_classfilters._core.replay.changed_filters import UnchangedSteps
+from captum_classfilters._core.replay.closed_form import ClosedForm
+from captum_classfilters._core.replay.recorded_batch import RecordedBatch
+from captum_classfilters._core.replay.repeated_batch import CannotReplayError
+
+_aten = torch.ops.aten
+_READS = {_aten._local_scalar_dense, _aten.equal, _aten.allclose}
+
+
+@dataclass
+class Confirmed:
+    """What was compared with runs of the whole model, for one model and layer.
+
+    Args:
+
+        cut (bool): A run from the layer on gave what the whole model gives.
+        copies (bool): Several sets of filters replaced together gave what each gives alone.
+        sizes (set of tuple): Numbers of images and copies, and whether filters were followed one by
+                    one, for which rows in the middle and at the end of a replay were right.
+    """
+
+    cut: bool = False
+    copies: bool = False
+    sizes: set[tuple[int, int, bool]] = field(default_factory=set)
+
+    def forget(self) -> None:
+        """A check failed: the next batch is checked as the first one."""
+        self.cut = self.copies = False
+        self.sizes.clear()
+
+
+_confirmed: WeakKeyDictionary[nn.Module, WeakKeyDictionary[Any, dict[bool, Confirmed]]]
+_confirmed = WeakKeyDictionary()
+
+
+def confirmed(forward_func: Any, layer: nn.Module, at_input: bool) -> Confirmed:
+    """What is known of a model and a layer from earlier batches; kept for as long as both live."""
+    functions = _confirmed.setdefault(layer, WeakKeyDictionary())
+    try:
+        return functions.setdefault(forward_func, {}).setdefault(at_input, Confirmed())
+    except TypeError:  # a function that cannot be remembered
+        return Confirmed()
+
+
+class ReplayChecks:
+    r"""
+    The checks of one batch. Each raises :class:`CannotReplayError` if a way does not hold.
+
+    Args:
+
+        batch (RecordedBatch): The batch.
+        known (Confirmed): What need not be compared with the whole model again.
+    """
+
+    def __init__(self, batch: RecordedBatch, known: Confirmed) -> None:
+        self.batch: RecordedBatch = weakref.proxy(batch)  # which keeps this object
+        self.known = known
+        self._sets = self._sets_to_check()
+        self._masks = batch.mask(self._sets)
+        self._expected: list[list[Tensor]] = []
+
+    def _sets_to_check(self) -> Tensor:
+        """Sets of filters (P, K); the last one is the filter that changes most.
+
+        The first batch adds all filters, and two halves: whatever one filter decides for all
+        copies, one of the halves lacks it.
+        """
+        batch = self.batch
+        change = positions_last(batch.stands_in - batch.activation, batch.axis)
+        most = torch.arange(batch.num_filters, device=change.device) == _largest(change)
+        if self.known.copies:
+            return most[None]
+        order = torch.randperm(batch.num_filters, generator=torch.Generator().manual_seed(0))
+        half = order.to(change.device) < (batch.num_filters + 1) // 2
+        return torch.stack([torch.ones_like(most), half, ~half, most])
+
+    def check_cut(self) -> None:
+        """Replays of one copy; two of the first batch are compared with runs of the whole model."""
+        batch, masks = self.batch, self._masks
+        with determined_by_arguments(batch.model):
+            replays = [self._alone(mask) for mask in masks]
+        if not self.known.cut:
+            pairs = [(replays[row], self._whole(masks[row])) for row in (1, -1)]
+            pairs.append((self._alone(torch.zeros_like(masks[0])), batch.seen))
+            reason = "a run from the layer on differs from the whole model's"
+            self._require(pairs, reason, same_sizes=True)
+            self.known.cut = self._tell(replays)
+        self._expected = replays
+
+    def check_closed_form(self, closed: ClosedForm) -> None:
+        """The weights of the head give the outputs without each set."""
+        if not self._expected:  # no replay: ask the whole model
+            self._expected = [self._whole(mask) for mask in self._masks]
+        outputs = closed.outputs(self._sets)
+        pairs = [([o], seen[:1]) for o, seen in zip(outputs, self._expected, strict=True)]
+        self._require(pairs, "the head is fed in another way", closed.holds)
+
+    def check_copies(self, several: bool) -> None:
+        """Sets replaced together give what each gives alone, next to copies of quite other values."""
+        batch, masks, expected = self.batch, self._masks, self._expected
+        nothing, reason = torch.zeros_like(masks[0]), "copies of a batch depend on each other"
+        if not several:
+            self._require([(self._alone(nothing), batch.seen)], reason)
+            return
+        rows = [torch.where(mask, batch.stands_in, batch.activation) for mask in masks]
+        other = self._other_values()
+        # A model may look for its reference at either end. Nothing is replaced in the third copy.
+        tensor = torch.cat([other, rows[0], batch.activation, *rows[1:], -other])
+        copies = len(rows) + 3
+        seen = batch.seeing(lambda: batch.replay(tensor, copies), copies)[1:-1]
+        wanted = [expected[0], batch.seen, *expected[1:]]
+        self._require(list(zip(seen, wanted, strict=True)), reason)
+        if not self.known.copies:
+            self.known.copies = self._tell(expected)
+
+    def check_followed(self, steps: UnchangedSteps | None) -> None:
+        """One filter's change, followed by itself, gives what replacing it in full gives."""
+        if steps is None:
+            raise CannotReplayError("one filter is much larger than all others")
+        batch = self.batch
+        filters = self._sets[-1].int().argmax().repeat(2)
+        removes = torch.arange(2, device=filters.device) == 0
+        nothing = torch.zeros_like(self._masks[0])
+        seen = batch.seeing(lambda: batch.followed(filters, removes, nothing, steps), 2)
+        wanted = [self._expected[-1], batch.seen]
+        self._require(list(zip(seen, wanted, strict=True)), "followed by itself, a filter differs")
+
+    def check_size(self, outputs: Tensor, masks: Tensor, followed: bool) -> None:
+        """Outputs of the first replay of its size are right in its middle and at its end."""
+        size = (self.batch.num_images, len(masks), followed)
+        if size in self.known.sizes or (len(masks) == 1 and not followed):
+            return
+        run = self.batch.alone if self.known.sizes else self.batch.whole
+        rows = sorted({len(masks) // 2, len(masks) - 1})
+        pairs = [([outputs[row]], [run(masks[row])]) for row in rows]
+        self._require(pairs, "filters replaced together give other outputs than one by one")
+        self.known.sizes.add(size)
+
+    def check_state(self) -> None:
+        """With nothing replaced the output is still this batch's, although others ran since."""
+        nothing = torch.zeros_like(self._masks[0])
+        self._require(
+            [(self._alone(nothing), self.batch.seen)], "modules keep another batch's state"
+        )
+
+    def none_dwarfs_the_others(self, common: Tensor) -> Tensor:
+        """Whether no filter of an image, these (K,) left out, is so much larger than the others that
+        nothing exact is left of theirs once its share has been subtracted; a bool on the device."""
+        change = positions_last(self.batch.stands_in - self.batch.activation, self.batch.axis)
+        if self.batch.num_filters < 2 or not change.is_floating_point():
+            return torch.zeros((), dtype=torch.bool, device=change.device)
+        sizes = change.abs().amax(2).float() * ~common.to(change.device)
+        largest, second = sizes.topk(2, 1).values.unbind(1)
+        second = second.maximum(second.median())
+        most = max(4.0, 1e-4 / torch.finfo(change.dtype).eps)
+        return (largest <= most * second).all() & sizes.isfinite().all()
+
+    def _alone(self, mask: Tensor) -> list[Tensor]:
+        return self.batch.seeing(lambda: self.batch.alone(mask), 1)[0]
+
+    def _whole(self, mask: Tensor) -> list[Tensor]:
+        return self.batch.seeing(lambda: self.batch.whole(mask), 1)[0]
+
+    def _other_values(self) -> Tensor:
+        """A batch unlike this one: much larger, but finite, and different in each filter."""
+        activation = self.batch.activation
+        largest = activation.abs().nan_to_num(0, 0, 0).amax()
+        largest = (100 * largest).clamp(max=torch.finfo(activation.dtype).max / 8)
+        pattern = torch.rand(self.batch.num_filters, generator=torch.Generator().manual_seed(0))
+        shape = [1] * activation.dim()
+        shape[self.batch.axis] = -1
+        other = (0.5 + pattern).reshape(shape).to(activation) * (largest + 1)
+        return other.expand_as(activation).contiguous()
+
+    def _tell(self, seen: Sequence[Sequence[Tensor]]) -> bool:
+        """Whether removing filters changed anything, so that a wrong way could have shown."""
+        outputs = torch.stack([tensors[0] for tensors in seen])
+        changes = (outputs - self.batch.output).nan_to_num(0, 0, 0)
+        return bool((changes != 0).any())
+
+    def _require(
+        self,
+        pairs: Sequence[tuple[Sequence[Tensor], Sequence[Tensor]]],
+        reason: str,
+        *also: Tensor,
+        same_sizes: bool = False,
+    ) -> None:
+        """Raise unless what was seen is what is expected; the device is asked once for all."""
+        # The same operations on the same sizes: half precision rounds as it did before.
+        types = [] if same_sizes else [self.batch.activation.dtype]
+        same = list(also)
+        for seen, expected in pairs:
+            for left, right in zip(seen, expected, strict=True):
+                if same_sizes:
+                    left, right = left.float(), right.float()
+                same.append(same_outputs(left, right, *types))
+        if not bool(torch.stack(same).all()):
+            raise CannotReplayError(reason)
+
+
+def _largest(change: Tensor) -> Tensor:
+    """The filter with the largest total of (N, K, P), as a tensor of no axes."""
+    return change.abs().sum((0, 2)).argmax()
+
+
+def same_outputs(outputs: Tensor, expected: Tensor, *computed_in: torch.dtype) -> Tensor:
+    """Whether outputs (N, ...) are the expected ones up to rounding, as a bool of no axes on their
+    device. Images are compared one by one, so that a large output does not hide a wrong small one;
+    NaN and infinities must be at the same places."""
+    if outputs.shape != expected.shape or outputs.dtype != expected.dtype:
+        return torch.zeros((), dtype=torch.bool, device=expected.device)
+    if not expected.is_floating_point() or not expected.numel():
+        return (outputs == expected).all()
+    finite = expected.isfinite()
+    same = finite | (outputs == expected) | (outputs.isnan() & expected.isnan())
+    outputs, expected = outputs.where(finite, 0.0), expected.where(finite, 0.0)
+    sizes = expected.abs().reshape(len(expected), -1).amax(1)
+    # An output that happens to be near zero is as exact as those of other images.
+    sizes = sizes.maximum(sizes.float().median().to(sizes)).clamp(min=torch.finfo(sizes.dtype).tiny)
+    scale = sizes.reshape(-1, *[1] * (expected.dim() - 1))
+    return alike(outputs / scale, expected / scale, *computed_in) & same.all()
+
+
+@contextmanager
+def determined_by_arguments(model: nn.Module | None) -> Iterator[None]:
+    """Raise if what runs in the block draws random numbers, or lets values of the batch decide in
+    Python what to compute: copies of a batch could not go different ways."""
+    before = _random_states()
+    with _NoReads(model):
+        yield
+    if _random_states() != before:
+        raise CannotReplayError("the model draws random numbers")
+
+
+class _NoReads(TorchDispatchMode):
+    """Raises where a tensor that is not the model's own is read by the host."""
+
+    def __init__(self, model: nn.Module | None) -> None:
+        super().__init__()
+        own = [] if model is None else [*model.parameters(), *model.buffers()]
+        self._own = {id(tensor) for tensor in own}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in _READS and id(args[0]) not in self._own:
+            raise CannotReplayError("the model decides by values of the batch")
+        return func(*args, **(kwargs or {}))
+
+
+def _random_states() -> list[Any]:
+    """The states of all generators that a model may draw from without being told."""
+    tensors = [torch.get_rng_state()]
+    if torch.cuda.is_initialized():
+        tensors.extend(torch.cuda.get_rng_state_all())
+    of_numpy = [numpy.asarray(part).tobytes() for part in numpy.random.get_state()]
+    return [random.getstate(), of_numpy, *(state.numpy().tobytes() for state in tensors)]

@@ -1,0 +1,179 @@
+"""What the modules before a layer returned in one run, so that later runs begin at the layer."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from captum_classfilters._core.replay.repeated_batch import CannotReplayError, RepeatedBatch
+
+_MISSING = object()
+
+
+@dataclass
+class ModuleCall:
+    """One call of a module: the calls inside it and, if it ended before the layer, its result."""
+
+    module: nn.Module | None = None
+    calls: list["ModuleCall"] = field(default_factory=list)
+    ended: bool = False
+    result: Any = None
+    returned: int | None = None  # the argument that is itself the result, as of an in-place ReLU
+    overwritten: list[tuple[int, Tensor]] = field(default_factory=list)
+
+    def end(self, result: Any, arguments: Any, before: list[Tensor], versions: list[int]) -> None:
+        """Keep what the module returned, and which of its arguments it wrote into.
+
+        A module that fills a list among its arguments is not over: a replay runs it again.
+        """
+        tensors = _tensors(arguments)
+        if [id(tensor) for tensor in tensors] != [id(tensor) for tensor in before]:
+            return
+        same = [tensor is result for tensor in tensors]
+        self.ended, self.calls = True, []
+        self.result = tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), result)
+        self.returned = same.index(True) if True in same else None
+        self.overwritten = [
+            (position, tensor.detach().clone())
+            for position, tensor in enumerate(tensors)
+            if _version(tensor) != versions[position]
+        ]
+
+    def again(self, arguments: Any, copies: int) -> Any:
+        """What the module would return, and write, for so many copies of the batch."""
+        tensors = _tensors(arguments)
+        for position, rows in self.overwritten:
+            batch = tensors[position]
+            if not isinstance(batch, RepeatedBatch):
+                raise CannotReplayError("a module before the layer changes a tensor in place")
+            batch.overwrite(rows, copies)
+        if self.returned is not None:
+            return tensors[self.returned]
+        return tree_map_only(Tensor, lambda rows: RepeatedBatch(rows, copies), self.result)
+
+
+class RecordedCalls:
+    r"""
+    The calls of a model's modules in one run, down to where the layer ran.
+
+    Only modules around the layer and beside it are watched; what these call inside is not called
+    again in a replay, so it needs no record.
+
+    Args:
+
+        model (nn.Module, optional): The model. Without one nothing is recorded, and a replay runs
+                    everything.
+        layer (nn.Module): The layer.
+    """
+
+    def __init__(self, model: nn.Module | None, layer: nn.Module) -> None:
+        self._watched = [] if model is None else _around(model, layer)
+        self._root = ModuleCall()
+
+    @contextmanager
+    def recording(self, layer_has_run: Callable[[], Any]) -> Iterator[None]:
+        """Record the run in the block."""
+        stack = [self._root]
+
+        def run(module: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+            call = ModuleCall(module)
+            stack[-1].calls.append(call)
+            stack.append(call)
+            before = _tensors((args, kwargs))
+            versions = [_version(tensor) for tensor in before]
+            try:
+                result = forward(*args, **kwargs)
+            finally:
+                stack.pop()
+            # The layer itself ends before its hooks run, in which filters are replaced.
+            if not layer_has_run():
+                call.end(result, (args, kwargs), before, versions)
+            return result
+
+        with _instead(self._watched, run):
+            yield
+
+    @contextmanager
+    def replaying(self, copies: int) -> Iterator[None]:
+        """Let modules that ended before the layer return their record in the block."""
+        stack = [(self._root, iter(self._root.calls))]
+
+        def run(module: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+            call = next(stack[-1][1], None)
+            if call is None or call.module is not module:
+                raise CannotReplayError("modules ran in another order than before")
+            if call.ended:
+                return call.again((args, kwargs), copies)
+            stack.append((call, iter(call.calls)))
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                stack.pop()
+
+        with _instead(self._watched, run):
+            yield
+
+    def ended_modules(self) -> Iterator[nn.Module]:
+        """The modules that a replay does not run."""
+        pending = [self._root]
+        while pending:
+            call = pending.pop()
+            pending.extend(call.calls)
+            if call.ended and call.module is not None:
+                yield call.module
+
+
+def _around(model: nn.Module, layer: nn.Module) -> list[nn.Module]:
+    """The layer, the modules that contain it, and those beside one of them."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    paths = [name.split(".") for name, module in modules.items() if module is layer]
+    containing = {".".join(path[:end]) for path in paths for end in range(len(path) + 1)}
+    watched = {id(modules[name]): modules[name] for name in containing}
+    beside = [
+        child
+        for module in list(watched.values())
+        if module is not layer
+        for child in module.children()
+    ]
+    while beside:
+        module = beside.pop()
+        watched[id(module)] = module
+        if isinstance(module, (nn.ModuleList, nn.ModuleDict)):  # never called themselves
+            beside.extend(module.children())
+    return list(watched.values())
+
+
+@contextmanager
+def _instead(
+    modules: Sequence[nn.Module], run: Callable[[nn.Module, Any, Any, Any], Any]
+) -> Iterator[None]:
+    """Let a function stand in for the forward of some modules."""
+    before = [vars(module).get("forward", _MISSING) for module in modules]
+
+    def stand_in(module: nn.Module) -> Callable[..., Any]:
+        forward = module.forward
+        return lambda *args, **kwargs: run(module, forward, args, kwargs)
+
+    try:
+        for module in modules:
+            vars(module)["forward"] = stand_in(module)
+        yield
+    finally:
+        for module, forward in zip(modules, before, strict=True):
+            if forward is _MISSING:
+                with suppress(KeyError):
+                    del vars(module)["forward"]
+            else:
+                vars(module)["forward"] = forward
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was written into; inference tensors do not count it."""
+    return 0 if tensor.is_inference() else tensor._version
