@@ -1,23 +1,35 @@
 """Accuracy of the decomposed head against the number of filters kept for each class."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import logging
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torchmetrics import Metric
 
-from captum_classfilters._core.layers import find_layer
-from captum_classfilters.class_filters import ClassFilters
-from captum_classfilters.heads.decompose import decomposed_head, head_name
-from captum_classfilters.identify import collect_features
+from captum_classfilters._core.batches import Batch, Batches, read_batches
+from captum_classfilters._core.distributed import is_distributed
+from captum_classfilters._core.outputs import two_classes
+from captum_classfilters._core.ranking import random_orders, ranks
+from captum_classfilters._core.tables import short_repr, text_table
+from captum_classfilters._core.taps import hooked
+from captum_classfilters.class_filters import ClassFilters, check_selection
+from captum_classfilters.heads.decompose import HeadFit, fit_to_head
+from captum_classfilters.heads.linear_head import LinearHead, check_scores_follow, run_head
+from captum_classfilters.metrics.evaluate_classifier import ScoreReader
+
+logger = logging.getLogger("captum_classfilters")
 
 
+@short_repr
 @dataclass(frozen=True)
 class AccuracyCurve:
     r"""
-    Accuracy against the number of filters a class keeps, with its controls.
+    Accuracy against the number of filters a class keeps, with its controls; prints as a table.
 
     Args:
 
@@ -26,7 +38,7 @@ class AccuracyCurve:
         recall (dict): For each table the accuracy on each class, a Tensor (len(num_filters), C).
         full_accuracy (float): Accuracy with every filter.
         random_mean, random_standard_deviation (list of float): The same for random filters, over
-                    seeds; empty without seeds.
+                    repetitions; empty without any.
         num_images (int): N.
     """
 
@@ -50,10 +62,21 @@ class AccuracyCurve:
             *int*, or *None* if no number on the curve does.
         """
         values = self.accuracy[name if name is not None else next(iter(self.accuracy))]
-        for number, value in zip(self.num_filters, values, strict=True):
-            if value >= keep * self.full_accuracy:
-                return number
-        return None
+        points = zip(self.num_filters, values, strict=True)
+        enough = [number for number, value in points if value >= keep * self.full_accuracy]
+        return min(enough, default=None)
+
+    def __str__(self) -> str:
+        columns = {**self.accuracy, "random": self.random_mean}
+        rows = [
+            {
+                "filters": number,
+                **{name: values[place] for name, values in columns.items() if values},
+            }
+            for place, number in enumerate(self.num_filters)
+        ]
+        title = f"accuracy on {self.num_images} images, {self.full_accuracy:.3f} with every filter"
+        return text_table(rows, title=title)
 
 
 def accuracy_curve(
@@ -62,26 +85,31 @@ def accuracy_curve(
     dataloader: Iterable[Any],
     *,
     num_filters: Sequence[int] | None = None,
-    random_seeds: int = 5,
+    repetitions: int = 5,
     head: str | None = None,
+    unpack: Callable[[Any], tuple[Any, Any]] | None = None,
     show_progress: bool = True,
 ) -> AccuracyCurve:
     r"""
     Accuracy of the decomposed head for several tables and several numbers of filters.
 
-    The data are read once: the head's inputs are kept, and each point is one masked matrix product.
-    The result equals running ``decompose(model, table.select(k))`` on the data.
+    The result equals :func:`~captum_classfilters.metrics.evaluate_classifier` of
+    ``decompose(model, table.select(k), missing="bias")`` for every k. The data are read once. Where
+    a batch's scores are seen to be the head's own, each point is one masked matrix product more in
+    the same forward pass; otherwise the model runs once for each point, and the log says so.
 
     Args:
 
-        model (nn.Module): The model; its output must be its head's output.
+        model (nn.Module): The model.
         class_filters (ClassFilters or mapping of them): Tables, found on *other* images.
-        dataloader (iterable): Batches of (images, labels).
-        num_filters (sequence of int, optional): Numbers of filters; by default 1, 2, 3, 5, 8, ...
-                    up to K.
-        random_seeds (int): Number of random tables in the control.
+        dataloader (iterable): Batches of (inputs, labels).
+        num_filters (sequence of int, optional): Numbers of filters for each class; by default 1, 2,
+                    3, 5, 8, ... up to K.
+        repetitions (int): Number of random sets of filters in the control.
                     Default: 5
         head (str, optional): Dotted name of the head, as for :func:`decompose`.
+                    Default: None
+        unpack (Callable, optional): From a batch of another kind to the pair (inputs, labels).
                     Default: None
         show_progress (bool): Show a progress bar.
                     Default: True
@@ -90,7 +118,8 @@ def accuracy_curve(
         *AccuracyCurve*.
 
     Raises:
-        ValueError: A table does not fit the head, or a number of filters exceeds K.
+        ValueError: A table does not fit the head, a number of filters exceeds K, the head is not
+                    linear, or the scores do not follow from it alone.
     """
     tables = (
         dict(class_filters)
@@ -99,29 +128,22 @@ def accuracy_curve(
     )
     if not tables:
         raise ValueError("class_filters is empty; pass at least one table.")
-    first = next(iter(tables.values()))
     numbers = _numbers(num_filters, min(table.num_filters for table in tables.values()))
-    scorer = _HeadScorer(model, head or head_name(model, first), dataloader, show_progress)
-    accuracy: dict[str, list[float]] = {}
-    recall: dict[str, Tensor] = {}
-    for name, table in tables.items():
-        points = [scorer.recall_of(model, table.select(num_filters=k), head) for k in numbers]
-        recall[name] = torch.stack([point for _, point in points])
-        accuracy[name] = [share for share, _ in points]
-    control = [
-        [scorer.recall_of(model, table.select(num_filters=k), head)[0] for k in numbers]
-        for table in _random_tables(first, random_seeds)
+    fits = [fit_to_head(model, table, head) for table in tables.values()]
+    if len({id(fit.head.module) for fit in fits}) > 1:
+        raise ValueError("The tables belong to different heads; name one with head=.")
+    trials = [
+        trial
+        for fit, table in zip(fits, tables.values(), strict=True)
+        for trial in _trials(fit, _selections(table, numbers), numbers)
     ]
-    spread = torch.tensor(control, dtype=torch.float64)
-    return AccuracyCurve(
-        num_filters=numbers,
-        accuracy=accuracy,
-        recall=recall,
-        full_accuracy=scorer.full_accuracy,
-        random_mean=spread.mean(0).tolist() if control else [],
-        random_standard_deviation=spread.std(0).tolist() if len(control) > 1 else [],
-        num_images=len(scorer.labels),
-    )
+    shape = next(iter(tables.values())).scores.shape
+    generator = torch.Generator().manual_seed(0)
+    if repetitions:
+        for order in random_orders(shape, repetitions, generator):
+            trials += _trials(fits[0], 1 + ranks(order), numbers)
+    hits = _count(model, fits[0].head, trials, dataloader, unpack, show_progress)
+    return _curve(hits, list(tables), numbers)
 
 
 def select_by_accuracy(
@@ -131,6 +153,7 @@ def select_by_accuracy(
     *,
     keep: float = 0.99,
     head: str | None = None,
+    unpack: Callable[[Any], tuple[Any, Any]] | None = None,
     show_progress: bool = True,
 ) -> ClassFilters:
     r"""
@@ -143,10 +166,12 @@ def select_by_accuracy(
 
         model (nn.Module): The model.
         class_filters (ClassFilters): The table.
-        dataloader (iterable): Batches of (images, labels) to measure accuracy on.
+        dataloader (iterable): Batches of (inputs, labels) to measure accuracy on.
         keep (float): Share of the full accuracy to keep, in (0, 1].
                     Default: 0.99
         head (str, optional): Dotted name of the head.
+                    Default: None
+        unpack (Callable, optional): From a batch of another kind to the pair (inputs, labels).
                     Default: None
         show_progress (bool): Show a progress bar.
                     Default: True
@@ -164,8 +189,9 @@ def select_by_accuracy(
         class_filters,
         dataloader,
         num_filters=range(1, class_filters.num_filters + 1),
-        random_seeds=0,
+        repetitions=0,
         head=head,
+        unpack=unpack,
         show_progress=show_progress,
     )
     number = curve.smallest(keep)
@@ -178,70 +204,183 @@ def select_by_accuracy(
     return class_filters.select(num_filters=number)
 
 
-class _HeadScorer:
-    """The head's inputs on a data set, to try masked heads on."""
+@dataclass(frozen=True)
+class _Trial:
+    """A head that keeps, of each row, the features that come in with at most so many filters.
+
+    Selections of growing numbers contain each other, so all points of a table share one matrix.
+    """
+
+    comes_in: Tensor  # (C, F), int32: the number of filters with which a feature is selected
+    number: int
+
+    def weight(self, head: LinearHead, device: torch.device) -> Tensor:
+        """The head's weight, zero outside the sets."""
+        dropped = self.comes_in.to(device) > self.number
+        return head.weight.to(device).masked_fill(dropped, 0)
+
+
+class _Hits(Metric):
+    """Right answers by class, of the model and of each trial, and images by class."""
+
+    right: Tensor
+    seen: Tensor
+
+    def __init__(self, num_trials: int, num_classes: int) -> None:
+        super().__init__()
+        right = torch.zeros(1 + num_trials, num_classes, dtype=torch.int64)
+        self.add_state("right", right, dist_reduce_fx="sum")
+        self.add_state("seen", right[0].clone(), dist_reduce_fx="sum")
+
+    def update(self, predicted: Tensor, labels: Tensor) -> None:
+        """Add predictions (1 + T, N)."""
+        hits = (predicted == labels).to(self.right.dtype)
+        self.right.index_add_(1, labels, hits)
+        self.seen.index_add_(0, labels, torch.ones_like(labels))
+
+    def compute(self) -> tuple[Tensor, Tensor]:
+        """Right answers (1 + T, C) and images (C,)."""
+        return self.right.cpu(), self.seen.cpu()
+
+
+class _Trials:
+    """Answers of a model with each of several heads in its own head's place."""
 
     def __init__(
-        self, model: nn.Module, name: str, dataloader: Iterable[Any], show_progress: bool
+        self, model: nn.Module, head: LinearHead, trials: Sequence[_Trial], batches: Batches
     ) -> None:
-        self.name = name
-        self.features, self.labels = collect_features(
-            model,
-            name,
-            dataloader,
-            attribute_to_layer_input=True,
-            flatten=True,
-            show_progress=show_progress,
-        )
-        head = find_layer(model, name)
-        if not isinstance(head, nn.Linear):
-            raise ValueError(
-                f"The head {name!r} is a {type(head).__name__}; accuracy on cached features needs "
-                "an nn.Linear whose output is the model's."
+        self.model, self.head, self.trials, self.batches = model, head, trials, batches
+        self.reader = ScoreReader(model, batches)
+        self.tried = self.reported = False
+
+    def add(self, batch: Batch, hits: _Hits) -> None:
+        """Count the right answers to a batch."""
+        answers: list[Tensor] = []
+        react = None if self.reported else partial(self._answer, answers)
+        run = run_head(self.model, self.head, batch.inputs, react)
+        full = self.reader.scores(batch, run.output)
+        labels = self.batches.class_labels(batch, full.shape[1])
+        own = full.argmax(1)
+        if not run.ends or len(answers) != len(self.trials):
+            hits.update(torch.stack([own, *self._one_by_one(batch)]), labels)
+            return
+        right = run.linear
+        if not self.tried:  # once for each run against the model itself
+            self.tried = True
+            right = right & (self._with_head(batch, self.trials[0]) == answers[0]).all()
+
+        def then(values: list[bool]) -> None:
+            found = answers if values[0] else self._one_by_one(batch)
+            hits.update(torch.stack([own, *found]), labels)
+
+        self.batches.later([right], then, kept=batch.inputs)
+
+    def _answer(self, answers: list[Tensor], features: Tensor) -> None:
+        """Answers of all heads, computed while the model runs, as its own head's are."""
+        answers.clear()
+        if features.dim() != 2 or self.head.convolution_dims:
+            return
+        for trial in self.trials:
+            weight = trial.weight(self.head, features.device)
+            answers.append(two_classes(self.head.outputs(features, weight)).argmax(1))
+
+    def _one_by_one(self, batch: Batch) -> list[Tensor]:
+        """Answers of the model itself, run once for each head."""
+        if not self.reported:
+            self.reported = True
+            check_scores_follow(self.model, self.head, batch.inputs)
+            logger.warning(
+                "The model's scores are not the very output of its head %r: it runs once for each of "
+                "%d heads on every batch.",
+                self.head.name,
+                len(self.trials),
             )
-        weight, bias = head.weight.detach().cpu(), head.bias
-        self.full_accuracy = self.score(weight, None if bias is None else bias.detach().cpu())[0]
+        return [self._with_head(batch, trial) for trial in self.trials]
 
-    def recall_of(
-        self, model: nn.Module, table: ClassFilters, head: str | None
-    ) -> tuple[float, Tensor]:
-        """Accuracy and recall of each class with a table's selection."""
-        _, decomposed = decomposed_head(model, table, head=head, missing="bias")
-        bias = None if decomposed.bias is None else decomposed.bias.detach().cpu()
-        return self.score(decomposed.dense_weight().detach().cpu(), bias)
+    def _with_head(self, batch: Batch, trial: _Trial) -> Tensor:
+        """Answers (N,) of the model with another head in the place of its own."""
 
-    def score(self, weight: Tensor, bias: Tensor | None) -> tuple[float, Tensor]:
-        """Accuracy and recall of each class of a linear head."""
-        right = F.linear(self.features, weight, bias).argmax(1) == self.labels
-        number = len(weight)
-        seen = torch.bincount(self.labels, minlength=number).double()
-        hits = torch.bincount(self.labels[right], minlength=number).double()
-        return float(right.double().mean()), hits / seen
+        def hook(_module: nn.Module, inputs: Any, _output: Any) -> Tensor:
+            return self.head.outputs(inputs[0], trial.weight(self.head, inputs[0].device))
+
+        with hooked([self.head.module], hook):
+            scores = self.reader.scores(batch, self.model(*batch.inputs))
+        return scores.argmax(1)
+
+
+def _count(
+    model: nn.Module,
+    head: LinearHead,
+    trials: Sequence[_Trial],
+    dataloader: Iterable[Any],
+    unpack: Callable[[Any], tuple[Any, Any]] | None,
+    show_progress: bool,
+) -> tuple[Tensor, Tensor]:
+    """Right answers (1 + T, C), the model's own first, and images (C,)."""
+    with read_batches(
+        model,
+        dataloader,
+        "accuracy",
+        unpack=unpack,
+        may_be_empty=is_distributed(),
+        show_progress=show_progress,
+    ) as batches:
+        hits = _Hits(len(trials), max(2, len(head.weight))).to(head.weight.device)
+        answers = _Trials(model, head, trials, batches)
+        for batch in batches:
+            answers.add(batch, hits)
+    counts: tuple[Tensor, Tensor] = hits.compute()
+    return counts
+
+
+def _curve(hits: tuple[Tensor, Tensor], names: Sequence[str], numbers: list[int]) -> AccuracyCurve:
+    right, seen = hits
+    total = int(seen.sum())
+    shares = right.sum(1).double() / total
+    recall = right[1:].double() / seen.double()
+    own = len(names) * len(numbers)
+    spread = shares[1 + own :].reshape(-1, len(numbers))
+    return AccuracyCurve(
+        num_filters=numbers,
+        accuracy=dict(
+            zip(names, shares[1 : 1 + own].reshape(-1, len(numbers)).tolist(), strict=True)
+        ),
+        recall=dict(zip(names, recall[:own].split(len(numbers)), strict=True)),
+        full_accuracy=float(shares[0]),
+        random_mean=spread.mean(0).tolist() if len(spread) else [],
+        random_standard_deviation=spread.std(0).tolist() if len(spread) > 1 else [],
+        num_images=total,
+    )
+
+
+def _trials(fit: HeadFit, comes_in: Tensor, numbers: Sequence[int]) -> list[_Trial]:
+    """Trials of one order of filters: the number (C, K) with which each comes in."""
+    features = fit.of_classes(comes_in.to(torch.int32))
+    if len(fit.head.weight) == 1:  # of a single logit, filters of either class
+        features = features.amin(0, keepdim=True)
+    features = features.to(fit.head.weight.device)
+    return [_Trial(features, number) for number in numbers]
+
+
+def _selections(table: ClassFilters, numbers: Sequence[int]) -> Tensor:
+    """With how many filters each is first selected (C, K); more than K if it never is."""
+    comes_in = torch.full(table.scores.shape, table.num_filters + 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # once for each number would be too often
+        for number in sorted(numbers, reverse=True):
+            comes_in[table.select(num_filters=number).selected] = number
+    return comes_in
 
 
 def _numbers(num_filters: Sequence[int] | None, most: int) -> list[int]:
     if num_filters is not None:
-        return [int(number) for number in num_filters]
+        numbers = list(num_filters)
+        if not numbers:
+            raise ValueError("num_filters is empty; pass at least one number of filters.")
+        for number in numbers:
+            check_selection(number, None)
+        return [int(number) for number in numbers]
     numbers = [number for number in (1, 2, 3, 5, 8, 12, 16, 24, 32, 48) if number < most]
     while numbers and numbers[-1] * 4 // 3 < most and numbers[-1] >= 48:
         numbers.append(numbers[-1] * 4 // 3)
     return [*numbers, most]
-
-
-def _random_tables(like: ClassFilters, seeds: int) -> list[ClassFilters]:
-    """Tables with random scores, for a control."""
-    tables = []
-    for seed in range(seeds):
-        generator = torch.Generator().manual_seed(seed)
-        scores = torch.rand(like.num_classes, like.num_filters, generator=generator)
-        tables.append(
-            ClassFilters(
-                scores,
-                counts=torch.ones(like.num_classes),
-                class_names=like.class_names,
-                layer=like.layer,
-                method="Random",
-                provenance=like.provenance,
-            )
-        )
-    return tables

@@ -6,11 +6,12 @@ from typing import Any
 
 from torch import nn
 
-from captum_classfilters._core.guard import model_left_as_found
+from captum_classfilters._core.tables import short_repr, text_table
 from captum_classfilters._core.timing import interleaved_seconds, median_and_interquartile
-from captum_classfilters.heads.decompose import find_head
+from captum_classfilters.heads.linear_head import example_batch, find_head
 
 
+@short_repr
 @dataclass(frozen=True)
 class HeadCost:
     r"""
@@ -35,6 +36,7 @@ class HeadCost:
     seconds_interquartile: float
 
 
+@short_repr
 @dataclass(frozen=True)
 class HeadComparison:
     """A model's head before and after; prints as a table.
@@ -49,26 +51,19 @@ class HeadComparison:
     after: HeadCost
 
     def __str__(self) -> str:
-        rows = [
-            ("head parameters", "head_parameters", 1, ""),
-            ("head multiply-adds", "head_multiply_adds", 1, ""),
-            ("head bytes", "head_bytes", 1, ""),
-            ("model parameters", "parameters", 1, ""),
-            ("forward pass", "seconds", 1000, " ms"),
-        ]
-        lines = [f"{'':20s}{'before':>14s}{'after':>14s}{'ratio':>9s}"]
-        for title, name, scale, unit in rows:
-            before, after = (scale * getattr(one, name) for one in (self.before, self.after))
-            shown = (
-                (f"{before:,.2f}{unit}", f"{after:,.2f}{unit}")
-                if unit
-                else (
-                    f"{before:,}",
-                    f"{after:,}",
-                )
-            )
-            lines.append(f"{title:20s}{shown[0]:>14s}{shown[1]:>14s}{before / after:>8.2f}x")
-        return "\n".join(lines)
+        quantities = {
+            "head parameters": "head_parameters",
+            "head multiply-adds": "head_multiply_adds",
+            "head bytes": "head_bytes",
+            "model parameters": "parameters",
+            "forward pass, ms": "seconds",
+        }
+        rows = []
+        for title, name in quantities.items():
+            scale = 1000 if name == "seconds" else 1
+            before, after = (scale * getattr(cost, name) for cost in (self.before, self.after))
+            rows.append({"": title, "before": before, "after": after, "ratio": before / after})
+        return text_table(rows, {"ratio": ".2f"})
 
 
 def compare_heads(
@@ -86,19 +81,26 @@ def compare_heads(
                     Default: 30
 
     Returns:
-        *HeadComparison*.
+        *HeadComparison*: What the heads cost ``before`` and ``after``, each with
+        ``head_parameters``, ``head_multiply_adds``, ``head_bytes``, ``parameters`` of the whole
+        model, and ``seconds``; prints as a table.
+
+    Raises:
+        ValueError: A model has no linear head, or ``repetitions`` is not positive.
     """
-    inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    with (
-        model_left_as_found(before, evaluation=True),
-        model_left_as_found(after, evaluation=True),
-    ):
-        times = interleaved_seconds((before, after), (inputs, inputs), repetitions)
-    return HeadComparison(_cost(before, times[0]), _cost(after, times[1]))
+    if repetitions < 1:
+        raise ValueError(f"repetitions={repetitions} must be at least 1.")
+    heads = [find_head(model, example_inputs)[1] for model in (before, after)]
+    with example_batch([before, after], example_inputs) as batch:
+        times = interleaved_seconds((before, after), (batch.inputs, batch.inputs), repetitions)
+    costs = [
+        _cost(model, head, own)
+        for model, head, own in zip((before, after), heads, times, strict=True)
+    ]
+    return HeadComparison(*costs)
 
 
-def _cost(model: nn.Module, times: Sequence[float]) -> HeadCost:
-    _, head = find_head(model)
+def _cost(model: nn.Module, head: nn.Module, times: Sequence[float]) -> HeadCost:
     tensors = [*head.parameters(), *head.buffers()]
     weights = head.weight.numel()  # type: ignore[operator]
     seconds, spread = median_and_interquartile(times)

@@ -1,202 +1,32 @@
 """The decomposed head: each class sees only its own filters."""
 
-import copy
 import logging
+from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from captum_classfilters._core.guard import model_left_as_found
-from captum_classfilters._core.heads import how_layer_feeds, is_linear, record_head
+from captum_classfilters._core.heads import alike, how_layer_feeds, is_linear
 from captum_classfilters._core.layers import filter_axis, find_layer, layer_name
+from captum_classfilters._core.outputs import class_scores
+from captum_classfilters._core.taps import hooked, tapped
 from captum_classfilters.class_filters import ClassFilters
+from captum_classfilters.heads.decomposed_linear import DecomposedLinear
+from captum_classfilters.heads.linear_head import (
+    LinearHead,
+    check_scores_follow,
+    example_batch,
+    head_name,
+    linear_head,
+    replace_head,
+)
+from captum_classfilters.heads.linear_head import (
+    find_head as find_head,
+)
 
 logger = logging.getLogger("captum_classfilters")
 
 Missing = Literal["error", "dense", "bias"]
-
-
-class DecomposedLinear(nn.Module):
-    r"""
-    A linear layer in which every class uses its own filters only.
-
-    With :math:`S_c` the filters of class *c*,
-
-    .. math:: y_{nc} = \sum_{k \in S_c} V_{ck} z_{nk} + b_c ,
-
-    the decomposed softmax of Badola et al. (https://arxiv.org/abs/2112.07719). Only the weights in
-    the sets are parameters. They are stored sparsely, one value, class and feature index each, and
-    sets may differ in size. The forward pass lays them out as a dense matrix and multiplies, which
-    is faster than a gather on every device we measured, and exports to TorchScript,
-    ``torch.export`` and ONNX.
-
-    Args:
-
-        weight (Tensor): Shape (C, F). The dense weights to take from.
-        bias (Tensor, optional): Shape (C,).
-        mask (Tensor): Shape (C, F), bool. Which features each class keeps.
-        convolution_dims (int): 0 for inputs (N, F) or (..., F); 1, 2 or 3 for a 1x1 convolution's
-                    (N, F, ...).
-                    Default: 0
-
-    Raises:
-        ValueError: Shapes do not fit.
-
-    Examples::
-
-        >>> import torch
-        >>> from captum_classfilters import DecomposedLinear
-        >>> head = DecomposedLinear(
-        ...     torch.tensor([[1., 2.], [3., 4.]]), torch.zeros(2),
-        ...     mask=torch.tensor([[True, False], [False, True]]))
-        >>> head(torch.tensor([[1., 1.]]))
-        tensor([[1., 4.]], grad_fn=<AddmmBackward0>)
-        >>> sum(parameter.numel() for parameter in head.parameters())
-        4
-    """
-
-    class_index: Tensor
-    feature_index: Tensor
-
-    def __init__(
-        self, weight: Tensor, bias: Tensor | None, mask: Tensor, convolution_dims: int = 0
-    ) -> None:
-        super().__init__()
-        if weight.dim() != 2 or mask.shape != weight.shape or mask.dtype != torch.bool:
-            raise ValueError(
-                f"weight {tuple(weight.shape)} and mask {tuple(mask.shape)} ({mask.dtype}) do not "
-                "fit; expected two matrices (C, F), the mask of bool."
-            )
-        if bias is not None and bias.shape != weight.shape[:1]:
-            raise ValueError(f"bias has shape {tuple(bias.shape)}; expected ({weight.shape[0]},).")
-        self.out_features, self.in_features = weight.shape
-        self.convolution_dims = convolution_dims
-        index = mask.to(weight.device).nonzero()
-        self.register_buffer("class_index", index[:, 0].contiguous())
-        self.register_buffer("feature_index", index[:, 1].contiguous())
-        self.weight = nn.Parameter(weight.detach()[index[:, 0], index[:, 1]].clone())
-        self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
-
-    def dense_weight(self) -> Tensor:
-        """The weights as a matrix (C, F), zero outside the sets; differentiable."""
-        dense = torch.zeros(
-            self.out_features,
-            self.in_features,
-            dtype=self.weight.dtype,
-            device=self.weight.device,
-        )
-        return dense.index_put((self.class_index, self.feature_index), self.weight)
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Logits from features.
-
-        Args:
-
-            features (Tensor): Shape (N, F), or (N, F, ...) for a 1x1 convolution.
-
-        Returns:
-            *Tensor* of shape (N, C), or (N, C, ...).
-        """
-        weight = self.dense_weight()
-        if self.convolution_dims == 0:
-            return F.linear(features, weight, self.bias)
-        logits = F.linear(features.movedim(1, -1), weight, self.bias)
-        return logits.movedim(-1, 1)
-
-    @property
-    def mask(self) -> Tensor:
-        """Which features each class keeps (C, F), bool."""
-        mask = torch.zeros(
-            self.out_features, self.in_features, dtype=torch.bool, device=self.weight.device
-        )
-        mask[self.class_index, self.feature_index] = True
-        return mask
-
-    def to_dense(self) -> nn.Module:
-        """The same function as an ordinary layer.
-
-        Returns:
-            *nn.Linear*, or an ``nn.Conv1d/2d/3d`` with kernel size 1.
-        """
-        shape = (self.in_features, self.out_features)
-        if self.convolution_dims:
-            kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[self.convolution_dims - 1]
-            layer: Any = kind(*shape, kernel_size=1, bias=self.bias is not None)
-        else:
-            layer = nn.Linear(*shape, bias=self.bias is not None)
-        layer = layer.to(self.weight)
-        with torch.no_grad():
-            layer.weight.copy_(self.dense_weight().reshape(layer.weight.shape))
-            if self.bias is not None:
-                layer.bias.copy_(self.bias)
-        trained: nn.Module = layer.train(self.training)
-        return trained
-
-    def refit(self, features: Tensor, labels: Tensor, **options: Any) -> list[float]:
-        """Fit the weights to cached features, in place.
-
-        Args:
-
-            features (Tensor): Shape (N, F), the head's inputs.
-            labels (Tensor): Shape (N,).
-            options: As for :func:`captum_classfilters.heads.fit_linear`.
-
-        Returns:
-            *list of float*: The objective before, and after each evaluation.
-        """
-        from captum_classfilters.heads.refit import fit_linear
-
-        return fit_linear(self, features, labels, **options)
-
-    def extra_repr(self) -> str:
-        """Sizes, for printing."""
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"weights={self.weight.numel()}, bias={self.bias is not None}"
-        )
-
-
-def find_head(model: nn.Module, example_inputs: Any = None) -> tuple[str, nn.Module]:
-    r"""
-    The last linear layer of a model: an ``nn.Linear`` or an ungrouped 1x1 convolution.
-
-    Args:
-
-        model (nn.Module): The model.
-        example_inputs (Tensor or tuple, optional): A batch to run; the layer that runs last is the
-                    head. Without it, the one that was registered last.
-                    Default: None
-
-    Returns:
-        *tuple* of the layer's name and the layer.
-
-    Raises:
-        ValueError: The model has no such layer; the message says what its last layers are.
-    """
-    if example_inputs is not None:
-        inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-        with (
-            model_left_as_found(model, evaluation=True),
-            torch.no_grad(),
-            record_head(model) as record,
-        ):
-            model(*inputs)
-        if record.module is not None:
-            return layer_name(model, record.module), record.module
-    candidates = [
-        (name, module)
-        for name, module in model.named_modules()
-        if is_linear(module) or isinstance(module, DecomposedLinear)
-    ]
-    if not candidates:
-        last = [type(m).__name__ for m in model.modules() if not list(m.children())][-3:]
-        raise ValueError(
-            f"{type(model).__name__} has no linear head: it ends in {', '.join(last)}. A head that "
-            "can be decomposed is an nn.Linear or an ungrouped 1x1 convolution."
-        )
-    return candidates[-1]
 
 
 def decompose(
@@ -212,13 +42,15 @@ def decompose(
     A copy of the model with the decomposed head in place of its last linear layer.
 
     The selected filters of each class keep their trained weights, the bias is copied, everything
-    else is dropped (Badola et al.). The model itself is not changed. Works for linear and 1x1
+    else is dropped (Badola et al.). The model itself is not changed, and what it does to its head's
+    output (a temperature, a clip, a softmax) the copy does, too. Works for linear and 1x1
     convolution heads; of a head of several linear layers the last is decomposed, with filters found
-    at its input (``attribute_to_layer_input=True`` at the head).
+    at its input (``attribute_to_layer_input=True`` at the head). The one logit of a binary
+    classifier keeps the filters that either of its two classes selects.
 
     Args:
 
-        model (nn.Module): The model.
+        model (nn.Module): The model. Of a compiled one the module inside is copied.
         class_filters (ClassFilters): A table with a selection, found at the layer that feeds the
                     head, directly, by averaging positions, or by flattening them.
         head (str, optional): The head's dotted name. By default the one that ``class_filters`` was
@@ -231,7 +63,8 @@ def decompose(
                     accuracy where few filters are kept.
                     Default: None
         example_inputs (Tensor or tuple, optional): A batch on which to check that the layer feeds
-                    the head, for tables that do not know.
+                    the head, that the scores follow from the head alone, and that the copy does
+                    what it should.
                     Default: None
 
     Returns:
@@ -249,10 +82,9 @@ def decompose(
         ...     torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1),
         ...     torch.nn.Flatten(), torch.nn.Linear(8, 2))
         >>> data = [(torch.rand(4, 3, 6, 6), torch.tensor([0, 1, 1, 0]))]
-        >>> table = LayerFilterContribution(net, net[1]).identify(
-        ...     data, num_filters=3, show_progress=False)
-        >>> decompose(net, table)[4]
-        DecomposedLinear(in_features=8, out_features=2, weights=6, bias=True)
+        >>> table = LayerFilterContribution(net, net[1]).identify(data, show_progress=False)
+        >>> decompose(net, table.select(num_filters=1))[4]
+        DecomposedLinear(in_features=8, out_features=2, weights=2, bias=True)
     """
     name, decomposed = decomposed_head(
         model,
@@ -262,7 +94,10 @@ def decompose(
         dropped_means=dropped_means,
         example_inputs=example_inputs,
     )
-    return replace_head(model, name, decomposed)
+    smaller = replace_head(model, name, decomposed)
+    if example_inputs is not None:
+        _check_copy(model, name, smaller, decomposed, example_inputs)
+    return smaller
 
 
 def decomposed_head(
@@ -292,108 +127,123 @@ def decomposed_head(
     Raises:
         ValueError: As for :func:`decompose`.
     """
-    feed = class_filters.provenance.get("feeds_head") or {}
-    name = head or head_name(model, class_filters, example_inputs)
-    module = find_layer(model, name)
-    weight, bias, convolution_dims = _head_parts(name, module)
-    if example_inputs is not None:
-        feed = {"name": name, "by": _checked_feed(model, class_filters, name, example_inputs)}
-    mask = _feature_mask(class_filters, weight, name, feed, trusted=head is not None)
-    mask = _without_missing(mask, class_filters, missing)
+    fit = fit_to_head(model, class_filters, head, example_inputs)
+    if head is None and example_inputs is None and not class_filters.provenance.get("exact"):
+        _check_only_one(model, fit.head)
+    linear = fit.head
+    mask = _without_missing(fit.rows(class_filters.selected), class_filters, missing)
+    mask, bias = mask.to(linear.weight.device), linear.bias
     if dropped_means is not None:
-        if dropped_means.shape != weight.shape[1:]:
+        if dropped_means.shape != linear.weight.shape[1:]:
             raise ValueError(
                 f"dropped_means has shape {tuple(dropped_means.shape)}; expected "
-                f"({weight.shape[1]},), one mean for each feature of the head {name!r}."
+                f"({linear.weight.shape[1]},), one mean for each feature of the head "
+                f"{linear.name!r}."
             )
-        offset = (weight * ~mask.to(weight.device)) @ dropped_means.to(weight)
+        offset = (linear.weight * ~mask) @ dropped_means.to(linear.weight)
         bias = offset if bias is None else bias + offset
-    decomposed = DecomposedLinear(weight, bias, mask, convolution_dims)
-    decomposed.train(module.training)
-    return name, decomposed
+    decomposed = DecomposedLinear(linear.weight, bias, mask, linear.convolution_dims)
+    decomposed.train(linear.module.training)
+    return linear.name, decomposed
 
 
-def head_name(model: nn.Module, class_filters: ClassFilters, example_inputs: Any = None) -> str:
-    """The head that a table was found to feed, or else the model's last linear layer.
+@dataclass(frozen=True)
+class HeadFit:
+    r"""
+    A head, and which of its features belong to which filter of a table.
 
     Args:
 
-        model (nn.Module): The model.
-        class_filters (ClassFilters): The table.
-        example_inputs (Tensor or tuple, optional): A batch to run.
-
-    Returns:
-        *str*: Its dotted name.
+        head (LinearHead): The head.
+        features_per_filter (int): Positions of a filter's map, where the head takes flattened maps.
     """
+
+    head: LinearHead
+    features_per_filter: int
+
+    def of_classes(self, selected: Tensor) -> Tensor:
+        """Filters (C, K) of the classes as features (C, F)."""
+        return selected.repeat_interleave(self.features_per_filter, dim=1)
+
+    def rows(self, selected: Tensor) -> Tensor:
+        """Which features each row of the weight keeps; a single logit, those of both classes."""
+        features = self.of_classes(selected)
+        single = len(self.head.weight) == 1
+        return features.any(0, keepdim=True) if single else features
+
+
+def fit_to_head(
+    model: nn.Module,
+    class_filters: ClassFilters,
+    head: str | None = None,
+    example_inputs: Any = None,
+) -> HeadFit:
+    """The head that a table belongs to, seen to be linear; raises if they do not fit."""
+    name = head or head_name(model, class_filters, example_inputs)
+    linear = linear_head(find_layer(model, name), name)
     feed = class_filters.provenance.get("feeds_head") or {}
-    return str(feed["name"]) if "name" in feed else find_head(model, example_inputs)[0]
+    if feed:  # directions of a layer feed no head, though their layer does
+        find_layer(model, class_filters.layer)
+    if example_inputs is not None:
+        feed = {"name": name, "by": _checked_feed(model, class_filters, linear, example_inputs)}
+    _check_sizes(class_filters, linear, feed)
+    _check_feeds(class_filters, linear, feed, trusted=head is not None)
+    return HeadFit(linear, linear.weight.shape[1] // class_filters.num_filters)
 
 
-def replace_head(model: nn.Module, name: str, head: nn.Module) -> nn.Module:
-    """A copy of a model with one layer replaced; the model itself keeps its own.
-
-    Args:
-
-        model (nn.Module): The model.
-        name (str): Dotted name of the layer to replace.
-        head (nn.Module): The new layer.
-
-    Returns:
-        *nn.Module*: The copy.
-    """
-    old = find_layer(model, name)
-    # The replaced layer is not copied: the memo gives the copy its successor instead.
-    return copy.deepcopy(model, {id(old): head})
+def _advice(name: str) -> str:
+    return (
+        "Find the filters at the layer that feeds the head, or at the head's own input: "
+        f"LayerFilterFrequency(model, {name!r}).identify(data, attribute_to_layer_input=True)."
+    )
 
 
-def _head_parts(name: str, module: nn.Module) -> tuple[Tensor, Tensor | None, int]:
-    if isinstance(module, DecomposedLinear):
-        return module.dense_weight().detach(), module.bias, module.convolution_dims
-    if not is_linear(module):
+def _check_sizes(class_filters: ClassFilters, head: LinearHead, feed: Any) -> None:
+    num_outputs, num_features = head.weight.shape
+    binary = num_outputs == 1 and class_filters.num_classes == 2
+    if class_filters.num_classes != num_outputs and not binary:
         raise ValueError(
-            f"The head {name!r} is a {type(module).__name__}, which cannot be decomposed; expected "
-            "an nn.Linear or an ungrouped 1x1 convolution."
-        )
-    weight: Tensor = module.weight.detach()  # type: ignore[operator]
-    bias: Tensor | None = module.bias  # type: ignore[assignment]
-    return weight.flatten(1), bias, weight.dim() - 2
-
-
-def _feature_mask(
-    class_filters: ClassFilters, weight: Tensor, name: str, feed: Any, trusted: bool
-) -> Tensor:
-    """Which features of the head each class keeps (C, F)."""
-    num_classes, num_features = weight.shape
-    if class_filters.num_classes != num_classes:
-        raise ValueError(
-            f"The head {name!r} has {num_classes} outputs, but class_filters has "
+            f"The head {head.name!r} has {num_outputs} outputs, but class_filters has "
             f"{class_filters.num_classes} classes."
         )
     num_filters = class_filters.num_filters
-    advice = (
-        f"Find the filters at the layer that feeds the head, or at the head's own input: "
-        f"LayerFilterFrequency(model, {name!r}).identify(data, attribute_to_layer_input=True)."
-    )
     flattened = feed.get("by") == "flatten" and num_features % num_filters == 0
     if num_features != num_filters and not flattened:
         raise ValueError(
-            f"The head {name!r} takes {num_features} features, but class_filters holds "
-            f"{num_filters} filters of {class_filters.layer!r}. {advice}"
+            f"The head {head.name!r} takes {num_features} features, but class_filters holds "
+            f"{num_filters} filters of {class_filters.layer!r}. {_advice(head.name)}"
         )
+
+
+def _check_feeds(class_filters: ClassFilters, head: LinearHead, feed: Any, trusted: bool) -> None:
     watched = "feeds_head" in class_filters.provenance
     if not feed and not trusted and watched:
         raise ValueError(
-            f"The layer {class_filters.layer!r} does not feed the head {name!r}: its outputs, or "
-            f"their means over positions, were not the head's inputs. {advice} To pair filter k "
-            f"with feature k all the same, pass head={name!r}."
+            f"The layer {class_filters.layer!r} does not feed the head {head.name!r}: its outputs, "
+            f"or their means over positions, were not the head's inputs. {_advice(head.name)} To "
+            f"pair filter k with feature k all the same, pass head={head.name!r}."
         )
     if not feed and not watched:
         logger.warning(
             "class_filters does not say whether %r feeds the head %r; pass example_inputs.",
             class_filters.layer,
-            name,
+            head.name,
         )
-    return class_filters.selected.repeat_interleave(num_features // num_filters, dim=1)
+
+
+def _check_only_one(model: nn.Module, head: LinearHead) -> None:
+    """Raise if another layer might put out scores, too, and nobody has looked."""
+    for other in model.modules():
+        if other is head.module or not is_linear(other):
+            continue
+        weight: Tensor = other.weight  # type: ignore[assignment]
+        if weight.flatten(1).shape == head.weight.shape:
+            raise ValueError(
+                f"The head {head.name!r} and {layer_name(model, other)!r} have the same shape, "
+                f"{tuple(head.weight.shape)}. If the model adds them up, classes would still see all "
+                "filters through the second head. Pass example_inputs=, a batch, to have it looked "
+                f"at, or head={head.name!r} to decompose that layer whatever the other does."
+            )
 
 
 def _without_missing(mask: Tensor, class_filters: ClassFilters, missing: Missing) -> Tensor:
@@ -413,40 +263,72 @@ def _without_missing(mask: Tensor, class_filters: ClassFilters, missing: Missing
 
 
 def _checked_feed(
-    model: nn.Module, class_filters: ClassFilters, name: str, example_inputs: Any
+    model: nn.Module, class_filters: ClassFilters, head: LinearHead, example_inputs: Any
 ) -> str:
-    """How the table's layer feeds the head on an example; raises if it does not."""
-    inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    head = find_layer(model, name)
+    """How the table's layer feeds the head on an example; raises if it does not, or if the head is
+    not all that the scores come from."""
     layer = find_layer(model, class_filters.layer)
     at_input = bool(class_filters.provenance.get("options", {}).get("attribute_to_layer_input"))
-    seen: dict[str, Any] = {}
-    handles = [
-        head.register_forward_pre_hook(lambda _m, args: seen.update(features=args[0].clone())),
+    features: list[Tensor] = []
+    tensors: list[Tensor] = []
+    with example_batch([model], example_inputs) as batch:
+        with (
+            tapped(head.module, lambda value: _keep(features, value), at_input=True),
+            tapped(layer, lambda value: _keep(tensors, value), at_input=at_input),
+        ):
+            model(*batch.inputs)
+        if features and tensors:
+            feed = _feed(features[-1], tensors[-1], None if at_input else layer, class_filters)
+            if feed is not None:
+                check_scores_follow(model, head, batch.inputs)
+                return feed
+    shapes = [
+        tuple(values[-1].shape) if values else "(never reached)" for values in (features, tensors)
     ]
-    if at_input:
-        handles.append(
-            layer.register_forward_pre_hook(lambda _m, args: seen.update(tensor=args[0].clone()))
-        )
-    else:
-        handles.append(
-            layer.register_forward_hook(lambda _m, _a, output: seen.update(tensor=output.clone()))
-        )
-    try:
-        with model_left_as_found(model, evaluation=True), torch.no_grad():
-            model(*inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    features, tensor = seen["features"], seen["tensor"]
-    if features.shape == tensor.shape and torch.allclose(features, tensor, atol=1e-6):
+    raise ValueError(
+        f"The layer {class_filters.layer!r} does not feed the head {head.name!r}: the head's input "
+        f"{shapes[0]} is neither the layer's tensor {shapes[1]}, nor its mean over positions, nor its "
+        "flattened form."
+    )
+
+
+def _keep(kept: list[Tensor], value: Any) -> None:
+    tensor = value[0] if isinstance(value, (tuple, list)) and value else value
+    if isinstance(tensor, Tensor):
+        kept.append(tensor.clone())
+
+
+def _feed(
+    features: Tensor, tensor: Tensor, layer: nn.Module | None, class_filters: ClassFilters
+) -> str | None:
+    """How a layer's tensor becomes the head's input; None if it does not."""
+    if features.shape == tensor.shape and bool(alike(features, tensor)):
         return "identical"
-    axis = filter_axis(None if at_input else layer, tensor)
-    feed = how_layer_feeds(features.flatten(1) if features.dim() > 2 else features, tensor, axis)
-    if feed is None:
-        raise ValueError(
-            f"The layer {class_filters.layer!r} does not feed the head {name!r}: the head's input "
-            f"{tuple(features.shape)} is neither the layer's tensor {tuple(tensor.shape)}, nor its "
-            "mean over positions, nor its flattened form."
-        )
-    return feed
+    fits = [
+        axis for axis in range(1, tensor.dim()) if tensor.shape[axis] == class_filters.num_filters
+    ]
+    if tensor.dim() > 1 and len(fits) != 1:
+        fits = [filter_axis(layer, tensor)]
+    flat = features.flatten(1) if features.dim() > 2 else features
+    return next((feed for axis in fits if (feed := how_layer_feeds(flat, tensor, axis))), None)
+
+
+def _check_copy(
+    model: nn.Module,
+    name: str,
+    smaller: nn.Module,
+    decomposed: DecomposedLinear,
+    example_inputs: Any,
+) -> None:
+    """Raise unless the copy returns what the model does with the new head's output in its place."""
+    with example_batch([model, smaller], example_inputs) as batch:
+        with hooked(
+            [find_layer(model, name)], lambda _module, inputs, _output: decomposed(*inputs)
+        ):
+            expected = class_scores(model(*batch.inputs))
+        copied = class_scores(smaller(*batch.inputs))
+        if copied.shape != expected.shape or not bool(alike(copied, expected)):
+            raise ValueError(
+                f"{type(model).__name__} does not call its head {name!r} as a module alone (it may "
+                "use its weight, or keep a second reference to it), so it cannot be replaced."
+            )

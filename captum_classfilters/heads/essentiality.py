@@ -1,22 +1,33 @@
 """Are a class's filters necessary and sufficient? Noise, zero or the mean in their place."""
 
-from collections.abc import Iterable
+import logging
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from captum_classfilters._core.layers import find_layer
+from captum_classfilters._core.batches import Batch, check_read_again, read_batches
+from captum_classfilters._core.outputs import two_classes
+from captum_classfilters._core.ranking import random_sets
+from captum_classfilters._core.tables import short_repr
+from captum_classfilters._core.taps import tapped
 from captum_classfilters.class_filters import ClassFilters
-from captum_classfilters.heads import head_name
-from captum_classfilters.identify import collect_features
+from captum_classfilters.heads.decompose import fit_to_head
+from captum_classfilters.heads.head_features import head_features
+from captum_classfilters.heads.linear_head import LinearHead, check_scores_follow, run_head
+from captum_classfilters.metrics.evaluate_classifier import ScoreReader
 from captum_classfilters.metrics.features import checked_features, class_rows
+
+logger = logging.getLogger("captum_classfilters")
 
 Replacement = Literal["noise", "scaled_noise", "zero", "mean"]
 
 
+@short_repr
 @dataclass(frozen=True)
 class Essentiality:
     r"""
@@ -52,7 +63,7 @@ def essentiality(
     class_filters: ClassFilters | Tensor,
     *,
     replacement: Replacement = "noise",
-    repeats: int = 3,
+    repetitions: int = 3,
     seed: int = 0,
 ) -> Essentiality:
     r"""
@@ -67,45 +78,49 @@ def essentiality(
 
         features (Tensor): Shape (N, K), the head's inputs.
         labels (Tensor): Shape (N,).
-        weight (Tensor): Shape (C, K), of the head.
+        weight (Tensor): Shape (C, K), of the head; (1, K) for one logit and two classes.
         bias (Tensor, optional): Shape (C,).
         class_filters (ClassFilters or Tensor): A table with a selection, or its mask (C, K).
         replacement (str): ``"noise"``, ``"scaled_noise"``, ``"zero"`` or ``"mean"``.
                     Default: "noise"
-        repeats (int): Draws of noise and of random sets to average over.
+        repetitions (int): Draws of noise and of random sets to average over.
                     Default: 3
         seed (int): Seed of the draws.
                     Default: 0
 
     Returns:
-        *Essentiality*.
+        *Essentiality*: Recall of each class (C,) ``clean``, ``at_set`` and ``at_complement`` with its
+        own filters or all others replaced, and ``random_at_set``, ``random_at_complement``.
 
     Raises:
         ValueError: Shapes do not fit, or the replacement is unknown.
     """
-    if replacement not in ("noise", "scaled_noise", "zero", "mean"):
-        raise ValueError(
-            f"replacement={replacement!r}; choose 'noise', 'scaled_noise', 'zero' or 'mean'."
-        )
     mask = class_filters.selected if isinstance(class_filters, ClassFilters) else class_filters
-    if mask.shape != weight.shape or features.shape[1] != weight.shape[1]:
+    num_classes = max(2, len(weight)) if weight.dim() == 2 else 0
+    fits = weight.dim() == features.dim() == 2 and features.shape[1] == weight.shape[1]
+    if not fits or mask.shape != (num_classes, weight.shape[1]) or mask.dtype != torch.bool:
         raise ValueError(
             f"features {tuple(features.shape)}, weight {tuple(weight.shape)} and filters "
-            f"{tuple(mask.shape)} do not fit; expected (N, K), (C, K) and (C, K)."
+            f"{tuple(mask.shape)} ({mask.dtype}) do not fit; expected (N, K), (C, K) and a bool mask "
+            "(C, K)."
         )
-    features, labels, number = checked_features(features, labels, len(weight))
-    trial = _Trial(features, labels, weight.detach().cpu().double(), bias, replacement, number)
-    generator = torch.Generator().manual_seed(seed)
-    nothing = torch.zeros_like(mask)
-    runs = []
-    for _ in range(max(1, repeats)):
-        rank = torch.rand(mask.shape, generator=generator).argsort(1).argsort(1)
-        random = rank < mask.sum(1, keepdim=True)
-        runs.append(
-            torch.stack([trial.recall(one, generator) for one in (mask, ~mask, random, ~random)])
-        )
-    mean = torch.stack(runs).mean(0)
-    return Essentiality(trial.recall(nothing, generator), mean[0], mean[1], mean[2], mean[3])
+    features, labels, _ = checked_features(features, labels, num_classes)
+    weight = weight.detach().cpu().double()
+    bias = None if bias is None else bias.detach().cpu().double()
+    replaced = _Replaced.of(mask, features, replacement, repetitions, seed)
+    rows = class_rows(labels, num_classes)
+
+    def recall(part: int | None) -> Tensor:
+        """Recall of each class, its images with a part of their features replaced."""
+        values = []
+        for class_index, row in enumerate(rows):
+            changed = replaced.features(features[row], labels[row], part)
+            predicted = two_classes(F.linear(changed, weight, bias)).argmax(1)
+            values.append((predicted == class_index).double().mean())  # NaN without images
+        return torch.stack(values)
+
+    parts = torch.stack([recall(part) for part in range(len(replaced.sets))])
+    return _essentiality(recall(None), parts)
 
 
 def model_essentiality(
@@ -114,63 +129,158 @@ def model_essentiality(
     dataloader: Iterable[Any],
     *,
     head: str | None = None,
+    replacement: Replacement = "noise",
+    repetitions: int = 3,
+    seed: int = 0,
+    unpack: Callable[[Any], tuple[Any, Any]] | None = None,
     show_progress: bool = True,
-    **options: Any,
 ) -> Essentiality:
     r"""
     :func:`essentiality` of a model's class filters on a data set.
+
+    Where the model's scores are seen to be its head's output, the head's inputs are collected and
+    classified by its weight. Otherwise the model itself runs with replaced inputs of its head, which
+    takes a second pass over the data.
 
     Args:
 
         model (nn.Module): The model, ending in a linear layer.
         class_filters (ClassFilters): Found at the layer that feeds it, on other images.
-        dataloader (iterable): Batches of (images, labels).
+        dataloader (iterable): Batches of (inputs, labels).
         head (str, optional): Dotted name of the head.
+                    Default: None
+        replacement (str): As for :func:`essentiality`.
+                    Default: "noise"
+        repetitions (int): Draws of noise and of random sets to average over.
+                    Default: 3
+        seed (int): Seed of the draws.
+                    Default: 0
+        unpack (Callable, optional): From a batch of another kind to the pair (inputs, labels).
+                    Default: None
         show_progress (bool): Show a progress bar.
-        options: As for :func:`essentiality`.
+                    Default: True
 
     Returns:
-        *Essentiality*.
+        *Essentiality*, as :func:`essentiality`.
+
+    Raises:
+        ValueError: The table does not fit the head, the head is not linear or runs more than once,
+                    or the scores do not follow from it alone.
     """
-    name = head or head_name(model, class_filters)
-    module: Any = find_layer(model, name)
-    features, labels = collect_features(
-        model, name, dataloader, attribute_to_layer_input=True, show_progress=show_progress
+    fit = fit_to_head(model, class_filters, head)
+    mask = fit.of_classes(class_filters.selected)
+    collected = head_features(
+        model, fit.head, dataloader, unpack=unpack, show_progress=show_progress
     )
-    return essentiality(features, labels, module.weight, module.bias, class_filters, **options)
+    if collected.ends:
+        return essentiality(
+            collected.features,
+            collected.labels,
+            fit.head.weight,
+            fit.head.bias,
+            mask,
+            replacement=replacement,
+            repetitions=repetitions,
+            seed=seed,
+        )
+    logger.warning(
+        "The model's scores are not the very output of its head %r: it runs again, with replaced "
+        "inputs of the head.",
+        fit.head.name,
+    )
+    check_read_again(dataloader)
+    replaced = _Replaced.of(mask, collected.features.double(), replacement, repetitions, seed)
+    hits: list[Tensor] = []
+    with read_batches(
+        model, dataloader, "essentiality", unpack=unpack, show_progress=show_progress
+    ) as batches:
+        reader = ScoreReader(model, batches)
+        for batch in batches:
+            labels = batches.class_labels(batch, len(mask))
+            if batch.first_image == 0:
+                check_scores_follow(model, fit.head, batch.inputs)
+            counts = _hits(model, fit.head, replaced, reader, batch, labels)
+            hits = [counts if not hits else hits[0] + counts]
+    recall = hits[0].cpu() / torch.bincount(collected.labels, minlength=len(mask)).double()
+    return _essentiality(recall[0], recall[1:])
 
 
-@dataclass
-class _Trial:
-    features: Tensor
-    labels: Tensor
-    weight: Tensor
-    bias: Tensor | None
+@dataclass(frozen=True)
+class _Replaced:
+    """Features with parts of them replaced: a class's own set, its complement, random ones."""
+
+    sets: Tensor  # (4 R, C, K): set, complement, random set, its complement, R times
     replacement: Replacement
-    number: int
+    mean: Tensor
+    deviation: Tensor
+    generator: torch.Generator
 
-    def __post_init__(self) -> None:
-        self.mean = self.features.mean(0)
-        self.deviation = self.features.std(0) if len(self.features) > 1 else self.mean * 0
-        self.offset = None if self.bias is None else self.bias.detach().cpu().double()
-        self.rows = class_rows(self.labels, self.number)
+    @classmethod
+    def of(
+        cls, mask: Tensor, features: Tensor, replacement: Replacement, repetitions: int, seed: int
+    ) -> "_Replaced":
+        """From the classes' sets (C, K) and all features (N, K)."""
+        if replacement not in ("noise", "scaled_noise", "zero", "mean"):
+            raise ValueError(
+                f"replacement={replacement!r}; choose 'noise', 'scaled_noise', 'zero' or 'mean'."
+            )
+        if repetitions < 1:
+            raise ValueError(f"repetitions={repetitions} must be at least 1.")
+        sets = [
+            part
+            for random in random_sets(mask, repetitions, seed)
+            for part in (mask, ~mask, random, ~random)
+        ]
+        mean = features.mean(0)
+        deviation = features.std(0) if len(features) > 1 else torch.zeros_like(mean)
+        generator = torch.Generator().manual_seed(seed)
+        return cls(torch.stack(sets), replacement, mean, deviation, generator)
 
-    def recall(self, replaced: Tensor, generator: torch.Generator) -> Tensor:
-        """Recall of each class with its row of ``replaced`` (C, K) replaced in its images."""
-        values = []
-        for class_, row in enumerate(self.rows):
-            images = self.features[row]
-            where = replaced[class_]
-            changed = torch.where(where, self._other(images, generator), images)
-            predicted = F.linear(changed, self.weight, self.offset).argmax(1)
-            right = (predicted == class_).double()
-            values.append(right.mean() if len(row) else torch.tensor(float("nan")).double())
-        return torch.stack(values)
+    def features(self, features: Tensor, labels: Tensor, part: int | None) -> Tensor:
+        """Features (N, K) with each image's part of its class replaced; all kept for None."""
+        if part is None:
+            return features
+        where = self.sets[part].to(features.device)[labels]
+        return torch.where(where, self._other(features), features)
 
-    def _other(self, images: Tensor, generator: torch.Generator) -> Tensor:
+    def _other(self, features: Tensor) -> Tensor:
         if self.replacement == "zero":
-            return torch.zeros_like(images)
+            return torch.zeros_like(features)
+        mean = self.mean.to(features)
         if self.replacement == "mean":
-            return self.mean.expand_as(images)
-        noise = torch.randn(images.shape, generator=generator, dtype=images.dtype)
-        return noise if self.replacement == "noise" else self.mean + self.deviation * noise
+            return mean.expand_as(features)
+        noise = torch.randn(features.shape, generator=self.generator, dtype=self.mean.dtype)
+        noise = noise.to(features)
+        return noise if self.replacement == "noise" else mean + self.deviation.to(features) * noise
+
+
+def _hits(
+    model: nn.Module,
+    head: LinearHead,
+    replaced: _Replaced,
+    reader: ScoreReader,
+    batch: Batch,
+    labels: Tensor,
+) -> Tensor:
+    """Right answers (1 + 4 R, C) of the model as it is, and with each part of its head's input
+    replaced."""
+    features = run_head(model, head, batch.inputs).features
+    rows = []
+    for part in (None, *range(len(replaced.sets))):
+        changed = replaced.features(features, labels, part)
+        with tapped(head.module, partial(_instead, changed), at_input=True):
+            scores = reader.scores(batch, model(*batch.inputs))
+        right = (scores.argmax(1) == labels).long()
+        rows.append(right.new_zeros(scores.shape[1]).index_add(0, labels, right))
+    return torch.stack(rows)
+
+
+def _instead(features: Tensor, _inputs: Any) -> Tensor:
+    """Features in the place of a head's inputs."""
+    return features
+
+
+def _essentiality(clean: Tensor, parts: Tensor) -> Essentiality:
+    """From recall as it is (C,) and with each part replaced (4 R, C)."""
+    means = parts.reshape(-1, 4, len(clean)).mean(0)
+    return Essentiality(clean, *means)

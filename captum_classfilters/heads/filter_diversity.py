@@ -6,9 +6,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from captum_classfilters._core.tables import short_repr
+from captum_classfilters.spectral.select_rank import effective_rank as effective_rank_of
+
 Similarity = Literal["cosine", "correlation"]
 
 
+@short_repr
 @dataclass(frozen=True)
 class Coverage:
     r"""
@@ -42,7 +46,7 @@ def filter_clusters(
 
         vectors (Tensor): Shape (K, D): a layer's weights flattened, or its activations on D images
                     (``collect_features(...)[0].T``).
-        similarity (str): ``"cosine"``, of weights say, or ``"correlation"``, of activations.
+        similarity (str): ``"cosine"``, for weights, or ``"correlation"``, for activations.
                     Default: "cosine"
         threshold (float): Groups are merged while their mean similarity is at least this.
                     Default: 0.7
@@ -72,14 +76,14 @@ def filter_clusters(
             "Clustering needs scikit-learn: pip install 'captum-classfilters[prune]'."
         ) from error
     distances = 1 - _similarity(vectors, similarity)
-    number = len(distances)
-    if num_clusters is not None and not 1 <= num_clusters <= number:
-        raise ValueError(f"num_clusters={num_clusters}: expected 1 to {number}.")
+    num_filters = len(distances)
+    if num_clusters is not None and not 1 <= num_clusters <= num_filters:
+        raise ValueError(f"num_clusters={num_clusters}: expected 1 to {num_filters}.")
     if not -1 <= threshold <= 1:
         raise ValueError(f"threshold={threshold} is no similarity; choose a number in [-1, 1].")
-    if number == 1:
+    if num_filters == 1:
         return torch.zeros(1, dtype=torch.int64)
-    found = AgglomerativeClustering(
+    clusters = AgglomerativeClustering(
         n_clusters=num_clusters,
         metric="precomputed",
         linkage="average",
@@ -87,7 +91,9 @@ def filter_clusters(
         distance_threshold=None if num_clusters is not None else 1 - threshold + 1e-9,
     ).fit_predict(distances.clamp(min=0).fill_diagonal_(0).numpy())
     renumbered: dict[int, int] = {}
-    return torch.tensor([renumbered.setdefault(int(one), len(renumbered)) for one in found])
+    return torch.tensor(
+        [renumbered.setdefault(int(cluster), len(renumbered)) for cluster in clusters]
+    )
 
 
 def coverage(clusters: Tensor, kept: Tensor) -> Coverage:
@@ -103,7 +109,8 @@ def coverage(clusters: Tensor, kept: Tensor) -> Coverage:
         kept (Tensor): Shape (K,), bool, which filters survive.
 
     Returns:
-        *Coverage*.
+        *Coverage*: The ``share`` of groups with a survivor, that by ``chance``, and the ``lost``
+        groups.
 
     Raises:
         ValueError: Shapes do not fit.
@@ -144,18 +151,16 @@ def diversity(vectors: Tensor, kept: Tensor | None = None) -> float:
     """
     rows = vectors if kept is None else vectors[kept]
     alike = _similarity(rows, "correlation").abs()
-    number = len(alike)
-    if number < 2:
-        raise ValueError(f"There is {number} filter; a diversity needs two or more.")
-    return float((1 - alike).triu(1).sum() / (number * (number - 1) / 2))
+    num_filters = len(alike)
+    if num_filters < 2:
+        raise ValueError(f"There is {num_filters} filter; a diversity needs two or more.")
+    return float((1 - alike).triu(1).sum() / (num_filters * (num_filters - 1) / 2))
 
 
 def effective_rank(vectors: Tensor, kept: Tensor | None = None) -> float:
     r"""
-    Effective number of directions of a matrix: the exponential of its singular values' entropy.
-
-    Source: Roy and Vetterli, *The effective rank: a measure of effective dimensionality*, EUSIPCO
-    2007.
+    Effective number of directions of filters, from the singular values of their vectors by
+    :func:`captum_classfilters.spectral.effective_rank`.
 
     Args:
 
@@ -172,9 +177,7 @@ def effective_rank(vectors: Tensor, kept: Tensor | None = None) -> float:
     rows = (vectors if kept is None else vectors[kept]).detach().double()
     if rows.dim() != 2 or not bool(rows.abs().sum() > 0):
         raise ValueError(f"vectors of shape {tuple(rows.shape)}: expected (K, D), not all zero.")
-    values = torch.linalg.svdvals(rows)
-    share = values / values.sum()
-    return float(torch.special.entr(share).sum().exp())
+    return effective_rank_of(torch.linalg.svdvals(rows))
 
 
 def _similarity(vectors: Tensor, kind: Similarity) -> Tensor:

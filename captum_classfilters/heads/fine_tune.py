@@ -2,23 +2,27 @@
 
 import copy
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
-from captum_classfilters._core.guard import model_left_as_found
-from captum_classfilters.metrics.evaluate_classifier import evaluate_classifier
+from captum_classfilters._core.batches import Batch, Batches, read_batches
+from captum_classfilters._core.devices import device_of, on_device
+from captum_classfilters._core.tables import short_repr
+from captum_classfilters.heads.linear_head import find_head
+from captum_classfilters.metrics.evaluate_classifier import ScoreReader, evaluate_classifier
 
 logger = logging.getLogger("captum_classfilters")
 
 Freeze = Literal["nothing", "backbone", "batch_norm_statistics"]
 
 
+@short_repr
 @dataclass(frozen=True)
 class Epoch:
     """What one epoch of fine-tuning did.
@@ -51,33 +55,36 @@ def fine_tune(
     teacher: nn.Module | None = None,
     teacher_weight: float = 0.9,
     temperature: float = 2.0,
+    unpack: Callable[[Any], tuple[Any, Any]] | None = None,
     show_progress: bool = True,
 ) -> list[Epoch]:
     r"""
-    Fine-tune a model, a decomposed one say, in place; it ends in its best state.
+    Fine-tune a model, a decomposed one for example, in place; it ends in its best state.
 
     Adam without weight decay minimises the cross-entropy, as the authors of the decomposed head do.
     After each epoch the model is measured on the validation images, and the state that did best
     is kept, the one before training included. An interruption, too, leaves the best state so far.
+    Logits, probabilities, their logarithms and the one output of a binary classifier are each
+    trained on the cross-entropy of what they mean.
 
     Args:
 
         model (nn.Module): The model.
-        train_loader (iterable): Batches of (images, labels).
+        train_loader (iterable): Batches of (inputs, labels).
         validation_loader (iterable): Batches of other images, to choose the best state by.
         epochs (int): Number of epochs.
                     Default: 1
         learning_rate (float): Of Adam, where no ``optimizer`` is given.
                     Default: 1e-4
-        optimizer (torch.optim.Optimizer, optional): Another optimiser over the model's parameters.
+        optimizer (torch.optim.Optimizer, optional): Another optimizer over the model's parameters.
         scheduler (optional): A learning-rate scheduler, advanced after each batch.
         freeze (str): ``"nothing"``; ``"backbone"`` trains the last linear layer alone;
                     ``"batch_norm_statistics"`` keeps running means and variances.
                     Default: "nothing"
         label_smoothing (float): As for ``torch.nn.functional.cross_entropy``.
                     Default: 0.0
-        teacher (nn.Module, optional): The full network, say, whose logits on the same images are
-                    learned beside the labels (Hinton et al. 2015,
+        teacher (nn.Module, optional): A network, the full one for example, whose predictions
+                    for the same images are learned beside the labels (Hinton et al. 2015,
                     https://arxiv.org/abs/1503.02531). It helps where the network has seen the
                     training images and their labels teach it little more.
                     Default: None
@@ -85,11 +92,15 @@ def fine_tune(
                     Default: 0.9
         temperature (float): Of both softmaxes in that share.
                     Default: 2.0
+        unpack (Callable, optional): From a batch of another kind to the pair (inputs, labels), for
+                    both loaders.
+                    Default: None
         show_progress (bool): Show progress bars.
                     Default: True
 
     Returns:
-        *list of Epoch*: The history, its first entry the model as it was.
+        *list of Epoch*: The history, its first entry the model as it was: ``epoch``, mean ``loss``,
+        ``train_accuracy`` on the batches as they were seen, and ``validation_accuracy``.
 
     Raises:
         ValueError: A loader is empty, ``freeze`` is unknown, or the loss is not finite.
@@ -100,58 +111,32 @@ def fine_tune(
         )
     if _same_data(train_loader, validation_loader):
         logger.warning("Training and validation use the same data; its accuracy is optimistic.")
-    training = [(module, module.training) for module in model.modules()]
-    flags = [(one, one.requires_grad, one.grad) for one in model.parameters()]
-    history = [_measured(model, validation_loader, 0, None, None)]
-    best = _copied(model)
-    best_accuracy = history[0].validation_accuracy
-    try:
+
+    def measured(epoch: int, loss: float | None = None, accuracy: float | None = None) -> Epoch:
+        scores = evaluate_classifier(model, validation_loader, unpack=unpack, show_progress=False)
+        return Epoch(epoch, loss, accuracy, scores.accuracy)
+
+    history = [measured(0)]
+    with _best_state_kept(model) as keep_state, _teaching(teacher):
         trained = _trained_parameters(model, freeze)
         optimizer = optimizer or torch.optim.Adam(trained, lr=learning_rate)
         criterion = _Criterion(label_smoothing, teacher, teacher_weight, temperature)
         for epoch in range(1, epochs + 1):
             _train_mode(model, freeze)
-            bar = tqdm(train_loader, desc=f"epoch {epoch}", unit="batch", disable=not show_progress)
-            loss, accuracy = _one_epoch(model, bar, optimizer, scheduler, criterion)
-            history.append(_measured(model, validation_loader, epoch, loss, accuracy))
-            if history[-1].validation_accuracy > best_accuracy:
-                best, best_accuracy = _copied(model), history[-1].validation_accuracy
-    finally:
-        model.load_state_dict(best)
-        for module, flag in training:
-            module.training = flag
-        for parameter, requires_grad, gradient in flags:
-            parameter.requires_grad_(requires_grad)
-            parameter.grad = gradient
+            with read_batches(
+                model,
+                train_loader,
+                f"epoch {epoch}",
+                unpack=unpack,
+                training=True,
+                show_progress=show_progress,
+            ) as batches:
+                loss, accuracy = _one_epoch(model, batches, optimizer, scheduler, criterion)
+            best = max(entry.validation_accuracy for entry in history)
+            history.append(measured(epoch, loss, accuracy))
+            if history[-1].validation_accuracy > best:
+                keep_state()
     return history
-
-
-def _one_epoch(
-    model: nn.Module,
-    batches: Iterable[Any],
-    optimizer: torch.optim.Optimizer,
-    scheduler: Any,
-    criterion: "_Criterion",
-) -> tuple[float, float]:
-    device = next(model.parameters()).device
-    total, right, seen = 0.0, 0, 0
-    for images, labels in batches:
-        images, labels = images.to(device), labels.to(device)
-        optimizer.zero_grad(set_to_none=True)
-        logits = model(images)
-        loss = criterion(logits, labels, images)
-        if not bool(torch.isfinite(loss)):
-            raise ValueError("The training loss is NaN or Inf; lower the learning rate.")
-        loss.backward()
-        optimizer.step()
-        if scheduler is not None:
-            scheduler.step()
-        total += float(loss.detach()) * len(labels)
-        right += int((logits.detach().argmax(1) == labels).sum())
-        seen += len(labels)
-    if not seen:
-        raise ValueError("The training loader is empty.")
-    return total / seen, right / seen
 
 
 @dataclass(frozen=True)
@@ -163,36 +148,107 @@ class _Criterion:
     teacher_weight: float
     temperature: float
 
-    def __call__(self, logits: Tensor, labels: Tensor, images: Tensor) -> Tensor:
-        loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
-        if self.teacher is None:
+    def __call__(self, predicted: Tensor, labels: Tensor, taught: Tensor | None) -> Tensor:
+        """The loss of log-probabilities (N, C), and those of the teacher."""
+        loss = F.cross_entropy(predicted, labels, label_smoothing=self.label_smoothing)
+        if taught is None:
             return loss
-        with torch.no_grad(), model_left_as_found(self.teacher, evaluation=True):
-            taught = (self.teacher(images) / self.temperature).softmax(1)
+        softened = F.cross_entropy(
+            predicted / self.temperature, (taught.to(predicted) / self.temperature).softmax(1)
+        )
         # The factor keeps gradients of one size whatever the temperature.
-        softened = F.cross_entropy(logits / self.temperature, taught) * self.temperature**2
+        softened = softened * self.temperature**2
         return (1 - self.teacher_weight) * loss + self.teacher_weight * softened
 
 
-def _measured(
-    model: nn.Module, loader: Iterable[Any], epoch: int, loss: float | None, accuracy: float | None
-) -> Epoch:
-    scores = evaluate_classifier(model, loader, show_progress=False)
-    return Epoch(epoch, loss, accuracy, scores.accuracy)
+def _one_epoch(
+    model: nn.Module,
+    batches: Batches,
+    optimizer: torch.optim.Optimizer,
+    scheduler: Any,
+    criterion: _Criterion,
+) -> tuple[float, float]:
+    """Mean loss, and accuracy on the batches as they were seen."""
+    reader = ScoreReader(model, batches)
+    teacher = None if criterion.teacher is None else ScoreReader(criterion.teacher, batches)
+    sums: Tensor | None = None
+    for batch in batches:
+        optimizer.zero_grad(set_to_none=True)
+        predicted = reader.log_probabilities(batch, model(*batch.inputs))
+        labels = batches.class_labels(batch, predicted.shape[1])
+        loss = criterion(predicted, labels, _taught(teacher, batch))
+        batches.check(loss.detach().isfinite(), _not_finite)
+        loss.backward()
+        optimizer.step()
+        if scheduler is not None:
+            scheduler.step()
+        right = (predicted.detach().argmax(1) == labels).sum()
+        own = torch.stack([loss.detach().float() * batch.size, right.float()])
+        sums = own if sums is None else sums + own
+    if sums is None:
+        raise ValueError("The training loader is empty: there is no image to train on.")
+    total, right_answers = sums.tolist()
+    return total / batches.num_images, right_answers / batches.num_images
 
 
-def _copied(model: nn.Module) -> dict[str, Any]:
-    return copy.deepcopy(model.state_dict())
+def _taught(teacher: ScoreReader | None, batch: Batch) -> Tensor | None:
+    """The teacher's log-probabilities for a batch."""
+    if teacher is None:
+        return None
+    with torch.no_grad():
+        inputs = on_device(batch.inputs, device_of(teacher.model))
+        return teacher.log_probabilities(batch, teacher.model(*inputs))
+
+
+@contextmanager
+def _teaching(teacher: nn.Module | None) -> Iterator[None]:
+    """The teacher in evaluation mode; the random state is the pupil's."""
+    training = [] if teacher is None else [(part, part.training) for part in teacher.modules()]
+    try:
+        if teacher is not None:
+            teacher.eval()
+        yield
+    finally:
+        for part, flag in training:
+            part.training = flag
+
+
+@contextmanager
+def _best_state_kept(model: nn.Module) -> Iterator[Callable[[], None]]:
+    """Call what is given to keep the model's state; the one kept last is the model's in the end.
+    Modes and gradients are as before."""
+    training = [(module, module.training) for module in model.modules()]
+    flags = [
+        (parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()
+    ]
+    best: dict[str, Any] = {}
+
+    def keep_state() -> None:
+        best.update(copy.deepcopy(model.state_dict()))
+
+    keep_state()
+    try:
+        yield keep_state
+    finally:
+        model.load_state_dict(best)
+        for module, flag in training:
+            module.training = flag
+        for parameter, requires_grad, gradient in flags:
+            parameter.requires_grad_(requires_grad)
+            parameter.grad = gradient
+
+
+def _not_finite() -> ValueError:
+    return ValueError("The training loss is NaN or Inf; lower the learning rate.")
 
 
 def _trained_parameters(model: nn.Module, freeze: Freeze) -> list[nn.Parameter]:
     if freeze != "backbone":
         return [parameter for parameter in model.parameters() if parameter.requires_grad]
-    from captum_classfilters.heads.decompose import find_head
-
     head = list(find_head(model)[1].parameters())
+    trained = {id(parameter) for parameter in head}
     for parameter in model.parameters():
-        parameter.requires_grad_(any(parameter is one for one in head))
+        parameter.requires_grad_(id(parameter) in trained)
     return head
 
 

@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 
 from captum_classfilters._core.energy import number_for_energy
+from captum_classfilters._core.tables import short_repr
 from captum_classfilters.metrics.features import checked_features, class_rows
 
 
+@short_repr
 @dataclass(frozen=True)
 class GramSpectrum:
     r"""
@@ -45,7 +47,7 @@ class GramSpectrum:
         """
         return number_for_energy(self.eigenvalues, energy)
 
-    def overallnumber_for_energy(self, energy: float = 0.95) -> int:
+    def overall_number_for(self, energy: float = 0.95) -> int:
         """The same for all images together.
 
         Args:
@@ -59,32 +61,37 @@ class GramSpectrum:
 
 
 def gram_spectrum(
-    features: Tensor, labels: Tensor, *, centred: bool = False, num_classes: int | None = None
+    features: Tensor, labels: Tensor, *, centered: bool = False, num_classes: int | None = None
 ) -> GramSpectrum:
     r"""
     Eigenvalues of :math:`A_c^\top A_c / N_c`, with :math:`A_c` the features of class *c*'s images.
 
-    Badola et al.'s code takes the **uncentred** matrix, whose first eigenvector is nearly the mean
-    response; ``centred=True`` subtracts each class's mean, and gives the spectrum of the covariance.
+    Badola et al.'s code takes the **uncentered** matrix, whose first eigenvector is nearly the mean
+    response; ``centered=True`` subtracts each class's mean, and gives the spectrum of the covariance.
 
     Args:
 
         features (Tensor): Shape (N, K).
         labels (Tensor): Shape (N,).
-        centred (bool): Subtract the mean.
+        centered (bool): Subtract the mean.
                     Default: False
         num_classes (int, optional): C. By default the largest label plus one.
 
     Returns:
-        *GramSpectrum*.
+        *GramSpectrum*: ``eigenvalues`` (C, K), falling, and ``overall`` (K,) of all images;
+        ``top_share``, ``participation_ratio`` (C,), ``number_for(energy)`` and
+        ``overall_number_for(energy)`` follow from them.
+
+    Raises:
+        ValueError: Features or labels do not fit, or are not finite.
     """
-    features, labels, number = checked_features(features, labels, num_classes)
+    features, labels, num_classes = checked_features(features, labels, num_classes)
 
     def spectrum(rows: Tensor) -> Tensor:
         if len(rows) == 0:
             return torch.full((features.shape[1],), float("nan"), dtype=torch.float64)
-        values = rows - rows.mean(0) if centred else rows
+        values = rows - rows.mean(0) if centered else rows
         return torch.linalg.eigvalsh(values.T @ values / len(values)).flip(0).clamp(min=0)
 
-    classes = [spectrum(features[row]) for row in class_rows(labels, number)]
+    classes = [spectrum(features[row]) for row in class_rows(labels, num_classes)]
     return GramSpectrum(torch.stack(classes), spectrum(features))

@@ -1,6 +1,7 @@
 """Refit a head on cached features: seconds, the backbone untouched."""
 
-from collections.abc import Iterable
+import copy
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -8,8 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from captum_classfilters._core.layers import find_layer
-from captum_classfilters.heads.decompose import DecomposedLinear, find_head
-from captum_classfilters.identify import collect_features
+from captum_classfilters._core.outputs import log_probabilities
+from captum_classfilters.heads.decomposed_linear import DecomposedLinear
+from captum_classfilters.heads.head_features import head_features
+from captum_classfilters.heads.linear_head import find_head, linear_head
 
 
 def refit_head(
@@ -20,6 +23,7 @@ def refit_head(
     weight_decay: float = 1e-4,
     label_smoothing: float = 0.0,
     max_iterations: int = 200,
+    unpack: Callable[[Any], tuple[Any, Any]] | None = None,
     show_progress: bool = True,
 ) -> list[float]:
     r"""
@@ -31,11 +35,13 @@ def refit_head(
               + \frac{\lambda}{2} \, \lVert V - V_0 \rVert^2
 
     pulls towards the weights found, and is minimised by full-batch L-BFGS, which is deterministic.
+    Of a binary classifier's one logit, CE is the binary cross-entropy. The model must return the
+    head's output, or its softmax or log-softmax: the logits are then those of the model.
 
     Args:
 
         model (nn.Module): The model; its head is changed in place, and nothing else.
-        dataloader (iterable): Batches of (images, labels).
+        dataloader (iterable): Batches of (inputs, labels).
         head (str, optional): Dotted name of the head. By default the last linear layer.
                     Default: None
         weight_decay (float): :math:`\lambda`.
@@ -44,6 +50,8 @@ def refit_head(
                     Default: 0.0
         max_iterations (int): Iterations of L-BFGS at most.
                     Default: 200
+        unpack (Callable, optional): From a batch of another kind to the pair (inputs, labels).
+                    Default: None
         show_progress (bool): Show a progress bar while features are collected.
                     Default: True
 
@@ -51,26 +59,32 @@ def refit_head(
         *list of float*: The objective before, and after each iteration.
 
     Raises:
-        ValueError: The head is not linear, or labels do not fit.
+        ValueError: The head is not linear, the model changes its output, or labels do not fit.
     """
     name, module = (head, find_layer(model, head)) if head else find_head(model)
-    features, labels = collect_features(
-        model,
-        name,
-        dataloader,
-        attribute_to_layer_input=True,
-        flatten=True,
-        show_progress=show_progress,
+    linear = linear_head(module, name)
+    trained = {id(parameter) for parameter in module.parameters()}
+    if linear.convolution_dims or id(module.weight) not in trained:
+        raise ValueError(
+            f"The head {name!r} ({type(module).__name__}) is not an nn.Linear with a weight of its "
+            "own (a convolution, or a weight that is computed from others); use "
+            "fine_tune(..., freeze='backbone')."
+        )
+    collected = head_features(model, linear, dataloader, unpack=unpack, show_progress=show_progress)
+    if not collected.ends and not collected.same_probabilities:
+        raise ValueError(
+            f"The model changes the output of its head {name!r} before it returns it, or adds to it: "
+            "weights that fit the head would not fit the model. Use "
+            "fine_tune(..., freeze='backbone')."
+        )
+    return fit_linear(
+        module,  # type: ignore[arg-type]
+        collected.features,
+        collected.labels,
+        weight_decay,
+        label_smoothing,
+        max_iterations,
     )
-    if isinstance(module, DecomposedLinear) and module.convolution_dims:
-        raise ValueError(
-            f"The head {name!r} is a convolution whose output is not the model's; use fine_tune."
-        )
-    if not isinstance(module, (nn.Linear, DecomposedLinear)):
-        raise ValueError(
-            f"The head {name!r} is a {type(module).__name__}; expected a linear layer."
-        )
-    return fit_linear(module, features, labels, weight_decay, label_smoothing, max_iterations)
 
 
 def fit_linear(
@@ -86,7 +100,8 @@ def fit_linear(
 
     Args:
 
-        module (nn.Linear or DecomposedLinear): The layer.
+        module (nn.Linear or DecomposedLinear): The layer; one of a single output is fitted to two
+                    classes, its output the logit of class 1.
         features (Tensor): Shape (N, F).
         labels (Tensor): Shape (N,), class indices.
         weight_decay (float): Strength of the pull.
@@ -100,23 +115,37 @@ def fit_linear(
         *list of float*: The objective before, and after each iteration.
 
     Raises:
-        ValueError: Shapes or labels do not fit.
+        ValueError: Shapes or labels do not fit, or features are not finite.
     """
-    if features.dim() != 2 or features.shape[1] != module.in_features:
-        raise ValueError(
-            f"features have shape {tuple(features.shape)}; expected (N, {module.in_features})."
-        )
-    if labels.shape != features.shape[:1] or labels.is_floating_point():
-        raise ValueError(f"labels must be {len(features)} class indices.")
-    if len(labels) == 0 or not 0 <= int(labels.min()) <= int(labels.max()) < module.out_features:
-        raise ValueError(f"labels are out of range: expected 0 to {module.out_features - 1}.")
-    features, labels = features.to(module.weight), labels.to(module.weight.device)
+    _check(module, features, labels)
+    # Whatever the caller switched off around the call.
+    with torch.inference_mode(False), torch.enable_grad():
+        # Half precision is too coarse for a line search.
+        dtype = torch.promote_types(module.weight.dtype, torch.float32)
+        twin = copy.deepcopy(module).to(dtype).requires_grad_()
+        features, labels = features.to(twin.weight), labels.to(twin.weight.device)
+        if features.is_inference():  # autograd does not keep such tensors
+            features, labels = features.clone(), labels.clone()
+        history = _minimize(twin, features, labels, weight_decay, label_smoothing, max_iterations)
+    fitted = dict(twin.named_parameters())
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            parameter.copy_(fitted[name])
+    return history
+
+
+def _minimize(
+    module: nn.Linear | DecomposedLinear,
+    features: Tensor,
+    labels: Tensor,
+    weight_decay: float,
+    label_smoothing: float,
+    max_iterations: int,
+) -> list[float]:
+    """Fit a module by L-BFGS; the objective before, and after each iteration."""
     start = module.weight.detach().clone()
-    parameters = [module.weight] + ([] if module.bias is None else [module.bias])
-    flags = [parameter.requires_grad for parameter in parameters]
-    gradients = [parameter.grad for parameter in parameters]
     optimizer = torch.optim.LBFGS(
-        [parameter.requires_grad_() for parameter in parameters],
+        module.parameters(),
         max_iter=max_iterations,
         history_size=20,
         line_search_fn="strong_wolfe",
@@ -125,18 +154,27 @@ def fit_linear(
 
     def objective() -> Tensor:
         optimizer.zero_grad()
-        loss = F.cross_entropy(module(features), labels, label_smoothing=label_smoothing)
+        predicted = log_probabilities(module(features))
+        loss = F.cross_entropy(predicted, labels, label_smoothing=label_smoothing)
         loss = loss + 0.5 * weight_decay * (module.weight - start).square().sum()
         if torch.is_grad_enabled():
             loss.backward()
         history.append(float(loss.detach()))
         return loss
 
-    try:
-        with torch.enable_grad():
-            optimizer.step(objective)
-    finally:
-        for parameter, flag, gradient in zip(parameters, flags, gradients, strict=True):
-            parameter.requires_grad_(flag)
-            parameter.grad = gradient
+    optimizer.step(objective)
     return history
+
+
+def _check(module: nn.Linear | DecomposedLinear, features: Tensor, labels: Tensor) -> None:
+    if features.dim() != 2 or features.shape[1] != module.in_features:
+        raise ValueError(
+            f"features have shape {tuple(features.shape)}; expected (N, {module.in_features})."
+        )
+    if labels.shape != features.shape[:1] or labels.is_floating_point():
+        raise ValueError(f"labels must be {len(features)} class indices.")
+    most = max(2, module.out_features) - 1
+    if len(labels) == 0 or not 0 <= int(labels.min()) <= int(labels.max()) <= most:
+        raise ValueError(f"labels are out of range: expected 0 to {most}.")
+    if not bool(features.isfinite().all()):
+        raise ValueError("features hold NaN or Inf.")

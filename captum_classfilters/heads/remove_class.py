@@ -5,9 +5,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from captum_classfilters.heads.decompose import DecomposedLinear
+from captum_classfilters._core.tables import short_repr
+from captum_classfilters.heads.decomposed_linear import DecomposedLinear, linear_layer
+from captum_classfilters.heads.linear_head import linear_head
 
 
+@short_repr
 @dataclass(frozen=True)
 class RemovedClass:
     r"""
@@ -24,7 +27,7 @@ class RemovedClass:
     unused_features: Tensor
 
 
-def remove_class(head: nn.Linear | DecomposedLinear, class_index: int) -> RemovedClass:
+def remove_class(head: nn.Module, class_index: int) -> RemovedClass:
     r"""
     Remove one class from a linear or decomposed head.
 
@@ -34,14 +37,17 @@ def remove_class(head: nn.Linear | DecomposedLinear, class_index: int) -> Remove
 
     Args:
 
-        head (nn.Linear or DecomposedLinear): The head; it is not changed.
+        head (nn.Module): The head, an ``nn.Linear``, an ungrouped 1x1 convolution or a
+                    :class:`DecomposedLinear`; it is not changed.
         class_index (int): The class.
 
     Returns:
-        *RemovedClass*.
+        *RemovedClass*: The smaller ``head``, and ``unused_features``, which only the removed class
+        used; none for a dense head.
 
     Raises:
-        ValueError: There is no such class, or it is the last one.
+        ValueError: There is no such class, or it is the last one; or the head computes something
+                    else than its weight says.
 
     Examples::
 
@@ -52,22 +58,23 @@ def remove_class(head: nn.Linear | DecomposedLinear, class_index: int) -> Remove
         >>> remove_class(head, 0).unused_features
         tensor([0])
     """
-    if not 0 <= class_index < head.out_features:
-        raise ValueError(f"Class {class_index} is out of range: the head has {head.out_features}.")
-    if head.out_features == 1:
-        raise ValueError("The head's only class cannot be removed.")
-    keep = torch.arange(head.out_features) != class_index
-    weight = head.dense_weight() if isinstance(head, DecomposedLinear) else head.weight
-    weight = weight.detach()[keep]
-    bias = None if head.bias is None else head.bias.detach()[keep]
+    linear = linear_head(head)
+    num_classes = len(linear.weight)
+    if not 0 <= class_index < num_classes:
+        raise ValueError(f"Class {class_index} is out of range: the head has {num_classes}.")
+    if num_classes == 1:
+        raise ValueError(
+            "The head has a single output, that of a binary classifier; its only class cannot be "
+            "removed."
+        )
+    keep = torch.arange(num_classes, device=linear.weight.device) != class_index
+    weight = linear.weight[keep]
+    bias = None if linear.bias is None else linear.bias[keep]
     if isinstance(head, DecomposedLinear):
         mask = head.mask
-        smaller: nn.Module = DecomposedLinear(weight, bias, mask[keep], head.convolution_dims)
-        unused = mask[class_index] & ~mask[keep].any(0)
-        return RemovedClass(smaller.train(head.training), unused.nonzero()[:, 0])
-    dense = nn.Linear(head.in_features, len(weight), bias=bias is not None).to(weight)
-    with torch.no_grad():
-        dense.weight.copy_(weight)
-        if bias is not None:
-            dense.bias.copy_(bias)
-    return RemovedClass(dense.train(head.training), torch.empty(0, dtype=torch.int64))
+        smaller: nn.Module = DecomposedLinear(weight, bias, mask[keep], linear.convolution_dims)
+        unused = (mask[class_index] & ~mask[keep].any(0)).nonzero()[:, 0].cpu()
+    else:
+        smaller = linear_layer(weight, bias, linear.convolution_dims)
+        unused = torch.empty(0, dtype=torch.int64)
+    return RemovedClass(smaller.train(head.training), unused)

@@ -5,9 +5,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from captum_classfilters._core.ranking import random_sets
+from captum_classfilters._core.tables import short_repr
 from captum_classfilters.class_filters import ClassFilters
 
 
+@short_repr
 @dataclass(frozen=True)
 class SetOverlap:
     r"""
@@ -24,7 +27,7 @@ class SetOverlap:
         distinct_filters (int): Filters that any class uses.
         classes_per_filter (Tensor): Shape (K,).
         random (dict): The same four figures for random sets of the same sizes, each as
-                    (mean, standard deviation) over seeds.
+                    (mean, standard deviation) over repetitions.
     """
 
     mutual_information: Tensor
@@ -36,40 +39,47 @@ class SetOverlap:
     random: dict[str, tuple[float, float]]
 
 
-def set_overlap(class_filters: ClassFilters | Tensor, *, random_seeds: int = 20) -> SetOverlap:
+def set_overlap(
+    class_filters: ClassFilters | Tensor, *, repetitions: int = 20, seed: int = 0
+) -> SetOverlap:
     r"""
     Measure how far the filter sets of different classes overlap.
 
     Mutual information of membership is *not* monotone in overlap: disjoint sets have some, too.
-    Read it beside the Jaccard similarity and the random baseline, which Badola et al.'s script
-    lacks.
+    Read it beside the Jaccard similarity (:meth:`ClassFilters.overlap`) and the random baseline,
+    which Badola et al.'s script lacks.
 
     Args:
 
         class_filters (ClassFilters or Tensor): A table with a selection, or its mask (C, K).
-        random_seeds (int): Number of random draws for the baseline.
+        repetitions (int): Number of random draws for the baseline.
                     Default: 20
+        seed (int): Seed of the draws.
+                    Default: 0
 
     Returns:
-        *SetOverlap*.
+        *SetOverlap*: ``mutual_information`` (C, C) in nats, its ``mean_all_pairs`` with those of a
+        class and itself and its ``mean_off_diagonal``, ``mean_jaccard``, ``distinct_filters``,
+        ``classes_per_filter`` (K,), and ``random``: for each figure (mean, standard deviation).
 
     Raises:
         ValueError: There are fewer than two classes.
     """
     mask = class_filters.selected if isinstance(class_filters, ClassFilters) else class_filters
     if mask.dim() != 2 or len(mask) < 2 or mask.dtype != torch.bool:
-        raise ValueError(f"Expected a bool mask (C, K) of two classes or more, not {mask.shape}.")
+        raise ValueError(
+            f"Expected a bool mask (C, K) of two classes or more, not {mask.dtype} of shape "
+            f"{tuple(mask.shape)}."
+        )
+    mask = mask.cpu()
     own = _figures(mask)
-    draws = []
-    for seed in range(random_seeds):
-        generator = torch.Generator().manual_seed(seed)
-        rank = torch.rand(mask.shape, generator=generator).argsort(1).argsort(1)
-        draws.append(_figures(rank < mask.sum(1, keepdim=True)))
+    draws = (
+        [_figures(drawn) for drawn in random_sets(mask, repetitions, seed)] if repetitions else []
+    )
     random = {}
-    for name in own:
+    for name in own if draws else ():
         values = torch.tensor([draw[name] for draw in draws], dtype=torch.float64)
-        if len(values):
-            random[name] = (float(values.mean()), float(values.std(correction=0)))
+        random[name] = (float(values.mean()), float(values.std(correction=0)))
     return SetOverlap(
         mutual_information=membership_information(mask),
         distinct_filters=int(own["distinct_filters"]),
@@ -85,6 +95,10 @@ def membership_information(mask: Tensor) -> Tensor:
     r"""
     Mutual information between membership in the filter sets of every two classes.
 
+    With :math:`p_{xy}` the shares of filters that are (1) or are not (0) in the two sets,
+
+    .. math:: I = \sum_{x, y} p_{xy} \log \frac{p_{xy}}{p_{x \cdot} \, p_{\cdot y}} .
+
     Args:
 
         mask (Tensor): Shape (C, K), bool.
@@ -92,38 +106,20 @@ def membership_information(mask: Tensor) -> Tensor:
     Returns:
         *Tensor* of shape (C, C), float64, in nats; the diagonal holds the entropies.
     """
-    member = mask.double()
-    number = mask.shape[1]
-    both = member @ member.T
-    size = member.sum(1)
-    cells = (
-        (both, size[:, None], size[None, :]),
-        (size[:, None] - both, size[:, None], number - size[None, :]),
-        (size[None, :] - both, number - size[:, None], size[None, :]),
-        (
-            number - size[:, None] - size[None, :] + both,
-            number - size[:, None],
-            number - size[None],
-        ),
-    )
-    total = torch.zeros_like(both)
-    for count, row, column in cells:
-        share = count / number
-        expected = (row * column / number**2).expand_as(share)
-        total += torch.where(share > 0, share * (share / expected).log(), 0.0)
-    return total
+    sides = torch.stack([~mask, mask]).double()
+    share = sides.mean(2)  # (2, C)
+    joint = torch.einsum("xak,ybk->xyab", sides, sides) / mask.shape[1]
+    expected = torch.einsum("xa,yb->xyab", share, share)
+    return torch.xlogy(joint, joint / expected.clamp(min=1e-300)).sum((0, 1))
 
 
 def _figures(mask: Tensor) -> dict[str, float]:
     information = membership_information(mask)
-    member = mask.double()
-    both = member @ member.T
-    size = member.sum(1)
-    jaccard = both / (size[:, None] + size[None, :] - both)
+    overlap = ClassFilters(mask.double(), torch.ones(len(mask)), selected=mask).overlap()
     different = ~torch.eye(len(mask), dtype=torch.bool)
     return {
         "mean_all_pairs": float(information.mean()),
         "mean_off_diagonal": float(information[different].mean()),
-        "mean_jaccard": float(jaccard[different].nanmean()),
+        "mean_jaccard": float(overlap.jaccard[different].nanmean()),
         "distinct_filters": float(mask.any(0).sum()),
     }

@@ -7,9 +7,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from captum_classfilters._core.tables import short_repr
 from captum_classfilters.metrics.features import checked_features, class_rows
 
 
+@short_repr
 @dataclass(frozen=True)
 class TopMass:
     r"""
@@ -50,12 +52,15 @@ def top_mass(
         num_classes (int, optional): C. By default the largest label plus one.
 
     Returns:
-        *TopMass*.
+        *TopMass*: The ``mean`` share over the images of each class and its ``standard_deviation``,
+        both (C, len(num_filters)), NaN for classes without images, and ``overall``.
 
     Raises:
         ValueError: Features are negative or not finite, or k exceeds K.
     """
-    features, labels, number = checked_features(features, labels, num_classes, nonnegative=True)
+    features, labels, num_classes = checked_features(
+        features, labels, num_classes, nonnegative=True
+    )
     ks = [int(k) for k in num_filters]
     if not ks or min(ks) < 1 or max(ks) > features.shape[1]:
         raise ValueError(f"num_filters={ks}; choose numbers from 1 to {features.shape[1]}.")
@@ -63,7 +68,7 @@ def top_mass(
     alive = total > 0
     cumulative = features[alive].sort(dim=1, descending=True).values.cumsum(1)
     share = cumulative[:, [k - 1 for k in ks]] / total[alive, None]
-    rows = class_rows(labels[alive], number)
+    rows = class_rows(labels[alive], num_classes)
     nothing = torch.full((len(ks),), float("nan"), dtype=torch.float64)
     return TopMass(
         num_filters=ks,
@@ -115,7 +120,9 @@ def psi(
     Raises:
         ValueError: Features are negative, or an argument is out of range.
     """
-    features, labels, number = checked_features(features, labels, num_classes, nonnegative=True)
+    features, labels, num_classes = checked_features(
+        features, labels, num_classes, nonnegative=True
+    )
     if not 0 < fraction <= 1:
         raise ValueError(f"fraction={fraction} is out of range; choose a share in (0, 1].")
     if statistic not in ("median", "mean"):
@@ -128,7 +135,7 @@ def psi(
     if corrected:
         features, labels, needed = features[total > 0], labels[total > 0], needed[total > 0] + 1
     values = []
-    for row in class_rows(labels, number):
+    for row in class_rows(labels, num_classes):
         if len(row) == 0:
             values.append(float("nan"))
             continue

@@ -8,6 +8,7 @@ from sklearn.metrics import mutual_info_score
 from torch import nn
 
 from captum_classfilters import ClassFilters, LayerFilterContribution
+from captum_classfilters._core.layers import unwrapped
 from captum_classfilters.heads import (
     essentiality,
     gram_spectrum,
@@ -22,10 +23,11 @@ from captum_classfilters.heads import (
 from captum_classfilters.metrics import (
     class_means,
     class_selectivity_index,
-    mixture_entropy_score,
+    evaluate_classifier,
     selectivity_regulariser,
-    union_score,
 )
+from tests.heads.common import HOLDING, QUIET, data_for, table_for
+from tests.models import joined
 
 # The public index file for ResNet-20 with five filters a class (Badola et al.).
 RELEASED = [
@@ -55,7 +57,7 @@ def table(scores, **options):
 
 class TestOverlap:
     def test_released_sets_give_the_published_constants(self):
-        overlap = set_overlap(released_mask(), random_seeds=200)
+        overlap = set_overlap(released_mask(), repetitions=200)
         assert overlap.mean_all_pairs == pytest.approx(0.034537759, abs=1e-8)
         assert overlap.mean_off_diagonal == pytest.approx(0.00791, abs=5e-6)
         assert overlap.distinct_filters == 32
@@ -70,6 +72,20 @@ class TestOverlap:
             for b in range(4):
                 expected = mutual_info_score(mask[a].numpy(), mask[b].numpy())
                 assert float(ours[a, b]) == pytest.approx(expected, abs=1e-12)
+
+    def test_jaccard_and_counts_are_those_of_the_table(self):
+        mask = torch.rand(4, 9, generator=torch.Generator().manual_seed(2)) < 0.4
+        mask[3] = False
+        filters = table(torch.rand(4, 9)).with_selection(mask)
+        overlap = set_overlap(filters, repetitions=3, seed=1)
+        sets = [set(row.nonzero()[:, 0].tolist()) for row in mask]
+        pairs = [(a, b) for a in range(4) for b in range(4) if a != b and sets[a] | sets[b]]
+        expected = [len(sets[a] & sets[b]) / len(sets[a] | sets[b]) for a, b in pairs]
+        assert overlap.mean_jaccard == pytest.approx(sum(expected) / len(expected))
+        assert overlap.classes_per_filter.tolist() == mask.sum(0).tolist()
+        assert overlap.random == set_overlap(mask, repetitions=3, seed=1).random
+        assert overlap.random != set_overlap(mask, repetitions=3, seed=2).random
+        assert set_overlap(mask, repetitions=0).random == {}
 
     def test_refuses_a_single_class(self):
         with pytest.raises(ValueError, match="two classes"):
@@ -198,9 +214,101 @@ class TestEssentiality:
             recall = (predicted[class_::3] == class_).double().mean()
             assert float(result.clean[class_]) == pytest.approx(float(recall))
 
-    def test_refuses_shapes_that_do_not_fit(self):
+    def test_refuses_what_does_not_fit(self):
         with pytest.raises(ValueError, match="do not fit"):
             essentiality(self.features, self.labels, self.weight[:, :3], None, self.mask)
+        with pytest.raises(ValueError, match=r"int64.* do not fit"):
+            essentiality(self.features, self.labels, self.weight, None, self.mask.long())
+        options = {"replacement": "nothing"}, {"repetitions": 0}
+        for wrong in options:
+            with pytest.raises(ValueError, match=next(iter(wrong))):
+                essentiality(self.features, self.labels, self.weight, None, self.mask, **wrong)
+
+    def test_one_logit_is_two_classes(self):
+        weight = torch.tensor([[-1.0, 1.0, 0, 0]])
+        double = torch.cat([-weight, weight])
+        for replacement in ("zero", "mean"):
+            options = {"replacement": replacement}
+            single = essentiality(
+                self.features, self.labels, weight, torch.tensor([0.5]), self.mask, **options
+            )
+            both = essentiality(
+                self.features, self.labels, double, torch.tensor([-0.5, 0.5]), self.mask, **options
+            )
+            assert torch.equal(single.at_set, both.at_set)
+            assert torch.equal(single.at_complement, both.at_complement)
+
+    @pytest.mark.parametrize("name", HOLDING)
+    @pytest.mark.parametrize("replacement", ["zero", "mean"])
+    def test_a_model_is_run_where_its_head_is_not_its_end(self, name, replacement):
+        """Against a plain hook that replaces the head's input image by image."""
+        model = HOLDING[name]().eval()
+        data, filters = data_for(model, name), table_for(name)
+        options = {"replacement": replacement, "repetitions": 1, **QUIET}
+        if name in ("a head used twice", "a convolution"):
+            with pytest.raises(ValueError, match=r"reached 2 times|takes \(5, 6, 4, 4\)"):
+                model_essentiality(model, filters, data, **options)
+            return
+        found = model_essentiality(model, filters, data, **options)
+        plain = getattr(model, "_orig_mod", model)
+        inner = unwrapped(model)
+        x, y = joined(data)
+        with torch.no_grad():
+            mean = inner.features(x).float().mean(0)
+        for part, mask in (
+            (found.at_set, filters.selected),
+            (found.at_complement, ~filters.selected),
+        ):
+
+            def before(_module, inputs, mask=mask):
+                other = mean if replacement == "mean" else torch.zeros(6)
+                return (torch.where(mask[y], other.to(inputs[0]), inputs[0]),)
+
+            handle = inner.fc.register_forward_pre_hook(before)
+            right = evaluate_classifier(plain, [(x, y)], **QUIET).recall
+            handle.remove()
+            # Coarse types may draw where the weight, in float64, does not.
+            coarse = name in ("half precision", "bfloat16", "autocast in forward")
+            assert torch.allclose(part, right, atol=0.13 if coarse else 0)
+
+    def test_positions_of_flattened_maps_go_together(self):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Conv2d(2, 5, 3), nn.ReLU(), nn.Flatten(), nn.Linear(80, 3))
+        data = data_for(net)
+        filters = ClassFilters(
+            torch.rand(3, 5),
+            torch.ones(3),
+            layer="1",
+            provenance={"feeds_head": {"name": "3", "by": "flatten"}},
+        ).select(2)
+        found = model_essentiality(net, filters, data, replacement="zero", **QUIET)
+        x, y = joined(data)
+        with torch.no_grad():
+            maps = net[1](net[0](x))
+            maps = maps * ~filters.selected[y][:, :, None, None]
+            right = net[3](maps.flatten(1)).argmax(1) == y
+        for class_index in range(3):
+            share = float(right[y == class_index].double().mean())
+            assert float(found.at_set[class_index]) == pytest.approx(share)
+
+    def test_noise_on_a_model_that_goes_on(self):
+        options = {"repetitions": 40, **QUIET}
+        plain, cooled = HOLDING["plain"](), HOLDING["a temperature in place"]()
+        data = data_for(plain, number=60)
+        for replacement in ("noise", "scaled_noise"):
+            results = [
+                model_essentiality(model, table_for(), data, replacement=replacement, **options)
+                for model in (plain, cooled)
+            ]
+            assert torch.equal(results[0].clean, results[1].clean)
+            difference = (results[0].at_complement - results[1].at_complement).abs()
+            assert difference.max() < 0.1
+
+    def test_a_loader_that_cannot_be_read_twice(self):
+        model = HOLDING["a temperature in place"]()
+        with pytest.raises(ValueError, match="read only once"):
+            model_essentiality(model, table_for(), iter(data_for(model)), **QUIET)
+        model_essentiality(HOLDING["plain"](), table_for(), iter(data_for(model)), **QUIET)
 
 
 class TestSpectra:
@@ -211,26 +319,14 @@ class TestSpectra:
         assert spectrum.eigenvalues[1].tolist() == pytest.approx([2.0, 0.0], abs=1e-12)
         assert spectrum.top_share.tolist() == pytest.approx([0.9, 1.0])
         assert spectrum.number_for(0.95).tolist() == [2, 1]
+        assert spectrum.overall_number_for(0.95) == 2
         assert spectrum.participation_ratio[0] == pytest.approx(25 / 20.5)
 
-    def test_centred_is_the_covariance(self):
+    def test_centered_is_the_covariance(self):
         features = torch.randn(50, 3, dtype=torch.float64)
-        spectrum = gram_spectrum(features, torch.zeros(50, dtype=torch.long), centred=True)
+        spectrum = gram_spectrum(features, torch.zeros(50, dtype=torch.long), centered=True)
         covariance = torch.cov(features.T, correction=0)
         assert torch.allclose(spectrum.overall, torch.linalg.eigvalsh(covariance).flip(0))
-
-
-class TestBreadth:
-    def test_union_of_equal_and_disjoint_sets(self):
-        mask = torch.zeros(3, 12, dtype=torch.bool)
-        mask[0, :5] = mask[1, :5] = mask[2, 5:10] = True
-        score = union_score(table(torch.rand(3, 12)).with_selection(mask))
-        assert float(score[0, 1]) == pytest.approx(math.log(5))
-        assert float(score[0, 2]) == pytest.approx(math.log(2.5))
-
-    def test_mixture_of_equal_histograms_is_their_entropy(self):
-        score = mixture_entropy_score(table(torch.ones(2, 4)))
-        assert float(score[0, 1]) == pytest.approx(math.log(4))
 
 
 def test_layer_sweep_measures_each_layer_in_one_pass():
@@ -245,4 +341,7 @@ def test_layer_sweep_measures_each_layer_in_one_pass():
         features = net[1](net[0](data[0][0])).mean((2, 3))
     expected = psi(features, data[0][1], 0.5, statistic="mean").mean()
     assert rows[1].psi == pytest.approx(float(expected))
-    assert math.isnan(rows[0].psi)  # before the ReLU
+    assert math.isnan(rows[0].psi)
+    assert math.isnan(rows[0].selectivity)
+    assert rows[0].reason == "activations are negative; measure behind the ReLU"
+    assert rows[1].reason == ""

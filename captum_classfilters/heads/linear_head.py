@@ -1,0 +1,319 @@
+"""A model's last linear layer: found, seen to be linear, run, replaced."""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from captum_classfilters._core.batches import Batch, read_batches
+from captum_classfilters._core.guard import model_left_as_found
+from captum_classfilters._core.heads import HeadRecord, alike, is_linear
+from captum_classfilters._core.layers import check_runs, find_layer, layer_name
+from captum_classfilters._core.outputs import class_scores
+from captum_classfilters._core.taps import hooked, tapped
+from captum_classfilters.class_filters import ClassFilters
+from captum_classfilters.heads.decomposed_linear import DecomposedLinear, linear_map
+
+_PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, DecomposedLinear)
+
+
+def find_head(model: nn.Module, example_inputs: Any = None) -> tuple[str, nn.Module]:
+    r"""
+    The last linear layer of a model: an ``nn.Linear`` or an ungrouped 1x1 convolution.
+
+    Args:
+
+        model (nn.Module): The model.
+        example_inputs (Tensor or tuple, optional): A batch to run; the layer that runs last is the
+                    head. Without it, the one that was registered last.
+                    Default: None
+
+    Returns:
+        *tuple* of the layer's name and the layer.
+
+    Raises:
+        ValueError: The model has no such layer; the message says what its last layers are.
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"The model is a {type(model).__name__}; a head is found in, and replaced in, an "
+            "nn.Module: pass the module that the function calls."
+        )
+    heads = [m for m in model.modules() if is_linear(m) or isinstance(m, DecomposedLinear)]
+    ran: list[nn.Module] = []
+    if example_inputs is not None:
+        with (
+            example_batch([model], example_inputs) as batch,
+            hooked(heads, lambda module, _inputs, _output: ran.append(module)),
+        ):
+            model(*batch.inputs)
+    if not heads:
+        last = [type(m).__name__ for m in model.modules() if not list(m.children())][-3:]
+        raise ValueError(
+            f"{type(model).__name__} has no linear head: it ends in {', '.join(last)}. A head that "
+            "can be decomposed is an nn.Linear or an ungrouped 1x1 convolution."
+        )
+    head = (ran or heads)[-1]
+    return layer_name(model, head), head
+
+
+def head_name(model: nn.Module, class_filters: ClassFilters, example_inputs: Any = None) -> str:
+    """The head that a table was found to feed, or else the model's last linear layer.
+
+    Args:
+
+        model (nn.Module): The model.
+        class_filters (ClassFilters): The table.
+        example_inputs (Tensor or tuple, optional): A batch to run.
+
+    Returns:
+        *str*: Its dotted name.
+    """
+    feed = class_filters.provenance.get("feeds_head") or {}
+    return str(feed["name"]) if "name" in feed else find_head(model, example_inputs)[0]
+
+
+def replace_head(model: nn.Module, name: str, head: nn.Module) -> nn.Module:
+    """A copy of a model with one layer replaced; the model itself keeps its own.
+
+    Args:
+
+        model (nn.Module): The model. Of a compiled one the module inside is copied.
+        name (str): Dotted name of the layer to replace.
+        head (nn.Module): The new layer.
+
+    Returns:
+        *nn.Module*: The copy.
+    """
+    old = find_layer(model, name)
+    while isinstance(model._modules.get("_orig_mod"), nn.Module):  # what torch.compile wraps
+        model = model._modules["_orig_mod"]  # type: ignore[assignment]
+    return _copied(model, {old: head})
+
+
+@dataclass(frozen=True)
+class LinearHead:
+    r"""
+    A head that puts out its weight times its input plus its bias.
+
+    Args:
+
+        name (str): Its dotted name.
+        module (nn.Module): The layer.
+        weight (Tensor): Shape (C, F), detached.
+        bias (Tensor or None): Shape (C,), detached.
+        convolution_dims (int): 0 for a linear layer, else the dimensions of the 1x1 convolution.
+    """
+
+    name: str
+    module: nn.Module
+    weight: Tensor
+    bias: Tensor | None
+    convolution_dims: int
+
+    def outputs(self, features: Tensor, weight: Tensor | None = None) -> Tensor:
+        """What the head makes of features, with its own weight (C, F) or with another."""
+        own = (self.weight if weight is None else weight).to(features.device)
+        bias = None if self.bias is None else self.bias.to(features.device)
+        return linear_map(features, own, bias, self.convolution_dims)
+
+    def is_this(self, features: Any, output: Any) -> Tensor:
+        """Whether an output of the module is :meth:`outputs` of its input, as a bool of no axes."""
+        if not isinstance(features, Tensor) or not isinstance(output, Tensor):
+            return torch.zeros((), dtype=torch.bool)
+        return alike(self.outputs(features), output.detach(), features.dtype, self.weight.dtype)
+
+
+def linear_head(module: nn.Module, name: str = "head") -> LinearHead:
+    r"""
+    A head's weight and bias, if these are what it computes.
+
+    A module of the very classes of PyTorch computes its weight, however that came about (weight
+    normalization, for example). One with a forward of its own, or with hooks, is tried on random
+    numbers.
+
+    Args:
+
+        module (nn.Module): The layer.
+        name (str): Its name, for messages.
+
+    Returns:
+        *LinearHead*.
+
+    Raises:
+        ValueError: It is no linear layer, or computes something else than its weight says.
+    """
+    if not is_linear(module) and not isinstance(module, DecomposedLinear):
+        raise ValueError(
+            f"The head {name!r} is a {type(module).__name__}, which cannot be decomposed; expected "
+            "an nn.Linear or an ungrouped 1x1 convolution."
+        )
+    forwards = [getattr(kind, "forward", None) for kind in _PLAIN]
+    plain = type(module).forward in forwards and "forward" not in vars(module)
+    if plain and not module._forward_hooks and not module._forward_pre_hooks:
+        return _parts(module, name)
+    # On a copy, since a forward of its own may count or observe what it is given.
+    twin = _copied(module, {}).eval()
+    head = LinearHead(name, twin, torch.empty(0), None, 0)
+    try:
+        with model_left_as_found(None), torch.no_grad():
+            weight = _parts(twin, name).weight
+            shape = (4, weight.shape[1], *[1] * _parts(twin, name).convolution_dims)
+            features = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(weight)
+            output = twin(features)
+            head = _parts(twin, name)  # hooks may have made the weight anew
+            computes = bool(head.is_this(features, output))
+    except Exception:  # whatever a foreign forward raises, plain it is not
+        computes = False
+    if not computes:
+        raise ValueError(
+            f"The head {name!r} ({type(module).__name__}) is not a plain linear layer: its forward or "
+            "its hooks compute something else than its weight times its input plus its bias. Put an "
+            "nn.Linear in its place that computes the same (a low-rank update added to the weight, a "
+            "scale multiplied in, a normalization of the features made a layer before it): "
+            f"replace_head(model, {name!r}, plain)."
+        )
+    return LinearHead(name, module, head.weight, head.bias, head.convolution_dims)
+
+
+@dataclass(frozen=True)
+class HeadRun:
+    r"""
+    One forward pass, seen at the head.
+
+    Args:
+
+        output (Any): What the model returned.
+        features (Tensor): The head's input in its last run, a copy.
+        logits (Tensor): The head's output in that run.
+        runs (int): How often the head ran.
+        ends (bool): Whether the model's scores are the head's own tensor, from its only use.
+        linear (Tensor): Whether that is features times weight plus bias: a bool of no axes.
+    """
+
+    output: Any
+    features: Tensor
+    logits: Tensor
+    runs: int
+    ends: bool
+    linear: Tensor
+
+
+def run_head(
+    model: nn.Module,
+    head: LinearHead,
+    inputs: tuple[Any, ...],
+    react: Callable[[Tensor], None] | None = None,
+) -> HeadRun:
+    r"""
+    Run a model and see what its head does.
+
+    Args:
+
+        model (nn.Module): The model.
+        head (LinearHead): Its head.
+        inputs (tuple): A batch.
+        react (Callable, optional): Called with the head's input while the model runs, so that what
+                    it computes is computed as the head does, under autocast for example.
+                    Default: None
+
+    Raises:
+        ValueError: The head is not reached, or not with one tensor.
+    """
+    record = HeadRecord()
+    runs: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def hook(module: nn.Module, arguments: Any, output: Any) -> None:
+        features = _single_input(head, arguments)
+        record.see(module, features, output)
+        # Copies, because what follows may write into them.
+        runs.append((features.clone(), output.clone(), head.is_this(features, output)))
+        if react is not None:
+            react(features)
+
+    with hooked([head.module], hook):
+        output = model(*inputs)
+    check_runs(head.name, min(1, len(runs)))
+    features, logits, linear = runs[-1]
+    ends = record.is_output(class_scores(output))
+    return HeadRun(output, features, logits, len(runs), ends, linear)
+
+
+def check_scores_follow(model: nn.Module, head: LinearHead, inputs: tuple[Any, ...]) -> None:
+    """Raise unless a model's scores follow from its head's output alone.
+
+    The model runs on other images while its head puts out what it did for these: scores that change
+    have come another way.
+    """
+    outputs: list[Tensor] = []
+    with tapped(head.module, lambda output: outputs.append(output.clone())):
+        before = class_scores(model(*inputs))
+    check_runs(head.name, min(1, len(outputs)))
+    if len({output.device for output in outputs}) > 1:  # replicas, in an order of their own
+        return
+    again = iter(outputs)
+    with tapped(head.module, lambda _output: next(again, None)):
+        after = class_scores(model(*map(_other_images, inputs)))
+    if before.shape != after.shape or not bool(alike(after, before)):
+        raise ValueError(
+            f"The model's scores do not follow from its head {head.name!r} alone: another part of it, "
+            "a second head for example, adds to them, so classes would still see all filters. Join "
+            "the parts into one nn.Linear, or decompose a model that returns the scores of this head "
+            "only."
+        )
+
+
+@contextmanager
+def example_batch(models: list[nn.Module], example_inputs: Any) -> Iterator[Batch]:
+    """Example inputs where the first model is, and the models in evaluation mode."""
+    with read_batches(
+        models,
+        [example_inputs],
+        "example",
+        unpack=lambda inputs: (inputs, None),
+        labeled=False,
+        show_progress=False,
+    ) as batches:
+        yield from batches
+
+
+def _single_input(head: LinearHead, arguments: Any) -> Tensor:
+    """The tensor that a head was called with."""
+    if len(arguments) != 1 or not isinstance(arguments[0], Tensor):
+        raise ValueError(
+            f"The head {head.name!r} is called with {len(arguments)} positional arguments; expected "
+            "one tensor of features."
+        )
+    return arguments[0]
+
+
+def _parts(module: nn.Module, name: str) -> LinearHead:
+    """A linear module's weight and bias as they stand."""
+    bias = None if module.bias is None else module.bias.detach()  # type: ignore[operator]
+    if isinstance(module, DecomposedLinear):
+        weight, dims = module.dense_weight().detach(), module.convolution_dims
+        return LinearHead(name, module, weight, bias, dims)
+    full: Tensor = module.weight.detach()  # type: ignore[operator]
+    return LinearHead(name, module, full.flatten(1), bias, full.dim() - 2)
+
+
+def _copied(model: nn.Module, replaced: Mapping[nn.Module, nn.Module]) -> nn.Module:
+    """A deep copy in which some modules have others in their place, and are not copied."""
+    memo: dict[int, Any] = {id(old): new for old, new in replaced.items()}
+    for module in model.modules():
+        for value in vars(module).values():
+            # As the hook of torch.nn.utils.weight_norm leaves it: deepcopy refuses such tensors.
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+    return copy.deepcopy(model, memo)
+
+
+def _other_images(part: Any) -> Any:
+    """Each image in the place of the next; a single one, moved along its last axis."""
+    if not isinstance(part, Tensor) or not part.dim():
+        return part
+    return part.roll(1, 0) if len(part) > 1 else part.roll(1, -1)

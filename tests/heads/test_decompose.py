@@ -1,0 +1,228 @@
+"""Decomposed heads against explicit masks, and through exports."""
+
+import copy
+import io
+import logging
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from captum_classfilters import (
+    ClassFilters,
+    DecomposedLinear,
+    LayerFilterFrequency,
+    decompose,
+)
+from captum_classfilters.heads import find_head, replace_head
+from tests.heads.common import QUIET, identified
+from tests.models import batches, hooks_of, images, pool_linear
+
+
+class TestDecomposedLinear:
+    weight = torch.arange(12.0).reshape(3, 4)
+    bias = torch.tensor([1.0, 2.0, 3.0])
+    mask = torch.tensor([[1, 0, 1, 0], [0, 0, 0, 1], [1, 1, 1, 1]], dtype=torch.bool)
+
+    def head(self, **options):
+        return DecomposedLinear(self.weight, self.bias, self.mask, **options)
+
+    def test_is_the_masked_layer(self):
+        x = torch.rand(5, 4)
+        expected = F.linear(x, self.weight * self.mask, self.bias)
+        assert torch.allclose(self.head()(x), expected)
+        dense = self.head().to_dense()
+        assert isinstance(dense, nn.Linear)
+        assert torch.allclose(dense(x), expected)
+        assert torch.equal(self.head().mask, self.mask)
+
+    def test_only_kept_weights_are_parameters_and_learn(self):
+        head = self.head()
+        assert sum(parameter.numel() for parameter in head.parameters()) == 7 + 3
+        head(torch.rand(5, 4)).sum().backward()
+        assert head.weight.grad.shape == (7,)
+
+    @pytest.mark.parametrize("dims", [1, 2, 3])
+    def test_convolutions(self, dims):
+        x = torch.rand(2, 4, *([3] * dims))
+        kind = (F.conv1d, F.conv2d, F.conv3d)[dims - 1]
+        kernel = (self.weight * self.mask).reshape(3, 4, *([1] * dims))
+        head = self.head(convolution_dims=dims)
+        assert torch.allclose(head(x), kind(x, kernel, self.bias), atol=1e-6)
+        assert torch.allclose(head.to_dense()(x), head(x), atol=1e-6)
+
+    def test_without_bias_and_with_an_empty_class(self):
+        mask = self.mask.clone()
+        mask[1] = False
+        head = DecomposedLinear(self.weight, None, mask)
+        assert head(torch.rand(2, 4))[:, 1].tolist() == [0, 0]
+        assert head.to_dense().bias is None
+
+    def test_state_dict_carries_the_indices(self):
+        other = DecomposedLinear(torch.zeros(3, 4), torch.zeros(3), self.mask)
+        other.load_state_dict(self.head().state_dict())
+        x = torch.rand(2, 4)
+        assert torch.equal(other(x), self.head()(x))
+        assert {"weight", "bias", "class_index", "feature_index"} == set(other.state_dict())
+
+    def test_bad_shapes(self):
+        with pytest.raises(ValueError, match="do not fit"):
+            DecomposedLinear(self.weight, None, self.mask[:, :3])
+        with pytest.raises(ValueError, match="bias has shape"):
+            DecomposedLinear(self.weight, torch.zeros(4), self.mask)
+
+
+class TestDecompose:
+    def test_equals_masking_and_leaves_the_model(self):
+        model, table = identified()
+        before = copy.deepcopy(model.state_dict())
+        decomposed = decompose(model, table)
+        x = images()
+        means = model[:4](x)
+        expected = F.linear(means, model[4].weight * table.selected, model[4].bias)
+        assert torch.allclose(decomposed(x), expected, atol=1e-6)
+        assert isinstance(model[4], nn.Linear)
+        assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+        assert decomposed[0].weight is not model[0].weight
+
+    def test_all_filters_is_the_model(self):
+        model, table = identified(number=6)
+        assert torch.allclose(decompose(model, table)(images()), model(images()), atol=1e-6)
+
+    def test_decomposing_again(self):
+        model, table = identified(number=4)
+        again = decompose(decompose(model, table), table.select(2))
+        direct = decompose(model, table.select(2))
+        assert torch.allclose(again(images()), direct(images()), atol=1e-6)
+
+    def test_dropped_means_go_into_the_bias(self):
+        model, table = identified()
+        means = torch.rand(6)
+        folded = decompose(model, table, dropped_means=means)
+        dropped = (model[4].weight * ~table.selected) @ means
+        assert torch.allclose(folded[4].bias, model[4].bias + dropped, atol=1e-6)
+        with pytest.raises(ValueError, match=r"dropped_means has shape \(5,\); expected \(6,\)"):
+            decompose(model, table, dropped_means=means[:5])
+
+    def test_last_of_several_linear_layers(self):
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Conv2d(2, 4, 3),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(64, 8),
+            nn.ReLU(),
+            nn.Linear(8, 3),
+        )
+        table = LayerFilterFrequency(model, "5", top_k=3).identify(
+            batches(), attribute_to_layer_input=True, **QUIET
+        )
+        decomposed = decompose(model, table)
+        x = images()
+        expected = F.linear(model[:5](x), model[5].weight * table.selected, model[5].bias)
+        assert torch.allclose(decomposed(x), expected, atol=1e-6)
+        inner = LayerFilterFrequency(model, "1", top_k=3).identify(batches(), **QUIET)
+        with pytest.raises(ValueError, match=r"takes 8 features, but .* 4 filters of '1'"):
+            decompose(model, inner)
+
+    def test_flattening_head(self):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(48, 3))
+        _, table = identified(model, number=1)
+        decomposed = decompose(model, table)
+        mask = table.selected.repeat_interleave(16, dim=1)
+        expected = F.linear(model[:3](images()), model[3].weight * mask, model[3].bias)
+        assert torch.allclose(decomposed(images()), expected, atol=1e-6)
+
+    def test_convolutional_head(self):
+        torch.manual_seed(1)
+        model = nn.Sequential(
+            nn.Conv2d(2, 5, 3),
+            nn.ReLU(),
+            nn.Dropout(),
+            nn.Conv2d(5, 3, 1),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+        ).eval()
+        _, table = identified(model)
+        assert table.provenance["feeds_head"] == {"name": "3", "by": "identical"}
+        decomposed = decompose(model, table)
+        kernel = model[3].weight * table.selected[:, :, None, None]
+        expected = model[4:](F.conv2d(model[:3](images()), kernel, model[3].bias))
+        assert torch.allclose(decomposed(images()), expected, atol=1e-6)
+
+    def test_a_layer_that_does_not_feed_the_head(self):
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Conv2d(2, 4, 3), nn.Sigmoid(), nn.Conv2d(4, 4, 3), nn.AdaptiveAvgPool2d(1)
+        ).extend([nn.Flatten(), nn.Linear(4, 3)])
+        _, table = identified(model, layer="0")
+        with pytest.raises(ValueError, match=r"'0' does not feed the head '5'.*head='5'"):
+            decompose(model, table)
+        assert isinstance(decompose(model, table, head="5")[5], DecomposedLinear)
+
+    def test_tables_of_unknown_origin_are_checked_on_examples(self, caplog):
+        model = pool_linear()
+        table = ClassFilters(torch.rand(3, 6), torch.ones(3), layer="1").select(2)
+        with caplog.at_level(logging.WARNING, "captum_classfilters"):
+            decompose(model, table)
+        assert "pass example_inputs" in caplog.text
+        decompose(model, table, example_inputs=images())
+        wrong = ClassFilters(torch.rand(3, 6), torch.ones(3), layer="0").select(2)
+        with pytest.raises(ValueError, match="does not feed"):
+            decompose(model, wrong, example_inputs=images())
+        assert hooks_of(model) == 0
+
+    def test_classes_without_filters(self):
+        model, table = identified()
+        some = table.with_selection(table.selected & torch.tensor([[True], [False], [True]]))
+        with pytest.raises(ValueError, match=r"1 class\(es\) have no selected filters \(1\)"):
+            decompose(model, some)
+        dense = decompose(model, some, missing="dense")
+        assert torch.allclose(dense(images())[:, 1], model(images())[:, 1], atol=1e-6)
+        bias = decompose(model, some, missing="bias")
+        assert torch.allclose(bias(images())[:, 1], model[4].bias[1].expand(8))
+        with pytest.raises(ValueError, match="missing='zero'"):
+            decompose(model, some, missing="zero")
+
+    def test_heads_that_cannot_be_decomposed(self):
+        _, table = identified()
+        with pytest.raises(ValueError, match="has no linear head: it ends in Conv2d, ReLU"):
+            find_head(nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU()))
+        with pytest.raises(ValueError, match="is a Conv2d, which cannot be decomposed"):
+            decompose(pool_linear(), table, head="0")
+        with pytest.raises(ValueError, match="has 4 outputs, but class_filters has 3 classes"):
+            decompose(pool_linear(classes=4), table, head="4")
+
+    def test_replacing_keeps_the_original(self):
+        model = pool_linear()
+        copied = replace_head(model, "4", nn.Identity())
+        assert isinstance(copied[4], nn.Identity)
+        assert isinstance(model[4], nn.Linear)
+
+
+class TestExports:
+    def test_torchscript_export_and_pickle(self):
+        model, table = identified()
+        decomposed, x = decompose(model, table), images()
+        expected = decomposed(x)
+        assert torch.allclose(torch.jit.trace(decomposed, x)(x), expected, atol=1e-6)
+        head = torch.jit.script(decomposed[4])
+        assert torch.allclose(head(decomposed[:4](x)), expected, atol=1e-6)
+        exported = torch.export.export(decomposed, (x,)).module()
+        assert torch.allclose(exported(x), expected, atol=1e-6)
+        assert torch.allclose(pickle.loads(pickle.dumps(decomposed))(x), expected)
+
+    def test_onnx(self):
+        onnxruntime = pytest.importorskip("onnxruntime")
+        pytest.importorskip("onnxscript")
+        model, table = identified()
+        decomposed, x = decompose(model, table), images()
+        buffer = io.BytesIO()
+        torch.onnx.export(decomposed, (x,), dynamo=True, verbose=False).save(buffer)
+        session = onnxruntime.InferenceSession(buffer.getvalue())
+        found = session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
+        assert torch.allclose(torch.from_numpy(found), decomposed(x), atol=1e-5)

@@ -1,0 +1,186 @@
+"""Fine-tuned networks."""
+
+import copy
+import logging
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from captum_classfilters import fine_tune
+from captum_classfilters.metrics import evaluate_classifier
+from tests.heads.common import HOLDING, QUIET, Net, data_for, separable
+from tests.models import deep, joined, pool_linear
+
+
+class TestFineTune:
+    def loaders(self):
+        x, y = separable()
+        train = DataLoader(TensorDataset(x[:90], y[:90]), batch_size=16)
+        return train, DataLoader(TensorDataset(x[90:], y[90:]), batch_size=16)
+
+    def test_ends_in_its_best_state(self):
+        train, validation = self.loaders()
+        model = deep().train()
+        history = fine_tune(model, train, validation, epochs=6, learning_rate=1e-2, **QUIET)
+        accuracies = [epoch.validation_accuracy for epoch in history]
+        assert len(history) == 7
+        assert max(accuracies) > accuracies[0]
+        best = evaluate_classifier(model, validation, **QUIET).accuracy
+        assert best == pytest.approx(max(accuracies))
+        assert model.training
+        assert all(parameter.grad is None for parameter in model.parameters())
+
+    def test_an_interruption_leaves_the_best_state(self):
+        train, validation = self.loaders()
+        model = deep()
+        before = copy.deepcopy(model.state_dict())
+
+        def interrupted():
+            yield from train
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            fine_tune(model, interrupted(), validation, epochs=1, learning_rate=10.0, **QUIET)
+        assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+    def test_freezing(self):
+        train, validation = self.loaders()
+        model = deep()
+        before = copy.deepcopy(model.state_dict())
+        fine_tune(model, train, validation, epochs=3, learning_rate=0.1, freeze="backbone", **QUIET)
+        changed = {
+            key for key, value in model.state_dict().items() if not torch.equal(before[key], value)
+        }
+        assert changed == {"head.weight", "head.bias"}
+        assert all(parameter.requires_grad for parameter in model.parameters())
+        model = deep()
+        fine_tune(
+            model,
+            train,
+            validation,
+            epochs=3,
+            learning_rate=1e-2,
+            freeze="batch_norm_statistics",
+            **QUIET,
+        )
+        after = model.state_dict()
+        assert torch.equal(after["stage1.1.running_mean"], before["stage1.1.running_mean"])
+        assert not torch.equal(after["stage1.1.weight"], before["stage1.1.weight"])
+
+    def test_teacher_is_followed_and_left_as_found(self):
+        train, validation = self.loaders()
+        teacher = deep(seed=1).train()
+        fine_tune(teacher, train, validation, epochs=6, learning_rate=1e-2, **QUIET)
+        before = copy.deepcopy(teacher.state_dict())
+        wrong = [(x, (y + 1) % 3) for x, y in train]  # labels mislead, the teacher does not
+        model = deep(seed=2)
+        fine_tune(
+            model,
+            wrong,
+            validation,
+            epochs=8,
+            learning_rate=1e-2,
+            teacher=teacher,
+            teacher_weight=1.0,
+            **QUIET,
+        )
+        assert evaluate_classifier(model, validation, **QUIET).accuracy > 0.8
+        assert all(torch.equal(before[key], value) for key, value in teacher.state_dict().items())
+        assert teacher.training
+
+    def test_bad_input(self, caplog):
+        train, validation = self.loaders()
+        with pytest.raises(ValueError, match="freeze='all'"):
+            fine_tune(deep(), train, validation, freeze="all", **QUIET)
+        with pytest.raises(ValueError, match="training loader is empty"):
+            fine_tune(deep(), [], validation, **QUIET)
+        with caplog.at_level(logging.WARNING, "captum_classfilters"):
+            fine_tune(deep(), validation, validation, **QUIET)
+        assert "same data" in caplog.text
+        broken = [(torch.full((4, 2, 6, 6), float("nan")), torch.zeros(4).long())]
+        with pytest.raises(ValueError, match="loss is NaN"):
+            fine_tune(deep(), broken, validation, **QUIET)
+
+    @pytest.mark.parametrize(
+        "name", sorted(HOLDING.keys() - {"half precision"})
+    )  # too coarse for Adam
+    def test_every_kind_of_output_is_trained(self, name):
+        model = HOLDING[name]().eval()
+        data = data_for(model, name)
+        with torch.inference_mode():  # whatever is switched off around the call
+            history = fine_tune(
+                model, data, [*data], epochs=12, learning_rate=0.02, freeze="backbone", **QUIET
+            )
+        assert history[-1].loss < history[1].loss
+
+    def test_the_loss_of_one_step(self):
+        """Cross-entropy of logits, of probabilities, and the binary one."""
+        x, y = joined(data_for(Net()))
+        ends = {
+            "plain": lambda z, labels: F.cross_entropy(z, labels),
+            "softmax": lambda z, labels: F.cross_entropy(z, labels),
+            "log-softmax": lambda z, labels: F.cross_entropy(z, labels),
+            "one logit": lambda z, labels: F.binary_cross_entropy_with_logits(
+                z[:, 0], labels.float()
+            ),
+            "one probability": lambda z, labels: F.binary_cross_entropy_with_logits(
+                z[:, 0], labels.float()
+            ),
+        }
+        for name, loss in ends.items():
+            labels = y % 2 if name.startswith("one") else y
+            model = HOLDING[name]()
+            with torch.no_grad():
+                expected = loss(model.fc(model.features(x)), labels)
+            data = [(x, labels)]
+            history = fine_tune(model, data, [*data], epochs=1, **QUIET)
+            assert history[1].loss == pytest.approx(float(expected), rel=1e-4), name
+            assert history[1].train_accuracy == history[0].validation_accuracy, name
+
+    def test_a_teacher_that_gives_probabilities_teaches_the_same(self):
+        data = data_for(Net())
+        teachers = [HOLDING[name]() for name in ("plain", "softmax", "log-softmax")]
+        losses = []
+        for teacher in teachers:
+            options = {"teacher": teacher, "teacher_weight": 0.7, "temperature": 3.0}
+            history = fine_tune(pool_linear(), data, [*data], **options, **QUIET)
+            losses.append(history[1].loss)
+        assert losses == pytest.approx([losses[0]] * 3, rel=1e-4)
+        with torch.no_grad():
+            x, y = data[0]
+            z, taught = pool_linear()(x), teachers[0](x)
+            soft = F.cross_entropy(z / 3, (taught / 3).softmax(1)) * 9
+            expected = 0.3 * F.cross_entropy(z, y) + 0.7 * soft
+        found = fine_tune(
+            pool_linear(),
+            data[:1],
+            data,
+            teacher=teachers[0],
+            teacher_weight=0.7,
+            temperature=3.0,
+            **QUIET,
+        )
+        assert found[1].loss == pytest.approx(float(expected), rel=1e-5)
+
+    def test_epochs_draw_new_random_numbers(self):
+        train, validation = self.loaders()
+        order = []
+        shuffled = DataLoader(train.dataset, batch_size=90, shuffle=True)
+
+        class Watched(Net):
+            def forward(self, x):
+                if self.training:
+                    order.append(x[:, 0, 0, 0].clone())
+                return super().forward(x)
+
+        fine_tune(Watched(), shuffled, validation, epochs=2, **QUIET)
+        assert torch.equal(order[0].sort().values, order[1].sort().values)
+        assert not torch.equal(order[0], order[1])
+
+    def test_labels_are_checked(self):
+        _, validation = self.loaders()
+        wrong = [(torch.rand(4, 2, 6, 6), torch.tensor([0, 1, 2, 3]))]
+        with pytest.raises(ValueError, match="Batch 0 has the label 3"):
+            fine_tune(deep(), wrong, validation, **QUIET)
