@@ -100,9 +100,12 @@ def random_weights_null(
         raise ValueError("The method's forward function hides its model; pass the model itself.")
     table = identify_class_filters(method, dataloader, **options)
     random = []
+    # Drawn, because a small seed may be the one that the model itself was initialized with.
+    generator = torch.Generator().manual_seed(seed)
+    seeds = torch.randint(2**62, (repetitions,), generator=generator).tolist()
     with model_left_as_found(None):
-        for repetition in range(repetitions):
-            torch.manual_seed(seed + repetition)
+        for own_seed in seeds:
+            torch.manual_seed(own_seed)
             twin = copy.deepcopy(method)
             random_model = module_of(twin.forward_func)
             assert random_model is not None

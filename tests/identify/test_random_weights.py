@@ -1,0 +1,42 @@
+"""Networks with random weights beside the model: which, and where."""
+
+import torch
+
+from captum_classfilters import LayerFilterContribution
+from captum_classfilters.identify import random_weights_null
+from tests.models import batches, deep
+from tests.pretend_device import pretend
+
+QUIET = {"show_progress": False}
+
+
+def null_of(model, data, **options):
+    method = LayerFilterContribution(model, "stage2")
+    return random_weights_null(method, data, num_filters=2, **QUIET, **options)
+
+
+def test_no_random_network_is_the_one_that_the_model_began_as():
+    """A model is often made with a small seed, and its own beginning is no random network to it."""
+    for seed in range(3):
+        model = deep(seed=seed)
+        state = torch.get_rng_state()
+        null = null_of(model, batches(), repetitions=3, seed=0)
+        assert torch.equal(torch.get_rng_state(), state)
+        assert all(
+            not torch.allclose(table.scores, null.class_filters.scores) for table in null.random
+        )
+        again = null_of(deep(seed=seed), batches(), repetitions=2, seed=0)
+        for first, second in zip(null.random, again.random, strict=False):
+            assert torch.equal(first.scores, second.scores)
+    other = null_of(deep(), batches(), repetitions=2, seed=1)
+    assert not torch.equal(other.random[0].scores, again.random[0].scores)
+
+
+def test_on_a_device():
+    expected = null_of(deep(), batches(), repetitions=2)
+    with pretend("meta") as device:
+        found = null_of(deep().to(device), batches(), repetitions=2)
+    for left, right in zip(found.random, expected.random, strict=True):
+        torch.testing.assert_close(left.scores, right.scores, atol=1e-6, rtol=1e-4)
+    assert torch.equal(found.class_filters.p_values, expected.class_filters.p_values)
+    torch.testing.assert_close(found.overlap, expected.overlap)
