@@ -23,7 +23,9 @@ def copied(model: nn.Module) -> nn.Module:
     for buffer in model.buffers():
         if not is_lazy(buffer):
             memo[id(buffer)] = buffer.detach().clone()
-    for module in model.modules():  # weights that norms and masks have computed, or kept activations
+    for (
+        module
+    ) in model.modules():  # weights that norms and masks have computed, or kept activations
         for value in tree_leaves(vars(module)):
             if isinstance(value, Tensor) and not value.is_leaf:
                 memo.setdefault(id(value), value.detach().clone())

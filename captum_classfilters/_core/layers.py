@@ -263,7 +263,10 @@ def _dimensions(leaf: nn.Module, tensor: Tensor) -> int:
     """Axes of what a convolution puts out; of normalizations, those of the tensor at hand."""
     if isinstance(leaf, nn.modules.conv._ConvNd):
         return len(leaf.kernel_size) + 2
-    return {nn.BatchNorm1d: 3, nn.BatchNorm2d: 4, nn.BatchNorm3d: 5}.get(type(leaf), tensor.dim())
+    for kind, axes in ((nn.BatchNorm1d, 3), (nn.BatchNorm2d, 4), (nn.BatchNorm3d, 5)):
+        if isinstance(leaf, kind):
+            return axes
+    return tensor.dim()
 
 
 def _two_axes(layer: nn.Module, tensor: Tensor, leaf: nn.Module) -> ValueError:

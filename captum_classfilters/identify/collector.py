@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -207,7 +208,7 @@ class Collector:
         ruled = []
         for tally, place in zip(group.tallies, group.places, strict=True):
             source, (maps,) = tally.source, reading.layers[place]
-            own = self._of_pairs(source, pairs, lambda t, s=source, m=maps: s.scores(m, t))
+            own = self._of_pairs(source, pairs, partial(source.scores, maps))
             wanted = foreign if source.depends_on_target and tally.record is not None else []
             others = [source.scores(maps, targets) for targets in wanted]
             finite = _all_finite([maps.means, own, *others])
