@@ -40,7 +40,7 @@ PUBLIC_ROOMS = (
     "visualize",
 )
 MOST_NAMES_AT_THE_TOP = 30
-MOST_NAMES = 248  # to be lowered, never raised: 170 is the aim
+MOST_NAMES = 238  # to be lowered, never raised: 170 is the aim
 
 
 @dataclass(frozen=True)
@@ -421,7 +421,5 @@ HOW_IS_OPEN = {
     ("LayerwiseFineTuning.__init__", "show_progress"),
     ("standard_methods", "show_progress"),
     # Not yet.
-    ("compress_layer", "unpack"),
-    ("filter_importance_baselines", "unpack"),
     ("specialise", "unpack"),
 }
