@@ -256,14 +256,14 @@ class Membership:
         return np.asarray((mean >= edge - 1e-12) & (mean > 0))
 
 
-def _exemplary(values: Tensor, number: int, ends: Ends) -> Tensor:
+def _exemplary(values: Tensor, num_exemplars: int, ends: Ends) -> Tensor:
     """Whether an image is among a unit's highest or lowest; ties go to the lower image index."""
     if ends not in get_args(Ends):
         raise ValueError(f"ends={ends!r}; choose one of {list(get_args(Ends))}.")
     mask = torch.zeros_like(values, dtype=torch.bool)
     for end in ("highest", "lowest") if ends == "both" else (ends,):
         order = values.sort(dim=0, descending=end == "highest", stable=True).indices
-        mask.scatter_(0, order[:number], True)
+        mask.scatter_(0, order[:num_exemplars], True)
     # Where all images have the same score, none is exemplary.
     return mask & (values.amax(0) > values.amin(0))
 
@@ -278,12 +278,12 @@ def checked_labels(
             f"shape ({len(scores)},)."
         )
     highest = int(labels.max())
-    number = highest + 1 if class_names is None else len(class_names)
-    if int(labels.min()) < 0 or highest >= number:
+    num_classes = highest + 1 if class_names is None else len(class_names)
+    if int(labels.min()) < 0 or highest >= num_classes:
         raise ValueError(
-            f"labels run from {int(labels.min())} to {highest}; expected 0 to {number - 1}."
+            f"labels run from {int(labels.min())} to {highest}; expected 0 to {num_classes - 1}."
         )
-    names = tuple(map(str, class_names or range(number)))
+    names = tuple(map(str, class_names or range(num_classes)))
     return labels.long().cpu(), names
 
 

@@ -48,9 +48,9 @@ def influential(
         ([[False, True, False, True]], [[0.0, 0.666..., 0.0, 0.333...]])
     """
     rules = {"share": share, "count": count, "quantile": quantile}
-    given = [name for name, value in rules.items() if value is not None]
-    if len(given) != 1:
-        raise ValueError(f"Give one of share, count and quantile, not {given or 'none'}.")
+    chosen_rules = [name for name, value in rules.items() if value is not None]
+    if len(chosen_rules) != 1:
+        raise ValueError(f"Give one of share, count and quantile, not {chosen_rules or 'none'}.")
     if scores.dim() != 2:
         raise ValueError(f"scores have shape {tuple(scores.shape)}; expected (N, U).")
     if bool(scores.isnan().any()):

@@ -63,7 +63,7 @@ def _apart(numbers: list[int]) -> list[int]:
     """Those of the rising numbers whose labels do not touch on a logarithmic axis."""
     whole = numbers[-1] / numbers[0]
     kept = [numbers[-1]]
-    for number in reversed(numbers[:-1]):
-        if kept[-1] / number >= whole ** (1 / 14):
-            kept.append(number)
+    for value in reversed(numbers[:-1]):
+        if kept[-1] / value >= whole ** (1 / 14):
+            kept.append(value)
     return kept[::-1]

@@ -74,13 +74,13 @@ def _of_channels(values: Tensor, channels: Channels) -> Tensor:
     return values.movedim(0, -1) if len(values) == 3 else values.mean(0)
 
 
-def check_channels(channels: Channels, number: int) -> None:
+def check_channels(channels: Channels, num_channels: int) -> None:
     """Raise if these are not three of the channels."""
     if channels is None:
         return
-    if len(channels) != 3 or not all(0 <= channel < number for channel in channels):
+    if len(channels) != 3 or not all(0 <= channel < num_channels for channel in channels):
         raise ValueError(
-            f"channels={channels}; choose three from 0 to {number - 1}, for red, green and blue."
+            f"channels={channels}; choose three from 0 to {num_channels - 1}, for red, green and blue."
         )
 
 
@@ -113,7 +113,7 @@ def chosen(
     Returns:
         *Tensor* of int64.
     """
-    number = len(sizes)
+    size = len(sizes)
     if isinstance(wanted, int) and not isinstance(wanted, bool):
         if wanted < 1:
             raise ValueError(f"{what}={wanted}; expected a positive number.")
@@ -124,9 +124,9 @@ def chosen(
     known = {name: place for place, name in enumerate(names)}
     places = [known.get(entry, entry) for entry in wanted]
     for place in places:
-        if isinstance(place, str) or not 0 <= int(place) < number:
+        if isinstance(place, str) or not 0 <= int(place) < size:
             raise ValueError(
-                f"{what} hold {place!r}; expected 0 to {number - 1}"
+                f"{what} hold {place!r}; expected 0 to {size - 1}"
                 + (", or names." if names else ".")
             )
     if not places:
@@ -134,6 +134,6 @@ def chosen(
     return torch.tensor([int(place) for place in places])
 
 
-def out_of(drawn: int, number: int, what: str) -> str:
+def out_of(drawn: int, total: int, what: str) -> str:
     """Says how many of a table's rows or columns are drawn, where not all are."""
-    return f"the {drawn:,} of {number:,} {what}" if drawn < number else ""
+    return f"the {drawn:,} of {total:,} {what}" if drawn < total else ""

@@ -40,11 +40,11 @@ def plot_comparison(
         raise ValueError(
             "No method of the comparison explains pixels; filters have no map to draw."
         )
-    number = len(comparison.images) if images is None else images
-    targets = comparison.targets[:number]
+    num_images = len(comparison.images) if images is None else images
+    targets = comparison.targets[:num_images]
     titles = [class_names[target] if class_names else f"class {target}" for target in targets]
     return plot_explanations(
-        comparison.images[:number],
-        {name: maps[:number] for name, maps in comparison.maps.items()},
+        comparison.images[:num_images],
+        {name: maps[:num_images] for name, maps in comparison.maps.items()},
         **{"titles": titles, "plt_fig_axis": plt_fig_axis, **options},
     )

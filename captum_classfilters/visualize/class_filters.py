@@ -129,20 +129,20 @@ def plot_class_overlap(
     most = shared.nan_to_num(nan=-1.0).amax(1)
     rows = chosen(classes, most, "classes", class_filters.class_names)
     shown = shared[rows][:, rows]
-    number = len(rows)
-    side = min(12.0, 3.0 + 0.3 * number)
+    num_rows = len(rows)
+    side = min(12.0, 3.0 + 0.3 * num_rows)
     figure, axes = axes_of(plt_fig_axis, (side + 0.8, side))
     top = float(shown.nan_to_num().max()) or 1.0
     axes.set_facecolor(MISSING)
     image = axes.imshow(shown.numpy(), cmap=UNSIGNED, vmin=0, vmax=top, interpolation="nearest")
-    if number <= 20:
+    if num_rows <= 20:
         write_cells(axes, shown, "{:.0f}", top)
     names = short_names(class_filters.class_names)
     set_ticks(axes, "x", [names[row] for row in rows.tolist()], rotation=90)
     set_ticks(axes, "y", [names[row] for row in rows.tolist()])
     axes.tick_params(labelsize=8)
     empty = "no filters are selected" if not class_filters.selected.any() else ""
-    told = ["filters that two classes share", out_of(number, len(shared), "classes"), empty]
+    told = ["filters that two classes share", out_of(num_rows, len(shared), "classes"), empty]
     axes.set_title(title or "; ".join(filter(None, told)), loc="left")
     ticks = MaxNLocator(integer=True)
     figure.colorbar(image, ax=axes, label="number of filters", ticks=ticks)

@@ -76,8 +76,8 @@ def plot_exemplars(
         raise ValueError(f"sides={sides!r}; choose 'highest', 'lowest' or 'both'.")
     if patches and exemplars.highest.box is None:
         raise ValueError("Patches need boxes; find the exemplars with boxes=True.")
-    number = min(num_images, exemplars.highest.image.shape[1])
-    if not len(units) or number < 1:
+    num_places = min(num_images, exemplars.highest.image.shape[1])
+    if not len(units) or num_places < 1:
         raise ValueError(f"Nothing to draw: units={list(units)}, num_images={num_images}.")
     for unit in units:
         if not 0 <= unit < exemplars.num_units:
@@ -86,9 +86,9 @@ def plot_exemplars(
             )
     cells: list[tuple[Side, int]] = []
     if sides != "highest":
-        cells += [("lowest", place) for place in range(number)]
+        cells += [("lowest", place) for place in range(num_places)]
     if sides != "lowest":
-        cells += [("highest", place) for place in reversed(range(number))]
+        cells += [("highest", place) for place in reversed(range(num_places))]
     size = (1.15 * len(cells) + 0.6, 1.4 * len(units) + 0.7)
     figure, grid = grid_of(plt_fig_axis, len(units), len(cells), size)
     for row, unit in enumerate(units):

@@ -182,8 +182,8 @@ class RandomTransform:
         Returns:
             *Tensor* of the same shape; pixels from outside are the mirrored image's.
         """
-        number, _, height, width = images.shape
-        draw = torch.rand(4, number, generator=generator)
+        batch, _, height, width = images.shape
+        draw = torch.rand(4, batch, generator=generator)
         angle = (2 * draw[0] - 1) * math.radians(self.rotate)
         factor = self.scale[0] + draw[1] * (self.scale[1] - self.scale[0])
         shift = 2 * self.jitter * (2 * draw[2:] - 1)  # the grid spans [-1, 1]
@@ -489,7 +489,7 @@ class _Probe:
         objectives: Sequence[FeatureObjective],
         normalize: Callable[[Tensor], Tensor] | None,
     ) -> None:
-        self.model, self.number, self.normalize = model, len(objectives), normalize
+        self.model, self.num_objectives, self.normalize = model, len(objectives), normalize
         floating = (p.dtype for p in model.parameters() if p.is_floating_point())
         self.dtype = next(floating, torch.float32)
         self.by_layer: dict[nn.Module, list[tuple[int, _Term]]] = {}
@@ -501,13 +501,13 @@ class _Probe:
 
     def __call__(self, images: Tensor) -> Tensor:
         """Values (B,), in float32 at least."""
-        parts: list[list[Tensor]] = [[] for _ in range(self.number)]
+        parts: list[list[Tensor]] = [[] for _ in range(self.num_objectives)]
         taps = [self._tap(module, parts) for module in self.by_layer]
         images = images if self.normalize is None else self.normalize(images)
         with tapping(taps):
             self.model(images.to(self.dtype))
         for tap in taps:
-            tap.check(self.number)
+            tap.check(self.num_objectives)
         return torch.stack([torch.stack(part).sum() for part in parts])
 
     def _tap(self, module: nn.Module, parts: list[list[Tensor]]) -> LayerTap:
@@ -516,7 +516,7 @@ class _Probe:
         tap = LayerTap(module, layer_name(self.model, module), first.channel_dim, before=before)
 
         def take(tensor: Tensor, _axis: int) -> None:
-            check_batch(tap.name, len(tensor), self.number)
+            check_batch(tap.name, len(tensor), self.num_objectives)
             for index, term in self.by_layer[module]:
                 tap.channel_dim = term.channel_dim
                 parts[index].append(_value(term, tap.name, tensor, tap.axis_of(tensor), index))

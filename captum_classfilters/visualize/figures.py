@@ -77,17 +77,17 @@ def grid_of(
 
 
 def sheet_of(
-    plt_fig_axis: tuple[Any, Any] | None, number: int, columns: int, size: tuple[float, float]
+    plt_fig_axis: tuple[Any, Any] | None, num_axes: int, columns: int, size: tuple[float, float]
 ) -> tuple[Any, Any]:
     """A figure and this many axes in rows of so many; those that are left over are blank."""
-    rows = -(-number // columns)
-    if plt_fig_axis is not None and np.size(_pair(plt_fig_axis)[1]) == number:
-        figure, grid = grid_of(plt_fig_axis, 1, number, size)
+    rows = -(-num_axes // columns)
+    if plt_fig_axis is not None and np.size(_pair(plt_fig_axis)[1]) == num_axes:
+        figure, grid = grid_of(plt_fig_axis, 1, num_axes, size)
     else:
         figure, grid = grid_of(plt_fig_axis, rows, columns, size)
-    for axes in grid.flat[number:]:
+    for axes in grid.flat[num_axes:]:
         axes.set_axis_off()
-    return figure, grid.flatten()[:number]
+    return figure, grid.flatten()[:num_axes]
 
 
 def _pair(plt_fig_axis: Any) -> tuple[Any, Any]:

@@ -40,8 +40,8 @@ def plot_filter_contrast(
     Returns:
         *tuple* of figure and axes.
     """
-    number = min(num_filters, len(contrast.scores) // 2 or 1)
-    shown = torch.cat([contrast.strongest(number), contrast.opposing(number).flip(0)])
+    num_shown = min(num_filters, len(contrast.scores) // 2 or 1)
+    shown = torch.cat([contrast.strongest(num_shown), contrast.opposing(num_shown).flip(0)])
     shown = torch.tensor(list(dict.fromkeys(shown.tolist())))
     figure, axes = axes_of(plt_fig_axis, (6.0, 1.4 + 0.24 * len(shown)))
     scores = contrast.scores[shown].numpy()

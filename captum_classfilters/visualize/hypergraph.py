@@ -209,11 +209,11 @@ def plot_class_separation(
 
 def _class_names(hypergraph: Hypergraph, class_names: Sequence[str] | None) -> list[str]:
     """The names given, those of the vertices where these are the classes, or numbers."""
-    number = hypergraph.num_classes
+    num_classes = hypergraph.num_classes
     if class_names is not None:
-        if len(class_names) != number:
-            raise ValueError(f"{len(class_names)} class names for {number} classes.")
+        if len(class_names) != num_classes:
+            raise ValueError(f"{len(class_names)} class names for {num_classes} classes.")
         return [str(name) for name in class_names]
-    if np.array_equal(hypergraph.classes, np.arange(number)):  # type: ignore[arg-type]
+    if np.array_equal(hypergraph.classes, np.arange(num_classes)):  # type: ignore[arg-type]
         return list(hypergraph.vertices)
-    return [str(index) for index in range(number)]
+    return [str(index) for index in range(num_classes)]

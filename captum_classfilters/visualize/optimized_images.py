@@ -42,16 +42,16 @@ def plot_features(
     Raises:
         ValueError: The names are not B, or there is no column.
     """
-    number = len(features.images)
-    names = [str(name) for name in (range(number) if names is None else names)]
-    if len(names) != number or columns < 1:
+    num_images = len(features.images)
+    names = [str(name) for name in (range(num_images) if names is None else names)]
+    if len(names) != num_images or columns < 1:
         raise ValueError(
-            f"{len(names)} names and {columns} columns for {number} images; expected a name for each "
+            f"{len(names)} names and {columns} columns for {num_images} images; expected a name for each "
             "image and a column at least."
         )
-    wide = min(columns, number)
-    size = (1.25 * wide + 0.3, 1.55 * -(-number // wide) + (0.4 if title else 0))
-    figure, grid = sheet_of(plt_fig_axis, number, wide, size)
+    wide = min(columns, num_images)
+    size = (1.25 * wide + 0.3, 1.55 * -(-num_images // wide) + (0.4 if title else 0))
+    figure, grid = sheet_of(plt_fig_axis, num_images, wide, size)
     for index, axes in enumerate(grid):
         axes.set_axis_off()
         show_picture(axes, picture_of(features.images[index], channels))

@@ -91,15 +91,15 @@ def plot_filter_grid(
             "than one place."
         )
     check_channels(channels, values.shape[1])
-    number = len(values)
+    num_filters = len(values)
     removed = [int(index) for index in (order.order if isinstance(order, PruningOrder) else order)]
-    if len(set(removed)) != len(removed) or not set(removed) <= set(range(number)):
-        raise ValueError(f"The order must name each of the {number} filters at most once.")
-    if marked is not None and marked.shape != (number,):
-        raise ValueError(f"marked has shape {tuple(marked.shape)}; expected ({number},).")
+    if len(set(removed)) != len(removed) or not set(removed) <= set(range(num_filters)):
+        raise ValueError(f"The order must name each of the {num_filters} filters at most once.")
+    if marked is not None and marked.shape != (num_filters,):
+        raise ValueError(f"marked has shape {tuple(marked.shape)}; expected ({num_filters},).")
     if most < 1:
         raise ValueError(f"most={most}; expected a positive number.")
-    shown = (removed + [index for index in range(number) if index not in set(removed)])[:most]
+    shown = (removed + [index for index in range(num_filters) if index not in set(removed)])[:most]
     wide = columns or max(1, min(len(shown), round((2 * len(shown)) ** 0.5)))
     rows = -(-len(shown) // wide)
     size = (max(0.72 * wide + 0.3, 4.6), 0.92 * rows + 0.9)
@@ -118,9 +118,9 @@ def plot_filter_grid(
                 markersize=4.5,
             )  # fmt: skip
     told = [
-        f"orange: removed, ✕ its place ({len(removed)}); blue: kept ({number - len(removed)})",
+        f"orange: removed, ✕ its place ({len(removed)}); blue: kept ({num_filters - len(removed)})",
         "" if marked is None else f"dot: {mark_label}",
-        out_of(len(shown), number, "filters"),
+        out_of(len(shown), num_filters, "filters"),
     ]
     legend = "; ".join(filter(None, told))
     headline(figure, f"{title}\n{legend}" if title else None, legend, size=9, x=0.01, ha="left")

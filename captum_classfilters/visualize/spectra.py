@@ -57,10 +57,10 @@ def _draw_bulk(axes: Any, spectrum: LayerSpectrum, values: np.ndarray) -> None:
     outliers = values[len(values) - fit.num_outliers :]
     # Bins that resolve the bulk, which outliers may make a small part of the axis.
     in_bulk = (fit.law.upper - fit.law.lower) / np.clip((len(values) - len(outliers)) ** 0.5, 4, 40)
-    number = int(np.clip(values[-1] / in_bulk, 8, 120))
+    num_bins = int(np.clip(values[-1] / in_bulk, 8, 120))
     axes.hist(
         values,
-        bins=np.linspace(0, values[-1], number + 1),
+        bins=np.linspace(0, values[-1], num_bins + 1),
         density=True,
         color=COLORS[5],
         alpha=0.6,
