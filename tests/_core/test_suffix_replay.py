@@ -697,7 +697,7 @@ def test_inputs_are_not_written_into_and_may_be_inference_tensors():
 @pytest.mark.parametrize(
     ("make", "layer", "way", "reads"),
     [
-        (pool_linear, "1", "closed form", 1),
+        (pool_linear, "1", "closed form", 2),
         (deep, "stage1", "replay", 3),
         (Block, "first", "replay", 3),
         (lambda: Tail(lambda h: h - h[:1]), "relu", "whole model", 4),

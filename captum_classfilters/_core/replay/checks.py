@@ -5,6 +5,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -30,12 +31,14 @@ class Confirmed:
 
     Args:
 
+        closed (bool): The weights of the head gave what the whole model gives.
         cut (bool): A run from the layer on gave what the whole model gives.
         copies (bool): Several sets of filters replaced together gave what each gives alone.
         sizes (set of tuple): Numbers of images and copies, and whether filters were followed one by
                     one, for which rows in the middle and at the end of a replay were right.
     """
 
+    closed: bool = False
     cut: bool = False
     copies: bool = False
     sizes: set[tuple[int, int, bool]] = field(default_factory=set)
@@ -72,52 +75,70 @@ class ReplayChecks:
     def __init__(self, batch: RecordedBatch, known: Confirmed) -> None:
         self.batch: RecordedBatch = weakref.proxy(batch)  # which keeps this object
         self.known = known
-        self._sets = self._sets_to_check()
-        self._masks = batch.mask(self._sets)
         self._expected: list[list[Tensor]] = []
 
-    def _sets_to_check(self) -> Tensor:
-        """Sets of filters (P, K); the last one is the filter that changes most.
+    @cached_property
+    def sets(self) -> Tensor:
+        """Sets of filters (4, K): all, two halves, and the filter that changes most.
 
-        The first batch adds all filters, and two halves: whatever one filter decides for all
-        copies, one of the halves lacks it.
+        Whatever one filter decides for all copies, one of the halves lacks it.
         """
         batch = self.batch
         change = positions_last(batch.stands_in - batch.activation, batch.axis)
-        most = torch.arange(batch.num_filters, device=change.device) == _largest(change)
-        if self.known.copies:
-            return most[None]
+        largest = change.abs().sum((0, 2)).argmax()
+        most = torch.arange(batch.num_filters, device=change.device) == largest
         order = torch.randperm(batch.num_filters, generator=torch.Generator().manual_seed(0))
         half = order.to(change.device) < (batch.num_filters + 1) // 2
         return torch.stack([torch.ones_like(most), half, ~half, most])
 
+    @cached_property
+    def masks(self) -> Tensor:
+        """Masks of those that are replayed: all four for the first batch, then the last one."""
+        return self.batch.mask(self.sets[-1:] if self.known.copies else self.sets)
+
+    @property
+    def nothing(self) -> Tensor:
+        """The mask of no filter."""
+        return torch.zeros_like(self.masks[0])
+
     def check_cut(self) -> None:
         """Replays of one copy; two of the first batch are compared with runs of the whole model."""
-        batch, masks = self.batch, self._masks
+        batch, masks = self.batch, self.masks
         with determined_by_arguments(batch.model):
             replays = [self._alone(mask) for mask in masks]
         if not self.known.cut:
             pairs = [(replays[row], self._whole(masks[row])) for row in (1, -1)]
-            pairs.append((self._alone(torch.zeros_like(masks[0])), batch.seen))
+            pairs.append((self._alone(self.nothing), batch.seen))
             reason = "a run from the layer on differs from the whole model's"
             self._require(pairs, reason, same_sizes=True)
             self.known.cut = self._tell(replays)
         self._expected = replays
 
     def check_closed_form(self, closed: ClosedForm) -> None:
-        """The weights of the head give the outputs without each set."""
-        if not self._expected:  # no replay: ask the whole model
-            self._expected = [self._whole(mask) for mask in self._masks]
-        outputs = closed.outputs(self._sets)
-        pairs = [([o], seen[:1]) for o, seen in zip(outputs, self._expected, strict=True)]
-        self._require(pairs, "the head is fed in another way", closed.holds)
+        """The weights of the head give the outputs without each of four sets: those of a replay, in
+        the first batch also the whole model's."""
+        if not bool(closed.holds):
+            raise CannotReplayError("the layer does not feed a plain linear head")
+        masks, outputs = self.batch.mask(self.sets), closed.outputs(self.sets)
+        compared: Sequence[int] = () if self.known.closed else (1, -1)
+        pairs: list[tuple[list[Tensor], list[Tensor]]] = []
+        try:
+            with determined_by_arguments(self.batch.model):
+                replays = self.batch.together(masks)
+            pairs.extend(([left], [right]) for left, right in zip(outputs, replays, strict=True))
+        except Exception:
+            compared = range(len(masks))
+        pairs.extend(([outputs[row]], [self.batch.whole(masks[row])]) for row in compared)
+        self._require(pairs, "the head is fed in another way")
+        if not self.known.closed:
+            self.known.closed = self._tell([seen for _, seen in pairs])
 
     def check_copies(self, several: bool) -> None:
         """Sets replaced together give what each gives alone, next to copies of quite other values."""
-        batch, masks, expected = self.batch, self._masks, self._expected
-        nothing, reason = torch.zeros_like(masks[0]), "copies of a batch depend on each other"
+        batch, masks, expected = self.batch, self.masks, self._expected
+        reason = "copies of a batch depend on each other"
         if not several:
-            self._require([(self._alone(nothing), batch.seen)], reason)
+            self._require([(self._alone(self.nothing), batch.seen)], reason)
             return
         rows = [torch.where(mask, batch.stands_in, batch.activation) for mask in masks]
         other = self._other_values()
@@ -135,10 +156,9 @@ class ReplayChecks:
         if steps is None:
             raise CannotReplayError("one filter is much larger than all others")
         batch = self.batch
-        filters = self._sets[-1].int().argmax().repeat(2)
+        filters = self.sets[-1].int().argmax().repeat(2)
         removes = torch.arange(2, device=filters.device) == 0
-        nothing = torch.zeros_like(self._masks[0])
-        seen = batch.seeing(lambda: batch.followed(filters, removes, nothing, steps), 2)
+        seen = batch.seeing(lambda: batch.followed(filters, removes, self.nothing, steps), 2)
         wanted = [self._expected[-1], batch.seen]
         self._require(list(zip(seen, wanted, strict=True)), "followed by itself, a filter differs")
 
@@ -155,10 +175,8 @@ class ReplayChecks:
 
     def check_state(self) -> None:
         """With nothing replaced the output is still this batch's, although others ran since."""
-        nothing = torch.zeros_like(self._masks[0])
-        self._require(
-            [(self._alone(nothing), self.batch.seen)], "modules keep another batch's state"
-        )
+        pairs = [(self._alone(self.nothing), self.batch.seen)]
+        self._require(pairs, "modules keep another batch's state")
 
     def none_dwarfs_the_others(self, common: Tensor) -> Tensor:
         """Whether no filter of an image, these (K,) left out, is so much larger than the others that
@@ -213,11 +231,6 @@ class ReplayChecks:
                 same.append(same_outputs(left, right, *types))
         if not bool(torch.stack(same).all()):
             raise CannotReplayError(reason)
-
-
-def _largest(change: Tensor) -> Tensor:
-    """The filter with the largest total of (N, K, P), as a tensor of no axes."""
-    return change.abs().sum((0, 2)).argmax()
 
 
 def same_outputs(outputs: Tensor, expected: Tensor, *computed_in: torch.dtype) -> Tensor:

@@ -273,12 +273,12 @@ class SuffixReplay(RecordedBatch):
         closed = None
         if head is not None:
             closed = ClosedForm.of(head, self.activation, self.stands_in, self.axis)
-        failure = self.not_recorded
-        if self._cut and failure is None:
-            failure = self._failure(self._checks.check_cut)
         if closed is not None and self._failure(self._checks.check_closed_form, closed) is None:
             self._closed = closed
             return
+        failure = self.not_recorded
+        if self._cut and failure is None:
+            failure = self._failure(self._checks.check_cut)
         if self._cut and failure is None:
             several = self.rows_per_replay() > 1
             failure = self._failure(self._checks.check_copies, several)
