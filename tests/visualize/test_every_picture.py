@@ -66,7 +66,7 @@ class Data:
 
     def separation(self):
         labels = torch.arange(12) % self.classes
-        scores = self(12, self.filters).float()
+        scores = self(12, self.filters).float() + torch.rand(12, 1, generator=self.random)
         options = {"rule": "exemplars", "num_exemplars": 2, "show_progress": False}
         return separation_test(scores, labels, permutations=9, **options)
 
