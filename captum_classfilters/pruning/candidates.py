@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -160,11 +161,11 @@ def accuracy_without(batches: Iterable[LabeledReplay], removed: Tensor) -> tuple
     return float(measured.accuracy), float(measured.mean_loss)
 
 
-def checked_labels(batches: Batches, batch: Batch, replay: SuffixReplay) -> Tensor:
-    """The labels of a batch, where the model is; scores and labels are checked, soon."""
-    scores = scores_per_class(replay.output)
+def checked_labels(batches: Batches, batch: Batch, output: Any) -> Tensor:
+    """The labels of a batch, where the model is; they and what it returned are checked, soon."""
+    scores = scores_per_class(output)
 
-    def error() -> ValueError:
+    def error() -> Exception:
         try:
             labels_of_scores(scores, batch.labels, batch.number)
         except ValueError as error:

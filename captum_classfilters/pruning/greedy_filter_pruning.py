@@ -259,7 +259,7 @@ class _Network:
         ) as batches:
             for batch in batches:
                 replay = self._replay(self._recorded_at, batch.inputs)
-                labels = checked_labels(batches, batch, replay)
+                labels = checked_labels(batches, batch, replay.output)
                 if self._probabilities is None:
                     self._probabilities = are_probabilities(class_scores(replay.output))
                 recorded.append(LabeledReplay(replay, labels, self._probabilities, batch.number))

@@ -190,7 +190,7 @@ def accuracy_after_removal(
         for batch in batches:
             replay = SuffixReplay(forward_func, module, batch.inputs, channel_dim=channel_dim)
             ways.add(replay.way)
-            labels = checked_labels(batches, batch, replay)
+            labels = checked_labels(batches, batch, replay.output)
             if sets is None:
                 sets = _Sets(named, replay.num_filters)
                 probabilities = are_probabilities(class_scores(replay.output))
