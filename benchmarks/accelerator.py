@@ -387,11 +387,20 @@ def gated_step(device: torch.device, size: Size) -> None:
         print(f"| {name} | {value:.3f} | {value / seconds['plain']:.3f}x |")
 
 
+PARTS: dict[str, Callable[[torch.device, Size], None]] = {
+    "identification": identification,
+    "modes": autocast_and_compile,
+    "ablation": ablation,
+    "gate": gated_step,
+}
+
+
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--small", action="store_true", help="a few small batches")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--only", nargs="*", choices=list(PARTS), help="parts to measure")
     options = parser.parse_args()
     device = torch.device(options.device)
     size = SMALL if options.small or device.type == "cpu" else FULL
@@ -403,8 +412,9 @@ def main() -> None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     against_cpu(device)
     torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
-    for part in (identification, autocast_and_compile, ablation, gated_step):
-        part(device, size)
+    for name, part in PARTS.items():
+        if not options.only or name in options.only:
+            part(device, size)
     print(f"\n{time.perf_counter() - started:.0f} s in all")
 
 

@@ -84,7 +84,7 @@ class DeviceTensor(Tensor):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "DeviceTensor":
         if id(self) not in memo:
-            copied = self.detach().clone().requires_grad_(self.requires_grad)
+            copied: Any = self.detach().clone().requires_grad_(self.requires_grad)
             # What else it carries: that it is a parameter, for example.
             copied.__dict__.update({**self.__dict__, "on_host": copied.on_host})
             memo[id(self)] = copied

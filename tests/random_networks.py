@@ -80,7 +80,7 @@ class Keeper(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.conv = conv(width, width, 1)
-        self.kept: Tensor | None = None
+        self.kept = torch.zeros(1)
 
     def forward(self, h: Tensor) -> Tensor:
         self.kept = self.conv(h)
@@ -100,6 +100,7 @@ class Counter(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        self.calls: Tensor
         self.register_buffer("calls", torch.zeros((), dtype=torch.long))
         self.last: Tensor | None = None
         self.history: list[Tensor] = []
@@ -322,7 +323,7 @@ class RandomNetwork(nn.Module):
         self.features = self._drawn(draw, "features", ["mean", "mean", "max", "flat", "positions"])
         self.head = self._head(draw, out * (4 if self.features == "flat" else 1))
         self.end = self._drawn(draw, "end", [*ENDS, *["nothing"] * len(ENDS)])
-        self.half = self._drawn(draw, "autocast", ["no"] * 9 + ["yes"]) == "yes"
+        self.in_half_precision = self._drawn(draw, "autocast", ["no"] * 9 + ["yes"]) == "yes"
 
     def _drawn(self, draw: random.Random, what: str, choices: list[str]) -> str:
         choice = draw.choice(choices)
@@ -355,7 +356,7 @@ class RandomNetwork(nn.Module):
         return Step(in_half, head) if kind == "in half" else head
 
     def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.half):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.in_half_precision):
             return self._forward(x)
 
     def _forward(self, x: Tensor) -> Tensor:
@@ -374,7 +375,7 @@ class RandomNetwork(nn.Module):
 
 
 def _view_written(network: RandomNetwork, y: Tensor, maps: Tensor, view: Tensor) -> Tensor:
-    maps.mul_(0.5 + y.mean().sigmoid() * 0 + 0.5 * y.mean((1, 2, 3), keepdim=True).sigmoid())
+    maps.mul_(0.5 + y.mean((1, 2, 3), keepdim=True).sigmoid())
     return y + network.project(view.unflatten(2, maps.shape[2:]))
 
 
@@ -391,7 +392,7 @@ JOINS: dict[str, Callable[[RandomNetwork, Tensor, Tensor, Tensor, list[Tensor]],
     "added in place": lambda net, y, maps, view, filled: _added_in_place(net, y, maps),
     "multiplied": lambda net, y, maps, view, filled: y * net.project(maps).sigmoid(),
     "from a list": lambda net, y, maps, view, filled: y + net.project(filled[0]),
-    "sum of a list": lambda net, y, maps, view, filled: y + sum(m.mean() for m in filled),
+    "sum of a list": lambda net, y, maps, view, filled: y + torch.stack(filled).mean(),
     "kept by a module": lambda net, y, maps, view, filled: y + net.project(net.keeper.kept),
     "mean kept by a module": lambda net, y, maps, view, filled: y + net.keeper.kept.mean(),
     "view written": lambda net, y, maps, view, filled: _view_written(net, y, maps, view),

@@ -1,6 +1,7 @@
 """Models copied without touching the storage of their tensors."""
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -8,13 +9,14 @@ from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
 
-def copied(model: nn.Module) -> nn.Module:
+def copied(model: nn.Module, replaced: Mapping[nn.Module, nn.Module] | None = None) -> nn.Module:
     """A deep copy of a model, wherever its parameters are and whatever they were computed from.
 
     ``copy.deepcopy`` copies storages, which not every kind of tensor has, and refuses tensors that
     are the result of a computation; here each parameter and buffer is cloned, shared ones once.
+    Modules that are ``replaced`` have others in their place, and are not copied.
     """
-    memo: dict[int, Any] = {}
+    memo: dict[int, Any] = {id(old): new for old, new in (replaced or {}).items()}
     for parameter in model.parameters():
         if is_lazy(parameter):
             continue

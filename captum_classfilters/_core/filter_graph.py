@@ -1,29 +1,31 @@
-"""Where a layer's filters come from and who reads them, by Torch-Pruning's dependency graph."""
+"""Where a layer's filters come from, who reads them, and what would have to go with them."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from numpy.typing import NDArray
+from torch import nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize, prune
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
+from captum_classfilters._core.filter_trace import (
+    FIRST_PARAMETER,
+    KINDS,
+    MIXING,
+    PER_FILTER,
+    WEIGHTED,
+    FilterTrace,
+    Numbers,
+    Record,
+)
 from captum_classfilters._core.guard import model_left_as_found
 from captum_classfilters._core.layers import check_runs, filter_axis, find_layer, layer_name
-
-# Normalisations that mix filters: with one of them deleted, the others' values change.
-_MIXING = (nn.LayerNorm, nn.GroupNorm)
-
-
-def torch_pruning() -> Any:
-    """The library, or an error that names the extra."""
-    try:
-        import torch_pruning
-    except ImportError as error:
-        raise ImportError(
-            "Removing filters needs Torch-Pruning: pip install 'captum-classfilters[prune]'."
-        ) from error
-    return torch_pruning
 
 
 @dataclass
@@ -52,14 +54,18 @@ class Reach:
 
         consumers (dict): For each layer that reads the filters, which of its inputs they are ...
         read_filters (dict): ... and which filter each of these inputs is.
-        removed_with (list of str): Normalisations, depthwise convolutions and gates that lose them
-                    as well.
+        removed (dict): For each layer that loses filters, this one among them, which.
+        parameters (dict): For each parameter or buffer of no layer, the axis and its places.
+        removed_with (list of str): Normalizations, depthwise convolutions, gates and parameters
+                    that lose them as well.
         tied_to (list of str): Layers whose filters are added to these.
         reason (str): Why the filters cannot be removed; empty if they can.
     """
 
     consumers: dict[str, list[int]] = field(default_factory=dict)
     read_filters: dict[str, list[int]] = field(default_factory=dict)
+    removed: dict[str, list[int]] = field(default_factory=dict)
+    parameters: dict[str, tuple[int, list[int]]] = field(default_factory=dict)
     removed_with: list[str] = field(default_factory=list)
     tied_to: list[str] = field(default_factory=list)
     reason: str = ""
@@ -67,11 +73,7 @@ class Reach:
 
 class FilterGraph:
     r"""
-    A model's dependency graph with the names of its layers, from one traced forward pass.
-
-    The graph is Torch-Pruning's. What is added is which module put out which node, so that a layer
-    may be named by any module whose filters are those of a convolution: its batch normalisation,
-    its activation, or the block around them.
+    Which layers make, change and read filters, from one forward pass in evaluation mode.
 
     Args:
 
@@ -80,272 +82,325 @@ class FilterGraph:
     """
 
     def __init__(self, model: nn.Module, inputs: tuple[Any, ...]) -> None:
+        check_model(model)
         self.model = model
-        self.library = torch_pruning()
-        self.names = {module: name for name, module in model.named_modules()}
-        self.runs: dict[nn.Module, int] = {}
-        self._shapes: dict[nn.Module, Tensor] = {}
-        self._grad_fns: dict[nn.Module, Any] = {}
-        self._hooked: dict[Any, list[nn.Module]] = {}
-        with self._traceable():
-            self.graph = self._built(inputs)
-        self._nodes = {id(node.grad_fn): node for node in self.graph.module2node.values()}
+        self.trace = FilterTrace(model)
+        with model_left_as_found(model, evaluation=True):
+            self.trace.run(inputs)
+        self.names = self.trace.names
+        self.runs = self.trace.runs
+        self._modules = {name: module for module, name in self.names.items()}
+        self._neighbors = self._meetings()
+        self._holders: dict[int, list[str]] = {}
+        for module, name in self.names.items():
+            for parameter in module._parameters.values():
+                self._holders.setdefault(id(parameter), []).append(name)
+        self._holders.pop(id(None), None)
 
-    @contextmanager
-    def _traceable(self) -> Iterator[None]:
-        """Gradients on for every parameter: the graph is read from autograd's."""
-        with model_left_as_found(self.model, evaluation=True), torch.enable_grad():
-            for parameter in self.model.parameters():
-                if parameter.is_floating_point():
-                    parameter.requires_grad_(True)
-            yield
-
-    def _built(self, inputs: tuple[Any, ...]) -> Any:
-        """The dependency graph; the model's own errors pass, Torch-Pruning's are named as such."""
-        ran: list[bool] = []
-        hooks = {module: set(module._forward_hooks) for module in self.names}
-
-        def forward(model: nn.Module, arguments: tuple[Any, ...]) -> Any:
-            output = self._forward(model, arguments)
-            ran.append(True)
-            return output
-
-        try:
-            return self.library.DependencyGraph().build_dependency(
-                self.model, inputs, forward_fn=forward, verbose=False
-            )
-        except Exception as error:
-            # Torch-Pruning removes its hooks only if the forward pass succeeds.
-            for module, known in hooks.items():
-                for key in set(module._forward_hooks) - known:
-                    del module._forward_hooks[key]
-            if not ran:
-                raise
-            raise ValueError(
-                f"Torch-Pruning cannot follow how {type(self.model).__name__} moves its filters "
-                f"about ({type(error).__name__}: {error})."
-            ) from error
-
-    def _forward(self, model: nn.Module, inputs: tuple[Any, ...]) -> Any:
-        def hook(module: nn.Module, _inputs: Any, output: Any) -> None:
-            self.runs[module] = self.runs.get(module, 0) + 1
-            if isinstance(output, Tensor) and output.grad_fn is not None:
-                self._shapes[module] = output.detach()
-                self._grad_fns[module] = output.grad_fn
-                self._hooked.setdefault(output.grad_fn, []).append(module)
-
-        handles = [module.register_forward_hook(hook) for module in self.names]
-        try:
-            return model(*inputs)
-        finally:
-            for handle in handles:
-                handle.remove()
+    def _meetings(self) -> dict[int, list[tuple[int, bool]]]:
+        """For each filter those that it is combined with, and whether by a product."""
+        neighbors: dict[int, list[tuple[int, bool]]] = {}
+        for meeting in self.trace.meetings:
+            pairs = zip(meeting.left.tolist(), meeting.right.tolist(), strict=True)
+            for left, right in pairs:
+                neighbors.setdefault(left, []).append((right, meeting.product))
+                neighbors.setdefault(right, []).append((left, meeting.product))
+        return neighbors
 
     # -- weighted layers -------------------------------------------------------------------------
 
     def weighted_layers(self) -> list[nn.Module]:
         """Convolutions that are not depthwise and linear layers, in the order of registration."""
-        return [
-            module
-            for module in self.names
-            if module in self.graph.module2node and self._is_root(self.graph.module2node[module])
-        ]
-
-    def _is_root(self, node: Any) -> bool:
-        types = self.library.ops.OPTYPE
-        return node.type in (types.CONV, types.LINEAR)
+        return [module for module in self.names if module in self.trace.sources]
 
     def num_filters(self, module: nn.Module) -> int:
         """K of a weighted layer."""
-        return int(self.graph.get_out_channels(module))
+        place = self.trace.sources.index(module)
+        return self.trace.starts[place + 1] - self.trace.starts[place]
 
-    def group(self, module: nn.Module, filters: Sequence[int]) -> Any:
-        """Torch-Pruning's group of a weighted layer's filters."""
-        remove = self.graph.get_pruner_of_module(module).prune_out_channels
-        return self.graph.get_pruning_group(module, remove, list(filters))
-
-    def reach(self, module: nn.Module, filters: Sequence[int] | None = None) -> Reach:
+    def reach(self, module: nn.Module, filters: Iterable[int] | None = None) -> Reach:
         """What loses inputs or filters together with a weighted layer, and why it cannot, if so."""
         filters = range(self.num_filters(module)) if filters is None else filters
-        types = self.library.ops.OPTYPE
-        group = self.group(module, filters)
-        reach, ends = Reach(), False
-        others: list[str] = []
-        mixing: list[str] = []
-        grouped: list[str] = []
-        repeated: list[str] = []
-        for item in group.items:
-            dependency, places = item
-            node = dependency.target
-            reads = self._reads(dependency)
-            ends = ends or not (reads or node.outputs)
-            if not isinstance(node.module, nn.Module) or node.module not in self.names:
-                continue
-            name, own = self.names[node.module], node.module is module
-            if self.runs.get(node.module, 0) > 1:
-                repeated.append(name)
-            if isinstance(node.module, _MIXING):
-                mixing.append(name)
-            if node.type == types.CONV and int(getattr(node.module, "groups", 1)) > 1:
-                grouped.append(name)
-            if node.type in (types.MHA, types.LSTM):
-                mixing.append(name)
-            if reads:
-                reach.consumers[name] = list(places)
-                reach.read_filters[name] = list(item.root_idxs)
-            elif not own:
-                reach.removed_with.append(name)
-                if self._is_root(node):
-                    others.append(name)
-        if others and self._added(group):
-            reach.tied_to = others
-        reach.reason = _reason(reach, ends, mixing, grouped, repeated)
-        if others and not reach.reason:
-            start = self.graph.module2node[module].inputs
-            before = [self.names.get(one.module) for one in self._walk(start, lambda _one: True)]
-            gated = [name for name in others if name in before]
-            if gated:
-                reach.reason = f"it is a gate of {_listed(gated)}; remove the filters there"
+        start = self.trace.starts[self.trace.sources.index(module)]
+        first = {start + own: own for own in filters}
+        gone, summed = self._closure(first)
+        reach = Reach()
+        others = self._lose_filters(reach, gone, module)
+        self._lose_inputs(reach, gone)
+        reach.tied_to = others if summed else []
+        reach.reason = (
+            self._reason(reach, gone)
+            or self._gate_of(module, others)
+            or self._lose_parameters(reach, gone)
+            or self._meet_themselves(reach.removed[self.names[module]], filters)
+        )
         return reach
 
-    def _reads(self, dependency: Any) -> bool:
-        """Whether a layer loses inputs but no filters of its own."""
-        node = dependency.target
-        return self._is_root(node) and not self.graph.is_out_channel_pruning_fn(dependency.handler)
+    def _closure(self, first: dict[int, int]) -> tuple[dict[int, int], bool]:
+        """All that goes with some filters, each with the filter it goes with; whether by a sum."""
+        gone, open_, summed = dict(first), list(first), False
+        while open_:
+            number = open_.pop()
+            for other, product in self._neighbors.get(number, ()):
+                summed = summed or not (product or max(number, other) >= FIRST_PARAMETER)
+                if other not in gone:
+                    gone[other] = gone[number]
+                    open_.append(other)
+        return gone, summed
 
-    def _added(self, group: Any) -> bool:
-        """Whether filters meet in anything but a product, a shortcut's sum say."""
-        nodes = {dependency.target for dependency, _ in group}
-        for node in nodes:
-            if node.type != self.library.ops.OPTYPE.ELEMENTWISE:
+    def _lose_filters(self, reach: Reach, gone: dict[int, int], module: nn.Module) -> list[str]:
+        """Note the layers that lose filters; the names of the weighted ones beside this one."""
+        numbers = np.array(sorted(gone))
+        owners = self.trace.owners_of(numbers)
+        for owner in sorted(owners):
+            start, end = self.trace.starts[owner : owner + 2]
+            own = numbers[(numbers >= start) & (numbers < end)] - start
+            reach.removed[self.names[self.trace.sources[owner]]] = own.tolist()
+        others = [name for name in reach.removed if name != self.names[module]]
+        for follower, record in self.trace.followed.items():
+            places = _places(record, numbers, owners)
+            if places:
+                reach.removed[self.names[follower]] = places
+        reach.removed_with = [name for name in reach.removed if name != self.names[module]]
+        return others
+
+    def _lose_inputs(self, reach: Reach, gone: dict[int, int]) -> None:
+        """Note the layers that lose inputs."""
+        numbers = np.array(sorted(gone))
+        owners = self.trace.owners_of(numbers)
+        for reader, record in self.trace.read.items():
+            places = _places(record, numbers, owners)
+            if places:
+                name = self.names[reader]
+                reach.consumers[name] = places
+                reach.read_filters[name] = [gone[int(record.numbers[place])] for place in places]
+
+    def _lose_parameters(self, reach: Reach, gone: dict[int, int]) -> str:
+        """Note the parameters of no layer that lose filters; why they cannot, if so."""
+        elements = sorted(number for number in gone if number >= FIRST_PARAMETER)
+        for name, (start, shape) in self.trace.parameters.items():
+            own = [number - start for number in elements if 0 <= number - start < prod(shape)]
+            if not own:
                 continue
-            operation = str(getattr(node.module, "_grad_fn", "")).lower()
-            inside = [
-                one for one in node.inputs if one in nodes and isinstance(one.module, nn.Module)
-            ]
-            if len(inside) > 1 and not operation.startswith("mul"):
-                return True
-        return False
+            lost = np.zeros(prod(shape), bool)
+            lost[own] = True
+            axis = _axis_of(lost.reshape(shape))
+            if axis is None:
+                return f"its filters do not lie along one axis of {name!r}, which they meet"
+            places = np.moveaxis(lost.reshape(shape), axis, 0).reshape(shape[axis], -1)[:, 0]
+            reach.parameters[name] = axis, places.nonzero()[0].tolist()
+            reach.removed_with.append(name)
+        return ""
+
+    @staticmethod
+    def _meet_themselves(removed: Sequence[int], filters: Iterable[int]) -> str:
+        more = sorted(set(removed) - set(filters))
+        if not more:
+            return ""
+        return (
+            f"they are combined with other filters of the layer, {more}, which would have to go too"
+        )
+
+    def _reason(self, reach: Reach, gone: dict[int, int]) -> str:
+        """Why filters cannot be removed; empty if they can."""
+        numbers = np.array(sorted(gone))
+        owners = self.trace.owners_of(numbers)
+        lost = [one for one in self.trace.lost if _places(one, numbers, owners)]
+        where = {kind: [one.text for one in lost if one.kind == kind] for kind in KINDS}
+        touched = [*reach.removed, *reach.consumers]
+        repeated = [name for name in touched if self.runs[self._modules[name]] > 1]
+        if reach.tied_to:
+            return (
+                f"tied by a sum to {listed(reach.tied_to)}, whose filters would have to go as well"
+            )
+        if where["outputs"]:
+            return "its filters are the model's outputs"
+        if where["groups"]:
+            return f"its filters belong to the groups of {listed(where['groups'])}, which must stay equal"
+        if where["mixes"]:
+            return f"{listed(where['mixes'])} mixes its filters with the others"
+        if where["operation"]:
+            return f"its filters cannot be followed through {_joined(where['operation'])}"
+        if where["repeats"] or repeated:
+            return f"{listed([*where['repeats'], *repeated])} runs more than once in a forward pass"
+        if not reach.consumers and not any(_places(r, numbers, owners) for r in self.trace.summed):
+            return "no weighted layer reads its filters"
+        return self._not_plain(touched)
+
+    def _gate_of(self, module: nn.Module, others: Sequence[str]) -> str:
+        """A layer whose filters multiply those that it is computed from is their gate."""
+        before = self.trace.before[self.trace.sources.index(module)]
+        earlier = {self.names[self.trace.sources[owner]] for owner in before}
+        gated = [name for name in others if name in earlier]
+        return f"it is a gate of {listed(gated)}; remove the filters there" if gated else ""
+
+    def _not_plain(self, touched: Sequence[str]) -> str:
+        """Why a weight cannot be made smaller; empty if all can."""
+        for name in touched:
+            module = self._modules[name]
+            reason = computed_weight(module, name)
+            if reason:
+                return reason
+            for parameter in module._parameters.values():
+                for other in self._holders.get(id(parameter), ()):
+                    if other != name:
+                        return f"{name!r} shares a parameter with {other!r}"
+        return ""
 
     # -- any layer -------------------------------------------------------------------------------
 
     def layer(self, name: str) -> nn.Module:
         """The module of this name, checked to run once and to put out one tensor."""
-        module = find_layer(self.model, name)
+        module = (name and self._modules.get(name)) or find_layer(self.model, name)
         check_runs(name, self.runs.get(module, 0))
-        if module not in self._grad_fns or id(self._grad_fns[module]) not in self._nodes:
+        if module not in self.trace.outputs:
             raise ValueError(
-                f"The layer {name!r} ({type(module).__name__}) does not put out one tensor that the "
-                "model computes from its weights, so it has no filters to remove."
+                f"The layer {name!r} ({type(module).__name__}) does not put out one tensor whose "
+                "filters can be followed from a convolution or linear layer."
             )
         return module
 
     def width(self, module: nn.Module, channel_dim: int | None = None) -> tuple[int, int]:
         """Axis and number of a layer's filters."""
-        output = self._shapes[module]
-        axis = filter_axis(module, output, channel_dim)
-        return axis, output.shape[axis]
+        shape = self.trace.outputs[module].shape
+        axis = filter_axis(module, torch.empty(shape, device="meta"), channel_dim)
+        return axis, shape[axis]
 
     def sources(self, module: nn.Module, channel_dim: int | None = None) -> list[Source]:
         """The weighted layers that make a layer's filters; several where it concatenates."""
-        name, node = self.names[module], self._nodes[id(self._grad_fns[module])]
-        number = self.width(module, channel_dim)[1]
-        found: list[Source] = []
-        followers: set[str] = set()
-        roots = self._roots_before(node)
-        for root in sorted(roots, key=list(self.names).index):
-            if self.names[root] in followers:  # a gate, or the other end of a shortcut
-                continue
-            filters, places = self._places(root, node)
-            found.append(Source(root, self.names[root], filters, places))
-            reach = self.reach(root)
-            followers.update([*reach.removed_with, *reach.tied_to])
-        covered = sorted(place for source in found for place in source.places)
-        if covered != list(range(number)):
-            makers = ", ".join(repr(self.names[root]) for root in roots) or "no weighted layer"
+        axis, number = self.width(module, channel_dim)
+        numbered = self.trace.outputs[module]
+        numbers = np.broadcast_to(numbered.numbers.ravel(), number)
+        if set(numbered.axes) - {axis}:
+            numbers = np.zeros(number, np.int64)
+        owners = sorted(self.trace.owners_of(numbers))
+        if not numbers.all() or len(np.unique(numbers)) < number:
+            makers = [self.names[self.trace.sources[owner]] for owner in owners]
             raise ValueError(
-                f"The {number} filters of {name!r} cannot be told from {makers}; name the "
-                "convolution or linear layer whose filters are to go."
+                f"The {number} filters of {self.names[module]!r} cannot be told from "
+                f"{listed(makers) or 'no weighted layer'}; name the convolution or linear layer "
+                "whose filters are to go."
             )
-        return found
+        return [self._source(owner, numbers) for owner in owners]
 
-    def _roots_before(self, node: Any) -> list[nn.Module]:
-        """The weighted layers that a node's tensor comes from with no other between."""
-        roots: list[nn.Module] = []
-        for one in self._walk([node], lambda one: not self._is_root(one)):
-            if self._is_root(one):
-                roots.append(one.module)
-        return roots
-
-    def _walk(self, start: list[Any], on: Callable[[Any], bool]) -> Iterator[Any]:
-        """Nodes backwards from some, on through those that a test lets pass."""
-        stack, seen = list(start), set()
-        while stack:
-            one = stack.pop()
-            if one in seen:
-                continue
-            seen.add(one)
-            yield one
-            if on(one):
-                stack.extend(one.inputs)
-
-    def _places(self, root: nn.Module, node: Any) -> tuple[list[int], list[int]]:
-        every = list(range(self.num_filters(root)))
-        if self.graph.module2node[root] is node:
-            return every, every
-        group = self.group(root, every)
-        for item in group.items:
-            if item.dep.target is node:
-                return list(item.root_idxs), list(item.idxs)
-        return [], []
+    def _source(self, owner: int, numbers: Numbers) -> Source:
+        start, end = self.trace.starts[owner : owner + 2]
+        places = ((numbers >= start) & (numbers < end)).nonzero()[0]
+        module = self.trace.sources[owner]
+        filters = (numbers[places] - start).tolist()
+        return Source(module, self.names[module], filters, places.tolist())
 
     def mask_point(self, module: nn.Module) -> nn.Module:
-        """Where removing filters of a weighted layer means zero: behind the normalisation and
+        """Where removing filters of a weighted layer means zero: behind the normalization and
         activation modules that directly follow it. Any other layer is its own mask point."""
-        node = self.graph.module2node.get(module)
-        types = self.library.ops.OPTYPE
-        if node is None or node.type not in (types.CONV, types.DEPTHWISE_CONV, types.LINEAR):
+        point, here = module, self.trace.outputs[module]
+        if not isinstance(module, WEIGHTED):
             return module
-        point, here = module, node
-        while len(here.outputs) == 1 and self.runs[point] == 1:
-            here = here.outputs[0]
-            if here.type not in (types.BN, types.IN, types.PRELU, types.ELEMENTWISE):
+        while len(users := {id(use): use for use in here.uses}) == 1:
+            (use,) = users.values()
+            after = use.output
+            if after is None or use.inputs != 1 or after.shape != here.shape:
                 break
-            if len(here.inputs) != 1:
+            if not np.array_equal(after.numbers, here.numbers):
                 break
-            hooked = [one for one in self._hooked.get(here.grad_fn, []) if not list(one.children())]
-            if not hooked and here.type == types.ELEMENTWISE:
-                continue  # a function between two modules
-            if not hooked or not self._keeps_shape(point, hooked[0]):
+            if not (use.simple if use.module is None else _changes_each(use.module, use.simple)):
                 break
-            if self.runs[hooked[0]] == 1:
-                point = hooked[0]
+            if use.module is not None and self.runs[use.module] == 1:
+                point = use.module
+            here = after
         return point
 
-    def _keeps_shape(self, one: nn.Module, other: nn.Module) -> bool:
-        return self._shapes[one].shape == self._shapes[other].shape
+    def between(self, names: Sequence[str]) -> str:
+        """What moves the filters of some weighted layers, in words."""
+        owners = {
+            place for place, source in enumerate(self.trace.sources) if self.names[source] in names
+        }
+        texts = [record.text for record in self.trace.moved if record.owners & owners]
+        return _joined(texts)
 
 
-def _reason(
-    reach: Reach, ends: bool, mixing: list[str], grouped: list[str], repeated: list[str]
-) -> str:
-    """Why filters cannot be removed; empty if they can."""
-    if reach.tied_to:
-        return f"tied by a sum to {_listed(reach.tied_to)}, whose filters would have to go as well"
-    if ends:
-        return "its filters are the model's outputs"
-    if grouped:
-        return f"its filters belong to the groups of {_listed(grouped)}, which must stay equal"
-    if mixing:
-        return f"{_listed(mixing)} mixes its filters with the others"
-    if repeated:
-        return f"{_listed(repeated)} runs more than once in a forward pass"
-    return "" if reach.consumers else "no weighted layer reads its filters"
+def check_model(model: nn.Module) -> None:
+    """Raise if a model cannot be run with hooks or has parameters without a size."""
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError(
+            f"The model is compiled by TorchScript ({type(model).__name__}), whose layers cannot be "
+            "followed; give the module that it was made from."
+        )
+    if any(is_lazy(parameter) for parameter in model.parameters()):
+        raise ValueError(
+            f"{type(model).__name__} has parameters that get their size from the first input; run "
+            "the model once, then its filters can be followed."
+        )
 
 
-def _listed(names: list[str]) -> str:
-    shown = ", ".join(map(repr, names[:6]))
-    return f"{shown} and {len(names) - 6} more" if len(names) > 6 else shown
+def computed_weight(module: nn.Module, name: str) -> str:
+    """Why a module's tensors are not parameters of its own; empty if they are."""
+    here = f"model.get_submodule({name!r})"
+    ways = []
+    if parametrize.is_parametrized(module):
+        call = "torch.nn.utils.parametrize.remove_parametrizations"
+        ways += [f"{call}({here}, {key!r})" for key in module.parametrizations]  # type: ignore
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, prune.BasePruningMethod):
+            ways.append(f"torch.nn.utils.prune.remove({here}, {hook._tensor_name!r})")
+        elif isinstance(hook, WeightNorm):
+            ways.append(f"torch.nn.utils.remove_weight_norm({here}, {hook.name!r})")
+        elif isinstance(hook, SpectralNorm):
+            ways.append(f"torch.nn.utils.remove_spectral_norm({here}, {hook.name!r})")
+    if ways:
+        return (
+            f"the weight of {name!r} is computed in each forward pass, by a parametrization, a norm "
+            f"or a mask; make it a plain parameter first: {'; '.join(ways)}"
+        )
+    plain = "weight" in module._parameters or getattr(module, "weight", None) is None
+    return "" if plain else f"the weight of {name!r} is not a parameter of its own"
+
+
+def _changes_each(module: nn.Module, simple: bool) -> bool:
+    """Whether a module is a norm or an activation: it changes values, but not where they stand."""
+    if isinstance(module, (*WEIGHTED, *MIXING, *PER_FILTER)):
+        return isinstance(module, PER_FILTER)
+    return simple and not any(True for _ in module.parameters())
+
+
+def _places(record: Record, numbers: Numbers, owners: frozenset[int]) -> list[int]:
+    """Where a record holds some of these filters."""
+    if not record.owners & owners:
+        return []
+    return np.isin(record.numbers.ravel(), numbers).nonzero()[0].tolist()
+
+
+def _axis_of(lost: NDArray[np.bool_]) -> int | None:
+    """The axis of a parameter at some of whose places all elements are lost, and no others."""
+    for axis, size in enumerate(lost.shape):
+        rows = np.moveaxis(lost, axis, 0).reshape(size, -1)
+        if (rows.all(1) == rows.any(1)).all():
+            return axis
+    return None
+
+
+def _joined(texts: Iterable[str]) -> str:
+    several = list(dict.fromkeys(texts))
+    more = f" and {len(several) - 3} more" if len(several) > 3 else ""
+    return ", ".join(several[:3]) + more
+
+
+def listed(names: Iterable[str]) -> str:
+    """Some names for a message, each once."""
+    several = list(dict.fromkeys(names))
+    shown = ", ".join(map(repr, several[:6]))
+    return f"{shown} and {len(several) - 6} more" if len(several) > 6 else shown
+
+
+def torch_pruning() -> Any:
+    """The library, or an error that names the extra."""
+    try:
+        import torch_pruning
+    except ImportError as error:
+        raise ImportError(
+            "Torch-Pruning's pruners need it: pip install 'captum-classfilters[prune]'."
+        ) from error
+    return torch_pruning
 
 
 def as_tuple(inputs: Any) -> tuple[Any, ...]:

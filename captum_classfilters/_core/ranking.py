@@ -42,8 +42,7 @@ def rank_correlation(left: Tensor, right: Tensor) -> Tensor:
 
 def random_orders(shape: Sequence[int], repetitions: int, generator: torch.Generator) -> Tensor:
     """Random orders of K filters, (repetitions, ..., K) for a shape (..., K)."""
-    drawn = [torch.rand(*shape, generator=generator) for _ in range(repetitions)]
-    return torch.stack(drawn).argsort(-1)
+    return torch.rand(repetitions, *shape, generator=generator).argsort(-1)
 
 
 def first_of(order: Tensor, sizes: Tensor | int) -> Tensor:

@@ -26,23 +26,21 @@ Seen = tuple[Tensor, ...]
 _BYTES_ON_DEVICE = 64 * 2**20  # of results that wait there to be moved together
 
 
+_AGGREGATES: dict[str, Callable[[Tensor, torch.dtype], Tensor]] = {
+    "mean": lambda maps, dtype: maps.mean(2, dtype=dtype),
+    "max": lambda maps, dtype: maps.amax(2).to(dtype),
+    "min": lambda maps, dtype: maps.amin(2).to(dtype),
+    "sum": lambda maps, dtype: maps.sum(2, dtype=dtype),
+    "abs_mean": lambda maps, dtype: maps.abs().mean(2, dtype=dtype),
+    "abs_sum": lambda maps, dtype: maps.abs().sum(2, dtype=dtype),
+    "l2": lambda maps, dtype: torch.linalg.vector_norm(maps, dim=2, dtype=dtype),
+}
+
+
 def aggregated(maps: Tensor, aggregate: str) -> Tensor:
     """One number (N, U) for each map of (N, U, P), of half precision in float32."""
-    dtype = torch.promote_types(maps.dtype, torch.float32)
-    if aggregate == "mean":
-        return maps.mean(2, dtype=dtype)
-    if aggregate == "max":
-        return maps.amax(2).to(dtype)
-    if aggregate == "min":
-        return maps.amin(2).to(dtype)
-    if aggregate == "sum":
-        return maps.sum(2, dtype=dtype)
-    if aggregate == "abs_mean":
-        return maps.abs().mean(2, dtype=dtype)
-    if aggregate == "abs_sum":
-        return maps.abs().sum(2, dtype=dtype)
     check_aggregate(aggregate)
-    return torch.linalg.vector_norm(maps, dim=2, dtype=dtype)
+    return _AGGREGATES[aggregate](maps, torch.promote_types(maps.dtype, torch.float32))
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
@@ -96,7 +94,8 @@ class UnitTap(LayerTap):
     ) -> None:
         before = weighted_before(model, module)
         super().__init__(module, name, channel_dim, at_input, before=before)
-        #: From maps (N, U, P) to what is kept of them, tensors with N rows.
+        #: From maps (N, U, P), which what follows the layer may overwrite, to what is kept of them:
+        #: tensors with N rows.
         self.reduce: Callable[[Tensor], Seen] = lambda maps: (maps,)
         self.matrix = None if directions is None else _matrix(directions, name)
         self.offset: Tensor | None = None
@@ -123,7 +122,10 @@ class UnitTap(LayerTap):
     def maps(self, tensor: Tensor) -> Tensor:
         """The layer's tensor as (N, U, P); P = 1 where positions are averaged first."""
         maps = self.projected(tensor)
-        return maps if self.offset is None else maps - self.offset.to(maps)[:, None]
+        if self.offset is None:
+            return maps
+        self.offset = self.offset.to(maps)  # moved once
+        return maps - self.offset[:, None]
 
     def projected(self, tensor: Tensor) -> Tensor:
         """A tensor in the layer's layout as (N, U, P), no bias subtracted."""

@@ -1,7 +1,6 @@
 """A model's last linear layer: found, seen to be linear, run, replaced."""
 
-import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_classfilters._core.batches import Batch, read_batches
+from captum_classfilters._core.copies import copied
 from captum_classfilters._core.guard import model_left_as_found
 from captum_classfilters._core.heads import HeadRecord, alike, is_linear
 from captum_classfilters._core.layers import check_runs, find_layer, layer_name
@@ -92,7 +92,7 @@ def replace_head(model: nn.Module, name: str, head: nn.Module) -> nn.Module:
     old = find_layer(model, name)
     while isinstance(model._modules.get("_orig_mod"), nn.Module):  # what torch.compile wraps
         model = model._modules["_orig_mod"]  # type: ignore[assignment]
-    return _copied(model, {old: head})
+    return copied(model, {old: head})
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ def linear_head(module: nn.Module, name: str = "head") -> LinearHead:
     if plain and not module._forward_hooks and not module._forward_pre_hooks:
         return _parts(module, name)
     # On a copy, since a forward of its own may count or observe what it is given.
-    twin = _copied(module, {}).eval()
+    twin = copied(module).eval()
     head = LinearHead(name, twin, torch.empty(0), None, 0)
     try:
         with model_left_as_found(None), torch.no_grad():
@@ -299,17 +299,6 @@ def _parts(module: nn.Module, name: str) -> LinearHead:
         return LinearHead(name, module, weight, bias, dims)
     full: Tensor = module.weight.detach()  # type: ignore[operator]
     return LinearHead(name, module, full.flatten(1), bias, full.dim() - 2)
-
-
-def _copied(model: nn.Module, replaced: Mapping[nn.Module, nn.Module]) -> nn.Module:
-    """A deep copy in which some modules have others in their place, and are not copied."""
-    memo: dict[int, Any] = {id(old): new for old, new in replaced.items()}
-    for module in model.modules():
-        for value in vars(module).values():
-            # As the hook of torch.nn.utils.weight_norm leaves it: deepcopy refuses such tensors.
-            if isinstance(value, Tensor) and not value.is_leaf:
-                memo[id(value)] = value.detach().clone()
-    return copy.deepcopy(model, memo)
 
 
 def _other_images(part: Any) -> Any:

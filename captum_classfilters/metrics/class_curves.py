@@ -178,29 +178,35 @@ def class_curves(
         device=device,
         show_progress=show_progress,
     ) as batches:
-        for one in batches:
+        for replayed in batches:
             removal = OrderedRemoval(
-                one.replay, _value(one, measure), sizes, one.check, f" of batch {one.batch.number}"
+                replayed.replay,
+                _value(replayed, measure),
+                sizes,
+                replayed.check,
+                f" of batch {replayed.batch.number}",
             )
-            curves = removal.both_ways({name: order[one.labels] for name, order in orders.items()})
-            curves[RANDOM] = removal.at_random(random[:, one.labels])
-            sums.add(curves, one.labels, shape[0])
+            curves = removal.both_ways(
+                {name: order[replayed.labels] for name, order in orders.items()}
+            )
+            curves[RANDOM] = removal.at_random(random[:, replayed.labels])
+            sums.add(curves, replayed.labels, shape[0])
     necessity = sums.means()
     return ClassCurves(
         sizes, necessity, kept_alone(necessity), sums.counts.cpu(), first.class_names, measure
     )
 
 
-def _value(one: ReplayedBatch, measure: Measure) -> Callable[[Tensor], Tensor]:
+def _value(replayed: ReplayedBatch, measure: Measure) -> Callable[[Tensor], Tensor]:
     """From outputs (P, N, ...) to each image's recall or probability (P, N)."""
-    labels = one.labels.to(one.replay.output.device)
+    labels = replayed.labels.to(replayed.replay.output.device)
 
     def recall(outputs: Tensor) -> Tensor:
-        return (one.classes(outputs).argmax(2) == labels).float()
+        return (replayed.classes(outputs).argmax(2) == labels).float()
 
     def probability(outputs: Tensor) -> Tensor:
         index = labels.expand(len(outputs), -1)[:, :, None]
-        return one.probabilities(outputs).gather(2, index)[:, :, 0]
+        return replayed.probabilities(outputs).gather(2, index)[:, :, 0]
 
     return recall if measure == "recall" else probability
 

@@ -403,10 +403,9 @@ def _table(
 
 
 def _agreements(tables: list[ClassFilters]) -> tuple[Tensor, Tensor]:
-    number = len(tables)
-    overlap = torch.eye(number, dtype=torch.float64)
-    correlation = torch.eye(number, dtype=torch.float64)
-    for row in range(number):
+    overlap = torch.eye(len(tables), dtype=torch.float64)
+    correlation = overlap.clone()
+    for row in range(len(tables)):
         for column in range(row):
             agreement = tables[row].agreement(tables[column])
             overlap[row, column] = overlap[column, row] = agreement.mean_overlap
@@ -445,15 +444,15 @@ def hits_alone(
     num_classes, num_filters = masks.shape[1:]
     totals: Tensor | None = None
     with replaying(ablation, layer, (num_classes, num_filters), dataloader, **options) as batches:
-        for one in batches:
+        for replayed in batches:
             own = []
             for class_, removed in enumerate((~masks).unbind(1)):
-                outputs = one.replay.outputs(removed)
-                one.check_finite(outputs, removed)
-                own.append(one.classes(outputs)[:, :, class_])
-            full = one.classes(one.replay.output[None])
+                outputs = replayed.replay.outputs(removed)
+                replayed.check_finite(outputs, removed)
+                own.append(replayed.classes(outputs)[:, :, class_])
+            full = replayed.classes(replayed.replay.output[None])
             scores = torch.cat([full, torch.stack(own, 2)])
-            labels = one.labels.to(scores.device)
+            labels = replayed.labels.to(scores.device)
             right = (scores.argmax(2) == labels).long()
             rows = torch.cat([right, torch.ones_like(right[:1])])
             counts = rows.new_zeros(len(rows), num_classes).index_add_(1, labels, rows)

@@ -39,7 +39,7 @@ class FilterCurves:
         deletion (dict): For each name a Tensor (N, P): the score with the first so many filters
                     removed.
         insertion (dict): The score with *only* the first so many filters left.
-        score (str): What is measured, ``"probability"`` say.
+        score (str): What is measured, such as ``"probability"``.
     """
 
     num_filters: list[int]

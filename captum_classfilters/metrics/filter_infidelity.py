@@ -168,14 +168,14 @@ def filter_infidelity(
     shuffled = [first.gather(1, order) for order in random_orders(shape, repetitions, generator)]
 
     def measured(measure: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-        values = {name: measure(one) for name, one in named.items()}
-        values[RANDOM] = torch.stack([measure(one) for one in shuffled]).mean(0)
-        return values
+        by_name = {name: measure(values) for name, values in named.items()}
+        by_name[RANDOM] = torch.stack([measure(values) for values in shuffled]).mean(0)
+        return by_name
 
     return FilterInfidelity(
-        measured(lambda one: infidelity_of(one, removed, lost)),
-        measured(lambda one: infidelity_of(one, removed, lost, scaled=True)),
-        {} if alone is None else measured(lambda one: (one - alone).square()),
+        measured(lambda values: infidelity_of(values, removed, lost)),
+        measured(lambda values: infidelity_of(values, removed, lost, scaled=True)),
+        {} if alone is None else measured(lambda values: (values - alone).square()),
         n_perturb_samples,
     )
 

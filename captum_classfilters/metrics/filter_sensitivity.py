@@ -26,7 +26,7 @@ def explanation_for_sensitivity(method: Any) -> Explanation:
 
     Captum hands its reference call a *tuple* of inputs and iterates over what comes back. A layer
     method answers with a bare tensor, which is then taken apart image by image: most shapes raise an
-    error, and for single images of methods with one channel, Grad-CAM say, the value is wrong without
+    error, and for single images of methods with one channel, such as Grad-CAM, the value is wrong without
     a word. The function returned here always answers with a tuple of detached, contiguous tensors,
     and is right for input attributions too.
 
@@ -242,8 +242,8 @@ def _by_filter(reference: Tensor, perturbed: list[Tensor]) -> Tensor:
     size = torch.where(size == 0, torch.ones_like(size), size)  # as Captum does
     # Captum repeats each image as often as fits a batch, its copies side by side.
     changes = [
-        (one.reshape(len(reference), -1, reference.shape[1]) - reference[:, None]).abs().amax(1)
-        for one in perturbed
+        (moved.reshape(len(reference), -1, reference.shape[1]) - reference[:, None]).abs().amax(1)
+        for moved in perturbed
     ]
     return torch.stack(changes).amax(0) / size
 
@@ -274,4 +274,4 @@ def _gates_first(method: Any) -> Callable[..., Any]:
 def _tensors(value: Any) -> list[Tensor]:
     if isinstance(value, Tensor):
         return [value]
-    return [tensor for one in value for tensor in _tensors(one)]
+    return [tensor for part in value for tensor in _tensors(part)]

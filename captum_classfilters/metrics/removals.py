@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from captum_classfilters._core.filter_weights import filter_weights
 from captum_classfilters._core.layers import find_layer, layer_name, module_of
 from captum_classfilters._core.ranking import first_of
 from captum_classfilters.class_filters import ClassFilters
@@ -87,13 +88,9 @@ def weight_magnitudes(model: Any, layer: nn.Module, num_filters: int) -> Tensor 
             break
         before.append(module)
     for module in [*reversed(list(layer.modules())), *reversed(before)]:
-        weight = getattr(module, "weight", None)
-        if not isinstance(weight, Tensor) or weight.dim() < 2:
-            continue
-        if getattr(module, "transposed", False):
-            weight = weight.transpose(0, 1)
-        if len(weight) == num_filters:
-            return weight.detach().cpu().flatten(1).double().norm(dim=1)
+        weights = filter_weights(module)
+        if weights is not None and len(weights) == num_filters:
+            return weights.cpu().flatten(1).double().norm(dim=1)
     return None
 
 

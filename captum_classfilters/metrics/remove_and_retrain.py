@@ -273,7 +273,7 @@ class _Trial:
                 optimizer.zero_grad(set_to_none=True)
                 scores = as_rows(class_scores(twin(*batch.inputs)))
                 logs = log_probabilities(scores, self.probabilities)
-                loss = F.nll_loss(logs, batch.class_labels(logs.shape[1]))
+                loss = F.nll_loss(logs, batches.class_labels(batch, logs.shape[1]))
                 batches.check(loss.detach().isfinite(), _not_finite)
                 loss.backward()
                 optimizer.step()

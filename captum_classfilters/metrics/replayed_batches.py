@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from captum_classfilters._core.batches import Batch, Unpack, read_batches
+from captum_classfilters._core.devices import on_device
 from captum_classfilters._core.guard import model_left_as_found
+from captum_classfilters._core.labels import class_labels
 from captum_classfilters._core.layers import module_of
 from captum_classfilters._core.outputs import (
     are_probabilities,
@@ -126,18 +128,20 @@ def replaying(
                         f"The table has {shape[0]} classes and {shape[1]} filters; the model has "
                         f"{num_classes} classes and the layer {replay.num_filters} filters."
                     )
-                labels = batch.class_labels(num_classes).cpu()
-                one = ReplayedBatch(batch, replay, labels, batches.check, one_probability)
-                one.check_finite(replay.output[None])
-                yield one
+                labels = class_labels(
+                    on_device(batch.labels, "cpu"), batch.size, num_classes, batch.number
+                )
+                replayed = ReplayedBatch(batch, replay, labels, batches.check, one_probability)
+                replayed.check_finite(replay.output[None])
+                yield replayed
 
         yield each()
 
 
 def _is_one_probability(model: Any, batch: Batch, replay: SuffixReplay) -> bool:
     scores = as_rows(replay.output)
-    one = scores.shape[1:] == (1,) and isinstance(model, nn.Module)
-    return one and gives_probability(model, batch.inputs, scores)
+    single = scores.shape[1:] == (1,) and isinstance(model, nn.Module)
+    return single and gives_probability(model, batch.inputs, scores)
 
 
 def _classes(outputs: Tensor, one_probability: bool) -> Tensor:
@@ -175,23 +179,25 @@ def confusion_without(
     with replaying(
         ablation, layer, (num_classes, removed.shape[1]), dataloader, **options
     ) as batches:
-        for one in batches:
+        for replayed in batches:
             if counts is None:
                 size = (1 + len(removed)) * num_classes**2
-                counts = torch.zeros(size, dtype=torch.int64, device=one.replay.output.device)
-            labels = one.labels.to(counts.device)
-            _count(counts, one, one.replay.output[None], labels, 0)
-            for rows, outputs in one.replay.in_parts(removed):
-                one.check_finite(outputs, removed[rows])
-                _count(counts, one, outputs, labels, 1 + rows.start)
+                counts = torch.zeros(size, dtype=torch.int64, device=replayed.replay.output.device)
+            labels = replayed.labels.to(counts.device)
+            _count(counts, replayed, replayed.replay.output[None], labels, 0)
+            for rows, outputs in replayed.replay.in_parts(removed):
+                replayed.check_finite(outputs, removed[rows])
+                _count(counts, replayed, outputs, labels, 1 + rows.start)
     assert counts is not None
     tables = counts.cpu().reshape(-1, num_classes, num_classes)
     return tables[0], tables[1:]
 
 
-def _count(counts: Tensor, one: ReplayedBatch, outputs: Tensor, labels: Tensor, start: int) -> None:
+def _count(
+    counts: Tensor, replayed: ReplayedBatch, outputs: Tensor, labels: Tensor, start: int
+) -> None:
     """Add the answers of outputs (P, N, ...) to flat confusion matrices from a place on."""
-    scores = one.classes(outputs)
+    scores = replayed.classes(outputs)
     num_classes = scores.shape[2]
     place = torch.arange(start, start + len(scores), device=labels.device)[:, None]
     cells = ((place * num_classes + labels) * num_classes + scores.argmax(2)).flatten()

@@ -117,7 +117,7 @@ class ClassFilterImportance:
             ValueError: The model lost filters that the table counts, otherwise than by this
                         pruner's own steps.
         """
-        found = []
+        importances = []
         graph = group._DG
         for dependency, places in group:
             module = dependency.target.module
@@ -128,8 +128,8 @@ class ClassFilterImportance:
                 importance = torch.zeros(len(group[0].idxs), dtype=scores.dtype)
                 first = {root: place for place, root in enumerate(group[0].idxs)}
                 at = [first[root] for root in item.root_idxs]
-                found.append(importance.index_put((torch.tensor(at),), scores[list(places)]))
-        return torch.stack(found).mean(0).float() if found else None
+                importances.append(importance.index_put((torch.tensor(at),), scores[list(places)]))
+        return torch.stack(importances).mean(0).float() if importances else None
 
     def _alive(self, module: nn.Module, graph: Any) -> Tensor:
         """The scores of the filters that earlier steps of the pruner have left."""
@@ -154,7 +154,7 @@ def _rows(table: ClassFilters, classes: Sequence[int | str] | None) -> Tensor:
     rows = (
         (table.counts > 0).nonzero()[:, 0].tolist()
         if classes is None
-        else [table.class_index(one) for one in classes]
+        else [table.class_index(label) for label in classes]
     )
     scores = table.scores[rows]
     if not rows or bool(scores.isnan().any()):

@@ -1,18 +1,21 @@
 """A network that runs without some of its filters, and comes back as it was."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from captum_classfilters._core.layers import filter_axis, find_layer, layer_name, only_tensor
+from captum_classfilters._core.filter_graph import name_of
+from captum_classfilters._core.layers import filter_axis, find_layer, only_tensor
 
 
 @contextmanager
 def masked_filters(
-    model: nn.Module, kept: Mapping[str, Tensor], channel_dim: int | None = None
+    model: nn.Module,
+    kept: Mapping[str, Tensor] | Mapping[nn.Module, Tensor],
+    channel_dim: int | None = None,
 ) -> Iterator[nn.Module]:
     r"""
     Set filters to zero in the outputs of some layers while the block runs.
@@ -24,7 +27,8 @@ def masked_filters(
     Args:
 
         model (nn.Module): The model.
-        kept (dict of str to Tensor): For each layer's dotted name, which filters stay (K,), bool.
+        kept (dict): For each layer, given by its dotted name or itself, which filters stay: a bool
+                    Tensor (K,).
         channel_dim (int, optional): Axis of the filters, where it cannot be told from the layers.
                     Default: None
 
@@ -32,7 +36,7 @@ def masked_filters(
         *nn.Module*: The model.
 
     Raises:
-        ValueError: There is no such layer, or a mask does not have one entry for each filter.
+        ValueError: There is no such layer, or a mask is not bool with one entry for each filter.
 
     Examples::
 
@@ -44,34 +48,38 @@ def masked_filters(
         >>> int(output[:, 1].count_nonzero())
         0
     """
-    layers = [find_layer(model, name) for name in kept]
-    missing = object()
-    found = [layer.__dict__.get("forward", missing) for layer in layers]
+    names = [name_of(model, layer) for layer in kept]
+    layers = [find_layer(model, name) for name in names]
+    own_forwards = [layer.__dict__.get("forward") for layer in layers]
     try:
-        for layer, mask in zip(layers, kept.values(), strict=True):
+        for name, layer, mask in zip(names, layers, kept.values(), strict=True):
             # Not a hook: a recorded forward pass must hold what the layer gives when masked.
-            layer.__dict__["forward"] = _masked(model, layer, mask, channel_dim)
+            layer.__dict__["forward"] = _masked(layer, name, mask, channel_dim)
         yield model
     finally:
-        for layer, forward in zip(layers, found, strict=True):
-            if forward is missing:
-                with suppress(KeyError):
-                    del layer.__dict__["forward"]
-            else:
+        for layer, forward in zip(layers, own_forwards, strict=True):
+            layer.__dict__.pop("forward", None)
+            if forward is not None:
                 layer.__dict__["forward"] = forward
 
 
-def _masked(model: nn.Module, layer: nn.Module, mask: Tensor, channel_dim: int | None) -> Any:
+def _masked(layer: nn.Module, name: str, mask: Tensor, channel_dim: int | None) -> Any:
+    """The forward of a layer, some filters of its output zero."""
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() != 1:
+        raise ValueError(
+            f"The mask of {name!r} is {_described(mask)}; expected a bool Tensor (K,) that says which "
+            "filters stay."
+        )
     forward = layer.forward
 
     def run(*args: Any, **kwargs: Any) -> Any:
         output = forward(*args, **kwargs)
-        tensor = only_tensor(output, layer_name(model, layer))
+        tensor = only_tensor(output, name)
         axis = filter_axis(layer, tensor, channel_dim)
-        if mask.shape != (tensor.shape[axis],):
+        if len(mask) != tensor.shape[axis]:
             raise ValueError(
-                f"The mask of {layer_name(model, layer)!r} has shape {tuple(mask.shape)}, but the "
-                f"layer has {tensor.shape[axis]} filters."
+                f"The mask of {name!r} has shape {tuple(mask.shape)}, but the layer has "
+                f"{tensor.shape[axis]} filters."
             )
         shape = [1] * tensor.dim()
         shape[axis] = len(mask)
@@ -80,3 +88,9 @@ def _masked(model: nn.Module, layer: nn.Module, mask: Tensor, channel_dim: int |
         return type(output)([masked]) if isinstance(output, (tuple, list)) else masked
 
     return run
+
+
+def _described(mask: Any) -> str:
+    if isinstance(mask, Tensor):
+        return f"a Tensor of {mask.dtype} and shape {tuple(mask.shape)}"
+    return f"a {type(mask).__name__}"

@@ -1,11 +1,13 @@
 """Which layers' filters can be removed, who reads them, and what ties the others."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
-from captum_classfilters._core.filter_graph import FilterGraph, as_tuple
+from captum_classfilters._core.filter_graph import FilterGraph, as_tuple, check_model
+from captum_classfilters._core.filter_removal import refused
+from captum_classfilters._core.guard import model_left_as_found
 from captum_classfilters._core.named_layers import NamedLayers
 
 
@@ -21,8 +23,8 @@ class PrunableLayer:
         num_filters (int): K.
         groups (int): Groups of the convolution; 1 for a linear layer.
         consumers (tuple of str): Layers that read its filters and would lose inputs.
-        removed_with (tuple of str): Normalisations, depthwise convolutions and gates that lose the
-                    same filters.
+        removed_with (tuple of str): Normalizations, depthwise convolutions, gates and parameters
+                    that lose the same filters.
         tied_to (tuple of str): Layers whose filters are added to these, by a shortcut say.
         reason (str): Why filters cannot be removed; empty if they can.
     """
@@ -65,26 +67,28 @@ class PrunableLayers(NamedLayers[PrunableLayer]):
         return rows
 
 
-def prunable_layers(model: nn.Module, example_inputs: Any) -> PrunableLayers:
+def prunable_layers(
+    model: nn.Module, example_inputs: Any, *, show_progress: bool = True
+) -> PrunableLayers:
     r"""
     List the layers whose filters :func:`prune_filters` can remove, and why not the others.
 
-    Read from Torch-Pruning's dependency graph of one forward pass in evaluation mode. Filters that
-    a shortcut adds to other layers' are tied to these; filters of grouped convolutions, and those
-    that layer or group normalisation mixes with others, cannot go alone either. Depthwise
-    convolutions are not listed: their filters go with those they read.
+    The filters are followed through one forward pass in evaluation mode. Filters that a shortcut
+    adds to other layers' are tied to these; filters of grouped convolutions, those that layer or
+    group normalization mixes with others, and those that go through an operation that would do
+    something else with fewer of them, a channel shuffle for example, cannot go either. Some filters
+    of each other layer are then removed for a moment, and the network is compared with the masked
+    one. Depthwise convolutions are not listed: their filters go with those they read.
 
     Args:
 
         model (nn.Module): The model; it is left as found.
         example_inputs (Tensor or tuple): Inputs of the model.
+        show_progress (bool): Show a progress bar where layers have to be tried one by one.
+                    Default: True
 
     Returns:
         *PrunableLayers*: A sequence of :class:`PrunableLayer` that prints as a table.
-
-    Raises:
-        ValueError: Torch-Pruning cannot follow the model.
-        ImportError: Torch-Pruning, of the extra ``prune``, is not installed.
 
     Examples::
 
@@ -98,20 +102,34 @@ def prunable_layers(model: nn.Module, example_inputs: Any) -> PrunableLayers:
         0      Conv2d  8        4
         4      Linear  2                 its filters are the model's outputs
     """
-    graph = FilterGraph(model, as_tuple(example_inputs))
-    layers = []
-    for module in graph.weighted_layers():
-        reach = graph.reach(module)
-        layers.append(
-            PrunableLayer(
-                name=graph.names[module],
-                type=type(module).__name__,
-                num_filters=graph.num_filters(module),
-                groups=int(getattr(module, "groups", 1)),
-                consumers=tuple(reach.consumers),
-                removed_with=tuple(reach.removed_with),
-                tied_to=tuple(reach.tied_to),
-                reason=reach.reason,
-            )
-        )
-    return PrunableLayers(layers)
+    check_model(model)
+    inputs = as_tuple(example_inputs)
+    with model_left_as_found(model, evaluation=True):
+        graph = FilterGraph(model, inputs)
+        layers = [_followed(graph, module) for module in graph.weighted_layers()]
+        filters = {layer.name: _some(layer.num_filters) for layer in layers if layer.prunable}
+        reasons = refused(model, graph, filters, inputs, show_progress)
+    return PrunableLayers(
+        [replace(layer, reason=reasons.get(layer.name, layer.reason)) for layer in layers]
+    )
+
+
+def _followed(graph: FilterGraph, module: nn.Module) -> PrunableLayer:
+    """A layer as the forward pass shows it."""
+    number = graph.num_filters(module)
+    reach = graph.reach(module, _some(number) or [0])
+    return PrunableLayer(
+        name=graph.names[module],
+        type=type(module).__name__,
+        num_filters=number,
+        groups=int(getattr(module, "groups", 1)),
+        consumers=tuple(reach.consumers),
+        removed_with=tuple(reach.removed_with),
+        tied_to=tuple(reach.tied_to),
+        reason=reach.reason or ("it has a single filter" if number == 1 else ""),
+    )
+
+
+def _some(number: int) -> list[int]:
+    """Filters whose removal shows whether the others are still where they belong."""
+    return sorted({0, number // 3, number - 1})[: number - 1]

@@ -1,6 +1,7 @@
 """A smaller network for some of the classes: their filters, their outputs."""
 
 import copy
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,13 +11,13 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from captum_classfilters._core.batches import split_batch
-from captum_classfilters._core.filter_graph import as_tuple
+from captum_classfilters._core.filter_graph import as_tuple, computed_weight
 from captum_classfilters._core.guard import model_left_as_found
 from captum_classfilters._core.heads import is_linear
+from captum_classfilters._core.labels import labels_of_scores
 from captum_classfilters._core.layers import find_layer
 from captum_classfilters.class_filters import ClassFilters
 from captum_classfilters.heads.decompose import find_head, replace_head
-from captum_classfilters.identify.statistics import labels_of_scores
 from captum_classfilters.pruning.prune_filters import prune_filters
 
 
@@ -59,11 +60,11 @@ class SpecialistAccuracy:
         width = max(8, *(len(name) for name in self.class_names)) + 2
         columns = ("among_all", "full", "specialist")
         titles = ("full, all", "full, these", "specialist")
-        lines = [f"{'class':{width}s}{'images':>8s}" + "".join(f"{one:>13s}" for one in titles)]
+        lines = [f"{'class':{width}s}{'images':>8s}" + "".join(f"{title:>13s}" for title in titles)]
         for row, name in enumerate(self.class_names):
-            cells = "".join(f"{float(getattr(self, one)[row]):>13.4f}" for one in columns)
+            cells = "".join(f"{float(getattr(self, column)[row]):>13.4f}" for column in columns)
             lines.append(f"{name:{width}s}{int(self.counts[row]):>8d}{cells}")
-        cells = "".join(f"{self.overall(one):>13.4f}" for one in columns)
+        cells = "".join(f"{self.overall(column):>13.4f}" for column in columns)
         lines.append(f"{'together':{width}s}{int(self.counts.sum()):>8d}{cells}")
         return "\n".join(lines)
 
@@ -104,7 +105,8 @@ def specialise(
 
     Of each table's layer the filters stay that the table selects for any of the classes; of the
     last linear layer the rows of the classes. Both go through :func:`prune_filters`' rules, so a
-    layer tied to a shortcut is refused.
+    layer tied to a shortcut is refused. Few filters of several layers at once may leave a network
+    that cannot tell the classes apart any more; with a loader, a warning then says so.
 
     Args:
 
@@ -127,7 +129,6 @@ def specialise(
         ValueError: Fewer than two classes, a class given twice or without filters, the head is not
                     linear or does not end the model, the loader has no image of the classes; and
                     as for :func:`prune_filters`.
-        ImportError: Torch-Pruning, of the extra ``prune``, is not installed.
 
     Examples::
 
@@ -159,7 +160,28 @@ def specialise(
     accuracy = None
     if dataloader is not None:
         accuracy = _accuracy(model, smaller, rows, names, dataloader, show_progress)
+        _warn_near_chance(accuracy)
     return Specialist(smaller, tuple(rows), names, kept, accuracy)
+
+
+def _warn_near_chance(accuracy: SpecialistAccuracy) -> None:
+    """Warn if the specialist tells its classes hardly better apart than a guess does."""
+    counted = accuracy.counts > 0
+    number = len(accuracy.counts)
+    chance = 1 / number
+    mean = float(accuracy.specialist[counted].mean())
+    # The standard error of a guess's accuracy, averaged over the classes that have images.
+    variance = chance * (1 - chance) * float((1 / accuracy.counts[counted].double()).sum())
+    error = variance**0.5 / int(counted.sum())
+    if mean < chance + max(0.1 * (1 - chance), error):
+        full = float(accuracy.full[counted].mean())
+        warnings.warn(
+            f"The specialist for {', '.join(accuracy.class_names)} has an accuracy of {mean:.3f}, the "
+            f"mean over these classes, near the {chance:.3f} of a guess; the full network has "
+            f"{full:.3f}. Its filters do not tell the classes apart: select more for each class, or "
+            "give tables of fewer layers.",
+            stacklevel=3,
+        )
 
 
 def _chosen(
@@ -167,7 +189,7 @@ def _chosen(
 ) -> tuple[list[int], tuple[str, ...]]:
     if not tables:
         raise ValueError("class_filters is empty; pass at least one table.")
-    rows = [tables[0].class_index(one) for one in classes]
+    rows = [tables[0].class_index(label) for label in classes]
     if len(rows) < 2 or len(set(rows)) != len(rows):
         raise ValueError(f"classes={list(classes)}: expected two or more different classes.")
     return rows, tuple(tables[0].class_names[row] for row in rows)
@@ -195,6 +217,9 @@ def _with_rows(model: nn.Module, name: str, rows: Sequence[int]) -> nn.Module:
             f"The head {name!r} is a {type(head).__name__}; expected an nn.Linear or an ungrouped "
             "1x1 convolution, whose rows are classes."
         )
+    reason = computed_weight(head, name)
+    if reason:
+        raise ValueError(f"The head {name!r} cannot be cut to some classes: {reason}.")
     shorter = copy.deepcopy(head)
     index = torch.tensor(list(rows), device=head.weight.device)
     for part in ("weight", "bias"):
@@ -265,7 +290,7 @@ def _accuracy(
             if not mine.any():
                 continue
             place = (truth[mine, None] == classes).long().argmax(1)
-            own = smaller(*(one[mine.to(one.device)] for one in inputs)).cpu()
+            own = smaller(*(part[mine.to(part.device)] for part in inputs)).cpu()
             hits = (
                 logits[mine].argmax(1) == truth[mine],
                 logits[mine][:, classes].argmax(1) == place,

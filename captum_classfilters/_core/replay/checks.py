@@ -141,9 +141,9 @@ class ReplayChecks:
             self._require([(self._alone(self.nothing), batch.seen)], reason)
             return
         rows = [torch.where(mask, batch.stands_in, batch.activation) for mask in masks]
-        other = self._other_values()
+        high, low = self._other_values()
         # A model may look for its reference at either end. Nothing is replaced in the third copy.
-        tensor = torch.cat([other, rows[0], batch.activation, *rows[1:], -other])
+        tensor = torch.cat([high, rows[0], batch.activation, *rows[1:], low])
         copies = len(rows) + 3
         seen = batch.seeing(lambda: batch.replay(tensor, copies), copies)[1:-1]
         wanted = [expected[0], batch.seen, *expected[1:]]
@@ -196,16 +196,18 @@ class ReplayChecks:
     def _whole(self, mask: Tensor) -> list[Tensor]:
         return self.batch.seeing(lambda: self.batch.whole(mask), 1)[0]
 
-    def _other_values(self) -> Tensor:
-        """A batch unlike this one: much larger, but finite, and different in each filter."""
+    def _other_values(self) -> tuple[Tensor, Tensor]:
+        """Two batches unlike this one, of high and of low values: within its range, so that the
+        model takes them, and different in each filter."""
         activation = self.batch.activation
-        largest = activation.abs().nan_to_num(0, 0, 0).amax()
-        largest = (100 * largest).clamp(max=torch.finfo(activation.dtype).max / 8)
-        pattern = torch.rand(self.batch.num_filters, generator=torch.Generator().manual_seed(0))
+        finite = activation.nan_to_num(0, 0, 0)
+        least, size = finite.amin(), finite.amax() - finite.amin()
+        shares = torch.rand(self.batch.num_filters, generator=torch.Generator().manual_seed(0)) / 2
         shape = [1] * activation.dim()
         shape[self.batch.axis] = -1
-        other = (0.5 + pattern).reshape(shape).to(activation) * (largest + 1)
-        return other.expand_as(activation).contiguous()
+        shares = shares.reshape(shape).to(activation)
+        high, low = least + (1 - shares) * size, least + shares * size
+        return high.expand_as(activation), low.expand_as(activation)
 
     def _tell(self, seen: Sequence[Sequence[Tensor]]) -> bool:
         """Whether removing filters changed anything, so that a wrong way could have shown."""
