@@ -159,25 +159,23 @@ def list_filter_layers(
         if not (leaves_only and list(module.children()))
     ]
     if any(layer.channel_dim is None and layer.reason == _UNKNOWN for layer in layers):
-        layers = _with_another_size(model, names, inputs, layers)
+        layers = _with_another_size(seen, inputs, layers)
     return FilterLayers(layers, layer_name(model, seen.head) if seen.head else None)
 
 
 _UNKNOWN = "filters on axis 1 or the last? Same size: give channel_dim=1 or channel_dim=-1"
 
 
-def _with_another_size(
-    model: nn.Module, names: dict[nn.Module, str], inputs: Any, layers: list[FilterLayer]
-) -> list[FilterLayer]:
+def _with_another_size(first: "_Seen", inputs: Any, layers: list[FilterLayer]) -> list[FilterLayer]:
     """The same, the filters' axis told by images of another size: it is the one that stays."""
     larger = tuple(
         F.interpolate(image, scale_factor=1.5) if _is_images(image) else image for image in inputs
     )
     try:
-        seen = _Seen(model, names, larger)
+        seen = _Seen(first.model, first.names, larger)
     except Exception:  # the model takes one size only
         return layers
-    modules = {name: module for module, name in names.items()}
+    modules = {name: module for module, name in first.names.items()}
     resolved = []
     for layer in layers:
         output = next(iter(seen.calls.get(modules[layer.name], [])), None)
@@ -190,7 +188,7 @@ def _with_another_size(
                     channel_dim=stays[0],
                     num_filters=layer.shape[stays[0]],
                     qualifies=True,
-                    reason=seen.found(modules[layer.name]).must_be_told(stays[0]),
+                    reason=first.found(modules[layer.name]).must_be_told(stays[0]),
                 )
         resolved.append(layer)
     return resolved

@@ -22,7 +22,7 @@ def fingerprint(model: nn.Module | None) -> str | None:
     if model is None:
         return None
     device = device_of(model)
-    if device is None or device.type != "cuda":
+    if device is None or device.type != "cuda" or not torch.cuda.is_available():
         return _digest(model)
     with torch.cuda.stream(torch.cuda.Stream(device)):  # beside the work of the device
         return _digest(model)

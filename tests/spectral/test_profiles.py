@@ -112,7 +112,7 @@ def test_unit_scores_are_the_maps_reduced():
         unit_scores(model, "stage2", data, aggregate="median", **QUIET)
     with pytest.raises(ValueError, match="loader is empty"):
         unit_scores(model, "stage2", [], **QUIET)
-    with pytest.raises(ValueError, match="one class for each image"):
+    with pytest.raises(ValueError, match="multi-hot"):
         unit_scores(model, "stage2", [(images(), torch.zeros(8, 3))], **QUIET)
 
 

@@ -19,6 +19,7 @@ from captum_classfilters._core.layers import (
     module_of,
     only_tensor,
 )
+from captum_classfilters._core.outputs import class_scores
 from captum_classfilters._core.replay.changed_filters import ChangedFilters, UnchangedSteps
 from captum_classfilters._core.replay.module_state import ModuleState
 from captum_classfilters._core.replay.recorded_calls import RecordedCalls
@@ -237,12 +238,8 @@ def plain_mode() -> Iterator[None]:
 
 
 def single_tensor(output: Any) -> Tensor:
-    """What the model returns, if it is a tensor."""
-    if not isinstance(output, Tensor):
-        raise ValueError(
-            f"The model returns a {type(output).__name__}; expected one tensor, for example (N, C)."
-        )
-    return output
+    """The scores in what the model returns."""
+    return class_scores(output)
 
 
 def reason_of(error: Exception) -> str:
