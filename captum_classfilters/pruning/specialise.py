@@ -8,19 +8,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
-from captum_classfilters._core.batches import split_batch
+from captum_classfilters._core.batches import Unpack, read_batches
 from captum_classfilters._core.filter_graph import as_tuple, computed_weight
 from captum_classfilters._core.guard import model_left_as_found
 from captum_classfilters._core.heads import is_linear
-from captum_classfilters._core.labels import labels_of_scores
 from captum_classfilters._core.layers import find_layer
+from captum_classfilters._core.outputs import scores_per_class
+from captum_classfilters._core.tables import short_repr, text_table
 from captum_classfilters.class_filters import ClassFilters
 from captum_classfilters.heads.decompose import find_head, replace_head
+from captum_classfilters.pruning.candidates import checked_labels
 from captum_classfilters.pruning.prune_filters import prune_filters
 
 
+@short_repr
 @dataclass(frozen=True)
 class SpecialistAccuracy:
     r"""
@@ -57,18 +59,21 @@ class SpecialistAccuracy:
         return float((values.nan_to_num() * self.counts).sum() / self.counts.sum())
 
     def __str__(self) -> str:
-        width = max(8, *(len(name) for name in self.class_names)) + 2
-        columns = ("among_all", "full", "specialist")
-        titles = ("full, all", "full, these", "specialist")
-        lines = [f"{'class':{width}s}{'images':>8s}" + "".join(f"{title:>13s}" for title in titles)]
-        for row, name in enumerate(self.class_names):
-            cells = "".join(f"{float(getattr(self, column)[row]):>13.4f}" for column in columns)
-            lines.append(f"{name:{width}s}{int(self.counts[row]):>8d}{cells}")
-        cells = "".join(f"{self.overall(column):>13.4f}" for column in columns)
-        lines.append(f"{'together':{width}s}{int(self.counts.sum()):>8d}{cells}")
-        return "\n".join(lines)
+        columns = {"full, all": "among_all", "full, these": "full", "specialist": "specialist"}
+        rows = [
+            {
+                "class": name,
+                "images": self.counts[row],
+                **{title: getattr(self, which)[row] for title, which in columns.items()},
+            }
+            for row, name in enumerate(self.class_names)
+        ]
+        together = {title: self.overall(which) for title, which in columns.items()}
+        rows.append({"class": "together", "images": self.counts.sum(), **together})
+        return text_table(rows, dict.fromkeys(columns, ".4f"))
 
 
+@short_repr
 @dataclass(frozen=True)
 class Specialist:
     r"""
@@ -98,6 +103,8 @@ def specialise(
     *,
     dataloader: Iterable[Any] | None = None,
     head: str | None = None,
+    unpack: Unpack | None = None,
+    device: torch.device | str | None = None,
     show_progress: bool = True,
 ) -> Specialist:
     r"""
@@ -119,6 +126,9 @@ def specialise(
                     network, other classes among them or not; for the accuracy table.
                     Default: None
         head (str, optional): Dotted name of the head. By default the linear layer that runs last.
+        unpack (Callable, optional): From a batch of another kind to the pair (inputs, labels).
+                    Default: None
+        device (torch.device or str, optional): Where the batches go; by default where the model is.
         show_progress (bool): Show a progress bar over the batches.
                     Default: True
 
@@ -159,7 +169,8 @@ def specialise(
     _check_outputs(pruned, smaller, rows, inputs, name)
     accuracy = None
     if dataloader is not None:
-        accuracy = _accuracy(model, smaller, rows, names, dataloader, show_progress)
+        options = {"unpack": unpack, "device": device, "show_progress": show_progress}
+        accuracy = _accuracy(model, smaller, rows, names, dataloader, **options)
         _warn_near_chance(accuracy)
     return Specialist(smaller, tuple(rows), names, kept, accuracy)
 
@@ -268,38 +279,27 @@ def _accuracy(
     rows: Sequence[int],
     names: tuple[str, ...],
     dataloader: Iterable[Any],
-    show_progress: bool,
+    **options: Any,
 ) -> SpecialistAccuracy:
     """Accuracy on the images of the classes, all others left out."""
-    parameter = next(model.parameters(), None)
-    device = None if parameter is None else parameter.device
-    classes = torch.tensor(list(rows))
-    counts = torch.zeros(len(rows), dtype=torch.int64)
-    right = torch.zeros(3, len(rows), dtype=torch.int64)
-    bar = tqdm(dataloader, desc="accuracy", unit="batch", disable=not show_progress)
-    with (
-        model_left_as_found(model, evaluation=True),
-        model_left_as_found(smaller, evaluation=True),
-        torch.no_grad(),
-    ):
-        for number, batch in enumerate(bar):
-            inputs, labels = split_batch(batch, number, device)
-            logits = model(*inputs).cpu()
-            truth = labels_of_scores(logits, labels, number).cpu()
-            mine = torch.isin(truth, classes)
-            if not mine.any():
-                continue
-            place = (truth[mine, None] == classes).long().argmax(1)
-            own = smaller(*(part[mine.to(part.device)] for part in inputs)).cpu()
-            hits = (
-                logits[mine].argmax(1) == truth[mine],
-                logits[mine][:, classes].argmax(1) == place,
-                own.argmax(1) == place,
+    sums: Tensor | None = None  # images of each class, and how often each of three is right
+    with read_batches([model, smaller], dataloader, "accuracy", **options) as batches:
+        for batch in batches:
+            scores = scores_per_class(model(*batch.inputs))
+            labels = checked_labels(batches, batch, scores)
+            classes = torch.tensor(list(rows), device=labels.device)
+            belongs, place = (labels[:, None] == classes).long().max(1)
+            answers = (
+                scores.argmax(1) == labels,
+                scores[:, classes].argmax(1) == place,
+                scores_per_class(smaller(*batch.inputs)).argmax(1) == place,
             )
-            counts += torch.bincount(place, minlength=len(rows))
-            for row, hit in zip(right, hits, strict=True):
-                row += torch.bincount(place[hit], minlength=len(rows))
+            if sums is None:
+                sums = torch.zeros(4, len(rows), dtype=torch.int64, device=labels.device)
+            sums.index_add_(1, place, torch.stack([belongs, *(belongs * hit for hit in answers)]))
+    assert sums is not None  # the loader has an image
+    counts, *right = sums.cpu()
     if not counts.sum():
         raise ValueError(f"The data loader holds no image of {', '.join(names)}.")
-    among_all, full, specialist = right.double() / counts
+    among_all, full, specialist = torch.stack(right).double() / counts
     return SpecialistAccuracy(names, counts, among_all, full, specialist)

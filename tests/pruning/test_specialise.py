@@ -1,5 +1,7 @@
 """A specialist's outputs and accuracies against the full network with its other filters masked."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -8,7 +10,9 @@ from captum_classfilters import ClassFilters, LayerFilterContribution
 from captum_classfilters.cli.demo import load_digits, small_cnn, train_classifier
 from captum_classfilters.metrics import evaluate_classifier
 from captum_classfilters.pruning import Specialist, specialise
+from captum_classfilters.pruning.specialise import _accuracy
 from tests.models import batches, deep, images, joined
+from tests.pretend_device import host_reads, pretend
 
 pytest.importorskip("torch_pruning")
 QUIET = {"show_progress": False}
@@ -84,6 +88,34 @@ def test_digits_with_half_their_filters():
     assert torch.allclose(specialist.accuracy.among_all, recall[[1, 4, 7]])
     assert specialist.accuracy.overall("full") >= specialist.accuracy.overall("among_all")
     assert specialist.accuracy.overall() > 0.9
+
+
+def test_accuracy_on_an_accelerator_and_of_every_kind_of_batch():
+    model, data = deep(seed=2), batches(60)
+    table = table_of("stage2", 6)
+    expected = specialise(model, table, ["c", "a"], images(), dataloader=data, **QUIET).accuracy
+    kinds = {
+        "list": [(x, y.tolist(), "more") for x, y in data],
+        "tuple": [((x,), y) for x, y in data],
+        "empty first": [(data[0][0][:0], data[0][1][:0]), *data],
+    }
+    for name, loader in kinds.items():
+        got = specialise(model, table, ["c", "a"], images(), dataloader=loader, **QUIET).accuracy
+        assert torch.equal(got.specialist, expected.specialist), name
+        assert torch.equal(got.counts, expected.counts), name
+    smaller = specialise(model, table, ["c", "a"], images(), **QUIET).model
+    reads = []
+    for there, times in ((True, 2), (True, 4), (False, 2)):
+        with pretend("cuda") as device:
+            moved = [deep(seed=2).to(device), copy.deepcopy(smaller).to(device)]
+            loader = [(x.to(device), y.to(device)) for x, y in data] if there else data
+            host_reads.clear()
+            got = _accuracy(*moved, [2, 0], ("c", "a"), loader * times, show_progress=False)
+            reads.append(len(host_reads))
+        for which in ("among_all", "full", "specialist"):
+            assert torch.equal(getattr(got, which), getattr(expected, which)), which
+        assert torch.equal(got.counts, times * expected.counts)
+    assert reads[1] - reads[0] <= 4  # 24 batches more, looked at by eights
 
 
 def test_bad_input():
