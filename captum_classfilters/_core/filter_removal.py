@@ -338,9 +338,8 @@ def _some(tensor: Tensor, axis: int) -> Tensor:
     """Values (C, ...) at some positions, evenly spread over every axis."""
     rows = tensor.movedim(axis, 0)
     most = round(_MOST_POSITIONS ** (1 / max(1, rows.dim() - 1)))
-    return rows[
-        (slice(None), *(slice(None, None, -(-size // most)) for size in rows.shape[1:]))
-    ].clone()
+    spaced = [slice(None, None, -(-size // most)) for size in rows.shape[1:]]
+    return rows[tuple([slice(None), *spaced])].clone()  # noqa: C409
 
 
 def _random_like(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -358,7 +357,8 @@ def _random_like(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         noise = torch.rand(value.shape, generator=generator)
         return (low + noise * ((high - low) or 1.0)).to(value)
 
-    return tree_map_only(Tensor, other, inputs)  # type: ignore[no-any-return]
+    varied: tuple[Any, ...] = tree_map_only(Tensor, other, inputs)
+    return varied
 
 
 def compare(model: nn.Module, removal: Removal, masked: Sequence[Seen]) -> str:
@@ -566,8 +566,8 @@ def replace_tensors(model: nn.Module, smaller: nn.Module) -> None:
         ):
             for key, tensor in new.items():
                 known = own.get(key)
-                same = known is not None and tensor is not None and known.shape == tensor.shape
-                if not same or not torch.equal(known, tensor):
+                alike = known is not None and tensor is not None and known.shape == tensor.shape
+                if not alike or known is None or tensor is None or not torch.equal(known, tensor):
                     own[key] = tensor  # type: ignore[assignment]
         sizes = {key: value for key, value in vars(other).items() if key in _SIZES}
         if isinstance(module, (*WEIGHTED, *PER_FILTER)):

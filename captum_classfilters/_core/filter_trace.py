@@ -464,9 +464,9 @@ class FilterTrace(TorchDispatchMode):
         numbers = [empty if (own := self._of(part)) is None else own.numbers for part in parts]
         shape = [max(sizes) for sizes in zip(*(own.shape for own in numbers), strict=True)]
         sides = []
-        for part, own in zip(parts, numbers, strict=True):
+        for part, indices in zip(parts, numbers, strict=True):
             shape[axis] = part.shape[axis]
-            sides.append(np.broadcast_to(own, shape))
+            sides.append(np.broadcast_to(indices, shape))
         self._set(output, np.concatenate(sides, axis))
 
     def _view(self, operation: "_Operation", numbered: Numbered) -> None:
