@@ -354,9 +354,3 @@ def _has_length(dataloader: Sized) -> bool:
     except TypeError:  # a DataLoader of an iterable data set
         return False
     return True
-
-
-def split_batch(batch: Any, number: int, device: Any) -> tuple[tuple[Tensor, ...], Any]:
-    """Inputs, on a device, and labels of one batch of a loader; for loops not yet moved here."""
-    inputs, labels = _unpacked(batch, number, None, True)
-    return on_device(inputs, device), labels

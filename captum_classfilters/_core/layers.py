@@ -4,7 +4,7 @@ import difflib
 import functools
 import types
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -321,36 +321,6 @@ def only_tensor(value: Any, name: str) -> Tensor:
             "layers of several tensors."
         )
     return value
-
-
-@contextmanager
-def runs_once(layers: list[nn.Module], names: Callable[[], list[str]]) -> Iterator[None]:
-    """Check that each layer runs exactly once in the forward pass made inside the block."""
-    runs: dict[int, dict[Any, int]] = {id(layer): {} for layer in layers}
-
-    def count(layer: nn.Module) -> Callable[..., None]:
-        def hook(_module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-            # Replicas of a data-parallel model run once on each device.
-            first = output[0] if isinstance(output, (tuple, list)) and output else output
-            device = first.device if isinstance(first, Tensor) else None
-            runs[id(layer)][device] = runs[id(layer)].get(device, 0) + 1
-
-        return hook
-
-    handles = [layer.register_forward_hook(count(layer)) for layer in layers]
-    try:
-        yield
-    except AssertionError as error:
-        # Captum's own words for a layer without outputs do not name the layer.
-        if "did not obtain any outputs" not in str(error):
-            raise
-    finally:
-        for handle in handles:
-            handle.remove()
-    most = [max(runs[id(layer)].values(), default=0) for layer in layers]
-    if set(most) != {1}:  # names are looked up for the message alone
-        for name, number in zip(names(), most, strict=True):
-            check_runs(name, number)
 
 
 def check_runs(name: str, runs: int) -> None:
