@@ -460,34 +460,6 @@ def test_batches_replayed_after_others_ran(how):
         torch.testing.assert_close(replay.outputs(replay.each_filter()), expected)
 
 
-@pytest.mark.parametrize("how", ["list", "kept", "mean"])
-def test_batches_replayed_in_turn(how):
-    model = Skips(how).eval()
-    batches = [images(seed=1), images(seed=2) * 3]
-    replays = [SuffixReplay(model, model.conv, (x,)) for x in batches]
-    removed = replays[0].each_filter()
-    parts = list(zip(*(replay.in_parts(removed, 1) for replay in replays), strict=True))
-    for number, x in enumerate(batches):
-        outputs = torch.cat([part[number][1] for part in parts])
-        torch.testing.assert_close(outputs, by_hand(model, model.conv, (x,), removed))
-
-
-@pytest.mark.parametrize("kind", ["first image", "mean of the batch"])
-def test_more_rows_at_once_than_were_checked(kind, monkeypatch):
-    """Where memory allows for one copy alone, several are checked when they are asked for."""
-    budget = "captum_classfilters._core.replay.suffix_replay._MEMORY_BUDGET"
-    monkeypatch.setattr(budget, {"cpu": 1, "other": 1})
-    model = Tail(BATCH_DEPENDENT[kind]).eval()
-    replay = SuffixReplay(model, model.relu, (images(),))
-    removed = replay.each_filter()
-    expected = by_hand(model, model.relu, (images(),), removed)
-    assert (replay.way, replay.rows_per_replay()) == ("replay", 1)
-    torch.testing.assert_close(replay.outputs(removed), expected)
-    assert replay.way == "replay"
-    torch.testing.assert_close(replay.outputs(removed, 2), expected)
-    assert replay.way == "whole model"
-
-
 class Remembers(nn.Module):
     """Refuses a batch of another size than the last one, and keeps a history."""
 

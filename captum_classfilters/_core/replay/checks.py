@@ -45,7 +45,7 @@ class Confirmed:
 
     def forget(self) -> None:
         """A check failed: the next batch is checked as the first one."""
-        self.closed = self.cut = self.copies = False
+        self.cut = self.copies = False
         self.sizes.clear()
 
 
@@ -76,10 +76,6 @@ class ReplayChecks:
         self.batch: RecordedBatch = weakref.proxy(batch)  # which keeps this object
         self.known = known
         self._expected: list[list[Tensor]] = []
-
-    def release(self) -> None:
-        """Let go of what was compared."""
-        self._expected.clear()
 
     @cached_property
     def sets(self) -> Tensor:
@@ -124,8 +120,7 @@ class ReplayChecks:
         if not bool(closed.holds):
             raise CannotReplayError("the layer does not feed a plain linear head")
         masks, outputs = self.batch.mask(self.sets), closed.outputs(self.sets)
-        known, self.known.closed = self.known.closed, False
-        compared: Sequence[int] = () if known else (1, -1)
+        compared: Sequence[int] = () if self.known.closed else (1, -1)
         pairs: list[tuple[list[Tensor], list[Tensor]]] = []
         try:
             with determined_by_arguments(self.batch.model):
@@ -135,17 +130,16 @@ class ReplayChecks:
             compared = range(len(masks))
         pairs.extend(([outputs[row]], [self.batch.whole(masks[row])]) for row in compared)
         self._require(pairs, "the head is fed in another way")
-        self.known.closed = known or self._tell([seen for _, seen in pairs])
+        if not self.known.closed:
+            self.known.closed = self._tell([seen for _, seen in pairs])
 
-    def check_record(self) -> None:
-        """With nothing replaced, a replay of one copy gives the batch's output."""
-        pairs = [(self._alone(self.nothing), self.batch.seen)]
-        self._require(pairs, "what was recorded of the batch does not hold any more")
-
-    def check_copies(self) -> None:
+    def check_copies(self, several: bool) -> None:
         """Sets replaced together give what each gives alone, next to copies of quite other values."""
-        batch, masks = self.batch, self.masks
-        expected = self._expected or [self._alone(mask) for mask in masks]
+        batch, masks, expected = self.batch, self.masks, self._expected
+        reason = "copies of a batch depend on each other"
+        if not several:
+            self._require([(self._alone(self.nothing), batch.seen)], reason)
+            return
         rows = [torch.where(mask, batch.stands_in, batch.activation) for mask in masks]
         high, low = self._other_values()
         # A model may look for its reference at either end. Nothing is replaced in the third copy.
@@ -153,8 +147,7 @@ class ReplayChecks:
         copies = len(rows) + 3
         seen = batch.seeing(lambda: batch.replay(tensor, copies), copies)[1:-1]
         wanted = [expected[0], batch.seen, *expected[1:]]
-        pairs = list(zip(seen, wanted, strict=True))
-        self._require(pairs, "copies of a batch depend on each other")
+        self._require(list(zip(seen, wanted, strict=True)), reason)
         if not self.known.copies:
             self.known.copies = self._tell(expected)
 
@@ -179,6 +172,11 @@ class ReplayChecks:
         pairs = [([outputs[row]], [run(masks[row])]) for row in rows]
         self._require(pairs, "filters replaced together give other outputs than one by one")
         self.known.sizes.add(size)
+
+    def check_state(self) -> None:
+        """With nothing replaced the output is still this batch's, although others ran since."""
+        pairs = [(self._alone(self.nothing), self.batch.seen)]
+        self._require(pairs, "modules keep another batch's state")
 
     def none_dwarfs_the_others(self, common: Tensor) -> Tensor:
         """Whether no filter of an image, these (K,) left out, is so much larger than the others that

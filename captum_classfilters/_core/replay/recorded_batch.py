@@ -147,20 +147,21 @@ class RecordedBatch:
 
     def replay(self, tensor: Tensor, copies: int) -> Tensor:
         """Outputs (P, N, ...) of a run that begins with the layer's tensor, (P * N, ...)."""
-        arguments = tree_map_only(Tensor, lambda t: self._repeated(t, copies), self.arguments)
+        arguments = [self._repeated(argument, copies) for argument in self.arguments]
         with (
             tapped(self.layer, lambda _value: tensor, at_input=self.at_input),
             self._calls.replaying(copies),
         ):
-            output = all_rows(class_scores(self.forward_func(*arguments)))
+            output = single_tensor(all_rows(self.forward_func(*arguments)))
         if output.shape != (copies * self.output.shape[0], *self.output.shape[1:]):
             raise CannotReplayError("the output does not grow with the batch")
         return output.reshape(copies, *self.output.shape)
 
-    def _repeated(self, tensor: Tensor, copies: int) -> Tensor:
-        if tensor.dim() and len(tensor) == self.num_images:
-            return RepeatedBatch(tensor.detach(), copies)
-        return tensor.detach().clone()
+    def _repeated(self, argument: Any, copies: int) -> Any:
+        aligned = isinstance(argument, Tensor) and argument.dim() > 0
+        if aligned and len(argument) == self.num_images:
+            return RepeatedBatch(argument.detach(), copies)
+        return tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), argument)
 
     def alone(self, mask: Tensor) -> Tensor:
         """Outputs (N, ...) of a replay of one copy, the batch of the model's own size."""
@@ -212,16 +213,11 @@ class RecordedBatch:
         rest = [parameter for parameter in self.model.parameters() if parameter not in ended]
         return sum(parameter.numel() * parameter.element_size() for parameter in rest)
 
-    @property
-    def ran_last(self) -> bool:
-        """Whether no other batch ran since this one."""
-        return _latest is not None and _latest() is self
-
     def resume(self) -> bool:
-        """Put back what modules kept of this batch; returns whether other batches ran since."""
+        """Put back what modules kept of this batch; returns whether another batch ran since."""
         global _latest
         moved = self._state.restore()
-        others = not self.ran_last
+        others = _latest is None or _latest() is not self
         _latest = weakref.ref(self)
         return moved or others
 

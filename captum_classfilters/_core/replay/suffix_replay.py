@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from captum_classfilters._core.batches import num_images
 from captum_classfilters._core.heads import HeadRecord
 from captum_classfilters._core.replay.changed_filters import UnchangedSteps
 from captum_classfilters._core.replay.checks import ReplayChecks, confirmed
@@ -64,7 +63,7 @@ class SuffixReplay(RecordedBatch):
 
         forward_func (Callable): The forward function of the model.
         layer (nn.Module): The layer whose filters are replaced.
-        inputs (tuple): The batch, its tensors with N images first.
+        inputs (tuple of Tensor): The batch, N images first.
         additional_forward_args (tuple, optional): Further arguments of the forward function.
                     Default: None
         at_input (bool): Replace filters of the layer's input.
@@ -83,7 +82,7 @@ class SuffixReplay(RecordedBatch):
         self,
         forward_func: Callable[..., Any],
         layer: nn.Module,
-        inputs: tuple[Any, ...],
+        inputs: tuple[Tensor, ...],
         additional_forward_args: tuple[Any, ...] | None = None,
         at_input: bool = False,
         channel_dim: int | None = None,
@@ -91,14 +90,14 @@ class SuffixReplay(RecordedBatch):
         closed_form: bool = True,
         cut: bool = True,
     ) -> None:
-        if num_images(inputs) == 0:
+        if len(inputs[0]) == 0:
             raise ValueError("There are no images: the inputs have no rows.")
         self._cut = cut and len(getattr(forward_func, "device_ids", None) or []) < 2
         super().__init__(
             forward_func,
             layer,
             (*inputs, *(additional_forward_args or ())),
-            num_images(inputs),
+            len(inputs[0]),
             at_input,
             channel_dim,
             replacement,
@@ -106,12 +105,11 @@ class SuffixReplay(RecordedBatch):
         )
         self._known = confirmed(forward_func, layer, at_input)
         self._closed: ClosedForm | None = None
-        self._one_by_one = self._copies_checked = False
+        self._one_by_one = False
         self._steps: tuple[Tensor, UnchangedSteps | None] | None = None
         with plain_mode():
             self._checks = ReplayChecks(self, self._known)
             self._choose_way(self.head if closed_form else None)
-        self._checks.release()
         self.head = None  # holds the run's tensors
 
     @property
@@ -132,8 +130,7 @@ class SuffixReplay(RecordedBatch):
         """How many sets to run at once: as told, or as many as the memory budget holds."""
         if perturbations_per_eval is not None:
             return perturbations_per_eval
-        tensor = self.activation if self._closed is None else self._closed.features
-        size = max(1, tensor.numel() * tensor.element_size())
+        size = max(1, self.activation.numel() * self.activation.element_size())
         budget = _MEMORY_BUDGET.get(self.activation.device.type, _MEMORY_BUDGET["other"])
         return max(1, max(budget, self.bytes_of_weights) // (4 * size))
 
@@ -162,8 +159,7 @@ class SuffixReplay(RecordedBatch):
         To be preferred to calling :meth:`outputs` for some rows at a time: what all rows have in
         common is then computed once.
         """
-        whole = self.way == "whole model"
-        size = 1 if whole else self.rows_per_replay(perturbations_per_eval)
+        size = self.rows_per_replay(perturbations_per_eval)
         parts = [slice(start, start + size) for start in range(0, len(removed), size)]
         if self._closed is not None:
             for rows in parts:
@@ -238,8 +234,6 @@ class SuffixReplay(RecordedBatch):
 
     def _outputs(self, removals: _Removals, rows: slice, state: ModuleState) -> Tensor:
         masks = removals.masks[rows]
-        if not self.ran_last:
-            self._resume(state)
         while self._cut:
             try:
                 return self._replayed(removals, rows)
@@ -250,9 +244,6 @@ class SuffixReplay(RecordedBatch):
 
     def _replayed(self, removals: _Removals, rows: slice) -> Tensor:
         masks, steps = removals.masks[rows], None
-        if len(masks) > 1 and not self._copies_checked:  # more at once than by default
-            self._checks.check_copies()
-            self._copies_checked = True
         if self._one_by_one and removals.filters is not None:
             steps = self._steps_without(removals.common)
         if steps is None:
@@ -270,7 +261,7 @@ class SuffixReplay(RecordedBatch):
         if not self._cut or not self.resume():
             return
         try:
-            self._checks.check_record()
+            self._checks.check_state()
         except Exception as error:
             state.restore()
             self._fall_back(reason_of(error))
@@ -289,11 +280,8 @@ class SuffixReplay(RecordedBatch):
         if self._cut and failure is None:
             failure = self._failure(self._checks.check_cut)
         if self._cut and failure is None:
-            self._copies_checked = self.rows_per_replay() > 1
-            checks = self._checks
-            failure = self._failure(
-                checks.check_copies if self._copies_checked else checks.check_record
-            )
+            several = self.rows_per_replay() > 1
+            failure = self._failure(self._checks.check_copies, several)
         if failure is not None:
             self._fall_back(failure)
         elif self._cut and self.axis == 1:
