@@ -120,9 +120,9 @@ class RecordedBatch:
             tapped(self.layer, take, at_input=self.at_input),
             self._calls.recording(lambda: runs),
         ):
-            output = self._run_model()
+            output = class_scores(self._run_model())
         check_runs(self.name, len(runs))
-        self.output = single_tensor(output).detach().clone()
+        self.output = output.detach().clone()
         self.seen = [self.output, *_features(head, 1)[0]]
         self._state = ModuleState(self.model)
         return head if head.is_output(output) else None
@@ -143,7 +143,7 @@ class RecordedBatch:
             return torch.where(mask, self.stands_in, only_tensor(value, self.name))
 
         with tapped(self.layer, replace, at_input=self.at_input):
-            return single_tensor(self._run_model()).detach().clone()
+            return class_scores(self._run_model()).detach().clone()
 
     def replay(self, tensor: Tensor, copies: int) -> Tensor:
         """Outputs (P, N, ...) of a run that begins with the layer's tensor, (P * N, ...)."""
@@ -152,7 +152,7 @@ class RecordedBatch:
             tapped(self.layer, lambda _value: tensor, at_input=self.at_input),
             self._calls.replaying(copies),
         ):
-            output = single_tensor(all_rows(self.forward_func(*arguments)))
+            output = class_scores(all_rows(self.forward_func(*arguments)))
         if output.shape != (copies * self.output.shape[0], *self.output.shape[1:]):
             raise CannotReplayError("the output does not grow with the batch")
         return output.reshape(copies, *self.output.shape)
@@ -235,11 +235,6 @@ def plain_mode() -> Iterator[None]:
     """No gradients, and tensors that count how often they are written into."""
     with torch.inference_mode(False), torch.no_grad():
         yield
-
-
-def single_tensor(output: Any) -> Tensor:
-    """The scores in what the model returns."""
-    return class_scores(output)
 
 
 def reason_of(error: Exception) -> str:
