@@ -1,10 +1,11 @@
-"""The class selectivity index, and a regulariser made of it."""
+"""The class selectivity index, and a regularizer made of it."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from captum_classfilters.identify import ClassFilterSums
 from captum_classfilters.metrics.features import checked_features
 
 _EPSILON = 1e-7
@@ -70,10 +71,10 @@ def class_means(features: Tensor, labels: Tensor, num_classes: int | None = None
     Returns:
         *Tensor* of shape (C, K), float64; NaN rows for classes without images.
     """
-    features, labels, number = checked_features(features, labels, num_classes)
-    total = torch.zeros(number, features.shape[1], dtype=torch.float64)
-    total.index_add_(0, labels, features)
-    return total / torch.bincount(labels, minlength=number).double()[:, None]
+    features, labels, num_classes = checked_features(features, labels, num_classes)
+    sums = ClassFilterSums(num_classes, features.shape[1], sync_on_compute=False)
+    sums.update(features, labels)
+    return sums.compute()["mean"]
 
 
 def selectivity_regulariser(activations: Tensor | Sequence[Tensor], labels: Tensor) -> Tensor:
