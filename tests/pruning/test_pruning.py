@@ -8,10 +8,13 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from captum_classfilters import ClassFilters, ClassScores
+from captum_classfilters.gates import masking_test
 from captum_classfilters.pruning import (
     GreedyFilterPruning,
     LayerwiseFineTuning,
     PruningOrder,
+    accuracy_after_removal,
     masked_filters,
 )
 from captum_classfilters.pruning import greedy_filter_pruning as module
@@ -625,7 +628,7 @@ def test_one_logit(shape):
     assert order.order == [min(scores)[2]]
     assert order.accuracy == pytest.approx([1.0, -min(scores)[0]])
     own = nn.functional.binary_cross_entropy_with_logits(z.double(), y.double())
-    assert order.start_loss == pytest.approx(float(own), rel=1e-6)
+    assert order.start_loss == pytest.approx(float(own.detach()), rel=1e-6)
 
 
 def test_probabilities_are_not_put_through_a_softmax_again(trained):
@@ -772,3 +775,49 @@ def test_fine_tuning_of_one_logit_with_tuples_and_labels_as_a_list():
     assert losses[0] == pytest.approx(float(loss.detach()), rel=1e-5)
     assert losses[2] < losses[0]
     assert not model.training
+
+
+class Answering(nn.Module):
+    """Answers with an object that has logits, with a mapping, or with a tuple."""
+
+    class Answer:
+        def __init__(self, logits):
+            self.logits = logits
+
+    def __init__(self, net, kind):
+        super().__init__()
+        self.net, self.kind = net, kind
+
+    def forward(self, x):
+        logits = self.net(x)
+        kinds = {"object": self.Answer(logits), "mapping": {"out": logits}, "tuple": (logits, 0)}
+        return kinds[self.kind]
+
+
+def test_models_that_return_more_than_a_tensor(trained):
+    model, data = trained
+    table = ClassFilters(torch.rand(3, 6), torch.ones(3)).select(num_filters=2)
+    calls = {
+        "greedy": lambda m, name: GreedyFilterPruning(m, f"{name}stage2").run(
+            data, num_filters=3, show_progress=False
+        ).order,
+        "tuned": lambda m, name: GreedyFilterPruning(m, f"{name}stage1").run(
+            data, num_filters=3, fine_tune=LayerwiseFineTuning(data, 0.01, num_steps=2),
+            show_progress=False,
+        ).accuracy,
+        "curves": lambda m, name: accuracy_after_removal(
+            m, f"{name}stage1", [0, 2], data, show_progress=False
+        ).accuracy["order"].tolist(),
+        "masking": lambda m, name: masking_test(
+            m, f"{name}stage2", table, data, show_progress=False
+        ).recall.tolist(),
+    }  # fmt: skip
+    for name, call in calls.items():
+        expected = call(model, "")
+        for kind in ("object", "mapping"):
+            assert call(Answering(copy.deepcopy(model), kind).eval(), "net.") == expected, name
+        several = Answering(copy.deepcopy(model), "tuple").eval()
+        with pytest.raises(ValueError, match="ClassScores"):
+            call(several, "net.")
+        picked = ClassScores(several, lambda output: output[0])
+        assert call(picked, "net.") == expected, name
