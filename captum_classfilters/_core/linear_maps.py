@@ -29,27 +29,38 @@ _MOST_COLUMNS = 64
 _HARMLESS = {"reset_parameters", "extra_repr", "initialize_parameters"}
 
 
-def why_not_its_weight(module: nn.Module) -> str | None:
+def weight_in_use(module: nn.Module) -> tuple[Tensor, str | None]:
     r"""
-    Why a convolution or linear layer is not the map of its weight and bias; None if it is.
+    The weight that a convolution or linear layer computes with at inference, and why that is not the
+    whole story, if it is not.
 
-    One that runs PyTorch's own forward, without hooks, is taken at its word. Any other is run on
-    random inputs with zeros around: every column that it puts out must be the weight times one patch of
-    its input, plus the bias. So padding of its own is allowed, but not a weight that is standardized,
-    adapted or quantized on the way, nor anything that is done to the input or output. Masks of pruning
-    and parametrizations are part of the weight, which afterwards is the one that the layer uses.
+    A layer that runs PyTorch's own forward is taken at its word. Any other is run on random inputs with
+    zeros around: every column that it puts out must be the weight times one patch of its input, plus
+    the bias. So padding of its own is allowed, but not a weight that is standardized, adapted or
+    quantized on the way, nor anything that is done to the input or output. Masks of pruning and
+    parametrizations are part of the weight. Hooks of the user's are no part of the layer: they are not
+    called.
     """
-    if runs_pytorchs_forward(module) or not _has_numbers(module):
-        return None
-    try:
-        with as_in_use(module):
-            inputs = trial_inputs(module)
-            outputs = module(inputs)
+    with as_in_use(module) as layer:
+        if runs_pytorchs_forward(module) or not _has_numbers(module):
+            return layer.weight.detach(), None  # type: ignore[operator]
+        try:
+            inputs = trial_inputs(layer)
+            outputs = layer(inputs)  # here hooks renew a weight that they derive
             if not isinstance(outputs, Tensor):
-                return f"its forward gives a {type(outputs).__name__}"
-            return _departure(module, inputs, outputs)
-    except Exception as error:  # whatever a foreign forward raises, plain it is not
-        return f"its forward cannot be tried on random numbers ({type(error).__name__}: {error})"
+                reason: str | None = f"its forward gives a {type(outputs).__name__}"
+            else:
+                reason = _departure(layer, inputs, outputs)
+        except Exception as error:  # whatever a foreign forward raises, plain it is not
+            told = f"{type(error).__name__}: {error}"
+            reason = f"its forward cannot be tried on random numbers ({told})"
+        return layer.weight.detach(), reason  # type: ignore[operator]
+
+
+def why_not_its_weight(module: nn.Module) -> str | None:
+    """Why a layer is not the map of its weight and bias, or None; see :func:`weight_in_use`."""
+    lazy = any(map(is_lazy, module.parameters()))
+    return None if lazy else weight_in_use(module)[1]
 
 
 def _has_numbers(module: nn.Module) -> bool:
@@ -61,7 +72,8 @@ def _has_numbers(module: nn.Module) -> bool:
 
 
 def runs_pytorchs_forward(module: nn.Module) -> bool:
-    """Whether a layer neither overrides what PyTorch's class computes with, nor has hooks."""
+    """Whether a layer neither overrides what PyTorch's class computes with, nor has hooks that derive
+    its weight."""
     kind = next(kind for kind in LINEAR_MAPS if isinstance(module, kind))
     above = [cls for cls in kind.__mro__ if issubclass(cls, nn.Module) and cls is not nn.Module]
     computing = {
@@ -71,14 +83,18 @@ def runs_pytorchs_forward(module: nn.Module) -> bool:
         if callable(value) and not name.startswith("__")
     } - _HARMLESS
     below = type(module).__mro__[: type(module).__mro__.index(kind)]
-    changed = any(computing & set(vars(owner)) for owner in (module, *below))
-    return not (changed or module._forward_hooks or module._forward_pre_hooks)
+    return not (_derived(module) or any(computing & set(vars(own)) for own in (module, *below)))
+
+
+def _derived(module: nn.Module) -> bool:
+    """Whether hooks set a layer's weight before it runs, as pruning does; it is no parameter then."""
+    return "weight" in vars(module)
 
 
 @contextmanager
-def as_in_use(module: nn.Module) -> Iterator[None]:
-    """A block in which a layer is as at inference, to be run or to have a derived weight read; buffers
-    come back as they were."""
+def as_in_use(module: nn.Module) -> Iterator[nn.Module]:
+    """A block with a layer as it is at inference, without the user's hooks: a stand-in that shares its
+    parts. Buffers come back as they were."""
     owned = [
         (owner, name, buffer, buffer.clone())
         for owner in module.modules()
@@ -89,7 +105,7 @@ def as_in_use(module: nn.Module) -> Iterator[None]:
         for part in module.modules():
             part.training = False  # `eval()` would merge adapters of some libraries for good
         try:
-            yield
+            yield _without_hooks(module, type(module), keep_deriving=True)
         finally:
             for owner, name, buffer, saved in owned:
                 if getattr(owner, name) is not buffer:
@@ -98,25 +114,26 @@ def as_in_use(module: nn.Module) -> Iterator[None]:
                     buffer.data = saved  # an observer may have given it another shape
 
 
+def _without_hooks(module: nn.Module, cls: Any, keep_deriving: bool = False) -> nn.Module:
+    """Another object of a class with all that a module holds but its hooks."""
+    bare: Any = cls.__new__(cls)
+    vars(bare).update(vars(module))
+    bare._forward_hooks = OrderedDict()
+    if not (keep_deriving and _derived(module)):
+        bare._forward_pre_hooks = OrderedDict()
+    result: nn.Module = bare
+    return result
+
+
 def run_with_weight(module: nn.Module, weight: Tensor, inputs: Tensor) -> Tensor:
-    """A layer's output with another weight, of any number of filters, and without bias."""
+    """A layer's output with another weight, of any number of filters, without bias and hooks."""
+    layer = _without_hooks(module, type_before_parametrizations(module))
     replaced = {"weight": weight}
     if getattr(module, "bias", None) is not None:
         replaced["bias"] = weight.new_zeros(_filters_of(module, weight))
     if "weight" not in dict(module.named_parameters(recurse=False)):
-        module = _of_given_weight(module, replaced.pop("weight"))
-    result: Tensor = functional_call(module, replaced, (inputs,))
-    return result
-
-
-def _of_given_weight(module: nn.Module, weight: Tensor) -> nn.Module:
-    """A layer whose weight hooks or a parametrization derive, without these."""
-    cls: Any = type_before_parametrizations(module)
-    bare: Any = cls.__new__(cls)
-    vars(bare).update(vars(module))
-    bare._forward_pre_hooks = OrderedDict()
-    bare.weight = weight
-    result: nn.Module = bare
+        layer.weight = replaced.pop("weight")
+    result: Tensor = functional_call(layer, replaced, (inputs,))
     return result
 
 

@@ -41,10 +41,11 @@ class FactoredLayer(nn.Sequential):
 
     def __init__(self, layer: nn.Module, rank: int | None = None) -> None:
         super().__init__()
-        svd = matrix_svd(weight_matrix(layer), type(layer).__name__, rank, "auto", True)
+        weight = weight_matrix(layer)
+        svd = matrix_svd(weight, type(layer).__name__, rank, "auto", True)
         with model_left_as_found(None):  # new layers draw random weights first
-            self.add_module("directions", _directions(layer, svd))
-            self.add_module("combination", _combination(layer, svd))
+            self.add_module("directions", _directions(layer, svd, weight.matrices))
+            self.add_module("combination", _combination(layer, svd, weight.matrices))
         self.train(layer.training)
         if not runs_pytorchs_forward(layer):
             _check_equal(layer, self if rank is None else FactoredLayer(layer))
@@ -108,9 +109,9 @@ def factor_layer(model: nn.Module, layer: nn.Module | str, *, rank: int | None =
 
 def _check_equal(layer: nn.Module, factored: nn.Module) -> None:
     """Raise if a layer with a forward of its own does more than a plain one with its settings."""
-    with as_in_use(layer):
+    with as_in_use(layer) as in_use:
         inputs = trial_inputs(layer)
-        wanted, got = layer(inputs), factored(inputs)
+        wanted, got = in_use(inputs), factored(inputs)
     if wanted.shape != got.shape or not bool(alike(got, wanted)):
         raise ValueError(
             f"The forward of {type(layer).__name__} is its own: a plain layer with its weight and its "
@@ -119,7 +120,7 @@ def _check_equal(layer: nn.Module, factored: nn.Module) -> None:
         )
 
 
-def _directions(layer: Any, svd: LayerSVD) -> nn.Module:
+def _directions(layer: Any, svd: LayerSVD, like: Tensor) -> nn.Module:
     r"""The layer with :math:`S V^\top` for filters and no bias."""
     assert svd.right is not None
     if svd.kind == "linear":
@@ -135,10 +136,10 @@ def _directions(layer: Any, svd: LayerSVD) -> nn.Module:
         if svd.kind == "transposed convolution":
             options["output_padding"] = layer.output_padding
         made = _plain(layer)(layer.in_channels, len(svd), layer.kernel_size, bias=False, **options)
-    return _filled(made, svd.input_weight(), None, layer.weight)
+    return _filled(made, svd.input_weight(), None, like)
 
 
-def _combination(layer: Any, svd: LayerSVD) -> nn.Module:
+def _combination(layer: Any, svd: LayerSVD, like: Tensor) -> nn.Module:
     """From R signals to the layer's filters."""
     bias = layer.bias is not None
     if svd.kind == "linear":
@@ -146,7 +147,7 @@ def _combination(layer: Any, svd: LayerSVD) -> nn.Module:
     else:
         kind = CONVOLUTIONS[len(layer.kernel_size) - 1]
         made = kind(len(svd), svd.num_filters, 1, groups=svd.groups, bias=bias)
-    return _filled(made, svd.blocks.flatten(0, 1), layer.bias, layer.weight)
+    return _filled(made, svd.blocks.flatten(0, 1), layer.bias, like)
 
 
 def _plain(layer: nn.Module) -> Any:

@@ -10,7 +10,7 @@ from captum_classfilters._core.linear_maps import (
     LINEAR_MAPS,
     TRANSPOSED,
     as_in_use,
-    why_not_its_weight,
+    weight_in_use,
 )
 from captum_classfilters._core.tables import short_repr
 
@@ -72,8 +72,7 @@ def weight_matrix(module: nn.Module, name: str | None = None) -> WeightMatrix:
         raise UnfitWeightError(
             f"{called} has no weight yet; run the model once so that it learns its shape."
         )
-    with as_in_use(module):  # a parametrization may update its buffers in training
-        weight = getattr(module, "weight", None)
+    weight = _attribute(module)
     if callable(weight) and not isinstance(weight, Tensor):
         raise ValueError(
             f"{called} is quantized: its weight is packed integers. Decompose the floating-point "
@@ -94,10 +93,7 @@ def weight_matrix(module: nn.Module, name: str | None = None) -> WeightMatrix:
             f"{called} has a weight of shape {tuple(weight.shape)}, but it is not a convolution or a "
             "linear layer. Choose one of these, a normalization's neighbor for example."
         )
-    reason = why_not_its_weight(module)
-    # Hooks of pruning and of weight normalization renew the weight when the layer runs, as it just did.
-    with as_in_use(module):
-        weight = module.weight.detach()  # type: ignore[operator]
+    weight, reason = weight_in_use(module)
     result = unfold(weight, _kind(module), getattr(module, "groups", 1), called)
     if reason is not None:
         raise UnfitWeightError(
@@ -105,6 +101,14 @@ def weight_matrix(module: nn.Module, name: str | None = None) -> WeightMatrix:
             "weight that it computes with: merge an adapter, convert a quantized or standardized one."
         )
     return result
+
+
+def _attribute(module: nn.Module) -> object:
+    """What a module calls its weight; reading a parametrized one may update buffers in training."""
+    if not can_decompose(module):
+        return getattr(module, "weight", None)
+    with as_in_use(module) as layer:
+        return getattr(layer, "weight", None)
 
 
 def unfold(weight: Tensor, kind: str, groups: int, called: str) -> WeightMatrix:

@@ -10,7 +10,13 @@ from torch import nn
 from torch.nn.utils import prune
 
 from captum_classfilters._core.linear_maps import run_with_weight, why_not_its_weight
-from captum_classfilters.spectral import FactoredLayer, factor_layer, layer_svd, model_svd
+from captum_classfilters.spectral import (
+    FactoredLayer,
+    factor_layer,
+    layer_svd,
+    model_svd,
+    weight_matrix,
+)
 from tests.models import hooks_of
 from tests.pretend_device import pretend
 
@@ -103,12 +109,6 @@ def own(kind):
     return Own
 
 
-def with_hook(layer, hook, before=False):
-    register = layer.register_forward_pre_hook if before else layer.register_forward_hook
-    register(hook)
-    return layer
-
-
 def quantization_aware(kind, *arguments):
     config = torch.ao.quantization.get_default_qat_qconfig("fbgemm")
     with warnings.catch_warnings():
@@ -133,8 +133,6 @@ OTHERS = {
     "shifted without bias": lambda: Shifted(5, 3, bias=False),
     "silent": lambda: Silent(5, 3),
     "pair": lambda: Pair(5, 3),
-    "replaced": lambda: with_hook(nn.Conv2d(3, 4, 3), lambda m, i, o: 2 * o),
-    "input changed": lambda: with_hook(nn.Linear(5, 3), lambda m, i: (i[0] - 1,), before=True),
     "quantized": lambda: quantization_aware(torch.ao.nn.qat.Conv2d, 3, 4, 3),
     "quantized linear": lambda: quantization_aware(torch.ao.nn.qat.Linear, 5, 3),
     "instance": instance_forward,
@@ -154,7 +152,6 @@ THEIR_WEIGHT = {
         4, 6, 3, stride=2, padding=1, output_padding=1, groups=2
     ),
     "linear": lambda: own(nn.Linear)(5, 3),
-    "recorded": lambda: with_hook(nn.Conv2d(3, 4, 3), lambda m, i, o: None),
     "dropped": lambda: Dropped(5, 3),
     "pruned": lambda: prune.l1_unstructured(nn.Conv2d(3, 4, 3), "weight", 9),
     "weight norm": lambda: parametrizations.weight_norm(nn.Linear(5, 3)),
@@ -254,6 +251,31 @@ def test_the_layer_is_left_as_found(recipe):
     assert layer.training
     assert hooks_of(layer) == hooks
     assert torch.equal(torch.get_rng_state(), random)
+
+
+@pytest.mark.parametrize("recipe", [OTHERS["adapted"], *THEIR_WEIGHT.values()])
+def test_hooks_of_the_user_are_not_called(recipe):
+    """They would record numbers that no forward pass of the user's made."""
+    layer, seen = made(recipe), []
+    layer.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
+    if "weight" not in vars(layer):  # else they run beside those that derive it
+        layer.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs))
+    reason = why_not_its_weight(layer)
+    assert (reason is None) == (recipe is not OTHERS["adapted"])
+    if reason is None:
+        svd = layer_svd(layer)
+        svd.signals_from_input(layer, inputs_for(layer))
+        FactoredLayer(layer)
+        model_svd(nn.Sequential(layer))["0"]
+    assert not seen
+
+
+def test_a_derived_weight_of_another_type():
+    for name in ("pruned", "weight norm by hook", "spectral norm by hook"):
+        layer = made(THEIR_WEIGHT[name]).double()  # `.to` leaves the weight itself as it was
+        assert weight_matrix(layer).matrices.dtype == torch.float64
+        x = inputs_for(layer).double()
+        torch.testing.assert_close(FactoredLayer(layer.eval())(x), layer(x))
 
 
 def test_a_derived_weight_is_the_one_in_use():
