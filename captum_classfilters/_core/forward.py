@@ -237,6 +237,14 @@ class Glimpse:
     features: Tensor | None
     logits: Tensor | None
 
+    def fits(self, other: "Glimpse") -> bool:
+        """Whether two batches can be looked at as one: rules may depend on how many positions a
+        filter has, and images of another size have another number."""
+        return all(
+            (own.axis, own.num_positions, own.dtype) == (its.axis, its.num_positions, its.dtype)
+            for own, its in zip(self.layouts, other.layouts, strict=True)
+        )
+
 
 @dataclass(frozen=True)
 class LayerRequest:
@@ -367,7 +375,7 @@ class SharedForward:
             )
 
     def together(self, glimpses: Sequence[Glimpse]) -> BatchReading:
-        """Several batches as one."""
+        """Several batches that fit as one."""
         means = [torch.cat(parts) for parts in zip(*(g.means for g in glimpses), strict=True)]
         weight, holds = None, []
         if glimpses[0].features is not None:

@@ -123,6 +123,8 @@ class Collector:
                 self._look_at_block(group, batches)
                 self._look_closely(group, batches, batch)
                 continue
+            if group.block and not glimpse.fits(group.block[-1][1]):
+                self._look_at_block(group, batches)
             group.block.append((batch, glimpse))
             if group.is_full:
                 self._look_at_block(group, batches)

@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from captum_classfilters import (
+    LayerClassGate,
     LayerFilterContribution,
     LayerFilterFrequency,
     identify_class_filters,
@@ -310,3 +311,21 @@ def test_nothing_keeps_the_model_alive():
     finally:
         gc.enable()
     assert len(tables) == 2
+
+
+@pytest.mark.parametrize("sizes", [(6, 6, 9, 9, 6), (6, 9, 7, 9)])
+def test_batches_of_different_image_sizes_are_not_looked_at_as_one(sizes):
+    model = pool_linear()
+    data = [(images(4, size, seed=i), torch.arange(4) % 3) for i, size in enumerate(sizes)]
+    gate = torch.rand(3, 6, generator=torch.Generator().manual_seed(0))
+    for method in (
+        LayerClassGate(model, "1", gate),  # depends on the number of positions
+        LayerFilterContribution(model, "1"),
+        LayerFilterFrequency(model, "1", top_k=2),
+    ):
+        each = torch.cat(
+            [method.filter_scores(method.attribute(x, target=y)) for x, y in data]
+        ).double()
+        labels = torch.cat([y for _, y in data])
+        expected = torch.stack([each[labels == c].mean(0) for c in range(3)])
+        assert torch.allclose(method.identify(data, **QUIET).scores, expected, atol=1e-5)
