@@ -547,6 +547,32 @@ def test_autocast_inside_forward(make, layer, way):
                                rtol=0.1, atol=0.02)  # fmt: skip
 
 
+@pytest.mark.parametrize("how", ["hook", "subclass", "before"])
+def test_what_half_precision_cannot_tell_from_a_linear_head(how):
+    class Tanh(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).tanh()
+
+    class Before(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.conv, self.relu = nn.Conv2d(2, 6, 3), nn.ReLU()
+            self.head = (Tanh if how == "subclass" else nn.Linear)(6, 3)
+            if how == "hook":
+                self.head.register_forward_hook(lambda _m, _i, output: output.tanh())
+
+        def forward(self, x: Tensor) -> Tensor:
+            means = self.relu(self.conv(x)).mean((2, 3))
+            return self.head(means.tanh() if how == "before" else means)
+
+    model = Half(Before()).eval()
+    replay = SuffixReplay(model, model.model.relu, (images(),))
+    assert replay.way == "replay"
+    expected = by_hand(model, model.model.relu, (images(),), replay.each_filter())
+    torch.testing.assert_close(replay.outputs(replay.each_filter()), expected, rtol=0.02, atol=0.01)
+
+
 class Cosine(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return 16 * F.linear(F.normalize(x), F.normalize(self.weight))
