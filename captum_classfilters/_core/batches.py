@@ -120,14 +120,17 @@ class Batches:
             self.settle()
 
     def settle(self) -> None:
-        """Read what waits and act on it."""
-        waiting, self._waiting, self._bytes_kept, self._ahead = self._waiting, [], 0, 0
-        if not waiting:
-            return
-        values: list[bool] = torch.cat([flags for flags, _ in waiting]).tolist()
-        for flags, then in waiting:
-            own, values = values[: len(flags)], values[len(flags) :]
-            then(own)
+        """Read what waits and act on it, and on what that leaves to wait in turn."""
+        while self._waiting:
+            waiting, self._waiting, self._bytes_kept, self._ahead = self._waiting, [], 0, 0
+            devices = {flags.device for flags, _ in waiting}
+            together = [flags for flags, _ in waiting]
+            if len(devices) > 1:
+                together = [flags.cpu() for flags in together]
+            values: list[bool] = torch.cat(together).tolist()
+            for flags, then in waiting:
+                own, values = values[: len(flags)], values[len(flags) :]
+                then(own)
 
     def memberships(self, block: Sequence[Batch], num_classes: int) -> Memberships:
         """Which image of several batches counts for which class; class indices that come from an

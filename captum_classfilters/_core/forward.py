@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_classfilters._core.captum import TargetType
+from captum_classfilters._core.devices import without_autocast
 from captum_classfilters._core.heads import (
     Feed,
     HeadRecord,
@@ -151,6 +152,7 @@ class FilterMaps:
         maps (Callable): Returns the maps (N, K, P).
         derivative (Callable): From a target to the derivative (N, K, P) or (N, K, 1) of its score.
         name (str): The layer's name.
+        at_input (bool): They are maps of the layer's input.
     """
 
     def __init__(
@@ -160,8 +162,10 @@ class FilterMaps:
         maps: Callable[[], Tensor],
         derivative: Callable[[Any], Tensor],
         name: str,
+        at_input: bool = False,
     ) -> None:
         self.means, self.num_positions, self.name = means, num_positions, name
+        self.at_input = at_input
         self._maps, self._derivative = maps, derivative
 
     @property
@@ -190,14 +194,16 @@ class FilterMaps:
         matrix, offset = matrix.to(self.means), offset.to(self.means)
 
         def project(maps: Tensor) -> Tensor:
-            return torch.einsum("nkp,kr->nrp", maps.to(matrix.dtype), matrix)
+            with without_autocast(matrix.device):
+                return torch.einsum("nkp,kr->nrp", maps.to(matrix.dtype), matrix)
 
         return FilterMaps(
-            self.means @ matrix - offset,
+            project(self.means[:, :, None])[:, :, 0] - offset,
             self.num_positions,
             lambda: project(self.maps) - offset[:, None],
             lambda target: project(self.derivative(target)),
             self.name,
+            self.at_input,
         )
 
 
@@ -561,7 +567,7 @@ def _filter_maps(tap: _Reading, place: int, batch: _BatchOfScores) -> FilterMaps
         return _joined([positions_last(gradients[id(part)], axis) for part in shares])
 
     means = _joined([part.means for part in shares])
-    return FilterMaps(means, positions, maps, derivative, name)
+    return FilterMaps(means, positions, maps, derivative, name, tap.at_input)
 
 
 def _means_alone(tap: _Reading, means: Tensor, layout: Layout, batch: _BatchOfScores) -> FilterMaps:
@@ -576,7 +582,7 @@ def _means_alone(tap: _Reading, means: Tensor, layout: Layout, batch: _BatchOfSc
             raise MapsNeededError(name)
         return batch.weights(feed, positions, target)
 
-    return FilterMaps(means, positions, maps, derivative, name)
+    return FilterMaps(means, positions, maps, derivative, name, tap.at_input)
 
 
 def _joined(shares: Sequence[Tensor]) -> Tensor:

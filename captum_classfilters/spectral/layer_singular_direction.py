@@ -151,7 +151,7 @@ class LayerSingularDirection(WeightedFilterAttribution):
     def features_of(self, maps: FilterMaps, module: nn.Module) -> FilterMaps:
         """The maps of the directions: projections of the layer's output without its bias."""
         matrix = self._svd(module).left
-        if maps.num_filters != len(matrix):
+        if maps.at_input or maps.num_filters != len(matrix):
             raise _outputs_only()
         return maps.projected(matrix, projected_bias(module, matrix))
 

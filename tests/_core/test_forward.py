@@ -13,12 +13,14 @@ from captum_classfilters import (
     LayerClassGate,
     LayerFilterContribution,
     LayerFilterFrequency,
+    LayerSingularDirection,
     identify_class_filters,
 )
 from captum_classfilters._core.forward import LayerRequest, MapsNeededError, SharedForward
 from captum_classfilters._core.heads import HeadRecord, computes_its_weight, record_head
 from captum_classfilters.attr import LayerFilterAttribution, WeightedFilterAttribution
 from tests.models import batches, deep, hooks_of, images, joined, pool_linear
+from tests.pretend_device import pretend
 
 QUIET = {"show_progress": False}
 
@@ -329,3 +331,40 @@ def test_batches_of_different_image_sizes_are_not_looked_at_as_one(sizes):
         labels = torch.cat([y for _, y in data])
         expected = torch.stack([each[labels == c].mean(0) for c in range(3)])
         assert torch.allclose(method.identify(data, **QUIET).scores, expected, atol=1e-5)
+
+
+class Clamped(nn.Module):
+    """Linear in its maps' means until these are large."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.head = nn.Conv2d(2, 4, 1), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(self.conv(x).mean((2, 3)).clamp(max=1.0))
+
+
+@pytest.mark.parametrize("large", [{4}, {1}, {1, 4}, {10}])
+def test_blocks_that_break_the_relation_lose_no_image_on_an_accelerator(large):
+    data = [
+        ((20 if i in large else 0.01) * images(4, seed=i), (torch.arange(4) + i) % 3)
+        for i in range(11)
+    ]
+    x, y = joined(data)
+    model = Clamped().eval()
+    each = LayerGradientXActivation(model, model.conv).attribute(x, target=y).sum((2, 3)).double()
+    expected = torch.stack([each[y == c].mean(0) for c in range(3)])
+    with pretend("meta") as device:
+        method = LayerFilterContribution(Clamped().eval().to(device), "conv")
+        table = method.identify(data, **QUIET)
+    assert table.counts.tolist() == torch.bincount(y).tolist()
+    assert torch.allclose(table.scores, expected, atol=1e-5)
+    assert table.provenance["exact"] is False
+
+
+def test_directions_of_a_layers_input_are_refused_whatever_its_width():
+    model = nn.Sequential(nn.Conv2d(2, 2, 3), nn.Flatten(), nn.Linear(32, 3)).eval()
+    method = LayerSingularDirection(model, "0")
+    with pytest.raises(ValueError, match=r"outputs|output"):
+        method.identify(batches(), attribute_to_layer_input=True, **QUIET)
