@@ -43,12 +43,14 @@ Method: TypeAlias = ClassFilters | LayerAttribution | Callable[[], ClassFilters]
 @dataclass(frozen=True)
 class MethodComparison:
     r"""
-    Several methods on one layer, each with as many filters for each class.
+    Several methods on one layer, each with its best filters for each class, as many of each method.
+
+    A method gets fewer where it has no more filters with a score other than zero.
 
     Args:
 
         names (tuple of str): M names of methods.
-        tables (dict): Their tables, with ``num_filters`` filters selected for each class.
+        tables (dict): Their tables, with up to ``num_filters`` filters selected for each class.
         num_filters (int): k.
         overlap (Tensor): Shape (M, M). Share of a class's k filters that two methods have in common,
                     mean over classes.
@@ -104,7 +106,7 @@ class MethodComparison:
             for row in self._rows()
         ]
         lines = [f"{name} does not apply: {reason}" for name, reason in self.skipped.items()]
-        return "\n".join([text_table(rows), *lines])
+        return "\n".join([text_table(rows, {"filters per class": ".3g"}), *lines])
 
     def _rows(self) -> list[dict[str, Any]]:
         interval = self.sufficiency_interval()
@@ -112,6 +114,7 @@ class MethodComparison:
         rows = [
             {
                 "method": name,
+                "filters per class": float(self.tables[name].selected.sum(1).double().mean()),
                 f"sufficiency at {k}": float(self.sufficiency[row]),
                 "low": float(interval[row, 0]),
                 "high": float(interval[row, 1]),
@@ -122,8 +125,9 @@ class MethodComparison:
             for row, name in enumerate(self.names)
         ]
         nan = float("nan")
-        random = ["random filters", self.random_sufficiency, nan, nan, self.chance, 0.0, nan]
-        everything = ["all filters", self.accuracy, nan, nan, nan, nan, nan]
+        random = ["random filters", k, self.random_sufficiency, nan, nan, self.chance, 0.0, nan]
+        most = next(iter(self.tables.values())).num_filters
+        everything = ["all filters", most, self.accuracy, nan, nan, nan, nan, nan]
         return [*rows, *(dict(zip(rows[0], cells, strict=True)) for cells in (random, everything))]
 
 

@@ -118,6 +118,19 @@ def test_agreement_cost_and_the_control():
     assert str(found).count("\n") == 7
 
 
+def test_a_method_without_evidence_gets_fewer_filters():
+    model = deep()
+    scores = torch.zeros(3, 6)
+    scores[0, 3] = scores[1, 1] = scores[1, 2] = 1.0
+    methods = {**two_methods(model, "stage2"), "sparse": ClassFilters(scores, torch.ones(3))}
+    found = compare_methods(
+        model, "stage2", batches(60), batches(44), methods=methods, num_filters=2, **QUIET
+    )
+    filters = found.to_pandas()["filters per class"]
+    assert (filters["votes"], filters["sparse"]) == (2, 1)
+    assert (filters["random filters"], filters["all filters"]) == (2, 6)
+
+
 def test_a_method_that_cannot_tell_has_no_correlation_and_spoils_no_mean():
     model = deep()
     methods = two_methods(model, "stage2")
