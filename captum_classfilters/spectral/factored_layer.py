@@ -1,11 +1,11 @@
 """A model whose singular directions are the filters of a layer."""
 
-import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from captum_classfilters._core.copies import copied
 from captum_classfilters._core.guard import model_left_as_found
 from captum_classfilters._core.heads import alike
 from captum_classfilters._core.layers import find_layer, layer_name
@@ -103,8 +103,7 @@ def factor_layer(model: nn.Module, layer: nn.Module | str, *, rank: int | None =
             "calling it; it cannot be replaced. Choose a layer outside."
         )
     factored = FactoredLayer(module, rank)
-    # Deepcopy with the layer already mapped to its replacement never copies the layer's weight.
-    return copy.deepcopy(model, {id(module): factored})
+    return copied(model, {module: factored})
 
 
 def _check_equal(layer: nn.Module, factored: nn.Module) -> None:

@@ -1,6 +1,5 @@
 """Random-matrix statistics of the weights of a model."""
 
-import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from captum_classfilters._core.copies import copied
 from captum_classfilters._core.guard import model_left_as_found
 from captum_classfilters._core.tables import short_repr, text_table
 from captum_classfilters.spectral.eigenvalues import eigenvalues
@@ -337,18 +337,18 @@ def _spectra(readers: dict[str, Reader], skipped: Mapping[str, str]) -> ModelSpe
 
 def _reset(svds: ModelSVD, name: str) -> WeightMatrix:
     module = svds.module(name)
-    fresh = copy.deepcopy(module)
-    reset = getattr(fresh, "reset_parameters", None) or getattr(fresh, "_reset_parameters", None)
-    if reset is None:
-        raise ValueError(
-            f"{type(module).__name__} {name!r} has no `reset_parameters`; choose twin='shuffled' or "
-            "pass a freshly made model."
-        )
     if can_decompose(module) and "weight" not in dict(module.named_parameters(recurse=False)):
         raise ValueError(
             f"`reset_parameters` does not renew the weight of {type(module).__name__} {name!r}, which is "
             "derived from others by pruning or a parametrization. Choose twin='shuffled' or pass a "
             "freshly made model."
+        )
+    fresh = copied(module)
+    reset = getattr(fresh, "reset_parameters", None) or getattr(fresh, "_reset_parameters", None)
+    if reset is None:
+        raise ValueError(
+            f"{type(module).__name__} {name!r} has no `reset_parameters`; choose twin='shuffled' or "
+            "pass a freshly made model."
         )
     reset()
     return svds.matrix(name, fresh)

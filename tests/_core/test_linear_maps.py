@@ -323,6 +323,14 @@ def test_layers_without_numbers_are_not_run():
     assert lazy.has_uninitialized_params()
 
 
+def test_a_model_with_a_derived_weight_elsewhere_is_factored():
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), made(THEIR_WEIGHT["pruned"])).eval()
+    x = torch.randn(2, 2, 9, 8)
+    expected = model(x)  # the derived weight is now the result of a computation
+    for name in ("0", "1"):
+        torch.testing.assert_close(factor_layer(model, name)(x), expected, atol=1e-5, rtol=1e-4)
+
+
 def test_run_with_weight_of_another_number_of_filters():
     layer = made(THEIR_WEIGHT["transposed"])
     weight = torch.randn(4, 5, 3, 3)
