@@ -182,13 +182,24 @@ def fit_to_head(
     name = head or head_name(model, class_filters, example_inputs)
     linear = linear_head(find_layer(model, name), name)
     feed = class_filters.provenance.get("feeds_head") or {}
-    if feed:  # directions of a layer feed no head, though their layer does
-        find_layer(model, class_filters.layer)
+    if feed:
+        _check_layer(model, class_filters)
     if example_inputs is not None:
         feed = {"name": name, "by": _checked_feed(model, class_filters, linear, example_inputs)}
     _check_sizes(class_filters, linear, feed)
     _check_feeds(class_filters, linear, feed, trusted=head is not None)
     return HeadFit(linear, linear.weight.shape[1] // class_filters.num_filters)
+
+
+def _check_layer(model: nn.Module, class_filters: ClassFilters) -> None:
+    """Raise if the table is not of a layer's filters, but of directions in their space."""
+    try:
+        find_layer(model, class_filters.layer)
+    except ValueError as error:
+        raise ValueError(
+            f"The table is of {class_filters.layer!r}, so its columns are not filters that a head "
+            f"takes in. {error}"
+        ) from error
 
 
 def _advice(name: str) -> str:

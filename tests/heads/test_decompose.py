@@ -14,6 +14,7 @@ from captum_classfilters import (
     ClassFilters,
     DecomposedLinear,
     LayerFilterFrequency,
+    LayerSingularDirection,
     decompose,
 )
 from captum_classfilters.heads import find_head, replace_head
@@ -175,6 +176,19 @@ class TestDecompose:
         with pytest.raises(ValueError, match="does not feed"):
             decompose(model, wrong, example_inputs=images())
         assert hooks_of(model) == 0
+
+    def test_directions_are_not_filters(self):
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Conv2d(2, 6, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3)
+        )
+        table = LayerSingularDirection(model, "0").identify(batches(), num_filters=2, **QUIET)
+        assert table.provenance["feeds_head"]["name"] == "3"  # the layer does
+        for options in ({}, {"head": "3"}, {"example_inputs": images()}):
+            with pytest.raises(
+                ValueError, match=r"of '0\.directions', so its columns are not filt"
+            ):
+                decompose(model, table, **options)
 
     def test_classes_without_filters(self):
         model, table = identified()

@@ -97,7 +97,8 @@ def test_curves_equal_the_decomposed_models(name, caplog):
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
-def test_a_clip_that_only_a_decomposed_head_reaches():
+@pytest.mark.parametrize("always", [True, False])  # a new tensor, or the head's own where it can be
+def test_a_clip_that_only_a_decomposed_head_reaches(always):
     class Clipped(nn.Module):
         limit = 2.0
 
@@ -107,7 +108,9 @@ def test_a_clip_that_only_a_decomposed_head_reaches():
             self.fc.weight = nn.Parameter(torch.tensor([[2.0, -2.0], [3.0, -1.2]]))
 
         def forward(self, x):
-            return self.fc(self.relu(x)).clamp(max=self.limit)
+            scores = self.fc(self.relu(x))
+            reached = always or bool(scores.max() > self.limit)
+            return scores.clamp(max=self.limit) if reached else scores
 
     # All of it: (0, 1.8), class 1. The first filter alone: (2, 3), which the clip makes a draw.
     model, data = Clipped(), [(torch.ones(4, 2), torch.ones(4).long())]
@@ -143,6 +146,26 @@ def test_what_holds_for_one_batch_and_not_for_another(caplog):
     ]
     assert curve.accuracy["class filters"] == expected
     assert caplog.text.count("runs once for each of") == 1
+
+
+def test_a_head_that_is_plain_for_small_numbers_only(caplog):
+    class Saturating(nn.Linear):
+        def forward(self, x):
+            return super().forward(x.clamp(max=4.0))
+
+    model = Net(Saturating(6, 3))
+    decompose(model, table_for())  # on random numbers it is plain
+    data = [(20 * x, y) for x, y in data_for(model)]
+    curve = accuracy_curve(model, table_for(), data, num_filters=(2, 6), **QUIET)
+    expected = [
+        evaluate_classifier(decompose(model, table_for(number=k)), data, **QUIET).accuracy
+        for k in (2, 6)
+    ]
+    assert curve.accuracy["class filters"] == expected
+    assert "runs once for each of" in caplog.text
+    assert curve.full_accuracy == evaluate_classifier(model, data, **QUIET).accuracy
+    with pytest.raises(ValueError, match="changes the output of its head"):
+        refit_head(model, data, **QUIET)
 
 
 @pytest.mark.parametrize("name", NOT_PLAIN)

@@ -35,9 +35,9 @@ ENTRIES = {
         m, table_for(), data, keep=0.3, **o
     ).selected.tolist(),
     "model_essentiality": lambda m, data, **o: model_essentiality(
-        m, table_for(), data, replacement="mean", **o
+        m, table_for(), data, replacement="mean", repetitions=1, **o
     ).at_set.tolist(),
-    "refit_head": lambda m, data, **o: refit_head(twin(m), data, **o)[:1],
+    "refit_head": lambda m, data, **o: refit_head(twin(m), data, max_iterations=3, **o)[:1],
     "layer_sweep": lambda m, data, **o: [row.psi for row in layer_sweep(m, ["relu"], data, **o)],
     "fine_tune": lambda m, data, **o: [
         fine_tune(twin(m), data, [joined(data_for(Net()))], **o)[0].validation_accuracy

@@ -70,7 +70,9 @@ def test_convolutions_with_in_place_relu_follow_the_gradient():
 
 def test_directions():
     model = linear_pair()
-    data = [(torch.randn(5, 2, 1, 1, generator=torch.Generator().manual_seed(2)), torch.arange(5) % 2)]
+    data = [
+        (torch.randn(5, 2, 1, 1, generator=torch.Generator().manual_seed(2)), torch.arange(5) % 2)
+    ]
     svds = model_svd(model)
     graph = profile_graph(
         model,
