@@ -14,15 +14,15 @@ from torch.nn.utils import parametrize, prune
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from captum_classfilters._core.filter_operations import Numbers, axes_of
 from captum_classfilters._core.filter_trace import (
     FIRST_PARAMETER,
     KINDS,
-    MIXING,
     PER_FILTER,
     WEIGHTED,
     FilterTrace,
-    Numbers,
     Record,
+    Use,
 )
 from captum_classfilters._core.guard import model_left_as_found
 from captum_classfilters._core.layers import check_runs, filter_axis, find_layer, layer_name
@@ -271,7 +271,7 @@ class FilterGraph:
         axis, number = self.width(module, channel_dim)
         numbered = self.trace.outputs[module]
         numbers = np.broadcast_to(numbered.numbers.ravel(), number)
-        if set(numbered.axes) - {axis}:
+        if set(axes_of(numbered.numbers)) - {axis}:
             numbers = np.zeros(number, np.int64)
         owners = sorted(self.trace.owners_of(numbers))
         if not numbers.all() or len(np.unique(numbers)) < number:
@@ -303,7 +303,7 @@ class FilterGraph:
                 break
             if not np.array_equal(after.numbers, here.numbers):
                 break
-            if not (use.simple if use.module is None else _changes_each(use.module, use.simple)):
+            if not _changes_each(use):
                 break
             if use.module is not None and self.runs[use.module] == 1:
                 point = use.module
@@ -356,11 +356,14 @@ def computed_weight(module: nn.Module, name: str) -> str:
     return "" if plain else f"the weight of {name!r} is not a parameter of its own"
 
 
-def _changes_each(module: nn.Module, simple: bool) -> bool:
-    """Whether a module is a norm or an activation: it changes values, but not where they stand."""
-    if isinstance(module, (*WEIGHTED, *MIXING, *PER_FILTER)):
-        return isinstance(module, PER_FILTER)
-    return simple and not any(True for _ in module.parameters())
+def _changes_each(use: Use) -> bool:
+    """Whether what uses filters may change values, but not which filter they are of: a norm, an
+    activation or a pointwise operation."""
+    if use.module is None:
+        return use.pointwise
+    if use.ruled:
+        return isinstance(use.module, PER_FILTER)
+    return use.pointwise and not any(True for _ in use.module.parameters())
 
 
 def _places(record: Record, numbers: Numbers, owners: frozenset[int]) -> list[int]:

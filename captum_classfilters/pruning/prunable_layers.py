@@ -108,7 +108,7 @@ def prunable_layers(
         graph = FilterGraph(model, inputs)
         layers = [_followed(graph, module) for module in graph.weighted_layers()]
         filters = {layer.name: _some(layer.num_filters) for layer in layers if layer.prunable}
-        reasons = refused(model, graph, filters, inputs, show_progress)
+        reasons = refused(graph, filters, inputs, show_progress)
     return PrunableLayers(
         [replace(layer, reason=reasons.get(layer.name, layer.reason)) for layer in layers]
     )

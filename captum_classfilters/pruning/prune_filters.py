@@ -7,13 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from captum_classfilters._core.copies import copied
+from captum_classfilters._core.filter_cuts import replace_tensors
 from captum_classfilters._core.filter_graph import FilterGraph, as_tuple, check_model, name_of
 from captum_classfilters._core.filter_removal import (
     Constants,
     Removal,
     planned,
     remove_filters,
-    replace_tensors,
 )
 from captum_classfilters._core.guard import model_left_as_found
 from captum_classfilters.class_filters import ClassFilters
@@ -108,7 +108,8 @@ def prune_filters(
             if places:
                 removal.join(planned(graph, name, places, channel_dim))
         removal.check(pruned)
-        remove_filters(pruned, graph, removal, inputs, constants)
+        if removal.masks:
+            remove_filters(graph, removal, inputs, constants)
     if in_place:
         replace_tensors(model, pruned)
         return model

@@ -376,14 +376,13 @@ def test_in_place():
     assert again.conv1.out_channels == 3
 
 
-@pytest.mark.xfail(reason="what is seen to differ is refused on other images", strict=False)
-def test_local_response_normalisation_warns():
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Conv2d(2, 6, 3), nn.LocalResponseNorm(3, alpha=5.0), nn.Conv2d(6, 3, 3), nn.Flatten()
-    ).eval()
-    with pytest.warns(UserWarning, match="differs from the masked one"):
-        prune_filters(model, "0", 5 * images(), remove=[2])
+def test_in_place_keeps_what_did_not_change():
+    model, x = settle(Residual()), images()
+    stem, head = model.stem.weight, model.head.weight
+    prune_filters(model, "conv1", x, remove=[1, 3], in_place=True)
+    assert model.stem.weight is stem
+    assert model.head.weight is head
+    assert model.conv1.weight.shape == (4, 4, 3, 3)
 
 
 def test_bad_input():
@@ -440,6 +439,81 @@ def test_prunable_layers_of_resnet20s_kind_are_the_inner_convolutions():
     assert layers["features.4.block.2.fc2"].reason == (
         "it is a gate of 'features.4.block.0.0'; remove the filters there"
     )
+
+
+# Every layer listed as prunable is, in the families that are built most differently.
+@pytest.mark.parametrize("name", ["shufflenet_v2_x0_5", "squeezenet1_1", "efficientnet_b0"])
+def test_listed_layers_can_be_pruned(name):
+    model, x, fresh = family(name), pictures(1, 64), pictures(2, 64)
+    listed = prunable_layers(model, x, show_progress=False)
+    layers = listed.prunable
+    assert layers
+    for layer in (layers[0], layers[len(layers) // 2], layers[-1]):
+        removed = [1, layer.num_filters // 2]
+        small = prune_filters(model, layer.name, x, remove=removed)
+        point = _behind(model, layer.name, fresh)
+        expected = masked_outputs(model, fresh, {point: removed})
+        size = float(expected.abs().max())
+        assert float((outputs_of(small, fresh) - expected).abs().max()) < 1e-5 * size, layer.name
+        assert float((outputs_of(model, fresh) - expected).abs().max()) > 1e-4 * size
+
+
+def _behind(model, name, x):
+    """The last of the norms and activations that take a layer's output, by the order of runs."""
+    order = []
+    handles = [
+        module.register_forward_hook(lambda module, _i, output: order.append((module, output)))
+        for module in model.modules()
+        if not list(module.children())
+    ]
+    outputs_of(model, x)
+    for handle in handles:
+        handle.remove()
+    names = {module: key for key, module in model.named_modules()}
+    place = next(i for i, (module, _) in enumerate(order) if names[module] == name)
+    kinds = (nn.BatchNorm2d, nn.ReLU, nn.ReLU6, nn.SiLU)
+    while place + 1 < len(order) and isinstance(order[place + 1][0], kinds):
+        place += 1
+    return names[order[place][0]]
+
+
+def test_what_a_shuffle_mixes_is_listed_with_its_reason():
+    layers = prunable_layers(family("shufflenet_v2_x0_5"), pictures(0, 64), show_progress=False)
+    assert layers["stage2.1.branch2.0"].prunable
+    assert layers["stage2.1.branch2.5"].reason == (
+        "its filters cannot be followed through view in 'stage2.1' (InvertedResidual)"
+    )
+
+
+def test_layers_that_lose_each_others_filters_are_tried_alone():
+    """One factor for each filter of two layers: neither loses filters without the other."""
+
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Conv2d(2, 6, 3), nn.Conv2d(2, 6, 3)
+            self.third, self.factor = nn.Conv2d(12, 3, 1), nn.Parameter(torch.rand(6, 1, 1))
+
+        def forward(self, x):
+            maps = [torch.relu(layer(x)) * self.factor for layer in (self.first, self.second)]
+            return self.third(torch.cat(maps, 1)).mean((2, 3))
+
+    torch.manual_seed(0)
+    model, x = Shared().eval(), images()
+    layers = prunable_layers(model, x, show_progress=False)
+    assert layers["first"].removed_with == ("second", "factor")
+    assert not layers.prunable  # with one zero, the other is not
+    removed = {"first": [0, 2], "second": [0, 2]}
+    small = prune_filters(model, {name: [1, 3, 4, 5] for name in removed}, x)
+    assert (small.first.out_channels, small.factor.shape) == (4, (4, 1, 1))
+    assert close(outputs_of(small, x), masked_outputs(model, x, removed))
+
+
+def test_a_single_filter_stays():
+    model = nn.Sequential(nn.Conv2d(2, 1, 3), nn.ReLU(), nn.Conv2d(1, 3, 3), nn.Flatten()).eval()
+    assert prunable_layers(model, images())["0"].reason == "it has a single filter"
+    with pytest.raises(ValueError, match="Every one of the 1 filters of '0'"):
+        prune_filters(model, "0", images(), remove=[0])
 
 
 def test_costs_by_hand():

@@ -437,6 +437,13 @@ def test_masked_filters_restores_the_model(trained):
         with masked_filters(model, {"stage1": mask[:3]}):
             model(x)
     assert "forward" not in vars(model.stage1)
+    with masked_filters(model, {model.stage1: mask}), torch.no_grad():  # the layer itself
+        assert torch.equal(model(x), masked_outputs(model, x, {"stage1": mask}))
+    for wrong in (mask.float(), [True, False, True, False], mask[None], torch.tensor([0, 2])):
+        with pytest.raises(ValueError, match=r"'stage1' is .* expected a bool Tensor"):  # noqa: SIM117
+            with masked_filters(model, {"stage1": wrong}):
+                pass
+    assert "forward" not in vars(model.stage1)
 
 
 def test_files_of_runs(trained, tmp_path):

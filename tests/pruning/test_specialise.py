@@ -1,6 +1,7 @@
 """A specialist's outputs and accuracies against the full network with its other filters masked."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ def table_of(layer, filters, classes=3, seed=0, select=2):
     ).select(select)
 
 
+@pytest.mark.filterwarnings("ignore:The specialist")  # of a network that has not learned
 @pytest.mark.parametrize("classes", [[2, 0], ["c", "a"]])
 def test_outputs_are_the_masked_networks(classes):
     model, data = deep(seed=2), batches(60)
@@ -116,6 +118,45 @@ def test_accuracy_on_an_accelerator_and_of_every_kind_of_batch():
             assert torch.equal(getattr(got, which), getattr(expected, which)), which
         assert torch.equal(got.counts, times * expected.counts)
     assert reads[1] - reads[0] <= 4  # 24 batches more, looked at by eights
+
+
+def test_a_specialist_that_guesses_is_told():
+    """Class 0 is what filter 0 sees, class 1 what filter 5 sees; the others see nothing."""
+    model = nn.Sequential(
+        nn.Conv2d(6, 6, 1, bias=False), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 2)
+    ).eval()
+    with torch.no_grad():
+        model[0].weight.copy_(torch.eye(6)[:, :, None, None])
+        model[3].bias.zero_()
+        model[3].weight.zero_()
+        model[3].weight[0, 0] = model[3].weight[1, 5] = 1.0
+    y = torch.arange(40) % 2
+    x = torch.zeros(40, 6, 3, 3)
+    x[torch.arange(40), torch.where(y == 0, 0, 5)] = 1.0
+    data = [(x[:25], y[:25]), (x[25:], y[25:])]
+
+    def special(*filters):
+        selected = torch.zeros(2, 6, dtype=torch.bool)
+        selected[:, list(filters)] = True
+        table = ClassFilters(torch.zeros(2, 6), torch.ones(2), layer="0").with_selection(selected)
+        return specialise(model, table, [0, 1], x[:2], dataloader=data, **QUIET)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert special(0, 5).accuracy.overall() == 1.0
+    with pytest.warns(UserWarning, match=r"accuracy of 0\.500, .* 0\.500 of a guess; .* 1\.000"):
+        assert special(2, 3).accuracy.overall() == 0.5
+
+
+def test_a_head_whose_weight_is_computed_is_refused_until_the_advice_is_followed():
+    model, x = deep(), images()
+    nn.utils.parametrizations.weight_norm(model.head)
+    table = table_of("stage1", 4)
+    with pytest.raises(ValueError, match="'head' cannot be cut to some classes") as caught:
+        specialise(model, table, ["a", "c"], x)
+    eval(str(caught.value).split("first: ")[1].removesuffix("."))
+    specialist = specialise(model, table, ["a", "c"], x)
+    assert specialist.model(x).shape == (8, 2)
 
 
 def test_bad_input():
