@@ -8,12 +8,11 @@ from captum_classfilters.attr import (
     LayerFilterContribution,
     LayerFilterFrequency,
 )
-from captum_classfilters.class_filters import Agreement, ClassFilters, ClassOverlap
+from captum_classfilters.class_filters import ClassFilters
 from captum_classfilters.class_scores import ClassScores
 from captum_classfilters.gate_space import FilterGate
 from captum_classfilters.gates import ClassSpecificGate
 from captum_classfilters.heads import (
-    AccuracyCurve,
     DecomposedLinear,
     accuracy_curve,
     decompose,
@@ -22,22 +21,17 @@ from captum_classfilters.heads import (
     select_by_accuracy,
 )
 from captum_classfilters.identify import LabelPermutation, identify_class_filters
-from captum_classfilters.layers import FilterLayer, FilterLayers, list_filter_layers
+from captum_classfilters.layers import list_filter_layers
 from captum_classfilters.pruning import GreedyFilterPruning, prune_filters
 from captum_classfilters.spectral import LayerSingularDirection
 
 __all__ = [
-    "AccuracyCurve",
-    "Agreement",
     "ClassFilterSaliency",
     "ClassFilters",
-    "ClassOverlap",
     "ClassScores",
     "ClassSpecificGate",
     "DecomposedLinear",
     "FilterGate",
-    "FilterLayer",
-    "FilterLayers",
     "GreedyFilterPruning",
     "LabelPermutation",
     "LayerClassGate",

@@ -18,8 +18,6 @@ from torchvision.models.maxvit import MaxVit
 
 from captum_classfilters import (
     FilterGate,
-    FilterLayer,
-    FilterLayers,
     LayerFilterContribution,
     LayerFilterFrequency,
     decompose,
@@ -27,6 +25,7 @@ from captum_classfilters import (
     list_filter_layers,
 )
 from captum_classfilters._core.layers import find_layer
+from captum_classfilters.layers import FilterLayer, FilterLayers
 
 PAGE = Path(__file__).with_name("any_model.md")
 BEGIN = "<!-- table: python docs/generate_layer_table.py -->"

@@ -14,8 +14,6 @@ from torch import Tensor, nn
 
 from captum_classfilters import (
     FilterGate,
-    FilterLayer,
-    FilterLayers,
     LayerFilterContribution,
     LayerFilterFrequency,
     decompose,
@@ -23,6 +21,7 @@ from captum_classfilters import (
     list_filter_layers,
 )
 from captum_classfilters._core.layers import find_layer
+from captum_classfilters.layers import FilterLayer, FilterLayers
 from docs.generate_layer_table import (
     FAMILIES,
     NUM_CLASSES,

@@ -40,7 +40,8 @@ from captum_classfilters.cli.identify_folder import (
 )
 from captum_classfilters.gate_space import FilterGate
 from captum_classfilters.identify import identify_class_filters
-from captum_classfilters.metrics import AttributionComparison, compare_attributions
+from captum_classfilters.metrics import compare_attributions
+from captum_classfilters.metrics.compare_attributions import AttributionComparison
 
 STEPS = 20
 

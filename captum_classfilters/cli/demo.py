@@ -25,7 +25,8 @@ from captum_classfilters.attr import (
 )
 from captum_classfilters.class_filters import ClassFilters
 from captum_classfilters.gate_space import FilterGate
-from captum_classfilters.heads import AccuracyCurve, accuracy_curve, decompose, refit_head
+from captum_classfilters.heads import accuracy_curve, decompose, refit_head
+from captum_classfilters.heads.accuracy_curve import AccuracyCurve
 from captum_classfilters.identify import identify_class_filters
 from captum_classfilters.metrics import evaluate_classifier
 from captum_classfilters.visualize import plot_accuracy_curve, plot_class_filters, plot_explanations

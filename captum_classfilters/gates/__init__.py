@@ -6,16 +6,14 @@ from captum_classfilters.gates.gate_measures import (
     filter_correlation,
     gate_similarity,
 )
-from captum_classfilters.gates.gated_training import GatedEpoch, GatedTrainer, GateSchedule
-from captum_classfilters.gates.masking import MaskingResult, masking_test
+from captum_classfilters.gates.gated_training import GatedTrainer, GateSchedule
+from captum_classfilters.gates.masking import masking_test
 from captum_classfilters.metrics.filter_localization import assign_filters
 
 __all__ = [
     "ClassSpecificGate",
     "GateSchedule",
-    "GatedEpoch",
     "GatedTrainer",
-    "MaskingResult",
     "assign_filters",
     "density_interval",
     "filter_correlation",

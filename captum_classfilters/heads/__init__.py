@@ -1,10 +1,6 @@
 """Badola et al.: the decomposed head, its refit and tuning, accuracy curves, the paper's measurements."""
 
-from captum_classfilters.heads.accuracy_curve import (
-    AccuracyCurve,
-    accuracy_curve,
-    select_by_accuracy,
-)
+from captum_classfilters.heads.accuracy_curve import accuracy_curve, select_by_accuracy
 from captum_classfilters.heads.compare_heads import compare_heads
 from captum_classfilters.heads.decompose import decompose, decomposed_head
 from captum_classfilters.heads.decomposed_linear import DecomposedLinear
@@ -18,14 +14,13 @@ from captum_classfilters.heads.filter_diversity import (
 from captum_classfilters.heads.fine_tune import fine_tune
 from captum_classfilters.heads.gram_spectrum import gram_spectrum
 from captum_classfilters.heads.layer_sweep import layer_sweep
-from captum_classfilters.heads.linear_head import find_head, head_name, replace_head
-from captum_classfilters.heads.refit import fit_linear, refit_head
+from captum_classfilters.heads.linear_head import find_head, replace_head
+from captum_classfilters.heads.refit import refit_head
 from captum_classfilters.heads.remove_class import remove_class
-from captum_classfilters.heads.set_overlap import membership_information, set_overlap
+from captum_classfilters.heads.set_overlap import set_overlap
 from captum_classfilters.heads.sparsity import psi, psi_floor, top_mass
 
 __all__ = [
-    "AccuracyCurve",
     "DecomposedLinear",
     "accuracy_curve",
     "compare_heads",
@@ -38,11 +33,8 @@ __all__ = [
     "filter_clusters",
     "find_head",
     "fine_tune",
-    "fit_linear",
     "gram_spectrum",
-    "head_name",
     "layer_sweep",
-    "membership_information",
     "model_essentiality",
     "psi",
     "psi_floor",

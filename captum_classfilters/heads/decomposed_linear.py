@@ -41,7 +41,7 @@ class DecomposedLinear(nn.Module):
     the sets are parameters. They are stored sparsely, one value, class and feature index each, and
     sets may differ in size. The forward pass lays them out as a dense matrix and multiplies, which
     is faster than a gather on every device we measured, and exports to TorchScript,
-    ``torch.export`` and ONNX. :func:`captum_classfilters.heads.fit_linear` fits them to features.
+    ``torch.export`` and ONNX. :func:`captum_classfilters.heads.refit.fit_linear` fits them to features.
 
     Args:
 

@@ -1,28 +1,17 @@
 """Data set to class filters: one streaming pass, mergeable statistics."""
 
 from captum_classfilters.identify.accuracy_reduction import (
-    AccuracyReduction,
-    MetricReduction,
     accuracy_reduction,
     binomial_interval,
     metric_reduction,
 )
-from captum_classfilters.identify.activation_scores import ActivationScores, activation_scores
+from captum_classfilters.identify.activation_scores import activation_scores
 from captum_classfilters.identify.collect_features import collect_features
-from captum_classfilters.identify.contrastive import (
-    ConfusionFilters,
-    FilterContrast,
-    confusion_filters,
-    contrast_classes,
-)
-from captum_classfilters.identify.evidence import Evidence, Stability, collect_evidence
-from captum_classfilters.identify.exemplars import Exemplars, ExemplarSide, exemplars
+from captum_classfilters.identify.contrastive import confusion_filters, contrast_classes
+from captum_classfilters.identify.evidence import Evidence, collect_evidence
+from captum_classfilters.identify.exemplars import exemplars
 from captum_classfilters.identify.identify_class_filters import identify_class_filters
-from captum_classfilters.identify.random_weights import (
-    RandomWeightsNull,
-    random_weights_null,
-    reinitialise,
-)
+from captum_classfilters.identify.random_weights import random_weights_null, reinitialise
 from captum_classfilters.identify.receptive_field import receptive_field
 from captum_classfilters.identify.significance import (
     LabelPermutation,
@@ -34,18 +23,9 @@ from captum_classfilters.identify.statistics import ClassFilterSums
 from captum_classfilters.identify.unit_scores import unit_scores
 
 __all__ = [
-    "AccuracyReduction",
-    "ActivationScores",
     "ClassFilterSums",
-    "ConfusionFilters",
     "Evidence",
-    "ExemplarSide",
-    "Exemplars",
-    "FilterContrast",
     "LabelPermutation",
-    "MetricReduction",
-    "RandomWeightsNull",
-    "Stability",
     "accuracy_reduction",
     "activation_scores",
     "binomial_interval",

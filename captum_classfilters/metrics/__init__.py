@@ -1,41 +1,24 @@
 """What judges any method: faithfulness, sensitivity, curves, localization, information, comparison."""
 
-from captum_classfilters.metrics.cascading_randomization import (
-    CascadingRandomization,
-    cascading_randomization,
-)
-from captum_classfilters.metrics.class_curves import ClassCurves, class_curves
-from captum_classfilters.metrics.collateral_damage import CollateralDamage, collateral_damage
-from captum_classfilters.metrics.compare_attributions import (
-    AttributionComparison,
-    AttributionTable,
-    compare_attributions,
-)
-from captum_classfilters.metrics.compare_methods import (
-    MethodComparison,
-    compare_methods,
-    standard_methods,
-)
-from captum_classfilters.metrics.evaluate_classifier import ClassifierScores, evaluate_classifier
+from captum_classfilters.metrics.cascading_randomization import cascading_randomization
+from captum_classfilters.metrics.class_curves import class_curves
+from captum_classfilters.metrics.collateral_damage import collateral_damage
+from captum_classfilters.metrics.compare_attributions import compare_attributions
+from captum_classfilters.metrics.compare_methods import compare_methods, standard_methods
+from captum_classfilters.metrics.evaluate_classifier import evaluate_classifier
 from captum_classfilters.metrics.feature_tables import (
     mutual_information_filters,
     selectivity_filters,
 )
-from captum_classfilters.metrics.filter_curves import FilterCurves, filter_curves
-from captum_classfilters.metrics.filter_infidelity import FilterInfidelity, filter_infidelity
-from captum_classfilters.metrics.filter_localization import (
-    FilterLocalization,
-    assign_filters,
-    filter_localization,
-)
+from captum_classfilters.metrics.filter_curves import filter_curves
+from captum_classfilters.metrics.filter_infidelity import filter_infidelity
+from captum_classfilters.metrics.filter_localization import assign_filters, filter_localization
 from captum_classfilters.metrics.filter_sensitivity import (
-    FilterSensitivity,
     explanation_for_sensitivity,
     filter_max_sensitivity,
     filter_scores_of,
 )
 from captum_classfilters.metrics.localization import (
-    Localization,
     boxes_to_masks,
     center_box_maps,
     choose_threshold,
@@ -47,7 +30,7 @@ from captum_classfilters.metrics.mutual_information import (
     mutual_information_score,
 )
 from captum_classfilters.metrics.quantus_explanation import quantus_explanation
-from captum_classfilters.metrics.remove_and_retrain import RemoveAndRetrain, remove_and_retrain
+from captum_classfilters.metrics.remove_and_retrain import remove_and_retrain
 from captum_classfilters.metrics.selectivity import (
     class_means,
     class_selectivity_index,
@@ -55,19 +38,6 @@ from captum_classfilters.metrics.selectivity import (
 )
 
 __all__ = [
-    "AttributionComparison",
-    "AttributionTable",
-    "CascadingRandomization",
-    "ClassCurves",
-    "ClassifierScores",
-    "CollateralDamage",
-    "FilterCurves",
-    "FilterInfidelity",
-    "FilterLocalization",
-    "FilterSensitivity",
-    "Localization",
-    "MethodComparison",
-    "RemoveAndRetrain",
     "assign_filters",
     "boxes_to_masks",
     "cascading_randomization",

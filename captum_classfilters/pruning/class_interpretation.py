@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from captum_classfilters.identify import AccuracyReduction
+from captum_classfilters.identify.accuracy_reduction import AccuracyReduction
 
 if TYPE_CHECKING:
     import pandas

@@ -1,42 +1,30 @@
 """The spectral view: singular directions of a layer's weight, and their statistics."""
 
-from captum_classfilters.spectral.class_separation import (
-    SeparationTest,
-    class_jaccard,
-    separation_scores,
-    separation_test,
-)
+from captum_classfilters.spectral.class_separation import separation_scores, separation_test
 from captum_classfilters.spectral.eigenvalues import eigenvalues
 from captum_classfilters.spectral.factored_layer import FactoredLayer, factor_layer
-from captum_classfilters.spectral.hypergraph import Hypergraph, class_hypergraph
+from captum_classfilters.spectral.hypergraph import class_hypergraph
 from captum_classfilters.spectral.influential import influential
 from captum_classfilters.spectral.layer_singular_direction import LayerSingularDirection
-from captum_classfilters.spectral.layer_svd import LayerSVD, layer_svd
+from captum_classfilters.spectral.layer_svd import layer_svd
 from captum_classfilters.spectral.marchenko_pastur import (
-    MarchenkoPastur,
-    MarchenkoPasturFit,
     fit_marchenko_pastur,
     marchenko_pastur_edge,
 )
 from captum_classfilters.spectral.model_spectra import (
-    LayerSpectrum,
-    ModelSpectra,
-    SpectraComparison,
     compare_with_random,
-    layer_verdict,
     model_spectra,
     universal_metric,
 )
-from captum_classfilters.spectral.model_svd import ModelSVD, model_svd
-from captum_classfilters.spectral.power_law import PowerLaw, fit_power_law
+from captum_classfilters.spectral.model_svd import model_svd
+from captum_classfilters.spectral.power_law import fit_power_law
 from captum_classfilters.spectral.profile_graph import distance_matrix, persistence, profile_graph
 from captum_classfilters.spectral.profile_similarity import (
-    average_jaccard,
     instance_jaccard,
     jaccard,
     similarity_matrix,
 )
-from captum_classfilters.spectral.profiles import ImageProfiles, Profile, profile_images
+from captum_classfilters.spectral.profiles import profile_images
 from captum_classfilters.spectral.select_rank import (
     effective_rank,
     gavish_donoho_threshold,
@@ -45,27 +33,12 @@ from captum_classfilters.spectral.select_rank import (
     stable_rank,
 )
 from captum_classfilters.spectral.signals import direction_signals
-from captum_classfilters.spectral.weight_matrix import WeightMatrix, weight_matrix
+from captum_classfilters.spectral.weight_matrix import weight_matrix
 
 __all__ = [
     "FactoredLayer",
-    "Hypergraph",
-    "ImageProfiles",
-    "LayerSVD",
     "LayerSingularDirection",
-    "LayerSpectrum",
-    "MarchenkoPastur",
-    "MarchenkoPasturFit",
-    "ModelSVD",
-    "ModelSpectra",
-    "PowerLaw",
-    "Profile",
-    "SeparationTest",
-    "SpectraComparison",
-    "WeightMatrix",
-    "average_jaccard",
     "class_hypergraph",
-    "class_jaccard",
     "compare_with_random",
     "direction_signals",
     "distance_matrix",
@@ -79,7 +52,6 @@ __all__ = [
     "instance_jaccard",
     "jaccard",
     "layer_svd",
-    "layer_verdict",
     "marchenko_pastur_edge",
     "model_spectra",
     "model_svd",

@@ -109,7 +109,8 @@ def separation_scores(hypergraph: Hypergraph, *, s: int = 1) -> dict[str, float]
     Examples::
 
         >>> import numpy as np
-        >>> from captum_classfilters.spectral import Hypergraph, separation_scores
+        >>> from captum_classfilters.spectral import (separation_scores)
+        >>> from captum_classfilters.spectral.hypergraph import Hypergraph
         >>> incidence = np.array([[True, False, True], [False, True, True]])
         >>> graph = Hypergraph(incidence, ("cat", "dog"), ("a", "b", "c"), np.arange(2), 2)
         >>> {name: round(score, 3) for name, score in separation_scores(graph).items()}

@@ -34,7 +34,7 @@ class MarchenkoPastur:
 
     Examples::
 
-        >>> from captum_classfilters.spectral import MarchenkoPastur
+        >>> from captum_classfilters.spectral.marchenko_pastur import MarchenkoPastur
         >>> law = MarchenkoPastur(variance=1.0, aspect=0.25)
         >>> law.lower, law.upper
         (0.25, 2.25)

@@ -12,7 +12,6 @@ from captum_classfilters.visualize.exemplars import plot_exemplars
 from captum_classfilters.visualize.explanations import plot_explanations, plot_filter_maps
 from captum_classfilters.visualize.feature_visualization import (
     FeatureObjective,
-    FeatureVisualization,
     RandomTransform,
     color_root,
     visualize_features,
@@ -31,7 +30,6 @@ from captum_classfilters.visualize.spectra import plot_exponents, plot_spectrum
 
 __all__ = [
     "FeatureObjective",
-    "FeatureVisualization",
     "RandomTransform",
     "color_root",
     "plot_accuracy_curve",

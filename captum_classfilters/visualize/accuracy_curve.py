@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from captum_classfilters.heads import AccuracyCurve
+from captum_classfilters.heads.accuracy_curve import AccuracyCurve
 from captum_classfilters.visualize.figures import COLORS, GRAY, axes_of, quiet, short_name
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from captum_classfilters.visualize.explanations import plot_explanations
 
 if TYPE_CHECKING:
-    from captum_classfilters.metrics import AttributionComparison
+    from captum_classfilters.metrics.compare_attributions import AttributionComparison
 
 
 def plot_comparison(

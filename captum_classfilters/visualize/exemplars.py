@@ -6,7 +6,7 @@ from typing import Any, Literal
 import numpy as np
 from torch import Tensor
 
-from captum_classfilters.identify import Exemplars
+from captum_classfilters.identify.exemplars import Exemplars
 from captum_classfilters.visualize.arrays import Channels, picture_of, show_picture
 from captum_classfilters.visualize.figures import (
     NEGATIVE,

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from captum_classfilters.identify import FilterContrast
+from captum_classfilters.identify.contrastive import FilterContrast
 from captum_classfilters.visualize.figures import (
     NEGATIVE,
     POSITIVE,

@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from captum_classfilters.spectral import Hypergraph, SeparationTest
+from captum_classfilters.spectral.class_separation import SeparationTest
+from captum_classfilters.spectral.hypergraph import Hypergraph
 from captum_classfilters.visualize.arrays import chosen, out_of
 from captum_classfilters.visualize.figures import (
     COLORS,
@@ -153,8 +154,8 @@ def plot_class_separation(
     Args:
 
         tests (mapping): Layer names, in order of depth, and their
-                    :class:`~captum_classfilters.spectral.SeparationTest`. A layer whose rule found
-                    nothing has no score and is a gap.
+                    :class:`~captum_classfilters.spectral.class_separation.SeparationTest`.
+                    A layer whose rule found nothing has no score and is a gap.
         score (str): Which score.
                     Default: "jaccard"
         level (float): Layers with a p-value of at most this have a filled marker. The p-values are

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from captum_classfilters.metrics import MethodComparison
+from captum_classfilters.metrics.compare_methods import MethodComparison
 from captum_classfilters.visualize.figures import (
     COLORS,
     GRAY,

@@ -6,12 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from captum_classfilters.pruning import (
-    ClassEffect,
-    FilterInterpretation,
-    PruningOrder,
-    RemovalCurves,
-)
+from captum_classfilters.pruning import PruningOrder
+from captum_classfilters.pruning.class_interpretation import ClassEffect, FilterInterpretation
+from captum_classfilters.pruning.removal_curve import RemovalCurves
 from captum_classfilters.visualize.arrays import (
     Channels,
     check_channels,

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from captum_classfilters.spectral import LayerSpectrum, ModelSpectra
+from captum_classfilters.spectral.model_spectra import LayerSpectrum, ModelSpectra
 from captum_classfilters.visualize.figures import (
     COLORS,
     GRAY,

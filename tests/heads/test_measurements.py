@@ -13,13 +13,13 @@ from captum_classfilters.heads import (
     essentiality,
     gram_spectrum,
     layer_sweep,
-    membership_information,
     model_essentiality,
     psi,
     psi_floor,
     set_overlap,
     top_mass,
 )
+from captum_classfilters.heads.set_overlap import membership_information
 from captum_classfilters.metrics import (
     class_means,
     class_selectivity_index,

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from captum_classfilters import LayerFilterContribution, decompose, refit_head
-from captum_classfilters.heads import fit_linear
+from captum_classfilters.heads.refit import fit_linear
 from captum_classfilters.metrics import evaluate_classifier
 from tests.heads.common import HOLDING, QUIET, Net, data_for, separable, table_for
 from tests.models import pool_linear

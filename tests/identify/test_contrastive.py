@@ -14,7 +14,8 @@ from captum_classfilters import (
     LayerFilterContribution,
     LayerFilterFrequency,
 )
-from captum_classfilters.identify import FilterContrast, confusion_filters, contrast_classes
+from captum_classfilters.identify import confusion_filters, contrast_classes
+from captum_classfilters.identify.contrastive import FilterContrast
 from captum_classfilters.testing import planted_network
 from tests.models import batches, deep, images, joined, pool_linear
 

@@ -13,7 +13,8 @@ from captum_classfilters import (
     LayerSingularDirection,
     decompose,
 )
-from captum_classfilters.identify import FilterContrast, binomial_interval
+from captum_classfilters.identify import binomial_interval
+from captum_classfilters.identify.contrastive import FilterContrast
 from captum_classfilters.metrics import compare_methods, evaluate_classifier, standard_methods
 from captum_classfilters.spectral import factor_layer
 from captum_classfilters.testing import planted_network

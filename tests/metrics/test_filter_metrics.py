@@ -28,7 +28,6 @@ from captum_classfilters import (
 )
 from captum_classfilters._core.replay.suffix_replay import SuffixReplay
 from captum_classfilters.metrics import (
-    CollateralDamage,
     cascading_randomization,
     class_curves,
     collateral_damage,
@@ -40,6 +39,7 @@ from captum_classfilters.metrics import (
     filter_scores_of,
     remove_and_retrain,
 )
+from captum_classfilters.metrics.collateral_damage import CollateralDamage
 from tests.models import ChannelsLast, TwoInputs, batches, deep, images, joined, pool_linear
 
 TARGETS = torch.arange(8) % 3

@@ -11,7 +11,7 @@ from torch import nn
 
 from captum_classfilters import LayerFilterAblation
 from captum_classfilters.heads import coverage, diversity, effective_rank, filter_clusters
-from captum_classfilters.identify import AccuracyReduction
+from captum_classfilters.identify.accuracy_reduction import AccuracyReduction
 from captum_classfilters.pruning import (
     PruningOrder,
     class_interpretation,

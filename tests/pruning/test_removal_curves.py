@@ -13,10 +13,12 @@ from captum_classfilters.pruning import (
     PruningOrder,
     accuracy_after_removal,
     filter_importance_baselines,
+    removal_order,
+)
+from captum_classfilters.pruning.baseline_scores import (
     incoming_weight_scores,
     outgoing_weight_scores,
     random_scores,
-    removal_order,
 )
 from tests.models import TwoInputs, batches, deep, hooks_of, images, joined
 from tests.pretend_device import host_reads, pretend

@@ -10,8 +10,8 @@ from torch import nn
 from captum_classfilters import ClassFilters, LayerFilterContribution
 from captum_classfilters.cli.demo import load_digits, small_cnn, train_classifier
 from captum_classfilters.metrics import evaluate_classifier
-from captum_classfilters.pruning import Specialist, specialise
-from captum_classfilters.pruning.specialise import _accuracy
+from captum_classfilters.pruning import specialise
+from captum_classfilters.pruning.specialise import Specialist, _accuracy
 from tests.models import batches, deep, images, joined
 from tests.pretend_device import host_reads, pretend
 

@@ -10,12 +10,8 @@ from torch import nn
 
 from captum_classfilters import fine_tune, prune_filters
 from captum_classfilters.metrics import evaluate_classifier
-from captum_classfilters.pruning import (
-    compress_layer,
-    encode_weights,
-    kmeans_quantize,
-    magnitude_prune,
-)
+from captum_classfilters.pruning import compress_layer, magnitude_prune
+from captum_classfilters.pruning.weight_compression import encode_weights, kmeans_quantize
 from tests.models import batches, deep, images
 from tests.pretend_device import pretend
 

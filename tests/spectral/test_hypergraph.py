@@ -13,14 +13,9 @@ from hypothesis.extra.numpy import arrays
 from scipy.stats import entropy
 from sklearn.metrics import jaccard_score
 
-from captum_classfilters.spectral import (
-    Hypergraph,
-    class_hypergraph,
-    class_jaccard,
-    separation_scores,
-    separation_test,
-)
-from captum_classfilters.spectral.hypergraph import Membership
+from captum_classfilters.spectral import class_hypergraph, separation_scores, separation_test
+from captum_classfilters.spectral.class_separation import class_jaccard
+from captum_classfilters.spectral.hypergraph import Hypergraph, Membership
 
 QUIET = {"show_progress": False}
 SCORES = torch.tensor(

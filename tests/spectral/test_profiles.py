@@ -10,7 +10,6 @@ from torch import nn
 
 from captum_classfilters.identify import unit_scores
 from captum_classfilters.spectral import (
-    average_jaccard,
     influential,
     instance_jaccard,
     jaccard,
@@ -19,6 +18,7 @@ from captum_classfilters.spectral import (
     profile_images,
     similarity_matrix,
 )
+from captum_classfilters.spectral.profile_similarity import average_jaccard
 from tests.models import ChannelsLast, batches, deep, images, joined, pool_linear
 
 QUIET = {"show_progress": False}

@@ -17,7 +17,6 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from benchmarks import cifar10
 from captum_classfilters.spectral import (
-    MarchenkoPastur,
     compare_with_random,
     effective_rank,
     eigenvalues,
@@ -25,7 +24,6 @@ from captum_classfilters.spectral import (
     fit_power_law,
     gavish_donoho_threshold,
     layer_svd,
-    layer_verdict,
     marchenko_pastur_edge,
     model_spectra,
     model_svd,
@@ -35,6 +33,8 @@ from captum_classfilters.spectral import (
     universal_metric,
     weight_matrix,
 )
+from captum_classfilters.spectral.marchenko_pastur import MarchenkoPastur
+from captum_classfilters.spectral.model_spectra import layer_verdict
 from captum_classfilters.visualize import plot_exponents, plot_spectrum
 
 # Shapes of He-initialised convolutions, with their effective ranks.

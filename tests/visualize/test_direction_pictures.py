@@ -8,7 +8,8 @@ from matplotlib.patches import Rectangle
 from torch.utils.data import DataLoader, TensorDataset
 
 from captum_classfilters.identify import exemplars
-from captum_classfilters.spectral import Hypergraph, class_hypergraph, separation_test
+from captum_classfilters.spectral import class_hypergraph, separation_test
+from captum_classfilters.spectral.hypergraph import Hypergraph
 from captum_classfilters.visualize import (
     plot_class_separation,
     plot_exemplars,

@@ -10,15 +10,19 @@ from matplotlib.figure import Figure
 from torch.utils.data import TensorDataset
 
 from captum_classfilters import ClassFilters, visualize
-from captum_classfilters.heads import AccuracyCurve
-from captum_classfilters.identify import Exemplars, ExemplarSide, FilterContrast
-from captum_classfilters.metrics import AttributionComparison, MethodComparison
-from captum_classfilters.pruning import ClassEffect, FilterInterpretation, RemovalCurves
+from captum_classfilters.heads.accuracy_curve import AccuracyCurve
+from captum_classfilters.identify.contrastive import FilterContrast
+from captum_classfilters.identify.exemplars import Exemplars, ExemplarSide
+from captum_classfilters.metrics.compare_attributions import AttributionComparison
+from captum_classfilters.metrics.compare_methods import MethodComparison
+from captum_classfilters.pruning.class_interpretation import ClassEffect, FilterInterpretation
+from captum_classfilters.pruning.removal_curve import RemovalCurves
 from captum_classfilters.spectral import (
     class_hypergraph,
     model_spectra,
     separation_test,
 )
+from captum_classfilters.visualize.feature_visualization import FeatureVisualization
 from tests.pretend_device import pretend
 
 LONG = "common iguana or green lizard of the tropical rain forest, Iguana iguana"
@@ -161,7 +165,7 @@ CALLS = {
     ),
     "plot_exponents": lambda d, v, **o: v.plot_exponents(d.spectra(), **o),
     "plot_features": lambda d, v, **o: v.plot_features(
-        v.FeatureVisualization(
+        FeatureVisualization(
             d.uniform(3, 3, 8, 8), d(3), d(3), d(4, 3), torch.tensor([True, True, False])
         ),
         d.methods,

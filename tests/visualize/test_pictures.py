@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from captum_classfilters import ClassFilters
-from captum_classfilters.heads import AccuracyCurve
+from captum_classfilters.heads.accuracy_curve import AccuracyCurve
 from captum_classfilters.visualize import (
     figures as _figures,
 )

@@ -4,12 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from captum_classfilters.pruning import (
-    ClassEffect,
-    FilterInterpretation,
-    PruningOrder,
-    RemovalCurves,
-)
+from captum_classfilters.pruning import PruningOrder
+from captum_classfilters.pruning.class_interpretation import ClassEffect, FilterInterpretation
+from captum_classfilters.pruning.removal_curve import RemovalCurves
 from captum_classfilters.visualize import plot_class_bars, plot_filter_grid, plot_removal_curves
 
 pytest.importorskip("matplotlib")
