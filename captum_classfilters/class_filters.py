@@ -17,6 +17,7 @@ from torch import Tensor
 
 from captum_classfilters._core.files import write_atomically
 from captum_classfilters._core.ranking import descending, highest, rank_correlation, ranks
+from captum_classfilters._core.types import ModelInputs
 
 if TYPE_CHECKING:
     import pandas
@@ -154,7 +155,7 @@ class ClassFilters:
         class_names: Sequence[str] | None = None,
         layer: str = "",
         method: str = "",
-        provenance: Mapping[str, Any] | None = None,
+        provenance: Mapping[str, object] | None = None,
         p_values: Tensor | None = None,
         q_values: Tensor | None = None,
     ) -> None:
@@ -189,7 +190,7 @@ class ClassFilters:
         for name, value in values.items():
             object.__setattr__(self, name, value)
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(
             f"ClassFilters is immutable; make a new table instead of setting {name}."
         )
@@ -601,7 +602,7 @@ class ClassFilters:
     def _replace(self, **changes: Any) -> "ClassFilters":
         return ClassFilters(**{**self._parts(), **changes})
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> ModelInputs:
         return ClassFilters, tuple(self._parts().values())
 
     def __eq__(self, other: object) -> bool:

@@ -22,6 +22,7 @@ from captum_classfilters._core.layers import (
 )
 from captum_classfilters._core.named_layers import NamedLayers
 from captum_classfilters._core.taps import hooked
+from captum_classfilters._core.types import ExampleInputs, ModelInputs
 
 if TYPE_CHECKING:
     import pandas
@@ -110,7 +111,7 @@ class FilterLayers(NamedLayers[FilterLayer]):
 
 
 def list_filter_layers(
-    model: nn.Module, example_inputs: Tensor | tuple[Any, ...], leaves_only: bool = False
+    model: nn.Module, example_inputs: ExampleInputs, leaves_only: bool = False
 ) -> FilterLayers:
     r"""
     List which layers of a model qualify for class filters, and why the others do not.
@@ -194,22 +195,20 @@ def _with_another_size(first: "_Seen", inputs: Any, layers: list[FilterLayer]) -
     return resolved
 
 
-def _is_images(value: Any) -> bool:
+def _is_images(value: object) -> bool:
     return isinstance(value, Tensor) and value.dim() == 4 and value.is_floating_point()
 
 
 class _Seen:
     """What every module put out in one forward pass, and which weighted leaf was before it."""
 
-    def __init__(
-        self, model: nn.Module, names: dict[nn.Module, str], inputs: tuple[Any, ...]
-    ) -> None:
+    def __init__(self, model: nn.Module, names: dict[nn.Module, str], inputs: ModelInputs) -> None:
         self.model, self.names, self.batch = model, names, num_images(inputs)
         self.calls: dict[nn.Module, list[Any]] = {}
         self.producers: dict[nn.Module, _Producer] = {}
         producer = _Producer()
 
-        def hook(module: nn.Module, module_inputs: Any, output: Any) -> None:
+        def hook(module: nn.Module, module_inputs: object, output: object) -> None:
             nonlocal producer
             if not list(module.children()):
                 producer = producer.before(module, module_inputs, output)
@@ -255,7 +254,7 @@ class _Producer:
     kept: bool = False  # nothing but functions of single elements followed
     moved: bool = False  # the last module permuted its input's axes
 
-    def before(self, module: nn.Module, inputs: Any, output: Any) -> "_Producer":
+    def before(self, module: nn.Module, inputs: object, output: object) -> "_Producer":
         """The producer of a leaf's output."""
         if declared_filters(module) is not None:
             return _Producer(module, output, kept=True)
@@ -279,7 +278,7 @@ class _Found:
     registered_before: nn.Module | None
     batch: int
 
-    def describe(self, features: Tensor | None, model_output: Any, ends: bool) -> FilterLayer:
+    def describe(self, features: Tensor | None, model_output: object, ends: bool) -> FilterLayer:
         """The module as a row of the table; ``ends`` says that the model ends in its head."""
         output: Any = self.outputs[0] if self.outputs else None
         shape = tuple(output.shape) if isinstance(output, Tensor) else None
@@ -304,7 +303,7 @@ class _Found:
         maps = output.movedim(axis, 1).flatten(2) if output.dim() > 2 else output
         return how_layer_feeds(features, maps, 1)
 
-    def _reason(self, output: Any) -> str:
+    def _reason(self, output: object) -> str:
         if not self.outputs:
             return "never called as a module in the forward pass"
         if len(self.outputs) > 1:

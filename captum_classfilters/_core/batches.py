@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +13,7 @@ from captum_classfilters._core.devices import device_of, on_device
 from captum_classfilters._core.distributed import is_main_process
 from captum_classfilters._core.guard import model_left_as_found
 from captum_classfilters._core.labels import Memberships, class_labels, joined, memberships
-
-Unpack = Callable[[Any], tuple[Any, Any]]
+from captum_classfilters._core.types import Dataloader, ModelInputs, Unpack
 
 _LABELS = ("labels", "label", "targets", "target", "y")
 _IMAGES = ("pixel_values", "images", "image", "inputs", "input", "x")
@@ -36,7 +35,7 @@ class Batch:
 
     number: int
     first_image: int
-    inputs: tuple[Any, ...]
+    inputs: ModelInputs
     labels: Any
 
     @property
@@ -73,11 +72,11 @@ class Batches:
 
     def __init__(
         self,
-        dataloader: Iterable[Any],
+        dataloader: Dataloader,
         device: torch.device | None,
         unpack: Unpack | None,
         labeled: bool,
-        bar: Any,
+        bar: "tqdm[NoReturn]",
     ) -> None:
         self._dataloader, self._device, self._unpack = dataloader, device, unpack
         self._labeled, self._bar = labeled, bar
@@ -162,7 +161,7 @@ class Batches:
 @contextmanager
 def read_batches(
     model: nn.Module | Sequence[nn.Module | None] | None,
-    dataloader: Iterable[Any],
+    dataloader: Dataloader,
     description: str,
     *,
     device: torch.device | str | None = None,
@@ -233,7 +232,7 @@ def read_batches(
 
 
 def first_batch(
-    model: nn.Module | None, dataloader: Iterable[Any], unpack: Unpack | None = None
+    model: nn.Module | None, dataloader: Dataloader, unpack: Unpack | None = None
 ) -> Batch:
     """The first batch of a loader that has an image, for a look at what the model does with it."""
     with read_batches(
@@ -260,31 +259,31 @@ def _raised(block: Sequence[Batch], num_classes: int) -> None:
     raise AssertionError("labels out of range")
 
 
-def num_bytes(tensors: Sequence[Any]) -> int:
+def num_bytes(tensors: Sequence[object]) -> int:
     """Bytes of the tensors among some values."""
     return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
 
 
-def num_images(inputs: Sequence[Any]) -> int:
+def num_images(inputs: Sequence[object]) -> int:
     """N, the rows of the first input that is a tensor with axes."""
     return next((len(part) for part in inputs if isinstance(part, Tensor) and part.dim()), 0)
 
 
-def check_read_again(dataloader: Any) -> None:
+def check_read_again(dataloader: Dataloader | None) -> None:
     """Raise if a loader, read more than once here, would be empty the second time."""
     if isinstance(dataloader, Iterable) and iter(dataloader) is dataloader:
         raise ValueError("The dataloader can be read only once; pass a list or a DataLoader.")
 
 
-def dataset_names(dataloader: Any) -> Sequence[str] | None:
+def dataset_names(dataloader: Dataloader) -> Sequence[str] | None:
     """Class names that a loader's data set knows, as torchvision's do."""
     names = getattr(getattr(dataloader, "dataset", None), "classes", None)
     return [str(name) for name in names] if isinstance(names, (list, tuple)) else None
 
 
 def _unpacked(
-    batch: Any, number: int, unpack: Unpack | None, labeled: bool
-) -> tuple[tuple[Any, ...], Any]:
+    batch: object, number: int, unpack: Unpack | None, labeled: bool
+) -> tuple[ModelInputs, Any]:
     """Inputs and labels of one batch of a loader."""
     if unpack is not None:
         batch = unpack(batch)
@@ -302,7 +301,7 @@ def _unpacked(
     return inputs, labels
 
 
-def _parts(batch: Any, number: int, labeled: bool) -> tuple[Any, Any]:
+def _parts(batch: object, number: int, labeled: bool) -> tuple[Any, Any]:
     if isinstance(batch, Mapping):
         key = next((name for name in _LABELS if name in batch), None)
         if key is None and labeled:
@@ -316,7 +315,7 @@ def _parts(batch: Any, number: int, labeled: bool) -> tuple[Any, Any]:
     return (batch, None) if isinstance(batch, Tensor) else (batch[0] if batch else (), None)
 
 
-def _tensors_of(inputs: Mapping[Any, Any], number: int) -> tuple[Any, ...]:
+def _tensors_of(inputs: Mapping[object, object], number: int) -> ModelInputs:
     images = next((name for name in _IMAGES if name in inputs), None)
     if images is not None:
         return (inputs[images],)
@@ -336,14 +335,14 @@ def _refusal(number: int, found: str) -> ValueError:
     )
 
 
-def _described(value: Any) -> str:
+def _described(value: object) -> str:
     if isinstance(value, (tuple, list)):
         kinds = ", ".join(type(part).__name__ for part in value)
         return f"{type(value).__name__} of {len(value)} ({kinds})"
     return type(value).__name__
 
 
-def _ordinary(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+def _ordinary(inputs: ModelInputs) -> ModelInputs:
     """Inputs that autograd can record, whatever mode they were made in."""
     return tuple(
         part.clone() if isinstance(part, Tensor) and part.is_inference() else part

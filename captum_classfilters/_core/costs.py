@@ -1,20 +1,20 @@
 """What is counted of a network, and how two of them are told beside each other."""
 
 from collections.abc import Mapping
-from typing import Any
 
 from torch import Tensor, nn
 
 from captum_classfilters._core.devices import device_of, on_device
 from captum_classfilters._core.layers import named_layers
 from captum_classfilters._core.tables import text_table
+from captum_classfilters._core.types import ExampleInputs, ModelInputs
 
 
-def inputs_of(model: nn.Module, example_inputs: Any) -> tuple[Any, ...]:
+def inputs_of(model: nn.Module, example_inputs: ExampleInputs) -> ModelInputs:
     """Example inputs as the arguments of a model, where it is."""
     several = isinstance(example_inputs, (tuple, list))
     inputs = tuple(example_inputs) if several else (example_inputs,)
-    moved: tuple[Any, ...] = on_device(inputs, device_of(model))
+    moved: ModelInputs = on_device(inputs, device_of(model))
     return moved
 
 

@@ -2,11 +2,13 @@
 
 import itertools
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
+
+T = TypeVar("T")
 
 
 def device_of(model: nn.Module | None) -> torch.device | None:
@@ -18,7 +20,7 @@ def device_of(model: nn.Module | None) -> torch.device | None:
     return None if tensor is None else tensor.device
 
 
-def on_device(value: Any, device: torch.device | str | None) -> Any:
+def on_device(value: T, device: torch.device | str | None) -> T:
     """A value with every tensor in it on a device; None leaves them where they are.
 
     A copy from pinned memory does not wait for the device.
@@ -34,7 +36,7 @@ def sums_device(device: torch.device) -> torch.device:
     return torch.device("cpu") if device.type == "mps" else device
 
 
-def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """A block in which a surrounding ``torch.autocast`` does not change any type."""
     if not torch.amp.is_autocast_available(device.type):
         return nullcontext()

@@ -1,8 +1,10 @@
 """The little that ranks tell each other besides what torchmetrics merges."""
 
-from typing import Any
+from typing import TypeVar
 
 import torch.distributed
+
+T = TypeVar("T")
 
 
 def is_distributed() -> bool:
@@ -14,11 +16,11 @@ def is_distributed() -> bool:
     )
 
 
-def gather(value: Any) -> list[Any]:
+def gather(value: T) -> list[T]:
     """One object from every rank, in order of rank."""
     if not is_distributed():
         return [value]
-    values: list[Any] = [None] * torch.distributed.get_world_size()
+    values: list[T] = [value] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(values, value)
     return values
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +16,15 @@ _SIZES = {
     *("num_features", "num_parameters"),
 }
 
+Replaced = TypeVar("Replaced", bound=Tensor | None)
 
-def num_filters(module: Any) -> int:
+
+def num_filters(module: nn.Module) -> int:
     """The filters of a convolution or linear layer, or those that a norm has values for."""
     return int(getattr(module, _filter_sizes(module)[0]))
 
 
-def cut_filters(module: Any, places: set[int]) -> None:
+def cut_filters(module: nn.Module, places: set[int]) -> None:
     """Take filters out of a module that makes them or has a value for each."""
     transposed = getattr(module, "transposed", False) and not is_depthwise(module)
     sizes = _filter_sizes(module)
@@ -32,13 +34,13 @@ def cut_filters(module: Any, places: set[int]) -> None:
     _shrink(module, sizes, places)
 
 
-def cut_inputs(module: Any, places: set[int]) -> None:
+def cut_inputs(module: nn.Module, places: set[int]) -> None:
     """Take inputs away from a convolution or linear layer."""
     cut_tensor(module, "weight", 0 if getattr(module, "transposed", False) else 1, places)
     _shrink(module, ["in_features" if isinstance(module, nn.Linear) else "in_channels"], places)
 
 
-def _filter_sizes(module: Any) -> list[str]:
+def _filter_sizes(module: nn.Module) -> list[str]:
     """The attributes of a module that say how many filters it has."""
     if isinstance(module, nn.Linear):
         return ["out_features"]
@@ -49,7 +51,7 @@ def _filter_sizes(module: Any) -> list[str]:
     return ["num_features"]
 
 
-def _shrink(module: Any, sizes: Sequence[str], places: set[int]) -> None:
+def _shrink(module: nn.Module, sizes: Sequence[str], places: set[int]) -> None:
     for size in sizes:
         setattr(module, size, getattr(module, size) - len(places))
 
@@ -89,7 +91,7 @@ def restored(modules: Iterable[nn.Module]) -> Iterator[None]:
             vars(module).update(sizes)
 
 
-def _sizes(module: nn.Module) -> dict[str, Any]:
+def _sizes(module: nn.Module) -> dict[str, int]:
     return {key: value for key, value in vars(module).items() if key in _SIZES}
 
 
@@ -101,7 +103,7 @@ def replace_tensors(model: nn.Module, smaller: nn.Module) -> None:
         vars(module).update(_sizes(other))
 
 
-def _replace(own: dict[str, Any], others: dict[str, Any]) -> None:
+def _replace(own: dict[str, Replaced], others: dict[str, Replaced]) -> None:
     for key, tensor in others.items():
         if not _equal(own.get(key), tensor):
             own[key] = tensor

@@ -26,6 +26,7 @@ from captum_classfilters._core.filter_trace import (
 )
 from captum_classfilters._core.guard import model_left_as_found
 from captum_classfilters._core.layers import check_runs, filter_axis, find_layer, layer_name
+from captum_classfilters._core.types import ModelInputs
 
 
 @dataclass
@@ -81,7 +82,7 @@ class FilterGraph:
         inputs (tuple): Inputs of the model.
     """
 
-    def __init__(self, model: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def __init__(self, model: nn.Module, inputs: ModelInputs) -> None:
         check_model(model)
         self.model = model
         self.trace = FilterTrace(model)
@@ -406,7 +407,7 @@ def torch_pruning() -> Any:
     return torch_pruning
 
 
-def as_tuple(inputs: Any) -> tuple[Any, ...]:
+def as_tuple(inputs: object) -> ModelInputs:
     """Inputs of a model as a tuple."""
     return tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
 

@@ -16,10 +16,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from captum_classfilters._core.types import Arguments, Keywords
+
 Numbers = NDArray[np.int64]
-NumbersOf = Callable[[Any], Numbers | None]
+NumbersOf = Callable[[object], Numbers | None]
 Moved = Sequence[Numbers | None] | None  # in each output; None where filters are lost
 
 # Pointwise, beside what PyTorch itself tags as such.
@@ -82,9 +85,9 @@ class Followed:
 class Operation:
     """One call of an operation below autograd."""
 
-    func: Any
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    func: OpOverload
+    args: Arguments
+    kwargs: Keywords
     output: Any
 
     @property
@@ -179,10 +182,12 @@ def tensors_in(operation: Operation) -> list[Tensor]:
     return [*tensors(operation.args), *tensors(tuple(operation.kwargs.values()))]
 
 
-def tensors(value: Any) -> list[Tensor]:
+def tensors(value: object) -> list[Tensor]:
     """The tensors in a value."""
-    flat = isinstance(value, tuple) and not any(isinstance(v, (tuple, list, dict)) for v in value)
-    return [leaf for leaf in (value if flat else tree_leaves(value)) if isinstance(leaf, Tensor)]
+    nested = (tuple, list, dict)
+    flat = isinstance(value, tuple) and not any(isinstance(part, nested) for part in value)
+    leaves = value if isinstance(value, tuple) and flat else tree_leaves(value)
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
 
 def axes_of(numbers: Numbers) -> list[int]:
@@ -272,7 +277,7 @@ def _side_by_side(operation: Operation, numbers_of: NumbersOf) -> Numbers:
     return np.concatenate(sides, axis)
 
 
-def _viewed(numbers: Numbers, before: Any, after: Any) -> Moved:
+def _viewed(numbers: Numbers, before: Sequence[int], after: Sequence[int]) -> Moved:
     """A view may flatten filters with their neighbors, but not take them apart."""
     axes = set(axes_of(numbers))
     if any(axes & set(old) and len(new) != 1 for old, new in _groups(before, after)):

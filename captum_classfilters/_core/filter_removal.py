@@ -216,13 +216,13 @@ def _folded(
     return changes, unfolded
 
 
-def _spreads_evenly(module: Any) -> bool:
+def _spreads_evenly(module: nn.Module) -> bool:
     """Whether a constant input gives a constant output."""
-    if isinstance(module, nn.Linear):
+    if not isinstance(module, nn.modules.conv._ConvNd):
         return True
     if module.transposed:
         return False
-    padding: Any = module.padding
+    padding = module.padding
     none = padding == "valid" or (
         not isinstance(padding, str) and not any(int(size) for size in padding)
     )

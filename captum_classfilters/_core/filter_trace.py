@@ -8,14 +8,15 @@ Nothing is guessed from shapes.
 """
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -31,6 +32,7 @@ from captum_classfilters._core.filter_operations import (
     tensors_in,
 )
 from captum_classfilters._core.taps import hooked, tapped
+from captum_classfilters._core.types import Arguments, Keywords, ModelInputs
 
 WEIGHTED = (nn.modules.conv._ConvNd, nn.Linear)
 PER_FILTER = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.PReLU)
@@ -38,6 +40,8 @@ _MIXING = (nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm, nn.CrossMapLRN2d) +
     (nn.RMSNorm,) if hasattr(nn, "RMSNorm") else ()
 )
 _RULED = (*WEIGHTED, *PER_FILTER, *_MIXING)
+
+T = TypeVar("T")
 
 FIRST_PARAMETER = 1 << 40  # numbers from here on are elements of parameters
 _MOST_ELEMENTS = 1 << 20  # larger parameters are not one value for each filter
@@ -139,11 +143,11 @@ class FilterTrace(TorchDispatchMode):
         self.meetings: list[Meeting] = []
         self.before: dict[int, frozenset[int]] = {}
         self.function = ""  # of PyTorch's, that the model has called
-        self._numbered: dict[int, tuple[Any, Numbered]] = {}
+        self._numbered: dict[int, tuple[weakref.ref[Tensor], Numbered]] = {}
         self._stack: list[Use] = []
         self._ruled = 0
 
-    def run(self, inputs: tuple[Any, ...]) -> None:
+    def run(self, inputs: ModelInputs) -> None:
         """The forward pass."""
         self._number_parameters()
         with torch.no_grad(), _Called(self), ExitStack() as stack:
@@ -188,7 +192,7 @@ class FilterTrace(TorchDispatchMode):
             self.starts.append(self.starts[-1] + number)
         return self.starts[self.sources.index(module)]
 
-    def _set(self, tensor: Any, numbers: Numbers | None) -> None:
+    def _set(self, tensor: object, numbers: Numbers | None) -> None:
         """Give a tensor its filters' numbers, which broadcast to its shape."""
         if not isinstance(tensor, Tensor):
             return
@@ -198,11 +202,11 @@ class FilterTrace(TorchDispatchMode):
             numbered = Numbered(narrowed(numbers), tensor.shape)
             self._numbered[id(tensor)] = (weakref.ref(tensor), numbered)
 
-    def _of(self, tensor: Any) -> Numbered | None:
+    def _of(self, tensor: object) -> Numbered | None:
         known = self._numbered.get(id(tensor))
         return known[1] if known is not None and known[0]() is tensor else None
 
-    def _numbers(self, tensor: Any) -> Numbers | None:
+    def _numbers(self, tensor: object) -> Numbers | None:
         numbered = self._of(tensor)
         return None if numbered is None else numbered.numbers
 
@@ -212,10 +216,10 @@ class FilterTrace(TorchDispatchMode):
 
     # -- modules -----------------------------------------------------------------------------------
 
-    def _entering(self, module: nn.Module) -> Callable[[Any], None]:
+    def _entering(self, module: nn.Module) -> Callable[[ModelInputs], None]:
         has_rule = isinstance(module, _RULED)
 
-        def enter(inputs: Any) -> None:
+        def enter(inputs: ModelInputs) -> None:
             known = [one for leaf in tensors(inputs) if (one := self._of(leaf)) is not None]
             ruled = has_rule and bool(inputs) and isinstance(inputs[0], Tensor)
             use = Use(module, len(known), ruled=ruled)
@@ -227,7 +231,7 @@ class FilterTrace(TorchDispatchMode):
 
         return enter
 
-    def _leave(self, module: nn.Module, inputs: Any, output: Any) -> None:
+    def _leave(self, module: nn.Module, inputs: ModelInputs, output: object) -> None:
         while True:
             use = self._stack.pop()
             self._ruled -= use.ruled
@@ -243,7 +247,7 @@ class FilterTrace(TorchDispatchMode):
         if use.output is not None:
             self.outputs[module] = use.output
 
-    def _follow_module(self, module: Any, source: Tensor, output: Tensor) -> None:
+    def _follow_module(self, module: nn.Module, source: Tensor, output: Tensor) -> None:
         numbers = self._numbers(source)
         if isinstance(module, WEIGHTED):
             self._follow_weighted(module, source, numbers, output)
@@ -259,9 +263,9 @@ class FilterTrace(TorchDispatchMode):
             self._set(output, numbers)
 
     def _follow_weighted(
-        self, module: Any, source: Tensor, numbers: Numbers | None, output: Tensor
+        self, module: nn.Module, source: Tensor, numbers: Numbers | None, output: Tensor
     ) -> None:
-        spatial = 0 if isinstance(module, nn.Linear) else len(module.kernel_size)
+        spatial = len(module.kernel_size) if isinstance(module, nn.modules.conv._ConvNd) else 0
         axis = source.dim() - spatial - 1
         depthwise, name = is_depthwise(module), self.names[module]
         records = self.followed if depthwise else self.read
@@ -307,7 +311,11 @@ class FilterTrace(TorchDispatchMode):
     # -- operations --------------------------------------------------------------------------------
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+        self,
+        func: OpOverload,
+        types: Sequence[type],
+        args: Arguments = (),
+        kwargs: Keywords | None = None,
     ) -> Any:
         """Run an operation and follow the filters through it."""
         output = func(*args, **(kwargs or {}))
@@ -357,8 +365,12 @@ class _Called(TorchFunctionMode):
         self.trace = trace
 
     def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
+        self,
+        func: Callable[..., T],
+        types: Sequence[type],
+        args: Arguments = (),
+        kwargs: Keywords | None = None,
+    ) -> T:
         before, self.trace.function = self.trace.function, getattr(func, "__name__", "")
         try:
             return func(*args, **(kwargs or {}))
@@ -370,15 +382,16 @@ def _has_one_value(module: nn.Module) -> bool:
     return isinstance(module, nn.PReLU) and module.num_parameters == 1
 
 
-def _mixed_axes(module: Any, source: Tensor) -> set[int]:
+def _mixed_axes(module: nn.Module, source: Tensor) -> set[int]:
     """The axes over which a norm takes its statistics, as far as they can hold filters."""
     axes = set(range(source.dim()))
-    if type(module).forward is nn.LayerNorm.forward:
+    if isinstance(module, nn.LayerNorm) and type(module).forward is nn.LayerNorm.forward:
         axes &= set(range(source.dim() - len(module.normalized_shape), source.dim()))
     return axes
 
 
-def is_depthwise(module: Any) -> bool:
+def is_depthwise(module: nn.Module) -> bool:
     """Whether a convolution gives each filter that it reads one of its own."""
-    groups = getattr(module, "groups", 1)
-    return bool(groups > 1 and groups == module.in_channels == module.out_channels)
+    if not isinstance(module, nn.modules.conv._ConvNd):
+        return False
+    return module.groups > 1 and module.groups == module.in_channels == module.out_channels

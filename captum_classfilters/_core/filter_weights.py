@@ -1,7 +1,5 @@
 """The weights of a layer, filter by filter."""
 
-from typing import Any
-
 from torch import Tensor, nn
 
 
@@ -30,7 +28,7 @@ def filter_weights(module: nn.Module) -> Tensor | None:
         >>> filter_weights(torch.nn.ReLU()) is None
         True
     """
-    weight: Any = getattr(module, "weight", None)
+    weight: object = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or weight.dim() < 2:
         return None
     weight = weight.detach()
@@ -43,7 +41,7 @@ def filter_weights(module: nn.Module) -> Tensor | None:
 def reading_weights(module: nn.Module) -> Tensor | None:
     """The weights with which a convolution or linear layer reads each of its inputs, (inputs, ...);
     in a grouped layer an input is read by the filters of its group alone."""
-    weight: Any = getattr(module, "weight", None)
+    weight: object = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or weight.dim() < 2:
         return None
     weight = weight.detach()

@@ -1,6 +1,6 @@
 """One forward pass over a batch for any number of layers, and derivatives of the scores there."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +26,7 @@ from captum_classfilters._core.layers import (
 from captum_classfilters._core.outputs import class_scores, two_classes
 from captum_classfilters._core.taps import LayerTap, tapping
 from captum_classfilters._core.targets import as_indices, class_indices, own_scores
+from captum_classfilters._core.types import ForwardFunc, Keywords, ModelInputs
 
 
 class MapsNeededError(RuntimeError):
@@ -295,12 +296,12 @@ class SharedForward:
 
     def __init__(
         self,
-        forward_func: Callable[..., Any],
+        forward_func: ForwardFunc,
         requests: Sequence[LayerRequest],
         at_input: bool = False,
         several: bool = False,
         device_ids: Sequence[int] | None = None,
-        grad_kwargs: Mapping[str, Any] | None = None,
+        grad_kwargs: Keywords | None = None,
         scale: float = 1.0,
     ) -> None:
         self.forward_func = forward_func
@@ -338,7 +339,7 @@ class SharedForward:
             tap.maps_used = True
 
     @contextmanager
-    def run(self, inputs: tuple[Any, ...], num_images: int) -> Iterator[BatchReading]:
+    def run(self, inputs: ModelInputs, num_images: int) -> Iterator[BatchReading]:
         """Run the model on a batch; derivatives can be asked for until the block ends."""
         if not self._needs_gradients:
             with self._watched(differentiable=False) as head:
@@ -362,7 +363,7 @@ class SharedForward:
             )
         )
 
-    def glimpse(self, inputs: tuple[Any, ...], num_images: int) -> Glimpse | None:
+    def glimpse(self, inputs: ModelInputs, num_images: int) -> Glimpse | None:
         """Run the model for means alone; None if the batch needs a closer look: :meth:`run`."""
         with self._watched(differentiable=False) as head:
             output = self.forward_func(*inputs)
@@ -426,7 +427,7 @@ class SharedForward:
                 tap.begin()
 
     def _read(
-        self, inputs: tuple[Any, ...], num_images: int, head: HeadRecord, differentiable: bool
+        self, inputs: ModelInputs, num_images: int, head: HeadRecord, differentiable: bool
     ) -> BatchReading | None:
         """One run; None if it turns out that gradients are needed and were not recorded."""
         output = self.forward_func(*inputs)
@@ -456,7 +457,7 @@ class SharedForward:
         return BatchReading(output, layers, layouts, holds)
 
     def _holds(
-        self, output: Any, candidates: Sequence[tuple[Feed, Tensor] | None], head: HeadRecord
+        self, output: object, candidates: Sequence[tuple[Feed, Tensor] | None], head: HeadRecord
     ) -> list[Tensor]:
         """What must hold for the layers whose derivatives are weights; layers for which it is seen
         at once that they are not leave their ranks."""
@@ -497,11 +498,11 @@ class _BatchOfScores:
 
     def __init__(
         self,
-        output: Any,
+        output: object,
         num_images: int,
         taps: Sequence[_Reading],
         weight: Tensor | None,
-        grad_kwargs: Mapping[str, Any],
+        grad_kwargs: Keywords,
     ) -> None:
         self.output, self.num_images = output, num_images
         self.taps, self.weight = taps, weight

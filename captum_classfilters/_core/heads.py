@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from captum_classfilters._core.devices import without_autocast
 from captum_classfilters._core.layers import positions_last
 from captum_classfilters._core.taps import hooked
+from captum_classfilters._core.types import ModelInputs
 
 Feed = Literal["identical", "mean", "flatten"]
 
@@ -51,7 +52,7 @@ class HeadRecord:
         self.module = self.features = self.logits = None
         self.runs.clear()
 
-    def is_output(self, output: Any) -> bool:
+    def is_output(self, output: object) -> bool:
         """Whether the model's output is this layer's own tensor (N, C), not written into since, from
         a single use of the layer. Nothing is read from a device for it."""
         return (
@@ -102,7 +103,7 @@ def record_head(model: nn.Module | None, known: nn.Module | None = None) -> Iter
     known to be the head, so that the others need no hook."""
     record = HeadRecord()
 
-    def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+    def hook(module: nn.Module, inputs: ModelInputs, output: object) -> None:
         if inputs and isinstance(inputs[0], Tensor) and isinstance(output, Tensor):
             record.see(module, inputs[0], output)
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,7 +72,7 @@ def joined(parts: Sequence[Memberships]) -> Memberships:
     return Memberships(classes, torch.cat(images), before)
 
 
-def class_labels(labels: Any, num_images: int, num_classes: int, batch: int) -> Tensor:
+def class_labels(labels: object, num_images: int, num_classes: int, batch: int) -> Tensor:
     """Labels as int64 (N,), each image of one class; checked.
 
     Raises:
@@ -88,7 +87,7 @@ def class_labels(labels: Any, num_images: int, num_classes: int, batch: int) -> 
     return found.classes
 
 
-def memberships(labels: Any, num_images: int, num_classes: int, batch: int) -> Memberships:
+def memberships(labels: object, num_images: int, num_classes: int, batch: int) -> Memberships:
     r"""
     Which image counts for which class.
 
@@ -130,7 +129,7 @@ def memberships(labels: Any, num_images: int, num_classes: int, batch: int) -> M
 
 
 def labels_of_scores(
-    scores: Tensor, labels: Any, batch: int, num_classes: int | None = None
+    scores: Tensor, labels: object, batch: int, num_classes: int | None = None
 ) -> Tensor:
     """The labels of a batch of class scores (N, C), both checked, where the scores are."""
     if scores.dim() != 2:
@@ -145,7 +144,7 @@ def labels_of_scores(
     return on_device(checked, scores.device)
 
 
-def _as_tensor(labels: Any, batch: int) -> Tensor:
+def _as_tensor(labels: object, batch: int) -> Tensor:
     try:
         return torch.as_tensor(labels)
     except (TypeError, ValueError, RuntimeError) as error:

@@ -3,11 +3,13 @@
 import difflib
 import functools
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import Any, Literal
 
 from torch import Tensor, nn
+
+from captum_classfilters._core.types import ForwardFunc
 
 _CHANNELS_FIRST = (
     nn.modules.conv._ConvNd,
@@ -18,9 +20,7 @@ _CHANNELS_FIRST = (
 _CHANNELS_LAST = (nn.Linear, nn.Bilinear, nn.LayerNorm, nn.Embedding)
 
 
-def module_of(
-    forward_func: Callable[..., Any] | None, layers: Sequence[Any] = ()
-) -> nn.Module | None:
+def module_of(forward_func: ForwardFunc | None, layers: Sequence[object] = ()) -> nn.Module | None:
     r"""
     The model behind a forward function: itself, the owner of a bound method, or, for any other
     function, the module it refers to (in its closure, its globals or as a bound argument) that
@@ -310,7 +310,7 @@ def along_filters(values: Tensor, like: Tensor, axis: int) -> Tensor:
     return values.reshape(shape)
 
 
-def only_tensor(value: Any, name: str) -> Tensor:
+def only_tensor(value: object, name: str) -> Tensor:
     """The single tensor that a layer takes or puts out."""
     if isinstance(value, (tuple, list)) and len(value) == 1:
         value = value[0]

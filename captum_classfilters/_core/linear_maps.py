@@ -114,7 +114,9 @@ def as_in_use(module: nn.Module) -> Iterator[nn.Module]:
                     buffer.data = saved  # an observer may have given it another shape
 
 
-def _without_hooks(module: nn.Module, cls: Any, keep_deriving: bool = False) -> nn.Module:
+def _without_hooks(
+    module: nn.Module, cls: type[nn.Module], keep_deriving: bool = False
+) -> nn.Module:
     """Another object of a class with all that a module holds but its hooks."""
     bare: Any = cls.__new__(cls)
     vars(bare).update(vars(module))
@@ -137,7 +139,7 @@ def run_with_weight(module: nn.Module, weight: Tensor, inputs: Tensor) -> Tensor
     return result
 
 
-def _filters_of(module: Any, weight: Tensor) -> int:
+def _filters_of(module: object, weight: Tensor) -> int:
     return weight.shape[1] * module.groups if isinstance(module, TRANSPOSED) else len(weight)
 
 

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from captum_classfilters._core.taps import tapped
+from captum_classfilters._core.types import ModelInputs
 
 _MOST_POSITIONS = 512  # of what a layer reads or makes that are kept to be compared
 _FLOOR = 1e-3  # where all values are smaller, differences are measured by this instead
 
-Batch = tuple[Any, ...]
+Batch = ModelInputs
 
 
 @dataclass
@@ -32,7 +33,7 @@ class Mask:
 def masked(model: nn.Module, masks: Iterable[Mask]) -> Iterator[None]:
     """Zero filters in the outputs, or inputs, of some layers."""
 
-    def zeroed(mask: Mask, value: Any) -> Any:
+    def zeroed(mask: Mask, value: Any) -> object:
         first = value[0] if isinstance(value, (tuple, list)) else value
         tensor = first.index_fill(mask.axis, torch.tensor(mask.places, device=first.device), 0)
         return (tensor, *value[1:]) if mask.at_input else tensor
@@ -85,7 +86,7 @@ def observe(model: nn.Module, batch: Batch, readers: Iterable[str], spreads: boo
 
 @contextmanager
 def _watched(model: nn.Module, readers: Iterable[str], seen: Seen, spreads: bool) -> Iterator[None]:
-    def reads(name: str, axis: int, value: Any) -> None:
+    def reads(name: str, axis: int, value: tuple[Tensor, ...]) -> None:
         tensor = value[0].detach()
         seen.read[name] = _some(tensor, axis)
         if spreads:
@@ -93,7 +94,7 @@ def _watched(model: nn.Module, readers: Iterable[str], seen: Seen, spreads: bool
             bounds = [tensor.amin(others), tensor.amax(others), tensor.mean(others)]
             seen.spread[name] = torch.stack(bounds)
 
-    def makes(name: str, axis: int, value: Any) -> None:
+    def makes(name: str, axis: int, value: Tensor) -> None:
         seen.made[name] = _some(value.detach(), axis)
 
     with ExitStack() as stack:
@@ -105,9 +106,9 @@ def _watched(model: nn.Module, readers: Iterable[str], seen: Seen, spreads: bool
         yield
 
 
-def channel_axis(module: Any) -> int:
+def channel_axis(module: nn.Module) -> int:
     """The axis of a convolution's or linear layer's inputs, and of its filters."""
-    return -1 if isinstance(module, nn.Linear) else -1 - len(module.kernel_size)
+    return -1 - len(module.kernel_size) if isinstance(module, nn.modules.conv._ConvNd) else -1
 
 
 def _some(tensor: Tensor, axis: int) -> Tensor:

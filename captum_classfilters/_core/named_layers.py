@@ -1,7 +1,7 @@
 """A list of a model's layers that is also read by name and prints as a table."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar, overload
 
 
 class _Named(Protocol):
@@ -21,7 +21,13 @@ class NamedLayers(Sequence[Layer], Generic[Layer]):
     def __len__(self) -> int:
         return len(self._layers)
 
-    def __getitem__(self, index: Any) -> Any:
+    @overload
+    def __getitem__(self, index: int | str) -> Layer: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Layer, ...]: ...
+
+    def __getitem__(self, index: int | str | slice) -> Layer | tuple[Layer, ...]:
         if isinstance(index, str):
             for layer in self._layers:
                 if layer.name == index:

@@ -1,7 +1,6 @@
 """The one way from what a model returns to scores of classes (N, C)."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,7 +8,7 @@ from torch import Tensor
 _KEYS = ("logits", "out")
 
 
-def class_scores(output: Any) -> Tensor:
+def class_scores(output: object) -> Tensor:
     r"""
     The tensor of scores in what a model returned.
 
@@ -43,7 +42,7 @@ def as_rows(scores: Tensor) -> Tensor:
     return scores[:, None] if scores.dim() == 1 else scores
 
 
-def scores_per_class(output: Any) -> Tensor:
+def scores_per_class(output: object) -> Tensor:
     """Scores (N, C), C at least 2, of what a model returned.
 
     Raises:
@@ -85,7 +84,7 @@ def log_probabilities(scores: Tensor, probabilities: bool = False) -> Tensor:
     return scores.log_softmax(-1)
 
 
-def _contents(output: Any) -> str:
+def _contents(output: object) -> str:
     if isinstance(output, Mapping):
         return f" with {', '.join(map(repr, output))}"
     if isinstance(output, (tuple, list)):

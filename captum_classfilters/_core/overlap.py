@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 
-def shared_members(membership: Any) -> tuple[NDArray[Any], NDArray[Any]]:
+def shared_members(membership: object) -> tuple[NDArray[Any], NDArray[Any]]:
     r"""
     Members that every two sets share, and how many each has.
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from captum_classfilters._core.captum import TargetType
 from captum_classfilters._core.forward import FilterMaps
 from captum_classfilters._core.replay.suffix_replay import SuffixReplay
+from captum_classfilters._core.types import JsonDict, ModelInputs
 
 _RULE = {"scores_from", "weights_from", "features_of"}
 _ATTRIBUTE = {"attribute", "filter_scores"}
@@ -37,7 +38,7 @@ class FilterRule:
         return 5
 
     @property
-    def options(self) -> dict[str, Any]:
+    def options(self) -> JsonDict:
         """The method's own options, for the record."""
         return {}
 
@@ -73,10 +74,10 @@ class Ablation(Protocol):
     layer: Any
 
     @property
-    def options(self) -> dict[str, Any]:
+    def options(self) -> JsonDict:
         """The method's own options, for the record."""
 
     def replay(
-        self, layer: nn.Module, inputs: tuple[Any, ...], *, at_input: bool = False
+        self, layer: nn.Module, inputs: ModelInputs, *, at_input: bool = False
     ) -> SuffixReplay:
         """A batch that has run once, ready to run without filters of a layer."""

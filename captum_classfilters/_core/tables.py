@@ -2,11 +2,12 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set, Sized
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+T = TypeVar("T")
 Class = TypeVar("Class", bound=type)
 
 _MOST_ITEMS = 3
@@ -14,7 +15,7 @@ _LONGEST = 60
 
 
 def text_table(
-    rows: Sequence[Mapping[str, Any]], formats: Mapping[str, str] | None = None, title: str = ""
+    rows: Sequence[Mapping[str, object]], formats: Mapping[str, str] | None = None, title: str = ""
 ) -> str:
     r"""
     Rows as lines of text: words stand left in their column, numbers right.
@@ -85,7 +86,7 @@ def short_repr(cls: Class) -> Class:
         Scores(layer='conv', values=float32 (3, 512))
     """
 
-    def line(self: Any) -> str:
+    def line(self: object) -> str:
         parts = ", ".join(f"{name}={described(getattr(self, name))}" for name in _fields(self))
         return f"{type(self).__name__}({parts})"
 
@@ -93,7 +94,7 @@ def short_repr(cls: Class) -> Class:
     return cls
 
 
-def described(value: Any) -> str:
+def described(value: object) -> str:
     """A value in a few words: tensors by type and shape, the first few of many items."""
     if isinstance(value, nn.Module):
         return type(value).__name__
@@ -113,24 +114,24 @@ def described(value: Any) -> str:
     return f"{text[: _LONGEST - 1]}…" if isinstance(value, str) else f"{type(value).__name__}(…)"
 
 
-def _first(items: Any) -> list[Any]:
+def _first(items: Iterable[T]) -> list[T]:
     return [item for item, _ in zip(items, range(_MOST_ITEMS), strict=False)]
 
 
-def _some(shown: list[str], value: Any) -> str:
+def _some(shown: list[str], value: Sized) -> str:
     more = len(value) - len(shown)
     end = "}" if isinstance(value, Mapping) else ",)" if len(value) == 1 else ")"
     return ", ".join([*shown, f"… {more} more"] if more else shown) + end
 
 
-def _fields(value: Any) -> tuple[str, ...]:
+def _fields(value: object) -> tuple[str, ...]:
     if dataclasses.is_dataclass(value):
         return tuple(field.name for field in dataclasses.fields(value) if field.repr)
-    names: tuple[str, ...] = value._fields
+    names: tuple[str, ...] = value._fields  # type: ignore[attr-defined]
     return names
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> Any:
     """A number of Python's own in place of a tensor or an array of one."""
     return value.item() if isinstance(value, Tensor) or hasattr(value, "item") else value
 

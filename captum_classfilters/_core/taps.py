@@ -19,7 +19,7 @@ from captum_classfilters._core.layers import (
 
 @contextmanager
 def hooked(
-    modules: Iterable[nn.Module], hook: Callable[[nn.Module, Any, Any], Any]
+    modules: Iterable[nn.Module], hook: Callable[[nn.Module, Any, Any], object]
 ) -> Iterator[None]:
     """Call a function with each of these modules, its inputs and its output whenever it has run in
     the block; what it returns, if not None, takes the output's place."""
@@ -32,7 +32,7 @@ def hooked(
 
 @contextmanager
 def tapped(
-    module: nn.Module, react: Callable[[Any], Any], *, at_input: bool = False
+    module: nn.Module, react: Callable[[Any], object], *, at_input: bool = False
 ) -> Iterator[None]:
     r"""
     Call a function with what a module puts out, or takes, in every forward pass of the block.
@@ -47,10 +47,10 @@ def tapped(
                     Default: False
     """
 
-    def pre_hook(_module: nn.Module, inputs: Any) -> Any:
+    def pre_hook(_module: nn.Module, inputs: object) -> object:
         return _in_the_form_of(inputs, react(inputs))
 
-    def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+    def hook(_module: nn.Module, _inputs: object, output: object) -> object:
         return _in_the_form_of(output, react(output))
 
     with ExitStack() as stack:
@@ -62,7 +62,7 @@ def tapped(
         yield
 
 
-def _running_eagerly() -> AbstractContextManager[Any]:
+def _running_eagerly() -> AbstractContextManager[object]:
     """A block in which compiled models run as they were written: compiled code does not see hooks
     that are registered after it was made. Nothing is compiled before torch._dynamo is imported."""
     if "torch._dynamo" not in sys.modules or not hasattr(torch.compiler, "set_stance"):
@@ -70,7 +70,7 @@ def _running_eagerly() -> AbstractContextManager[Any]:
     return torch.compiler.set_stance("force_eager")
 
 
-def _in_the_form_of(value: Any, replacement: Any) -> Any:
+def _in_the_form_of(value: object, replacement: object) -> object:
     if isinstance(value, (tuple, list)) and isinstance(replacement, Tensor):
         return type(value)([replacement])
     return replacement
@@ -122,7 +122,7 @@ class LayerTap:
         """Forget the last forward pass."""
         self.rows = {}
 
-    def take(self, value: Any) -> Any:
+    def take(self, value: object) -> Tensor | None:
         """See the layer's value pass; what is returned, if not None, takes its place."""
         tensor = only_tensor(value, self.name)
         self.count(tensor)

@@ -1,7 +1,5 @@
 """The one reading of Captum's targets: which score of each image is explained."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -57,7 +55,8 @@ def class_indices(num_classes: int, target: TargetType, num_images: int) -> Tens
     return selected.reshape(-1).expand(num_images)
 
 
-def as_indices(target: Any) -> Tensor | None:
+def as_indices(target: TargetType) -> Tensor | None:
     """A target that is already one class index for each image, as such."""
-    whole = isinstance(target, Tensor) and target.dim() == 1 and target.dtype == torch.int64
-    return target if whole else None
+    if isinstance(target, Tensor) and target.dim() == 1 and target.dtype == torch.int64:
+        return target
+    return None

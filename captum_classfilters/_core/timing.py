@@ -2,16 +2,17 @@
 
 import time
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import nn
+
+from captum_classfilters._core.types import ModelInputs
 
 _WARM_UP = 3
 
 
 def interleaved_seconds(
-    models: Sequence[nn.Module], inputs: Sequence[tuple[Any, ...]], repetitions: int
+    models: Sequence[nn.Module], inputs: Sequence[ModelInputs], repetitions: int
 ) -> list[list[float]]:
     """Seconds of each forward pass of each model, the models taking turns after a warm-up."""
     times: list[list[float]] = [[] for _ in models]
@@ -31,7 +32,7 @@ def median_and_interquartile(times: Sequence[float]) -> tuple[float, float]:
     return middle, high - low
 
 
-def _timed(model: nn.Module, inputs: tuple[Any, ...]) -> float:
+def _timed(model: nn.Module, inputs: ModelInputs) -> float:
     started = _now()
     model(*inputs)
     return _now() - started

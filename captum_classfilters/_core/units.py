@@ -1,13 +1,13 @@
 """What a layer puts out, image by image, as maps of its filters or of directions in their space."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from captum_classfilters._core.batches import Batch, Batches, Unpack, read_batches
+from captum_classfilters._core.batches import Batch, Batches, read_batches
 from captum_classfilters._core.devices import on_device, without_autocast
 from captum_classfilters._core.layers import (
     find_layers,
@@ -18,6 +18,7 @@ from captum_classfilters._core.layers import (
 from captum_classfilters._core.outputs import scores_per_class
 from captum_classfilters._core.tables import described
 from captum_classfilters._core.taps import LayerTap, tapping
+from captum_classfilters._core.types import Dataloader, Unpack
 
 #: How the positions of a map become one number.
 Aggregate = Literal["mean", "max", "min", "sum", "abs_mean", "abs_sum", "l2"]
@@ -48,7 +49,7 @@ def at_least_float32(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def check_aggregate(aggregate: Any, known: Sequence[str] = get_args(Aggregate)) -> None:
+def check_aggregate(aggregate: object, known: Sequence[str] = get_args(Aggregate)) -> None:
     """Raise if there is no such aggregate."""
     if aggregate not in known:
         names = [repr(name) for name in known]
@@ -89,7 +90,7 @@ class UnitTap(LayerTap):
         name: str,
         channel_dim: int | None = None,
         at_input: bool = False,
-        directions: Any = None,
+        directions: object = None,
         subtract_bias: bool = True,
     ) -> None:
         before = weighted_before(model, module)
@@ -102,7 +103,7 @@ class UnitTap(LayerTap):
         if self.matrix is not None and subtract_bias:
             self.offset = projected_bias(module, self.matrix)
 
-    def take(self, value: Any) -> Any:
+    def take(self, value: object) -> Any:
         """Keep what matters of the layer's value."""
         tensor = only_tensor(value, self.name)
         self.count(tensor)
@@ -165,7 +166,7 @@ def units_of(
     model: nn.Module,
     layers: str | nn.Module | Sequence[str | nn.Module],
     channel_dim: int | Mapping[str, int] | None = None,
-    directions: Mapping[str, Any] | None = None,
+    directions: Mapping[str, object] | None = None,
     subtract_bias: bool = True,
 ) -> list[UnitTap]:
     """The units of several layers; with directions, every layer must have some."""
@@ -197,7 +198,7 @@ def projected_bias(module: nn.Module, matrix: Tensor) -> Tensor:
 def read_units(
     model: nn.Module,
     taps: Sequence[UnitTap],
-    dataloader: Iterable[Any],
+    dataloader: Dataloader,
     description: str,
     take: Callable[[Batches, Batch, Any], None],
     *,
@@ -276,7 +277,7 @@ def given_classes(batch: Batch) -> Tensor | None:
     return labels.long() if whole and labels.shape == (batch.size,) else None
 
 
-def num_outputs(output: Any) -> int | None:
+def num_outputs(output: object) -> int | None:
     """How many classes a model's output has scores of; None if it is something else."""
     try:
         return scores_per_class(output).shape[1]
@@ -345,7 +346,7 @@ class Rows:
             self._pieces.append(self._keep(*parts))
 
 
-def _matrix(directions: Any, name: str) -> Tensor:
+def _matrix(directions: object, name: str) -> Tensor:
     matrix = getattr(directions, "left", directions)
     if not isinstance(matrix, Tensor) or matrix.dim() != 2 or not matrix.shape[1]:
         described = tuple(matrix.shape) if isinstance(matrix, Tensor) else type(matrix).__name__

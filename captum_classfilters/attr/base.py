@@ -1,6 +1,6 @@
 """The base of this package's layer attributions: subclass it to add a method."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ from captum_classfilters._core.layers import (
     weighted_before,
 )
 from captum_classfilters._core.rules import FilterRule
+from captum_classfilters._core.types import Dataloader, ForwardFunc, Keywords, Unpack
 from captum_classfilters.identify.identify_class_filters import identify_class_filters
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ class LayerFilterAttribution(FilterRule, LayerAttribution):
 
     def __init__(
         self,
-        forward_func: Callable[..., Any],
+        forward_func: ForwardFunc,
         layer: Layers | str | list[str] | None,
         device_ids: list[int] | None = None,
         channel_dim: int | None = None,
@@ -120,7 +121,7 @@ class LayerFilterAttribution(FilterRule, LayerAttribution):
         self,
         inputs: Tensor | tuple[Tensor, ...],
         target: TargetType = None,
-        additional_forward_args: Any = None,
+        additional_forward_args: object = None,
         attribute_to_layer_input: bool = False,
     ) -> Any:
         r"""
@@ -177,17 +178,17 @@ class LayerFilterAttribution(FilterRule, LayerAttribution):
 
     def identify(
         self,
-        dataloader: Iterable[Any],
+        dataloader: Dataloader,
         *,
         num_classes: int | None = None,
         class_names: Sequence[str] | None = None,
         target: int | None = None,
         num_filters: int | None = None,
         mass: float | None = None,
-        attribute_kwargs: Mapping[str, Any] | None = None,
+        attribute_kwargs: Mapping[str, object] | None = None,
         attribute_to_layer_input: bool = False,
         significance: "bool | LabelPermutation" = False,
-        unpack: Callable[[Any], tuple[Any, Any]] | None = None,
+        unpack: Unpack | None = None,
         device: torch.device | str | None = None,
         show_progress: bool = True,
     ) -> "ClassFilters":
@@ -229,10 +230,10 @@ class LayerFilterAttribution(FilterRule, LayerAttribution):
     def _forward(
         self,
         inputs: Tensor | tuple[Tensor, ...],
-        additional_forward_args: Any = None,
+        additional_forward_args: object = None,
         at_input: bool = False,
         layers: Sequence[nn.Module] | None = None,
-        grad_kwargs: Mapping[str, Any] | None = None,
+        grad_kwargs: Keywords | None = None,
         scale: float = 1.0,
     ) -> "Iterator[BatchReading]":
         """One forward pass, the model in evaluation mode and left as found."""
@@ -334,7 +335,7 @@ class WeightedFilterAttribution(LayerFilterAttribution):
         return maps.maps * self.weights_from(maps, target)
 
 
-def _resolved(forward_func: Callable[..., Any], layer: Any) -> Any:
+def _resolved(forward_func: ForwardFunc, layer: object) -> Any:
     if isinstance(layer, str):
         return find_layer(module_of(forward_func), layer)
     if isinstance(layer, (list, tuple)):

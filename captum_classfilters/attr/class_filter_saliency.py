@@ -30,6 +30,7 @@ from captum_classfilters._core.layers import (
 from captum_classfilters._core.outputs import class_scores
 from captum_classfilters._core.taps import LayerTap, tapping
 from captum_classfilters._core.targets import class_indices, own_scores
+from captum_classfilters._core.types import ModelInputs
 from captum_classfilters.attr.layer_filter_contribution import LayerFilterContribution
 from captum_classfilters.class_filters import ClassFilters
 
@@ -128,7 +129,7 @@ class ClassFilterSaliency(GradientAttribution):
         inputs: Tensor | tuple[Tensor, ...],
         baselines: BaselineType = None,
         target: TargetType = None,
-        additional_forward_args: Any = None,
+        additional_forward_args: object = None,
         n_steps: int | None = None,
         method: str = "gausslegendre",
     ) -> Any:
@@ -216,9 +217,9 @@ class ClassFilterSaliency(GradientAttribution):
     def _gradients(
         self,
         inputs: tuple[Tensor, ...],
-        baselines: tuple[Any, ...],
+        baselines: ModelInputs,
         target: TargetType,
-        extra: tuple[Any, ...],
+        extra: ModelInputs,
         path: list[tuple[float, float]],
         chosen: Tensor,
     ) -> tuple[Tensor, ...]:
@@ -244,7 +245,7 @@ class ClassFilterSaliency(GradientAttribution):
         return tuple(total)
 
     def _gradient(
-        self, points: tuple[Tensor, ...], target: TargetType, extra: tuple[Any, ...], chosen: Tensor
+        self, points: tuple[Tensor, ...], target: TargetType, extra: ModelInputs, chosen: Tensor
     ) -> list[Tensor | None]:
         """Gradients at the inputs through the chosen filters; None where there are none."""
         at_layer: list[tuple[Tensor, int]] = []
@@ -279,7 +280,7 @@ class ClassFilterSaliency(GradientAttribution):
         self,
         inputs: tuple[Tensor, ...],
         target: TargetType,
-        extra: tuple[Any, ...],
+        extra: ModelInputs,
         n_steps: int | None,
         method: str,
         chosen: Tensor,

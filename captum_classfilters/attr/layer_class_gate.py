@@ -1,7 +1,6 @@
 """Liang et al.: evidence read from a trained class-specific gate."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +10,7 @@ from captum_classfilters._core.forward import FilterMaps
 from captum_classfilters._core.layers import module_of
 from captum_classfilters._core.provenance import provenance
 from captum_classfilters._core.targets import as_indices, class_indices
+from captum_classfilters._core.types import JsonDict
 from captum_classfilters.attr.base import WeightedFilterAttribution
 from captum_classfilters.class_filters import ClassFilters
 
@@ -76,7 +76,7 @@ class LayerClassGate(WeightedFilterAttribution):
         self.descending = descending
 
     @property
-    def options(self) -> dict[str, Any]:
+    def options(self) -> JsonDict:
         """The method's own options, for the record."""
         return {"descending": self.descending}
 

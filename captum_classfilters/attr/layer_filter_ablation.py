@@ -1,6 +1,6 @@
 """Abbasi-Asl and Yu: what a target's score loses when a filter is removed."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any, Literal
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from captum_classfilters._core.captum import (
+    TargetType,
     format_additional_forward_args,
     format_tensor_into_tuples,
     log_usage,
@@ -19,6 +20,7 @@ from captum_classfilters._core.layers import along_filters, filter_axis, module_
 from captum_classfilters._core.outputs import are_probabilities, as_rows, log_probabilities
 from captum_classfilters._core.replay.suffix_replay import SuffixReplay
 from captum_classfilters._core.targets import class_indices, own_scores
+from captum_classfilters._core.types import Dataloader, JsonDict, ModelInputs
 from captum_classfilters.attr.base import LayerFilterAttribution, Layers
 from captum_classfilters.identify.accuracy_reduction import accuracy_reduction, metric_reduction
 
@@ -28,7 +30,7 @@ SCORES: tuple[str, ...] = ("logit", "probability", "log_probability")
 
 
 def score_reader(
-    outputs: Tensor, target: Any, num_images: int, score: Score
+    outputs: Tensor, target: TargetType, num_images: int, score: Score
 ) -> Callable[[Tensor], Tensor]:
     r"""
     How to read each image's own score off what the model returns.
@@ -142,7 +144,7 @@ class LayerFilterAblation(LayerFilterAttribution, PerturbationAttribution):
         self.seed = seed
 
     @property
-    def options(self) -> dict[str, Any]:
+    def options(self) -> JsonDict:
         """The method's own options, for the record."""
         options = {"score": self.score, "replacement": self.replacement}
         return {**options, "seed": self.seed} if self.replacement == "resample" else options
@@ -152,8 +154,8 @@ class LayerFilterAblation(LayerFilterAttribution, PerturbationAttribution):
         self,
         inputs: Tensor | tuple[Tensor, ...],
         layer_baselines: Tensor | float | None = None,
-        target: Any = None,
-        additional_forward_args: Any = None,
+        target: TargetType = None,
+        additional_forward_args: object = None,
         attribute_to_layer_input: bool = False,
         perturbations_per_eval: int | None = None,
         show_progress: bool = False,
@@ -215,7 +217,7 @@ class LayerFilterAblation(LayerFilterAttribution, PerturbationAttribution):
                 drops.append((spread.expand_as(tensor),))
         return self._formatted(drops)
 
-    def identify(self, dataloader: Iterable[Any], *, metric: Any = None, **options: Any) -> Any:
+    def identify(self, dataloader: Dataloader, *, metric: object = None, **options: Any) -> Any:
         r"""
         Score each class's filters on a data set.
 
@@ -247,10 +249,10 @@ class LayerFilterAblation(LayerFilterAttribution, PerturbationAttribution):
     def replay(
         self,
         layer: nn.Module,
-        inputs: tuple[Any, ...],
+        inputs: ModelInputs,
         *,
         layer_baselines: Tensor | float | None = None,
-        additional_forward_args: tuple[Any, ...] | None = None,
+        additional_forward_args: ModelInputs | None = None,
         at_input: bool = False,
     ) -> SuffixReplay:
         """A batch that has run once, ready to run without filters of a layer."""
@@ -297,7 +299,7 @@ class LayerFilterAblation(LayerFilterAttribution, PerturbationAttribution):
     def drops(
         self,
         replay: SuffixReplay,
-        target: Any,
+        target: TargetType,
         perturbations_per_eval: int | None = None,
         show_progress: bool = False,
     ) -> Tensor:

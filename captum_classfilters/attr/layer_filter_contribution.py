@@ -13,6 +13,7 @@ from captum_classfilters._core.captum import TargetType, approximation_parameter
 from captum_classfilters._core.forward import BatchReading, FilterMaps
 from captum_classfilters._core.outputs import class_scores
 from captum_classfilters._core.targets import own_scores
+from captum_classfilters._core.types import Keywords
 from captum_classfilters.attr.base import LayerFilterAttribution, Layers, WeightedFilterAttribution
 
 
@@ -91,12 +92,12 @@ class LayerFilterContribution(WeightedFilterAttribution, GradientAttribution):
         self,
         inputs: Tensor | tuple[Tensor, ...],
         target: TargetType = None,
-        additional_forward_args: Any = None,
+        additional_forward_args: object = None,
         n_steps: int | None = None,
         method: str = "gausslegendre",
         return_convergence_delta: bool = False,
         attribute_to_layer_input: bool = False,
-        grad_kwargs: dict[str, Any] | None = None,
+        grad_kwargs: Keywords | None = None,
     ) -> Any:
         r"""
         Args:

@@ -1,12 +1,13 @@
 """Badola et al.: how often a filter is among an image's strongest."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from captum_classfilters._core.captum import TargetType
 from captum_classfilters._core.forward import FilterMaps
+from captum_classfilters._core.types import JsonDict
 from captum_classfilters.attr.base import LayerFilterAttribution, Layers
 
 
@@ -81,11 +82,11 @@ class LayerFilterFrequency(LayerFilterAttribution):
         return self.top_k
 
     @property
-    def options(self) -> dict[str, Any]:
+    def options(self) -> JsonDict:
         """The method's own options, for the record."""
         return {"top_k": self.top_k}
 
-    def scores_from(self, maps: FilterMaps, target: Any = None) -> Tensor:
+    def scores_from(self, maps: FilterMaps, target: TargetType = None) -> Tensor:
         """The rule: a vote for each of the image's strongest filters."""
         return strongest(maps.means, self.top_k).to(maps.means.dtype)
 

@@ -254,12 +254,12 @@ def _refitted(
 
 
 @infidelity_perturb_func_decorator(True)
-def _drop_pixels(inputs: Tensor, _baselines: Any = None) -> Tensor:
+def _drop_pixels(inputs: Tensor, _baselines: object = None) -> Tensor:
     return inputs * (torch.rand_like(inputs) > 0.2)
 
 
 @infidelity_perturb_func_decorator(True)
-def _drop_filters(gates: Tensor, _baselines: Any = None) -> Tensor:
+def _drop_filters(gates: Tensor, _baselines: object = None) -> Tensor:
     return gates * (torch.rand_like(gates) > 0.5)
 
 

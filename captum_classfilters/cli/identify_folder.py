@@ -355,7 +355,7 @@ def _explain(
     model: nn.Module,
     job: FolderJob,
     tables: dict[str, ClassFilters],
-    chosen: Subset[Any],
+    chosen: Subset[object],
 ) -> None:
     from captum_classfilters.visualize import plot_explanations
 

@@ -327,7 +327,7 @@ class ClassSpecificGate(nn.Module):
             f"projection={self.projection!r}{place}"
         )
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "ClassSpecificGate":
+    def __deepcopy__(self, memo: dict[int, object]) -> "ClassSpecificGate":
         copied = ClassSpecificGate(
             self.num_classes, self.num_filters, projection=self.projection
         ).to(self.weight)

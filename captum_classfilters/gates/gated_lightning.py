@@ -19,7 +19,7 @@ except ImportError as error:  # the class can be read and documented without Lig
     _MISSING = error
 
 
-def _second(batch: Any) -> Tensor:
+def _second(batch: object) -> Tensor:
     if not isinstance(batch, (tuple, list)) or len(batch) < 2:
         raise ValueError(
             f"The batch is a {type(batch).__name__}, not a pair (images, labels); pass labels= to "
@@ -119,7 +119,7 @@ class ClassGateCallback(Callback):
             )
 
     def on_train_batch_start(
-        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
+        self, trainer: Any, pl_module: object, batch: object, batch_idx: int
     ) -> None:
         """Switch the gate on, if it is its turn."""
         self._gated = self.schedule.is_gated(trainer.current_epoch, batch_idx)
@@ -127,11 +127,13 @@ class ClassGateCallback(Callback):
             self._open = ExitStack()
             self._open.enter_context(self.gate.gating(self.labels(batch)))
 
-    def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
+    def on_before_backward(self, trainer: object, pl_module: object, loss: Tensor) -> None:
         """Switch the gate off; the loss has been computed."""
         self._open.close()
 
-    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+    def on_before_optimizer_step(
+        self, trainer: object, pl_module: object, optimizer: object
+    ) -> None:
         """Add the regularizer's gradient, after any loss scaling has been undone."""
         if not self._gated or not self._holds(optimizer):
             return
@@ -143,14 +145,14 @@ class ClassGateCallback(Callback):
             weight.grad = gradient if weight.grad is None else weight.grad + gradient
 
     def on_train_batch_end(
-        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: object, pl_module: object, outputs: object, batch: object, batch_idx: int
     ) -> None:
         """Project the gate."""
         if self._gated:
             self.gate.project()
         self._gated = False
 
-    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+    def on_exception(self, trainer: object, pl_module: object, exception: BaseException) -> None:
         """Switch the gate off."""
         with suppress(BaseException):
             self._open.__exit__(type(exception), exception, exception.__traceback__)

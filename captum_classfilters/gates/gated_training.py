@@ -1,6 +1,6 @@
 """Training with a class-specific gate: schedule, steps, history, exact resumption."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -8,15 +8,16 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from tqdm.auto import tqdm
 
-from captum_classfilters._core.batches import Batches, Unpack, read_batches
+from captum_classfilters._core.batches import Batches, read_batches
 from captum_classfilters._core.devices import device_of
 from captum_classfilters._core.distributed import is_main_process
 from captum_classfilters._core.guard import model_left_as_found
 from captum_classfilters._core.outputs import as_rows, class_scores, log_probabilities, two_classes
 from captum_classfilters._core.tables import short_repr
+from captum_classfilters._core.types import Dataloader, Keywords, ModelInputs, Unpack
 from captum_classfilters.gates.class_specific_gate import ClassSpecificGate, gates_not_finite
 
 Unit = Literal["epoch", "batch", "joint"]
@@ -160,8 +161,8 @@ class GatedTrainer:
         gate: ClassSpecificGate,
         optimizer: torch.optim.Optimizer,
         gated_optimizer: torch.optim.Optimizer | None = None,
-        scheduler: Any = None,
-        gated_scheduler: Any = None,
+        scheduler: LRScheduler | None = None,
+        gated_scheduler: LRScheduler | None = None,
         schedule: GateSchedule | None = None,
         gated_weight: float = 1.0,
         regularization: float = 1e-3,
@@ -193,8 +194,8 @@ class GatedTrainer:
 
     def fit(
         self,
-        train_loader: Iterable[Any],
-        validation_loader: Iterable[Any] | None = None,
+        train_loader: Dataloader,
+        validation_loader: Dataloader | None = None,
         epochs: int = 1,
         *,
         unpack: Unpack | None = None,
@@ -229,7 +230,7 @@ class GatedTrainer:
             unit="epoch",
             disable=not (show_progress and is_main_process()),
         )
-        options = {"unpack": unpack, "device": device, "show_progress": False}
+        options: Keywords = {"unpack": unpack, "device": device, "show_progress": False}
         for epoch in bar:
             self.model.train()
             record = self._epoch(epoch, train_loader, validation_loader, options)
@@ -263,7 +264,7 @@ class GatedTrainer:
         return float(loss), int(correct)
 
     def _step(
-        self, inputs: tuple[Any, ...], labels: Tensor, gated: bool, check: bool
+        self, inputs: ModelInputs, labels: Tensor, gated: bool, check: bool
     ) -> tuple[Tensor, Tensor]:
         """A step; its loss and number of correct predictions, where the model is."""
         optimizer = self.gated_optimizer if gated else self.optimizer
@@ -284,7 +285,7 @@ class GatedTrainer:
             self.gate.project(check=check)
         return loss.detach(), _correct(scores, labels)
 
-    def _gated_scores(self, inputs: tuple[Any, ...], labels: Tensor, check: bool) -> Tensor:
+    def _gated_scores(self, inputs: ModelInputs, labels: Tensor, check: bool) -> Tensor:
         with self.gate.gating(labels, check=check):
             scores = class_scores(self.model(*inputs))
         num_classes = two_classes(scores).shape[1]
@@ -298,9 +299,9 @@ class GatedTrainer:
     def _epoch(
         self,
         epoch: int,
-        train_loader: Iterable[Any],
-        validation_loader: Iterable[Any] | None,
-        options: dict[str, Any],
+        train_loader: Dataloader,
+        validation_loader: Dataloader | None,
+        options: Keywords,
     ) -> GatedEpoch:
         losses: list[Tensor] = []
         correct: list[Tensor] = []
@@ -336,7 +337,7 @@ class GatedTrainer:
         )
 
     def _batches(
-        self, dataloader: Iterable[Any], options: dict[str, Any], training: bool
+        self, dataloader: Dataloader, options: Keywords, training: bool
     ) -> AbstractContextManager[Batches]:
         where = options["device"] or device_of(self.model) or self.gate.weight.device
         return read_batches(
@@ -358,7 +359,7 @@ class GatedTrainer:
     def _one_optimizer(self) -> bool:
         return self.gated_optimizer is self.optimizer
 
-    def _accuracy(self, dataloader: Iterable[Any], options: dict[str, Any]) -> float:
+    def _accuracy(self, dataloader: Dataloader, options: Keywords) -> float:
         correct: list[Tensor] = []
         with self._batches(dataloader, options, training=False) as batches:
             for batch in batches:
@@ -376,7 +377,7 @@ class GatedTrainer:
             CPU; load it with ``torch.load(..., weights_only=True)`` and :meth:`load_state_dict`. A
             loader that shuffles with a generator of its own is not part of it.
         """
-        parts = {
+        parts: dict[str, nn.Module | torch.optim.Optimizer | LRScheduler | None] = {
             "model": self.model,
             "gate": self.gate,
             "optimizer": self.optimizer,
@@ -384,7 +385,9 @@ class GatedTrainer:
             "scheduler": self.scheduler,
             "gated_scheduler": self.gated_scheduler,
         }
-        state = {name: part.state_dict() for name, part in parts.items() if part is not None}
+        state: dict[str, Any] = {
+            name: part.state_dict() for name, part in parts.items() if part is not None
+        }
         state["history"] = [asdict(record) for record in self.history]
         state["random_state"] = torch.get_rng_state()
         return state

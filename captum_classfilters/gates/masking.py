@@ -1,16 +1,15 @@
 """What happens to every class when one class's filters are masked, or kept alone."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from captum_classfilters._core.batches import Unpack
 from captum_classfilters._core.layers import find_layer
 from captum_classfilters._core.ranking import random_sets
 from captum_classfilters._core.tables import short_repr, text_table
+from captum_classfilters._core.types import Dataloader, Unpack
 from captum_classfilters.attr import LayerFilterAblation
 from captum_classfilters.class_filters import ClassFilters
 from captum_classfilters.metrics.replayed_batches import confusion_without
@@ -74,7 +73,7 @@ def masking_test(
     model: nn.Module,
     layer: nn.Module | str,
     class_filters: ClassFilters,
-    dataloader: Iterable[Any],
+    dataloader: Dataloader,
     *,
     mode: Literal["mask", "keep"] = "mask",
     repetitions: int = 1,

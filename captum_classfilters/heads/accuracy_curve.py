@@ -2,7 +2,7 @@
 
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,6 +17,7 @@ from captum_classfilters._core.outputs import two_classes
 from captum_classfilters._core.ranking import random_orders, ranks
 from captum_classfilters._core.tables import short_repr, text_table
 from captum_classfilters._core.taps import hooked
+from captum_classfilters._core.types import Dataloader, Unpack
 from captum_classfilters.class_filters import ClassFilters, check_selection
 from captum_classfilters.heads.decompose import HeadFit, fit_to_head
 from captum_classfilters.heads.linear_head import LinearHead, check_scores_follow, run_head
@@ -82,12 +83,12 @@ class AccuracyCurve:
 def accuracy_curve(
     model: nn.Module,
     class_filters: ClassFilters | Mapping[str, ClassFilters],
-    dataloader: Iterable[Any],
+    dataloader: Dataloader,
     *,
     num_filters: Sequence[int] | None = None,
     repetitions: int = 5,
     head: str | None = None,
-    unpack: Callable[[Any], tuple[Any, Any]] | None = None,
+    unpack: Unpack | None = None,
     show_progress: bool = True,
 ) -> AccuracyCurve:
     r"""
@@ -149,11 +150,11 @@ def accuracy_curve(
 def select_by_accuracy(
     model: nn.Module,
     class_filters: ClassFilters,
-    dataloader: Iterable[Any],
+    dataloader: Dataloader,
     *,
     keep: float = 0.99,
     head: str | None = None,
-    unpack: Callable[[Any], tuple[Any, Any]] | None = None,
+    unpack: Unpack | None = None,
     show_progress: bool = True,
 ) -> ClassFilters:
     r"""
@@ -300,7 +301,7 @@ class _Trials:
     def _with_head(self, batch: Batch, trial: _Trial) -> Tensor:
         """Answers (N,) of the model with another head in the place of its own."""
 
-        def hook(_module: nn.Module, inputs: Any, _output: Any) -> Tensor:
+        def hook(_module: nn.Module, inputs: Any, _output: object) -> Tensor:
             return self.head.outputs(inputs[0], trial.weight(self.head, inputs[0].device))
 
         with hooked([self.head.module], hook):
@@ -312,8 +313,8 @@ def _count(
     model: nn.Module,
     head: LinearHead,
     trials: Sequence[_Trial],
-    dataloader: Iterable[Any],
-    unpack: Callable[[Any], tuple[Any, Any]] | None,
+    dataloader: Dataloader,
+    unpack: Unpack | None,
     show_progress: bool,
 ) -> tuple[Tensor, Tensor]:
     """Right answers (1 + T, C), the model's own first, and images (C,)."""

@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
 from captum_classfilters._core.tables import short_repr, text_table
 from captum_classfilters._core.timing import interleaved_seconds, median_and_interquartile
+from captum_classfilters._core.types import ExampleInputs
 from captum_classfilters.heads.linear_head import example_batch, find_head
 
 
@@ -67,7 +67,7 @@ class HeadComparison:
 
 
 def compare_heads(
-    before: nn.Module, after: nn.Module, example_inputs: Any, *, repetitions: int = 30
+    before: nn.Module, after: nn.Module, example_inputs: ExampleInputs, *, repetitions: int = 30
 ) -> HeadComparison:
     r"""
     Compare two models' heads, and measure both models' forward passes in turn.

@@ -10,6 +10,7 @@ from captum_classfilters._core.heads import alike, how_layer_feeds, is_linear
 from captum_classfilters._core.layers import filter_axis, find_layer, layer_name
 from captum_classfilters._core.outputs import class_scores
 from captum_classfilters._core.taps import hooked, tapped
+from captum_classfilters._core.types import ExampleInputs
 from captum_classfilters.class_filters import ClassFilters
 from captum_classfilters.heads.decomposed_linear import DecomposedLinear
 from captum_classfilters.heads.linear_head import (
@@ -36,7 +37,7 @@ def decompose(
     head: str | None = None,
     missing: Missing = "error",
     dropped_means: Tensor | None = None,
-    example_inputs: Any = None,
+    example_inputs: ExampleInputs | None = None,
 ) -> nn.Module:
     r"""
     A copy of the model with the decomposed head in place of its last linear layer.
@@ -107,7 +108,7 @@ def decomposed_head(
     head: str | None = None,
     missing: Missing = "error",
     dropped_means: Tensor | None = None,
-    example_inputs: Any = None,
+    example_inputs: ExampleInputs | None = None,
 ) -> tuple[str, DecomposedLinear]:
     r"""
     The decomposed head alone, without a copy of the model; arguments as for :func:`decompose`.
@@ -176,7 +177,7 @@ def fit_to_head(
     model: nn.Module,
     class_filters: ClassFilters,
     head: str | None = None,
-    example_inputs: Any = None,
+    example_inputs: ExampleInputs | None = None,
 ) -> HeadFit:
     """The head that a table belongs to, seen to be linear; raises if they do not fit."""
     name = head or head_name(model, class_filters, example_inputs)
@@ -226,7 +227,9 @@ def _check_sizes(class_filters: ClassFilters, head: LinearHead, feed: Any) -> No
         )
 
 
-def _check_feeds(class_filters: ClassFilters, head: LinearHead, feed: Any, trusted: bool) -> None:
+def _check_feeds(
+    class_filters: ClassFilters, head: LinearHead, feed: object, trusted: bool
+) -> None:
     watched = "feeds_head" in class_filters.provenance
     if not feed and not trusted and watched:
         raise ValueError(
@@ -274,7 +277,7 @@ def _without_missing(mask: Tensor, class_filters: ClassFilters, missing: Missing
 
 
 def _checked_feed(
-    model: nn.Module, class_filters: ClassFilters, head: LinearHead, example_inputs: Any
+    model: nn.Module, class_filters: ClassFilters, head: LinearHead, example_inputs: ExampleInputs
 ) -> str:
     """How the table's layer feeds the head on an example; raises if it does not, or if the head is
     not all that the scores come from."""
@@ -303,7 +306,7 @@ def _checked_feed(
     )
 
 
-def _keep(kept: list[Tensor], value: Any) -> None:
+def _keep(kept: list[Tensor], value: object) -> None:
     tensor = value[0] if isinstance(value, (tuple, list)) and value else value
     if isinstance(tensor, Tensor):
         kept.append(tensor.clone())
@@ -329,7 +332,7 @@ def _check_copy(
     name: str,
     smaller: nn.Module,
     decomposed: DecomposedLinear,
-    example_inputs: Any,
+    example_inputs: ExampleInputs,
 ) -> None:
     """Raise unless the copy returns what the model does with the new head's output in its place."""
     with example_batch([model, smaller], example_inputs) as batch:

@@ -1,10 +1,9 @@
 """Are a class's filters necessary and sufficient? Noise, zero or the mean in their place."""
 
 import logging
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +14,7 @@ from captum_classfilters._core.outputs import two_classes
 from captum_classfilters._core.ranking import random_sets
 from captum_classfilters._core.tables import short_repr
 from captum_classfilters._core.taps import tapped
+from captum_classfilters._core.types import Dataloader, Unpack
 from captum_classfilters.class_filters import ClassFilters
 from captum_classfilters.heads.decompose import fit_to_head
 from captum_classfilters.heads.head_features import head_features
@@ -126,13 +126,13 @@ def essentiality(
 def model_essentiality(
     model: nn.Module,
     class_filters: ClassFilters,
-    dataloader: Iterable[Any],
+    dataloader: Dataloader,
     *,
     head: str | None = None,
     replacement: Replacement = "noise",
     repetitions: int = 3,
     seed: int = 0,
-    unpack: Callable[[Any], tuple[Any, Any]] | None = None,
+    unpack: Unpack | None = None,
     show_progress: bool = True,
 ) -> Essentiality:
     r"""
@@ -275,7 +275,7 @@ def _hits(
     return torch.stack(rows)
 
 
-def _instead(features: Tensor, _inputs: Any) -> Tensor:
+def _instead(features: Tensor, _inputs: object) -> Tensor:
     """Features in the place of a head's inputs."""
     return features
 

@@ -2,18 +2,20 @@
 
 import copy
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from captum_classfilters._core.batches import Batch, Batches, read_batches
 from captum_classfilters._core.devices import device_of, on_device
 from captum_classfilters._core.tables import short_repr
+from captum_classfilters._core.types import Dataloader, Unpack
 from captum_classfilters.heads.linear_head import find_head
 from captum_classfilters.metrics.evaluate_classifier import ScoreReader, evaluate_classifier
 
@@ -43,19 +45,19 @@ class Epoch:
 
 def fine_tune(
     model: nn.Module,
-    train_loader: Iterable[Any],
-    validation_loader: Iterable[Any],
+    train_loader: Dataloader,
+    validation_loader: Dataloader,
     *,
     epochs: int = 1,
     learning_rate: float = 1e-4,
     optimizer: torch.optim.Optimizer | None = None,
-    scheduler: Any = None,
+    scheduler: LRScheduler | None = None,
     freeze: Freeze = "nothing",
     label_smoothing: float = 0.0,
     teacher: nn.Module | None = None,
     teacher_weight: float = 0.9,
     temperature: float = 2.0,
-    unpack: Callable[[Any], tuple[Any, Any]] | None = None,
+    unpack: Unpack | None = None,
     show_progress: bool = True,
 ) -> list[Epoch]:
     r"""
@@ -165,7 +167,7 @@ def _one_epoch(
     model: nn.Module,
     batches: Batches,
     optimizer: torch.optim.Optimizer,
-    scheduler: Any,
+    scheduler: LRScheduler | None,
     criterion: _Criterion,
 ) -> tuple[float, float]:
     """Mean loss, and accuracy on the batches as they were seen."""
@@ -221,7 +223,7 @@ def _best_state_kept(model: nn.Module) -> Iterator[Callable[[], None]]:
     flags = [
         (parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()
     ]
-    best: dict[str, Any] = {}
+    best: dict[str, Tensor] = {}
 
     def keep_state() -> None:
         best.update(copy.deepcopy(model.state_dict()))
@@ -261,6 +263,6 @@ def _train_mode(model: nn.Module, freeze: Freeze) -> None:
             module.eval()
 
 
-def _same_data(left: Any, right: Any) -> bool:
+def _same_data(left: object, right: object) -> bool:
     dataset = getattr(left, "dataset", None)
     return left is right or (dataset is not None and dataset is getattr(right, "dataset", None))

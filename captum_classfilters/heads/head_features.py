@@ -1,8 +1,6 @@
 """What a model's head takes in, image by image, and what the model makes of its output."""
 
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +9,7 @@ from captum_classfilters._core.batches import Batch, Batches, read_batches
 from captum_classfilters._core.heads import alike
 from captum_classfilters._core.layers import check_runs
 from captum_classfilters._core.outputs import log_probabilities
+from captum_classfilters._core.types import Dataloader, Unpack
 from captum_classfilters._core.units import Rows
 from captum_classfilters.heads.linear_head import HeadRun, LinearHead, run_head
 from captum_classfilters.metrics.evaluate_classifier import ScoreReader
@@ -38,9 +37,9 @@ class HeadFeatures:
 def head_features(
     model: nn.Module,
     head: LinearHead,
-    dataloader: Iterable[Any],
+    dataloader: Dataloader,
     *,
-    unpack: Callable[[Any], tuple[Any, Any]] | None = None,
+    unpack: Unpack | None = None,
     show_progress: bool = True,
 ) -> HeadFeatures:
     """Collect the inputs (N, F) of a head that runs once, and see what follows it."""

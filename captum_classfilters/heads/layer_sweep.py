@@ -1,12 +1,13 @@
 """One table of measurements over many layers, from one pass over the data."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor, nn
 
 from captum_classfilters._core.tables import short_repr
+from captum_classfilters._core.types import Dataloader, Unpack
 from captum_classfilters.heads.sparsity import psi
 from captum_classfilters.identify import unit_scores
 from captum_classfilters.metrics.selectivity import class_means, class_selectivity_index
@@ -38,11 +39,11 @@ class LayerMeasurement:
 def layer_sweep(
     model: nn.Module,
     layers: Sequence[str],
-    dataloader: Iterable[Any],
+    dataloader: Dataloader,
     *,
     fraction: float = 0.5,
     statistic: Literal["median", "mean"] = "mean",
-    unpack: Callable[[Any], tuple[Any, Any]] | None = None,
+    unpack: Unpack | None = None,
     show_progress: bool = True,
 ) -> list[LayerMeasurement]:
     r"""

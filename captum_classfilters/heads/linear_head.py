@@ -15,13 +15,16 @@ from captum_classfilters._core.heads import HeadRecord, alike, is_linear
 from captum_classfilters._core.layers import check_runs, find_layer, layer_name
 from captum_classfilters._core.outputs import class_scores
 from captum_classfilters._core.taps import hooked, tapped
+from captum_classfilters._core.types import ExampleInputs, ModelInputs
 from captum_classfilters.class_filters import ClassFilters
 from captum_classfilters.heads.decomposed_linear import DecomposedLinear, linear_map
 
 _PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, DecomposedLinear)
 
 
-def find_head(model: nn.Module, example_inputs: Any = None) -> tuple[str, nn.Module]:
+def find_head(
+    model: nn.Module, example_inputs: ExampleInputs | None = None
+) -> tuple[str, nn.Module]:
     r"""
     The last linear layer of a model: an ``nn.Linear`` or an ungrouped 1x1 convolution.
 
@@ -61,7 +64,9 @@ def find_head(model: nn.Module, example_inputs: Any = None) -> tuple[str, nn.Mod
     return layer_name(model, head), head
 
 
-def head_name(model: nn.Module, class_filters: ClassFilters, example_inputs: Any = None) -> str:
+def head_name(
+    model: nn.Module, class_filters: ClassFilters, example_inputs: ExampleInputs | None = None
+) -> str:
     """The head that a table was found to feed, or else the model's last linear layer.
 
     Args:
@@ -121,7 +126,7 @@ class LinearHead:
         bias = None if self.bias is None else self.bias.to(features.device)
         return linear_map(features, own, bias, self.convolution_dims)
 
-    def is_this(self, features: Any, output: Any) -> Tensor:
+    def is_this(self, features: object, output: object) -> Tensor:
         """Whether an output of the module is :meth:`outputs` of its input, as a bool of no axes."""
         if not isinstance(features, Tensor) or not isinstance(output, Tensor):
             return torch.zeros((), dtype=torch.bool)
@@ -206,7 +211,7 @@ class HeadRun:
 def run_head(
     model: nn.Module,
     head: LinearHead,
-    inputs: tuple[Any, ...],
+    inputs: ModelInputs,
     react: Callable[[Tensor], None] | None = None,
 ) -> HeadRun:
     r"""
@@ -243,7 +248,7 @@ def run_head(
     return HeadRun(output, features, logits, len(runs), ends, linear)
 
 
-def check_scores_follow(model: nn.Module, head: LinearHead, inputs: tuple[Any, ...]) -> None:
+def check_scores_follow(model: nn.Module, head: LinearHead, inputs: ModelInputs) -> None:
     """Raise unless a model's scores follow from its head's output alone.
 
     The model runs on other images while its head puts out what it did for these: scores that change
@@ -268,7 +273,7 @@ def check_scores_follow(model: nn.Module, head: LinearHead, inputs: tuple[Any, .
 
 
 @contextmanager
-def example_batch(models: list[nn.Module], example_inputs: Any) -> Iterator[Batch]:
+def example_batch(models: list[nn.Module], example_inputs: ExampleInputs) -> Iterator[Batch]:
     """Example inputs where the first model is, and the models in evaluation mode."""
     with read_batches(
         models,
@@ -301,7 +306,7 @@ def _parts(module: nn.Module, name: str) -> LinearHead:
     return LinearHead(name, module, full.flatten(1), bias, full.dim() - 2)
 
 
-def _other_images(part: Any) -> Any:
+def _other_images(part: object) -> Any:
     """Each image in the place of the next; a single one, moved along its last axis."""
     if not isinstance(part, Tensor) or not part.dim():
         return part

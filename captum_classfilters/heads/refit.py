@@ -1,8 +1,6 @@
 """Refit a head on cached features: seconds, the backbone untouched."""
 
 import copy
-from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +8,7 @@ from torch import Tensor, nn
 
 from captum_classfilters._core.layers import find_layer
 from captum_classfilters._core.outputs import log_probabilities
+from captum_classfilters._core.types import Dataloader, Unpack
 from captum_classfilters.heads.decomposed_linear import DecomposedLinear
 from captum_classfilters.heads.head_features import head_features
 from captum_classfilters.heads.linear_head import find_head, linear_head
@@ -17,13 +16,13 @@ from captum_classfilters.heads.linear_head import find_head, linear_head
 
 def refit_head(
     model: nn.Module,
-    dataloader: Iterable[Any],
+    dataloader: Dataloader,
     *,
     head: str | None = None,
     weight_decay: float = 1e-4,
     label_smoothing: float = 0.0,
     max_iterations: int = 200,
-    unpack: Callable[[Any], tuple[Any, Any]] | None = None,
+    unpack: Unpack | None = None,
     show_progress: bool = True,
 ) -> list[float]:
     r"""

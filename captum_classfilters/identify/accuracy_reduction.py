@@ -1,6 +1,6 @@
 """Abbasi-Asl and Yu: the accuracy that a network loses when a filter is removed."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from captum_classfilters._core.batches import Batch, Unpack, dataset_names, read_batches
+from captum_classfilters._core.batches import Batch, dataset_names, read_batches
 from captum_classfilters._core.devices import sums_device
 from captum_classfilters._core.distributed import gather, is_distributed
 from captum_classfilters._core.labels import labels_of_scores
@@ -22,6 +22,7 @@ from captum_classfilters._core.outputs import (
 from captum_classfilters._core.provenance import provenance
 from captum_classfilters._core.replay.suffix_replay import SuffixReplay
 from captum_classfilters._core.rules import Ablation
+from captum_classfilters._core.types import Dataloader, JsonDict, Unpack
 from captum_classfilters.class_filters import (
     ClassFilters,
     check_class_names,
@@ -56,7 +57,7 @@ class AccuracyReduction:
     probability_drop: Tensor
     class_names: tuple[str, ...]
     layer: str
-    provenance: dict[str, Any] = field(default_factory=dict)
+    provenance: JsonDict = field(default_factory=dict)
 
     @property
     def accuracy(self) -> float:
@@ -156,7 +157,7 @@ class MetricReduction:
 
 def accuracy_reduction(
     method: Ablation,
-    dataloader: Iterable[Any],
+    dataloader: Dataloader,
     *,
     num_classes: int | None = None,
     class_names: Sequence[str] | None = None,
@@ -251,7 +252,7 @@ def accuracy_reduction(
 
 def metric_reduction(
     method: Ablation,
-    dataloader: Iterable[Any],
+    dataloader: Dataloader,
     metric: Callable[[Tensor, Tensor], Any],
     *,
     attribute_to_layer_input: bool = False,
@@ -383,7 +384,7 @@ class _Sums(Metric):
 
 def _replays(
     method: Ablation,
-    dataloader: Iterable[Any],
+    dataloader: Dataloader,
     at_input: bool,
     unpack: Unpack | None,
     device: torch.device | str | None,

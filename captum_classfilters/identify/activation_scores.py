@@ -1,8 +1,6 @@
 """How much a layer's filters are active, and what their activations change: pruning baselines."""
 
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +17,7 @@ from captum_classfilters._core.outputs import (
     scores_per_class,
 )
 from captum_classfilters._core.tables import short_repr
+from captum_classfilters._core.types import Dataloader, Unpack
 from captum_classfilters._core.units import UnitTap, at_least_float32, check_finite, read_units
 
 
@@ -50,10 +49,10 @@ class ActivationScores:
 def activation_scores(
     model: nn.Module,
     layer: nn.Module | str,
-    dataloader: Iterable[Any],
+    dataloader: Dataloader,
     *,
     channel_dim: int | None = None,
-    unpack: Callable[[Any], tuple[Any, Any]] | None = None,
+    unpack: Unpack | None = None,
     show_progress: bool = True,
 ) -> ActivationScores:
     r"""
@@ -122,7 +121,7 @@ class _Sums:
         self.maximum: Tensor | None = None
         self.probabilities: bool | None = None
 
-    def add(self, batches: Batches, batch: Batch, output: Any) -> None:
+    def add(self, batches: Batches, batch: Batch, output: object) -> None:
         """Add what one batch showed."""
         slope = self._slope(batches, batch, output)
         maps = at_least_float32(self.tap.seen[0].detach())
@@ -141,7 +140,7 @@ class _Sums:
         self.maximum = highest if self.maximum is None else torch.maximum(self.maximum, highest)
         self.num_values += batch.size * maps.shape[2]
 
-    def _slope(self, batches: Batches, batch: Batch, output: Any) -> Tensor:
+    def _slope(self, batches: Batches, batch: Batch, output: object) -> Tensor:
         """The derivative of the batch's loss at the layer, in its layout."""
         num_classes = scores_per_class(output).shape[1]
         scores = at_least_float32(as_rows(class_scores(output)))

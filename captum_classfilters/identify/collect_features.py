@@ -1,12 +1,10 @@
 """A layer's mean activations for every image of a data set, and the labels."""
 
-from collections.abc import Callable, Iterable
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from captum_classfilters._core.layers import find_layers
+from captum_classfilters._core.types import Dataloader, Unpack
 from captum_classfilters._core.units import Rows, UnitTap, aggregated, at_least_float32
 from captum_classfilters.identify.unit_scores import collect_units
 
@@ -14,13 +12,13 @@ from captum_classfilters.identify.unit_scores import collect_units
 def collect_features(
     model: nn.Module,
     layer: nn.Module | str,
-    dataloader: Iterable[Any],
+    dataloader: Dataloader,
     *,
     channel_dim: int | None = None,
     attribute_to_layer_input: bool = False,
     flatten: bool = False,
     num_classes: int | None = None,
-    unpack: Callable[[Any], tuple[Any, Any]] | None = None,
+    unpack: Unpack | None = None,
     show_progress: bool = True,
 ) -> tuple[Tensor, Tensor]:
     r"""

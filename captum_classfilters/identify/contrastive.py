@@ -1,16 +1,17 @@
 """Which filters separate two classes, and which drive a cell of the confusion matrix."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from captum.attr import LayerAttribution
 from torch import Tensor
 
-from captum_classfilters._core.batches import Batch, Unpack, dataset_names, read_batches
+from captum_classfilters._core.batches import Batch, dataset_names, read_batches
 from captum_classfilters._core.outputs import scores_per_class
 from captum_classfilters._core.provenance import provenance
+from captum_classfilters._core.types import Dataloader, JsonDict, Unpack
 from captum_classfilters.class_filters import index_of_class, names_of_classes
 from captum_classfilters.identify.evidence_sources import Reduction, Source, sources_of
 from captum_classfilters.identify.statistics import ClassFilterSums
@@ -47,7 +48,7 @@ class FilterContrast:
     num_images: int
     layer: str = ""
     method: str = ""
-    provenance: dict[str, Any] = field(default_factory=dict)
+    provenance: JsonDict = field(default_factory=dict)
 
     @property
     def unexplained(self) -> float:
@@ -184,13 +185,13 @@ class ConfusionFilters:
 
 def contrast_classes(
     method: LayerAttribution,
-    dataloader: Iterable[Any],
+    dataloader: Dataloader,
     favoured: int | str,
     against: int | str,
     *,
     class_names: Sequence[str] | None = None,
     reduction: Reduction = "sum",
-    attribute_kwargs: dict[str, Any] | None = None,
+    attribute_kwargs: Mapping[str, object] | None = None,
     attribute_to_layer_input: bool = False,
     unpack: Unpack | None = None,
     device: torch.device | str | None = None,
@@ -286,11 +287,11 @@ def contrast_classes(
 
 def confusion_filters(
     method: LayerAttribution,
-    dataloader: Iterable[Any],
+    dataloader: Dataloader,
     *,
     class_names: Sequence[str] | None = None,
     reduction: Reduction = "sum",
-    attribute_kwargs: dict[str, Any] | None = None,
+    attribute_kwargs: Mapping[str, object] | None = None,
     attribute_to_layer_input: bool = False,
     unpack: Unpack | None = None,
     device: torch.device | str | None = None,
@@ -374,7 +375,7 @@ class _Pass:
         self,
         method: LayerAttribution,
         reduction: Reduction,
-        attribute_kwargs: dict[str, Any] | None,
+        attribute_kwargs: Mapping[str, object] | None,
         at_input: bool,
         unpack: Unpack | None,
         device: torch.device | str | None,
@@ -392,7 +393,7 @@ class _Pass:
         self.provenance = provenance(self.source.model, options=self.source.options)
 
     def batches(
-        self, dataloader: Iterable[Any], show_progress: bool
+        self, dataloader: Dataloader, show_progress: bool
     ) -> Iterator[tuple[Batch, Tensor, Tensor]]:
         """Each batch, its labels and its outputs, these on the CPU."""
         with read_batches(

@@ -1,6 +1,6 @@
 """The evidence of single images, kept: standard errors, stability over splits, permutations."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from captum_classfilters._core.batches import dataset_names
 from captum_classfilters._core.provenance import Provenance
+from captum_classfilters._core.types import Dataloader, JsonDict, Unpack
 from captum_classfilters.class_filters import ClassFilters, check_class_names, names_of_classes
 from captum_classfilters.identify.collector import Collector
 from captum_classfilters.identify.evidence_sources import Reduction, like_methods, sources_of
@@ -73,7 +74,7 @@ class Evidence:
     class_names: tuple[str, ...]
     layer: str = ""
     method: str = ""
-    provenance: dict[str, Any] = field(default_factory=dict)
+    provenance: JsonDict = field(default_factory=dict)
 
     @property
     def counts(self) -> Tensor:
@@ -195,14 +196,14 @@ class Evidence:
 
 def collect_evidence(
     methods: LayerAttribution | Sequence[LayerAttribution] | Mapping[str, LayerAttribution],
-    dataloader: Iterable[Any],
+    dataloader: Dataloader,
     *,
     num_classes: int | None = None,
     class_names: Sequence[str] | None = None,
     reduction: Reduction = "sum",
-    attribute_kwargs: Mapping[str, Any] | None = None,
+    attribute_kwargs: Mapping[str, object] | None = None,
     attribute_to_layer_input: bool = False,
-    unpack: Callable[[Any], tuple[Any, Any]] | None = None,
+    unpack: Unpack | None = None,
     device: torch.device | str | None = None,
     show_progress: bool = True,
 ) -> Any:

@@ -1,6 +1,6 @@
 """The images, and the places in them, that drive a filter or a direction furthest, up and down."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, get_args
@@ -12,6 +12,7 @@ from torch.utils.data import RandomSampler
 from captum_classfilters._core.batches import Batch, Batches
 from captum_classfilters._core.devices import on_device
 from captum_classfilters._core.tables import short_repr
+from captum_classfilters._core.types import Dataloader, DatasetLike, Unpack
 from captum_classfilters._core.units import (
     Aggregate,
     Seen,
@@ -98,7 +99,7 @@ class Exemplars:
             raise ValueError(f"side={side!r}; choose 'highest' or 'lowest'.")
         return self.highest if side == "highest" else self.lowest
 
-    def patches(self, dataset: Any, unit: int, side: Side = "highest") -> list[Tensor]:
+    def patches(self, dataset: DatasetLike, unit: int, side: Side = "highest") -> list[Tensor]:
         r"""
         Cut a unit's patches out of the images.
 
@@ -136,15 +137,15 @@ class Exemplars:
 def exemplars(
     model: nn.Module,
     layers: str | nn.Module | Sequence[str | nn.Module],
-    dataloader: Iterable[Any],
+    dataloader: Dataloader,
     *,
     num_exemplars: int = 9,
     aggregate: Aggregate | Literal["extreme"] = "extreme",
-    directions: Mapping[str, Any] | None = None,
+    directions: Mapping[str, object] | None = None,
     subtract_bias: bool = True,
     boxes: bool | Mapping[str, Tensor] = True,
     channel_dim: int | Mapping[str, int] | None = None,
-    unpack: Callable[[Any], tuple[Any, Any]] | None = None,
+    unpack: Unpack | None = None,
     show_progress: bool = True,
 ) -> dict[str, Exemplars]:
     r"""
@@ -226,7 +227,7 @@ def exemplars(
     best = {tap.name: (_Best(num_exemplars, True), _Best(num_exemplars, False)) for tap in taps}
     fields: dict[tuple[int, ...], Mapping[str, Tensor]] = {}  # by the size of the images
 
-    def take(_batches: Batches, batch: Batch, _output: Any) -> None:
+    def take(_batches: Batches, batch: Batch, _output: object) -> None:
         seen = [tap.seen for tap in taps]  # measuring boxes runs the model
         size = tuple(batch.inputs[0].shape[1:])
         if boxes is not False and size not in fields:

@@ -1,7 +1,6 @@
 """Is a table more than the architecture? The same method on networks with random weights."""
 
 import copy
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +12,7 @@ from captum_classfilters._core.batches import check_read_again
 from captum_classfilters._core.guard import model_left_as_found
 from captum_classfilters._core.layers import module_of
 from captum_classfilters._core.tables import short_repr
+from captum_classfilters._core.types import Dataloader
 from captum_classfilters.class_filters import ClassFilters
 from captum_classfilters.identify.identify_class_filters import identify_class_filters
 from captum_classfilters.identify.significance import false_discovery_adjusted
@@ -44,7 +44,7 @@ class RandomWeightsNull:
 
 def random_weights_null(
     method: LayerAttribution,
-    dataloader: Iterable[Any],
+    dataloader: Dataloader,
     *,
     repetitions: int = 5,
     seed: int = 0,

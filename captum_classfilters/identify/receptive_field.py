@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -124,7 +123,7 @@ def _reached(name: str, order: list[str], maps: Tensor) -> Seen:
     return (maps.isnan().any(1),)
 
 
-def _stop(_value: Any) -> None:
+def _stop(_value: object) -> None:
     raise _LastLayerReached
 
 

@@ -1,12 +1,12 @@
 """One number for each image and filter, or direction, of several layers."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from captum_classfilters._core.batches import Batch, Batches
+from captum_classfilters._core.types import Dataloader, Unpack
 from captum_classfilters._core.units import (
     Aggregate,
     Rows,
@@ -23,14 +23,14 @@ from captum_classfilters._core.units import (
 def unit_scores(
     model: nn.Module,
     layers: str | nn.Module | Sequence[str | nn.Module],
-    dataloader: Iterable[Any],
+    dataloader: Dataloader,
     *,
     aggregate: Aggregate = "mean",
-    directions: Mapping[str, Any] | None = None,
+    directions: Mapping[str, object] | None = None,
     subtract_bias: bool = True,
     channel_dim: int | Mapping[str, int] | None = None,
     num_classes: int | None = None,
-    unpack: Callable[[Any], tuple[Any, Any]] | None = None,
+    unpack: Unpack | None = None,
     show_progress: bool = True,
 ) -> tuple[dict[str, Tensor], Tensor]:
     r"""
@@ -96,10 +96,10 @@ def unit_scores(
 def collect_units(
     model: nn.Module,
     taps: Sequence[UnitTap],
-    dataloader: Iterable[Any],
+    dataloader: Dataloader,
     rows: Mapping[str, Rows],
     num_classes: int | None,
-    unpack: Callable[[Any], tuple[Any, Any]] | None,
+    unpack: Unpack | None,
     show_progress: bool,
     one_size: bool = False,
 ) -> Tensor:
@@ -124,7 +124,7 @@ def collect_units(
     labels = Rows()
     sizes: dict[str, tuple[int, ...]] = {}
 
-    def take(batches: Batches, batch: Batch, output: Any) -> None:
+    def take(batches: Batches, batch: Batch, output: object) -> None:
         known = num_outputs(output) if num_classes is None else num_classes
         labels.add(classes_of(batches, batch, known))
         for tap in taps:

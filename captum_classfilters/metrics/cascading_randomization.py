@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from captum_classfilters._core.captum import TargetType
 from captum_classfilters._core.guard import model_left_as_found
 from captum_classfilters._core.ranking import rank_correlation
 from captum_classfilters._core.tables import short_repr, text_table
+from captum_classfilters._core.types import ModelInputs
 from captum_classfilters.metrics.explained import check_is_function, explains
 from captum_classfilters.metrics.filter_sensitivity import filter_scores_of, scores_filters
 from captum_classfilters.metrics.inputs import at_model
@@ -53,8 +55,8 @@ def cascading_randomization(
     make_method: Callable[[nn.Module], Any],
     inputs: Tensor | tuple[Tensor, ...],
     *,
-    target: Any = None,
-    additional_forward_args: Any = None,
+    target: TargetType = None,
+    additional_forward_args: object = None,
     seed: int = 0,
     **options: Any,
 ) -> CascadingRandomization:
@@ -131,9 +133,9 @@ def cascading_randomization(
 def _explanation(
     method: Any,
     images: tuple[Tensor, ...],
-    target: Any,
-    further: tuple[Any, ...],
-    options: dict[str, Any],
+    target: TargetType,
+    further: ModelInputs,
+    options: dict[str, object],
 ) -> Tensor:
     """(N, features) on the CPU."""
     if further:

@@ -1,16 +1,16 @@
 """Are a class's filters needed, and do they suffice? Curves over a data set, with controls."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from captum_classfilters._core.batches import Unpack
 from captum_classfilters._core.devices import sums_device
 from captum_classfilters._core.ranking import descending, random_orders
 from captum_classfilters._core.tables import short_repr, text_table
+from captum_classfilters._core.types import Dataloader, ForwardFunc, Unpack
 from captum_classfilters.attr import LayerFilterAblation
 from captum_classfilters.attr.layer_filter_ablation import Replacement
 from captum_classfilters.class_filters import ClassFilters
@@ -78,10 +78,10 @@ class ClassCurves:
 
 
 def class_curves(
-    model: nn.Module | Callable[..., Any],
+    model: nn.Module | ForwardFunc,
     layer: nn.Module | str,
     class_filters: ClassFilters | Mapping[str, ClassFilters],
-    dataloader: Iterable[Any],
+    dataloader: Dataloader,
     *,
     num_filters: Sequence[int] | None = None,
     measure: Measure = "recall",

@@ -1,15 +1,14 @@
 """What removing a class's filters does to the other classes."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from captum_classfilters._core.batches import Unpack
 from captum_classfilters._core.ranking import descending, first_of, random_sets
 from captum_classfilters._core.tables import short_repr, text_table
+from captum_classfilters._core.types import Dataloader, ForwardFunc, Unpack
 from captum_classfilters.attr import LayerFilterAblation
 from captum_classfilters.attr.layer_filter_ablation import Replacement
 from captum_classfilters.class_filters import ClassFilters
@@ -134,10 +133,10 @@ class CollateralDamage:
 
 
 def collateral_damage(
-    model: nn.Module | Callable[..., Any],
+    model: nn.Module | ForwardFunc,
     layer: nn.Module | str,
     class_filters: ClassFilters,
-    dataloader: Iterable[Any],
+    dataloader: Dataloader,
     *,
     classes: Iterable[int | str] | None = None,
     replacement: Replacement = "zero",

@@ -180,7 +180,7 @@ class AttributionComparison:
 
 def compare_attributions(
     model: nn.Module,
-    methods: Mapping[str, Any],
+    methods: Mapping[str, object],
     inputs: Tensor,
     target: Tensor | Sequence[int] | int,
     *,

@@ -2,7 +2,7 @@
 
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -11,13 +11,14 @@ from captum.attr import LayerAttribution, LayerGradientXActivation
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from captum_classfilters._core.batches import Unpack, check_read_again, first_batch
+from captum_classfilters._core.batches import check_read_again, first_batch
 from captum_classfilters._core.distributed import is_main_process
 from captum_classfilters._core.guard import model_left_as_found
 from captum_classfilters._core.layers import layer_name
 from captum_classfilters._core.outputs import scores_per_class
 from captum_classfilters._core.ranking import random_sets
 from captum_classfilters._core.tables import short_repr, text_table
+from captum_classfilters._core.types import Dataloader, Unpack
 from captum_classfilters.attr import (
     LayerClassGate,
     LayerFilterAblation,
@@ -134,8 +135,8 @@ class MethodComparison:
 def compare_methods(
     model: nn.Module,
     layer: nn.Module | str,
-    dataloader: Iterable[Any],
-    test_loader: Iterable[Any],
+    dataloader: Dataloader,
+    test_loader: Dataloader,
     *,
     methods: Mapping[str, Method] | None = None,
     num_filters: int = 5,
@@ -276,7 +277,7 @@ def compare_methods(
 def standard_methods(
     model: nn.Module,
     layer: nn.Module | str,
-    dataloader: Iterable[Any],
+    dataloader: Dataloader,
     *,
     num_filters: int = 5,
     num_classes: int | None = None,
@@ -353,10 +354,10 @@ def standard_methods(
 
 def _tables(
     methods: Mapping[str, Method],
-    dataloader: Iterable[Any],
+    dataloader: Dataloader,
     num_filters: int,
     asked: bool,
-    reading: dict[str, Any],
+    reading: dict[str, object],
     show_progress: bool,
 ) -> tuple[dict[str, ClassFilters], dict[str, float], dict[str, str]]:
     """Tables with their selections, what they cost, and methods that do not apply unless asked for."""
@@ -386,7 +387,7 @@ def _tables(
 
 
 def _table(
-    name: str, method: Method, dataloader: Iterable[Any], reading: dict[str, Any]
+    name: str, method: Method, dataloader: Dataloader, reading: dict[str, Any]
 ) -> ClassFilters:
     if isinstance(method, ClassFilters):
         return method
@@ -427,7 +428,7 @@ def hits_alone(
     ablation: LayerFilterAblation,
     layer: nn.Module,
     masks: Tensor,
-    dataloader: Iterable[Any],
+    dataloader: Dataloader,
     **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     r"""
@@ -466,7 +467,7 @@ def hits_alone(
     return totals[1:-1], totals[-1], totals[0]
 
 
-def _num_classes(model: nn.Module, dataloader: Iterable[Any], unpack: Unpack | None) -> int:
+def _num_classes(model: nn.Module, dataloader: Dataloader, unpack: Unpack | None) -> int:
     """C, from what the model returns for the first batch."""
     batch = first_batch(model, dataloader, unpack)
     with model_left_as_found(model, evaluation=True), torch.no_grad():

@@ -1,6 +1,5 @@
 """Accuracy of a classifier, overall and for each class."""
 
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,6 +22,7 @@ from captum_classfilters._core.outputs import (
 )
 from captum_classfilters._core.tables import short_repr
 from captum_classfilters._core.taps import hooked
+from captum_classfilters._core.types import Dataloader, ModelInputs, Unpack
 
 
 @short_repr
@@ -49,9 +49,9 @@ class ClassifierScores:
 
 def evaluate_classifier(
     model: nn.Module,
-    dataloader: Iterable[Any],
+    dataloader: Dataloader,
     *,
-    unpack: Callable[[Any], tuple[Any, Any]] | None = None,
+    unpack: Unpack | None = None,
     show_progress: bool = True,
 ) -> ClassifierScores:
     r"""
@@ -121,7 +121,7 @@ class ScoreReader:
         self.model, self._batches = model, batches
         self._gives_probability: bool | None = None
 
-    def scores(self, batch: Batch, output: Any) -> Tensor:
+    def scores(self, batch: Batch, output: object) -> Tensor:
         """Scores (N, C), C at least 2, of what the model returned for a batch."""
         scores = as_rows(class_scores(output))
         if scores.dim() == 2 and scores.shape[1] == 1:
@@ -135,7 +135,7 @@ class ScoreReader:
         self.check_finite(batch, scores)
         return scores
 
-    def log_probabilities(self, batch: Batch, output: Any) -> Tensor:
+    def log_probabilities(self, batch: Batch, output: object) -> Tensor:
         """Log-probabilities (N, C) of what the model returned, logits or probabilities alike."""
         scores = as_rows(class_scores(output))
         if scores.dim() == 2 and scores.shape[1] == 1:
@@ -162,14 +162,14 @@ class ScoreReader:
         return torch.cat([1 - scores, scores], 1)
 
 
-def gives_probability(model: nn.Module, inputs: tuple[Any, ...], scores: Tensor) -> bool:
+def gives_probability(model: nn.Module, inputs: ModelInputs, scores: Tensor) -> bool:
     """Whether the one output (N, 1) of a binary classifier is a probability, not a logit: it lies in
     [0, 1] and is not what the last layer with weights puts out."""
     if not bool(((scores >= 0) & (scores <= 1)).all()):
         return False
     last: list[Tensor] = []
 
-    def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+    def hook(_module: nn.Module, _inputs: object, output: object) -> None:
         last[:] = [output] if isinstance(output, Tensor) else []
 
     weighted = [m for m in model.modules() if next(m.parameters(recurse=False), None) is not None]

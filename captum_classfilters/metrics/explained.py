@@ -1,7 +1,7 @@
 """Attributions of either space brought into one form: a score for each pixel or for each filter."""
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,9 +9,11 @@ import torch
 from captum.attr import LayerAttribution
 from torch import Tensor, nn
 
+from captum_classfilters._core.captum import TargetType
 from captum_classfilters._core.layers import layer_name, module_of
 from captum_classfilters._core.outputs import class_scores
 from captum_classfilters._core.rules import FilterRule
+from captum_classfilters._core.types import ForwardFunc
 from captum_classfilters.gate_space import FilterGate
 from captum_classfilters.metrics.filter_sensitivity import filter_scores_of, scores_filters
 from captum_classfilters.metrics.removals import check_names
@@ -19,7 +21,7 @@ from captum_classfilters.metrics.removals import check_names
 PIXELS = "pixels"
 
 
-def check_is_function(make_method: Any) -> None:
+def check_is_function(make_method: object) -> None:
     """Raise if a method is given where a function that makes one for a model is needed."""
     if not callable(make_method):
         raise ValueError(
@@ -28,7 +30,7 @@ def check_is_function(make_method: Any) -> None:
         )
 
 
-def explains(method: Any, model: nn.Module) -> bool | None:
+def explains(method: object, model: nn.Module) -> bool | None:
     """Whether a method's model has a part in common with a model; None where it hides its model."""
     function = getattr(method, "forward_func", None)
     own = function.model if isinstance(function, FilterGate) else module_of(function)
@@ -38,7 +40,7 @@ def explains(method: Any, model: nn.Module) -> bool | None:
     return any(id(module) in parts for module in own.modules())
 
 
-def explained_methods(methods: Mapping[str, Any], model: nn.Module) -> "list[Explained]":
+def explained_methods(methods: Mapping[str, object], model: nn.Module) -> "list[Explained]":
     """The methods under comparison, checked to explain this model."""
     if not isinstance(methods, Mapping) or not methods:
         raise ValueError(
@@ -72,7 +74,7 @@ class PixelRemoval:
     """
 
     def __init__(
-        self, model: Callable[..., Any], inputs: Tensor, baseline: Tensor, batch_size: int
+        self, model: ForwardFunc, inputs: Tensor, baseline: Tensor, batch_size: int
     ) -> None:
         self.model, self.inputs = model, inputs
         self.baseline = baseline.expand_as(inputs)
@@ -118,7 +120,7 @@ class Explained:
         function = getattr(self.method, "forward_func", None)
         return function if isinstance(function, FilterGate) else None
 
-    def raw(self, inputs: Tensor, target: Any) -> Any:
+    def raw(self, inputs: Tensor, target: TargetType) -> Any:
         """What the method itself returns."""
         attribute = getattr(self.method, "attribute", self.method)
         with warnings.catch_warnings(), torch.enable_grad():
@@ -130,7 +132,7 @@ class Explained:
             gates = self.gate.ones(len(inputs))
             return attribute(gates, target=target, additional_forward_args=inputs, **self.options)
 
-    def space(self, inputs: Tensor, target: Any) -> tuple[str, nn.Module | None]:
+    def space(self, inputs: Tensor, target: TargetType) -> tuple[str, nn.Module | None]:
         """``"pixels"``, or the layer's name and the layer."""
         gate = self.gate
         if gate is not None:
@@ -151,7 +153,7 @@ class Explained:
             return PIXELS, None
         return layer_name(module_of(self.method.forward_func), layer), layer
 
-    def pixels(self, inputs: Tensor, target: Any) -> Tensor:
+    def pixels(self, inputs: Tensor, target: TargetType) -> Tensor:
         """Attributions in the inputs' shape; a layer's map is interpolated, its value spread evenly
         over the channels."""
         raw = self.raw(inputs, target)
@@ -166,7 +168,7 @@ class Explained:
             )
         return raw.detach().contiguous()
 
-    def filters(self, inputs: Tensor, target: Any) -> Tensor:
+    def filters(self, inputs: Tensor, target: TargetType) -> Tensor:
         """Filter scores (N, K)."""
         return filter_scores_of(self.method, self.raw(inputs, target))
 

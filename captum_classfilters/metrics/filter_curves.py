@@ -1,14 +1,15 @@
 """Deletion and insertion of an image's filters, in order of their scores."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from captum_classfilters._core.captum import TargetType
 from captum_classfilters._core.ranking import descending, random_orders
 from captum_classfilters._core.tables import short_repr, text_table
+from captum_classfilters._core.types import ForwardFunc
 from captum_classfilters.attr.layer_filter_ablation import Replacement, Score, score_reader
 from captum_classfilters.metrics.removals import (
     MAGNITUDE,
@@ -69,13 +70,13 @@ class FilterCurves:
 
 
 def filter_curves(
-    model: nn.Module | Callable[..., Any],
+    model: nn.Module | ForwardFunc,
     layer: nn.Module | str,
     inputs: Tensor | tuple[Tensor, ...],
     scores: Tensor | Mapping[str, Tensor],
     *,
-    target: Any = None,
-    additional_forward_args: Any = None,
+    target: TargetType = None,
+    additional_forward_args: object = None,
     num_filters: Sequence[int] | None = None,
     score: Score = "probability",
     replacement: Replacement = "zero",

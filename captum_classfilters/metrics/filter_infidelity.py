@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from captum_classfilters._core.captum import TargetType
 from captum_classfilters._core.ranking import random_orders
 from captum_classfilters._core.tables import short_repr, text_table
+from captum_classfilters._core.types import ForwardFunc
 from captum_classfilters.attr.layer_filter_ablation import (
     Replacement,
     Score,
@@ -60,13 +61,13 @@ class FilterInfidelity:
 
 
 def filter_infidelity(
-    model: nn.Module | Callable[..., Any],
+    model: nn.Module | ForwardFunc,
     layer: nn.Module | str,
     inputs: Tensor | tuple[Tensor, ...],
     scores: Tensor | Mapping[str, Tensor],
     *,
-    target: Any = None,
-    additional_forward_args: Any = None,
+    target: TargetType = None,
+    additional_forward_args: object = None,
     score: Score = "logit",
     replacement: Replacement = "zero",
     drop_probability: float = 0.5,

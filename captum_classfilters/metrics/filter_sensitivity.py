@@ -10,17 +10,19 @@ from captum.attr import LayerAttribution
 from captum.metrics import sensitivity_max
 from torch import Tensor, nn
 
+from captum_classfilters._core.captum import TargetType
 from captum_classfilters._core.guard import model_left_as_found
 from captum_classfilters._core.layers import filter_axis, module_of, only_tensor, positions_last
 from captum_classfilters._core.tables import short_repr
 from captum_classfilters._core.taps import tapped
+from captum_classfilters._core.types import Attributions, LayerMethod, ModelInputs
 from captum_classfilters.gate_space import FilterGate
 from captum_classfilters.metrics.inputs import at_model
 
 Explanation = Callable[..., tuple[Tensor, ...]]
 
 
-def explanation_for_sensitivity(method: Any) -> Explanation:
+def explanation_for_sensitivity(method: object) -> Explanation:
     r"""
     A layer attribution in the form that ``captum.metrics.sensitivity_max`` needs.
 
@@ -60,7 +62,7 @@ def explanation_for_sensitivity(method: Any) -> Explanation:
             f"{type(method).__name__} is not an attribution; pass one, or its `attribute`."
         )
 
-    def explain(inputs: Any, **options: Any) -> tuple[Tensor, ...]:
+    def explain(inputs: object, **options: Any) -> tuple[Tensor, ...]:
         return tuple(part.detach().contiguous() for part in _tensors(attribute(inputs, **options)))
 
     return explain
@@ -87,8 +89,8 @@ def filter_max_sensitivity(
     method: Any,
     inputs: Tensor | tuple[Tensor, ...],
     *,
-    target: Any = None,
-    additional_forward_args: Any = None,
+    target: TargetType = None,
+    additional_forward_args: object = None,
     space: Literal["images", "gates"] = "images",
     perturb_radius: float = 0.02,
     n_perturb_samples: int = 10,
@@ -165,7 +167,7 @@ def filter_max_sensitivity(
         moved, explained = (gate.ones(len(images[0])),), _gates_first(method)
     seen: list[Tensor] = []
 
-    def scores(inputs: Any, **arguments: Any) -> tuple[Tensor, ...]:
+    def scores(inputs: object, **arguments: Any) -> tuple[Tensor, ...]:
         with torch.enable_grad():
             seen.append(filter_scores_of(method, explained(inputs, **arguments)))
         return (seen[-1],)
@@ -186,7 +188,7 @@ def filter_max_sensitivity(
     return FilterSensitivity(overall.cpu(), _by_filter(seen[0], seen[1:]).cpu())
 
 
-def filter_scores_of(method: Any, attributions: Any) -> Tensor:
+def filter_scores_of(method: object, attributions: object) -> Tensor:
     r"""
     Filter scores (N, K) of a layer method's attributions: their sums over positions.
 
@@ -219,7 +221,7 @@ def filter_scores_of(method: Any, attributions: Any) -> Tensor:
     return positions_last(tensor, axis).sum(2).contiguous()
 
 
-def scores_filters(method: Any, attributions: Any, inputs: tuple[Any, ...]) -> bool:
+def scores_filters(method: object, attributions: object, inputs: ModelInputs) -> bool:
     """Whether a layer method has one value for each place of its layer; Grad-CAM has one map for all
     filters. The layer is run once to see."""
     layer = getattr(method, "layer", None)
@@ -229,7 +231,7 @@ def scores_filters(method: Any, attributions: Any, inputs: tuple[Any, ...]) -> b
         return False
     shapes: list[torch.Size] = []
 
-    def note(value: Any) -> None:
+    def note(value: object) -> None:
         shapes.append(only_tensor(value, type(layer).__name__).shape)
 
     with tapped(layer, note), torch.no_grad():
@@ -248,7 +250,7 @@ def _by_filter(reference: Tensor, perturbed: list[Tensor]) -> Tensor:
     return torch.stack(changes).amax(0) / size
 
 
-def _gated(method: Any) -> tuple[Any, FilterGate]:
+def _gated(method: Any) -> tuple[LayerMethod, FilterGate]:
     """A copy of a layer method that explains the gated model, and the gate."""
     layer = getattr(method, "layer", None)
     if not isinstance(layer, nn.Module):
@@ -261,10 +263,12 @@ def _gated(method: Any) -> tuple[Any, FilterGate]:
     return gated, gate
 
 
-def _gates_first(method: Any) -> Callable[..., Any]:
+def _gates_first(method: LayerMethod) -> Callable[..., Attributions]:
     """`attribute` with the gates as its only input and the images as further arguments."""
 
-    def attribute(gates: Any, additional_forward_args: Any = None, **options: Any) -> Any:
+    def attribute(
+        gates: Tensor | tuple[Tensor, ...], additional_forward_args: ModelInputs, **options: Any
+    ) -> Attributions:
         gates = gates[0] if isinstance(gates, tuple) else gates
         return method.attribute((gates, *additional_forward_args), **options)
 

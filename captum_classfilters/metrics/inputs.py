@@ -5,15 +5,17 @@ from typing import Any
 from torch import Tensor, nn
 
 from captum_classfilters._core.captum import (
+    TargetType,
     format_additional_forward_args,
     format_tensor_into_tuples,
 )
 from captum_classfilters._core.devices import device_of, on_device
+from captum_classfilters._core.types import ModelInputs
 
 
 def at_model(
-    model: nn.Module | None, inputs: Any, additional_forward_args: Any, target: Any = None
-) -> tuple[tuple[Tensor, ...], tuple[Any, ...], Any]:
+    model: nn.Module | None, inputs: Any, additional_forward_args: object, target: TargetType = None
+) -> tuple[tuple[Tensor, ...], ModelInputs, Any]:
     """Inputs, further arguments and target where a model is, inputs so that autograd records them."""
     further = format_additional_forward_args(additional_forward_args) or ()
     arguments = (format_tensor_into_tuples(inputs), further, target)

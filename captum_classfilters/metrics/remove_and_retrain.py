@@ -1,17 +1,16 @@
 """Remove filters and retrain what follows: was the information really in them?"""
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from captum_classfilters._core.batches import Unpack, check_read_again, first_batch, read_batches
+from captum_classfilters._core.batches import check_read_again, first_batch, read_batches
 from captum_classfilters._core.devices import device_of
 from captum_classfilters._core.distributed import is_main_process
 from captum_classfilters._core.guard import model_left_as_found
@@ -25,6 +24,7 @@ from captum_classfilters._core.outputs import (
 from captum_classfilters._core.ranking import descending, random_orders
 from captum_classfilters._core.tables import short_repr, text_table
 from captum_classfilters._core.taps import LayerTap, tapping
+from captum_classfilters._core.types import Dataloader, Unpack
 from captum_classfilters.class_filters import ClassFilters
 from captum_classfilters.metrics.evaluate_classifier import evaluate_classifier
 from captum_classfilters.metrics.removals import (
@@ -70,8 +70,8 @@ def remove_and_retrain(
     model: nn.Module,
     layer: nn.Module | str,
     rankings: ClassFilters | Tensor | Mapping[str, ClassFilters | Tensor],
-    train_loader: Iterable[Any],
-    test_loader: Iterable[Any],
+    train_loader: Dataloader,
+    test_loader: Dataloader,
     *,
     num_filters: Sequence[int],
     epochs: int = 3,
@@ -231,7 +231,7 @@ class _Trial:
     after: list[str] = field(default_factory=list)
     probabilities: bool = False
 
-    def look_at(self, train: Iterable[Any]) -> None:
+    def look_at(self, train: Dataloader) -> None:
         """See on one batch what follows the layer, and what the model returns."""
         batch = first_batch(self.model, train, self.unpack)
         with model_left_as_found(self.model, evaluation=True), torch.no_grad():
@@ -242,9 +242,7 @@ class _Trial:
             raise ValueError(f"Nothing with weights follows the layer {self.layer!r}.")
         self.probabilities = are_probabilities(as_rows(class_scores(output)))
 
-    def accuracy(
-        self, removed: Tensor, train: Iterable[Any], test: Iterable[Any], seed: int
-    ) -> float:
+    def accuracy(self, removed: Tensor, train: Dataloader, test: Dataloader, seed: int) -> float:
         """Test accuracy without some filters, after training."""
         twin = copy.deepcopy(self.model)
         torch.manual_seed(seed)
@@ -263,9 +261,7 @@ class _Trial:
                 self._epoch(twin, train, optimizer)
             return evaluate_classifier(twin, test, unpack=self.unpack, show_progress=False).accuracy
 
-    def _epoch(
-        self, twin: nn.Module, train: Iterable[Any], optimizer: torch.optim.Optimizer
-    ) -> None:
+    def _epoch(self, twin: nn.Module, train: Dataloader, optimizer: torch.optim.Optimizer) -> None:
         with read_batches(
             twin, train, "training", unpack=self.unpack, training=True, show_progress=False
         ) as batches:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from captum_classfilters._core.batches import Batch, Unpack, read_batches
+from captum_classfilters._core.batches import Batch, read_batches
 from captum_classfilters._core.devices import on_device
 from captum_classfilters._core.guard import model_left_as_found
 from captum_classfilters._core.labels import class_labels
@@ -22,6 +22,7 @@ from captum_classfilters._core.outputs import (
     scores_per_class,
 )
 from captum_classfilters._core.replay.suffix_replay import SuffixReplay
+from captum_classfilters._core.types import Dataloader, Unpack
 from captum_classfilters.attr import LayerFilterAblation
 from captum_classfilters.metrics.evaluate_classifier import gives_probability
 from captum_classfilters.metrics.inputs import at_model
@@ -69,7 +70,7 @@ class ReplayedBatch:
 
 @contextmanager
 def replayed_images(
-    model: Any, layer: nn.Module, inputs: Any, additional_forward_args: Any, **options: Any
+    model: Any, layer: nn.Module, inputs: Any, additional_forward_args: object, **options: Any
 ) -> Iterator[SuffixReplay]:
     """Images, run once and ready to run without filters, where the model is and it left as found.
 
@@ -99,7 +100,7 @@ def replaying(
     ablation: LayerFilterAblation,
     layer: nn.Module,
     shape: tuple[int, int],
-    dataloader: Any,
+    dataloader: Dataloader,
     *,
     unpack: Unpack | None = None,
     device: torch.device | str | None = None,
@@ -157,7 +158,7 @@ def confusion_without(
     layer: nn.Module,
     removed: Tensor,
     num_classes: int,
-    dataloader: Any,
+    dataloader: Dataloader,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
     r"""

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from captum_classfilters._core.taps import tapped
+from captum_classfilters._core.types import ModelInputs
 
 
 def weighted_modules(
-    model: nn.Module, inputs: tuple[Any, ...], after: nn.Module | None = None
+    model: nn.Module, inputs: ModelInputs, after: nn.Module | None = None
 ) -> list[tuple[str, nn.Module]]:
     """Modules with weights of their own, by name, in the order in which they first start; or those
     that start only after a layer has ended."""
@@ -20,7 +21,7 @@ def weighted_modules(
     started: dict[int, nn.Module] = {}
     before: set[int] = set()
 
-    def note(module: nn.Module, _inputs: Any) -> None:
+    def note(module: nn.Module, _inputs: object) -> None:
         started.setdefault(id(module), module)
 
     with ExitStack() as stack:

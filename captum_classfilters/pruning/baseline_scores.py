@@ -1,22 +1,20 @@
 """Scores that pruning by accuracy is compared with; of all of them the smallest goes first."""
 
-from collections.abc import Iterable
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-from captum_classfilters._core.batches import Unpack, check_read_again, first_batch
+from captum_classfilters._core.batches import check_read_again, first_batch
 from captum_classfilters._core.costs import inputs_of
 from captum_classfilters._core.filter_graph import FilterGraph, name_of
 from captum_classfilters._core.filter_weights import filter_weights, reading_weights
+from captum_classfilters._core.types import Dataloader, ExampleInputs, Unpack
 from captum_classfilters.identify import activation_scores
 
 
 def incoming_weight_scores(
     model: nn.Module,
     layer: nn.Module | str,
-    example_inputs: Any,
+    example_inputs: ExampleInputs,
     *,
     channel_dim: int | None = None,
 ) -> Tensor:
@@ -53,7 +51,7 @@ def incoming_weight_scores(
 def outgoing_weight_scores(
     model: nn.Module,
     layer: nn.Module | str,
-    example_inputs: Any,
+    example_inputs: ExampleInputs,
     *,
     channel_dim: int | None = None,
 ) -> Tensor:
@@ -121,7 +119,7 @@ def random_scores(num_filters: int, repetitions: int = 10, seed: int = 0) -> Ten
 def filter_importance_baselines(
     model: nn.Module,
     layer: nn.Module | str,
-    dataloader: Iterable[Any],
+    dataloader: Dataloader,
     *,
     repetitions: int = 10,
     seed: int = 0,

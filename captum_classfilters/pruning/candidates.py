@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -161,7 +160,7 @@ def accuracy_without(batches: Iterable[LabeledReplay], removed: Tensor) -> tuple
     return float(measured.accuracy), float(measured.mean_loss)
 
 
-def checked_labels(batches: Batches, batch: Batch, output: Any) -> Tensor:
+def checked_labels(batches: Batches, batch: Batch, output: object) -> Tensor:
     """The labels of a batch, where the model is; they and what it returned are checked, soon."""
     scores = scores_per_class(output)
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_classfilters._core.filter_graph import FilterGraph, as_tuple, torch_pruning
+from captum_classfilters._core.types import ExampleInputs
 from captum_classfilters.class_filters import ClassFilters
 
 _REDUCTIONS = {
@@ -67,7 +68,7 @@ class ClassFilterImportance:
         self,
         model: nn.Module,
         class_filters: ClassFilters | Sequence[ClassFilters],
-        example_inputs: Any,
+        example_inputs: ExampleInputs,
         *,
         classes: Sequence[int | str] | None = None,
         reduction: Literal["max", "mean", "sum"] = "max",

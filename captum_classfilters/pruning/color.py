@@ -1,15 +1,15 @@
 """How much a filter is about color: from its weights, or from its response to gray images."""
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from captum_classfilters._core.batches import Unpack, read_batches
+from captum_classfilters._core.batches import read_batches
 from captum_classfilters._core.devices import sums_device
 from captum_classfilters._core.layers import find_layer, layer_name, weighted_before
 from captum_classfilters._core.taps import LayerTap, tapping
+from captum_classfilters._core.types import Dataloader, ModelInputs, Unpack
 
 
 def weight_chroma(weights: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ def weight_chroma(weights: Tensor) -> Tensor:
 def response_chroma(
     model: nn.Module,
     layer: nn.Module | str,
-    dataloader: Iterable[Any],
+    dataloader: Dataloader,
     *,
     top: int = 9,
     mean: Sequence[float] | None = None,
@@ -131,7 +131,7 @@ def response_chroma(
 
 
 def _maps(
-    model: nn.Module, layer: nn.Module, inputs: tuple[Any, ...], channel_dim: int | None
+    model: nn.Module, layer: nn.Module, inputs: ModelInputs, channel_dim: int | None
 ) -> Tensor:
     """What a layer puts out, as maps (N, K, P) in float64 where sums are kept."""
     maps: list[Tensor] = []

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -17,6 +16,7 @@ from captum_classfilters._core.costs import (
 from captum_classfilters._core.guard import model_left_as_found
 from captum_classfilters._core.tables import short_repr
 from captum_classfilters._core.timing import interleaved_seconds, median_and_interquartile
+from captum_classfilters._core.types import ExampleInputs, ModelInputs
 
 
 @short_repr
@@ -84,7 +84,7 @@ class NetworkComparison:
 
 
 def compare_networks(
-    before: nn.Module, after: nn.Module, example_inputs: Any, *, repetitions: int = 30
+    before: nn.Module, after: nn.Module, example_inputs: ExampleInputs, *, repetitions: int = 30
 ) -> NetworkComparison:
     r"""
     Compare what two networks cost, a full one and its pruned form for example.
@@ -140,7 +140,7 @@ def compare_networks(
     )
 
 
-def multiply_adds(model: nn.Module, example_inputs: Any) -> int:
+def multiply_adds(model: nn.Module, example_inputs: ExampleInputs) -> int:
     """Multiply-adds of one forward pass in evaluation mode, for one example of the batch.
 
     Args:
@@ -158,7 +158,7 @@ def multiply_adds(model: nn.Module, example_inputs: Any) -> int:
     return int(counter.get_total_flops()) // 2 // len(inputs[0])
 
 
-def _cost(model: nn.Module, inputs: tuple[Any, ...], times: Sequence[float]) -> NetworkCost:
+def _cost(model: nn.Module, inputs: ModelInputs, times: Sequence[float]) -> NetworkCost:
     seconds, spread = median_and_interquartile(times)
     return NetworkCost(
         filters=sum(num_outputs(model).values()),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from captum_classfilters._core.batches import Unpack, read_batches
+from captum_classfilters._core.batches import read_batches
 from captum_classfilters._core.copies import copied
 from captum_classfilters._core.distributed import is_main_process
 from captum_classfilters._core.filter_weights import filter_weights
@@ -20,6 +20,7 @@ from captum_classfilters._core.layers import find_layer, layer_name, module_of, 
 from captum_classfilters._core.outputs import are_probabilities, class_scores
 from captum_classfilters._core.provenance import fingerprint
 from captum_classfilters._core.replay.suffix_replay import SuffixReplay
+from captum_classfilters._core.types import Dataloader, ModelInputs, Unpack
 from captum_classfilters.pruning.candidates import (
     Candidates,
     LabeledReplay,
@@ -91,8 +92,8 @@ class GreedyFilterPruning:
 
     def run(
         self,
-        dataloader: Iterable[Any],
-        report_dataloader: Iterable[Any] | None = None,
+        dataloader: Dataloader,
+        report_dataloader: Dataloader | None = None,
         *,
         num_filters: int | Mapping[str, int] | None = None,
         ratio: float | None = None,
@@ -206,7 +207,7 @@ class GreedyFilterPruning:
     def _check_options(
         self,
         schedule: str,
-        fine_tune: Any,
+        fine_tune: object,
         error_probability: float | None,
         fine_tune_every: int,
     ) -> None:
@@ -242,7 +243,7 @@ class _Network:
         self.forward_func, self.layers, self.channel_dim = forward_func, layers, channel_dim
         self.model = module_of(forward_func, list(layers.values()))
         self.ways: dict[str, str] = {}
-        self.images: dict[bool, list[tuple[tuple[Any, ...], Tensor, int]]] = {False: [], True: []}
+        self.images: dict[bool, list[tuple[ModelInputs, Tensor, int]]] = {False: [], True: []}
         self._probabilities: bool | None = None
         # Batches held in memory, run up to one layer.
         self._recorded: dict[bool, list[LabeledReplay]] = {}
@@ -250,7 +251,7 @@ class _Network:
 
     # -- images ----------------------------------------------------------------------------------
 
-    def read(self, dataloader: Iterable[Any], report: bool, options: Mapping[str, Any]) -> None:
+    def read(self, dataloader: Dataloader, report: bool, options: Mapping[str, Any]) -> None:
         """Read a loader; each batch is run once, up to the first layer."""
         name = "report_dataloader" if report else "dataloader"
         recorded: list[LabeledReplay] = []
@@ -333,7 +334,7 @@ class _Network:
             replay = self._replay(name, inputs)
             yield LabeledReplay(replay, labels, self._probabilities, number)
 
-    def _replay(self, name: str, inputs: tuple[Any, ...]) -> SuffixReplay:
+    def _replay(self, name: str, inputs: ModelInputs) -> SuffixReplay:
         layer = self.layers[name]
         replay = SuffixReplay(self.forward_func, layer, inputs, channel_dim=self.channel_dim)
         known = self.ways.get(name, replay.way).split(", ")
@@ -465,7 +466,7 @@ def _best(
     return -lost, (name, int(filters[row]))
 
 
-def _described(fine_tune: Any) -> Any:
+def _described(fine_tune: object) -> Any:
     """A function in words that another process finds the same."""
     if fine_tune is None:
         return None

@@ -1,6 +1,6 @@
 """A few steps of training with a learning rate for each layer."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from captum_classfilters._core.batches import Batch, Batches, Unpack, read_batches
+from captum_classfilters._core.batches import Batch, Batches, read_batches
 from captum_classfilters._core.layers import find_layer
 from captum_classfilters._core.outputs import (
     as_rows,
@@ -18,6 +18,7 @@ from captum_classfilters._core.outputs import (
     scores_per_class,
 )
 from captum_classfilters._core.tables import short_repr
+from captum_classfilters._core.types import Dataloader, JsonDict, Unpack
 
 
 @short_repr
@@ -57,7 +58,7 @@ class LayerwiseFineTuning:
         5
     """
 
-    dataloader: Iterable[Any]
+    dataloader: Dataloader
     learning_rates: float | Mapping[str, float]
     num_steps: int = 100
     momentum: float = 0.9
@@ -66,7 +67,7 @@ class LayerwiseFineTuning:
     device: torch.device | str | None = None
 
     @property
-    def options(self) -> dict[str, Any]:
+    def options(self) -> JsonDict:
         """The options of the training, for the record."""
         rates = self.learning_rates
         return {

@@ -90,7 +90,7 @@ def _masked(layer: nn.Module, name: str, mask: Tensor, channel_dim: int | None) 
     return run
 
 
-def _described(mask: Any) -> str:
+def _described(mask: object) -> str:
     if isinstance(mask, Tensor):
         return f"a Tensor of {mask.dtype} and shape {tuple(mask.shape)}"
     return f"a {type(mask).__name__}"

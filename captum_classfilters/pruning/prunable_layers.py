@@ -1,7 +1,6 @@
 """Which layers' filters can be removed, who reads them, and what ties the others."""
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 from torch import nn
 
@@ -9,6 +8,7 @@ from captum_classfilters._core.filter_graph import FilterGraph, as_tuple, check_
 from captum_classfilters._core.filter_removal import refused
 from captum_classfilters._core.guard import model_left_as_found
 from captum_classfilters._core.named_layers import NamedLayers
+from captum_classfilters._core.types import ExampleInputs
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class PrunableLayers(NamedLayers[PrunableLayer]):
 
 
 def prunable_layers(
-    model: nn.Module, example_inputs: Any, *, show_progress: bool = True
+    model: nn.Module, example_inputs: ExampleInputs, *, show_progress: bool = True
 ) -> PrunableLayers:
     r"""
     List the layers whose filters :func:`prune_filters` can remove, and why not the others.

@@ -16,6 +16,7 @@ from captum_classfilters._core.filter_removal import (
     remove_filters,
 )
 from captum_classfilters._core.guard import model_left_as_found
+from captum_classfilters._core.types import ExampleInputs
 from captum_classfilters.class_filters import ClassFilters
 from captum_classfilters.pruning.pruning_order import PruningOrder
 
@@ -25,7 +26,7 @@ Keep = Tensor | Sequence[Any] | ClassFilters | PruningOrder
 def prune_filters(
     model: nn.Module,
     layer: nn.Module | str | Mapping[str, Keep] | ClassFilters | PruningOrder,
-    example_inputs: Any,
+    example_inputs: ExampleInputs,
     *,
     keep: Keep | None = None,
     remove: Tensor | Sequence[Any] | None = None,
@@ -133,7 +134,7 @@ def _requests(model: nn.Module, layer: Any, keep: Any, remove: Any) -> list[tupl
     return [(name_of(model, layer), keep, remove)]
 
 
-def _removed(name: str, number: int, keep: Any, remove: Any) -> list[int]:
+def _removed(name: str, number: int, keep: object, remove: object) -> list[int]:
     """The filters to remove, sorted."""
     if isinstance(keep, ClassFilters):
         keep = keep.selected.any(0)
@@ -148,7 +149,7 @@ def _removed(name: str, number: int, keep: Any, remove: Any) -> list[int]:
     return gone.nonzero()[:, 0].tolist()
 
 
-def _as_mask(name: str, number: int, filters: Any) -> Tensor:
+def _as_mask(name: str, number: int, filters: object) -> Tensor:
     values = torch.as_tensor(filters).cpu()
     if values.dtype == torch.bool:
         if values.shape != (number,):

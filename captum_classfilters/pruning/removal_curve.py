@@ -1,17 +1,18 @@
 """Accuracy while a layer's filters are removed in given orders."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from captum_classfilters._core.batches import Unpack, read_batches
+from captum_classfilters._core.batches import read_batches
 from captum_classfilters._core.layers import find_layer, layer_name, module_of
 from captum_classfilters._core.outputs import are_probabilities, class_scores
 from captum_classfilters._core.replay.suffix_replay import SuffixReplay
 from captum_classfilters._core.tables import short_repr, text_table
+from captum_classfilters._core.types import Dataloader, Unpack
 from captum_classfilters.pruning.candidates import Candidates, LabeledReplay, checked_labels
 from captum_classfilters.pruning.pruning_order import PruningOrder
 
@@ -119,7 +120,7 @@ def accuracy_after_removal(
     forward_func: Callable[..., Tensor],
     layer: nn.Module | str,
     orders: Order | Mapping[str, Order],
-    dataloader: Iterable[Any],
+    dataloader: Dataloader,
     *,
     channel_dim: int | None = None,
     perturbations_per_eval: int | None = None,

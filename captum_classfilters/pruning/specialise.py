@@ -2,20 +2,21 @@
 
 import copy
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from captum_classfilters._core.batches import Unpack, read_batches
+from captum_classfilters._core.batches import read_batches
 from captum_classfilters._core.filter_graph import as_tuple, computed_weight
 from captum_classfilters._core.guard import model_left_as_found
 from captum_classfilters._core.heads import is_linear
 from captum_classfilters._core.layers import find_layer
 from captum_classfilters._core.outputs import scores_per_class
 from captum_classfilters._core.tables import short_repr, text_table
+from captum_classfilters._core.types import Dataloader, ExampleInputs, ModelInputs, Unpack
 from captum_classfilters.class_filters import ClassFilters
 from captum_classfilters.heads.decompose import find_head, replace_head
 from captum_classfilters.pruning.candidates import checked_labels
@@ -99,9 +100,9 @@ def specialise(
     model: nn.Module,
     class_filters: ClassFilters | Sequence[ClassFilters],
     classes: Sequence[int | str],
-    example_inputs: Any,
+    example_inputs: ExampleInputs,
     *,
-    dataloader: Iterable[Any] | None = None,
+    dataloader: Dataloader | None = None,
     head: str | None = None,
     unpack: Unpack | None = None,
     device: torch.device | str | None = None,
@@ -246,7 +247,7 @@ def _check_outputs(
     pruned: nn.Module,
     smaller: nn.Module,
     rows: Sequence[int],
-    inputs: tuple[Any, ...],
+    inputs: ModelInputs,
     name: str,
 ) -> None:
     """The specialist's outputs must be the pruned network's outputs for the classes."""
@@ -278,7 +279,7 @@ def _accuracy(
     smaller: nn.Module,
     rows: Sequence[int],
     names: tuple[str, ...],
-    dataloader: Iterable[Any],
+    dataloader: Dataloader,
     **options: Any,
 ) -> SpecialistAccuracy:
     """Accuracy on the images of the classes, all others left out."""

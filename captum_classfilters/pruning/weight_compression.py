@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from captum_classfilters._core.batches import Unpack, check_read_again
+from captum_classfilters._core.batches import check_read_again
 from captum_classfilters._core.copies import copied
 from captum_classfilters._core.costs import before_and_after, inputs_of
 from captum_classfilters._core.filter_graph import name_of
@@ -16,6 +16,7 @@ from captum_classfilters._core.guard import model_left_as_found
 from captum_classfilters._core.layers import check_runs, find_layer
 from captum_classfilters._core.tables import short_repr
 from captum_classfilters._core.taps import hooked
+from captum_classfilters._core.types import Dataloader, ExampleInputs, ModelInputs, Unpack
 from captum_classfilters.metrics.evaluate_classifier import evaluate_classifier
 
 _Coder = tuple[Any, list[int], list[int]]  # bits, number of codes of each length, symbols
@@ -269,12 +270,12 @@ def encode_weights(weights: Tensor, codebook: Tensor, codes: Tensor) -> Compress
 def compress_layer(
     model: nn.Module,
     layer: nn.Module | str,
-    example_inputs: Any,
+    example_inputs: ExampleInputs,
     *,
     clusters: int = 32,
     sparsity: float | None = None,
     original: nn.Module | None = None,
-    dataloader: Iterable[Any] | None = None,
+    dataloader: Dataloader | None = None,
     seed: int = 0,
     unpack: Unpack | None = None,
     show_progress: bool = True,
@@ -392,12 +393,12 @@ def _bytes(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.numel() * tensor.element_size()
 
 
-def _positions(model: nn.Module, name: str, example_inputs: Any) -> int:
+def _positions(model: nn.Module, name: str, example_inputs: ExampleInputs) -> int:
     """Positions of one image at which a layer's weights are used."""
     positions: list[int] = []
     inputs = inputs_of(model, example_inputs)
 
-    def note(layer: Any, arguments: tuple[Any, ...], output: Tensor) -> None:
+    def note(layer: Any, arguments: ModelInputs, output: Tensor) -> None:
         transposed = getattr(layer, "transposed", False)
         maps = arguments[0] if transposed else output
         width = layer.in_channels if transposed else _filters(layer)

@@ -12,6 +12,7 @@ from captum_classfilters._core.devices import sums_device
 from captum_classfilters._core.forward import FilterMaps
 from captum_classfilters._core.layers import layer_name, module_of
 from captum_classfilters._core.linear_maps import TRANSPOSED, as_in_use
+from captum_classfilters._core.types import JsonDict, Keywords
 from captum_classfilters._core.units import projected_bias
 from captum_classfilters.attr.base import Layers, WeightedFilterAttribution
 from captum_classfilters.spectral.layer_svd import LayerSVD, check_rank, matrix_svd
@@ -121,7 +122,7 @@ class LayerSingularDirection(WeightedFilterAttribution):
         return copied
 
     @property
-    def options(self) -> dict[str, Any]:
+    def options(self) -> JsonDict:
         """The method's own options, for the record."""
         return {"evidence": self.evidence, "rank": self.rank}
 
@@ -186,9 +187,9 @@ class LayerSingularDirection(WeightedFilterAttribution):
         self,
         inputs: Tensor | tuple[Tensor, ...],
         target: TargetType = None,
-        additional_forward_args: Any = None,
+        additional_forward_args: object = None,
         attribute_to_layer_input: bool = False,
-        grad_kwargs: dict[str, Any] | None = None,
+        grad_kwargs: Keywords | None = None,
     ) -> Any:
         r"""
         Args:
@@ -229,7 +230,7 @@ class LayerSingularDirection(WeightedFilterAttribution):
             )
 
     def signals(
-        self, inputs: Tensor | tuple[Tensor, ...], additional_forward_args: Any = None
+        self, inputs: Tensor | tuple[Tensor, ...], additional_forward_args: object = None
     ) -> Any:
         r"""
         The signals themselves, :math:`U^\top (y - b)`.

@@ -61,7 +61,7 @@ class MarchenkoPastur:
         """The upper edge of the support."""
         return float(self.variance * (1 + self.aspect**0.5) ** 2)
 
-    def density(self, x: Any) -> np.ndarray:
+    def density(self, x: object) -> np.ndarray:
         """The density at given eigenvalues, zero outside the support.
 
         Args:
@@ -77,7 +77,7 @@ class MarchenkoPastur:
         root = np.sqrt(np.where(inside, (self.upper - x) * (x - self.lower), 0.0))
         return np.asarray(root / (2 * np.pi * self.variance * self.aspect * safe))
 
-    def cumulative(self, x: Any) -> np.ndarray:
+    def cumulative(self, x: object) -> np.ndarray:
         """The share of eigenvalues up to given ones.
 
         Args:
@@ -90,7 +90,7 @@ class MarchenkoPastur:
         points, shares = self._table
         return np.asarray(np.interp(np.asarray(x, dtype=np.float64), points, shares))
 
-    def quantile(self, share: Any) -> np.ndarray:
+    def quantile(self, share: object) -> np.ndarray:
         """The eigenvalues up to which given shares of all lie.
 
         Args:

@@ -1,6 +1,6 @@
 """Which units of one layer make the influential units of the next, as a graph."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -11,6 +11,7 @@ from scipy import sparse
 from torch import Tensor, nn
 
 from captum_classfilters._core.batches import Batch, Batches
+from captum_classfilters._core.types import Dataloader, Unpack
 from captum_classfilters._core.units import UnitTap, read_units, units_of
 from captum_classfilters.spectral.influential import influential
 
@@ -24,14 +25,14 @@ _ENTRIES_AT_ONCE = 2**22  # of contributions that are weighed together
 def profile_graph(
     model: nn.Module,
     layers: Sequence[str | nn.Module],
-    dataloader: Iterable[Any],
+    dataloader: Dataloader,
     *,
     kind: GraphKind = "channel",
-    directions: Mapping[str, Any] | None = None,
+    directions: Mapping[str, object] | None = None,
     share: float = 0.1,
     contribution_share: float = 0.1,
     channel_dim: int | Mapping[str, int] | None = None,
-    unpack: Callable[[Any], tuple[Any, Any]] | None = None,
+    unpack: Unpack | None = None,
     show_progress: bool = True,
 ) -> "networkx.DiGraph":
     r"""
@@ -110,7 +111,7 @@ def profile_graph(
         tap.differentiable = True
     links = [_Link(*ends, share, contribution_share) for ends in pairwise(taps)]
 
-    def take(batches: Batches, batch: Batch, _output: Any) -> None:
+    def take(batches: Batches, batch: Batch, _output: object) -> None:
         batches.settle()  # which backward passes are needed depends on the numbers
         for link in links:
             link.add(batch.number)

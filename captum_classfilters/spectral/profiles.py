@@ -1,7 +1,7 @@
 """Which directions, channels, elements or positions carry an image, and a class."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, get_args
@@ -12,6 +12,7 @@ from scipy import sparse
 from torch import Tensor, nn
 
 from captum_classfilters._core.tables import short_repr
+from captum_classfilters._core.types import Dataloader, Unpack
 from captum_classfilters._core.units import (
     Aggregate,
     Rows,
@@ -162,17 +163,17 @@ class ImageProfiles(Sequence[Profile]):
 def profile_images(
     model: nn.Module,
     layers: str | nn.Module | Sequence[str | nn.Module],
-    dataloader: Iterable[Any],
+    dataloader: Dataloader,
     *,
     kind: Kind = "channel",
-    directions: Mapping[str, Any] | None = None,
+    directions: Mapping[str, object] | None = None,
     aggregate: Aggregate | None = None,
     share: float | None = None,
     quantile: float | None = None,
     at_most: int | None = None,
     channel_dim: int | Mapping[str, int] | None = None,
     num_classes: int | None = None,
-    unpack: Callable[[Any], tuple[Any, Any]] | None = None,
+    unpack: Unpack | None = None,
     show_progress: bool = True,
 ) -> ImageProfiles:
     r"""

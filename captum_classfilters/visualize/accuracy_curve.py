@@ -1,17 +1,22 @@
 """Accuracy against the number of filters kept, with controls."""
 
-from typing import Any
-
 from captum_classfilters.heads.accuracy_curve import AccuracyCurve
-from captum_classfilters.visualize.figures import COLORS, GRAY, axes_of, quiet, short_name
+from captum_classfilters.visualize.figures import (
+    COLORS,
+    GRAY,
+    FigureAndAxes,
+    axes_of,
+    quiet,
+    short_name,
+)
 
 
 def plot_accuracy_curve(
     curve: AccuracyCurve,
     *,
     title: str | None = None,
-    plt_fig_axis: tuple[Any, Any] | None = None,
-) -> tuple[Any, Any]:
+    plt_fig_axis: FigureAndAxes | None = None,
+) -> FigureAndAxes:
     r"""
     Accuracy of the decomposed head against the number of filters each class keeps.
 

@@ -1,18 +1,21 @@
 """What is drawn, as plain numbers: any type and device in, NaN named, images in [0, 1]."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 Channels = tuple[int, int, int] | None
 _SLACK = 1e-3  # what rounding leaves outside [0, 1] after a normalization is undone
 
 
-def numbers_of(values: Any, what: str, *, missing: bool = False) -> Tensor:
+def numbers_of(values: object, what: str, *, missing: bool = False) -> Tensor:
     r"""
     Values as float64 on the CPU, whatever their type and device.
 
@@ -45,7 +48,9 @@ def numbers_of(values: Any, what: str, *, missing: bool = False) -> Tensor:
     return tensor
 
 
-def picture_of(image: Any, channels: Channels = None, what: str = "the image") -> NDArray[Any]:
+def picture_of(
+    image: object, channels: Channels = None, what: str = "the image"
+) -> NDArray[np.float64]:
     r"""
     An image (C, H, W) as one to draw: (H, W) in gray or (H, W, 3) in color, in [0, 1].
 
@@ -62,7 +67,7 @@ def picture_of(image: Any, channels: Channels = None, what: str = "the image") -
     low, high = float(shown.min()), float(shown.max())
     if low < -_SLACK or high > 1 + _SLACK:
         shown = (shown - low) / max(high - low, 1e-12)
-    picture: NDArray[Any] = shown.clamp(0, 1).numpy()
+    picture: NDArray[np.float64] = shown.clamp(0, 1).numpy()
     return picture
 
 
@@ -84,7 +89,7 @@ def check_channels(channels: Channels, num_channels: int) -> None:
         )
 
 
-def show_picture(axes: Any, picture: NDArray[Any], **options: Any) -> None:
+def show_picture(axes: "Axes", picture: NDArray[np.float64], **options: Any) -> None:
     """Draw what :func:`picture_of` made."""
     axes.imshow(picture, cmap="gray", vmin=0, vmax=1, **options)
 
@@ -97,7 +102,7 @@ def by_class(scores: Tensor) -> Tensor:
 
 
 def chosen(
-    wanted: int | Sequence[Any], sizes: Tensor, what: str, names: Sequence[str] = ()
+    wanted: int | Sequence[int | str], sizes: Tensor, what: str, names: Sequence[str] = ()
 ) -> Tensor:
     r"""
     Which rows or columns of a large table to draw.
@@ -122,7 +127,7 @@ def chosen(
     if isinstance(wanted, (str, bool)):
         raise ValueError(f"{what}={wanted!r}; expected a number, or a list.")
     known = {name: place for place, name in enumerate(names)}
-    places = [known.get(entry, entry) for entry in wanted]
+    places = [known.get(entry, entry) if isinstance(entry, str) else entry for entry in wanted]
     for place in places:
         if isinstance(place, str) or not 0 <= int(place) < size:
             raise ValueError(

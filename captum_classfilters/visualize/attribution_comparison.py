@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from captum_classfilters.visualize.explanations import plot_explanations
+from captum_classfilters.visualize.figures import FigureAndGrid
 
 if TYPE_CHECKING:
     from captum_classfilters.metrics.compare_attributions import AttributionComparison
@@ -14,9 +15,9 @@ def plot_comparison(
     *,
     images: int | None = None,
     class_names: Sequence[str] | None = None,
-    plt_fig_axis: tuple[Any, Any] | None = None,
+    plt_fig_axis: FigureAndGrid | None = None,
     **options: Any,
-) -> tuple[Any, Any]:
+) -> FigureAndGrid:
     r"""
     A grid of a comparison's first images and the pixel attributions of each method.
 

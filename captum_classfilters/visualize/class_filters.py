@@ -1,7 +1,7 @@
 """Heat maps of a table: classes by filters, and classes by classes."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -11,10 +11,14 @@ from captum_classfilters.visualize.figures import (
     MISSING,
     SIGNED,
     UNSIGNED,
+    FigureAndAxes,
     axes_of,
     set_ticks,
     short_names,
 )
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 def plot_class_filters(
@@ -25,8 +29,8 @@ def plot_class_filters(
     classes: int | Sequence[int | str] = 40,
     filters: int | Sequence[int] = 200,
     title: str | None = None,
-    plt_fig_axis: tuple[Any, Any] | None = None,
-) -> tuple[Any, Any]:
+    plt_fig_axis: FigureAndAxes | None = None,
+) -> FigureAndAxes:
     r"""
     Classes by filters as a heat map, selected cells marked.
 
@@ -81,8 +85,14 @@ def plot_class_filters(
     if mark_selected:
         marked = class_filters.selected[rows][:, columns].nonzero(as_tuple=True)
         dot = max(2.0, min(14.0, 900 / len(columns)))
-        colors = {"c": "black", "edgecolors": "white"} if signed else {"c": "white"}
-        axes.scatter(marked[1], marked[0], s=dot, linewidths=0.4 if dot > 8 else 0, **colors)
+        axes.scatter(
+            marked[1],
+            marked[0],
+            s=dot,
+            linewidths=0.4 if dot > 8 else 0,
+            c="black" if signed else "white",
+            edgecolors="white" if signed else None,
+        )
     names = short_names(class_filters.class_names)
     set_ticks(axes, "y", [names[row] for row in rows.tolist()])
     set_ticks(axes, "x", [str(column) for column in columns.tolist()], rotation=90)
@@ -103,8 +113,8 @@ def plot_class_overlap(
     *,
     classes: int | Sequence[int | str] = 40,
     title: str | None = None,
-    plt_fig_axis: tuple[Any, Any] | None = None,
-) -> tuple[Any, Any]:
+    plt_fig_axis: FigureAndAxes | None = None,
+) -> FigureAndAxes:
     r"""
     How many selected filters every two classes share, as a heat map.
 
@@ -149,7 +159,7 @@ def plot_class_overlap(
     return figure, axes
 
 
-def write_cells(axes: Any, values: torch.Tensor, form: str, top: float) -> None:
+def write_cells(axes: "Axes", values: torch.Tensor, form: str, top: float) -> None:
     """Write what is known of a square of numbers into its cells, dark on bright."""
     for row, column in (~values.isnan()).nonzero().tolist():
         value = float(values[row, column])

@@ -1,7 +1,6 @@
 """A gate beside the head's weights, mutual information, and correlation ordered by class."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +11,8 @@ from captum_classfilters.visualize.class_filters import check_order
 from captum_classfilters.visualize.figures import (
     SIGNED,
     UNSIGNED,
+    FigureAndAxes,
+    FigureAndGrid,
     axes_of,
     grid_of,
     headline,
@@ -32,8 +33,8 @@ def plot_gate_and_weight(
     classes: int | Sequence[int | str] = 40,
     filters: int | Sequence[int] = 200,
     title: str | None = None,
-    plt_fig_axis: tuple[Any, Any] | None = None,
-) -> tuple[Any, Any]:
+    plt_fig_axis: FigureAndGrid | None = None,
+) -> FigureAndGrid:
     r"""
     The gate, the head's weights, and their product, as heat maps one above the other.
 
@@ -136,8 +137,8 @@ def plot_mutual_information(
     classes: int | Sequence[int | str] = 40,
     filters: int | Sequence[int] = 200,
     title: str | None = None,
-    plt_fig_axis: tuple[Any, Any] | None = None,
-) -> tuple[Any, Any]:
+    plt_fig_axis: FigureAndAxes | None = None,
+) -> FigureAndAxes:
     r"""
     Mutual information of every class and filter as a heat map.
 
@@ -210,8 +211,8 @@ def plot_filter_correlation(
     class_names: Sequence[str] | None = None,
     filters: int | Sequence[int] = 400,
     title: str | None = None,
-    plt_fig_axis: tuple[Any, Any] | None = None,
-) -> tuple[Any, Any]:
+    plt_fig_axis: FigureAndAxes | None = None,
+) -> FigureAndAxes:
     r"""
     Absolute cosine between filters' weights, filters grouped by their class.
 

@@ -1,28 +1,34 @@
 """Sheets of exemplary images, each with the box that the unit sees."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
+from captum_classfilters._core.types import DatasetLike
 from captum_classfilters.identify.exemplars import Exemplars
 from captum_classfilters.visualize.arrays import Channels, picture_of, show_picture
 from captum_classfilters.visualize.figures import (
     NEGATIVE,
     POSITIVE,
+    FigureAndGrid,
     bare,
     grid_of,
     headline,
     short_name,
 )
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 Side = Literal["highest", "lowest"]
 
 
 def plot_exemplars(
     exemplars: Exemplars,
-    dataset: Any,
+    dataset: DatasetLike,
     units: Sequence[int],
     *,
     num_images: int = 5,
@@ -32,8 +38,8 @@ def plot_exemplars(
     channels: Channels = None,
     class_names: Sequence[str] | None = None,
     title: str | None = None,
-    plt_fig_axis: tuple[Any, Any] | None = None,
-) -> tuple[Any, Any]:
+    plt_fig_axis: FigureAndGrid | None = None,
+) -> FigureAndGrid:
     r"""
     A row of images for each unit: its lowest, the furthest at the left, and its highest.
 
@@ -117,7 +123,9 @@ def plot_exemplars(
     return figure, grid
 
 
-def _image(dataset: Any, index: int, to_display: Callable[[Tensor], Tensor] | None) -> Any:
+def _image(
+    dataset: DatasetLike, index: int, to_display: Callable[[Tensor], Tensor] | None
+) -> Tensor | NDArray[np.generic]:
     item = dataset[index]
     image = item[0] if isinstance(item, (tuple, list)) else item
     if to_display is not None:
@@ -130,7 +138,9 @@ def _image(dataset: Any, index: int, to_display: Callable[[Tensor], Tensor] | No
     return image
 
 
-def _draw(axes: Any, picture: Any, box: list[int] | None, patches: bool, color: str) -> None:
+def _draw(
+    axes: "Axes", picture: NDArray[np.float64], box: list[int] | None, patches: bool, color: str
+) -> None:
     if box is not None:
         left, top, right, bottom = box
         if patches:

@@ -1,7 +1,7 @@
 """Explanations of images beside each other, through Captum's own visualizer."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from captum.attr import visualization
@@ -15,7 +15,19 @@ from captum_classfilters.visualize.arrays import (
     picture_of,
     show_picture,
 )
-from captum_classfilters.visualize.figures import SIGNED, bare, grid_of, lines_of, short_name
+from captum_classfilters.visualize.figures import (
+    SIGNED,
+    FigureAndGrid,
+    bare,
+    grid_of,
+    lines_of,
+    short_name,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.colors import Colormap
+    from matplotlib.figure import Figure
 
 # Warm is positive and cold negative, whichever of the signs are drawn.
 _COLOR_MAPS = {"all": SIGNED, "positive": "Reds", "negative": "Blues", "absolute_value": "viridis"}
@@ -30,10 +42,10 @@ def plot_explanations(
     method: str = "heat_map",
     sign: str = "all",
     outlier_perc: float = 2,
-    cmap: Any = None,
+    cmap: "str | Colormap | None" = None,
     channels: Channels = None,
-    plt_fig_axis: tuple[Any, Any] | None = None,
-) -> tuple[Any, Any]:
+    plt_fig_axis: FigureAndGrid | None = None,
+) -> FigureAndGrid:
     r"""
     A grid: one row for each image, the image first, then one column for each explanation.
 
@@ -103,8 +115,8 @@ def plot_filter_maps(
     num_filters: int = 5,
     channels: Channels = None,
     title: str | None = None,
-    plt_fig_axis: tuple[Any, Any] | None = None,
-) -> tuple[Any, Any]:
+    plt_fig_axis: FigureAndGrid | None = None,
+) -> FigureAndGrid:
     r"""
     An image and the contribution maps of its class's filters, each with its contribution.
 
@@ -160,7 +172,7 @@ def plot_filter_maps(
 
 def _checked_maps(
     images: Tensor, attributions: Mapping[str, Tensor], method: str
-) -> dict[str, NDArray[Any]]:
+) -> dict[str, NDArray[np.float64]]:
     """The maps to draw by name, each (N, h, w)."""
     if images.dim() != 4 or not images.numel():
         raise ValueError(
@@ -184,14 +196,14 @@ def _checked_maps(
 
 
 def _draw_map(
-    figure: Any,
-    axes: Any,
-    values: NDArray[Any],
-    picture: NDArray[Any],
+    figure: "Figure",
+    axes: "Axes",
+    values: NDArray[np.float64],
+    picture: NDArray[np.float64],
     method: str,
     sign: str,
     outlier_perc: float,
-    cmap: Any,
+    cmap: "str | Colormap | None",
 ) -> None:
     drawn = {"positive": np.maximum(values, 0), "negative": np.minimum(values, 0)}.get(sign, values)
     largest = np.abs(drawn).max()

@@ -4,12 +4,18 @@ import sys
 import textwrap
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+#: What pictures are drawn on, and return: a figure and its axes, or an array of them.
+FigureAndAxes: TypeAlias = tuple["Figure", "Axes"]
+FigureAndGrid: TypeAlias = tuple["Figure", NDArray[np.object_]]
 
 # Okabe and Ito's colors, told apart by color-blind readers too.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -42,7 +48,7 @@ def _in_ipython() -> bool:
     return ipython is not None and ipython.get_ipython() is not None
 
 
-def axes_of(plt_fig_axis: tuple[Any, Any] | None, size: tuple[float, float]) -> tuple[Any, Any]:
+def axes_of(plt_fig_axis: FigureAndAxes | None, size: tuple[float, float]) -> FigureAndAxes:
     """The figure and axes that the caller gave, or new ones."""
     if plt_fig_axis is None:
         figure = new_figure(size)
@@ -55,12 +61,12 @@ def axes_of(plt_fig_axis: tuple[Any, Any] | None, size: tuple[float, float]) -> 
 
 
 def grid_of(
-    plt_fig_axis: tuple[Any, Any] | None,
+    plt_fig_axis: FigureAndGrid | None,
     rows: int,
     columns: int,
     size: tuple[float, float],
     **options: Any,
-) -> tuple[Any, Any]:
+) -> FigureAndGrid:
     """The figure and axes that the caller gave as an array (rows, columns), or new ones; options are
     those of ``Figure.subplots``."""
     if plt_fig_axis is None:
@@ -77,11 +83,14 @@ def grid_of(
 
 
 def sheet_of(
-    plt_fig_axis: tuple[Any, Any] | None, num_axes: int, columns: int, size: tuple[float, float]
-) -> tuple[Any, Any]:
+    plt_fig_axis: FigureAndGrid | None, num_axes: int, columns: int, size: tuple[float, float]
+) -> FigureAndGrid:
     """A figure and this many axes in rows of so many; those that are left over are blank."""
     rows = -(-num_axes // columns)
-    if plt_fig_axis is not None and np.size(_pair(plt_fig_axis)[1]) == num_axes:
+    if (
+        plt_fig_axis is not None
+        and np.asarray(_pair(plt_fig_axis)[1], dtype=object).size == num_axes
+    ):
         figure, grid = grid_of(plt_fig_axis, 1, num_axes, size)
     else:
         figure, grid = grid_of(plt_fig_axis, rows, columns, size)
@@ -90,24 +99,24 @@ def sheet_of(
     return figure, grid.flatten()[:num_axes]
 
 
-def _pair(plt_fig_axis: Any) -> tuple[Any, Any]:
+def _pair(plt_fig_axis: object) -> "tuple[Figure, object]":
     if not isinstance(plt_fig_axis, (tuple, list)) or len(plt_fig_axis) != 2:
         raise ValueError("plt_fig_axis must be a pair of figure and axes.")
     return plt_fig_axis[0], plt_fig_axis[1]
 
 
-def headline(figure: Any, title: str | None, default: str = "", **options: Any) -> None:
+def headline(figure: "Figure", title: str | None, default: str = "", **options: Any) -> None:
     """Set a figure's title; the default one does not replace what the caller wrote there."""
     if title is not None or (default and not figure.get_suptitle()):
         figure.suptitle(default if title is None else title, **options)
 
 
-def quiet(axes: Any) -> None:
+def quiet(axes: "Axes") -> None:
     """Remove the frame's upper and right sides."""
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def bare(axes: Any) -> None:
+def bare(axes: "Axes") -> None:
     """A pale frame without ticks, for an image."""
     axes.set_xticks([])
     axes.set_yticks([])
@@ -115,7 +124,7 @@ def bare(axes: Any) -> None:
         side.set_color("0.8")
 
 
-def short_name(name: Any, length: int = _LONGEST_NAME) -> str:
+def short_name(name: object, length: int = _LONGEST_NAME) -> str:
     """A name that fits beside a picture: up to its first comma, of so many characters, without
     mathematics."""
     text = " ".join(str(name).split(",")[0].split())
@@ -131,7 +140,7 @@ def lines_of(text: str, width: int) -> str:
     return "\n".join(textwrap.wrap(text.replace("$", r"\$"), width)[:3])
 
 
-def short_names(names: Iterable[Any]) -> list[str]:
+def short_names(names: Iterable[object]) -> list[str]:
     """Short names; those that are the same once shortened have their number beside them."""
     full = [str(name) for name in names]
     short = [short_name(name) for name in full]
@@ -152,7 +161,7 @@ def names_of(class_names: Sequence[str] | None, num_classes: int) -> list[str]:
 
 
 def set_ticks(
-    axes: Any,
+    axes: "Axes",
     side: Literal["x", "y"],
     names: Sequence[str],
     positions: Sequence[float] | None = None,

@@ -1,13 +1,12 @@
 """The filters for one class against another, with their intervals."""
 
-from typing import Any
-
 import torch
 
 from captum_classfilters.identify.contrastive import FilterContrast
 from captum_classfilters.visualize.figures import (
     NEGATIVE,
     POSITIVE,
+    FigureAndAxes,
     axes_of,
     lines_of,
     quiet,
@@ -21,8 +20,8 @@ def plot_filter_contrast(
     num_filters: int = 8,
     confidence: float = 0.95,
     title: str | None = None,
-    plt_fig_axis: tuple[Any, Any] | None = None,
-) -> tuple[Any, Any]:
+    plt_fig_axis: FigureAndAxes | None = None,
+) -> FigureAndAxes:
     r"""
     The filters that speak most for and most against a class, as bars with intervals.
 

@@ -1,7 +1,7 @@
 """Hypergraphs of class separation, and their scores against depth."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from captum_classfilters.visualize.arrays import chosen, out_of
 from captum_classfilters.visualize.figures import (
     COLORS,
     GRAY,
+    FigureAndAxes,
     axes_of,
     quiet,
     set_ticks,
@@ -35,8 +36,8 @@ def plot_hypergraph(
     classes: int | Sequence[int | str] = 40,
     edges: int | Sequence[int | str] = 100,
     title: str | None = None,
-    plt_fig_axis: tuple[Any, Any] | None = None,
-) -> tuple[Any, Any]:
+    plt_fig_axis: FigureAndAxes | None = None,
+) -> FigureAndAxes:
     r"""
     Draw a hypergraph of classes, or images, and directions.
 
@@ -113,8 +114,8 @@ def plot_hypergraph(
 
 
 def _draw_bands(
-    hypergraph: Hypergraph, title: str | None, plt_fig_axis: tuple[Any, Any] | None
-) -> tuple[Any, Any]:
+    hypergraph: Hypergraph, title: str | None, plt_fig_axis: FigureAndAxes | None
+) -> FigureAndAxes:
     converted = hypergraph.to_hypernetx()
     import hypernetx
 
@@ -146,8 +147,8 @@ def plot_class_separation(
     score: Literal["jaccard", "components", "purity", "single_class_share"] = "jaccard",
     level: float = 0.05,
     title: str | None = None,
-    plt_fig_axis: tuple[Any, Any] | None = None,
-) -> tuple[Any, Any]:
+    plt_fig_axis: FigureAndAxes | None = None,
+) -> FigureAndAxes:
     r"""
     A separation score layer by layer, beside what permuted labels give.
 
@@ -197,8 +198,15 @@ def plot_class_separation(
         (~significant & known, "white", f"true labels, p > {level:g}"),
     ):
         if which.any():
-            options = {"c": face, "edgecolors": COLORS[0], "zorder": 3, "s": 28}
-            axes.scatter(places[which], observed[which], label=label, **options)
+            axes.scatter(
+                places[which],
+                observed[which],
+                s=28,
+                c=face,
+                edgecolors=COLORS[0],
+                zorder=3,
+                label=label,
+            )
     set_ticks(axes, "x", list(tests), rotation=90)
     axes.tick_params(labelsize=8)
     axes.set_ylabel(_LABELS[score])

@@ -1,8 +1,9 @@
 """Methods against methods: agreement as heat maps, worth and cost beside them."""
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from captum_classfilters.metrics.compare_methods import MethodComparison
 from captum_classfilters.visualize.figures import (
@@ -11,19 +12,24 @@ from captum_classfilters.visualize.figures import (
     MISSING,
     SIGNED,
     UNSIGNED,
+    FigureAndGrid,
     grid_of,
     headline,
     quiet,
     short_names,
 )
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 
 def plot_method_comparison(
     comparison: MethodComparison,
     *,
     title: str | None = None,
-    plt_fig_axis: tuple[Any, Any] | None = None,
-) -> tuple[Any, Any]:
+    plt_fig_axis: FigureAndGrid | None = None,
+) -> FigureAndGrid:
     r"""
     Overlap and rank correlation of all pairs of methods, sufficiency with intervals, and cost.
 
@@ -58,8 +64,8 @@ def plot_method_comparison(
 
 
 def _matrix(
-    axes: Any,
-    values: Any,
+    axes: "Axes",
+    values: NDArray[np.float64],
     names: list[str],
     title: str,
     limits: tuple[int, int],
@@ -77,7 +83,7 @@ def _matrix(
     axes.set_title(title, loc="left", fontsize=10)
 
 
-def _worth(figure: Any, axes: Any, comparison: MethodComparison) -> None:
+def _worth(figure: "Figure", axes: "Axes", comparison: MethodComparison) -> None:
     from matplotlib.transforms import offset_copy
 
     rows = np.arange(len(comparison.names))
@@ -106,7 +112,7 @@ def _worth(figure: Any, axes: Any, comparison: MethodComparison) -> None:
     quiet(axes)
 
 
-def _cost(axes: Any, comparison: MethodComparison) -> None:
+def _cost(axes: "Axes", comparison: MethodComparison) -> None:
     seconds = np.array([comparison.seconds[name] for name in comparison.names], dtype=float)
     known = np.nan_to_num(seconds)
     axes.barh(range(len(seconds)), known, color=GRAY)

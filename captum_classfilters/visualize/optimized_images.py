@@ -1,11 +1,10 @@
 """Sheets of optimized images."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from captum_classfilters.visualize.arrays import Channels, picture_of, show_picture
 from captum_classfilters.visualize.feature_visualization import FeatureVisualization
-from captum_classfilters.visualize.figures import headline, sheet_of, short_name
+from captum_classfilters.visualize.figures import FigureAndGrid, headline, sheet_of, short_name
 
 
 def plot_features(
@@ -15,8 +14,8 @@ def plot_features(
     columns: int = 8,
     channels: Channels = None,
     title: str | None = None,
-    plt_fig_axis: tuple[Any, Any] | None = None,
-) -> tuple[Any, Any]:
+    plt_fig_axis: FigureAndGrid | None = None,
+) -> FigureAndGrid:
     r"""
     Draw optimized images, each under its name and the value that its objective reaches.
 

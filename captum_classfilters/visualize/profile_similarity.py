@@ -1,24 +1,32 @@
 """Similarities of profiles as a heat map."""
 
 from collections.abc import Sequence
-from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from captum_classfilters.visualize.arrays import chosen, numbers_of, out_of
 from captum_classfilters.visualize.class_filters import write_cells
-from captum_classfilters.visualize.figures import MISSING, UNSIGNED, axes_of, set_ticks, short_names
+from captum_classfilters.visualize.figures import (
+    MISSING,
+    UNSIGNED,
+    FigureAndAxes,
+    axes_of,
+    set_ticks,
+    short_names,
+)
 
 
 def plot_profile_similarity(
-    similarities: NDArray[Any],
+    similarities: NDArray[np.floating] | Tensor,
     names: Sequence[str],
     *,
     label: str = "Jaccard similarity",
     profiles: int | Sequence[int | str] = 40,
     title: str | None = None,
-    plt_fig_axis: tuple[Any, Any] | None = None,
-) -> tuple[Any, Any]:
+    plt_fig_axis: FigureAndAxes | None = None,
+) -> FigureAndAxes:
     r"""
     Draw a matrix of similarities; the diagonal does not set the colors, and NaN is gray.
 

@@ -1,7 +1,7 @@
 """Pictures of pruning: filters in the order of their removal, curves, classes of a filter."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -24,6 +24,8 @@ from captum_classfilters.visualize.figures import (
     NEGATIVE,
     POSITIVE,
     SIGNED,
+    FigureAndAxes,
+    FigureAndGrid,
     axes_of,
     bare,
     grid_of,
@@ -32,6 +34,9 @@ from captum_classfilters.visualize.figures import (
     sheet_of,
     short_name,
 )
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 _KEPT, _REMOVED = COLORS[0], COLORS[1]
 _STYLES = ("-", "--", "-.", ":")
@@ -47,8 +52,8 @@ def plot_filter_grid(
     most: int = 128,
     channels: Channels = None,
     title: str | None = None,
-    plt_fig_axis: tuple[Any, Any] | None = None,
-) -> tuple[Any, Any]:
+    plt_fig_axis: FigureAndGrid | None = None,
+) -> FigureAndGrid:
     r"""
     A layer's filters in the order of their removal, the removed ones framed and numbered.
 
@@ -129,8 +134,8 @@ def plot_removal_curves(
     *,
     random: str | None = "random",
     title: str | None = None,
-    plt_fig_axis: tuple[Any, Any] | None = None,
-) -> tuple[Any, Any]:
+    plt_fig_axis: FigureAndAxes | None = None,
+) -> FigureAndAxes:
     r"""
     Accuracy against the share of filters removed, one line for each order.
 
@@ -190,8 +195,8 @@ def plot_class_bars(
     most: int = 12,
     channels: Channels = None,
     title: str | None = None,
-    plt_fig_axis: tuple[Any, Any] | None = None,
-) -> tuple[Any, Any]:
+    plt_fig_axis: FigureAndGrid | None = None,
+) -> FigureAndGrid:
     r"""
     For each filter the classes that lose most and least without it, beside the filter.
 
@@ -265,7 +270,7 @@ def _effects(filter_: FilterInterpretation) -> list[ClassEffect]:
     return [*filter_.top, *(effect for effect in filter_.bottom[::-1] if effect.name not in names)]
 
 
-def _draw_bars(axes: Any, filter_: FilterInterpretation) -> None:
+def _draw_bars(axes: "Axes", filter_: FilterInterpretation) -> None:
     effects = _effects(filter_)
     values = [100 * effect.reduction for effect in effects]
     places = list(range(len(effects)))
@@ -294,7 +299,7 @@ def _are_pictures(values: Tensor) -> bool:
     return not values.numel() or (float(values.min()) >= 0 and float(values.max()) <= 1)
 
 
-def _draw_filter(axes: Any, values: Tensor, picture: bool, channels: Channels) -> None:
+def _draw_filter(axes: "Axes", values: Tensor, picture: bool, channels: Channels) -> None:
     """A picture, or weights: three channels as colors around gray, else their signed mean."""
     bare(axes)
     if picture:

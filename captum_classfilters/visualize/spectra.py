@@ -1,7 +1,7 @@
 """Spectra of weights: eigenvalues with their fits, exponents against depth."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
@@ -9,12 +9,18 @@ from captum_classfilters.spectral.model_spectra import LayerSpectrum, ModelSpect
 from captum_classfilters.visualize.figures import (
     COLORS,
     GRAY,
+    FigureAndAxes,
+    FigureAndGrid,
     axes_of,
     grid_of,
     headline,
     quiet,
     set_ticks,
 )
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.patches import Rectangle
 
 _MARKERS = "osD^v"
 
@@ -23,8 +29,8 @@ def plot_spectrum(
     spectrum: LayerSpectrum,
     *,
     title: str | None = None,
-    plt_fig_axis: tuple[Any, Any] | None = None,
-) -> tuple[Any, Any]:
+    plt_fig_axis: FigureAndGrid | None = None,
+) -> FigureAndGrid:
     r"""
     Eigenvalues of a layer's weight with the Marchenko-Pastur law of the bulk and the tail's power law.
 
@@ -52,7 +58,7 @@ def plot_spectrum(
     return figure, pair
 
 
-def _draw_bulk(axes: Any, spectrum: LayerSpectrum, values: np.ndarray) -> None:
+def _draw_bulk(axes: "Axes", spectrum: LayerSpectrum, values: np.ndarray) -> None:
     fit = spectrum.marchenko_pastur
     outliers = values[len(values) - fit.num_outliers :]
     # Bins that resolve the bulk, which outliers may make a small part of the axis.
@@ -60,7 +66,7 @@ def _draw_bulk(axes: Any, spectrum: LayerSpectrum, values: np.ndarray) -> None:
     num_bins = int(np.clip(values[-1] / in_bulk, 8, 120))
     axes.hist(
         values,
-        bins=np.linspace(0, values[-1], num_bins + 1),
+        bins=np.linspace(0, values[-1], num_bins + 1).tolist(),
         density=True,
         color=COLORS[5],
         alpha=0.6,
@@ -82,7 +88,7 @@ def _draw_bulk(axes: Any, spectrum: LayerSpectrum, values: np.ndarray) -> None:
             label=f"{len(outliers)} above the edge",
         )
     # A square matrix' density has a pole at zero; the histogram sets the height.
-    highest = max(bar.get_height() for bar in axes.patches)
+    highest = max(bar.get_height() for bar in cast("list[Rectangle]", axes.patches))
     axes.set_ylim(0, 1.15 * max(highest, float(np.quantile(density, 0.9))))
     axes.set_xlabel("eigenvalue $S^2/d$ of the weight")
     axes.set_ylabel("density")
@@ -90,7 +96,7 @@ def _draw_bulk(axes: Any, spectrum: LayerSpectrum, values: np.ndarray) -> None:
     quiet(axes)
 
 
-def _draw_tail(axes: Any, spectrum: LayerSpectrum, values: np.ndarray) -> None:
+def _draw_tail(axes: "Axes", spectrum: LayerSpectrum, values: np.ndarray) -> None:
     law = spectrum.power_law
     above = 1 - np.arange(len(values)) / len(values)
     axes.plot(values, above, ".", color=COLORS[5], markersize=4, label="eigenvalues")
@@ -121,8 +127,8 @@ def plot_exponents(
     spectra: ModelSpectra | Mapping[str, ModelSpectra],
     *,
     title: str | None = None,
-    plt_fig_axis: tuple[Any, Any] | None = None,
-) -> tuple[Any, Any]:
+    plt_fig_axis: FigureAndAxes | None = None,
+) -> FigureAndAxes:
     r"""
     Power-law exponents of a model's layers against depth, on a logarithmic axis.
 

@@ -1,11 +1,12 @@
 """A batch whose copies differ in one filter each, so that linear steps cost one filter's share."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._ops import OpOverload, OpOverloadPacket
 from torch.utils._pytree import tree_leaves, tree_map
 
 from captum_classfilters._core.replay.repeated_batch import (
@@ -16,6 +17,13 @@ from captum_classfilters._core.replay.repeated_batch import (
     all_rows,
     written_argument,
 )
+from captum_classfilters._core.types import Arguments, Keywords
+
+T = TypeVar("T")
+#: What an operation returns.
+Outputs: TypeAlias = Tensor | tuple[Tensor, ...]
+#: An operation, filter by filter; NotImplemented where all rows are needed.
+Rule: TypeAlias = Callable[[OpOverload, Arguments, Keywords], Outputs]
 
 _aten = torch.ops.aten
 _BATCH_NORM = {
@@ -31,7 +39,7 @@ class UnchangedSteps:
     """What the unchanged batch gives step by step, computed once for any number of replays."""
 
     def __init__(self) -> None:
-        self._results: list[tuple[Any, Any]] = []
+        self._results: list[tuple[object, Any]] = []
         self._position = 0
 
     def restart(self) -> "UnchangedSteps":
@@ -39,7 +47,7 @@ class UnchangedSteps:
         self._position = 0
         return self
 
-    def next(self, name: Any, step: Callable[[], Any]) -> Any:
+    def next(self, name: object, step: Callable[[], T]) -> T:
         """The result of the next step."""
         if self._position == len(self._results):
             self._results.append((name, step()))
@@ -129,16 +137,16 @@ class ChangedFilters(Copies):
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
+        func: OpOverload,
+        types: Sequence[type],
+        args: Arguments = (),
+        kwargs: Keywords | None = None,
     ) -> Any:
         """Run an operation filter by filter where that is exact, on all rows elsewhere."""
         kwargs = kwargs or {}
         written = written_argument(func, args, kwargs)
         rule = _rule(func.overloadpacket)
-        result = NotImplemented if rule is None else rule(func, args, kwargs)
+        result: Any = NotImplemented if rule is None else rule(func, args, kwargs)
         if isinstance(written, ChangedFilters):
             if not isinstance(result, ChangedFilters):
                 raise CannotReplayError(f"{func} writes into a shared tensor")
@@ -152,14 +160,14 @@ class ChangedFilters(Copies):
         return result
 
 
-def _spread(value: Any) -> Any:
+def _spread(value: T) -> T:
     """The value with every batch of this kind written out."""
     return tree_map(
         lambda leaf: leaf.all_rows() if isinstance(leaf, ChangedFilters) else leaf, value
     )
 
 
-def _rule(packet: Any) -> Callable[[Any, Any, Any], Any] | None:
+def _rule(packet: OpOverloadPacket) -> Rule | None:
     if packet in POINTWISE:
         return _pointwise
     if packet in _BATCH_NORM:
@@ -171,7 +179,7 @@ def _rule(packet: Any) -> Callable[[Any, Any, Any], Any] | None:
     return _RULES.get(packet)
 
 
-def _pointwise(func: Any, args: Any, kwargs: Any) -> Any:
+def _pointwise(func: OpOverload, args: Arguments, kwargs: Keywords) -> Outputs:
     """Activations, numbers, and sums of batches that differ in the same filters or in none."""
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     batches = [tensor for tensor in tensors if isinstance(tensor, ChangedFilters)]
@@ -195,7 +203,7 @@ def _shared(tensor: Tensor, batch: ChangedFilters) -> bool:
     return isinstance(tensor, RepeatedBatch) and len(tensor.rows) == len(batch.base)
 
 
-def _base_of(value: Any, func: Any) -> Any:
+def _base_of(value: T, func: OpOverload) -> T | Tensor:
     # The rows may be a record: never write into them.
     if isinstance(value, ChangedFilters):
         return value.base.clone() if func._schema.is_mutable else value.base
@@ -204,7 +212,7 @@ def _base_of(value: Any, func: Any) -> Any:
     return value
 
 
-def _values_of(value: Any, batch: ChangedFilters, func: Any) -> Any:
+def _values_of(value: T, batch: ChangedFilters, func: OpOverload) -> T | Tensor:
     if isinstance(value, ChangedFilters):
         return value.changed.clone() if func._schema.is_mutable else value.changed
     if isinstance(value, RepeatedBatch):
@@ -213,7 +221,7 @@ def _values_of(value: Any, batch: ChangedFilters, func: Any) -> Any:
     return value
 
 
-def _added(func: Any, args: Any, kwargs: Any) -> Tensor:
+def _added(func: OpOverload, args: Arguments, kwargs: Keywords) -> Tensor:
     """Different rows plus a batch that differs in one filter: only that filter is spread."""
     if kwargs or isinstance(args[0], RepeatedBatch):
         return NotImplemented
@@ -232,7 +240,7 @@ def _added(func: Any, args: Any, kwargs: Any) -> Tensor:
     return rows
 
 
-def _batch_norm(func: Any, args: Any, _kwargs: Any) -> Any:
+def _batch_norm(func: OpOverload, args: Arguments, _kwargs: Keywords) -> Outputs:
     batch, weight, bias, mean, variance = args[:5]
     without_training = func.overloadpacket is _aten._native_batch_norm_legit_no_training
     if not isinstance(batch, ChangedFilters) or batch.flat or mean is None:
@@ -249,7 +257,7 @@ def _batch_norm(func: Any, args: Any, _kwargs: Any) -> Any:
     return (batch.like(base, values.to(base.dtype)), *others)
 
 
-def _pool(func: Any, args: Any, kwargs: Any) -> Any:
+def _pool(func: OpOverload, args: Arguments, kwargs: Keywords) -> Outputs:
     batch = args[0]
     if batch.flat or batch.base.dim() != 4:
         return NotImplemented
@@ -260,7 +268,7 @@ def _pool(func: Any, args: Any, kwargs: Any) -> Any:
     return batch.like(base, values)
 
 
-def _over_positions(func: Any, args: Any, kwargs: Any) -> Any:
+def _over_positions(func: OpOverload, args: Arguments, kwargs: Keywords) -> Outputs:
     batch = args[0]
     if batch.flat or len(args) < 2 or not isinstance(args[1], (list, tuple)) or not args[1]:
         return NotImplemented
@@ -272,7 +280,7 @@ def _over_positions(func: Any, args: Any, kwargs: Any) -> Any:
     return batch.like(base, func(batch.changed, axes, *args[2:], **kwargs))
 
 
-def _view(func: Any, args: Any, _kwargs: Any) -> Any:
+def _view(func: OpOverload, args: Arguments, _kwargs: Keywords) -> Outputs:
     """Only the steps that flatten filters and positions, or drop single positions."""
     batch, shape = args[0], list(args[1])
     if len(shape) != 2 or shape[0] not in (-1, len(batch)) or batch.flat:
@@ -284,7 +292,7 @@ def _view(func: Any, args: Any, _kwargs: Any) -> Any:
     )
 
 
-def _cat(func: Any, args: Any, kwargs: Any) -> Any:
+def _cat(func: OpOverload, args: Arguments, kwargs: Keywords) -> Outputs:
     parts, axis = args[0], args[1] if len(args) > 1 else kwargs.get("dim", 0)
     changed = [part for part in parts if isinstance(part, ChangedFilters)]
     first = changed[0]
@@ -303,7 +311,7 @@ def _cat(func: Any, args: Any, kwargs: Any) -> Any:
     return ChangedFilters(base, first.filters + before, first.changed, first.steps)
 
 
-def _convolution(func: Any, args: Any, _kwargs: Any) -> Any:
+def _convolution(func: OpOverload, args: Arguments, _kwargs: Keywords) -> Outputs:
     batch, weight, bias, stride, padding, dilation, transposed, _, groups = args
     if not isinstance(batch, ChangedFilters) or batch.flat or batch.base.dim() != 4 or transposed:
         return NotImplemented
@@ -335,7 +343,7 @@ def _convolution(func: Any, args: Any, _kwargs: Any) -> Any:
     return unchanged.baddbmm_(kernels, patches).unflatten(2, base.shape[2:])
 
 
-def _linear(func: Any, args: Any, kwargs: Any) -> Any:
+def _linear(func: OpOverload, args: Arguments, kwargs: Keywords) -> Outputs:
     """``addmm`` of a bias, the batch and a transposed weight, or ``mm`` without the bias."""
     batch, weight = args[-2], args[-1]
     if not isinstance(batch, ChangedFilters) or batch.dim() != 2 or kwargs:
@@ -347,7 +355,7 @@ def _linear(func: Any, args: Any, kwargs: Any) -> Any:
     return torch.baddbmm(base.expand(len(rows), *base.shape), change, rows).flatten(0, 1)
 
 
-_RULES: dict[Any, Callable[[Any, Any, Any], Any]] = {
+_RULES: dict[OpOverloadPacket, Rule] = {
     _aten.convolution: _convolution,
     _aten.addmm: _linear,
     _aten.mm: _linear,

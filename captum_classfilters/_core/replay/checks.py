@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 import numpy
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from captum_classfilters._core.heads import alike
@@ -20,6 +21,7 @@ from captum_classfilters._core.replay.changed_filters import UnchangedSteps
 from captum_classfilters._core.replay.closed_form import ClosedForm
 from captum_classfilters._core.replay.recorded_batch import RecordedBatch
 from captum_classfilters._core.replay.repeated_batch import CannotReplayError
+from captum_classfilters._core.types import Arguments, ForwardFunc, Keywords
 
 _aten = torch.ops.aten
 _READS = {_aten._local_scalar_dense, _aten.equal, _aten.allclose}
@@ -49,11 +51,11 @@ class Confirmed:
         self.sizes.clear()
 
 
-_confirmed: WeakKeyDictionary[nn.Module, WeakKeyDictionary[Any, dict[bool, Confirmed]]]
+_confirmed: WeakKeyDictionary[nn.Module, WeakKeyDictionary[ForwardFunc, dict[bool, Confirmed]]]
 _confirmed = WeakKeyDictionary()
 
 
-def confirmed(forward_func: Any, layer: nn.Module, at_input: bool) -> Confirmed:
+def confirmed(forward_func: ForwardFunc, layer: nn.Module, at_input: bool) -> Confirmed:
     """What is known of a model and a layer from earlier batches; kept for as long as both live."""
     functions = _confirmed.setdefault(layer, WeakKeyDictionary())
     try:
@@ -272,13 +274,19 @@ class _NoReads(TorchDispatchMode):
         own = [] if model is None else [*model.parameters(), *model.buffers()]
         self._own = {id(tensor) for tensor in own}
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self,
+        func: OpOverload,
+        types: Sequence[type],
+        args: Arguments = (),
+        kwargs: Keywords | None = None,
+    ) -> Any:
         if func.overloadpacket in _READS and id(args[0]) not in self._own:
             raise CannotReplayError("the model decides by values of the batch")
         return func(*args, **(kwargs or {}))
 
 
-def _random_states() -> list[Any]:
+def _random_states() -> list[object]:
     """The states of all generators that a model may draw from without being told."""
     tensors = [torch.get_rng_state()]
     if torch.cuda.is_initialized():

@@ -1,12 +1,16 @@
 """What modules keep between calls, put back after runs that were not the model's own."""
 
 from collections import deque
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import nn
 
 # What every module has: parameters, children, hooks. A forward pass does not change these.
 _EVERY_MODULE = vars(nn.Module()).keys() - {"_buffers"}
+
+
+Container: TypeAlias = list[Any] | dict[Any, Any] | set[Any] | deque[Any]
+Contents: TypeAlias = list[Any] | dict[Any, Any]
 
 
 class ModuleState:
@@ -46,17 +50,17 @@ class ModuleState:
         return moved
 
 
-def _own(attributes: dict[str, Any]) -> dict[str, Any]:
+def _own(attributes: dict[str, object]) -> dict[str, object]:
     return {name: value for name, value in attributes.items() if name not in _EVERY_MODULE}
 
 
-def _contents(container: Any) -> Any:
+def _contents(container: Container) -> Contents:
     return dict(container) if isinstance(container, dict) else list(container)
 
 
-def _differ(now: Any, before: Any) -> bool:
+def _differ(now: Contents, before: Contents) -> bool:
     if len(now) != len(before):
         return True
-    if isinstance(now, dict):
+    if isinstance(now, dict) and isinstance(before, dict):
         return any(now.get(key, now) is not value for key, value in before.items())
     return any(left is not right for left, right in zip(now, before, strict=True))

@@ -29,6 +29,7 @@ from captum_classfilters._core.replay.repeated_batch import (
     all_rows,
 )
 from captum_classfilters._core.taps import tapped
+from captum_classfilters._core.types import ForwardFunc, ModelInputs
 
 # The batch that ran its model last. Modules may keep something of it that others do not expect.
 _latest: "weakref.ref[RecordedBatch] | None" = None
@@ -56,9 +57,9 @@ class RecordedBatch:
 
     def __init__(
         self,
-        forward_func: Callable[..., Any],
+        forward_func: ForwardFunc,
         layer: nn.Module,
-        arguments: tuple[Any, ...],
+        arguments: ModelInputs,
         num_images: int,
         at_input: bool,
         channel_dim: int | None,
@@ -110,7 +111,7 @@ class RecordedBatch:
     def _recorded_run(self, model: nn.Module | None) -> HeadRecord | None:
         runs: list[int] = []
 
-        def take(value: Any) -> None:
+        def take(value: object) -> None:
             runs.append(1)
             # In-place successors overwrite a layer's output, so what is kept is a copy.
             self.activation = only_tensor(value, self.name).detach().clone()
@@ -139,7 +140,7 @@ class RecordedBatch:
     def whole(self, mask: Tensor) -> Tensor:
         """Outputs (N, ...) of a run of the whole model with filters replaced."""
 
-        def replace(value: Any) -> Tensor:
+        def replace(value: object) -> Tensor:
             return torch.where(mask, self.stands_in, only_tensor(value, self.name))
 
         with tapped(self.layer, replace, at_input=self.at_input):
@@ -157,9 +158,8 @@ class RecordedBatch:
             raise CannotReplayError("the output does not grow with the batch")
         return output.reshape(copies, *self.output.shape)
 
-    def _repeated(self, argument: Any, copies: int) -> Any:
-        aligned = isinstance(argument, Tensor) and argument.dim() > 0
-        if aligned and len(argument) == self.num_images:
+    def _repeated(self, argument: object, copies: int) -> object:
+        if isinstance(argument, Tensor) and argument.dim() and len(argument) == self.num_images:
             return RepeatedBatch(argument.detach(), copies)
         return tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), argument)
 

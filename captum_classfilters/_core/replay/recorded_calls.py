@@ -3,12 +3,12 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from captum_classfilters._core.replay.repeated_batch import CannotReplayError, RepeatedBatch
+from captum_classfilters._core.types import Arguments, ForwardFunc, Keywords
 
 _MISSING = object()
 
@@ -20,11 +20,13 @@ class ModuleCall:
     module: nn.Module | None = None
     calls: list["ModuleCall"] = field(default_factory=list)
     ended: bool = False
-    result: Any = None
+    result: object = None
     returned: int | None = None  # the argument that is itself the result, as of an in-place ReLU
     overwritten: list[tuple[int, Tensor]] = field(default_factory=list)
 
-    def end(self, result: Any, arguments: Any, before: list[Tensor], versions: list[int]) -> None:
+    def end(
+        self, result: object, arguments: object, before: list[Tensor], versions: list[int]
+    ) -> None:
         """Keep what the module returned, and which of its arguments it wrote into.
 
         A module that fills a list among its arguments is not over: a replay runs it again.
@@ -42,7 +44,7 @@ class ModuleCall:
             if _version(tensor) != versions[position]
         ]
 
-    def again(self, arguments: Any, copies: int) -> Any:
+    def again(self, arguments: object, copies: int) -> object:
         """What the module would return, and write, for so many copies of the batch."""
         tensors = _tensors(arguments)
         for position, rows in self.overwritten:
@@ -74,11 +76,13 @@ class RecordedCalls:
         self._root = ModuleCall()
 
     @contextmanager
-    def recording(self, layer_has_run: Callable[[], Any]) -> Iterator[None]:
+    def recording(self, layer_has_run: Callable[[], object]) -> Iterator[None]:
         """Record the run in the block."""
         stack = [self._root]
 
-        def run(module: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        def run(
+            module: nn.Module, forward: ForwardFunc, args: Arguments, kwargs: Keywords
+        ) -> object:
             call = ModuleCall(module)
             stack[-1].calls.append(call)
             stack.append(call)
@@ -101,7 +105,9 @@ class RecordedCalls:
         """Let modules that ended before the layer return their record in the block."""
         stack = [(self._root, iter(self._root.calls))]
 
-        def run(module: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        def run(
+            module: nn.Module, forward: ForwardFunc, args: Arguments, kwargs: Keywords
+        ) -> object:
             call = next(stack[-1][1], None)
             if call is None or call.module is not module:
                 raise CannotReplayError("modules ran in another order than before")
@@ -148,12 +154,13 @@ def _around(model: nn.Module, layer: nn.Module) -> list[nn.Module]:
 
 @contextmanager
 def _instead(
-    modules: Sequence[nn.Module], run: Callable[[nn.Module, Any, Any, Any], Any]
+    modules: Sequence[nn.Module],
+    run: Callable[[nn.Module, ForwardFunc, Arguments, Keywords], object],
 ) -> Iterator[None]:
     """Let a function stand in for the forward of some modules."""
     before = [vars(module).get("forward", _MISSING) for module in modules]
 
-    def stand_in(module: nn.Module) -> Callable[..., Any]:
+    def stand_in(module: nn.Module) -> ForwardFunc:
         forward = module.forward
         return lambda *args, **kwargs: run(module, forward, args, kwargs)
 
@@ -170,7 +177,7 @@ def _instead(
                 vars(module)["forward"] = forward
 
 
-def _tensors(value: Any) -> list[Tensor]:
+def _tensors(value: object) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
 
 

@@ -1,11 +1,16 @@
 """A batch that stands for several copies of itself, so that shared work is done once."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload, OpOverloadPacket
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+
+from captum_classfilters._core.types import Arguments, Keywords
+
+T = TypeVar("T")
 
 _aten = torch.ops.aten
 # Operations that treat the images of a batch alike, one by one, with axis 0 the batch throughout.
@@ -98,10 +103,10 @@ class RepeatedBatch(Copies):
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
+        func: OpOverload,
+        types: Sequence[type],
+        args: Arguments = (),
+        kwargs: Keywords | None = None,
     ) -> Any:
         """Run an operation on one copy where that is exact, on all rows elsewhere."""
         if any(issubclass(kind, Copies) and kind is not RepeatedBatch for kind in types):
@@ -129,12 +134,12 @@ class RepeatedBatch(Copies):
         return func(*all_rows(args), **all_rows(kwargs))
 
 
-def all_rows(value: Any) -> Any:
+def all_rows(value: T) -> T:
     """The value with every batch that stands for copies written out."""
     return tree_map_only(Copies, lambda batch: batch.all_rows(), value)
 
 
-def written_argument(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def written_argument(func: OpOverload, args: Arguments, kwargs: Keywords) -> Any:
     """The tensor that an operation writes into, if it does; of ours, only the first may be one."""
     if not func._schema.is_mutable:
         return None
@@ -149,11 +154,11 @@ def written_argument(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     return None
 
 
-def _one_copy(value: Any) -> Any:
+def _one_copy(value: T) -> T:
     return tree_map_only(RepeatedBatch, lambda batch: batch.rows, value)
 
 
-def _write(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], shared: bool) -> RepeatedBatch:
+def _write(func: OpOverload, args: Arguments, kwargs: Keywords, shared: bool) -> RepeatedBatch:
     """An operation in place: the rows may be a record, or shared, so they are never written into."""
     written: RepeatedBatch = args[0]
     target = written.rows.clone() if shared else written.all_rows()
@@ -162,7 +167,7 @@ def _write(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], shared: boo
     return written
 
 
-def _broadcasts(func: Any, tensors: list[Tensor], batches: list[RepeatedBatch]) -> bool:
+def _broadcasts(func: OpOverload, tensors: list[Tensor], batches: list[RepeatedBatch]) -> bool:
     """Whether full tensors can be computed with the one copy, without writing it out."""
     full = [tensor for tensor in tensors if tensor.dim()]
     return (
@@ -173,7 +178,7 @@ def _broadcasts(func: Any, tensors: list[Tensor], batches: list[RepeatedBatch]) 
     )
 
 
-def _apart(value: Any, copies: int) -> Any:
+def _apart(value: T, copies: int) -> T | Tensor:
     """Copies on an axis of their own, or one copy that broadcasts over it."""
     if isinstance(value, RepeatedBatch):
         return value.rows
@@ -183,9 +188,9 @@ def _apart(value: Any, copies: int) -> Any:
 
 
 def _stays_shared(
-    func: Any,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    func: OpOverload,
+    args: Arguments,
+    kwargs: Keywords,
     tensors: list[Tensor],
     batches: list[RepeatedBatch],
 ) -> bool:
@@ -212,7 +217,7 @@ def _not_the_batch(axis: int, rank: int) -> bool:
     return axis % rank != 0
 
 
-_RULES: dict[Any, Callable[..., bool]] = {
+_RULES: dict[OpOverloadPacket, Callable[..., bool]] = {
     _aten.cat: lambda args: _not_the_batch(args[1] if len(args) > 1 else 0, args[0][0].dim()),
     _aten.mean: lambda args: (
         len(args) > 1

@@ -14,6 +14,7 @@ from captum_classfilters._core.replay.checks import ReplayChecks, confirmed
 from captum_classfilters._core.replay.closed_form import ClosedForm
 from captum_classfilters._core.replay.module_state import ModuleState
 from captum_classfilters._core.replay.recorded_batch import RecordedBatch, plain_mode, reason_of
+from captum_classfilters._core.types import ForwardFunc, ModelInputs
 
 logger = logging.getLogger("captum_classfilters")
 
@@ -80,10 +81,10 @@ class SuffixReplay(RecordedBatch):
 
     def __init__(
         self,
-        forward_func: Callable[..., Any],
+        forward_func: ForwardFunc,
         layer: nn.Module,
         inputs: tuple[Tensor, ...],
-        additional_forward_args: tuple[Any, ...] | None = None,
+        additional_forward_args: ModelInputs | None = None,
         at_input: bool = False,
         channel_dim: int | None = None,
         replacement: Callable[[Tensor], Tensor] | None = None,

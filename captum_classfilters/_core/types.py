@@ -1,0 +1,50 @@
+"""Types that many signatures share, where one name says more than what it stands for."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol, TypeAlias
+
+from torch import Tensor
+
+#: The user's batches, in whatever form they come; ``_core/batches.py`` is what reads them.
+Dataloader: TypeAlias = Iterable[object]
+
+#: From one of these batches to the pair (inputs, labels).
+Unpack: TypeAlias = Callable[[Any], tuple[Any, Any]]
+
+#: A model, or a function that runs one.
+ForwardFunc: TypeAlias = Callable[..., Any]
+
+#: The arguments of one call of a model: tensors with the images first, and whatever else it takes.
+ModelInputs: TypeAlias = tuple[Any, ...]
+
+#: A batch to try a model with: its only argument, or all of them.
+ExampleInputs: TypeAlias = Tensor | tuple[Any, ...] | list[Any]
+
+#: Arguments of any function, by place and by name, which are handed on as they are.
+Arguments: TypeAlias = tuple[Any, ...]
+Keywords: TypeAlias = Mapping[str, Any]
+
+#: What is kept for the record, with tables and in files: names to what JSON can hold.
+JsonDict: TypeAlias = dict[str, Any]
+
+#: What ``attribute`` returns, as in Captum: a tensor shaped like the layer, a tuple of them if the
+#: layer handles several, a list if there are several layers. Which of them is known from how the
+#: method was made and not from its type, so that a caller need not tell them apart.
+Attributions: TypeAlias = Tensor | Any
+
+
+class DatasetLike(Protocol):
+    """A data set, a list say: an index gives an image, or a pair that starts with one."""
+
+    def __getitem__(self, index: int, /) -> Any:
+        """One example."""
+
+
+class LayerMethod(Protocol):
+    """What explains layers: a ``LayerAttribution`` of Captum or of this package."""
+
+    layer: Any
+
+    @property
+    def attribute(self) -> Callable[..., Any]:
+        """Attributions of a batch."""
