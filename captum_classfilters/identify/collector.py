@@ -44,6 +44,7 @@ class Tally:
     record: EvidenceRecord | None = None
     feed: dict[str, str] | None = None
     exact: bool | None = None
+    missing: float | None = None  # see Source.missing
 
     @property
     def shape(self) -> tuple[int, int] | None:
@@ -104,6 +105,7 @@ class Collector:
     ) -> None:
         self.num_classes, self.num_filters = num_classes, num_filters
         self.target = target
+        self.first: Batch | None = None
         # With one target for all, the evidence does not depend on the labels.
         self.foreign = test.foreign_targets if test is not None and target is None else 0
         self.generator = torch.Generator().manual_seed((test.seed if test else 0) + 7919 * rank())
@@ -115,6 +117,7 @@ class Collector:
 
     def add(self, batches: Batches, batch: Batch) -> None:
         """Add one batch."""
+        self.first = self.first or batch
         for group in self.groups:
             glimpse = None
             if group.shared.means_are_enough:
@@ -133,9 +136,19 @@ class Collector:
                 self._add_attributed(tally, batches, batch)
 
     def finish(self, batches: Batches) -> None:
-        """Look at what still waits."""
+        """Look at what still waits, and at what contributions that are not exact miss."""
         for group in self.groups:
             self._look_at_block(group, batches)
+        batches.settle()
+        if self.first is None:
+            return
+        pairs, _ = self._targets(batches, [self.first], None)
+        targets = pairs.classes if pairs.images is None else pairs.rounds()[0][0]
+        for tally in self.tallies:
+            rule = tally.source.rule
+            if rule is not None and rule.has_current_rule and rule.needs_derivative and not tally.exact:
+                target = targets if self.target is None else torch.full_like(targets, self.target)
+                tally.missing = tally.source.missing(self.first.inputs, target)
 
     # -- rules, in one forward pass --------------------------------------------------------------
 
@@ -315,15 +328,16 @@ class Collector:
     def merge(self) -> None:
         """Take in the tallies of all ranks."""
         shapes = gather([tally.shape for tally in self.tallies])
-        notes = gather([(tally.feed, tally.exact) for tally in self.tallies])
+        notes = gather([(tally.feed, tally.exact, tally.missing) for tally in self.tallies])
         for place, tally in enumerate(self.tallies):
             shape = next((s[place] for s in shapes if s[place] is not None), None)
             if shape is None:
                 raise ValueError("The data loader is empty: there is no image to learn from.")
             if tally.sums is None:  # this rank's share was empty
                 tally.sums = ClassFilterSums(shape[0], shape[1], tally.source.counts_votes)
-            feeds, exact = zip(*(note[place] for note in notes), strict=True)
+            feeds, exact, missing = zip(*(note[place] for note in notes), strict=True)
             tally.feed = next((feed for feed in feeds if feed), None)
+            tally.missing = next((share for share in missing if share is not None), None)
             known = [value for value in exact if value is not None]
             tally.exact = all(known) if known else None
             if tally.record is not None:

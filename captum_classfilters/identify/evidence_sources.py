@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -124,6 +125,21 @@ class Source:
         assert self.rule is not None
         features = self.rule.features_of(maps, self.method.layer)
         return self.rule.scores_from(features, target).detach()
+
+    def missing(self, inputs: tuple[Tensor, ...], target: Tensor) -> float | None:
+        """The share of the scores that the filters' evidence does not account for: the mean size of
+        Captum's convergence delta over that of what all filters do together."""
+        if not self.method.has_convergence_delta():
+            return None
+        attributions, delta = self.method.attribute(
+            inputs if len(inputs) > 1 else inputs[0],
+            target=target,
+            return_convergence_delta=True,
+            **self.kwargs,
+        )
+        together = attributions.detach().flatten(1).sum(1) - delta
+        share = float(delta.abs().sum() / together.abs().sum())
+        return share if math.isfinite(share) else None
 
     def attributed(self, inputs: tuple[Tensor, ...], target: Tensor) -> Tensor:
         """Scores (N, K) through the method's own ``attribute``."""

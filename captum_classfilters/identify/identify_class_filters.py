@@ -211,6 +211,8 @@ def _table(
         details["target"] = target
     if tally.exact is not None:
         details["exact"] = tally.exact
+    if tally.missing is not None:
+        details["missing"] = tally.missing
     if test is not None:
         details["significance"] = test.record()
     return ClassFilters(

@@ -74,8 +74,9 @@ def means_of_attributions(method, data, num_classes=3):
     [
         # Everything feeds the head, and derivatives are its weights: one run of each batch.
         (linear_before_head, ["4"], "4", ["4"], 5),
-        # Gradients are needed, which the first batch shows: it runs twice.
-        (deep, ["stage1", "stage2"], "stage2", ["stage1.0", "stage2.0", "head"], 6),
+        # Gradients are needed, which the first batch shows: it runs twice. What the contributions of
+        # two layers miss is measured on it at the end: with and without the filters of each.
+        (deep, ["stage1", "stage2"], "stage2", ["stage1.0", "stage2.0", "head"], 6 + 4),
     ],
 )
 def test_one_forward_pass_for_each_batch(model, layers, gated, decomposed, runs):
@@ -103,3 +104,35 @@ def test_alone_and_together_are_the_same():
         for one, other in zip(flat({key: alone}), flat({key: together[key]}), strict=True):
             torch.testing.assert_close(one.scores, other.scores, atol=1e-6, rtol=1e-5)
             assert torch.equal(one.selected, other.selected)
+
+
+class Powers(torch.nn.Module):
+    """Score c is the sum of the filters' means to the power of 1, 2 and 3."""
+
+    def __init__(self):
+        super().__init__()
+        self.maps = torch.nn.Identity()
+
+    def forward(self, x):
+        means = self.maps(x).mean((2, 3))
+        return torch.stack([(means**power).sum(1) for power in (1, 2, 3)], 1)
+
+
+def test_what_contributions_miss():
+    """At the power p contributions sum to p times what all filters do: p - 1 is missing."""
+    x = torch.rand(7, 4, 3, 3)
+    model = Powers()
+    method = LayerFilterContribution(model, model.maps)
+    for power in (1, 2, 3):
+        data = [(x[:4], torch.full((4,), power - 1)), (x[4:], torch.full((3,), power - 1))]
+        options = {"num_classes": 3, "show_progress": False}
+        record = method.identify(data, **options).provenance
+        assert record["exact"] is False
+        assert record["missing"] == pytest.approx(power - 1, abs=1e-6)
+        path = method.identify(data, attribute_kwargs={"n_steps": 8}, **options).provenance
+        assert path["missing"] == pytest.approx(0, abs=1e-6)
+        grouped = method.identify([(x, torch.arange(7) % 3)], target=power - 1, **options)
+        assert grouped.provenance["missing"] == pytest.approx(power - 1, abs=1e-6)
+    exact = LayerFilterContribution(pool_linear(), "1")
+    images = torch.rand(4, 2, 5, 5)
+    assert "missing" not in exact.identify([(images, torch.arange(4) % 3)], **options).provenance
