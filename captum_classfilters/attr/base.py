@@ -242,10 +242,11 @@ class LayerFilterAttribution(FilterRule, LayerAttribution):
             for image in format_tensor_into_tuples(inputs)
         )
         extra = format_additional_forward_args(additional_forward_args) or ()
+        derivative = self.needs_derivative and scale != 0  # with no filter left, only scores are read
         shared = SharedForward(
             self.forward_func,
             [
-                LayerRequest(layer, self.channel_dim, self.needs_derivative)
+                LayerRequest(layer, self.channel_dim, derivative)
                 for layer in (self._layers() if layers is None else layers)
             ],
             at_input,
