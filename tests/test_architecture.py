@@ -4,6 +4,8 @@ import ast
 import importlib
 import inspect
 import re
+import subprocess
+import sys
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from graphlib import TopologicalSorter
@@ -167,13 +169,37 @@ def test_no_import_cycle():
 
 
 def test_no_import_in_a_function():
-    """Except in the command line, whose help must not wait for torch."""
+    """Except in the command line, whose help must not wait for torch, and of what needs torchmetrics,
+    whose import takes as long as all of ours."""
+    heavy = {
+        name for name, path in MODULES.items() if "\nfrom torchmetrics" in path.read_text("utf-8")
+    }
+    assert heavy == {
+        "heads.hits",
+        "identify.accuracy_sums",
+        "identify.statistics",
+        "metrics.confusion_counts",
+    }
     late = [
         own.place
         for own in OWN_IMPORTS
-        if own.in_function and not own.for_types and room_of(own.importer) != "cli"
+        if own.in_function
+        and not own.for_types
+        and room_of(own.importer) != "cli"
+        and own.module not in heavy
     ]
     assert not late
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    code = (
+        "import sys, captum.attr, torchvision; before = set(sys.modules); import captum_classfilters;"
+        "print(sorted({m.split('.')[0] for m in set(sys.modules) - before}))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    new = set(ast.literal_eval(run.stdout))
+    assert "captum_classfilters" in new
+    assert not new & {"hypernetx", "lightning", "networkx", "pandas", "quantus", "torchmetrics"}
 
 
 def test_underscore_names_stay_in_their_room():

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torchmetrics.functional import spearman_corrcoef
 
 
 def descending(scores: Tensor) -> Tensor:
@@ -32,6 +31,8 @@ def ranks(order: Tensor) -> Tensor:
 
 def rank_correlation(left: Tensor, right: Tensor) -> Tensor:
     """Spearman's correlation of each row; NaN where a row is constant or not finite."""
+    from torchmetrics.functional import spearman_corrcoef
+
     result = torch.full((len(left),), float("nan"), dtype=torch.float64)
     usable = torch.isfinite(left).all(1) & torch.isfinite(right).all(1)
     usable &= (left.std(1) > 0) & (right.std(1) > 0) if left.shape[1] > 1 else False

@@ -242,7 +242,9 @@ class LayerFilterAttribution(FilterRule, LayerAttribution):
             for image in format_tensor_into_tuples(inputs)
         )
         extra = format_additional_forward_args(additional_forward_args) or ()
-        derivative = self.needs_derivative and scale != 0  # with no filter left, only scores are read
+        derivative = (
+            self.needs_derivative and scale != 0
+        )  # with no filter left, only scores are read
         shared = SharedForward(
             self.forward_func,
             [

@@ -5,11 +5,10 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import Metric
 
 from captum_classfilters._core.batches import Batch, Batches, read_batches
 from captum_classfilters._core.distributed import is_distributed
@@ -22,6 +21,9 @@ from captum_classfilters.class_filters import ClassFilters, check_selection
 from captum_classfilters.heads.decompose import HeadFit, fit_to_head
 from captum_classfilters.heads.linear_head import LinearHead, check_scores_follow, run_head
 from captum_classfilters.metrics.evaluate_classifier import ScoreReader
+
+if TYPE_CHECKING:
+    from captum_classfilters.heads.hits import Hits
 
 logger = logging.getLogger("captum_classfilters")
 
@@ -221,29 +223,6 @@ class _Trial:
         return head.weight.to(device).masked_fill(dropped, 0)
 
 
-class _Hits(Metric):
-    """Right answers by class, of the model and of each trial, and images by class."""
-
-    right: Tensor
-    seen: Tensor
-
-    def __init__(self, num_trials: int, num_classes: int) -> None:
-        super().__init__()
-        right = torch.zeros(1 + num_trials, num_classes, dtype=torch.int64)
-        self.add_state("right", right, dist_reduce_fx="sum")
-        self.add_state("seen", right[0].clone(), dist_reduce_fx="sum")
-
-    def update(self, predicted: Tensor, labels: Tensor) -> None:
-        """Add predictions (1 + T, N)."""
-        hits = (predicted == labels).to(self.right.dtype)
-        self.right.index_add_(1, labels, hits)
-        self.seen.index_add_(0, labels, torch.ones_like(labels))
-
-    def compute(self) -> tuple[Tensor, Tensor]:
-        """Right answers (1 + T, C) and images (C,)."""
-        return self.right.cpu(), self.seen.cpu()
-
-
 class _Trials:
     """Answers of a model with each of several heads in its own head's place."""
 
@@ -254,7 +233,7 @@ class _Trials:
         self.reader = ScoreReader(model, batches)
         self.tried = self.reported = False
 
-    def add(self, batch: Batch, hits: _Hits) -> None:
+    def add(self, batch: Batch, hits: "Hits") -> None:
         """Count the right answers to a batch."""
         answers: list[Tensor] = []
         react = None if self.reported else partial(self._answer, answers)
@@ -326,7 +305,9 @@ def _count(
         may_be_empty=is_distributed(),
         show_progress=show_progress,
     ) as batches:
-        hits = _Hits(len(trials), max(2, len(head.weight))).to(head.weight.device)
+        from captum_classfilters.heads.hits import Hits
+
+        hits = Hits(len(trials), max(2, len(head.weight))).to(head.weight.device)
         answers = _Trials(model, head, trials, batches)
         for batch in batches:
             answers.add(batch, hits)

@@ -1,5 +1,8 @@
 """Data set to class filters: one streaming pass, mergeable statistics."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from captum_classfilters.identify.accuracy_reduction import (
     accuracy_reduction,
     binomial_interval,
@@ -19,8 +22,10 @@ from captum_classfilters.identify.significance import (
     permutation_p_values,
     vote_p_values,
 )
-from captum_classfilters.identify.statistics import ClassFilterSums
 from captum_classfilters.identify.unit_scores import unit_scores
+
+if TYPE_CHECKING:
+    from captum_classfilters.identify.statistics import ClassFilterSums
 
 __all__ = [
     "ClassFilterSums",
@@ -44,3 +49,11 @@ __all__ = [
     "unit_scores",
     "vote_p_values",
 ]
+
+
+def __getattr__(name: str) -> type:
+    """`ClassFilterSums`, whose torchmetrics is imported when it is asked for."""
+    if name != "ClassFilterSums":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found: type = import_module(f"{__name__}.statistics").ClassFilterSums
+    return found

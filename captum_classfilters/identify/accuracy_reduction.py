@@ -2,11 +2,10 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import Metric
 
 from captum_classfilters._core.batches import Batch, dataset_names, read_batches
 from captum_classfilters._core.devices import sums_device
@@ -14,9 +13,6 @@ from captum_classfilters._core.distributed import gather, is_distributed
 from captum_classfilters._core.labels import labels_of_scores
 from captum_classfilters._core.layers import layer_name, module_of
 from captum_classfilters._core.outputs import (
-    are_probabilities,
-    as_rows,
-    log_probabilities,
     two_classes,
 )
 from captum_classfilters._core.provenance import provenance
@@ -28,6 +24,10 @@ from captum_classfilters.class_filters import (
     check_class_names,
     names_of_classes,
 )
+from captum_classfilters.identify.new_sums import new_accuracy_sums
+
+if TYPE_CHECKING:
+    from captum_classfilters.identify.accuracy_sums import AccuracySums
 
 
 @dataclass(frozen=True)
@@ -223,7 +223,7 @@ def accuracy_reduction(
         True
     """
     check_class_names(class_names, num_classes)
-    sums: _Sums | None = None
+    sums: AccuracySums | None = None
     replays = _replays(
         method,
         dataloader,
@@ -238,7 +238,7 @@ def accuracy_reduction(
         labels = labels_of_scores(scores, batch.labels, batch.number, num_classes)
         if sums is None:
             check_class_names(class_names, num_classes or scores.shape[1])
-            sums = _Sums(num_classes or scores.shape[1], replay.num_filters)
+            sums = new_accuracy_sums(num_classes or scores.shape[1], replay.num_filters)
             sums = sums.to(sums_device(scores.device))
         sums.update(replay, labels, perturbations_per_eval)
     # A process may have no image; it still takes part in the sum.
@@ -246,8 +246,8 @@ def accuracy_reduction(
     if not sizes:
         raise ValueError("The data loader is empty: there is no image to measure accuracy on.")
     if sums is None:
-        sums = _Sums(*sizes[0])
-    return sums.result(method, class_names or dataset_names(dataloader))
+        sums = new_accuracy_sums(*sizes[0])
+    return _result(sums.compute(), method, class_names or dataset_names(dataloader))
 
 
 def metric_reduction(
@@ -304,82 +304,28 @@ def metric_reduction(
     )
 
 
-class _Sums(Metric):
-    """Whole-number counts and sums, so that the order of the batches does not matter."""
-
-    full_state_update = False
-    counts: Tensor
-    correct: Tensor
-    lost: Tensor
-    gained: Tensor
-    log_drop: Tensor
-    drop: Tensor
-
-    def __init__(self, num_classes: int, num_filters: int) -> None:
-        super().__init__()
-        table = torch.zeros(num_classes, num_filters)
-        states = {
-            "counts": table[:, 0].long(),
-            "correct": table[:, 0].long(),
-            "lost": table.long(),
-            "gained": table.long(),
-            "log_drop": table.double(),
-            "drop": table.double(),
-        }
-        for name, zeros in states.items():
-            self.add_state(name, zeros, dist_reduce_fx="sum")
-
-    def update(self, replay: SuffixReplay, labels: Tensor, at_once: int | None) -> None:
-        """Add a batch, some filters at a time."""
-        probabilities = are_probabilities(replay.output)
-        right, log_probability = _right_and_log_probability(replay.output, labels, probabilities)
-        place = labels.to(self.counts.device)
-        self.counts.index_add_(0, place, torch.ones_like(place))
-        self.correct.index_add_(0, place, right.to(place))
-        for some, outputs in replay.in_parts(replay.each_filter(), at_once):
-            still, log_without = _right_and_log_probability(outputs, labels, probabilities)
-            if not bool(log_without.isfinite().all()):
-                raise ValueError(
-                    f"The model returns NaN or Inf without some of the filters {some.start} to "
-                    f"{some.start + len(outputs) - 1}; accuracy would take it for some class."
-                )
-            parts = {
-                "lost": right & ~still,
-                "gained": still & ~right,
-                "log_drop": log_probability - log_without,
-                "drop": log_probability.exp() - log_without.exp(),
-            }
-            for name, values in parts.items():
-                state = getattr(self, name)
-                rows = values.T.to(state.device, state.dtype)
-                table = torch.zeros_like(state[:, some]).index_add_(0, place, rows)
-                state[:, some] += table
-
-    def compute(self) -> dict[str, Tensor]:
-        """The states, summed over processes."""
-        return {name: getattr(self, name).cpu().clone() for name in self._defaults}
-
-    def result(self, method: Ablation, class_names: Sequence[str] | None) -> AccuracyReduction:
-        """The counts of all batches, with what they come from."""
-        sums = self.compute()
-        counts = sums["counts"]
-        number = counts.double()[:, None]
-        return AccuracyReduction(
-            counts=counts,
-            correct=sums["correct"],
-            lost=sums["lost"],
-            gained=sums["gained"],
-            log_probability_drop=sums["log_drop"] / number,
-            probability_drop=sums["drop"] / number,
-            class_names=names_of_classes(class_names, len(counts)),
-            layer=_only_layer(method)[1],
-            provenance=provenance(
-                module_of(method.forward_func, [method.layer]),
-                options=method.options,
-                feeds_head=None,
-                num_images=int(counts.sum()),
-            ),
-        )
+def _result(
+    sums: dict[str, Tensor], method: Ablation, class_names: Sequence[str] | None
+) -> AccuracyReduction:
+    """The counts of all batches, with what they come from."""
+    counts = sums["counts"]
+    number = counts.double()[:, None]
+    return AccuracyReduction(
+        counts=counts,
+        correct=sums["correct"],
+        lost=sums["lost"],
+        gained=sums["gained"],
+        log_probability_drop=sums["log_drop"] / number,
+        probability_drop=sums["drop"] / number,
+        class_names=names_of_classes(class_names, len(counts)),
+        layer=_only_layer(method)[1],
+        provenance=provenance(
+            module_of(method.forward_func, [method.layer]),
+            options=method.options,
+            feeds_head=None,
+            num_images=int(counts.sum()),
+        ),
+    )
 
 
 def _replays(
@@ -415,15 +361,6 @@ def _only_layer(method: Ablation) -> tuple[nn.Module, str]:
             f"The method has several layers ({', '.join(names)}); measure them one by one."
         )
     return layers[0], names[0]
-
-
-def _right_and_log_probability(
-    outputs: Tensor, labels: Tensor, probabilities: bool
-) -> tuple[Tensor, Tensor]:
-    """Whether each output (..., N, C) is right, and the label's log-probability: (..., N)."""
-    logs = log_probabilities(outputs if outputs.dim() > 1 else as_rows(outputs), probabilities)
-    index = labels.expand(logs.shape[:-1])[..., None]
-    return logs.argmax(-1) == labels, logs.gather(-1, index)[..., 0]
 
 
 def _difference_interval(lost: Tensor, gained: Tensor, counts: Tensor, confidence: float) -> Tensor:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -27,12 +27,15 @@ from captum_classfilters._core.forward import (
 from captum_classfilters._core.labels import Memberships
 from captum_classfilters._core.outputs import scores_per_class
 from captum_classfilters.identify.evidence_sources import Source
+from captum_classfilters.identify.new_sums import new_sums
 from captum_classfilters.identify.significance import (
     EvidenceRecord,
     LabelPermutation,
     foreign_labels,
 )
-from captum_classfilters.identify.statistics import ClassFilterSums
+
+if TYPE_CHECKING:
+    from captum_classfilters.identify.statistics import ClassFilterSums
 
 
 @dataclass
@@ -40,7 +43,7 @@ class Tally:
     """What is kept of one source."""
 
     source: Source
-    sums: ClassFilterSums | None = None
+    sums: "ClassFilterSums | None" = None
     record: EvidenceRecord | None = None
     feed: dict[str, str] | None = None
     exact: bool | None = None
@@ -146,7 +149,12 @@ class Collector:
         targets = pairs.classes if pairs.images is None else pairs.rounds()[0][0]
         for tally in self.tallies:
             rule = tally.source.rule
-            if rule is not None and rule.has_current_rule and rule.needs_derivative and not tally.exact:
+            if (
+                rule is not None
+                and rule.has_current_rule
+                and rule.needs_derivative
+                and not tally.exact
+            ):
                 target = targets if self.target is None else torch.full_like(targets, self.target)
                 tally.missing = tally.source.missing(self.first.inputs, target)
 
@@ -316,9 +324,9 @@ class Collector:
                     f"num_filters={self.num_filters} is larger than the {width} filters of the "
                     f"layer {tally.source.layer_name!r}."
                 )
-            tally.sums = ClassFilterSums(
-                self.num_classes, width, integer=tally.source.counts_votes
-            ).to(sums_device(scores.own.device))
+            tally.sums = new_sums(self.num_classes, width, integer=tally.source.counts_votes).to(
+                sums_device(scores.own.device)
+            )
         tally.sums.update(scores.own, pairs.classes)
         if tally.record is not None:
             tally.record.add(scores.own, pairs.classes)
@@ -334,7 +342,7 @@ class Collector:
             if shape is None:
                 raise ValueError("The data loader is empty: there is no image to learn from.")
             if tally.sums is None:  # this rank's share was empty
-                tally.sums = ClassFilterSums(shape[0], shape[1], tally.source.counts_votes)
+                tally.sums = new_sums(shape[0], shape[1], tally.source.counts_votes)
             feeds, exact, missing = zip(*(note[place] for note in notes), strict=True)
             tally.feed = next((feed for feed in feeds if feed), None)
             tally.missing = next((share for share in missing if share is not None), None)

@@ -14,10 +14,12 @@ from captum_classfilters._core.provenance import provenance
 from captum_classfilters._core.types import Dataloader, JsonDict, Unpack
 from captum_classfilters.class_filters import index_of_class, names_of_classes
 from captum_classfilters.identify.evidence_sources import Reduction, Source, sources_of
-from captum_classfilters.identify.statistics import ClassFilterSums
+from captum_classfilters.identify.new_sums import new_sums
 
 if TYPE_CHECKING:
     import pandas
+
+    from captum_classfilters.identify.statistics import ClassFilterSums
 
 
 @dataclass(frozen=True)
@@ -257,7 +259,7 @@ def contrast_classes(
             continue
         for_, against_ = (torch.full((int(ours.sum()),), class_) for class_ in pair)
         rows = pass_.difference(batch, outputs, ours, for_, against_)
-        sums = ClassFilterSums(2, rows.shape[1]) if sums is None else sums
+        sums = new_sums(2, rows.shape[1]) if sums is None else sums
         sums.update(rows, (labels[ours] == pair[1]).long())
     assert names is not None
     if sums is None or int(sums.count.min()) < 2:
@@ -359,7 +361,7 @@ def confusion_filters(
     if kept:
         values, place = torch.cat(keys).unique(return_inverse=True)
         rows = torch.cat(kept)
-        sums = ClassFilterSums(len(values), rows.shape[1])
+        sums = new_sums(len(values), rows.shape[1])
         sums.update(rows, place)
         means = sums.compute()
         for position, key_ in enumerate(values.tolist()):

@@ -16,7 +16,7 @@ from captum_classfilters.class_filters import ClassFilters, check_class_names, n
 from captum_classfilters.identify.collector import Collector
 from captum_classfilters.identify.evidence_sources import Reduction, like_methods, sources_of
 from captum_classfilters.identify.identify_class_filters import collect
-from captum_classfilters.identify.statistics import ClassFilterSums
+from captum_classfilters.identify.new_sums import new_sums
 
 _ENTRIES_AT_ONCE = 2**22  # of the matrix repetitions x images, 32 MB in float64
 
@@ -179,7 +179,7 @@ class Evidence:
         return part
 
     def _table(self, rows: Tensor, num_filters: int | None) -> ClassFilters:
-        sums = ClassFilterSums(len(self.class_names), self.scores.shape[1])
+        sums = new_sums(len(self.class_names), self.scores.shape[1])
         sums.update(self.scores[rows], self.labels[rows])
         values = sums.compute()
         table = ClassFilters(

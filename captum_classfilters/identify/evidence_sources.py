@@ -114,7 +114,7 @@ class Source:
         scored = ClassScores(self.model, scores_per_class)
         self.method.forward_func = scored
         if isinstance(getattr(self.method, "model", None), nn.Module):
-            self.method.model = scored
+            setattr(self.method, "model", scored)  # noqa: B010 - Captum declares no such attribute
 
     @property
     def _takes_target(self) -> bool:

@@ -2,11 +2,10 @@
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
 from captum_classfilters._core.batches import Batch, Batches, read_batches
 from captum_classfilters._core.devices import device_of
@@ -23,6 +22,9 @@ from captum_classfilters._core.outputs import (
 from captum_classfilters._core.tables import short_repr
 from captum_classfilters._core.taps import hooked
 from captum_classfilters._core.types import Dataloader, ModelInputs, Unpack
+
+if TYPE_CHECKING:
+    pass
 
 
 @short_repr
@@ -181,25 +183,14 @@ def gives_probability(model: nn.Module, inputs: ModelInputs, scores: Tensor) -> 
     return own.numel() != scores.numel() or not bool(alike(own.reshape(scores.shape), scores))
 
 
-class ConfusionCounts(MulticlassConfusionMatrix):
-    """A confusion matrix that is counted without waiting for a device, as torchmetrics' own does to
-    learn how large its counts became."""
-
-    confmat: Tensor
-
-    def __init__(self, num_classes: int) -> None:
-        super().__init__(num_classes, validate_args=False)
-
-    def update(self, predicted: Tensor, labels: Tensor) -> None:
-        """Count images by class and predicted class, both (N,)."""
-        pairs = labels * self.num_classes + predicted
-        self.confmat.view(-1).index_add_(0, pairs, torch.ones_like(pairs))
-
-
 class _Counts:
     """What a classifier's scores are made of, on its device until they are asked for."""
 
     def __init__(self, num_classes: int, device: torch.device) -> None:
+        from torchmetrics.classification import MulticlassAccuracy
+
+        from captum_classfilters.metrics.confusion_counts import ConfusionCounts
+
         self.num_classes = num_classes
         self.confusion = ConfusionCounts(num_classes).to(device)
         self.among_five: MulticlassAccuracy | None = None

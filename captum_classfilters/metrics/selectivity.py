@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from captum_classfilters.identify import ClassFilterSums
+from captum_classfilters.identify.new_sums import new_sums
 from captum_classfilters.metrics.features import checked_features
 
 _EPSILON = 1e-7
@@ -72,7 +72,7 @@ def class_means(features: Tensor, labels: Tensor, num_classes: int | None = None
         *Tensor* of shape (C, K), float64; NaN rows for classes without images.
     """
     features, labels, num_classes = checked_features(features, labels, num_classes)
-    sums = ClassFilterSums(num_classes, features.shape[1], sync_on_compute=False)
+    sums = new_sums(num_classes, features.shape[1], sync_on_compute=False)
     sums.update(features, labels)
     return sums.compute()["mean"]
 
