@@ -45,6 +45,6 @@ class ClassScores(ModelWrapper):
         self.wrapped_model = model
         self.scores = scores
 
-    def forward(self, *inputs: Any, **options: Any) -> Tensor:
+    def forward(self, *inputs: object, **options: object) -> Tensor:
         """Scores (N, C) of the model's output."""
         return self.scores(self.wrapped_model(*inputs, **options))

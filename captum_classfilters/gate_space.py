@@ -1,7 +1,6 @@
 """Gate space: a model whose inputs are the gates of one layer's filters."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -130,7 +129,7 @@ class FilterGate(nn.Module):
                     return tensor.dtype
         return None
 
-    def forward(self, gates: Tensor, *inputs: Any) -> Tensor:
+    def forward(self, gates: Tensor, *inputs: object) -> Tensor:
         """Run the model with its filters gated.
 
         Args:

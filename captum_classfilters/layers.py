@@ -167,7 +167,9 @@ def list_filter_layers(
 _UNKNOWN = "filters on axis 1 or the last? Same size: give channel_dim=1 or channel_dim=-1"
 
 
-def _with_another_size(first: "_Seen", inputs: Any, layers: list[FilterLayer]) -> list[FilterLayer]:
+def _with_another_size(
+    first: "_Seen", inputs: ModelInputs, layers: list[FilterLayer]
+) -> list[FilterLayer]:
     """The same, the filters' axis told by images of another size: it is the one that stays."""
     larger = tuple(
         F.interpolate(image, scale_factor=1.5) if _is_images(image) else image for image in inputs
@@ -204,7 +206,7 @@ class _Seen:
 
     def __init__(self, model: nn.Module, names: dict[nn.Module, str], inputs: ModelInputs) -> None:
         self.model, self.names, self.batch = model, names, num_images(inputs)
-        self.calls: dict[nn.Module, list[Any]] = {}
+        self.calls: dict[nn.Module, list[object]] = {}
         self.producers: dict[nn.Module, _Producer] = {}
         producer = _Producer()
 
@@ -250,7 +252,7 @@ class _Producer:
     """The weighted leaf that ran last, and what later modules without weights made of its output."""
 
     module: nn.Module | None = None
-    output: Any = None
+    output: object = None
     kept: bool = False  # nothing but functions of single elements followed
     moved: bool = False  # the last module permuted its input's axes
 

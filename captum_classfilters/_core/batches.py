@@ -30,7 +30,7 @@ class Batch:
         number (int): Its place in the loader, from 0.
         first_image (int): How many images came before it.
         inputs (tuple): The model's inputs, N images first.
-        labels (Any): As the loader gave them; None where it gave none.
+        labels (object): As the loader gave them; None where it gave none.
     """
 
     number: int
@@ -99,7 +99,10 @@ class Batches:
         self.settle()
 
     def later(
-        self, flags: Sequence[Tensor], then: Callable[[list[bool]], None], kept: Any = ()
+        self,
+        flags: Sequence[Tensor],
+        then: Callable[[list[bool]], None],
+        kept: Sequence[object] = (),
     ) -> None:
         r"""
         Call a function with some bools of a device, in order and soon.

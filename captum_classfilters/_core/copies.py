@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Mapping
-from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -16,7 +15,7 @@ def copied(model: nn.Module, replaced: Mapping[nn.Module, nn.Module] | None = No
     are the result of a computation; here each parameter and buffer is cloned, shared ones once.
     Modules that are ``replaced`` have others in their place, and are not copied.
     """
-    memo: dict[int, Any] = {id(old): new for old, new in (replaced or {}).items()}
+    memo: dict[int, object] = {id(old): new for old, new in (replaced or {}).items()}
     for parameter in model.parameters():
         if is_lazy(parameter):
             continue

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -396,7 +396,7 @@ def listed(names: Iterable[str]) -> str:
     return f"{shown} and {len(several) - 6} more" if len(several) > 6 else shown
 
 
-def torch_pruning() -> Any:
+def torch_pruning() -> ModuleType:
     """The library, or an error that names the extra."""
     try:
         import torch_pruning

@@ -161,7 +161,7 @@ class FilterMaps:
         means: Tensor,
         num_positions: int,
         maps: Callable[[], Tensor],
-        derivative: Callable[[Any], Tensor],
+        derivative: Callable[[TargetType], Tensor],
         name: str,
         at_input: bool = False,
     ) -> None:
@@ -221,7 +221,7 @@ class BatchReading:
                     the head's weights, as bools of no axes on the device.
     """
 
-    output: Any
+    output: object
     layers: list[list[FilterMaps]]
     layouts: list[list["Layout"]]
     holds: list[Tensor]
@@ -507,7 +507,7 @@ class _BatchOfScores:
         self.output, self.num_images = output, num_images
         self.taps, self.weight = taps, weight
         self.grad_kwargs = {"retain_graph": True, "allow_unused": True, **grad_kwargs}
-        self._last: tuple[Any, dict[int, Tensor]] | None = None
+        self._last: tuple[TargetType, dict[int, Tensor]] | None = None
 
     def weights(self, feed: Feed | None, positions: int, target: TargetType) -> Tensor:
         """Derivatives of the targets' scores at a layer that feeds the head."""

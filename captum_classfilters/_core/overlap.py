@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 
-def shared_members(membership: object) -> tuple[NDArray[Any], NDArray[Any]]:
+def shared_members(membership: object) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     r"""
     Members that every two sets share, and how many each has.
 
@@ -29,10 +29,10 @@ def shared_members(membership: object) -> tuple[NDArray[Any], NDArray[Any]]:
 
 
 def jaccard_of(
-    both: NDArray[Any],
-    size: NDArray[Any],
+    both: NDArray[np.floating],
+    size: NDArray[np.floating],
     of_nothing: float = float("nan"),
-    dtype: Any = np.float64,
+    dtype: type[np.floating] = np.float64,
 ) -> NDArray[Any]:
     r"""
     Jaccard similarities from :func:`shared_members`, or from sums of it over parts.

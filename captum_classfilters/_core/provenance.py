@@ -4,7 +4,6 @@ import hashlib
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import datetime, timezone
-from typing import Any
 
 import captum
 import torch
@@ -12,6 +11,7 @@ from torch import nn
 
 from captum_classfilters._core.devices import device_of
 from captum_classfilters._core.layers import unwrapped
+from captum_classfilters._core.types import JsonDict
 from captum_classfilters._version import __version__
 
 _CHUNK = 64 * 2**20  # bytes that travel from a device at once
@@ -75,7 +75,7 @@ class Provenance:
             self._fingerprints[id(plain)] = self._pool.submit(fingerprint, plain)
         return self._fingerprints[id(plain)]
 
-    def of(self, model: nn.Module | None, **details: Any) -> dict[str, Any]:
+    def of(self, model: nn.Module | None, **details: object) -> JsonDict:
         """Versions, the model's class and fingerprint, the time, and any details given."""
         future = self._begin(model)
         return {
@@ -89,6 +89,6 @@ class Provenance:
         }
 
 
-def provenance(model: nn.Module | None, **details: Any) -> dict[str, Any]:
+def provenance(model: nn.Module | None, **details: object) -> JsonDict:
     """One such record."""
     return Provenance().of(model, **details)

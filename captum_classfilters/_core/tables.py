@@ -3,12 +3,15 @@
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence, Set, Sized
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from torch import Tensor, nn
 
 T = TypeVar("T")
 Class = TypeVar("Class", bound=type)
+
+#: A line of a table: titles of columns and cells.
+Row: TypeAlias = dict[str, Any]
 
 _MOST_ITEMS = 3
 _LONGEST = 60
@@ -131,7 +134,7 @@ def _fields(value: object) -> tuple[str, ...]:
     return names
 
 
-def _plain(value: object) -> Any:
+def _plain(value: object) -> object:
     """A number of Python's own in place of a tensor or an array of one."""
     return value.item() if isinstance(value, Tensor) or hasattr(value, "item") else value
 

@@ -1,6 +1,6 @@
 """Types that many signatures share, where one name says more than what it stands for."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol, TypeAlias
 
 from torch import Tensor
@@ -38,6 +38,38 @@ class DatasetLike(Protocol):
 
     def __getitem__(self, index: int, /) -> Any:
         """One example."""
+
+
+class Decomposed(Protocol):
+    """A decomposition of a layer's weight."""
+
+    @property
+    def left(self) -> Tensor:
+        """Its directions in the space of the layer's K filters, (K, r)."""
+
+
+#: Directions of a layer: the columns of a matrix (K, r), or those of its decomposition.
+Directions: TypeAlias = Tensor | Decomposed
+
+
+class Replay(Protocol):
+    """A batch that has run once, ready to run without some of its K filters, or pixels."""
+
+    output: Tensor
+
+    @property
+    def num_images(self) -> int:
+        """N."""
+
+    @property
+    def num_filters(self) -> int:
+        """K."""
+
+    def outputs(self, removed: Tensor) -> Tensor:
+        """Outputs (P, N, ...) without sets of filters (P, K) or (P, N, K)."""
+
+    def in_parts(self, removed: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """The same, one run at a time: which sets they are, and their outputs."""
 
 
 class LayerMethod(Protocol):

@@ -18,7 +18,7 @@ from captum_classfilters._core.layers import (
 from captum_classfilters._core.outputs import scores_per_class
 from captum_classfilters._core.tables import described
 from captum_classfilters._core.taps import LayerTap, tapping
-from captum_classfilters._core.types import Dataloader, Unpack
+from captum_classfilters._core.types import Dataloader, Directions, Unpack
 
 #: How the positions of a map become one number.
 Aggregate = Literal["mean", "max", "min", "sum", "abs_mean", "abs_sum", "l2"]
@@ -90,7 +90,7 @@ class UnitTap(LayerTap):
         name: str,
         channel_dim: int | None = None,
         at_input: bool = False,
-        directions: object = None,
+        directions: Directions | None = None,
         subtract_bias: bool = True,
     ) -> None:
         before = weighted_before(model, module)
@@ -103,7 +103,7 @@ class UnitTap(LayerTap):
         if self.matrix is not None and subtract_bias:
             self.offset = projected_bias(module, self.matrix)
 
-    def take(self, value: object) -> Any:
+    def take(self, value: object) -> Tensor | None:
         """Keep what matters of the layer's value."""
         tensor = only_tensor(value, self.name)
         self.count(tensor)
@@ -166,7 +166,7 @@ def units_of(
     model: nn.Module,
     layers: str | nn.Module | Sequence[str | nn.Module],
     channel_dim: int | Mapping[str, int] | None = None,
-    directions: Mapping[str, object] | None = None,
+    directions: Mapping[str, Directions] | None = None,
     subtract_bias: bool = True,
 ) -> list[UnitTap]:
     """The units of several layers; with directions, every layer must have some."""
@@ -200,7 +200,7 @@ def read_units(
     taps: Sequence[UnitTap],
     dataloader: Dataloader,
     description: str,
-    take: Callable[[Batches, Batch, Any], None],
+    take: Callable[[Batches, Batch, object], None],
     *,
     unpack: Unpack | None,
     show_progress: bool,
@@ -346,7 +346,7 @@ class Rows:
             self._pieces.append(self._keep(*parts))
 
 
-def _matrix(directions: object, name: str) -> Tensor:
+def _matrix(directions: Directions, name: str) -> Tensor:
     matrix = getattr(directions, "left", directions)
     if not isinstance(matrix, Tensor) or matrix.dim() != 2 or not matrix.shape[1]:
         described = tuple(matrix.shape) if isinstance(matrix, Tensor) else type(matrix).__name__

@@ -20,7 +20,7 @@ from captum_classfilters._core.layers import along_filters, filter_axis, module_
 from captum_classfilters._core.outputs import are_probabilities, as_rows, log_probabilities
 from captum_classfilters._core.replay.suffix_replay import SuffixReplay
 from captum_classfilters._core.targets import class_indices, own_scores
-from captum_classfilters._core.types import Dataloader, JsonDict, ModelInputs
+from captum_classfilters._core.types import Dataloader, JsonDict, ModelInputs, Replay
 from captum_classfilters.attr.base import LayerFilterAttribution, Layers
 from captum_classfilters.identify.accuracy_reduction import accuracy_reduction, metric_reduction
 
@@ -58,7 +58,7 @@ def score_reader(
     return read
 
 
-def lost_scores(replay: SuffixReplay, removed: Tensor, read: Callable[[Tensor], Tensor]) -> Tensor:
+def lost_scores(replay: Replay, removed: Tensor, read: Callable[[Tensor], Tensor]) -> Tensor:
     """What each image's own score loses without each of its sets of filters, (P, N), on the CPU."""
     full = read(replay.output)
     parts = [full - read(output) for _, outputs in replay.in_parts(removed) for output in outputs]

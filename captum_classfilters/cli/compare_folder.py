@@ -4,10 +4,11 @@ import csv
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from captum.attr import (
+    Attribution,
     DeepLift,
     GradientShap,
     InputXGradient,
@@ -22,6 +23,7 @@ from torch.utils.data import DataLoader, Subset
 
 from captum_classfilters._core.layers import find_layer
 from captum_classfilters._core.outputs import scores_per_class
+from captum_classfilters._core.types import Keywords
 from captum_classfilters.attr import (
     ClassFilterSaliency,
     LayerFilterAblation,
@@ -43,10 +45,16 @@ from captum_classfilters.identify import identify_class_filters
 from captum_classfilters.metrics import compare_attributions
 from captum_classfilters.metrics.compare_attributions import AttributionComparison
 
+if TYPE_CHECKING:
+    from torchvision.datasets import ImageFolder
+
 STEPS = 20
 
+#: A method, with the options of its ``attribute`` if it has some.
+Compared = Attribution | tuple[Attribution, Keywords]
 
-def _occlusion(model: nn.Module, layer: nn.Module, images: Tensor) -> Any:
+
+def _occlusion(model: nn.Module, layer: nn.Module, images: Tensor) -> Compared:
     side = max(1, images.shape[-1] // 7)
     window = {
         "sliding_window_shapes": (images.shape[1], side, side),
@@ -55,21 +63,21 @@ def _occlusion(model: nn.Module, layer: nn.Module, images: Tensor) -> Any:
     return Occlusion(model), window
 
 
-def _integrated(model: nn.Module, layer: nn.Module, images: Tensor) -> Any:
+def _integrated(model: nn.Module, layer: nn.Module, images: Tensor) -> Compared:
     return IntegratedGradients(model), {"n_steps": STEPS, "internal_batch_size": len(images)}
 
 
-def _conductance(model: nn.Module, layer: nn.Module, images: Tensor) -> Any:
+def _conductance(model: nn.Module, layer: nn.Module, images: Tensor) -> Compared:
     options = {"n_steps": STEPS, "internal_batch_size": len(images)}
     return LayerConductance(model, layer), options
 
 
-def _gates(model: nn.Module, layer: nn.Module, images: Tensor) -> Any:
+def _gates(model: nn.Module, layer: nn.Module, images: Tensor) -> Compared:
     options = {"n_steps": STEPS, "internal_batch_size": len(images)}
     return IntegratedGradients(FilterGate(model, layer)), options
 
 
-COMPARED: dict[str, Callable[[nn.Module, nn.Module, Tensor], Any]] = {
+COMPARED: dict[str, Callable[[nn.Module, nn.Module, Tensor], Compared]] = {
     "saliency": lambda model, layer, images: Saliency(model),
     "input_x_gradient": lambda model, layer, images: InputXGradient(model),
     "integrated_gradients": _integrated,
@@ -160,8 +168,8 @@ def _class_filters(
     model: nn.Module,
     layer: nn.Module,
     job: FolderJob,
-    dataset: Any,
-    chosen: Subset[Any],
+    dataset: "ImageFolder",
+    chosen: Subset[object],
     targets: Tensor,
     names: list[str],
 ) -> ClassFilterSaliency:

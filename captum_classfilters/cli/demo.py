@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +17,7 @@ from tqdm.auto import tqdm
 
 from captum_classfilters._core.batches import read_batches
 from captum_classfilters._core.tables import text_table
+from captum_classfilters._core.types import JsonDict
 from captum_classfilters.attr import (
     ClassFilterSaliency,
     LayerFilterContribution,
@@ -147,7 +147,7 @@ def run_demo(
     seed: int = 0,
     show_progress: bool = True,
     write: Callable[[str], None] = print,
-) -> dict[str, Any]:
+) -> JsonDict:
     r"""
     Train, identify, decompose, explain, compare, and draw.
 
@@ -359,7 +359,7 @@ def _draw(
     figure.savefig(folder / "explanations.png", dpi=110)
 
 
-def _report(results: dict[str, Any], folder: Path, write: Callable[[str], None]) -> None:
+def _report(results: JsonDict, folder: Path, write: Callable[[str], None]) -> None:
     curve = results["accuracy_by_filters_kept"]
     refitted = results["refitted"]
     write(f"\nTest accuracy with all {NUM_FILTERS} filters: {results['test_accuracy']:.3f}")

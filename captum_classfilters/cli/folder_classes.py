@@ -4,7 +4,7 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -12,9 +12,12 @@ from torch import nn
 from captum_classfilters._core.devices import device_of, on_device
 from captum_classfilters._core.outputs import scores_per_class
 
+if TYPE_CHECKING:
+    from torchvision.datasets import ImageFolder
+
 
 def assign_outputs(
-    dataset: Any,
+    dataset: "ImageFolder",
     model: nn.Module,
     model_name: str,
     class_names: str | os.PathLike[str] | None = None,

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from captum.attr import IntegratedGradients
@@ -23,6 +23,9 @@ from captum_classfilters.class_filters import ClassFilters
 from captum_classfilters.cli.folder_classes import assign_outputs, short_name
 from captum_classfilters.identify import identify_class_filters
 from captum_classfilters.layers import list_filter_layers
+
+if TYPE_CHECKING:
+    from torchvision.datasets import ImageFolder
 
 METHODS = {"frequency": LayerFilterFrequency, "contribution": LayerFilterContribution}
 SCHEMA_VERSION = 1
@@ -200,7 +203,7 @@ def _without_auxiliary(model: nn.Module) -> nn.Module:
     return model
 
 
-def image_folder(path: str | os.PathLike[str], image_size: int) -> Any:
+def image_folder(path: str | os.PathLike[str], image_size: int) -> "ImageFolder":
     """An image folder with torchvision's usual preparation: resize, centre crop, normalise.
 
     Args:
@@ -318,7 +321,7 @@ def _check_numbers(job: FolderJob) -> None:
         raise ValueError(f"--device {job.device} cannot be used: {reason}") from error
 
 
-def evenly_spread(dataset: Any, limit: int | None) -> Subset[Any]:
+def evenly_spread(dataset: "ImageFolder", limit: int | None) -> Subset[object]:
     """A part of the images, spread evenly over a folder that is ordered by class."""
     count = len(dataset) if limit is None else min(limit, len(dataset))
     places = torch.linspace(0, len(dataset) - 1, count).round().long().tolist()

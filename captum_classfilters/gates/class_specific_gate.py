@@ -3,7 +3,7 @@
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -150,7 +150,7 @@ class ClassSpecificGate(nn.Module):
         self._tap = None
 
     @contextmanager
-    def gating(self, labels: Any, *, check: bool = True) -> Iterator["ClassSpecificGate"]:
+    def gating(self, labels: Tensor, *, check: bool = True) -> Iterator["ClassSpecificGate"]:
         """Inside this block the model's forward passes take the gated path.
 
         Args:
@@ -187,7 +187,7 @@ class ClassSpecificGate(nn.Module):
         if not tap.rows:
             check_runs(tap.name, 0)
 
-    def _checked_labels(self, labels: Any) -> Tensor:
+    def _checked_labels(self, labels: Tensor) -> Tensor:
         try:
             num_images = len(labels)
         except TypeError:

@@ -2,13 +2,16 @@
 
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from captum_classfilters.gates.class_specific_gate import ClassSpecificGate
 from captum_classfilters.gates.gated_training import GateSchedule
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
 
 try:
     from lightning.pytorch import Callback
@@ -105,7 +108,7 @@ class ClassGateCallback(Callback):
         self._open = ExitStack()
         self._gated = False
 
-    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_fit_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Check that the gate is trained.
 
         Raises:
@@ -119,7 +122,7 @@ class ClassGateCallback(Callback):
             )
 
     def on_train_batch_start(
-        self, trainer: Any, pl_module: object, batch: object, batch_idx: int
+        self, trainer: "Trainer", pl_module: "LightningModule", batch: object, batch_idx: int
     ) -> None:
         """Switch the gate on, if it is its turn."""
         self._gated = self.schedule.is_gated(trainer.current_epoch, batch_idx)
@@ -127,12 +130,14 @@ class ClassGateCallback(Callback):
             self._open = ExitStack()
             self._open.enter_context(self.gate.gating(self.labels(batch)))
 
-    def on_before_backward(self, trainer: object, pl_module: object, loss: Tensor) -> None:
+    def on_before_backward(
+        self, trainer: "Trainer", pl_module: "LightningModule", loss: Tensor
+    ) -> None:
         """Switch the gate off; the loss has been computed."""
         self._open.close()
 
     def on_before_optimizer_step(
-        self, trainer: object, pl_module: object, optimizer: object
+        self, trainer: "Trainer", pl_module: "LightningModule", optimizer: torch.optim.Optimizer
     ) -> None:
         """Add the regularizer's gradient, after any loss scaling has been undone."""
         if not self._gated or not self._holds(optimizer):
@@ -145,14 +150,21 @@ class ClassGateCallback(Callback):
             weight.grad = gradient if weight.grad is None else weight.grad + gradient
 
     def on_train_batch_end(
-        self, trainer: object, pl_module: object, outputs: object, batch: object, batch_idx: int
+        self,
+        trainer: "Trainer",
+        pl_module: "LightningModule",
+        outputs: object,
+        batch: object,
+        batch_idx: int,
     ) -> None:
         """Project the gate."""
         if self._gated:
             self.gate.project()
         self._gated = False
 
-    def on_exception(self, trainer: object, pl_module: object, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: "Trainer", pl_module: "LightningModule", exception: BaseException
+    ) -> None:
         """Switch the gate off."""
         with suppress(BaseException):
             self._open.__exit__(type(exception), exception, exception.__traceback__)
@@ -166,6 +178,6 @@ class ClassGateCallback(Callback):
         """The gate, from Lightning's checkpoint."""
         self.gate.load_state_dict(state_dict["gate"])
 
-    def _holds(self, optimizer: Any) -> bool:
+    def _holds(self, optimizer: torch.optim.Optimizer) -> bool:
         groups = optimizer.param_groups
         return any(held is self.gate.weight for group in groups for held in group["params"])

@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from captum_classfilters._core.outputs import two_classes
 from captum_classfilters._core.ranking import random_orders, ranks
 from captum_classfilters._core.tables import short_repr, text_table
 from captum_classfilters._core.taps import hooked
-from captum_classfilters._core.types import Dataloader, Unpack
+from captum_classfilters._core.types import Dataloader, ModelInputs, Unpack
 from captum_classfilters.class_filters import ClassFilters, check_selection
 from captum_classfilters.heads.decompose import HeadFit, fit_to_head
 from captum_classfilters.heads.linear_head import LinearHead, check_scores_follow, run_head
@@ -280,7 +280,7 @@ class _Trials:
     def _with_head(self, batch: Batch, trial: _Trial) -> Tensor:
         """Answers (N,) of the model with another head in the place of its own."""
 
-        def hook(_module: nn.Module, inputs: Any, _output: object) -> Tensor:
+        def hook(_module: nn.Module, inputs: ModelInputs, _output: object) -> Tensor:
             return self.head.outputs(inputs[0], trial.weight(self.head, inputs[0].device))
 
         with hooked([self.head.module], hook):

@@ -1,8 +1,9 @@
 """The decomposed head: each class sees only its own filters."""
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor, nn
 
@@ -210,7 +211,7 @@ def _advice(name: str) -> str:
     )
 
 
-def _check_sizes(class_filters: ClassFilters, head: LinearHead, feed: Any) -> None:
+def _check_sizes(class_filters: ClassFilters, head: LinearHead, feed: Mapping[str, str]) -> None:
     num_outputs, num_features = head.weight.shape
     binary = num_outputs == 1 and class_filters.num_classes == 2
     if class_filters.num_classes != num_outputs and not binary:
@@ -228,7 +229,7 @@ def _check_sizes(class_filters: ClassFilters, head: LinearHead, feed: Any) -> No
 
 
 def _check_feeds(
-    class_filters: ClassFilters, head: LinearHead, feed: object, trusted: bool
+    class_filters: ClassFilters, head: LinearHead, feed: Mapping[str, str], trusted: bool
 ) -> None:
     watched = "feeds_head" in class_filters.provenance
     if not feed and not trusted and watched:

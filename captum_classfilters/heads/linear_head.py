@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -192,7 +191,7 @@ class HeadRun:
 
     Args:
 
-        output (Any): What the model returned.
+        output (object): What the model returned.
         features (Tensor): The head's input in its last run, a copy.
         logits (Tensor): The head's output in that run.
         runs (int): How often the head ran.
@@ -200,7 +199,7 @@ class HeadRun:
         linear (Tensor): Whether that is features times weight plus bias: a bool of no axes.
     """
 
-    output: Any
+    output: object
     features: Tensor
     logits: Tensor
     runs: int
@@ -232,7 +231,7 @@ def run_head(
     record = HeadRecord()
     runs: list[tuple[Tensor, Tensor, Tensor]] = []
 
-    def hook(module: nn.Module, arguments: Any, output: Any) -> None:
+    def hook(module: nn.Module, arguments: ModelInputs, output: Tensor) -> None:
         features = _single_input(head, arguments)
         record.see(module, features, output)
         # Copies, because what follows may write into them.
@@ -286,7 +285,7 @@ def example_batch(models: list[nn.Module], example_inputs: ExampleInputs) -> Ite
         yield from batches
 
 
-def _single_input(head: LinearHead, arguments: Any) -> Tensor:
+def _single_input(head: LinearHead, arguments: ModelInputs) -> Tensor:
     """The tensor that a head was called with."""
     if len(arguments) != 1 or not isinstance(arguments[0], Tensor):
         raise ValueError(
@@ -306,7 +305,7 @@ def _parts(module: nn.Module, name: str) -> LinearHead:
     return LinearHead(name, module, full.flatten(1), bias, full.dim() - 2)
 
 
-def _other_images(part: object) -> Any:
+def _other_images(part: object) -> object:
     """Each image in the place of the next; a single one, moved along its last axis."""
     if not isinstance(part, Tensor) or not part.dim():
         return part

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -253,7 +253,7 @@ def accuracy_reduction(
 def metric_reduction(
     method: Ablation,
     dataloader: Dataloader,
-    metric: Callable[[Tensor, Tensor], Any],
+    metric: Callable[[Tensor, Tensor], Tensor | float],
     *,
     attribute_to_layer_input: bool = False,
     perturbations_per_eval: int | None = None,

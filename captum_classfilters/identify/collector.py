@@ -293,7 +293,7 @@ class Collector:
     # -- both ----------------------------------------------------------------------------------------
 
     def _targets(
-        self, batches: Batches, block: list[Batch], output: Any
+        self, batches: Batches, block: list[Batch], output: object
     ) -> tuple[Memberships, list[Tensor]]:
         """Which image counts for which class, and the foreign targets of a permutation test."""
         if self.num_classes is None:

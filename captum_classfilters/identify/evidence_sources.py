@@ -20,6 +20,7 @@ from captum_classfilters._core.layers import (
 )
 from captum_classfilters._core.outputs import scores_per_class
 from captum_classfilters._core.rules import FilterRule
+from captum_classfilters._core.types import JsonDict, Keywords
 from captum_classfilters.class_scores import ClassScores
 
 Reduction = Literal["sum", "mean", "max", "abs_sum"]
@@ -46,7 +47,7 @@ class Source:
 
     key: Any
     method: LayerAttribution
-    kwargs: dict[str, Any]
+    kwargs: Keywords
     reduction: Reduction
 
     def __post_init__(self) -> None:
@@ -71,7 +72,7 @@ class Source:
         return f"{self.layer_name}.{features}" if features else self.layer_name
 
     @property
-    def options(self) -> dict[str, Any]:
+    def options(self) -> JsonDict:
         """Options of the method and of its ``attribute``, for the record."""
         plain = {k: v for k, v in self.kwargs.items() if isinstance(v, (int, float, str, bool))}
         return {**(self.rule.options if self.rule is not None else {}), **plain}
@@ -105,7 +106,7 @@ class Source:
             and not set(self.kwargs) - {"attribute_to_layer_input"}
         )
 
-    def adapt_to(self, output: Any) -> None:
+    def adapt_to(self, output: object) -> None:
         """Let a method of another package see scores (N, C), whatever the model returns: of a
         binary classifier's one logit z those of two classes, of an object its ``logits``."""
         plain = isinstance(output, Tensor) and output.dim() == 2 and output.shape[1] > 1
@@ -169,8 +170,8 @@ class Source:
 
 
 def sources_of(
-    methods: Any,
-    attribute_kwargs: Mapping[str, Any] | None,
+    methods: object,
+    attribute_kwargs: Mapping[str, object] | None,
     at_input: bool,
     reduction: Reduction,
 ) -> list[Source]:
@@ -203,7 +204,7 @@ def sources_of(
     return sources
 
 
-def like_methods(methods: Any, sources: Sequence[Source], results: Sequence[Any]) -> Any:
+def like_methods(methods: object, sources: Sequence[Source], results: Sequence[object]) -> Any:
     """Results of the sources in the form in which the methods were given."""
     shaped: dict[Any, Any] = {}
     for key, method in _keyed(methods):
@@ -214,7 +215,7 @@ def like_methods(methods: Any, sources: Sequence[Source], results: Sequence[Any]
     return list(shaped.values()) if isinstance(methods, Sequence) else shaped[0]
 
 
-def _keyed(methods: Any) -> Any:
+def _keyed(methods: object) -> Any:
     if isinstance(methods, Mapping):
         return methods.items()
     return enumerate(methods if isinstance(methods, Sequence) else [methods])

@@ -12,7 +12,7 @@ from torch.utils.data import RandomSampler
 from captum_classfilters._core.batches import Batch, Batches
 from captum_classfilters._core.devices import on_device
 from captum_classfilters._core.tables import short_repr
-from captum_classfilters._core.types import Dataloader, DatasetLike, Unpack
+from captum_classfilters._core.types import Dataloader, DatasetLike, Directions, Unpack
 from captum_classfilters._core.units import (
     Aggregate,
     Seen,
@@ -141,7 +141,7 @@ def exemplars(
     *,
     num_exemplars: int = 9,
     aggregate: Aggregate | Literal["extreme"] = "extreme",
-    directions: Mapping[str, object] | None = None,
+    directions: Mapping[str, Directions] | None = None,
     subtract_bias: bool = True,
     boxes: bool | Mapping[str, Tensor] = True,
     channel_dim: int | Mapping[str, int] | None = None,

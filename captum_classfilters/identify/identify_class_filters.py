@@ -1,7 +1,7 @@
 """Data set in, one table of class filters per method out: one streaming pass."""
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from captum_classfilters._core.batches import dataset_names, read_batches
 from captum_classfilters._core.distributed import is_distributed
 from captum_classfilters._core.provenance import Provenance
+from captum_classfilters._core.types import Dataloader, JsonDict, Unpack
 from captum_classfilters.class_filters import ClassFilters, check_class_names, check_selection
 from captum_classfilters.identify.collector import Collector, Tally
 from captum_classfilters.identify.evidence_sources import Reduction, like_methods, sources_of
@@ -26,7 +27,7 @@ logger = logging.getLogger("captum_classfilters")
 
 def identify_class_filters(
     methods: LayerAttribution | Sequence[LayerAttribution] | Mapping[str, LayerAttribution],
-    dataloader: Iterable[Any],
+    dataloader: Dataloader,
     *,
     num_classes: int | None = None,
     class_names: Sequence[str] | None = None,
@@ -34,10 +35,10 @@ def identify_class_filters(
     num_filters: int | None = None,
     mass: float | None = None,
     reduction: Reduction = "sum",
-    attribute_kwargs: Mapping[str, Any] | None = None,
+    attribute_kwargs: Mapping[str, object] | None = None,
     attribute_to_layer_input: bool = False,
     significance: bool | LabelPermutation = False,
-    unpack: Callable[[Any], tuple[Any, Any]] | None = None,
+    unpack: Unpack | None = None,
     device: torch.device | str | None = None,
     show_progress: bool = True,
 ) -> Any:
@@ -154,9 +155,9 @@ def number_of_groups(
 
 def collect(
     collector: Collector,
-    dataloader: Iterable[Any],
+    dataloader: Dataloader,
     class_names: Sequence[str] | None,
-    unpack: Callable[[Any], tuple[Any, Any]] | None,
+    unpack: Unpack | None,
     device: torch.device | str | None,
     show_progress: bool,
 ) -> None:
@@ -188,7 +189,7 @@ def _permutation_test(significance: bool | LabelPermutation) -> LabelPermutation
     return LabelPermutation() if significance else None
 
 
-def _fitting(dataloader: Iterable[Any], collector: Collector) -> Sequence[str] | None:
+def _fitting(dataloader: Dataloader, collector: Collector) -> Sequence[str] | None:
     """The data set's class names, if there is one for each class."""
     names = dataset_names(dataloader)
     sums = collector.tallies[0].sums
@@ -206,7 +207,7 @@ def _table(
     assert tally.sums is not None
     sums, source = tally.sums.compute(), tally.source
     p_values = None if test is None else _p_values(tally, sums, test)
-    details: dict[str, Any] = {"signed": source.depends_on_target}
+    details: JsonDict = {"signed": source.depends_on_target}
     if target is not None:
         details["target"] = target
     if tally.exact is not None:

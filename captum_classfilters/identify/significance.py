@@ -2,11 +2,13 @@
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from captum_classfilters._core.types import JsonDict
 
 _ENTRIES_AT_ONCE = 2**22  # of the matrix permutations x images, 32 MB in float64
 _ROUNDING = 1e-12  # of a sum, relative to the sum of absolute values
@@ -85,7 +87,7 @@ class LabelPermutation:
         if self.correction not in ("bh", "by"):
             raise ValueError(f"correction={self.correction!r}; choose 'bh' or 'by'.")
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> JsonDict:
         """The options, for the provenance of a table."""
         return {"null": "labels permuted", **asdict(self)}
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_classfilters._core.batches import Batch, Batches
-from captum_classfilters._core.types import Dataloader, Unpack
+from captum_classfilters._core.types import Dataloader, Directions, Unpack
 from captum_classfilters._core.units import (
     Aggregate,
     Rows,
@@ -26,7 +26,7 @@ def unit_scores(
     dataloader: Dataloader,
     *,
     aggregate: Aggregate = "mean",
-    directions: Mapping[str, object] | None = None,
+    directions: Mapping[str, Directions] | None = None,
     subtract_bias: bool = True,
     channel_dim: int | Mapping[str, int] | None = None,
     num_classes: int | None = None,

@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TypeVar
 
 import numpy
 import torch
@@ -12,6 +12,7 @@ from captum.metrics import sensitivity_max
 from torch import Tensor, nn
 
 from captum_classfilters._core.ranking import descending, random_orders
+from captum_classfilters._core.types import Replay
 from captum_classfilters.attr import LayerFilterAblation
 from captum_classfilters.attr.layer_filter_ablation import lost_scores, score_reader
 from captum_classfilters.metrics.explained import PIXELS, Explained, PixelRemoval
@@ -31,6 +32,8 @@ from captum_classfilters.metrics.removals import (
     reversed_name,
     weight_magnitudes,
 )
+
+T = TypeVar("T")
 
 logger = logging.getLogger("captum_classfilters")
 
@@ -138,7 +141,7 @@ class Space:
         return scores
 
     def _sensitivity(self, method: Explained, images: Tensor, target: Tensor) -> Tensor:
-        def explain(inputs: Any, target: Tensor) -> Tensor:
+        def explain(inputs: Tensor | tuple[Tensor, ...], target: Tensor) -> Tensor:
             return self._scores(method, inputs[0] if isinstance(inputs, tuple) else inputs, target)
 
         samples, size = self.settings.sensitivity_samples, self.settings.batch_size
@@ -154,7 +157,7 @@ class Space:
         )
 
     def _perturb(
-        self, replay: Any, target: Tensor, order: dict[str, Tensor], cost: dict[str, Tensor]
+        self, replay: Replay, target: Tensor, order: dict[str, Tensor], cost: dict[str, Tensor]
     ) -> None:
         """Infidelity and curves of all methods and controls from the same perturbed images."""
         shape = (replay.num_images, replay.num_filters)
@@ -175,7 +178,7 @@ class Space:
             self._note(name, "scale_invariant_infidelity", scaled)
         self._note_areas(replay, target, orders)
 
-    def _note_areas(self, replay: Any, target: Tensor, orders: dict[str, Tensor]) -> None:
+    def _note_areas(self, replay: Replay, target: Tensor, orders: dict[str, Tensor]) -> None:
         read = score_reader(replay.output, target, replay.num_images, "probability")
         sizes = curve_points(None, replay.num_filters, self.settings.points)
         removal = OrderedRemoval(
@@ -203,7 +206,7 @@ class Space:
             )  # fmt: skip
         return {}
 
-    def _replay(self, images: Tensor, baseline: Tensor) -> Any:
+    def _replay(self, images: Tensor, baseline: Tensor) -> Replay:
         if self.layer is None:
             return PixelRemoval(self.model, images, baseline, 4 * self.settings.batch_size)
         channel_dim = getattr(self.methods[0].method, "channel_dim", None)
@@ -215,7 +218,7 @@ class Space:
         noted.append(values.detach().cpu().double())
 
 
-def measured(function: Callable[[], Any], device: torch.device) -> tuple[Any, float, int | None]:
+def measured(function: Callable[[], T], device: torch.device) -> tuple[T, float, int | None]:
     """A function's result, the seconds it takes and, on a CUDA device, the bytes that it allocates at
     most beyond those there before."""
     cuda = device.type == "cuda" and torch.cuda.is_available()

@@ -12,7 +12,7 @@ from captum_classfilters._core.captum import TargetType
 from captum_classfilters._core.guard import model_left_as_found
 from captum_classfilters._core.ranking import rank_correlation
 from captum_classfilters._core.tables import short_repr, text_table
-from captum_classfilters._core.types import ModelInputs
+from captum_classfilters._core.types import LayerMethod, ModelInputs
 from captum_classfilters.metrics.explained import check_is_function, explains
 from captum_classfilters.metrics.filter_sensitivity import filter_scores_of, scores_filters
 from captum_classfilters.metrics.inputs import at_model
@@ -52,7 +52,7 @@ class CascadingRandomization:
 
 def cascading_randomization(
     model: nn.Module,
-    make_method: Callable[[nn.Module], Any],
+    make_method: Callable[[nn.Module], LayerMethod],
     inputs: Tensor | tuple[Tensor, ...],
     *,
     target: TargetType = None,
@@ -131,7 +131,7 @@ def cascading_randomization(
 
 
 def _explanation(
-    method: Any,
+    method: LayerMethod,
     images: tuple[Tensor, ...],
     target: TargetType,
     further: ModelInputs,

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy
 import torch
@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from captum_classfilters._core.distributed import is_main_process
 from captum_classfilters._core.guard import model_left_as_found
-from captum_classfilters._core.tables import short_repr, text_table
+from captum_classfilters._core.tables import Row, short_repr, text_table
 from captum_classfilters.metrics.attribution_space import METRICS, Settings, Space, spaces_of
 from captum_classfilters.metrics.explained import PIXELS, explained_methods
 from captum_classfilters.metrics.inputs import at_model
@@ -78,7 +78,7 @@ class AttributionTable:
         reach = float(t.ppf((1 + confidence) / 2, size - 1)) * error
         return mean, mean - reach, mean + reach
 
-    def rows(self, confidence: float = 0.95) -> list[dict[str, Any]]:
+    def rows(self, confidence: float = 0.95) -> list[Row]:
         """The table, one row for each method and control: means, ``_low`` and ``_high`` ends,
         ``seconds_per_image`` (median of the batches) and, on a CUDA device, ``peak_mebibytes``.
 
@@ -92,7 +92,7 @@ class AttributionTable:
         """
         rows = []
         for method, metrics in self.values.items():
-            row: dict[str, Any] = {"method": method}
+            row: Row = {"method": method}
             for metric in metrics:
                 ends = self.interval(method, metric, confidence)
                 row.update(zip((metric, f"{metric}_low", f"{metric}_high"), ends, strict=True))
@@ -129,7 +129,7 @@ class AttributionTable:
         shown = [m for m in _TITLES if any(m in metrics for metrics in self.values.values())]
         rows = []
         for method, metrics in self.values.items():
-            row: dict[str, Any] = {"": method}
+            row: Row = {"": method}
             for metric in shown:
                 row[_TITLES[metric]] = self._cell(method, metric) if metric in metrics else None
             seconds, memory = self.seconds.get(method), self.peak_memory.get(method)

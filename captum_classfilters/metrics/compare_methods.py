@@ -17,8 +17,8 @@ from captum_classfilters._core.guard import model_left_as_found
 from captum_classfilters._core.layers import layer_name
 from captum_classfilters._core.outputs import scores_per_class
 from captum_classfilters._core.ranking import random_sets
-from captum_classfilters._core.tables import short_repr, text_table
-from captum_classfilters._core.types import Dataloader, Unpack
+from captum_classfilters._core.tables import Row, short_repr, text_table
+from captum_classfilters._core.types import Dataloader, Keywords, Unpack
 from captum_classfilters.attr import (
     LayerClassGate,
     LayerFilterAblation,
@@ -109,7 +109,7 @@ class MethodComparison:
         lines = [f"{name} does not apply: {reason}" for name, reason in self.skipped.items()]
         return "\n".join([text_table(rows, {"filters per class": ".3g"}), *lines])
 
-    def _rows(self) -> list[dict[str, Any]]:
+    def _rows(self) -> list[Row]:
         interval = self.sufficiency_interval()
         k = self.num_filters
         rows = [
@@ -227,7 +227,7 @@ def compare_methods(
         )
     check_read_again(dataloader)
     layer = resolved_layer(model, layer)
-    reading: dict[str, Any] = {"unpack": unpack, "device": device}
+    reading: Keywords = {"unpack": unpack, "device": device}
     asked = methods is not None
     if methods is None:
         methods = standard_methods(
@@ -313,7 +313,7 @@ def standard_methods(
         *dict* of methods, to be passed on to :func:`compare_methods` with others added for example.
     """
     layer = resolved_layer(model, layer)
-    reading: dict[str, Any] = {"unpack": unpack, "device": device, "show_progress": False}
+    reading: Keywords = {"unpack": unpack, "device": device, "show_progress": False}
     ablation = LayerFilterAblation(model, layer, channel_dim=channel_dim)
     contribution = LayerFilterContribution(model, layer, channel_dim=channel_dim)
     frequency = LayerFilterFrequency(model, layer, top_k=num_filters, channel_dim=channel_dim)
@@ -357,7 +357,7 @@ def _tables(
     dataloader: Dataloader,
     num_filters: int,
     asked: bool,
-    reading: dict[str, object],
+    reading: Keywords,
     show_progress: bool,
 ) -> tuple[dict[str, ClassFilters], dict[str, float], dict[str, str]]:
     """Tables with their selections, what they cost, and methods that do not apply unless asked for."""
@@ -386,9 +386,7 @@ def _tables(
     return tables, seconds, skipped
 
 
-def _table(
-    name: str, method: Method, dataloader: Dataloader, reading: dict[str, Any]
-) -> ClassFilters:
+def _table(name: str, method: Method, dataloader: Dataloader, reading: Keywords) -> ClassFilters:
     if isinstance(method, ClassFilters):
         return method
     if isinstance(method, LayerAttribution):

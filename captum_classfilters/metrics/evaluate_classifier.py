@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from captum_classfilters._core.outputs import (
 )
 from captum_classfilters._core.tables import short_repr
 from captum_classfilters._core.taps import hooked
-from captum_classfilters._core.types import Dataloader, ModelInputs, Unpack
+from captum_classfilters._core.types import Dataloader, Keywords, ModelInputs, Unpack
 
 if TYPE_CHECKING:
     pass
@@ -195,7 +195,7 @@ class _Counts:
         self.confusion = ConfusionCounts(num_classes).to(device)
         self.among_five: MulticlassAccuracy | None = None
         if num_classes > 5:
-            options: dict[str, Any] = {"top_k": 5, "average": "micro", "validate_args": False}
+            options: Keywords = {"top_k": 5, "average": "micro", "validate_args": False}
             self.among_five = MulticlassAccuracy(num_classes, **options).to(device)
 
     def update(self, scores: Tensor, labels: Tensor) -> None:

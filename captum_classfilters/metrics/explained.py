@@ -13,7 +13,7 @@ from captum_classfilters._core.captum import TargetType
 from captum_classfilters._core.layers import layer_name, module_of
 from captum_classfilters._core.outputs import class_scores
 from captum_classfilters._core.rules import FilterRule
-from captum_classfilters._core.types import ForwardFunc
+from captum_classfilters._core.types import Attributions, ForwardFunc, Keywords
 from captum_classfilters.gate_space import FilterGate
 from captum_classfilters.metrics.filter_sensitivity import filter_scores_of, scores_filters
 from captum_classfilters.metrics.removals import check_names
@@ -112,7 +112,7 @@ class Explained:
 
     name: str
     method: Any
-    options: dict[str, Any]
+    options: Keywords
 
     @property
     def gate(self) -> FilterGate | None:
@@ -120,7 +120,7 @@ class Explained:
         function = getattr(self.method, "forward_func", None)
         return function if isinstance(function, FilterGate) else None
 
-    def raw(self, inputs: Tensor, target: TargetType) -> Any:
+    def raw(self, inputs: Tensor, target: TargetType) -> Attributions:
         """What the method itself returns."""
         attribute = getattr(self.method, "attribute", self.method)
         with warnings.catch_warnings(), torch.enable_grad():

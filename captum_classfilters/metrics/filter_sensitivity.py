@@ -15,7 +15,7 @@ from captum_classfilters._core.guard import model_left_as_found
 from captum_classfilters._core.layers import filter_axis, module_of, only_tensor, positions_last
 from captum_classfilters._core.tables import short_repr
 from captum_classfilters._core.taps import tapped
-from captum_classfilters._core.types import Attributions, LayerMethod, ModelInputs
+from captum_classfilters._core.types import Attributions, ModelInputs
 from captum_classfilters.gate_space import FilterGate
 from captum_classfilters.metrics.inputs import at_model
 
@@ -86,7 +86,7 @@ class FilterSensitivity:
 
 
 def filter_max_sensitivity(
-    method: Any,
+    method: LayerAttribution,
     inputs: Tensor | tuple[Tensor, ...],
     *,
     target: TargetType = None,
@@ -250,7 +250,7 @@ def _by_filter(reference: Tensor, perturbed: list[Tensor]) -> Tensor:
     return torch.stack(changes).amax(0) / size
 
 
-def _gated(method: Any) -> tuple[LayerMethod, FilterGate]:
+def _gated(method: LayerAttribution) -> tuple[LayerAttribution, FilterGate]:
     """A copy of a layer method that explains the gated model, and the gate."""
     layer = getattr(method, "layer", None)
     if not isinstance(layer, nn.Module):
@@ -263,7 +263,7 @@ def _gated(method: Any) -> tuple[LayerMethod, FilterGate]:
     return gated, gate
 
 
-def _gates_first(method: LayerMethod) -> Callable[..., Attributions]:
+def _gates_first(method: LayerAttribution) -> Callable[..., Attributions]:
     """`attribute` with the gates as its only input and the images as further arguments."""
 
     def attribute(

@@ -1,6 +1,6 @@
 """Captum's arguments, where the model is."""
 
-from typing import Any
+from typing import TypeVar
 
 from torch import Tensor, nn
 
@@ -12,10 +12,15 @@ from captum_classfilters._core.captum import (
 from captum_classfilters._core.devices import device_of, on_device
 from captum_classfilters._core.types import ModelInputs
 
+Target = TypeVar("Target", bound=TargetType)
+
 
 def at_model(
-    model: nn.Module | None, inputs: Any, additional_forward_args: object, target: TargetType = None
-) -> tuple[tuple[Tensor, ...], ModelInputs, Any]:
+    model: nn.Module | None,
+    inputs: Tensor | tuple[Tensor, ...],
+    additional_forward_args: object,
+    target: Target,
+) -> tuple[tuple[Tensor, ...], ModelInputs, Target]:
     """Inputs, further arguments and target where a model is, inputs so that autograd records them."""
     further = format_additional_forward_args(additional_forward_args) or ()
     arguments = (format_tensor_into_tuples(inputs), further, target)

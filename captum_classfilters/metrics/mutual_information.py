@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import numpy as np
 import torch
@@ -99,7 +98,7 @@ def mutual_information_matrix(
         return row
 
     order = range(values.shape[1])
-    bar: Any = tqdm(total=len(order), desc="mutual information", disable=not show_progress)
+    bar = tqdm(total=len(order), desc="mutual information", disable=not show_progress)
     rows = []
     with ThreadPoolExecutor(max_workers=max(1, num_workers)) as pool, bar:
         for row in pool.map(one_filter, order):
@@ -231,7 +230,7 @@ def _inside(x: Floats, y: Integers, counts: Integers, members: _Members, neighbo
     classes, ranks = y[here], members.rank
     sizes = counts[classes]
 
-    def neighbor(offset: int) -> Integers:
+    def neighbor(offset: int | Integers) -> Integers:
         reached = np.clip(ranks + offset, 0, sizes - 1)
         return here[members.start[classes] + reached]
 
@@ -249,7 +248,7 @@ def _outside(x: Floats, y: Integers, counts: Integers, members: _Members, neighb
     ranks = positions - members.before(classes, positions)
     sizes = others[classes]
 
-    def neighbor(offset: int) -> Integers:
+    def neighbor(offset: int | Integers) -> Integers:
         return members.non_member(classes, np.clip(ranks + offset, 0, sizes - 1))
 
     balls = _ball_counts(x, positions, ranks, sizes, neighbors, neighbor)
@@ -277,7 +276,7 @@ def _ball_counts(
     ranks: Integers,
     sizes: Integers,
     neighbors: int,
-    neighbor: Callable[[Any], Integers],
+    neighbor: Callable[[int | Integers], Integers],
 ) -> Integers:
     """Images strictly closer than the q-th neighbour of the same group, each counting itself."""
     here = x[positions]
@@ -307,6 +306,6 @@ def _ball_counts(
     return counted
 
 
-def _digamma(values: NDArray[Any]) -> Floats:
+def _digamma(values: Integers) -> Floats:
     result: Floats = torch.digamma(torch.from_numpy(values.astype(np.float64))).numpy()
     return result

@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy
 import torch
-from captum.attr import LayerAttribution
-from numpy.typing import NDArray
+from captum.attr import Attribution, LayerAttribution
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
 from captum_classfilters._core.devices import device_of
@@ -16,8 +16,8 @@ from captum_classfilters.metrics.filter_sensitivity import scores_filters
 
 
 def quantus_explanation(
-    make_method: Callable[[nn.Module], Any], **options: Any
-) -> Callable[..., NDArray[Any]]:
+    make_method: Callable[[nn.Module], Attribution], **options: Any
+) -> Callable[..., NDArray[numpy.floating]]:
     r"""
     An ``explain_func`` for the metrics of Quantus.
 
@@ -54,8 +54,12 @@ def quantus_explanation(
     check_is_function(make_method)
 
     def explain(
-        model: nn.Module, inputs: Any, targets: Any, device: Any = None, **further: Any
-    ) -> NDArray[Any]:
+        model: nn.Module,
+        inputs: ArrayLike,
+        targets: ArrayLike,
+        device: torch.device | str | None = None,
+        **further: Any,
+    ) -> NDArray[numpy.floating]:
         place = device or device_of(model)
         weights = next((p for p in model.parameters() if p.is_floating_point()), None)
         dtype = torch.float32 if weights is None else weights.dtype
@@ -68,13 +72,15 @@ def quantus_explanation(
             raw = _map(method, raw, images)
         raw = raw.detach().cpu()
         # NumPy has no bfloat16.
-        result: NDArray[Any] = (raw.float() if raw.dtype == torch.bfloat16 else raw).numpy()
+        result: NDArray[numpy.floating] = (
+            raw.float() if raw.dtype == torch.bfloat16 else raw
+        ).numpy()
         return result
 
     return explain
 
 
-def _map(method: Any, raw: Tensor, images: Tensor) -> Tensor:
+def _map(method: LayerAttribution, raw: Tensor, images: Tensor) -> Tensor:
     """One map (N, 1, H, W) of a layer attribution: its sum over filters, interpolated."""
     if raw.dim() != images.dim():
         raise ValueError(

@@ -1,7 +1,6 @@
 """Filters removed in order of a score, or in sets: what the metrics over filters share."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,13 +8,14 @@ from torch import Tensor, nn
 from captum_classfilters._core.filter_weights import filter_weights
 from captum_classfilters._core.layers import find_layer, layer_name, module_of
 from captum_classfilters._core.ranking import first_of
+from captum_classfilters._core.types import ForwardFunc, Replay
 from captum_classfilters.class_filters import ClassFilters
 
 RANDOM, MAGNITUDE = "random", "weight magnitude"
 Check = Callable[[Tensor, Callable[[], Exception]], None]
 
 
-def resolved_layer(model: Any, layer: nn.Module | str) -> nn.Module:
+def resolved_layer(model: ForwardFunc, layer: nn.Module | str) -> nn.Module:
     """The layer itself, also where its dotted name is given."""
     return find_layer(module_of(model), layer) if isinstance(layer, str) else layer
 
@@ -73,7 +73,7 @@ def named_tables(
     return tables
 
 
-def weight_magnitudes(model: Any, layer: nn.Module, num_filters: int) -> Tensor | None:
+def weight_magnitudes(model: ForwardFunc, layer: nn.Module, num_filters: int) -> Tensor | None:
     r"""
     Euclidean norm of each filter's weights: of the convolution or linear layer that makes the filters.
 
@@ -95,7 +95,7 @@ def weight_magnitudes(model: Any, layer: nn.Module, num_filters: int) -> Tensor 
 
 
 def magnitude_control(
-    model: Any, layer: nn.Module, num_filters: int, weight_magnitude: Tensor | None
+    model: ForwardFunc, layer: nn.Module, num_filters: int, weight_magnitude: Tensor | None
 ) -> Tensor:
     """The magnitudes (K,) that the caller gave, or those of the layer's weights."""
     if weight_magnitude is None:
@@ -190,7 +190,7 @@ class OrderedRemoval:
 
     def __init__(
         self,
-        replay: Any,
+        replay: Replay,
         value: Callable[[Tensor], Tensor],
         sizes: Sequence[int],
         check: Check = check_now,

@@ -22,7 +22,7 @@ from captum_classfilters._core.outputs import (
     scores_per_class,
 )
 from captum_classfilters._core.replay.suffix_replay import SuffixReplay
-from captum_classfilters._core.types import Dataloader, Unpack
+from captum_classfilters._core.types import Dataloader, ForwardFunc, Unpack
 from captum_classfilters.attr import LayerFilterAblation
 from captum_classfilters.metrics.evaluate_classifier import gives_probability
 from captum_classfilters.metrics.inputs import at_model
@@ -70,7 +70,11 @@ class ReplayedBatch:
 
 @contextmanager
 def replayed_images(
-    model: Any, layer: nn.Module, inputs: Any, additional_forward_args: object, **options: Any
+    model: ForwardFunc,
+    layer: nn.Module,
+    inputs: Tensor | tuple[Tensor, ...],
+    additional_forward_args: object,
+    **options: Any,
 ) -> Iterator[SuffixReplay]:
     """Images, run once and ready to run without filters, where the model is and it left as found.
 
@@ -79,11 +83,11 @@ def replayed_images(
         model (Callable): The model, or its forward function.
         layer (nn.Module): The layer.
         inputs (Tensor or tuple[Tensor, ...]): As Captum takes them.
-        additional_forward_args (Any): Likewise.
+        additional_forward_args (object): Likewise.
         options: As for :class:`~captum_classfilters.LayerFilterAblation`.
     """
     owner = module_of(model, [layer])
-    images, further, _ = at_model(owner, inputs, additional_forward_args)
+    images, further, _ = at_model(owner, inputs, additional_forward_args, None)
     with (
         model_left_as_found(owner, evaluation=True),
         torch.inference_mode(False),
@@ -139,10 +143,11 @@ def replaying(
         yield each()
 
 
-def _is_one_probability(model: Any, batch: Batch, replay: SuffixReplay) -> bool:
+def _is_one_probability(model: ForwardFunc, batch: Batch, replay: SuffixReplay) -> bool:
     scores = as_rows(replay.output)
-    single = scores.shape[1:] == (1,) and isinstance(model, nn.Module)
-    return single and gives_probability(model, batch.inputs, scores)
+    if scores.shape[1:] != (1,) or not isinstance(model, nn.Module):
+        return False
+    return gives_probability(model, batch.inputs, scores)
 
 
 def _classes(outputs: Tensor, one_probability: bool) -> Tensor:

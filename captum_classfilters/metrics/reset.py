@@ -3,7 +3,6 @@
 import copy
 from contextlib import ExitStack
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,8 +40,8 @@ def reset_weights(module: nn.Module) -> None:
     Numbers are drawn on the CPU, so that they are the same on every device.
     """
     if callable(getattr(module, "reset_parameters", None)):
-        fresh: Any = copy.deepcopy(module).cpu()
-        fresh.reset_parameters()
+        fresh = copy.deepcopy(module).cpu()
+        fresh.reset_parameters()  # type: ignore[operator]
         module.load_state_dict(fresh.state_dict())
         return
     with torch.no_grad():

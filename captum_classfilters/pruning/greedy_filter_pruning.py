@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from captum_classfilters._core.layers import find_layer, layer_name, module_of, 
 from captum_classfilters._core.outputs import are_probabilities, class_scores
 from captum_classfilters._core.provenance import fingerprint
 from captum_classfilters._core.replay.suffix_replay import SuffixReplay
-from captum_classfilters._core.types import Dataloader, ModelInputs, Unpack
+from captum_classfilters._core.types import Dataloader, JsonDict, Keywords, ModelInputs, Unpack
 from captum_classfilters.pruning.candidates import (
     Candidates,
     LabeledReplay,
@@ -80,7 +80,9 @@ class GreedyFilterPruning:
         channel_dim: int | None = None,
     ) -> None:
         self.forward_func = forward_func
-        several: list[Any] = list(layer) if isinstance(layer, (list, tuple)) else [layer]
+        several: list[nn.Module | str] = (
+            [layer] if isinstance(layer, (nn.Module, str)) else list(layer)
+        )
         if not several:
             raise ValueError("The list of layers is empty.")
         self.model = module_of(forward_func, several)
@@ -99,7 +101,7 @@ class GreedyFilterPruning:
         ratio: float | None = None,
         min_accuracy: float | None = None,
         schedule: Schedule = "layer_by_layer",
-        fine_tune: Callable[[nn.Module], Any] | None = None,
+        fine_tune: Callable[[nn.Module], object] | None = None,
         fine_tune_every: int = 1,
         error_probability: float | None = None,
         state_path: str | os.PathLike[str] | None = None,
@@ -251,7 +253,7 @@ class _Network:
 
     # -- images ----------------------------------------------------------------------------------
 
-    def read(self, dataloader: Dataloader, report: bool, options: Mapping[str, Any]) -> None:
+    def read(self, dataloader: Dataloader, report: bool, options: Keywords) -> None:
         """Read a loader; each batch is run once, up to the first layer."""
         name = "report_dataloader" if report else "dataloader"
         recorded: list[LabeledReplay] = []
@@ -350,7 +352,7 @@ class _Network:
         return self.model
 
     def started(
-        self, totals: dict[str, int], options: dict[str, Any], model_sha256: str | None
+        self, totals: dict[str, int], options: JsonDict, model_sha256: str | None
     ) -> PruningOrder:
         """A new record."""
         masks = {name: torch.ones(total, dtype=torch.bool) for name, total in totals.items()}
@@ -386,7 +388,7 @@ class _Step:
 
     network: _Network
     min_accuracy: float | None
-    fine_tune: Callable[[nn.Module], Any] | None
+    fine_tune: Callable[[nn.Module], object] | None
     fine_tune_every: int
     error_probability: float | None
     seed: int
@@ -466,7 +468,7 @@ def _best(
     return -lost, (name, int(filters[row]))
 
 
-def _described(fine_tune: object) -> Any:
+def _described(fine_tune: object) -> JsonDict | None:
     """A function in words that another process finds the same."""
     if fine_tune is None:
         return None

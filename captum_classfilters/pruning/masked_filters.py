@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from captum_classfilters._core.filter_graph import name_of
 from captum_classfilters._core.layers import filter_axis, find_layer, only_tensor
+from captum_classfilters._core.types import ForwardFunc
 
 
 @contextmanager
@@ -63,7 +64,7 @@ def masked_filters(
                 layer.__dict__["forward"] = forward
 
 
-def _masked(layer: nn.Module, name: str, mask: Tensor, channel_dim: int | None) -> Any:
+def _masked(layer: nn.Module, name: str, mask: Tensor, channel_dim: int | None) -> ForwardFunc:
     """The forward of a layer, some filters of its output zero."""
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() != 1:
         raise ValueError(
@@ -72,7 +73,7 @@ def _masked(layer: nn.Module, name: str, mask: Tensor, channel_dim: int | None) 
         )
     forward = layer.forward
 
-    def run(*args: Any, **kwargs: Any) -> Any:
+    def run(*args: Any, **kwargs: Any) -> object:
         output = forward(*args, **kwargs)
         tensor = only_tensor(output, name)
         axis = filter_axis(layer, tensor, channel_dim)

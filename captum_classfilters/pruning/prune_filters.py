@@ -1,7 +1,6 @@
 """Filters removed for good: a smaller network that computes what masking them computes."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,16 +19,18 @@ from captum_classfilters._core.types import ExampleInputs
 from captum_classfilters.class_filters import ClassFilters
 from captum_classfilters.pruning.pruning_order import PruningOrder
 
-Keep = Tensor | Sequence[Any] | ClassFilters | PruningOrder
+Filters = Tensor | Sequence[int] | Sequence[bool]
+Keep = Filters | ClassFilters | PruningOrder
+Layer = nn.Module | str | Mapping[str, Keep] | ClassFilters | PruningOrder
 
 
 def prune_filters(
     model: nn.Module,
-    layer: nn.Module | str | Mapping[str, Keep] | ClassFilters | PruningOrder,
+    layer: Layer,
     example_inputs: ExampleInputs,
     *,
     keep: Keep | None = None,
-    remove: Tensor | Sequence[Any] | None = None,
+    remove: Filters | None = None,
     constants: Constants = "fold",
     in_place: bool = False,
     channel_dim: int | None = None,
@@ -117,7 +118,9 @@ def prune_filters(
     return pruned
 
 
-def _requests(model: nn.Module, layer: Any, keep: Any, remove: Any) -> list[tuple[str, Any, Any]]:
+def _requests(
+    model: nn.Module, layer: Layer, keep: Keep | None, remove: Filters | None
+) -> list[tuple[str, Keep | None, Filters | None]]:
     """Layer names with what to keep or to remove, exactly one of them."""
     if isinstance(layer, (Mapping, ClassFilters, PruningOrder)):
         if keep is not None or remove is not None:
@@ -134,7 +137,7 @@ def _requests(model: nn.Module, layer: Any, keep: Any, remove: Any) -> list[tupl
     return [(name_of(model, layer), keep, remove)]
 
 
-def _removed(name: str, number: int, keep: object, remove: object) -> list[int]:
+def _removed(name: str, number: int, keep: Keep | None, remove: Filters | None) -> list[int]:
     """The filters to remove, sorted."""
     if isinstance(keep, ClassFilters):
         keep = keep.selected.any(0)

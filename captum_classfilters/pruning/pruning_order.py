@@ -5,7 +5,6 @@ import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from captum_classfilters._core.files import write_atomically
 from captum_classfilters._core.tables import short_repr, text_table
+from captum_classfilters._core.types import JsonDict
 
 _KEY = "pruning_order"
 BOUNDS = ("num_filters", "ratio", "min_accuracy")
@@ -52,7 +52,7 @@ class PruningOrder:
     evaluations: list[int] = field(default_factory=list)
     possible_evaluations: list[int] = field(default_factory=list)
     model_sha256: str | None = None
-    options: dict[str, Any] = field(default_factory=dict)
+    options: JsonDict = field(default_factory=dict)
     ways: dict[str, str] = field(default_factory=dict)
     num_images: int = 0
     start_loss: float | None = None

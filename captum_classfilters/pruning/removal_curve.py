@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +15,7 @@ from captum_classfilters._core.types import Dataloader, Unpack
 from captum_classfilters.pruning.candidates import Candidates, LabeledReplay, checked_labels
 from captum_classfilters.pruning.pruning_order import PruningOrder
 
-Order = Tensor | Sequence[Any] | PruningOrder
+Order = Tensor | Sequence[int] | PruningOrder
 _SHARES = (0.0, 0.25, 0.5, 0.75, 0.9)
 
 

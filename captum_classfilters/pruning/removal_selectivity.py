@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,7 +47,7 @@ class SelectivityTest:
 
 
 def selectivity_test(
-    order: Tensor | Sequence[int] | Any, selective: Tensor | Sequence[bool], top: int = 20
+    order: Tensor | Sequence[int], selective: Tensor | Sequence[bool], top: int = 20
 ) -> SelectivityTest:
     r"""
     Test whether a kind of filter is removed earlier than in a random order.

@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,10 @@ from captum_classfilters._core.taps import hooked
 from captum_classfilters._core.types import Dataloader, ExampleInputs, ModelInputs, Unpack
 from captum_classfilters.metrics.evaluate_classifier import evaluate_classifier
 
-_Coder = tuple[Any, list[int], list[int]]  # bits, number of codes of each length, symbols
+if TYPE_CHECKING:
+    from bitarray import bitarray
+
+_Coder = tuple["bitarray", list[int], list[int]]  # bits, number of codes of each length, symbols
 
 
 @short_repr
@@ -42,9 +46,9 @@ class CompressedWeights:
     shape: tuple[int, ...]
     dtype: torch.dtype
     codebook: Tensor
-    codes: Any
-    gaps: Any
-    bitmap: Any
+    codes: _Coder
+    gaps: _Coder | None
+    bitmap: "bitarray | None"
 
     @property
     def code_bytes(self) -> int:
@@ -367,8 +371,8 @@ def compress_layer(
     return CompressedLayer(small, coded, report)
 
 
-def _weighted(model: nn.Module, name: str) -> Any:
-    module: Any = find_layer(model, name)
+def _weighted(model: nn.Module, name: str) -> nn.modules.conv._ConvNd | nn.Linear:
+    module = find_layer(model, name)
     if not isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)):
         raise ValueError(
             f"The layer {name!r} is a {type(module).__name__}; expected a convolution or a linear "
@@ -385,7 +389,7 @@ def _weighted(model: nn.Module, name: str) -> Any:
     return module
 
 
-def _filters(module: Any) -> int:
+def _filters(module: nn.modules.conv._ConvNd | nn.Linear) -> int:
     return int(module.out_features if isinstance(module, nn.Linear) else module.out_channels)
 
 
@@ -417,7 +421,7 @@ def _positions(model: nn.Module, name: str, example_inputs: ExampleInputs) -> in
 # -- Huffman codes, made and written by bitarray --------------------------------------------------
 
 
-def _bitarray() -> Any:
+def _bitarray() -> ModuleType:
     try:
         import bitarray
         import bitarray.util

@@ -11,6 +11,7 @@ from tqdm.auto import trange
 
 from captum_classfilters._core.overlap import jaccard_of, shared_members
 from captum_classfilters._core.tables import short_repr, text_table
+from captum_classfilters._core.types import Keywords
 from captum_classfilters.spectral.hypergraph import (
     Ends,
     Hypergraph,
@@ -197,7 +198,7 @@ def separation_test(
     """
     if permutations < 1:
         raise ValueError(f"permutations={permutations}; expected a positive number.")
-    options: dict[str, Any] = {"threshold": threshold, "share": share, "rule": rule, "ends": ends}
+    options: Keywords = {"threshold": threshold, "share": share, "rule": rule, "ends": ends}
     graph = class_hypergraph(
         scores,
         labels,
@@ -233,7 +234,7 @@ def separation_test(
     return SeparationTest(graph, observed, null, p_values)
 
 
-def _p_value(observed: float, null: NDArray[Any], higher: bool) -> float:
+def _p_value(observed: float, null: NDArray[np.float64], higher: bool) -> float:
     if np.isnan(observed):
         return float("nan")
     slack = 1e-6  # equal scores may differ by rounding
@@ -252,10 +253,10 @@ def _classes(hypergraph: Hypergraph) -> NDArray[np.int64]:
 
 def _scores(
     incidence: NDArray[np.bool_],
-    classes: NDArray[Any],
+    classes: NDArray[np.int64],
     num_classes: int,
     s: int | None,
-    similarities: NDArray[Any] | None = None,
+    similarities: NDArray[np.floating] | None = None,
 ) -> dict[str, float]:
     """All scores; the components only if s is given."""
     held = np.zeros((num_classes, incidence.shape[1]))
@@ -298,7 +299,7 @@ def _similarities(incidence: NDArray[np.bool_]) -> NDArray[np.float32]:
 
 
 def _between(
-    similarities: NDArray[Any], classes: NDArray[Any], num_classes: int
+    similarities: NDArray[np.floating], classes: NDArray[np.int64], num_classes: int
 ) -> NDArray[np.float64]:
     """Mean similarity of different vertices of every two classes (C, C)."""
     if len(classes) == num_classes and (classes == np.arange(num_classes)).all():

@@ -149,7 +149,7 @@ def _combination(layer: Any, svd: LayerSVD, like: Tensor) -> nn.Module:
     return _filled(made, svd.blocks.flatten(0, 1), layer.bias, like)
 
 
-def _plain(layer: nn.Module) -> Any:
+def _plain(layer: nn.Module) -> type[nn.Module]:
     """PyTorch's own class of a convolution, without what a subclass adds."""
     return next(kind for kind in (*CONVOLUTIONS, *TRANSPOSED) if isinstance(layer, kind))
 

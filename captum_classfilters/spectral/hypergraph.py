@@ -241,7 +241,7 @@ class Membership:
         return np.asarray(self.degree > 0)
 
     def of_classes(
-        self, labels: NDArray[Any], num_classes: int, size: int | None = None
+        self, labels: NDArray[np.int64], num_classes: int, size: int | None = None
     ) -> NDArray[np.bool_]:
         """Shape (C, U); with a size, the threshold is set so that this many incidences remain."""
         member = np.zeros((num_classes, len(labels)))

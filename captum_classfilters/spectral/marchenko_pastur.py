@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 _GRID = 4097
@@ -61,7 +61,7 @@ class MarchenkoPastur:
         """The upper edge of the support."""
         return float(self.variance * (1 + self.aspect**0.5) ** 2)
 
-    def density(self, x: object) -> np.ndarray:
+    def density(self, x: ArrayLike) -> np.ndarray:
         """The density at given eigenvalues, zero outside the support.
 
         Args:
@@ -77,7 +77,7 @@ class MarchenkoPastur:
         root = np.sqrt(np.where(inside, (self.upper - x) * (x - self.lower), 0.0))
         return np.asarray(root / (2 * np.pi * self.variance * self.aspect * safe))
 
-    def cumulative(self, x: object) -> np.ndarray:
+    def cumulative(self, x: ArrayLike) -> np.ndarray:
         """The share of eigenvalues up to given ones.
 
         Args:
@@ -90,7 +90,7 @@ class MarchenkoPastur:
         points, shares = self._table
         return np.asarray(np.interp(np.asarray(x, dtype=np.float64), points, shares))
 
-    def quantile(self, share: object) -> np.ndarray:
+    def quantile(self, share: ArrayLike) -> np.ndarray:
         """The eigenvalues up to which given shares of all lie.
 
         Args:
@@ -232,7 +232,7 @@ def _checked_shape(shape: tuple[int, int]) -> tuple[int, int]:
     return min(shape), max(shape)
 
 
-def positive_numbers(values: Tensor | Any) -> np.ndarray:
+def positive_numbers(values: Tensor | ArrayLike) -> np.ndarray:
     """Positive eigenvalues as numbers; rounding leaves zeros where the rank is not full."""
     numbers = torch.as_tensor(values).detach().cpu().double().numpy().ravel()
     if not np.isfinite(numbers).all():

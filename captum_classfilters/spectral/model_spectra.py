@@ -3,14 +3,14 @@
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
 
 from captum_classfilters._core.copies import copied
 from captum_classfilters._core.guard import model_left_as_found
-from captum_classfilters._core.tables import short_repr, text_table
+from captum_classfilters._core.tables import Row, short_repr, text_table
 from captum_classfilters.spectral.eigenvalues import eigenvalues
 from captum_classfilters.spectral.marchenko_pastur import MarchenkoPasturFit, fit_marchenko_pastur
 from captum_classfilters.spectral.model_svd import ModelSVD, model_svd
@@ -361,7 +361,7 @@ def _shuffled(svds: ModelSVD, name: str) -> WeightMatrix:
     return weight._replace(matrices=flat.gather(1, order).reshape(weight.matrices.shape))
 
 
-def _row(layer: LayerSpectrum) -> dict[str, Any]:
+def _row(layer: LayerSpectrum) -> Row:
     return {
         "layer": layer.name,
         "rows": layer.shape[0],

@@ -1,8 +1,9 @@
 """Which units of one layer make the influential units of the next, as a graph."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from types import ModuleType
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from scipy import sparse
 from torch import Tensor, nn
 
 from captum_classfilters._core.batches import Batch, Batches
-from captum_classfilters._core.types import Dataloader, Unpack
+from captum_classfilters._core.types import Dataloader, Directions, Unpack
 from captum_classfilters._core.units import UnitTap, read_units, units_of
 from captum_classfilters.spectral.influential import influential
 
@@ -28,7 +29,7 @@ def profile_graph(
     dataloader: Dataloader,
     *,
     kind: GraphKind = "channel",
-    directions: Mapping[str, object] | None = None,
+    directions: Mapping[str, Directions] | None = None,
     share: float = 0.1,
     contribution_share: float = 0.1,
     channel_dim: int | Mapping[str, int] | None = None,
@@ -136,7 +137,7 @@ def profile_graph(
 
 def distance_matrix(
     graph: "networkx.DiGraph", *, directed: bool = False, kernel: bool = False
-) -> tuple[list[Any], NDArray[np.float64]]:
+) -> tuple[list[Hashable], NDArray[np.float64]]:
     r"""
     Lengths of the shortest paths between all nodes of a profile graph.
 
@@ -278,7 +279,7 @@ class _Link:
             yield *ends, int(counts[a, b]), float(totals[a, b])
 
 
-def _networkx() -> Any:
+def _networkx() -> ModuleType:
     try:
         import networkx
     except ImportError as error:

@@ -1,7 +1,7 @@
 """How far two profiles hold the same units."""
 
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -123,7 +123,7 @@ def similarity_matrix(
 def _common(profiles: Sequence[Profile], layers: Sequence[str] | None) -> list[str]:
     if not profiles:
         raise ValueError("There are no profiles.")
-    described: list[Any] = [
+    described: list[tuple[str, dict[str, int]]] = [
         (profile.kind, {name: row.shape[1] for name, row in profile.counts.items()})
         for profile in profiles
     ]

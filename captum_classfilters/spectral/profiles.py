@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Literal, NoReturn, get_args, overload
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from scipy import sparse
 from torch import Tensor, nn
 
 from captum_classfilters._core.tables import short_repr
-from captum_classfilters._core.types import Dataloader, Unpack
+from captum_classfilters._core.types import Dataloader, Directions, Unpack
 from captum_classfilters._core.units import (
     Aggregate,
     Rows,
@@ -123,7 +123,13 @@ class ImageProfiles(Sequence[Profile]):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: Any) -> Any:
+    @overload
+    def __getitem__(self, index: int) -> Profile: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> NoReturn: ...
+
+    def __getitem__(self, index: int | slice) -> Profile:
         if isinstance(index, slice):
             raise TypeError("ImageProfiles take one index; use `of` for several images.")
         if not -len(self) <= index < len(self):
@@ -166,7 +172,7 @@ def profile_images(
     dataloader: Dataloader,
     *,
     kind: Kind = "channel",
-    directions: Mapping[str, object] | None = None,
+    directions: Mapping[str, Directions] | None = None,
     aggregate: Aggregate | None = None,
     share: float | None = None,
     quantile: float | None = None,
