@@ -9,11 +9,7 @@ before the layer must run once, so that no method takes less than about one forw
 layer is near the end.
 """
 
-import argparse
-import statistics
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import torch
 import torchvision
@@ -21,8 +17,8 @@ from captum.attr import LayerFeatureAblation
 from torch import Tensor, nn
 
 from benchmarks.cifar10 import CifarResNet
+from benchmarks.shared import Table, medians, parsed, parser
 from captum_classfilters import LayerFilterAblation
-from captum_classfilters._core.replay.suffix_replay import SuffixReplay
 
 CASES: list[tuple[str, Callable[[], nn.Module], int, str]] = [
     ("resnet20", lambda: CifarResNet(20), 32, "layer3"),
@@ -35,82 +31,82 @@ CASES: list[tuple[str, Callable[[], nn.Module], int, str]] = [
 ]
 
 
-@dataclass
-class Row:
-    """Median seconds, and how far the two results are apart relative to the largest drop."""
-
-    captum: float
-    own: float
-    forward: float
-    difference: float
-    num_filters: int
-    way: str
-
-
 def measure(
-    make: Callable[[], nn.Module], size: int, name: str, images: int, filters: int, repeats: int
-) -> Row:
-    """One layer's ablation and a bare forward pass, in turn, after a warm-up."""
-    torch.manual_seed(0)
-    model = make().eval()
-    layer, x = model.get_submodule(name), torch.randn(images, 3, size, size)
-    target = model(x).argmax(1)
+    table: Table,
+    label: str,
+    model: nn.Module,
+    name: str,
+    x: Tensor,
+    filters: int,
+    repetitions: int,
+) -> None:
+    """One row: a layer's ablation, Captum's, and a bare forward pass, in turn."""
+    layer = model.get_submodule(name)
+    with torch.no_grad():
+        target = model(x).argmax(1)
     ours, theirs = LayerFilterAblation(model, layer), LayerFeatureAblation(model, layer)
-    replay = SuffixReplay(model, layer, (x,))
+    replay = ours.replay(layer, (x,))
     number = replay.num_filters
     some = min(filters, number)
     # Filters beyond the first few form one feature, which is left out of the comparison.
-    mask = torch.arange(number).clamp(max=some).reshape(1, -1, 1, 1)
-    ways: dict[str, Callable[[], Tensor]] = {
-        "forward": lambda: model(x),
-        "own": lambda: ours.filter_scores(ours.attribute(x, target=target)),
-        "captum": lambda: theirs.attribute(x, target=target, layer_mask=mask),
-    }
-    seconds: dict[str, list[float]] = {way: [] for way in ways}
-    results = {}
-    for _ in range(repeats):
-        for way, run in ways.items():
-            start = time.perf_counter()
-            results[way] = run()
-            seconds[way].append(time.perf_counter() - start)
-    median = {way: statistics.median(values) for way, values in seconds.items()}
+    mask = torch.arange(number, device=x.device).clamp(max=some).reshape(1, -1, 1, 1)
+    found: dict[str, Tensor] = {}
+
+    @torch.inference_mode()
+    def forward() -> None:
+        model(x)
+
+    def own() -> None:
+        found["own"] = ours.filter_scores(ours.attribute(x, target=target))
+
+    @torch.no_grad()
+    def captum() -> None:
+        found["captum"] = theirs.attribute(x, target=target, layer_mask=mask)
+
+    tasks = {"forward": forward, "own": own, "captum": captum}
+    seconds = medians(tasks, repetitions, x.device)
     passes = min(some + 1, number) + 2  # one evaluation of the layer, one of the model
-    scores, maps = results["own"], results["captum"]
-    difference = (maps[:, :some].flatten(2)[..., 0] - scores[:, :some]).abs().max()
-    return Row(
-        captum=median["captum"] * (number + 2) / passes,
-        own=median["own"],
-        forward=median["forward"],
-        difference=float(difference / scores.abs().max()),
-        num_filters=number,
-        way=replay.way,
+    scaled = seconds["captum"] * (number + 2) / passes
+    scores, maps = found["own"], found["captum"].flatten(2)[..., 0]
+    off = (maps[:, :some] - scores[:, :some]).abs().max() / scores.abs().max()
+    table.row(
+        label,
+        f"`{name}`",
+        number,
+        replay.way,
+        f"{scaled:.3f}",
+        f"{seconds['own']:.4f}",
+        f"{scaled / seconds['own']:.1f}x",
+        f"{seconds['own'] / seconds['forward']:.2f}",
+        f"{float(off):.1e}",
     )
 
 
-def main() -> None:
+def new_table() -> Table:
+    """The table of `measure`'s rows."""
+    return Table(
+        *("model", "layer", "K", "way", "Captum s", "own s", "speed-up"),
+        *("forward passes", "difference"),
+    )
+
+
+def main(given: Sequence[str] | None = None) -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--images", type=int, default=8)
-    parser.add_argument("--filters", type=int, default=16)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--only", default="")
-    options = parser.parse_args()
+    known = parser(__doc__)
+    known.add_argument("--images", type=int, default=8)
+    known.add_argument("--filters", type=int, default=16)
+    known.add_argument("--threads", type=int, default=1)
+    known.add_argument("--repetitions", type=int, default=3)
+    known.add_argument("--only", default="")
+    options = parsed(known, given, images=2, filters=2, repetitions=1, only="resnet20")
     torch.set_num_threads(options.threads)
-    print(
-        f"{'model':14s} {'layer':21s} {'K':>4s} {'way':12s} {'captum s':>9s} {'own s':>8s} "
-        f"{'speed-up':>8s} {'forward passes':>14s} difference"
-    )
-    for model, make, size, name in CASES:
-        if options.only in model:
-            with torch.no_grad():
-                row = measure(make, size, name, options.images, options.filters, options.repeats)
-            print(
-                f"{model:14s} {name:21s} {row.num_filters:4d} {row.way:12s} {row.captum:9.3f} "
-                f"{row.own:8.4f} {row.captum / row.own:7.1f}x {row.own / row.forward:14.2f} "
-                f"{row.difference:.1e}",
-                flush=True,
-            )
+    table = new_table()
+    for label, make, size, name in CASES:
+        if options.only in label:
+            torch.manual_seed(0)
+            model = make().eval()
+            x = torch.randn(options.images, 3, size, size)
+            measure(table, label, model, name, x, options.filters, options.repetitions)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """An accelerator: every method against the CPU, then times against a bare forward pass.
 
     python -m benchmarks.accelerator             # on a GPU, at most 6 minutes
-    python -m benchmarks.accelerator --small     # on a CPU, to its end in about a minute
+    python -m benchmarks.accelerator --small     # on a CPU, a little of each table
 
 Identification is compared with a bare forward pass under ``inference_mode`` over the same batches,
 ablation with Captum's LayerFeatureAblation, a gated training step with a plain one. Times are medians
@@ -9,22 +9,21 @@ of runs that take turns in one process; the device is synchronized around each. 
 so that nothing has to be downloaded; times do not depend on them.
 """
 
-import argparse
 import platform
-import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torchvision
-from captum.attr import LayerFeatureAblation
 from torch import Tensor, nn
 
+from benchmarks import ablation_speed
 from benchmarks.cifar10 import CifarResNet
+from benchmarks.shared import QUIET, Table, medians, parsed, parser
 from captum_classfilters import (
     ClassFilterSaliency,
     ClassSpecificGate,
@@ -41,8 +40,6 @@ from captum_classfilters.identify import collect_features, exemplars, unit_score
 from captum_classfilters.metrics import evaluate_classifier, filter_curves
 from captum_classfilters.pruning import accuracy_after_removal
 
-QUIET = {"show_progress": False}
-
 
 @dataclass(frozen=True)
 class Size:
@@ -54,32 +51,11 @@ class Size:
     image: int
     images: int
     filters: int
+    networks: slice  # of each list of networks, the largest of which come first
 
 
-FULL = Size(batches=50, batch_size=128, repetitions=3, image=224, images=32, filters=16)
-SMALL = Size(batches=2, batch_size=4, repetitions=1, image=64, images=2, filters=2)
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for all that was asked of a device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def medians(
-    device: torch.device, tasks: dict[str, Callable[[], object]], repetitions: int
-) -> dict[str, float]:
-    """Median seconds of each task; they take turns, after one round to warm up."""
-    times: dict[str, list[float]] = {name: [] for name in tasks}
-    for repetition in range(repetitions + 1):
-        for name, task in tasks.items():
-            synchronize(device)
-            started = time.perf_counter()
-            task()
-            synchronize(device)
-            if repetition:
-                times[name].append(time.perf_counter() - started)
-    return {name: statistics.median(values) for name, values in times.items()}
+FULL = Size(50, 128, repetitions=3, image=224, images=32, filters=16, networks=slice(None))
+SMALL = Size(2, 2, repetitions=1, image=32, images=1, filters=1, networks=slice(-1, None))
 
 
 # -- against the CPU ----------------------------------------------------------------------------
@@ -155,15 +131,14 @@ def against_cpu(device: torch.device) -> None:
     labels = torch.arange(24) * 7 % 5
     data = [(images[i : i + 7], labels[i : i + 7]) for i in range(0, 24, 7)]
     expected = dict(results(Small().eval(), data))
-    print(f"| method | largest difference from the CPU, relative ({device.type}) |")
-    print("|---|---|")
+    table = Table("method", f"largest difference from the CPU, relative ({device.type})")
     there = [(x.to(device), y.to(device)) for x, y in data]
     for batches in (data, there):
         for name, value in results(Small().eval().to(device), batches):
             size = expected[name].double().abs().max().clamp(min=1e-9)
             off = (value.detach().cpu().double() - expected[name].double()).abs().max() / size
             if batches is there:
-                print(f"| {name} | {float(off):.1e} |")
+                table.row(name, f"{float(off):.1e}")
             assert off < 1e-3, f"{name}: off by {float(off):.1e}"
 
 
@@ -172,24 +147,24 @@ def against_cpu(device: torch.device) -> None:
 
 def identification(device: torch.device, size: Size) -> None:
     """Print times of identification as multiples of a bare forward pass."""
-    print("\n| identification | bare s | frequency and contribution s | ratio | peak memory |")
-    print("|---|---|---|---|---|")
+    table = Table(
+        "identification", "bare s", "frequency and contribution s", "ratio", "peak memory, MiB"
+    )
     networks: list[tuple[str, Callable[[], nn.Module], str, int]] = [
         ("ResNet-50", torchvision.models.resnet50, "layer4", size.image),
         ("ResNet-20", CifarResNet, "layer3", 32),
     ]
-    for name, make, layer, side in networks:
+    for name, make, layer, side in networks[size.networks]:
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
             if device.type == "cpu" and dtype == torch.float16:
                 continue
             for pinned in (False, True):
                 label = f"{name}, {str(dtype).removeprefix('torch.')}"
                 label += ", pinned loader" if pinned else ", tensors on the device"
-                _identified(label, make, layer, side, dtype, pinned, device, size)
+                table.row(label, *_identified(make, layer, side, dtype, pinned, device, size))
 
 
 def _identified(
-    label: str,
     make: Callable[[], nn.Module],
     layer: str,
     side: int,
@@ -197,10 +172,10 @@ def _identified(
     pinned: bool,
     device: torch.device,
     size: Size,
-) -> None:
+) -> list[str]:
     torch.manual_seed(0)
     layout = torch.channels_last if dtype != torch.float32 else torch.contiguous_format
-    model = make().eval().to(device=device, dtype=dtype, memory_format=layout)
+    model = make().eval().to(device, dtype).to(memory_format=layout)
     classes = 10 if side == 32 else 1000
     distinct = []
     for _ in range(min(4, size.batches)):
@@ -232,13 +207,10 @@ def _identified(
         peaks.append(
             torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else 0
         )
-    seconds = medians(device, {"bare": bare, "own": own}, size.repetitions)
+    seconds = medians({"bare": bare, "own": own}, size.repetitions, device)
     ratio = seconds["own"] / seconds["bare"]
-    print(
-        f"| {label} | {seconds['bare']:.3f} | {seconds['own']:.3f} | {ratio:.3f}x | "
-        f"{peaks[0]:.0f} -> {peaks[1]:.0f} MiB |",
-        flush=True,
-    )
+    cells = [f"{seconds['bare']:.3f}", f"{seconds['own']:.3f}", f"{ratio:.3f}x"]
+    return [*cells, f"{peaks[0]:.0f} -> {peaks[1]:.0f}" if device.type == "cuda" else ""]
 
 
 def autocast_and_compile(device: torch.device, size: Size) -> None:
@@ -263,29 +235,26 @@ def autocast_and_compile(device: torch.device, size: Size) -> None:
             return tables(model)
 
     backend = "inductor" if device.type == "cuda" else "eager"
-    compiled = torch.compile(model, backend=backend)
+    compiled: Any = torch.compile(model, backend=backend)
 
     @torch.inference_mode()
     def bare() -> None:
         for batch in images:
             model(batch)
 
-    tasks: dict[str, Callable[[], object]] = {
-        "bare forward pass, float32": bare,
+    runs: dict[str, Callable[[], list[Tensor]]] = {
         "plain": lambda: tables(model),
         "under autocast to bfloat16": with_autocast,
         "of a compiled model": lambda: tables(compiled),
     }
-    seconds = medians(device, tasks, size.repetitions)
-    plain = tables(model)
-    print("\n| identification of ResNet-18 `layer4` | s | largest difference of contributions |")
-    print("|---|---|---|")
-    for name in tasks:
+    seconds = medians({"bare forward pass, float32": bare, **runs}, size.repetitions, device)
+    plain = tables(model)[1]
+    shown = Table("identification of ResNet-18 `layer4`", "s", "largest difference")
+    for name, value in seconds.items():
         off = ""
-        if name != "bare forward pass, float32":
-            other = tasks[name]()
-            off = f"{float((other[1] - plain[1]).abs().max() / plain[1].abs().max()):.1e}"  # type: ignore[index]
-        print(f"| {name} | {seconds[name]:.3f} | {off} |", flush=True)
+        if name in runs:
+            off = f"{float((runs[name]()[1] - plain).abs().max() / plain.abs().max()):.1e}"
+        shown.row(name, f"{value:.3f}", off)
 
 
 # -- ablation -------------------------------------------------------------------------------------
@@ -293,64 +262,21 @@ def autocast_and_compile(device: torch.device, size: Size) -> None:
 
 def ablation(device: torch.device, size: Size) -> None:
     """Print times of ablation beside Captum's, and in forward passes."""
-    print("\n| ablation | K | way | Captum s | own s | speed-up | forward passes | difference |")
-    print("|---|---|---|---|---|---|---|---|")
+    table = ablation_speed.new_table()
     models = torchvision.models
-    for name, make, layer in (
+    networks = [
         ("ResNet-50", models.resnet50, "layer4"),
         ("ResNet-50", models.resnet50, "layer3"),
+        ("DenseNet-121", models.densenet121, "features.denseblock3"),
+        ("SqueezeNet", models.squeezenet1_1, "features"),
         ("ResNet-18", models.resnet18, "layer3"),
         ("ResNet-18", models.resnet18, "layer2"),
-        ("SqueezeNet", models.squeezenet1_1, "features"),
-        ("DenseNet-121", models.densenet121, "features.denseblock3"),
-    ):
+    ]
+    for name, make, layer in networks[size.networks]:
         torch.manual_seed(0)
         model = make().eval().to(device)
         images = torch.randn(size.images, 3, size.image, size.image, device=device)
-        with torch.no_grad():
-            target = model(images).argmax(1)
-        _ablated(f"{name} `{layer}`", model, layer, images, target, device, size)
-
-
-def _ablated(
-    label: str,
-    model: nn.Module,
-    layer: str,
-    images: Tensor,
-    target: Tensor,
-    device: torch.device,
-    size: Size,
-) -> None:
-    ours = LayerFilterAblation(model, layer)
-    theirs = LayerFeatureAblation(model, model.get_submodule(layer))
-    replay = ours.replay(model.get_submodule(layer), (images,))
-    number, some = replay.num_filters, min(size.filters, replay.num_filters)
-    # Filters beyond the first few form one feature, which is left out of the comparison.
-    mask = torch.arange(number, device=device).clamp(max=some).reshape(1, -1, 1, 1)
-    found: dict[str, Tensor] = {}
-
-    @torch.inference_mode()
-    def bare() -> None:
-        model(images)
-
-    def own() -> None:
-        found["own"] = ours.filter_scores(ours.attribute(images, target=target))
-
-    @torch.no_grad()
-    def captum() -> None:
-        found["captum"] = theirs.attribute(images, target=target, layer_mask=mask)
-
-    seconds = medians(device, {"bare": bare, "own": own, "captum": captum}, size.repetitions)
-    passes = min(some + 1, number) + 2  # one evaluation of the layer, one of the model
-    scaled = seconds["captum"] * (number + 2) / passes
-    own_scores, maps = found["own"], found["captum"].flatten(2)[..., 0]
-    off = (maps[:, :some] - own_scores[:, :some]).abs().max() / own_scores.abs().max()
-    print(
-        f"| {label} | {number} | {replay.way} | {scaled:.2f} | {seconds['own']:.4f} | "
-        f"{scaled / seconds['own']:.1f}x | {seconds['own'] / seconds['bare']:.2f} | "
-        f"{float(off):.0e} |",
-        flush=True,
-    )
+        ablation_speed.measure(table, name, model, layer, images, size.filters, size.repetitions)
 
 
 # -- a gated training step ------------------------------------------------------------------------
@@ -378,13 +304,11 @@ def gated_step(device: torch.device, size: Size) -> None:
             if gated:
                 gate.project()
 
-    seconds = medians(
-        device, {"plain": lambda: step(False), "gated": lambda: step(True)}, size.repetitions
-    )
-    print("\n| ten training steps of ResNet-20 | s | ratio |")
-    print("|---|---|---|")
+    tasks = {"plain": lambda: step(False), "gated": lambda: step(True)}
+    seconds = medians(tasks, size.repetitions, device)
+    table = Table("ten training steps of ResNet-20", "s", "ratio")
     for name, value in seconds.items():
-        print(f"| {name} | {value:.3f} | {value / seconds['plain']:.3f}x |")
+        table.row(name, f"{value:.3f}", f"{value / seconds['plain']:.3f}x")
 
 
 PARTS: dict[str, Callable[[torch.device, Size], None]] = {
@@ -395,13 +319,12 @@ PARTS: dict[str, Callable[[torch.device, Size], None]] = {
 }
 
 
-def main() -> None:
+def main(given: Sequence[str] | None = None) -> None:
     """Print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--small", action="store_true", help="a few small batches")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--only", nargs="*", choices=list(PARTS), help="parts to measure")
-    options = parser.parse_args()
+    known = parser(__doc__)
+    known.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    known.add_argument("--only", nargs="*", choices=list(PARTS), help="parts to measure")
+    options = parsed(known, given)
     device = torch.device(options.device)
     size = SMALL if options.small or device.type == "cpu" else FULL
     warnings.simplefilter("ignore")

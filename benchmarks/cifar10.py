@@ -1,10 +1,7 @@
-"""CIFAR-10 and the public CIFAR ResNets, for benchmarks and reference tests.
+"""CIFAR-10 and the public CIFAR ResNets, for benchmarks and reference tests."""
 
-The data folder is `shared/data` beside the checkout, or where CLASSFILTERS_DATA points.
-"""
-
-import os
-from pathlib import Path
+from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,9 +10,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-DATA = Path(
-    os.environ.get("CLASSFILTERS_DATA", Path(__file__).resolve().parents[2] / "shared" / "data")
-)
+from benchmarks.shared import DATA, made_up, random_images
+
+TEST, TRAIN = "cifar10_test.npz", "cifar10_train20k.npz"
+GATED = "resnet20_csg_cifar10.safetensors"
 CLASSES = (
     "airplane",
     "automobile",
@@ -80,20 +78,33 @@ class CifarResNet(nn.Module):
 
 def available() -> bool:
     """Whether the data folder is there."""
-    return (DATA / "cifar10_test.npz").is_file()
+    return (DATA / TEST).is_file()
 
 
 def pretrained(depth: int = 20, name: str | None = None) -> CifarResNet:
     """A public checkpoint, in evaluation mode."""
+    if made_up():
+        torch.manual_seed(0)
+        return CifarResNet(depth).eval()
     model = CifarResNet(depth)
     state = load_file(DATA / (name or f"resnet{depth}_cifar10.safetensors"))
     model.load_state_dict({key: value for key, value in state.items() if key != "gate"})
     return model.eval()
 
 
+def gated() -> tuple[CifarResNet, Tensor]:
+    """The public ResNet-20 that was trained with a class-specific gate, and its gate (10, 64)."""
+    model = pretrained(20, GATED)
+    if made_up():
+        return model, torch.rand(10, 64, generator=torch.Generator().manual_seed(1))
+    return model, load_file(DATA / GATED)["gate"]
+
+
 def images(split: str = "test", count: int | None = None) -> tuple[Tensor, Tensor]:
     """Normalised images and labels of the test split or of the 20,000 training images."""
-    file = DATA / ("cifar10_test.npz" if split == "test" else "cifar10_train20k.npz")
+    if made_up():
+        return random_images(count, 3, 32)
+    file = DATA / (TEST if split == "test" else TRAIN)
     with np.load(file, allow_pickle=False) as data:
         x, y = data["x"], data["y"].astype(np.int64)
     if count is not None and count < len(x):  # the files are ordered by class
@@ -112,7 +123,7 @@ def loader(
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, batches: DataLoader) -> float:
+def accuracy(model: nn.Module, batches: Iterable[Any]) -> float:
     """Top-1 accuracy in per cent."""
     right = total = 0
     for x, y in batches:

@@ -7,17 +7,19 @@ directions, its separation scores under the true labels and the mean under permu
 p-values. A network of the same shape with random weights (seed 0) is measured beside it.
 """
 
-import argparse
-import time
+import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
-from benchmarks.cifar10 import CLASSES, CifarResNet, loader, pretrained
+from benchmarks import cifar10
+from benchmarks.shared import QUIET, Table, parsed, parser, prepare, timed
 from captum_classfilters.identify import unit_scores
 from captum_classfilters.spectral import model_svd, separation_test
 
-RULES: dict[str, dict[str, object]] = {
+RULES: dict[str, dict[str, Any]] = {
     "signal_share": {"rule": "signal_share"},
     "influential": {"rule": "influential", "share": 0.1},
     "exemplars": {"rule": "exemplars", "num_exemplars": 10},
@@ -28,43 +30,44 @@ SHOWN = ("jaccard", "components", "purity", "single_class_share")
 def measure(name: str, model: nn.Module, images: int, permutations: int) -> None:
     """Print one model's table."""
     svds = model_svd(model)
-    start = time.perf_counter()
-    scores, labels = unit_scores(
-        model, list(svds), loader("test", images), directions=svds, show_progress=False
+    data = cifar10.loader("test", images)
+    read, (scores, labels) = timed(
+        lambda: unit_scores(model, list(svds), data, directions=svds, **QUIET)
     )
-    read = time.perf_counter() - start
     print(f"\n{name}: {len(labels)} images, signals of {len(svds)} layers in {read:.1f} s")
-    header = "  ".join(f"{score + ' (null, p)':>28}" for score in SHOWN)
     for rule, options in RULES.items():
-        print(f"\n{rule}\n{'layer':<20}{'edges':>6}  {header}")
+        table = Table(rule, "edges", *(f"{score} (null, p)" for score in SHOWN))
         for layer in svds:
             test = separation_test(
                 scores[layer],
                 labels,
-                class_names=CLASSES,
+                class_names=cifar10.CLASSES,
                 permutations=permutations,
-                show_progress=False,
-                **options,  # type: ignore[arg-type]
+                **options,
+                **QUIET,
             )
             cells = []
             for score in SHOWN:
-                drawn = test.null[score][~torch.from_numpy(test.null[score]).isnan().numpy()]
-                null = f"{drawn.mean():.3f}" if len(drawn) else "-"
-                cells.append(f"{test.observed[score]:.3f} ({null}, {test.p_values[score]:.3f})")
+                drawn = torch.as_tensor(test.null[score])
+                found = (test.observed[score], float(drawn.nanmean()), test.p_values[score])
+                seen, null, p = ("-" if math.isnan(value) else f"{value:.3f}" for value in found)
+                cells.append(f"{seen} ({null}, {p})")
             used = int(test.hypergraph.incidence.any(0).sum())
-            print(f"{layer:<20}{used:>6}  " + "  ".join(f"{cell:>28}" for cell in cells))
+            table.row(layer, used, *cells)
 
 
-def main() -> None:
+def main(given: Sequence[str] | None = None) -> None:
     """Print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--images", type=int, default=2000)
-    parser.add_argument("--permutations", type=int, default=200)
-    parser.add_argument("--depth", type=int, default=20)
-    options = parser.parse_args()
-    measure("trained", pretrained(options.depth), options.images, options.permutations)
+    known = parser(__doc__)
+    known.add_argument("--images", type=int, default=2000)
+    known.add_argument("--permutations", type=int, default=200)
+    known.add_argument("--depth", type=int, default=20)
+    options = parsed(known, given, images=40, permutations=3, depth=8)
+    prepare(options.small, cifar10.TEST)
+    trained = cifar10.pretrained(options.depth)
+    measure("trained", trained, options.images, options.permutations)
     torch.manual_seed(0)
-    random = CifarResNet(options.depth).eval()
+    random = cifar10.CifarResNet(options.depth).eval()
     measure("random weights", random, options.images, options.permutations)
 
 

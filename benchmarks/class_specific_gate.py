@@ -11,10 +11,9 @@ looked at on 2,500 further training images of MNIST; test images are used for th
 weight decay makes plain filters more specific, too, so that plain training is shown with both.
 """
 
-import argparse
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,9 +21,24 @@ from captum.robust import FGSM, PGD
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from benchmarks import cifar10
 from benchmarks.adversarial_detection import adversarial_detection
-from captum_classfilters import ClassSpecificGate, LayerClassGate, LayerFilterContribution
+from benchmarks.shared import (
+    QUIET,
+    Table,
+    made_up,
+    mnist,
+    parsed,
+    parser,
+    prepare,
+    random_images,
+    timed,
+)
+from captum_classfilters import (
+    ClassFilters,
+    ClassSpecificGate,
+    LayerClassGate,
+    LayerFilterContribution,
+)
 from captum_classfilters.cli.demo import load_digits, small_cnn
 from captum_classfilters.gates import (
     GatedTrainer,
@@ -41,8 +55,6 @@ from captum_classfilters.metrics import (
     mutual_information_score,
 )
 
-QUIET = {"show_progress": False}
-
 
 @dataclass(frozen=True)
 class Setting:
@@ -54,22 +66,23 @@ class Setting:
     epochs: int
 
 
-def digits_setting(seed: int) -> Setting:
+def digits_setting(seed: int, epochs: int | None = None) -> Setting:
+    if made_up():
+        data = DataLoader(TensorDataset(*random_images(None, 1, 8)), batch_size=20)
+        return Setting(data, data, small_cnn, epochs or 60)
     digits = load_digits(seed)
-    return Setting(digits.train, digits.test, small_cnn, 60)
+    return Setting(digits.train, digits.test, small_cnn, epochs or 60)
 
 
-def mnist_setting(seed: int) -> Setting:
-    with np.load(cifar10.DATA / "mnist.npz", allow_pickle=False) as data:
-        parts = {name: torch.from_numpy(data[name]) for name in data.files}
-    order = torch.from_numpy(np.random.default_rng(0).permutation(60000))[:6000]  # not shuffled
-    x = parts["train_x"][order].float()[:, None] / 255
-    y = parts["train_y"][order].long()
+def mnist_setting(seed: int, epochs: int | None = None) -> Setting:
+    x, y = mnist("train")
+    order = torch.from_numpy(np.random.default_rng(0).permutation(len(x)))[:6000]  # not shuffled
     generator = torch.Generator().manual_seed(seed)
-    train = DataLoader(TensorDataset(x, y), batch_size=64, shuffle=True, generator=generator)
-    test = TensorDataset(parts["test_x"].float()[:, None] / 255, parts["test_y"].long())
-    loader = DataLoader(test, batch_size=500)
-    return Setting(train, loader, deeper_cnn, 10)
+    train = DataLoader(
+        TensorDataset(x[order], y[order]), batch_size=64, shuffle=True, generator=generator
+    )
+    test = DataLoader(TensorDataset(*mnist("test")), batch_size=500)
+    return Setting(train, test, deeper_cnn, epochs or 10)
 
 
 def deeper_cnn() -> nn.Sequential:
@@ -114,61 +127,69 @@ def trained(
     return model.eval(), gate
 
 
-def measured(model: nn.Module, gate: ClassSpecificGate, gated: bool, setting: Setting) -> list[str]:
-    features, labels = collect_features(model, "filters", setting.test, **QUIET)
-    score = mutual_information_score(mutual_information_matrix(features, labels))
-    if gated:
-        table = LayerClassGate(model, "filters", gate.weight).class_filters()
+def measured(
+    model: nn.Module,
+    layer: str,
+    gate: ClassSpecificGate | None,
+    seen: Iterable[Any],
+    test: Iterable[Any],
+) -> tuple[list[str], ClassFilters]:
+    """Figures on test images, and the filters of each class.
+
+    They are those whose gate is above one half; without a gate, or where none is, the six that
+    contribute most to the class's training images.
+    """
+    features, labels = collect_features(model, layer, test, **QUIET)
+    score = mutual_information_score(mutual_information_matrix(features, labels, num_workers=1))
+    if gate is not None and bool((gate.weight > 0.5).any()):
+        table = LayerClassGate(model, layer, gate.weight).class_filters()
         table = table.with_selection(gate.weight.detach() > 0.5)
     else:
-        table = LayerFilterContribution(model, "filters").identify(
-            setting.train, num_filters=6, **QUIET
-        )
-    result = masking_test(model, "filters", table, setting.test, **QUIET)
-    within, across = correlation(model, table.scores)
-    return [
-        f"{evaluate_classifier(model, setting.test, **QUIET).accuracy:.4f}",
+        table = LayerFilterContribution(model, layer).identify(seen, num_filters=6, **QUIET)
+    masked = masking_test(model, layer, table, test, **QUIET)
+    cells = [
+        f"{evaluate_classifier(model, test, **QUIET).accuracy:.4f}",
         f"{score:.4f}",
-        f"{gate.density:.3f}" if gated else "-",
-        f"{float(result.own.mean()):.3f}",
-        f"{100 * result.loss_of_others:+.2f}",
-        f"{within:.2f}, {across:.2f}",
+        "-" if gate is None else f"{gate.density:.3f}",
+        f"{float(masked.own.mean()):.3f}",
+        f"{100 * masked.loss_of_others:+.2f}",
     ]
+    return cells, table
 
 
 def correlation(model: nn.Module, scores: Tensor) -> tuple[float, float]:
     """Mean absolute cosine of weights, within a class and across."""
     owner = assign_filters(scores)
-    table = filter_correlation(model.filters[0].weight)
+    weights = dict(model.get_submodule("filters").named_parameters())
+    table = filter_correlation(weights["0.weight"])
     same = owner[:, None] == owner[None, :]
     pairs = ~torch.eye(len(owner), dtype=torch.bool)
     return float(table[same & pairs].mean()), float(table[~same].mean())
 
 
-def compare(setting_of: Callable[[int], Setting], runs: list[tuple[str, float]]) -> None:
-    print(
-        "| seed, training, weight decay | accuracy | MIS | density | recall of a masked class | "
-        "others lose, points | cosine within, across |"
+def compare(settings: list[Setting], runs: list[tuple[str, float]]) -> None:
+    """Specificity and accuracy after each training, for each seed's setting."""
+    table = Table(
+        *("seed, training, weight decay", "accuracy", "MIS", "density", "recall of a masked class"),
+        *("others lose, points", "cosine within, across"),
     )
-    print("|---|---|---|---|---|---|---|")
-    for seed in range(3):
-        setting = setting_of(seed)
+    for seed, setting in enumerate(settings):
         for training, decay in runs:
             model, gate = trained(seed, training, setting, decay)
-            cells = " | ".join(measured(model, gate, training != "plain", setting))
-            print(f"| {seed}, {training}, {decay:g} | {cells} |", flush=True)
+            used = None if training == "plain" else gate
+            cells, found = measured(model, "filters", used, setting.train, setting.test)
+            within, across = correlation(model, found.scores)
+            table.row(f"{seed}, {training}, {decay:g}", *cells, f"{within:.2f}, {across:.2f}")
     labels = torch.cat([y for _, y in setting.test])
     bound = float(mutual_information_bound(labels).mean())
     print(f"\nMIS can be {bound:.4f} at most (entropy of a class's indicator).")
 
 
-def adversarial() -> None:
-    """Detection error of attacked test images, three seeds."""
+def adversarial(settings: list[Setting]) -> None:
+    """Detection error of attacked test images, for each seed's setting."""
     loss = nn.CrossEntropyLoss(reduction="none")
-    print("| seed, training | attack | accuracy after | detection error | +- | AUC |")
-    print("|---|---|---|---|---|---|")
-    for seed in range(3):
-        setting = digits_setting(seed)
+    table = Table("seed, training", "attack", "accuracy after", "detection error", "+-", "AUC")
+    for seed, setting in enumerate(settings):
         for training in ("plain", "both paths in every batch"):
             model, _ = trained(seed, training, setting, 5e-3)
             fgsm = FGSM(model, loss_func=loss, lower_bound=0.0, upper_bound=1.0)
@@ -181,50 +202,48 @@ def adversarial() -> None:
             }
             for name, attack in attacks.items():
                 found = adversarial_detection(model, "filters", setting.test, attack, **QUIET)
-                print(
-                    f"| {seed}, {training} | {name} | "
-                    f"{found.attacked_accuracy:.3f} | {found.error:.3f} | "
-                    f"{found.standard_error:.3f} | {found.auc:.3f} |",
-                    flush=True,
-                )
+                figures = (found.attacked_accuracy, found.error, found.standard_error, found.auc)
+                table.row(f"{seed}, {training}", name, *(f"{value:.3f}" for value in figures))
 
 
-def information_speed() -> None:
+def information_speed(images: int) -> None:
+    """Time of the mutual information of filters and 1,000 classes."""
     noise = torch.Generator().manual_seed(0)
-    labels = torch.randint(0, 1000, (50000,), generator=noise)
-    features = torch.randn(50000, 8, generator=noise).relu()
-    started = time.perf_counter()
-    mutual_information_matrix(features, labels, num_workers=2)
-    seconds = (time.perf_counter() - started) / 8
-    print(
-        f"Mutual information, 1,000 classes, 50,000 images: {seconds:.2f} s a filter on two threads, "
-        f"{512 * seconds / 60:.1f} minutes for 512 filters"
-    )
+    labels = torch.randint(0, 1000, (images,), generator=noise)
+    features = torch.randn(images, 8, generator=noise).relu()
+    seconds, _ = timed(lambda: mutual_information_matrix(features, labels, num_workers=2))
+    table = Table("mutual information, 1,000 classes", "s a filter", "minutes for 512 filters")
+    name = f"{images:,} images, two threads"
+    table.row(name, f"{seconds / 8:.2f}", f"{512 * seconds / 8 / 60:.1f}")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(given: Sequence[str] | None = None) -> None:
+    """Print the tables; a small run has one seed, and prints all of them."""
+    known = parser(__doc__)
     for name in ("mnist", "adversarial", "information"):
-        parser.add_argument(f"--{name}", action="store_true")
-    arguments = parser.parse_args()
-    if arguments.mnist:
-        if not (cifar10.DATA / "mnist.npz").is_file():
-            raise SystemExit("mnist.npz is absent; set CLASSFILTERS_DATA.")
-        compare(
-            mnist_setting, [("plain", 1e-4), ("plain", 5e-3), ("both paths in every batch", 5e-3)]
-        )
-    elif arguments.adversarial:
-        adversarial()
-    elif arguments.information:
-        information_speed()
-    else:
+        known.add_argument(f"--{name}", action="store_true")
+    known.add_argument("--seeds", type=int, default=3)
+    known.add_argument("--epochs", type=int, help="by default 60 on digits, 10 on MNIST")
+    known.add_argument("--images", type=int, default=50000, help="for --information")
+    small = {"mnist": True, "adversarial": True, "information": True}
+    options = parsed(known, given, seeds=1, epochs=3, images=2000, **small)
+    prepare(options.small, *(["mnist.npz"] if options.mnist else []))
+    if options.mnist:
+        settings = [mnist_setting(seed, options.epochs) for seed in range(options.seeds)]
+        compare(settings, [("plain", 1e-4), ("plain", 5e-3), ("both paths in every batch", 5e-3)])
+    digits = [digits_setting(seed, options.epochs) for seed in range(options.seeds)]
+    if options.adversarial:
+        adversarial(digits)
+    if options.information:
+        information_speed(options.images)
+    if options.small or not (options.mnist or options.adversarial or options.information):
         runs = [
             ("plain", 1e-4),
             ("every third epoch gated", 1e-4),
             ("plain", 5e-3),
             ("both paths in every batch", 5e-3),
         ]
-        compare(digits_setting, runs)
+        compare(digits, runs)
 
 
 if __name__ == "__main__":

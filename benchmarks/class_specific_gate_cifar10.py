@@ -17,14 +17,16 @@ Settings were taken over from digits and MNIST; nothing was chosen on the test i
 
 import argparse
 import statistics
-import time
+from collections.abc import Sequence
+from functools import partial
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler, Subset, TensorDataset
 
 from benchmarks import cifar10
+from benchmarks.class_specific_gate import measured
+from benchmarks.shared import QUIET, Table, parsed, parser, prepare, timed
 from captum_classfilters import (
     ClassFilters,
     ClassSpecificGate,
@@ -34,25 +36,20 @@ from captum_classfilters import (
     decompose,
     identify_class_filters,
 )
-from captum_classfilters.gates import GatedTrainer, GateSchedule, masking_test
+from captum_classfilters.gates import GatedTrainer, GateSchedule
 from captum_classfilters.heads import essentiality, set_overlap
 from captum_classfilters.identify import collect_features
 from captum_classfilters.metrics import (
     evaluate_classifier,
     mutual_information_bound,
-    mutual_information_matrix,
-    mutual_information_score,
 )
 
-QUIET = {"show_progress": False}
 TRAININGS = ("as found", "plain", "gated, constant start", "gated, started from the head")
-GATED = "resnet20_csg_cifar10.safetensors"
 
 
 def public() -> None:
     """The gate's five highest filters a class beside what the same network's images say."""
-    model = cifar10.pretrained(20, GATED)
-    gate = load_file(cifar10.DATA / GATED)["gate"]
+    model, gate = cifar10.gated()
     train, test = cifar10.loader("train", 10000), cifar10.loader("test")
     methods = {
         "frequency": LayerFilterFrequency(model, "layer3"),
@@ -66,23 +63,26 @@ def public() -> None:
     features, labels = collect_features(model, "layer3", test, **QUIET)
     example = next(iter(test))[0][:2]
     full = evaluate_classifier(model, test, **QUIET).accuracy
-    print(f"Public gated ResNet-20, layer3, all filters: test accuracy {full:.4f}\n")
-    print(
-        "| 5 filters a class | recall, noise at the set | noise at the complement | shared with the "
-        "gate's sets | Jaccard between classes | distinct filters | decomposed accuracy |"
+    print(f"Public gated ResNet-20, layer3, all filters: test accuracy {full:.4f}")
+    rows = Table(
+        *("5 filters a class", "recall, noise at the set", "noise at the complement"),
+        *("shared with the gate's sets", "Jaccard between classes", "distinct filters"),
+        "decomposed accuracy",
     )
-    print("|---|---|---|---|---|---|---|")
     for name, table in tables.items():
         noise = essentiality(features, labels, model.linear.weight, model.linear.bias, table)
         shared = table.agreement(tables["gate, highest"]).mean_overlap
-        overlap = set_overlap(table, random_seeds=1)
+        overlap = set_overlap(table, repetitions=1)
         decomposed = decompose(model, table, head="linear", example_inputs=example)
         accuracy = evaluate_classifier(decomposed, test, **QUIET)
-        print(
-            f"| {name} | {float(noise.at_set.mean()):.3f} | "
-            f"{float(noise.at_complement.mean()):.3f} | {shared:.2f} | {overlap.mean_jaccard:.3f} | "
-            f"{overlap.distinct_filters} | {accuracy.accuracy:.4f} |",
-            flush=True,
+        rows.row(
+            name,
+            f"{float(noise.at_set.mean()):.3f}",
+            f"{float(noise.at_complement.mean()):.3f}",
+            f"{shared:.2f}",
+            f"{overlap.mean_jaccard:.3f}",
+            overlap.distinct_filters,
+            f"{accuracy.accuracy:.4f}",
         )
 
 
@@ -95,7 +95,7 @@ def random_sets() -> ClassFilters:
 # -- fine-tuning ---------------------------------------------------------------------------------
 
 
-def tail_of(model: nn.Module) -> nn.Sequential:
+def tail_of(model: cifar10.CifarResNet) -> nn.Sequential:
     """The last stage and the head, as a model of the second stage's output."""
     tail = nn.Sequential()
     tail.add_module("layer3", model.layer3)
@@ -134,24 +134,24 @@ def fine_tune(arguments: argparse.Namespace) -> None:
     """The last stage and the head, trained plainly and with a gate."""
     epochs, seed, train_images = arguments.epochs, arguments.seed, arguments.train_images
     train_set = second_stage("train", train_images, arguments.views)
-    test = DataLoader(second_stage("test", arguments.test_images), batch_size=250)
-    bound = float(mutual_information_bound(test.dataset.tensors[1]).mean())
+    test_set = second_stage("test", arguments.test_images)
+    test = DataLoader(test_set, batch_size=250)
+    bound = float(mutual_information_bound(test_set.tensors[1]).mean())
     print(
         f"{epochs} epochs of {train_images} images, {arguments.views} augmented views of each, seed "
-        f"{seed}, {arguments.test_images} test images; the bound of the MIS is {bound:.4f}\n"
+        f"{seed}, {arguments.test_images} test images; the bound of the MIS is {bound:.4f}"
     )
-    print(
-        "| training | accuracy | MIS | density | recall of a masked class | others lose, points | "
-        "minutes |"
+    table = Table(
+        *("training", "accuracy", "MIS", "density", "recall of a masked class"),
+        *("others lose, points", "minutes"),
     )
-    print("|---|---|---|---|---|---|---|")
     for training in arguments.trainings:
-        print(tuned(training, train_set, test, arguments), flush=True)
+        table.row(training, *tuned(training, train_set, test, arguments))
 
 
 def tuned(
     training: str, train_set: TensorDataset, test: DataLoader, arguments: argparse.Namespace
-) -> str:
+) -> list[str]:
     """One row of the table.
 
     A trained network's gated loss is small from the first step on, and a uniform shrinkage of the
@@ -161,11 +161,13 @@ def tuned(
     epochs = arguments.epochs
     torch.manual_seed(arguments.seed)
     tail = tail_of(cifar10.pretrained(20))
+    once = Subset(train_set, range(min(len(train_set), 20000)))  # one view of each image
+    seen = DataLoader(once, batch_size=250)
     if training == "as found":
-        return f"| as found | {' | '.join(measured(tail, None, train_set, test))} | - |"
+        return [*measured(tail, "layer3", None, seen, test)[0], "-"]
     gate = ClassSpecificGate(10, 64)
     if training == "gated, started from the head":
-        weight = tail.linear.weight.detach().clamp(min=0)
+        weight = tail.get_parameter("linear.weight").detach().clamp(min=0)
         gate = ClassSpecificGate(10, 64, weight / weight.max(0).values, projection="euclidean")
     gate.attach(tail, "layer3")
     optimizer = torch.optim.SGD(
@@ -183,43 +185,19 @@ def tuned(
         regularization=0.05,
         schedule=plain if training == "plain" else GateSchedule("batch", 3, 2),
     )
-    started = time.perf_counter()
-    trainer.fit(loader, epochs=epochs)
-    minutes = (time.perf_counter() - started) / 60
-    cells = measured(tail.eval(), None if training == "plain" else gate, train_set, test)
-    return f"| {training} | {' | '.join(cells)} | {minutes:.1f} |"
-
-
-def measured(
-    tail: nn.Module, gate: ClassSpecificGate | None, train_set: TensorDataset, test: DataLoader
-) -> list[str]:
-    features, labels = collect_features(tail, "layer3", test, **QUIET)
-    score = mutual_information_score(mutual_information_matrix(features, labels, num_workers=1))
-    if gate is not None:
-        table = LayerClassGate(tail, "layer3", gate.weight).class_filters()
-        table = table.with_selection(gate.weight.detach() > 0.5)
-    else:
-        first = Subset(train_set, range(min(len(train_set), 20000)))  # one view of each image
-        batches = DataLoader(first, batch_size=250)
-        table = LayerFilterContribution(tail, "layer3").identify(batches, num_filters=6, **QUIET)
-    masked = masking_test(tail, "layer3", table, test, **QUIET)
-    return [
-        f"{evaluate_classifier(tail, test, **QUIET).accuracy:.4f}",
-        f"{score:.4f}",
-        "-" if gate is None else f"{gate.density:.3f}",
-        f"{float(masked.own.mean()):.3f}",
-        f"{100 * masked.loss_of_others:+.2f}",
-    ]
+    seconds, _ = timed(lambda: trainer.fit(loader, epochs=epochs, **QUIET))
+    used = None if training == "plain" else gate
+    cells, _ = measured(tail.eval(), "layer3", used, seen, test)
+    return [*cells, f"{seconds / 60:.1f}"]
 
 
 # -- cost ----------------------------------------------------------------------------------------
 
 
-def overhead(repetitions: int = 15) -> None:
+def overhead(repetitions: int) -> None:
     """Time of a gated step over a plain one, in turn; median of the ratios of neighbours."""
     x, y = cifar10.images("train", 256)
-    print("| images a step | plain step, ms | gated over plain, median | quartiles |")
-    print("|---|---|---|---|")
+    table = Table("images a step", "plain step, ms", "gated over plain, median", "quartiles")
     for size in (32, 128):
         model = cifar10.pretrained(20).train()
         gate = ClassSpecificGate(10, 64).attach(model, "layer3")
@@ -229,38 +207,38 @@ def overhead(repetitions: int = 15) -> None:
             seconds = {}
             # The order alternates, so that neither always follows the other.
             for gated in (False, True) if repetition % 2 else (True, False):
-                started = time.perf_counter()
-                trainer.step(x[:size], y[:size], gated)
-                seconds[gated] = time.perf_counter() - started
+                seconds[gated], _ = timed(partial(trainer.step, x[:size], y[:size], gated))
             if repetition >= 2:
                 plain.append(1000 * seconds[False])
                 ratios.append(seconds[True] / seconds[False])
         low, middle, high = statistics.quantiles(ratios, n=4)
-        print(
-            f"| {size} | {statistics.median(plain):.0f} | {middle:.3f} | {low:.3f} to {high:.3f} |",
-            flush=True,
+        table.row(
+            size, f"{statistics.median(plain):.0f}", f"{middle:.3f}", f"{low:.3f} to {high:.3f}"
         )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(given: Sequence[str] | None = None) -> None:
+    """Print the tables that are asked for, all of them in a small run."""
+    known = parser(__doc__)
     for name in ("public", "fine-tune", "overhead"):
-        parser.add_argument(f"--{name}", action="store_true")
-    parser.add_argument("--epochs", type=int, default=6)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--train-images", type=int, default=20000)
-    parser.add_argument("--test-images", type=int, default=10000)
-    parser.add_argument("--views", type=int, default=0)
-    parser.add_argument("--trainings", nargs="+", choices=TRAININGS, default=TRAININGS)
-    arguments = parser.parse_args()
-    if not cifar10.available():
-        raise SystemExit(f"The data folder {cifar10.DATA.name} is absent; set CLASSFILTERS_DATA.")
+        known.add_argument(f"--{name}", action="store_true")
+    known.add_argument("--epochs", type=int, default=6)
+    known.add_argument("--seed", type=int, default=0)
+    known.add_argument("--train-images", type=int, default=20000)
+    known.add_argument("--test-images", type=int, default=10000)
+    known.add_argument("--views", type=int, default=0)
+    known.add_argument("--repetitions", type=int, default=15, help="for --overhead")
+    known.add_argument("--trainings", nargs="+", choices=TRAININGS, default=TRAININGS)
+    small = {"public": True, "fine_tune": True, "overhead": True}
+    sizes = {"epochs": 2, "train_images": 30, "test_images": 20, "views": 1, "repetitions": 2}
+    arguments = parsed(known, given, **small, **sizes)
+    prepare(arguments.small, cifar10.TEST, cifar10.GATED)
     if arguments.public:
         public()
     if arguments.fine_tune:
         fine_tune(arguments)
     if arguments.overhead:
-        overhead()
+        overhead(arguments.repetitions)
 
 
 if __name__ == "__main__":

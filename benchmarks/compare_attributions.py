@@ -9,9 +9,10 @@ the machine does; a forward pass stands below. The infidelity of exact contribut
 scores, is printed last and by itself.
 """
 
-import argparse
 import statistics
-import time
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from captum.attr import (
@@ -27,8 +28,16 @@ from captum.attr import (
 )
 from torch import Tensor, nn
 
-from benchmarks import count_processor_time
-from benchmarks.cifar10 import BasicBlock, CifarResNet, images, loader, pretrained
+from benchmarks import cifar10
+from benchmarks.shared import (
+    QUIET,
+    Table,
+    count_processor_time,
+    parsed,
+    parser,
+    prepare,
+    timed,
+)
 from captum_classfilters import (
     ClassFilterSaliency,
     FilterGate,
@@ -41,10 +50,10 @@ from captum_classfilters.metrics import compare_attributions, filter_infidelity
 from captum_classfilters.visualize import plot_comparison
 
 
-class ModularBlock(BasicBlock):
+class ModularBlock(cifar10.BasicBlock):
     """The block with a module for each ReLU, which DeepLift needs to see."""
 
-    def __init__(self, block: BasicBlock) -> None:
+    def __init__(self, block: nn.Module) -> None:
         nn.Module.__init__(self)
         self.__dict__.update(block.__dict__)
         self.relu1, self.relu2 = nn.ReLU(), nn.ReLU()
@@ -61,12 +70,13 @@ class ModularBlock(BasicBlock):
 class Modular(nn.Module):
     """The public network with modules in place of functions; the outputs are the same."""
 
-    def __init__(self, model: CifarResNet) -> None:
+    def __init__(self, model: cifar10.CifarResNet) -> None:
         super().__init__()
         self.conv1, self.bn1, self.relu = model.conv1, model.bn1, nn.ReLU()
-        for name in ("layer1", "layer2", "layer3"):
-            stage = getattr(model, name)
-            setattr(self, name, nn.Sequential(*(ModularBlock(block) for block in stage)))
+        self.layer1, self.layer2, self.layer3 = (
+            nn.Sequential(*map(ModularBlock, stage))
+            for stage in (model.layer1, model.layer2, model.layer3)
+        )
         self.pool, self.linear = nn.AdaptiveAvgPool2d(1), model.linear
 
     def forward(self, x: Tensor) -> Tensor:
@@ -76,10 +86,10 @@ class Modular(nn.Module):
         return self.linear(self.pool(x).flatten(1))
 
 
-def methods_of(model: nn.Module, train: object) -> dict[str, object]:
+def methods_of(model: Modular, train: Iterable[Any]) -> dict[str, Any]:
     """Everything that is compared."""
     contribution = LayerFilterContribution(model, "layer3")
-    table = identify_class_filters(contribution, train, num_filters=5, show_progress=False)
+    table = identify_class_filters(contribution, train, num_filters=5, **QUIET)
     gated = FilterGate(model, "layer3")
     shap = {"baselines": torch.zeros(1, 3, 32, 32), "n_samples": 5, "stdevs": 0.1}
     occlusion = {"sliding_window_shapes": (3, 8, 8), "strides": (3, 8, 8)}
@@ -106,41 +116,36 @@ def methods_of(model: nn.Module, train: object) -> dict[str, object]:
     }
 
 
-def seconds_of_forward(model: nn.Module, x: Tensor) -> float:
-    """Seconds an image."""
-    start = time.perf_counter()
-    with torch.no_grad():
-        model(x)
-    return (time.perf_counter() - start) / len(x)
-
-
-def main() -> None:
+def main(given: Sequence[str] | None = None) -> None:
     """Print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--images", type=int, default=500)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--sensitivity-samples", type=int, default=1)
-    parser.add_argument("--picture")
-    parser.add_argument("--cpu-time", action="store_true")
-    options = parser.parse_args()
+    known = parser(__doc__)
+    known.add_argument("--images", type=int, default=500)
+    known.add_argument("--threads", type=int, default=1)
+    known.add_argument("--sensitivity-samples", type=int, default=1)
+    known.add_argument("--picture")
+    known.add_argument("--cpu-time", action="store_true")
+    options = parsed(known, given, images=2)
     if options.cpu_time:
         options.threads = 1
         count_processor_time()
     torch.set_num_threads(options.threads)
-    public = pretrained(20)
+    prepare(options.small, cifar10.TEST, cifar10.TRAIN)
+    public = cifar10.pretrained(8 if options.small else 20)
     model = Modular(public).eval()
-    x, _ = images("test", options.images)
+    x, _ = cifar10.images("test", options.images)
     with torch.no_grad():
         assert torch.allclose(model(x[:50]), public(x[:50]), atol=1e-4)
         target = torch.cat([model(part).argmax(1) for part in x.split(50)])
-    methods = methods_of(model, loader("train", 2000))
-    start = time.perf_counter()
-    comparison = compare_attributions(
-        model, methods, x, target, sensitivity_samples=options.sensitivity_samples
+    methods = methods_of(model, cifar10.loader("train", 2000))
+    seconds, comparison = timed(
+        lambda: compare_attributions(
+            model, methods, x, target, sensitivity_samples=options.sensitivity_samples
+        )
     )
     print(comparison)
-    print(f"{time.perf_counter() - start:.0f} s for {len(x)} images and {len(methods)} methods")
-    times = [seconds_of_forward(model, part) for part in x.split(50)]
+    print(f"{seconds:.0f} s for {len(x)} images and {len(methods)} methods")
+    with torch.no_grad():
+        times = [timed(partial(model, part))[0] / len(part) for part in x.split(50)]
     print(f"one forward pass: {1000 * statistics.median(times):.2f} ms an image, in batches of 50")
     if options.picture:
         figure, _ = plot_comparison(comparison)
@@ -150,7 +155,10 @@ def main() -> None:
     draw = torch.Generator().manual_seed(0)
     random = torch.randn(exact.shape, generator=draw) * exact.std()
     tables = {"exact contributions": exact, "normal scores, same spread": random}
-    print(filter_infidelity(model, "layer3", x, tables, target=target))
+    found = filter_infidelity(model, "layer3", x, tables, target=target)
+    table = Table("scores of layer3's filters", "infidelity")
+    for name, values in found.infidelity.items():
+        table.row(name, f"{float(values.mean()):.1e}")
 
 
 if __name__ == "__main__":

@@ -11,22 +11,34 @@ so that nearly the whole image is a good answer; a second table has only images 
 than 40 %, with thresholds chosen on such images.
 """
 
-import argparse
 import csv
 import math
 import sys
-import time
 import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from captum.attr import IntegratedGradients, LayerAttribution, LayerGradCam
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.io import ImageReadMode, read_image
-from torchvision.models import squeezenet1_1
 
 from benchmarks import cifar10
+from benchmarks.shared import (
+    DATA,
+    QUIET,
+    Table,
+    in_batches,
+    made_up,
+    parsed,
+    parser,
+    prepare,
+    random_images,
+    squeezenet,
+    timed,
+)
 from captum_classfilters import ClassFilters, ClassFilterSaliency, LayerFilterContribution
 from captum_classfilters.attr import filter_activation_maps, filter_gradient_maps
 from captum_classfilters.attr.filter_maps import blurred
@@ -38,38 +50,38 @@ from captum_classfilters.metrics import (
     localization,
 )
 
-FOLDER = cifar10.DATA / "tiny_imagenet_boxes"
+BOXES = "tiny_imagenet_boxes/boxes.csv"
 LAYER, SIZE, BATCH = "features", 224, 20
 SCORED = 56
 BLURS = (None, 2.0, 4.0, 8.0)  # at SCORED pixels
 SMALL = 0.4
 TUNING = 10
+Part = tuple[Tensor, Tensor, Tensor]
+Explain = Callable[[Tensor, Tensor], Tensor]
+Rule = Literal["share", "level"]
 
 
-def pretrained() -> nn.Module:
-    """SqueezeNet 1.1 with public weights, in evaluation mode."""
-    model = squeezenet1_1(num_classes=1000)
-    state = load_file(cifar10.DATA / "squeezenet1_1_imagenet_fp16.safetensors")
-    model.load_state_dict({key: value.float() for key, value in state.items()})
-    return model.eval()
-
-
-def splits(scored: int) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
+def splits(scored: int) -> tuple[Part, Part]:
     """Images, labels and boxes to tune on, and to score on; boxes from edge to edge at SCORED."""
-    with open(FOLDER / "boxes.csv") as file:
+    if made_up():
+        images, labels = random_images(4, 3, SIZE, 2)
+        low, high = torch.tensor([10.0, 10.0]), torch.tensor([30.0, 40.0])
+        boxes = torch.cat([low, high]) + torch.arange(4)[:, None] % 3
+        return (images[:2], labels[:2], boxes[:2]), (images[2:], labels[2:], boxes[2:])
+    with open(DATA / BOXES) as file:
         rows = list(csv.DictReader(file))
-    parts: tuple[list, list] = ([], [])
+    tuning: list[dict[str, str]] = []
+    others: list[dict[str, str]] = []
     for class_ in sorted({row["class_index"] for row in rows}):
         own = [row for row in rows if row["class_index"] == class_]
-        parts[0].extend(own[:TUNING])
-        parts[1].extend(own[TUNING : TUNING + scored])
-    return tuple(_loaded(part) for part in parts)  # type: ignore[return-value]
+        tuning += own[:TUNING]
+        others += own[TUNING : TUNING + scored]
+    return _loaded(tuning), _loaded(others)
 
 
-def _loaded(rows: list[dict[str, str]]) -> tuple[Tensor, Tensor, Tensor]:
-    pixels = torch.stack(
-        [read_image(str(FOLDER / "images" / row["file"]), ImageReadMode.RGB) for row in rows]
-    )
+def _loaded(rows: list[dict[str, str]]) -> Part:
+    folder = (DATA / BOXES).parent / "images"
+    pixels = torch.stack([read_image(str(folder / row["file"]), ImageReadMode.RGB) for row in rows])
     scale = SCORED / pixels.shape[-1]
     images = F.interpolate(
         pixels.float() / 255, size=(SIZE, SIZE), mode="bilinear", align_corners=False
@@ -84,30 +96,30 @@ def _loaded(rows: list[dict[str, str]]) -> tuple[Tensor, Tensor, Tensor]:
 
 def class_table(model: nn.Module, images: Tensor, labels: Tensor) -> ClassFilters:
     """The filters that contribute most to each class, from the tuning images."""
-    batches = list(zip(images.split(BATCH), labels.split(BATCH), strict=True))
-    return LayerFilterContribution(model, LAYER).identify(
-        batches, num_classes=1000, show_progress=False
-    )
+    batches = in_batches(images, labels, BATCH)
+    return LayerFilterContribution(model, LAYER).identify(batches, num_classes=1000, **QUIET)
 
 
-def methods(model: nn.Module, table: ClassFilters) -> dict:
+def methods(model: nn.Module, table: ClassFilters) -> dict[str, tuple[Explain, bool]]:
     """Title -> (maps of a batch, whether they are fine enough to need a blur)."""
 
     def own(labels: Tensor, number: int) -> Tensor:
         selected = table.select(num_filters=number)
         return torch.stack([selected.filters_of(int(label)) for label in labels])
 
-    def saliency(number: int, mode: str):
+    def saliency(number: int, mode: Literal["input_gradient", "activation_map"]) -> Explain:
         chosen = table.select(num_filters=number)
         method = ClassFilterSaliency(model, LAYER, chosen, mode=mode)
         return lambda x, y: method.attribute(x, target=y)
 
-    def class_map(number: int):
+    def class_map(number: int) -> Explain:
         found = saliency(number, "activation_map")
         return lambda x, y: found(x, y).sum(1)
 
     def grad_cam(x: Tensor, y: Tensor) -> Tensor:
-        maps = LayerGradCam(model, model.features).attribute(x, target=y, relu_attributions=True)
+        maps = LayerGradCam(model, model.get_submodule(LAYER)).attribute(
+            x, target=y, relu_attributions=True
+        )
         return LayerAttribution.interpolate(maps, (SIZE, SIZE), "bilinear").squeeze(1)
 
     gradient = saliency(20, "input_gradient")
@@ -137,57 +149,55 @@ def methods(model: nn.Module, table: ClassFilters) -> dict:
     }
 
 
-def maps_of(explain, images: Tensor, labels: Tensor) -> Tensor:
+def maps_of(explain: Explain, images: Tensor, labels: Tensor) -> Tensor:
+    """Maps (N, SCORED, SCORED), or several for each image."""
     parts = []
-    for x, y in zip(images.split(BATCH), labels.split(BATCH), strict=True):
+    for x, y in in_batches(images, labels, BATCH):
         maps = explain(x, y).detach().float()
         parts.append(F.adaptive_avg_pool2d(maps, SCORED))
     return torch.cat(parts)
 
 
-def tuned(maps: Tensor, boxes: Tensor, fine: bool) -> tuple[float | None, str, float]:
+def tuned(maps: Tensor, boxes: Tensor, fine: bool) -> tuple[float | None, Rule, float]:
     """Blur, rule and threshold with the best mean overlap on the tuning images."""
-    options = []
+    options: list[tuple[float, float | None, Rule, float]] = []
+    rules: tuple[Rule, ...] = ("share", "level")
     for blur in BLURS if fine else (None,):
         smooth = maps if blur is None else blurred(maps, blur)
-        for rule in ("share", "level"):
+        for rule in rules:
             threshold, overlap = choose_threshold(smooth, boxes, rule=rule)
             options.append((overlap, blur, rule, threshold))
     return max(options, key=lambda option: option[0])[1:]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--images", type=int, default=10)
-    parser.add_argument("--filters", action="store_true")
-    arguments = parser.parse_args()
-    if not (FOLDER / "boxes.csv").is_file():
-        raise SystemExit(f"The data folder {FOLDER.name} is absent; set CLASSFILTERS_DATA.")
+def main(given: Sequence[str] | None = None) -> None:
+    """Print the tables."""
+    known = parser(__doc__)
+    known.add_argument("--images", type=int, default=10)
+    known.add_argument("--filters", action="store_true")
+    arguments = parsed(known, given)
+    prepare(arguments.small, BOXES)
     warnings.filterwarnings("ignore", message="No filters are selected")  # 980 classes lack images
     tuning, scored = splits(arguments.images)
-    model = pretrained()
-    if arguments.filters:
+    model = squeezenet()
+    if arguments.filters or arguments.small:
         one_by_one(model, tuning, scored)
+    if arguments.filters:
         return
     table = class_table(model, *tuning[:2])
     with torch.no_grad():
-        right = sum(
-            int((model(x).argmax(1) == y).sum())
-            for x, y in zip(scored[0].split(BATCH), scored[1].split(BATCH), strict=True)
-        )
+        right = sum(int((model(x).argmax(1) == y).sum()) for x, y in in_batches(*scored[:2], BATCH))
     print(
         f"{len(tuning[0])} tuning and {len(scored[0])} scored images; top-1 accuracy on the latter "
         f"{right / len(scored[0]):.3f}."
     )
-    rows: dict[bool, list[str]] = {False: [], True: []}
+    rows: dict[bool, list[list[str]]] = {False: [], True: []}
     for title, (explain, fine) in methods(model, table).items():
         chosen_on = maps_of(explain, *tuning[:2])
-        started = time.perf_counter()
-        maps = maps_of(explain, *scored[:2])
-        elapsed = 1000 * (time.perf_counter() - started) / len(maps)
+        seconds, maps = timed(partial(maps_of, explain, *scored[:2]))
         for small in rows:
             cells = measured((chosen_on, *tuning[1:]), (maps, *scored[1:]), fine, small)
-            rows[small].append(f"| {title} | " + " | ".join(cells) + f" | {elapsed:.0f} |")
+            rows[small].append([title, *cells, f"{1000 * seconds / len(maps):.0f}"])
         print(title, file=sys.stderr, flush=True)
     for small, lines in rows.items():
         kept = covered(scored[2]) < (SMALL if small else 2)
@@ -195,39 +205,36 @@ def main() -> None:
             f"\n{int(kept.sum())} images, boxes cover {float(covered(scored[2])[kept].mean()):.3f} of "
             "the image on average"
         )
-        print(
-            "\n| maps | chosen: threshold, blur | Avg-IoU | +- | AP30 | AP50 | box IoU >= .5 | "
-            "pointing game | ms an image |"
+        shown = Table(
+            *("maps", "chosen: threshold, blur", "Avg-IoU", "+-", "AP30", "AP50"),
+            *("box IoU >= .5", "pointing game", "ms an image"),
         )
-        print("|---|---|---|---|---|---|---|---|---|")
-        print("\n".join(lines), flush=True)
+        for line in lines:
+            shown.row(*line)
 
 
-def one_by_one(model: nn.Module, tuning, scored) -> None:
+def one_by_one(model: nn.Module, tuning: Part, scored: Part) -> None:
     """Every filter with the class whose objects it overlaps most, found on the tuning images."""
 
     def activations(images: Tensor) -> Tensor:
         batches = [(x, torch.zeros(len(x), dtype=torch.int64)) for x in images.split(BATCH)]
-        flat, _ = collect_features(model, LAYER, batches, flatten=True, show_progress=False)
+        flat, _ = collect_features(model, LAYER, batches, flatten=True, **QUIET)
         side = math.isqrt(flat.shape[1] // 512)
         return flat.reshape(len(flat), 512, side, side)
 
-    def found(part, maps, labels, **given):
+    def found(part: Part, maps: Tensor, labels: Tensor, **given: Any) -> Any:
         size = (SCORED, SCORED)
         return filter_localization(maps, part[2], labels, size=size, num_classes=1000, **given)
 
     maps = activations(tuning[0]), activations(scored[0])
     shuffled = tuning[1][torch.randperm(len(tuning[1]), generator=torch.Generator().manual_seed(0))]
-    print("| filter's class from | Avg-IoU, tuning | AP30, tuning | Avg-IoU | AP30 |")
-    print("|---|---|---|---|---|")
+    table = Table("filter's class from", "Avg-IoU, tuning", "AP30, tuning", "Avg-IoU", "AP30")
     for name, labels in (("the labels", tuning[1]), ("shuffled labels", shuffled)):
         first = found(tuning, maps[0], labels)
         known = {"thresholds": first.thresholds, "filter_class": first.filter_class}
         second = found(scored, maps[1], scored[1], **known)
-        print(
-            f"| {name} | {first.average_iou:.3f} | {first.average_precision:.3f} | "
-            f"{second.average_iou:.3f} | {second.average_precision:.3f} |"
-        )
+        figures = [(one.average_iou, one.average_precision) for one in (first, second)]
+        table.row(name, *(f"{value:.3f}" for pair in figures for value in pair))
 
 
 def covered(boxes: Tensor) -> Tensor:
@@ -235,7 +242,7 @@ def covered(boxes: Tensor) -> Tensor:
     return (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]) / SCORED**2
 
 
-def measured(tuning, scored, fine: bool, small: bool) -> list[str]:
+def measured(tuning: Part, scored: Part, fine: bool, small: bool) -> list[str]:
     """The figures of one method, on all images or on those with small boxes."""
     limit = SMALL if small else 2
     chosen_on, maps = tuning[0], scored[0]

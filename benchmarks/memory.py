@@ -8,14 +8,13 @@ Each size runs in a process of its own; images are made batch by batch, so that 
 import argparse
 import json
 import resource
-import subprocess
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from benchmarks.cifar10 import CifarResNet
+from benchmarks.shared import QUIET, Table, in_own_process, parsed, parser
 from captum_classfilters import (
     LayerFilterContribution,
     LayerFilterFrequency,
@@ -40,26 +39,26 @@ def one_size(number: int) -> None:
         LayerFilterFrequency(model, "layer3"),
         LayerFilterContribution(model, "layer3"),
     ]
-    identify_class_filters(methods, made(number), show_progress=False)
+    identify_class_filters(methods, made(number), **QUIET)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(json.dumps({"images": number, "peak_mib": peak}))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+def main(given: Sequence[str] | None = None) -> None:
+    """Print the table."""
+    known = parser(__doc__)
+    known.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="numbers of images")
+    known.add_argument("--one", type=int, help=argparse.SUPPRESS)
+    arguments = parsed(known, given, sizes=(10,))
     if arguments.one:
         one_size(arguments.one)
         return
-    print("| images | peak resident memory, MiB |\n|---|---|")
-    peaks = []
-    for number in SIZES:
-        command = [sys.executable, "-m", "benchmarks.memory", "--one", str(number)]
-        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        peaks.append(json.loads(output.splitlines()[-1])["peak_mib"])
-        print(f"| {number:,} | {peaks[-1]:.0f} |", flush=True)
-    print(f"\n{SIZES[-1]:,} against {SIZES[0]:,} images: {peaks[-1] / peaks[0]:.3f}x")
+    table = Table("images", "peak resident memory, MiB", "of the first")
+    first = 0.0
+    for number in arguments.sizes:
+        peak = in_own_process("benchmarks.memory", "--one", str(number))["peak_mib"]
+        first = first or peak
+        table.row(f"{number:,}", f"{peak:.0f}", f"{peak / first:.3f}x")
 
 
 if __name__ == "__main__":

@@ -9,14 +9,24 @@ test images. The last finds filters for labels without meaning, twenty times, an
 With `--cpu-time` costs are seconds of one thread, whatever else the machine does.
 """
 
-import argparse
-import time
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from torch import Tensor, nn
 
-from benchmarks import cifar10, count_processor_time
+from benchmarks import cifar10
+from benchmarks.shared import (
+    QUIET,
+    Table,
+    count_processor_time,
+    in_batches,
+    parsed,
+    parser,
+    prepare,
+    timed,
+)
 from captum_classfilters import (
     LabelPermutation,
     LayerFilterAblation,
@@ -29,69 +39,84 @@ from captum_classfilters.metrics import compare_methods
 from captum_classfilters.visualize import plot_method_comparison
 
 
-def compare(model, layer, gate, train, test, picture) -> None:
-    found = compare_methods(model, layer, train, test, num_filters=5, gate=gate)
-    started = time.perf_counter()
-    cifar10.accuracy(model, train)
-    print(f"\nOne forward pass over the training images: {time.perf_counter() - started:.2f} s")
+def compare(
+    model: nn.Module,
+    layer: str,
+    gate: Tensor | None,
+    train: Iterable[Any],
+    test: Iterable[Any],
+    picture: Path | None,
+) -> None:
+    """All methods at a layer."""
+    found = compare_methods(model, layer, train, test, num_filters=5, gate=gate, **QUIET)
+    seconds, _ = timed(lambda: cifar10.accuracy(model, train))
+    print(f"\nOne forward pass over the training images: {seconds:.2f} s")
     print(f"\n{layer}, {found.tables['contribution'].num_filters} filters\n\n{found}", flush=True)
     if picture is not None:
         figure, _ = plot_method_comparison(found)
         figure.savefig(picture.with_stem(f"{picture.stem}_{layer}"), dpi=110)
 
 
-def significant(model, layer, train) -> None:
-    """Discoveries for the true labels, and stability over halves of the images."""
-    methods = {
+def two_methods(model: nn.Module, layer: str) -> dict[str, Any]:
+    """Votes and contributions."""
+    return {
         "frequency": LayerFilterFrequency(model, layer, top_k=5),
         "contribution": LayerFilterContribution(model, layer),
     }
-    started = time.perf_counter()
-    plain = identify_class_filters(methods, train, num_filters=5, show_progress=False)
-    middle = time.perf_counter()
-    tables = identify_class_filters(methods, train, significance=True, show_progress=False)
-    seconds = middle - started, time.perf_counter() - middle
-    evidence = collect_evidence(methods, train, show_progress=False)
-    print(f"\n{layer}: identification {seconds[0]:.1f} s, with significance {seconds[1]:.1f} s")
-    print("| method | cells with q <= 0.05 | of these for the class | of the top 5 | stability |")
-    print("|---|---|---|---|---|")
+
+
+def significant(model: nn.Module, layer: str, train: Iterable[Any]) -> None:
+    """Discoveries for the true labels, and stability over halves of the images."""
+    methods = two_methods(model, layer)
+    plainly, plain = timed(lambda: identify_class_filters(methods, train, num_filters=5, **QUIET))
+    tested, tables = timed(
+        lambda: identify_class_filters(methods, train, significance=True, **QUIET)
+    )
+    evidence = collect_evidence(methods, train, **QUIET)
+    print(f"\n{layer}: identification {plainly:.1f} s, with significance {tested:.1f} s")
+    rows = Table(
+        *("method", "cells with q <= 0.05", "of these for the class", "of the top 5"),
+        "stability",
+    )
     for name, table in tables.items():
         passed = table.q_values <= 0.05
         chosen = table.select(fdr=0.05).selected
         top = plain[name].selected
         share = float((top & chosen).sum() / top.sum())
-        print(
-            f"| {name} | {int(passed.sum())} of {passed.numel()} | {int(chosen.sum())} | "
-            f"{share:.2f} | {evidence[name].stability(num_filters=5)} |",
-            flush=True,
+        rows.row(
+            name,
+            f"{int(passed.sum())} of {passed.numel()}",
+            int(chosen.sum()),
+            f"{share:.2f}",
+            evidence[name].stability(num_filters=5),
         )
 
 
-def calibrate(model, layers, runs: int = 20) -> None:
+def calibrate(
+    model: nn.Module, layers: Sequence[str], images: int, runs: int, permutations: int
+) -> None:
     """How often labels without meaning make a discovery, and cells a small p-value."""
-    x, y = cifar10.images("test", 1000)
+    x, y = cifar10.images("test", images)
     print(
-        f"\n{runs} permutations of the labels of 1,000 test images, 19,999 permutations in the test"
+        f"\n{runs} permutations of the labels of {len(x):,} test images, {permutations:,} "
+        "permutations in the test"
     )
-    print(
-        "| layer | method | runs with a discovery | 95 % interval of their share | cells p <= 0.05 |"
+    rows = Table(
+        *("layer", "method", "runs with a discovery", "95 % interval of their share"),
+        "cells p <= 0.05",
     )
-    print("|---|---|---|---|---|")
     for layer in layers:
-        methods = {
-            "frequency": LayerFilterFrequency(model, layer, top_k=5),
-            "contribution": LayerFilterContribution(model, layer),
-        }
+        methods = two_methods(model, layer)
         if layer == "layer3":  # elsewhere replays would take most of an hour
             methods["ablation"] = LayerFilterAblation(model, layer)
         discoveries = dict.fromkeys(methods, 0)
-        cells = {name: [] for name in methods}
+        cells: dict[str, list[Tensor]] = {name: [] for name in methods}
         for seed in range(runs):
             order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
-            shuffled = list(zip(x.split(250), y[order].split(250), strict=True))
-            test = LabelPermutation(permutations=19_999, seed=seed)
+            shuffled = in_batches(x, y[order], 250)
+            test = LabelPermutation(permutations=permutations, seed=seed)
             tables = identify_class_filters(
-                methods, shuffled, num_filters=5, significance=test, show_progress=False
+                methods, shuffled, num_filters=5, significance=test, **QUIET
             )
             for name, table in tables.items():
                 discoveries[name] += bool((table.q_values <= 0.05).any())
@@ -99,31 +124,36 @@ def calibrate(model, layers, runs: int = 20) -> None:
         for name, number in discoveries.items():
             interval = binomial_interval(torch.tensor(number), torch.tensor(runs)).tolist()
             shares = torch.stack(cells[name])
-            print(
-                f"| {layer} | {name} | {number} of {runs} | {interval[0]:.3f} to "
-                f"{interval[1]:.3f} | {float(shares.mean()):.4f} +- "
-                f"{float(shares.std() / runs**0.5):.4f} |",
-                flush=True,
+            rows.row(
+                layer,
+                name,
+                f"{number} of {runs}",
+                f"{interval[0]:.3f} to {interval[1]:.3f}",
+                f"{float(shares.mean()):.4f} +- {float(shares.std() / runs**0.5):.4f}",
             )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--layers", nargs="+", default=["layer3"])
-    parser.add_argument("--train", type=int, default=5000)
-    parser.add_argument("--test", type=int, default=2000)
-    parser.add_argument("--calibration", action="store_true")
-    parser.add_argument("--picture", type=Path)
-    parser.add_argument("--cpu-time", action="store_true")
-    arguments = parser.parse_args()
+def main(given: Sequence[str] | None = None) -> None:
+    """Print the tables; a small run prints all of them."""
+    known = parser(__doc__)
+    known.add_argument("--layers", nargs="+", default=["layer3"])
+    known.add_argument("--train", type=int, default=5000)
+    known.add_argument("--test", type=int, default=2000)
+    known.add_argument("--calibration", action="store_true")
+    known.add_argument("--images", type=int, default=1000, help="for --calibration")
+    known.add_argument("--runs", type=int, default=20, help="for --calibration")
+    known.add_argument("--permutations", type=int, default=19_999, help="for --calibration")
+    known.add_argument("--picture", type=Path)
+    known.add_argument("--cpu-time", action="store_true")
+    arguments = parsed(known, given, train=40, test=20, images=20, runs=2, permutations=99)
     if arguments.cpu_time:
         torch.set_num_threads(1)
         count_processor_time()
-    if not cifar10.available():
-        raise SystemExit(f"The data folder {cifar10.DATA.name} is absent; set CLASSFILTERS_DATA.")
+    prepare(arguments.small, cifar10.TEST, cifar10.TRAIN, cifar10.GATED)
     model = cifar10.pretrained(20)
+    if arguments.calibration or arguments.small:
+        calibrate(model, arguments.layers, arguments.images, arguments.runs, arguments.permutations)
     if arguments.calibration:
-        calibrate(model, arguments.layers)
         return
     train = cifar10.loader("train", arguments.train)
     test = cifar10.loader("test", arguments.test)
@@ -132,8 +162,7 @@ def main() -> None:
         significant(model, layer, train)
     if "layer3" in arguments.layers:
         # The public network that was trained with a gate at its last stage.
-        gated = cifar10.pretrained(20, "resnet20_csg_cifar10.safetensors")
-        gate = load_file(cifar10.DATA / "resnet20_csg_cifar10.safetensors")["gate"]
+        gated, gate = cifar10.gated()
         print("\nThe network trained with a class-specific gate:")
         picture = arguments.picture
         compare(

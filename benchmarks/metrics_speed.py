@@ -7,9 +7,7 @@ draw the same noise, and the largest difference of their results is printed with
 filters are timed on `--filters` of them and scaled to all K; their cost per filter is constant.
 """
 
-import argparse
-import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,17 +15,11 @@ from captum.metrics import infidelity, sensitivity_max
 from torch import Tensor
 
 from benchmarks.cifar10 import CifarResNet
+from benchmarks.shared import Table, parsed, parser, timed
 from captum_classfilters import FilterGate, LayerFilterContribution
 from captum_classfilters.metrics import filter_curves, filter_infidelity, filter_max_sensitivity
 
 SAMPLES = 20
-
-
-def timed(function: Callable[[], Any]) -> tuple[float, Any]:
-    """Seconds and result."""
-    start = time.perf_counter()
-    result = function()
-    return time.perf_counter() - start, result
 
 
 class Case:
@@ -117,7 +109,7 @@ def random_sets(case: Case) -> tuple[float, float, float]:
 
 def sensitivity(case: Case) -> tuple[float, float, float]:
     """Max-sensitivity of every filter's score."""
-    options = {"target": case.target, "n_perturb_samples": 4}
+    options: dict[str, Any] = {"target": case.target, "n_perturb_samples": 4}
 
     def captum() -> Tensor:
         values = []
@@ -167,25 +159,25 @@ def curves(case: Case) -> tuple[float, float, float]:
     return theirs * 9, ours, float((found.deletion["scores"] - expected).abs().max())
 
 
-def main() -> None:
+def main(given: Sequence[str] | None = None) -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--images", type=int, default=16)
-    parser.add_argument("--filters", type=int, default=8)
-    parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args()
+    known = parser(__doc__)
+    known.add_argument("--images", type=int, default=16)
+    known.add_argument("--filters", type=int, default=8)
+    known.add_argument("--layers", nargs="+", default=["layer3", "layer2", "layer1"])
+    known.add_argument("--threads", type=int, default=1)
+    options = parsed(known, given, images=2, filters=1, layers=["layer3"])
     torch.set_num_threads(options.threads)
-    print("layer K metric loop_s own_s speedup largest_difference")
-    for layer in ("layer3", "layer2", "layer1"):
+    table = Table("layer", "K", "metric", "loop s", "own s", "speed-up", "largest difference")
+    for layer in options.layers:
         case = Case(layer, options.images, options.filters)
         for measure in (each_filter, random_sets, sensitivity, curves):
-            measure(case)  # warm-up
+            if not options.small:
+                measure(case)  # warm-up
             theirs, own, difference = measure(case)
-            print(
-                f"{layer} {case.number} {measure.__name__} {theirs:.3f} {own:.4f} "
-                f"{theirs / own:.1f}x {difference:.1e}",
-                flush=True,
-            )
+            name = measure.__name__.replace("_", " ")
+            figures = (f"{theirs:.3f}", f"{own:.4f}", f"{theirs / own:.1f}x", f"{difference:.1e}")
+            table.row(layer, case.number, name, *figures)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,9 @@ are equal), and of the discoveries at a false discovery rate of 0.05, as means o
 target is 1.0 for contribution and ablation at the layer that feeds the head, without a leak.
 """
 
-import argparse
-import time
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from captum.attr import (
@@ -19,8 +20,11 @@ from captum.attr import (
     LayerGradientXActivation,
     LayerIntegratedGradients,
 )
+from torch import nn
 
+from benchmarks.shared import QUIET, Table, parsed, parser
 from captum_classfilters import (
+    ClassFilters,
     ClassSpecificGate,
     LayerClassGate,
     LayerFilterAblation,
@@ -32,9 +36,10 @@ from captum_classfilters.gates import GatedTrainer, GateSchedule
 from captum_classfilters.identify import collect_features
 from captum_classfilters.metrics import mutual_information_filters, selectivity_filters
 from captum_classfilters.testing import planted_network, recovery
+from captum_classfilters.testing.planted import PlantedNetwork
 
 
-def attributions(model, layer):
+def attributions(model: nn.Module, layer: str) -> dict[str, Any]:
     """Methods that give evidence for single images."""
     module = model.get_submodule(layer)
     return {
@@ -54,9 +59,15 @@ def attributions(model, layer):
     }
 
 
-def gate_table(model, layer, data, num_filters):
+def gate_table(
+    model: nn.Module,
+    layer: str,
+    data: Iterable[Any],
+    epochs: int,
+    num_classes: int,
+    num_filters: int,
+) -> ClassFilters:
     """A gate trained on the network as it is."""
-    num_classes = model.head.out_features
     gate = ClassSpecificGate(num_classes, num_filters).attach(model, layer)
     trainer = GatedTrainer(
         model,
@@ -65,58 +76,49 @@ def gate_table(model, layer, data, num_filters):
         schedule=GateSchedule(period=1, gated=1),
         regularization=1e-2,
     )
-    trainer.fit(data, epochs=100, show_progress=False)
+    trainer.fit(data, epochs=epochs, **QUIET)
     gate.detach()
     return LayerClassGate(model, layer, gate.weight.detach()).class_filters()
 
 
-def tables_of(planted, layer, data):
-    """A table for every method, and the seconds it took."""
-    model, tables, seconds = planted.model, {}, {}
-
-    def timed(name, make):
-        started = time.perf_counter()
-        tables[name] = make()
-        seconds[name] = time.perf_counter() - started
-
-    for name, method in attributions(model, layer).items():
-        timed(
-            name,
-            lambda method=method: identify_class_filters(
-                method,
-                data,
-                num_classes=planted.num_classes,
-                significance=True,
-                show_progress=False,
-            ),
-        )
-    car = LayerFilterAblation(model, layer)
-    reduction = car.identify(data, metric="accuracy", show_progress=False)
-    timed("CAR per class", lambda: reduction.to_class_filters(1))
-    timed("CAR per class, soft", lambda: reduction.to_class_filters(1, soft=True))
-    features, labels = collect_features(model, layer, data, show_progress=False)
-    timed("class selectivity", lambda: selectivity_filters(features, labels))
-    timed("mutual information", lambda: mutual_information_filters(features, labels))
-    timed(
-        "class gate, network frozen",
-        lambda: gate_table(model, layer, data, planted.truth[layer].shape[1]),
-    )
-    return tables, seconds
+def tables_of(
+    planted: PlantedNetwork, layer: str, data: Iterable[Any], epochs: int
+) -> dict[str, ClassFilters]:
+    """A table for every method."""
+    model, classes = planted.model, planted.num_classes
+    tables = {
+        name: identify_class_filters(method, data, num_classes=classes, significance=True, **QUIET)
+        for name, method in attributions(model, layer).items()
+    }
+    reduction = LayerFilterAblation(model, layer).identify(data, metric="accuracy", **QUIET)
+    features, labels = collect_features(model, layer, data, **QUIET)
+    return {
+        **tables,
+        "CAR per class": reduction.to_class_filters(1),
+        "CAR per class, soft": reduction.to_class_filters(1, soft=True),
+        "class selectivity": selectivity_filters(features, labels),
+        "mutual information": mutual_information_filters(features, labels),
+        "class gate, network frozen": gate_table(
+            model, layer, data, epochs, *planted.truth[layer].shape
+        ),
+    }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--images", type=int, default=400)
-    arguments = parser.parse_args()
-    for leak in (0.0, 0.02):
-        results = {}
-        for seed in range(arguments.seeds):
+def main(given: Sequence[str] | None = None) -> None:
+    """Print a table for networks without a leak, and one for those with a leak."""
+    known = parser(__doc__)
+    known.add_argument("--seeds", type=int, default=5)
+    known.add_argument("--images", type=int, default=400)
+    known.add_argument("--epochs", type=int, default=100, help="of training the gate")
+    known.add_argument("--leaks", type=float, nargs="+", default=(0.0, 0.02))
+    options = parsed(known, given, seeds=1, images=20, epochs=2, leaks=(0.02,))
+    for leak in options.leaks:
+        results: dict[str, dict[str, list[list[float]]]] = {}
+        for seed in range(options.seeds):
             planted = planted_network(leak=leak, seed=seed)
-            data = planted.loader(arguments.images, seed=seed)
+            data = planted.loader(options.images, seed=seed)
             for layer in planted.layers:
-                tables, _ = tables_of(planted, layer, data)
-                for name, table in tables.items():
+                for name, table in tables_of(planted, layer, data, options.epochs).items():
                     truth = planted.truth[layer]
                     row = [recovery(table, truth, as_many=True).precision]
                     if table.q_values is not None:
@@ -125,20 +127,18 @@ def main() -> None:
                     results.setdefault(name, {}).setdefault(layer, []).append(row)
         print(
             f"\nleak {leak}: precision = recall of as many as planted; precision / recall of "
-            f"discoveries at a rate of 0.05; mean of {arguments.seeds} networks, "
-            f"{arguments.images} images each"
+            f"discoveries at a rate of 0.05; mean of {options.seeds} networks, "
+            f"{options.images} images each"
         )
-        print(
-            "| method | " + " | ".join(f"{layer} | discoveries" for layer in planted.layers) + " |"
-        )
-        print("|---" * 7 + "|")
+        titles = [title for layer in planted.layers for title in (layer, "discoveries")]
+        shown = Table("method", *titles)
         for name, layers in results.items():
             cells = []
             for layer in planted.layers:
                 mean = torch.tensor(layers[layer], dtype=torch.float64).nanmean(0).tolist()
-                cells.append(f"{mean[0]:.2f}")
-                cells.append(f"{mean[1]:.2f} / {mean[2]:.2f}" if len(mean) == 3 else "")
-            print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
+                words = ["-" if math.isnan(value) else f"{value:.2f}" for value in mean]
+                cells += [words[0], " / ".join(words[1:])]
+            shown.row(name, *cells)
 
 
 if __name__ == "__main__":

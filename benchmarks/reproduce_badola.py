@@ -9,7 +9,7 @@ the other 2,000 choose the best state. The networks were trained on all of them,
 optimistic; the test images are used for the table alone.
 """
 
-import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from benchmarks import cifar10
+from benchmarks.shared import QUIET, Table, parsed, parser, prepare
 from captum_classfilters import (
     ClassFilters,
     LayerFilterContribution,
@@ -27,6 +28,7 @@ from captum_classfilters import (
     identify_class_filters,
     refit_head,
 )
+from captum_classfilters.heads.accuracy_curve import AccuracyCurve
 from captum_classfilters.identify import collect_features
 
 RELEASED = [
@@ -43,7 +45,15 @@ RELEASED = [
 ]
 
 
-class Augmented(Dataset):
+def released_filters() -> ClassFilters:
+    """The authors' public sets."""
+    mask = torch.zeros(10, 64, dtype=torch.bool)
+    for row, filters in enumerate(RELEASED):
+        mask[row, filters] = True
+    return ClassFilters(mask.double(), torch.ones(10)).with_selection(mask)
+
+
+class Augmented(Dataset[tuple[Tensor, Tensor]]):
     """Random flips, and crops of the image padded by four pixels."""
 
     def __init__(self, images: Tensor, labels: Tensor) -> None:
@@ -67,7 +77,7 @@ class Data:
     def __init__(self) -> None:
         images, labels = cifar10.images("train")
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-        train, validation = order[:18000], order[18000:]
+        train, validation = order.split([9 * len(order) // 10, len(order) - 9 * len(order) // 10])
         self.train_images, self.train_labels = images[train], labels[train]
         self.train = DataLoader(TensorDataset(images[train], labels[train]), batch_size=500)
         self.validation = DataLoader(
@@ -90,7 +100,9 @@ def tables_of(model: nn.Module, data: Data) -> dict[str, ClassFilters]:
         "frequency": LayerFilterFrequency(model, "layer3", top_k=5),
         "contribution": LayerFilterContribution(model, "layer3"),
     }
-    return identify_class_filters(methods, data.train, num_filters=5, class_names=cifar10.CLASSES)
+    return identify_class_filters(
+        methods, data.train, num_filters=5, class_names=cifar10.CLASSES, **QUIET
+    )
 
 
 def tuned(model: nn.Module, table: ClassFilters, data: Data, taught: bool) -> float:
@@ -109,6 +121,7 @@ def tuned(model: nn.Module, table: ClassFilters, data: Data, taught: bool) -> fl
         scheduler=falling,
         freeze="batch_norm_statistics",
         teacher=model if taught else None,
+        **QUIET,
     )
     shown = ", ".join(f"{100 * epoch.validation_accuracy:.2f}" for epoch in history)
     print(f"    (validation before and after each epoch: {shown})")
@@ -118,7 +131,9 @@ def tuned(model: nn.Module, table: ClassFilters, data: Data, taught: bool) -> fl
 def main_table(data: Data, quick: bool) -> None:
     model = cifar10.pretrained(20)
     tables = tables_of(model, data)
-    features, _ = collect_features(model, "linear", data.train, attribute_to_layer_input=True)
+    features, _ = collect_features(
+        model, "linear", data.train, attribute_to_layer_input=True, **QUIET
+    )
     rows = [("full network", "91.73", "91.7 +- 0.1", cifar10.accuracy(model, data.test))]
     frequency, contribution = tables["frequency"], tables["contribution"]
     rows.append(
@@ -151,7 +166,7 @@ def main_table(data: Data, quick: bool) -> None:
         ("contribution", contribution, ">= 90.8"),
     ):
         refitted = decompose(model, table)
-        refit_head(refitted, data.train)
+        refit_head(refitted, data.train, **QUIET)
         accuracy = cifar10.accuracy(refitted, data.test)
         rows.append((f"head refitted, {name} sets", "-", goal, accuracy))
     if not quick:
@@ -163,42 +178,39 @@ def main_table(data: Data, quick: bool) -> None:
             goal = ">= 91.3" if name == "contribution" else "-"
             accuracy = tuned(model, table, data, taught)
             rows.append((f"whole network tuned, 2 epochs, {name}", "91.3-91.6", goal, accuracy))
-    print("\n| ResNet-20, CIFAR-10 test, 5 of 64 filters a class | published | goal | measured |")
-    print("|---|---|---|---|")
+    shown = Table(
+        "ResNet-20, CIFAR-10 test, 5 of 64 filters a class", "published", "goal", "measured"
+    )
     for name, published, goal, measured in rows:
-        print(f"| {name} | {published} | {goal} | {measured:.2f} |")
-    released = torch.zeros(10, 64, dtype=torch.bool)
-    for row, filters in enumerate(RELEASED):
-        released[row, filters] = True
-    shared = (frequency.selected & released).sum().item() / 10
+        shown.row(name, published, goal, f"{measured:.2f}")
+    shared = (frequency.selected & released_filters().selected).sum().item() / 10
     print(f"\nOverlap of our frequency sets with the authors' public sets: {shared:.1f} of 5")
 
 
-def depth_claim(data: Data, figures: bool) -> None:
+def depth_claim(data: Data, depths: Sequence[int], figures: bool) -> None:
     ks = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 20, 24, 32, 48, 64)
     curves = {}
-    for depth in (20, 32, 44):
+    for depth in depths:
         model = cifar10.pretrained(depth)
+        tables = tables_of(model, data)
         curves[depth] = accuracy_curve(
-            model, tables_of(model, data), data.test, num_filters=ks, random_seeds=10
+            model, tables, data.test, num_filters=ks, repetitions=10, **QUIET
         )
-    print("\n| accuracy by filters kept | " + " | ".join(map(str, ks)) + " | full |")
-    print("|---" * (len(ks) + 2) + "|")
+    table = Table("accuracy by filters kept", *ks, "full")
     for depth, curve in curves.items():
         for name, values in {**curve.accuracy, "random": curve.random_mean}.items():
-            cells = " | ".join(f"{100 * value:.2f}" for value in values)
-            print(f"| ResNet-{depth}, {name} | {cells} | {100 * curve.full_accuracy:.2f} |")
-    print("\n| smallest k within 1 point of full | frequency | contribution |")
-    print("|---|---|---|")
+            cells = [f"{100 * value:.2f}" for value in (*values, curve.full_accuracy)]
+            table.row(f"ResNet-{depth}, {name}", *cells)
+    table = Table("smallest k within 1 point of full", "frequency", "contribution")
     for depth, curve in curves.items():
         keep = (curve.full_accuracy - 0.01) / curve.full_accuracy
         found = [curve.smallest(keep, name) for name in ("frequency", "contribution")]
-        print(f"| ResNet-{depth} ({100 * curve.full_accuracy:.2f}) | {found[0]} | {found[1]} |")
+        table.row(f"ResNet-{depth} ({100 * curve.full_accuracy:.2f})", *found)
     if figures:
         draw_depth_claim(curves)
 
 
-def draw_depth_claim(curves: dict) -> None:
+def draw_depth_claim(curves: dict[int, AccuracyCurve]) -> None:
     from captum_classfilters.visualize.figures import COLORS, new_figure, quiet
 
     figure = new_figure((6.4, 4.0))
@@ -222,17 +234,19 @@ def draw_depth_claim(curves: dict) -> None:
     figure.savefig(path, dpi=110)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--figures", action="store_true")
-    arguments = parser.parse_args()
-    if not cifar10.available():
-        raise SystemExit(f"The data folder {cifar10.DATA.name} is absent; set CLASSFILTERS_DATA.")
+def main(given: Sequence[str] | None = None) -> None:
+    """Print the tables."""
+    known = parser(__doc__)
+    known.add_argument("--quick", action="store_true")
+    known.add_argument("--figures", action="store_true")
+    known.add_argument("--depths", type=int, nargs="+", default=(20, 32, 44))
+    arguments = parsed(known, given, depths=(8,))
+    checkpoints = [f"resnet{depth}_cifar10.safetensors" for depth in arguments.depths]
+    prepare(arguments.small, cifar10.TEST, cifar10.TRAIN, *checkpoints)
     data = Data()
     main_table(data, arguments.quick)
     if not arguments.quick:
-        depth_claim(data, arguments.figures)
+        depth_claim(data, arguments.depths, arguments.figures)
 
 
 if __name__ == "__main__":

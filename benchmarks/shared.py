@@ -62,13 +62,18 @@ def count_processor_time() -> None:
     time.perf_counter = time.process_time
 
 
-def timed(task: Callable[[], Result], device: torch.device | None = None) -> tuple[float, Result]:
+def timed(
+    task: Callable[[], Result],
+    device: torch.device | None = None,
+    clock: Callable[[], float] | None = None,
+) -> tuple[float, Result]:
     """Seconds that a task takes, all that it asks of a device included, and what it returns."""
+    clock = clock or time.perf_counter
     _synchronize(device)
-    started = time.perf_counter()
+    started = clock()
     result = task()
     _synchronize(device)
-    return time.perf_counter() - started, result
+    return clock() - started, result
 
 
 def medians(
@@ -76,12 +81,13 @@ def medians(
     repetitions: int,
     device: torch.device | None = None,
 ) -> dict[str, float]:
-    """Median seconds of each task; the tasks take turns, after one round to warm up."""
+    """Median seconds of each task; they take turns, after one round to warm up if there are several."""
     times: dict[str, list[float]] = {name: [] for name in tasks}
-    for repetition in range(repetitions + 1):
+    warm_up = int(repetitions > 1)
+    for repetition in range(repetitions + warm_up):
         for name, task in tasks.items():
             seconds, _ = timed(task, device)
-            if repetition:
+            if repetition >= warm_up:
                 times[name].append(seconds)
     return {name: statistics.median(values) for name, values in times.items()}
 
@@ -94,7 +100,7 @@ def _synchronize(device: torch.device | None) -> None:
 def in_own_process(module: str, *arguments: str) -> dict[str, float]:
     """What a module prints last, as JSON, when it runs by itself: its peak memory is its own."""
     command = [sys.executable, "-m", module, *arguments]
-    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
     found: dict[str, float] = json.loads(output.splitlines()[-1])
     return found
 
@@ -130,7 +136,7 @@ def prepare(small: bool, *files: str) -> None:
     if small:
         print("Images and weights are random: this run is small, and its numbers mean nothing.")
         return
-    for file in files or ("cifar10_test.npz",):
+    for file in files:
         if not (DATA / file).exists():
             raise SystemExit(
                 f"{file} is absent; CLASSFILTERS_DATA must name the folder that has it."
@@ -145,8 +151,8 @@ def made_up() -> bool:
 def random_images(
     number: int | None, channels: int, size: int, num_classes: int = 10
 ) -> tuple[Tensor, Tensor]:
-    """At most 60 images of noise over a pattern of their class, and labels; all classes are there."""
-    number = min(number or 60, 60)
+    """At most 30 images of noise over a pattern of their class, and labels; all classes are there."""
+    number = min(number or 30, 30)
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(number) % num_classes
     patterns = torch.randn(num_classes, channels, size, size, generator=generator)

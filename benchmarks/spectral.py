@@ -15,25 +15,31 @@ import argparse
 import json
 import resource
 import statistics
-import subprocess
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 import torchvision
 from torch import Tensor, nn
 
 from benchmarks import cifar10
-from benchmarks.speed import measured
-from captum_classfilters import (
-    ClassFilters,
-    LayerFilterContribution,
-    identify_class_filters,
+from benchmarks.shared import (
+    QUIET,
+    Table,
+    in_own_process,
+    medians,
+    parsed,
+    parser,
+    prepare,
+    timed,
 )
+from captum_classfilters import ClassFilters, LayerFilterContribution
 from captum_classfilters._core.replay.suffix_replay import SuffixReplay
+from captum_classfilters.identify import collect_features
 from captum_classfilters.spectral import direction_signals, factor_layer, model_svd
 
+OWN = "benchmarks.spectral"
 LAYER = "layer3.2.conv2"
 NUMBERS = (0, 1, 2, 3, 5, 8, 12, 16, 24, 32, 48, 64)
 
@@ -46,40 +52,31 @@ def rotated(model: nn.Module, layer: str, seed: int) -> nn.Module:
     result = factor_layer(model, layer)
     generator = torch.Generator().manual_seed(seed)
     factored = result.get_submodule(layer)
-    weight = model.get_submodule(layer).weight.detach()
+    weight = model.get_parameter(f"{layer}.weight").detach()
     basis = torch.linalg.qr(torch.randn(len(weight), len(weight), generator=generator))[0]
+    combination = factored.get_parameter("combination.weight")
     with torch.no_grad():
-        factored.combination.weight.copy_(basis.reshape(factored.combination.weight.shape))
-        factored.directions.weight.copy_((basis.T @ weight.flatten(1)).reshape(weight.shape))
+        combination.copy_(basis.reshape(combination.shape))
+        turned = (basis.T @ weight.flatten(1)).reshape(weight.shape)
+        factored.get_parameter("directions.weight").copy_(turned)
     return result
 
 
-def feature_means(model: nn.Module, layer: nn.Module, loader) -> Tensor:
+def feature_means(model: nn.Module, layer: str, data: Iterable[Any]) -> Tensor:
     """Mean of each feature over images and positions (K,)."""
-    total, count = 0.0, 0
-
-    def add(_module, _inputs, output):
-        nonlocal total, count
-        total = total + output.double().sum((0, 2, 3))
-        count += output.shape[0] * output[0, 0].numel()
-
-    handle = layer.register_forward_hook(add)
-    with torch.no_grad():
-        for images, _ in loader:
-            model(images)
-    handle.remove()
-    return (total / count).float()
+    features, _ = collect_features(model, layer, data, **QUIET)
+    return features.double().mean(0).float()
 
 
 def sufficiency(
-    model: nn.Module, layer: str, table: ClassFilters, loader, mean: Tensor | None
+    model: nn.Module, layer: str, table: ClassFilters, data: Iterable[Any], mean: Tensor | None
 ) -> tuple[list[float], list[float]]:
     """Accuracy by own logits, and mean recall, with k features for each class."""
     replacement = None if mean is None else lambda _: mean.reshape(1, -1, 1, 1)
     order = table.scores.argsort(dim=1, descending=True, stable=True)
     hits = torch.zeros(2, len(NUMBERS))
     seen = 0
-    for images, labels in loader:
+    for images, labels in data:
         replay = SuffixReplay(model, model.get_submodule(layer), (images,), replacement=replacement)
         seen += len(labels)
         for column, number in enumerate(NUMBERS):
@@ -94,7 +91,8 @@ def sufficiency(
     return shares[0].tolist(), shares[1].tolist()
 
 
-def directions(num_train: int, num_test: int) -> None:
+def directions(num_train: int, num_test: int, rotations: int) -> None:
+    """Accuracy with few features for each class: filters, singular directions, random ones."""
     model = cifar10.pretrained(20)
     train, test = cifar10.loader("train", num_train), cifar10.loader("test", num_test)
     name = f"{LAYER}.directions"
@@ -102,25 +100,18 @@ def directions(num_train: int, num_test: int) -> None:
         "filters": (model, LAYER),
         "singular directions": (factor_layer(model, LAYER), name),
     }
-    for seed in range(3):
+    for seed in range(rotations):
         candidates[f"random rotation {seed}"] = (rotated(model, LAYER, seed), name)
     print(f"ResNet-20, {LAYER}, {num_train:,} training and {num_test:,} test images")
-    print(f"accuracy of the whole network {cifar10.accuracy(model, test):.2f} %\n")
-    header = "".join(f"{number:>7d}" for number in NUMBERS)
+    print(f"accuracy of the whole network {cifar10.accuracy(model, test):.2f} %")
     for replacement in ("zero", "mean"):
-        print(f"the rest replaced by {replacement:4s} | features kept for each class")
-        print(f"{'':34s}{header}")
+        shown = Table(f"features kept for each class, the rest replaced by {replacement}", *NUMBERS)
         for title, (candidate, layer) in candidates.items():
-            module = candidate.get_submodule(layer)
-            table = identify_class_filters(
-                LayerFilterContribution(candidate, layer), train, show_progress=False
-            )
-            mean = feature_means(candidate, module, train) if replacement == "mean" else None
+            table = LayerFilterContribution(candidate, layer).identify(train, **QUIET)
+            mean = feature_means(candidate, layer, train) if replacement == "mean" else None
             own, recall = sufficiency(candidate, layer, table, test, mean)
             for measure, values in (("own logit", own), ("recall", recall)):
-                row = "".join(f"{100 * value:7.2f}" for value in values)
-                print(f"{title:22s}{measure:12s}{row}", flush=True)
-        print()
+                shown.row(f"{title}, {measure}", *(f"{100 * value:.2f}" for value in values))
 
 
 # -- the first direction --------------------------------------------------------------------------
@@ -140,52 +131,60 @@ def specificity(signals: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return between / total, torch.stack(one_class).amax(0) / total
 
 
-def first(num_images: int) -> None:
+def first(num_images: int, depths: Sequence[int]) -> None:
+    """How specific to classes the first direction of each convolution is."""
     images, labels = cifar10.images("test", num_images)
     print(
         "share of the variance of a direction's mean signal that lies between the ten classes (all), or"
     )
     print(
-        "between one class and the rest (one), test images; rank 0: the first is the least specific\n"
+        "between one class and the rest (one), test images; rank 0: the first is the least specific"
     )
-    for depth in (20, 32, 44):
+    measures = ("all", "one")
+    titles = [title for one in measures for title in (f"{one}: first", "median of others", "rank")]
+    each, summary = Table(f"layer of ResNet-{depths[0]}", *titles), []
+    for depth in depths:
         model = cifar10.pretrained(depth)
         parts: dict[str, list[Tensor]] = {}
         svds = model_svd(model)
         for batch in images.split(500):
             for name, values in direction_signals(model, batch, svds=svds).items():
                 parts.setdefault(name, []).append(values)
-        quantiles: dict[str, list[float]] = {"all": [], "one": []}
+        quantiles: dict[str, list[float]] = {one: [] for one in measures}
         energy = []
         for name, chunks in parts.items():
             if name == "linear":
                 continue
-            scores = dict(zip(("all", "one"), specificity(torch.cat(chunks), labels), strict=True))
-            row = f"ResNet-{depth} {name:18s}"
-            for measure, values in scores.items():
+            cells = []
+            scores = zip(measures, specificity(torch.cat(chunks), labels), strict=True)
+            for measure, values in scores:
                 rank = float((values < values[0]).double().sum() / (len(values) - 1))
                 quantiles[measure].append(rank)
-                row += f"  {measure}: first {values[0]:.3f}, median of the others "
-                row += f"{values[1:].median():.3f}, rank {rank:.2f}"
+                figures = (float(values[0]), float(values[1:].median()), rank)
+                cells += [f"{value:.3f}" for value in figures]
             energy.append(float(svds[name].values[0].square() / svds[name].values.square().sum()))
-            if depth == 20:
-                print(row)
+            if depth == depths[0]:
+                each.row(name, *cells)
         for measure, ranks in quantiles.items():
             below = sum(rank < 0.5 for rank in ranks)
-            last = ranks[-7:]
-            print(
-                f"ResNet-{depth}, {measure}: the first direction is below the median in {below} of "
-                f"{len(ranks)} convolutions; mean rank {statistics.mean(ranks):.2f}, in the last seven "
-                f"{statistics.mean(last):.2f}; its mean share of energy {statistics.mean(energy):.3f}"
-            )
-        print()
+            means = [statistics.mean(ranks), statistics.mean(ranks[-7:]), statistics.mean(energy)]
+            shown = [f"{value:.3f}" for value in means]
+            summary.append([f"ResNet-{depth}, {measure}", f"{below} of {len(ranks)}", *shown])
+    table = Table(
+        *("the first direction", "below the median", "mean rank", "in the last seven"),
+        "share of energy",
+    )
+    for row in summary:
+        table.row(*row)
 
 
 # -- cost -----------------------------------------------------------------------------------------
 
 
-def vgg16() -> nn.Module:
+def network(small: bool) -> nn.Module:
     """VGG-16 with random weights, filled in place so that making it does not set the peak memory."""
+    if small:
+        return cifar10.CifarResNet(8).eval()
     with torch.device("meta"):
         model = torchvision.models.vgg16(weights=None)
     model = model.to_empty(device="cpu").eval()
@@ -198,96 +197,97 @@ def vgg16() -> nn.Module:
     return model
 
 
-def decomposition(which: str) -> None:
-    model = vgg16()
+def decomposition(which: str, small: bool = False) -> dict[str, float]:
+    """Time and memory of the decomposition."""
+    model = network(small)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
     svds = model_svd(model)
-    names = [name for name in svds if which == "all" or name.startswith("features")]
+    names = [name for name in svds if which == "all" or not name.startswith("classifier")]
     started, started_cpu = time.perf_counter(), time.process_time()
     slowest = {}
     for name in names:
-        begun = time.perf_counter()
-        assert svds[name].left.shape[0] == svds[name].num_filters
-        slowest[name] = time.perf_counter() - begun
+        slowest[name], left = timed(lambda name=name: svds[name].left)  # type: ignore[misc]
+        assert left.shape[0] == svds[name].num_filters
     seconds, cpu = time.perf_counter() - started, time.process_time() - started_cpu
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
     found = {"seconds": seconds, "cpu": cpu, "peak_gib": peak, "model_gib": before}
-    print(json.dumps({**found, **slowest}))
+    return {**found, **slowest}
 
 
-def signals(reduction: str) -> None:
-    model = vgg16()
+def signals(aggregate: str, small: bool = False) -> dict[str, float]:
+    """Times of the signals of 32 images at all layers, and of a bare pass."""
+    model = network(small)
     svds = model_svd(model)
     for name in svds:
         svds[name]  # decomposed beforehand: the signals alone are timed
-    images = torch.randn(32, 3, 224, 224)
+    images = torch.randn(2, 3, 32, 32) if small else torch.randn(32, 3, 224, 224)
 
     @torch.no_grad()
     def bare() -> None:
         model(images)
 
-    wanted = None if reduction == "maps" else reduction
+    wanted: Any = None if aggregate == "maps" else aggregate
     tasks: dict[str, Callable[[], object]] = {
         "bare": bare,
-        "signals": lambda: direction_signals(model, images, svds=svds, reduction=wanted),
+        "signals": lambda: direction_signals(model, images, svds=svds, aggregate=wanted),
     }
-    seconds = measured(tasks, 3)
+    seconds = medians(tasks, 3)
     begun = time.process_time()
     bare()
     middle = time.process_time()
     tasks["signals"]()
     cpu = {"bare cpu": middle - begun, "signals cpu": time.process_time() - middle}
-    print(json.dumps({**seconds, **cpu}))
+    return {**seconds, **cpu}
 
 
-def cost() -> None:
-    def run(*arguments: str) -> dict[str, float]:
-        command = [sys.executable, "-m", "benchmarks.spectral", *arguments]
-        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        found: dict[str, float] = json.loads(output.splitlines()[-1])
-        return found
-
-    print(f"VGG-16 at 224 px, random weights, {torch.get_num_threads()} threads")
+def cost(small: bool) -> None:
+    """What decompositions and signals cost, each in a process of its own but for a small run."""
+    name = "ResNet-8 at 32 px" if small else "VGG-16 at 224 px"
+    table = Table(
+        f"{name}, random weights, {torch.get_num_threads()} threads",
+        *("s", "processor s", "peak memory, GiB", "before, GiB", "fully connected layers, s"),
+    )
     for which in ("convolutions", "all"):
-        found = run("--decompose", which)
-        fully = {name: round(found[name], 2) for name in found if name.startswith("classifier")}
-        print(
-            f"left vectors and values, {which}: {found['seconds']:.1f} s ({found['cpu']:.1f} s of "
-            f"processor time), peak memory "
-            f"{found['peak_gib']:.2f} GiB (with the model and PyTorch {found['model_gib']:.2f} "
-            f"before) {fully or ''}",
-            flush=True,
-        )
-    for reduction in ("mean", "max", "maps"):
-        found = run("--signals", reduction)
-        print(
-            f"signals of 32 images at all 16 layers, {reduction}: {found['signals']:.2f} s, bare "
-            f"forward {found['bare']:.2f} s, ratio {found['signals'] / found['bare']:.2f}, of processor "
-            f"time {found['signals cpu'] / found['bare cpu']:.2f}",
-            flush=True,
-        )
+        found = decomposition(which, small) if small else in_own_process(OWN, "--decompose", which)
+        fully = [f"{found[name]:.2f}" for name in found if name.startswith("classifier")]
+        figures = (f"{found[key]:.2f}" for key in ("seconds", "cpu", "peak_gib", "model_gib"))
+        table.row(f"left vectors and values, {which}", *figures, ", ".join(fully))
+    table = Table(
+        f"{name}, signals at all layers",
+        *("s", "bare forward pass, s", "ratio", "ratio of processor time"),
+    )
+    for aggregate in ("mean", "max", "maps"):
+        found = signals(aggregate, small) if small else in_own_process(OWN, "--signals", aggregate)
+        ratios = found["signals"] / found["bare"], found["signals cpu"] / found["bare cpu"]
+        figures = (f"{value:.2f}" for value in (found["signals"], found["bare"], *ratios))
+        table.row(aggregate, *figures)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--part", choices=("directions", "first", "cost"), default="directions")
-    parser.add_argument("--train", type=int, default=8000)
-    parser.add_argument("--test", type=int, default=2000)
-    parser.add_argument("--decompose", help=argparse.SUPPRESS)
-    parser.add_argument("--signals", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.decompose:
-        decomposition(arguments.decompose)
-    elif arguments.signals:
-        signals(arguments.signals)
-    elif arguments.part == "cost":
-        cost()
-    elif not cifar10.available():
-        sys.exit("CIFAR-10 and the public checkpoints are absent; set CLASSFILTERS_DATA.")
-    elif arguments.part == "first":
-        first(arguments.test)
-    else:
-        directions(arguments.train, arguments.test)
+def main(given: Sequence[str] | None = None) -> None:
+    """Print one part's tables, or those of all parts."""
+    known = parser(__doc__)
+    parts = ("directions", "first", "cost", "all")
+    known.add_argument("--part", choices=parts, default="directions")
+    known.add_argument("--train", type=int, default=8000)
+    known.add_argument("--test", type=int, default=2000)
+    known.add_argument("--rotations", type=int, default=3, help="random ones, for directions")
+    known.add_argument("--depths", type=int, nargs="+", default=(20, 32, 44), help="for first")
+    known.add_argument("--decompose", help=argparse.SUPPRESS)
+    known.add_argument("--signals", help=argparse.SUPPRESS)
+    options = parsed(*(known, given), part="all", train=20, test=20, rotations=1, depths=(8,))
+    if options.decompose:
+        print(json.dumps(decomposition(options.decompose)))
+        return
+    if options.signals:
+        print(json.dumps(signals(options.signals)))
+        return
+    prepare(options.small, *([] if options.part == "cost" else [cifar10.TEST, cifar10.TRAIN]))
+    if options.part in ("directions", "all"):
+        directions(options.train, options.test, options.rotations)
+    if options.part in ("first", "all"):
+        first(options.test, options.depths)
+    if options.part in ("cost", "all"):
+        cost(options.small)
 
 
 if __name__ == "__main__":

@@ -4,22 +4,19 @@
     python -m benchmarks.speed --images 2000 --repetitions 3
 
 Identification is compared with a bare forward pass over the same loader, per-image contributions with
-Captum's LayerFeatureAblation and IntegratedGradients. Without the data folder, images and weights are
-random; times hardly depend on them.
+Captum's LayerFeatureAblation and IntegratedGradients.
 """
 
-import argparse
 import platform
-import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from captum.attr import IntegratedGradients, LayerFeatureAblation
-from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch import Tensor, nn
 
 from benchmarks import cifar10
+from benchmarks.shared import QUIET, Batches, Table, in_batches, medians, parsed, parser, prepare
 from captum_classfilters import (
     LayerFilterContribution,
     LayerFilterFrequency,
@@ -27,31 +24,21 @@ from captum_classfilters import (
 )
 
 
-def measured(tasks: dict[str, Callable[[], object]], repetitions: int) -> dict[str, float]:
-    """Median seconds of each task; the tasks take turns, after one round to warm up."""
-    times: dict[str, list[float]] = {name: [] for name in tasks}
-    for repetition in range(repetitions + 1):
-        for name, task in tasks.items():
-            started = time.perf_counter()
-            task()
-            if repetition:
-                times[name].append(time.perf_counter() - started)
-    return {name: statistics.median(values) for name, values in times.items()}
+def identification(model: nn.Module, data: Batches, repetitions: int) -> None:
+    """Print times of one pass for all methods and layers beside those of a bare pass."""
 
-
-def identification(model: nn.Module, loader: DataLoader, repetitions: int) -> None:
-    def run(*methods) -> Callable[[], object]:
-        return lambda: identify_class_filters(list(methods), loader, show_progress=False)
+    def run(*methods: Any) -> Callable[[], object]:
+        return lambda: identify_class_filters(list(methods), data, **QUIET)
 
     @torch.no_grad()
     def bare() -> None:
-        for images, _ in loader:
+        for images, _ in data:
             model(images)
 
-    def votes(layer):
+    def votes(layer: str) -> Any:
         return LayerFilterFrequency(model, layer)
 
-    def contributions(layer):
+    def contributions(layer: str) -> Any:
         return LayerFilterContribution(model, layer)
 
     tasks = {
@@ -69,24 +56,31 @@ def identification(model: nn.Module, loader: DataLoader, repetitions: int) -> No
             votes("layer2"), votes("layer3"), contributions("layer2"), contributions("layer3")
         ),
     }
-    seconds = measured(tasks, repetitions)
-    total = len(loader.dataset)
-    print(f"\n| identification of {total:,} images, ResNet-20 | seconds | of a bare pass |")
-    print("|---|---|---|")
+    seconds = medians(tasks, repetitions)
+    total = sum(len(labels) for _, labels in data)
+    table = Table(f"identification of {total:,} images, ResNet-20", "seconds", "of a bare pass")
     for name, value in seconds.items():
-        print(f"| {name} | {value:.2f} | {value / seconds['bare forward pass']:.3f}x |")
+        table.row(name, f"{value:.2f}", f"{value / seconds['bare forward pass']:.3f}x")
 
 
-def explanation(model: nn.Module, images: torch.Tensor, labels, repetitions: int) -> None:
+def explanation(
+    model: cifar10.CifarResNet, images: Tensor, labels: Tensor, repetitions: int
+) -> None:
+    """Print times of the contributions of all filters beside those of Captum's methods."""
     method = LayerFilterContribution(model, "layer3")
     ablation = LayerFeatureAblation(model, model.layer3)
     integrated = IntegratedGradients(model)
     mask = torch.arange(64).reshape(1, 64, 1, 1)
     ours = method.filter_scores(method.attribute(images, target=labels))
     theirs = ablation.attribute(images, target=labels, layer_mask=mask)[:, :, 0, 0]
-    tasks = {
+
+    @torch.no_grad()
+    def bare() -> None:
+        model(images)
+
+    tasks: dict[str, Callable[[], object]] = {
         "LayerFilterContribution": lambda: method.attribute(images, target=labels),
-        "bare forward pass": lambda: bare(),
+        "bare forward pass": bare,
         "LayerFeatureAblation, one filter an evaluation": lambda: ablation.attribute(
             images, target=labels, layer_mask=mask
         ),
@@ -96,38 +90,30 @@ def explanation(model: nn.Module, images: torch.Tensor, labels, repetitions: int
         ),
     }
 
-    @torch.no_grad()
-    def bare() -> None:
-        model(images)
-
-    seconds = measured(tasks, repetitions)
+    seconds = medians(tasks, repetitions)
     base = seconds["LayerFilterContribution"]
-    print(f"\n| {len(images)} images at once, 64 filters of layer3 | ms an image | against ours |")
-    print("|---|---|---|")
+    table = Table(
+        f"{len(images)} images at once, 64 filters of layer3", "ms an image", "against ours"
+    )
     for name, value in seconds.items():
-        print(f"| {name} | {1000 * value / len(images):.3f} | {value / base:.1f}x |")
+        table.row(name, f"{1000 * value / len(images):.3f}", f"{value / base:.1f}x")
     print(f"Largest difference to LayerFeatureAblation: {float((ours - theirs).abs().max()):.1e}")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--images", type=int, default=10000)
-    parser.add_argument("--repetitions", type=int, default=5)
-    arguments = parser.parse_args()
+def main(given: Sequence[str] | None = None) -> None:
+    """Print the tables."""
+    known = parser(__doc__)
+    known.add_argument("--images", type=int, default=10000)
+    known.add_argument("--repetitions", type=int, default=5)
+    known.add_argument("--at-once", type=int, nargs="+", default=(1, 8, 64))
+    options = parsed(known, given, images=20, repetitions=1, at_once=(1,))
     print(f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    if cifar10.available():
-        model = cifar10.pretrained(20)
-        images, labels = cifar10.images("test", arguments.images)
-    else:
-        print("The data folder is absent: random images and weights.")
-        torch.manual_seed(0)
-        model = cifar10.CifarResNet(20).eval()
-        images = torch.randn(arguments.images, 3, 32, 32)
-        labels = torch.randint(0, 10, (arguments.images,))
-    loader = DataLoader(TensorDataset(images, labels), batch_size=250)
-    identification(model, loader, arguments.repetitions)
-    for number in (1, 8, 64):
-        explanation(model, images[:number], labels[:number], arguments.repetitions)
+    prepare(options.small, cifar10.TEST)
+    model = cifar10.pretrained(20)
+    images, labels = cifar10.images("test", options.images)
+    identification(model, in_batches(images, labels, 250), options.repetitions)
+    for number in options.at_once:
+        explanation(model, images[:number], labels[:number], options.repetitions)
     print(
         "\nThe physical limit of both is one forward pass: identification and exact contributions add "
         "means over positions, a sort of the filters, and K products for each image."

@@ -55,7 +55,7 @@ def tables(model, train):
 
 
 def test_accuracy_with_five_filters_a_class(model, tables, test_images):
-    curve = accuracy_curve(model, tables, test_images, num_filters=(5,), random_seeds=3, **QUIET)
+    curve = accuracy_curve(model, tables, test_images, num_filters=(5,), repetitions=3, **QUIET)
     assert 100 * curve.full_accuracy == pytest.approx(91.73, abs=0.1)
     assert 100 * curve.accuracy["frequency"][0] == pytest.approx(88.7, abs=0.4)
     assert 100 * curve.accuracy["contribution"][0] >= 89.0
