@@ -35,13 +35,15 @@ class AccuracySums(Metric):
 
     def update(self, replay: SuffixReplay, labels: Tensor, at_once: int | None) -> None:
         """Add a batch, some filters at a time."""
-        probabilities = are_probabilities(replay.output)
-        right, log_probability = _right_and_log_probability(replay.output, labels, probabilities)
+        full = as_rows(replay.output)
+        probabilities = are_probabilities(full)
+        right, log_probability = _right_and_log_probability(full, labels, probabilities)
         place = labels.to(self.counts.device)
         self.counts.index_add_(0, place, torch.ones_like(place))
         self.correct.index_add_(0, place, right.to(place))
         for some, outputs in replay.in_parts(replay.each_filter(), at_once):
-            still, log_without = _right_and_log_probability(outputs, labels, probabilities)
+            scores = outputs.reshape(len(outputs), *full.shape)
+            still, log_without = _right_and_log_probability(scores, labels, probabilities)
             if not bool(log_without.isfinite().all()):
                 raise ValueError(
                     f"The model returns NaN or Inf without some of the filters {some.start} to "
@@ -65,9 +67,9 @@ class AccuracySums(Metric):
 
 
 def _right_and_log_probability(
-    outputs: Tensor, labels: Tensor, probabilities: bool
+    scores: Tensor, labels: Tensor, probabilities: bool
 ) -> tuple[Tensor, Tensor]:
-    """Whether each output (..., N, C) is right, and the label's log-probability: (..., N)."""
-    logs = log_probabilities(outputs if outputs.dim() > 1 else as_rows(outputs), probabilities)
+    """Whether the best of scores (..., N, C) is the label, and its log-probability: (..., N)."""
+    logs = log_probabilities(scores, probabilities)
     index = labels.expand(logs.shape[:-1])[..., None]
     return logs.argmax(-1) == labels, logs.gather(-1, index)[..., 0]
