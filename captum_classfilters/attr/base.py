@@ -26,7 +26,7 @@ from captum_classfilters._core.layers import (
     weighted_before,
 )
 from captum_classfilters._core.rules import FilterRule
-from captum_classfilters._core.types import Dataloader, ForwardFunc, Keywords, Unpack
+from captum_classfilters._core.types import Attributions, Dataloader, ForwardFunc, Keywords, Unpack
 from captum_classfilters.identify.identify_class_filters import identify_class_filters
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ class LayerFilterAttribution(FilterRule, LayerAttribution):
         target: TargetType = None,
         additional_forward_args: object = None,
         attribute_to_layer_input: bool = False,
-    ) -> Any:
+    ) -> Attributions:
         r"""
         Args:
 
@@ -285,7 +285,7 @@ class LayerFilterAttribution(FilterRule, LayerAttribution):
         model = module_of(self.forward_func, self._layers())
         return [layer_name(model, layer) for layer in self._layers()]
 
-    def _formatted(self, attributions: list[tuple[Tensor, ...]]) -> Any:
+    def _formatted(self, attributions: list[tuple[Tensor, ...]]) -> Attributions:
         """Captum's form: a tensor, a tuple for several tensors, a list for several layers."""
         owned = [tuple(part.detach().contiguous() for part in layer) for layer in attributions]
         shaped = [layer[0] if len(layer) == 1 else layer for layer in owned]

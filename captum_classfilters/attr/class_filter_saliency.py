@@ -30,7 +30,7 @@ from captum_classfilters._core.layers import (
 from captum_classfilters._core.outputs import class_scores
 from captum_classfilters._core.taps import LayerTap, tapping
 from captum_classfilters._core.targets import class_indices, own_scores
-from captum_classfilters._core.types import ModelInputs
+from captum_classfilters._core.types import Attributions, ModelInputs
 from captum_classfilters.attr.layer_filter_contribution import LayerFilterContribution
 from captum_classfilters.class_filters import ClassFilters
 
@@ -132,7 +132,7 @@ class ClassFilterSaliency(GradientAttribution):
         additional_forward_args: object = None,
         n_steps: int | None = None,
         method: str = "gausslegendre",
-    ) -> Any:
+    ) -> Attributions:
         r"""
         Args:
 

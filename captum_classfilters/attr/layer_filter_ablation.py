@@ -1,8 +1,8 @@
 """Abbasi-Asl and Yu: what a target's score loses when a filter is removed."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any, Literal
+from typing import Literal, overload
 
 import torch
 from captum.attr import PerturbationAttribution
@@ -20,9 +20,24 @@ from captum_classfilters._core.layers import along_filters, filter_axis, module_
 from captum_classfilters._core.outputs import are_probabilities, as_rows, log_probabilities
 from captum_classfilters._core.replay.suffix_replay import SuffixReplay
 from captum_classfilters._core.targets import class_indices, own_scores
-from captum_classfilters._core.types import Dataloader, JsonDict, ModelInputs, Replay
+from captum_classfilters._core.types import (
+    Attributions,
+    Dataloader,
+    JsonDict,
+    ModelInputs,
+    Replay,
+    Unpack,
+)
 from captum_classfilters.attr.base import LayerFilterAttribution, Layers
-from captum_classfilters.identify.accuracy_reduction import accuracy_reduction, metric_reduction
+from captum_classfilters.class_filters import ClassFilters
+from captum_classfilters.identify.accuracy_reduction import (
+    AccuracyReduction,
+    Metric,
+    MetricReduction,
+    accuracy_reduction,
+    metric_reduction,
+)
+from captum_classfilters.identify.significance import LabelPermutation
 
 Replacement = Literal["zero", "mean", "resample"]
 Score = Literal["logit", "probability", "log_probability"]
@@ -63,6 +78,13 @@ def lost_scores(replay: Replay, removed: Tensor, read: Callable[[Tensor], Tensor
     full = read(replay.output)
     parts = [full - read(output) for _, outputs in replay.in_parts(removed) for output in outputs]
     return torch.stack(parts).cpu().double()
+
+
+def _check_unused(what: str, **options: object) -> None:
+    """Raise if an option is given that has no meaning for what is asked for."""
+    given = [f"{name}={value!r}" for name, value in options.items() if value is not None]
+    if given:
+        raise ValueError(f"{', '.join(given)}: not an option of {what}.")
 
 
 class LayerFilterAblation(LayerFilterAttribution, PerturbationAttribution):
@@ -159,7 +181,7 @@ class LayerFilterAblation(LayerFilterAttribution, PerturbationAttribution):
         attribute_to_layer_input: bool = False,
         perturbations_per_eval: int | None = None,
         show_progress: bool = False,
-    ) -> Any:
+    ) -> Attributions:
         r"""
         Args:
 
@@ -217,7 +239,71 @@ class LayerFilterAblation(LayerFilterAttribution, PerturbationAttribution):
                 drops.append((spread.expand_as(tensor),))
         return self._formatted(drops)
 
-    def identify(self, dataloader: Dataloader, *, metric: object = None, **options: Any) -> Any:
+    @overload
+    def identify(
+        self,
+        dataloader: Dataloader,
+        *,
+        metric: None = None,
+        num_classes: int | None = None,
+        class_names: Sequence[str] | None = None,
+        target: int | None = None,
+        num_filters: int | None = None,
+        mass: float | None = None,
+        attribute_kwargs: Mapping[str, object] | None = None,
+        attribute_to_layer_input: bool = False,
+        significance: bool | LabelPermutation = False,
+        unpack: Unpack | None = None,
+        device: torch.device | str | None = None,
+        show_progress: bool = True,
+    ) -> ClassFilters: ...
+
+    @overload
+    def identify(
+        self,
+        dataloader: Dataloader,
+        *,
+        metric: Literal["accuracy"],
+        num_classes: int | None = None,
+        class_names: Sequence[str] | None = None,
+        attribute_to_layer_input: bool = False,
+        perturbations_per_eval: int | None = None,
+        unpack: Unpack | None = None,
+        device: torch.device | str | None = None,
+        show_progress: bool = True,
+    ) -> AccuracyReduction: ...
+
+    @overload
+    def identify(
+        self,
+        dataloader: Dataloader,
+        *,
+        metric: Metric,
+        attribute_to_layer_input: bool = False,
+        perturbations_per_eval: int | None = None,
+        unpack: Unpack | None = None,
+        device: torch.device | str | None = None,
+        show_progress: bool = True,
+    ) -> MetricReduction: ...
+
+    def identify(
+        self,
+        dataloader: Dataloader,
+        *,
+        metric: Literal["accuracy"] | Metric | None = None,
+        num_classes: int | None = None,
+        class_names: Sequence[str] | None = None,
+        target: int | None = None,
+        num_filters: int | None = None,
+        mass: float | None = None,
+        attribute_kwargs: Mapping[str, object] | None = None,
+        attribute_to_layer_input: bool = False,
+        significance: bool | LabelPermutation = False,
+        perturbations_per_eval: int | None = None,
+        unpack: Unpack | None = None,
+        device: torch.device | str | None = None,
+        show_progress: bool = True,
+    ) -> ClassFilters | AccuracyReduction | MetricReduction:
         r"""
         Score each class's filters on a data set.
 
@@ -230,19 +316,69 @@ class LayerFilterAblation(LayerFilterAttribution, PerturbationAttribution):
                         :func:`captum_classfilters.identify.accuracy_reduction`; a function of all
                         outputs and labels gives the reduction of whatever it measures, see
                         :func:`captum_classfilters.identify.metric_reduction`.
-            options: As for :func:`captum_classfilters.identify_class_filters`, or for the two
-                        functions named.
+            num_classes, class_names, attribute_to_layer_input, unpack, device, show_progress: As for
+                        :func:`captum_classfilters.identify_class_filters`; a function's reduction
+                        has no classes.
+            target, num_filters, mass, attribute_kwargs, significance: Likewise, for a table.
+            perturbations_per_eval (int, optional): Filters removed per replay, for reductions; by
+                        default as many as a memory budget allows. For a table it is one of the
+                        ``attribute_kwargs``.
 
         Returns:
             *ClassFilters*, *AccuracyReduction* or *MetricReduction*.
+
+        Raises:
+            ValueError: The metric is unknown, or an option does not go with it.
         """
         if metric is None:
-            return super().identify(dataloader, **options)
-        if metric == "accuracy":
-            return accuracy_reduction(self, dataloader, **options)
-        if not callable(metric):
+            _check_unused("a table", perturbations_per_eval=perturbations_per_eval)
+            return super().identify(
+                dataloader,
+                num_classes=num_classes,
+                class_names=class_names,
+                target=target,
+                num_filters=num_filters,
+                mass=mass,
+                attribute_kwargs=attribute_kwargs,
+                attribute_to_layer_input=attribute_to_layer_input,
+                significance=significance,
+                unpack=unpack,
+                device=device,
+                show_progress=show_progress,
+            )
+        if metric != "accuracy" and not callable(metric):
             raise ValueError(f'metric={metric!r}; expected None, "accuracy" or a function.')
-        return metric_reduction(self, dataloader, metric, **options)
+        _check_unused(
+            "a reduction",
+            target=target,
+            num_filters=num_filters,
+            mass=mass,
+            attribute_kwargs=attribute_kwargs,
+            significance=significance or None,
+        )
+        if metric == "accuracy":
+            return accuracy_reduction(
+                self,
+                dataloader,
+                num_classes=num_classes,
+                class_names=class_names,
+                attribute_to_layer_input=attribute_to_layer_input,
+                perturbations_per_eval=perturbations_per_eval,
+                unpack=unpack,
+                device=device,
+                show_progress=show_progress,
+            )
+        _check_unused("a function's reduction", num_classes=num_classes, class_names=class_names)
+        return metric_reduction(
+            self,
+            dataloader,
+            metric,
+            attribute_to_layer_input=attribute_to_layer_input,
+            perturbations_per_eval=perturbations_per_eval,
+            unpack=unpack,
+            device=device,
+            show_progress=show_progress,
+        )
 
     # -- shared with the data-set form -----------------------------------------------------------
 

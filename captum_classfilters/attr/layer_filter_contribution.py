@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any
 
 import torch
 from captum.attr import GradientAttribution
@@ -13,7 +12,7 @@ from captum_classfilters._core.captum import TargetType, approximation_parameter
 from captum_classfilters._core.forward import BatchReading, FilterMaps
 from captum_classfilters._core.outputs import class_scores
 from captum_classfilters._core.targets import own_scores
-from captum_classfilters._core.types import Keywords
+from captum_classfilters._core.types import Attributions, Keywords
 from captum_classfilters.attr.base import LayerFilterAttribution, Layers, WeightedFilterAttribution
 
 
@@ -98,7 +97,7 @@ class LayerFilterContribution(WeightedFilterAttribution, GradientAttribution):
         return_convergence_delta: bool = False,
         attribute_to_layer_input: bool = False,
         grad_kwargs: Keywords | None = None,
-    ) -> Any:
+    ) -> Attributions:
         r"""
         Args:
 

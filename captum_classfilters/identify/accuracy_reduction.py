@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,9 @@ from captum_classfilters.identify.new_sums import new_accuracy_sums
 
 if TYPE_CHECKING:
     from captum_classfilters.identify.accuracy_sums import AccuracySums
+
+#: From all outputs and all labels to a number, larger where it is better.
+Metric: TypeAlias = Callable[[Tensor, Tensor], Tensor | float]
 
 
 @dataclass(frozen=True)
@@ -253,7 +256,7 @@ def accuracy_reduction(
 def metric_reduction(
     method: Ablation,
     dataloader: Dataloader,
-    metric: Callable[[Tensor, Tensor], Tensor | float],
+    metric: Metric,
     *,
     attribute_to_layer_input: bool = False,
     perturbations_per_eval: int | None = None,

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
-from typing import Any
+from typing import overload
 
 import torch
 from captum.attr import LayerAttribution
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from captum_classfilters._core.batches import dataset_names
 from captum_classfilters._core.provenance import Provenance
-from captum_classfilters._core.types import Dataloader, JsonDict, Unpack
+from captum_classfilters._core.types import Dataloader, JsonDict, LayerMethod, Unpack
 from captum_classfilters.class_filters import ClassFilters, check_class_names, names_of_classes
 from captum_classfilters.identify.collector import Collector
 from captum_classfilters.identify.evidence_sources import Reduction, like_methods, sources_of
@@ -194,8 +194,9 @@ class Evidence:
         return table if num_filters is None else table.select(num_filters=num_filters)
 
 
+@overload
 def collect_evidence(
-    methods: LayerAttribution | Sequence[LayerAttribution] | Mapping[str, LayerAttribution],
+    methods: LayerMethod,
     dataloader: Dataloader,
     *,
     num_classes: int | None = None,
@@ -206,7 +207,54 @@ def collect_evidence(
     unpack: Unpack | None = None,
     device: torch.device | str | None = None,
     show_progress: bool = True,
-) -> Any:
+) -> Evidence: ...
+
+
+@overload
+def collect_evidence(
+    methods: Sequence[LayerAttribution],
+    dataloader: Dataloader,
+    *,
+    num_classes: int | None = None,
+    class_names: Sequence[str] | None = None,
+    reduction: Reduction = "sum",
+    attribute_kwargs: Mapping[str, object] | None = None,
+    attribute_to_layer_input: bool = False,
+    unpack: Unpack | None = None,
+    device: torch.device | str | None = None,
+    show_progress: bool = True,
+) -> list[Evidence]: ...
+
+
+@overload
+def collect_evidence(
+    methods: Mapping[str, LayerAttribution],
+    dataloader: Dataloader,
+    *,
+    num_classes: int | None = None,
+    class_names: Sequence[str] | None = None,
+    reduction: Reduction = "sum",
+    attribute_kwargs: Mapping[str, object] | None = None,
+    attribute_to_layer_input: bool = False,
+    unpack: Unpack | None = None,
+    device: torch.device | str | None = None,
+    show_progress: bool = True,
+) -> dict[str, Evidence]: ...
+
+
+def collect_evidence(
+    methods: LayerMethod | Sequence[LayerAttribution] | Mapping[str, LayerAttribution],
+    dataloader: Dataloader,
+    *,
+    num_classes: int | None = None,
+    class_names: Sequence[str] | None = None,
+    reduction: Reduction = "sum",
+    attribute_kwargs: Mapping[str, object] | None = None,
+    attribute_to_layer_input: bool = False,
+    unpack: Unpack | None = None,
+    device: torch.device | str | None = None,
+    show_progress: bool = True,
+) -> Evidence | list[Evidence] | dict[str, Evidence]:
     r"""
     Keep the evidence of every image, in the one pass of :func:`identify_class_filters`.
 

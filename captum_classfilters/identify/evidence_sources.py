@@ -3,9 +3,9 @@
 import copy
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from captum.attr import LayerAttribution
@@ -31,6 +31,8 @@ REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "abs_sum": lambda maps: maps.abs().sum(2),
 }
 _DEFAULT_FILTERS = 5
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -204,7 +206,9 @@ def sources_of(
     return sources
 
 
-def like_methods(methods: object, sources: Sequence[Source], results: Sequence[object]) -> Any:
+def like_methods(
+    methods: object, sources: Sequence[Source], results: Sequence[T]
+) -> T | list[T] | dict[str, T]:
     """Results of the sources in the form in which the methods were given."""
     shaped: dict[Any, Any] = {}
     for key, method in _keyed(methods):
@@ -215,7 +219,7 @@ def like_methods(methods: object, sources: Sequence[Source], results: Sequence[o
     return list(shaped.values()) if isinstance(methods, Sequence) else shaped[0]
 
 
-def _keyed(methods: object) -> Any:
+def _keyed(methods: object) -> Iterable[tuple[Any, Any]]:
     if isinstance(methods, Mapping):
         return methods.items()
     return enumerate(methods if isinstance(methods, Sequence) else [methods])

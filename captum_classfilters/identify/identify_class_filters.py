@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import overload
 
 import torch
 from captum.attr import LayerAttribution
@@ -11,7 +11,7 @@ from torch import Tensor
 from captum_classfilters._core.batches import dataset_names, read_batches
 from captum_classfilters._core.distributed import is_distributed
 from captum_classfilters._core.provenance import Provenance
-from captum_classfilters._core.types import Dataloader, JsonDict, Unpack
+from captum_classfilters._core.types import Dataloader, JsonDict, LayerMethod, Unpack
 from captum_classfilters.class_filters import ClassFilters, check_class_names, check_selection
 from captum_classfilters.identify.collector import Collector, Tally
 from captum_classfilters.identify.evidence_sources import Reduction, like_methods, sources_of
@@ -25,8 +25,9 @@ from captum_classfilters.identify.significance import (
 logger = logging.getLogger("captum_classfilters")
 
 
+@overload
 def identify_class_filters(
-    methods: LayerAttribution | Sequence[LayerAttribution] | Mapping[str, LayerAttribution],
+    methods: LayerMethod,
     dataloader: Dataloader,
     *,
     num_classes: int | None = None,
@@ -41,7 +42,66 @@ def identify_class_filters(
     unpack: Unpack | None = None,
     device: torch.device | str | None = None,
     show_progress: bool = True,
-) -> Any:
+) -> ClassFilters: ...
+
+
+@overload
+def identify_class_filters(
+    methods: Sequence[LayerAttribution],
+    dataloader: Dataloader,
+    *,
+    num_classes: int | None = None,
+    class_names: Sequence[str] | None = None,
+    target: int | None = None,
+    num_filters: int | None = None,
+    mass: float | None = None,
+    reduction: Reduction = "sum",
+    attribute_kwargs: Mapping[str, object] | None = None,
+    attribute_to_layer_input: bool = False,
+    significance: bool | LabelPermutation = False,
+    unpack: Unpack | None = None,
+    device: torch.device | str | None = None,
+    show_progress: bool = True,
+) -> list[ClassFilters]: ...
+
+
+@overload
+def identify_class_filters(
+    methods: Mapping[str, LayerAttribution],
+    dataloader: Dataloader,
+    *,
+    num_classes: int | None = None,
+    class_names: Sequence[str] | None = None,
+    target: int | None = None,
+    num_filters: int | None = None,
+    mass: float | None = None,
+    reduction: Reduction = "sum",
+    attribute_kwargs: Mapping[str, object] | None = None,
+    attribute_to_layer_input: bool = False,
+    significance: bool | LabelPermutation = False,
+    unpack: Unpack | None = None,
+    device: torch.device | str | None = None,
+    show_progress: bool = True,
+) -> dict[str, ClassFilters]: ...
+
+
+def identify_class_filters(
+    methods: LayerMethod | Sequence[LayerAttribution] | Mapping[str, LayerAttribution],
+    dataloader: Dataloader,
+    *,
+    num_classes: int | None = None,
+    class_names: Sequence[str] | None = None,
+    target: int | None = None,
+    num_filters: int | None = None,
+    mass: float | None = None,
+    reduction: Reduction = "sum",
+    attribute_kwargs: Mapping[str, object] | None = None,
+    attribute_to_layer_input: bool = False,
+    significance: bool | LabelPermutation = False,
+    unpack: Unpack | None = None,
+    device: torch.device | str | None = None,
+    show_progress: bool = True,
+) -> ClassFilters | list[ClassFilters] | dict[str, ClassFilters]:
     r"""
     Find each class's filters on a data set, with any number of methods and layers at once.
 

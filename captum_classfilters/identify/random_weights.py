@@ -1,8 +1,8 @@
 """Is a table more than the architecture? The same method on networks with random weights."""
 
 import copy
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from captum.attr import LayerAttribution
@@ -12,10 +12,11 @@ from captum_classfilters._core.batches import check_read_again
 from captum_classfilters._core.guard import model_left_as_found
 from captum_classfilters._core.layers import module_of
 from captum_classfilters._core.tables import short_repr
-from captum_classfilters._core.types import Dataloader
+from captum_classfilters._core.types import Dataloader, Unpack
 from captum_classfilters.class_filters import ClassFilters
+from captum_classfilters.identify.evidence_sources import Reduction
 from captum_classfilters.identify.identify_class_filters import identify_class_filters
-from captum_classfilters.identify.significance import false_discovery_adjusted
+from captum_classfilters.identify.significance import LabelPermutation, false_discovery_adjusted
 
 
 @short_repr
@@ -48,7 +49,18 @@ def random_weights_null(
     *,
     repetitions: int = 5,
     seed: int = 0,
-    **options: Any,
+    num_classes: int | None = None,
+    class_names: Sequence[str] | None = None,
+    target: int | None = None,
+    num_filters: int | None = None,
+    mass: float | None = None,
+    reduction: Reduction = "sum",
+    attribute_kwargs: Mapping[str, object] | None = None,
+    attribute_to_layer_input: bool = False,
+    significance: bool | LabelPermutation = False,
+    unpack: Unpack | None = None,
+    device: torch.device | str | None = None,
+    show_progress: bool = True,
 ) -> RandomWeightsNull:
     r"""
     Compare a method's table with those of re-initialized copies of the model.
@@ -69,7 +81,9 @@ def random_weights_null(
                     Default: 5
         seed (int): Seed of the weights; the global random state is not touched.
                     Default: 0
-        options: As for :func:`identify_class_filters`.
+        num_classes, class_names, target, num_filters, mass, reduction, attribute_kwargs: As for
+                    :func:`identify_class_filters`.
+        attribute_to_layer_input, significance, unpack, device, show_progress: Likewise.
 
     Returns:
         *RandomWeightsNull*.
@@ -98,7 +112,26 @@ def random_weights_null(
     model = module_of(method.forward_func)
     if model is None:
         raise ValueError("The method's forward function hides its model; pass the model itself.")
-    table = identify_class_filters(method, dataloader, **options)
+
+    def identified(method: LayerAttribution) -> ClassFilters:
+        return identify_class_filters(
+            method,
+            dataloader,
+            num_classes=num_classes,
+            class_names=class_names,
+            target=target,
+            num_filters=num_filters,
+            mass=mass,
+            reduction=reduction,
+            attribute_kwargs=attribute_kwargs,
+            attribute_to_layer_input=attribute_to_layer_input,
+            significance=significance,
+            unpack=unpack,
+            device=device,
+            show_progress=show_progress,
+        )
+
+    table = identified(method)
     random = []
     # Drawn, because a small seed may be the one that the model itself was initialized with.
     generator = torch.Generator().manual_seed(seed)
@@ -110,7 +143,7 @@ def random_weights_null(
             random_model = module_of(twin.forward_func)
             assert random_model is not None
             reinitialise(random_model)
-            random.append(identify_class_filters(twin, dataloader, **options))
+            random.append(identified(twin))
     agreements = [table.agreement(random_table) for random_table in random]
     p_values = _p_values(table, random)
     return RandomWeightsNull(

@@ -12,7 +12,7 @@ from captum_classfilters._core.devices import sums_device
 from captum_classfilters._core.forward import FilterMaps
 from captum_classfilters._core.layers import layer_name, module_of
 from captum_classfilters._core.linear_maps import TRANSPOSED, as_in_use
-from captum_classfilters._core.types import JsonDict, Keywords
+from captum_classfilters._core.types import Attributions, JsonDict, Keywords
 from captum_classfilters._core.units import projected_bias
 from captum_classfilters.attr.base import Layers, WeightedFilterAttribution
 from captum_classfilters.spectral.layer_svd import LayerSVD, check_rank, matrix_svd
@@ -190,7 +190,7 @@ class LayerSingularDirection(WeightedFilterAttribution):
         additional_forward_args: object = None,
         attribute_to_layer_input: bool = False,
         grad_kwargs: Keywords | None = None,
-    ) -> Any:
+    ) -> Attributions:
         r"""
         Args:
 
@@ -231,7 +231,7 @@ class LayerSingularDirection(WeightedFilterAttribution):
 
     def signals(
         self, inputs: Tensor | tuple[Tensor, ...], additional_forward_args: object = None
-    ) -> Any:
+    ) -> Attributions:
         r"""
         The signals themselves, :math:`U^\top (y - b)`.
 

@@ -163,6 +163,12 @@ def test_bad_input():
         LayerFilterAblation(model, "stage1").attribute(images(), perturbations_per_eval=0)
     with pytest.raises(ValueError, match="expected None"):
         LayerFilterAblation(model, "stage1").identify(batches(), metric="f1")
+    with pytest.raises(ValueError, match=r"mass=0\.9: not an option of a reduction"):
+        LayerFilterAblation(model, "stage1").identify(batches(), metric="accuracy", mass=0.9)
+    with pytest.raises(ValueError, match="num_classes=5: not an option of a function's reduction"):
+        LayerFilterAblation(model, "stage1").identify(batches(), metric=len, num_classes=5)
+    with pytest.raises(ValueError, match="perturbations_per_eval=2: not an option of a table"):
+        LayerFilterAblation(model, "stage1").identify(batches(), perturbations_per_eval=2)
     with pytest.raises(AssertionError, match="target="):  # as everywhere in Captum
         LayerFilterAblation(model, "stage1").attribute(images())
     maps_out = nn.Sequential(nn.Conv2d(2, 3, 1), nn.ReLU()).eval()
