@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -48,14 +49,46 @@ QUIET = {"show_progress": False}
 
 def table(model):
     """A table of class filters that needs no loader."""
-    scores = torch.arange(18.0).reshape(3, 6) % 7 + 1
+    scores = torch.arange(18.0).reshape(3, 6)[: num_classes(model)] % 7 + 1
     return captum_classfilters.ClassFilters(
-        scores, torch.tensor([8, 8, 8]), layer="stage2", method="Example"
+        scores, torch.full((len(scores),), 8), layer="stage2", method="Example"
     ).select(num_filters=2)
 
 
+def num_classes(model):
+    return max(2, model.head.out_features)
+
+
 def share_right(outputs, labels):
-    return (outputs.argmax(1) == labels).double().mean()
+    outputs = outputs.reshape(len(labels), -1)
+    guess = outputs.argmax(1) if outputs.shape[1] > 1 else outputs[:, 0] > 0
+    return (guess == labels).double().mean()
+
+
+class WithLogits(nn.Sequential):
+    def forward(self, images):
+        return SimpleNamespace(logits=super().forward(images), hidden_states=None)
+
+
+class Mapped(nn.Sequential):
+    def forward(self, images):
+        return {"out": super().forward(images), "aux": None}
+
+
+class OneLogit(nn.Sequential):
+    def forward(self, images):
+        return super().forward(images)[:, 0]
+
+
+def binary(kind):
+    """A model of one logit."""
+    model = deep()
+    model.head = nn.Linear(6, 1)
+    with torch.no_grad():
+        model.head.weight.copy_(torch.arange(6.0)[None] - 2.5)
+        model.head.bias.zero_()
+    model.__class__ = kind
+    return model.eval()
 
 
 @dataclass
@@ -100,7 +133,9 @@ ENTRIES = {
         labels=False,
     ),
     "contrast": Entry(
-        lambda m, d, **o: contrast_classes(LayerFilterContribution(m, "stage1"), d, 0, 2, **o)
+        lambda m, d, **o: contrast_classes(
+            LayerFilterContribution(m, "stage1"), d, 0, num_classes(m) - 1, **o
+        )
     ),
     "confusion": Entry(
         lambda m, d, **o: confusion_filters(LayerFilterContribution(m, "stage1"), d, **o)
@@ -250,6 +285,25 @@ def test_unpack_reads_any_batch(name, expected):
     strange = [{"a": x, "b": -x, "c": y} for x, y in data()]
     found = run(name, deep(), strange, unpack=lambda batch: (batch["a"], batch["c"]))
     same(found, plain(name, expected))
+
+
+@pytest.mark.parametrize("kind", [WithLogits, Mapped])
+@pytest.mark.parametrize("name", ENTRIES)
+def test_outputs_of_any_form_give_the_same(name, kind, expected):
+    if name == "metric reduction":
+        pytest.skip("the metric is given what the model returns")
+    model = deep()
+    model.__class__ = kind
+    same(run(name, model, data()), plain(name, expected))
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_one_logit_may_be_a_vector_or_a_column(name):
+    columns = [(x, (y % 2).float()[:, None]) for x, y in data()]
+    if name in ("metric reduction", "exemplars"):  # take any labels, floats as values
+        columns = [(x, y % 2) for x, y in data()]
+    vectors = [(x, y % 2) for x, y in data()]
+    same(run(name, binary(OneLogit), vectors), run(name, binary(nn.Sequential), columns))
 
 
 @pytest.mark.parametrize("kind", BAD)
