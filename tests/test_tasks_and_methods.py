@@ -251,13 +251,13 @@ def evidence_of_directions(case: Case, targets: list[int]) -> Tensor:
 
 
 METHODS = {
-    "frequency": (lambda m, l: LayerFilterFrequency(m, l, top_k=TOP), evidence_of_votes),
+    "frequency": (lambda m, name: LayerFilterFrequency(m, name, top_k=TOP), evidence_of_votes),
     "contribution": (LayerFilterContribution, evidence_of_contributions),
     "ablation": (LayerFilterAblation, evidence_of_ablation),
-    "gate": (lambda m, l: LayerClassGate(m, l, GATE), evidence_of_gates),
+    "gate": (lambda m, name: LayerClassGate(m, name, GATE), evidence_of_gates),
     "direction": (LayerSingularDirection, evidence_of_directions),
     "captum": (
-        lambda m, l: LayerGradientXActivation(m, dict(m.named_modules())[l]),
+        lambda m, name: LayerGradientXActivation(m, dict(m.named_modules())[name]),
         evidence_of_contributions,
     ),
 }
