@@ -226,7 +226,7 @@ def main(given: Sequence[str] | None = None) -> None:
     known.add_argument("--epochs", type=int, help="by default 60 on digits, 10 on MNIST")
     known.add_argument("--images", type=int, default=50000, help="for --information")
     small = {"mnist": True, "adversarial": True, "information": True}
-    options = parsed(known, given, seeds=1, epochs=3, images=2000, **small)
+    options = parsed(known, given, seeds=1, epochs=1, images=2000, **small)
     prepare(options.small, *(["mnist.npz"] if options.mnist else []))
     if options.mnist:
         settings = [mnist_setting(seed, options.epochs) for seed in range(options.seeds)]

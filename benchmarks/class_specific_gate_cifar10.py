@@ -230,7 +230,7 @@ def main(given: Sequence[str] | None = None) -> None:
     known.add_argument("--repetitions", type=int, default=15, help="for --overhead")
     known.add_argument("--trainings", nargs="+", choices=TRAININGS, default=TRAININGS)
     small = {"public": True, "fine_tune": True, "overhead": True}
-    sizes = {"epochs": 2, "train_images": 30, "test_images": 20, "views": 1, "repetitions": 2}
+    sizes = {"epochs": 1, "train_images": 30, "test_images": 20, "views": 1, "repetitions": 2}
     arguments = parsed(known, given, **small, **sizes)
     prepare(arguments.small, cifar10.TEST, cifar10.GATED)
     if arguments.public:

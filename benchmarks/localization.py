@@ -64,7 +64,7 @@ Rule = Literal["share", "level"]
 def splits(scored: int) -> tuple[Part, Part]:
     """Images, labels and boxes to tune on, and to score on; boxes from edge to edge at SCORED."""
     if made_up():
-        images, labels = random_images(4, 3, SIZE, 2)
+        images, labels = random_images(4, 3, SIZE // 2, 2)
         low, high = torch.tensor([10.0, 10.0]), torch.tensor([30.0, 40.0])
         boxes = torch.cat([low, high]) + torch.arange(4)[:, None] % 3
         return (images[:2], labels[:2], boxes[:2]), (images[2:], labels[2:], boxes[2:])

@@ -265,7 +265,7 @@ def colors(options: Options) -> None:
 def imagenet() -> tuple[Iterable[tuple[Tensor, Tensor]], list[str]]:
     """Batches of validation images with their labels, and the classes' names."""
     if made_up():
-        return in_batches(*random_images(4, 3, 224, 2)), [f"class {one}" for one in range(1000)]
+        return in_batches(*random_images(2, 3, 112, 2)), [f"class {one}" for one in range(1000)]
     folder = DATA / IMAGENET
     with open(folder / "labels.csv") as file:
         rows = [(row["file"], int(row["class_index"])) for row in csv.DictReader(file)]

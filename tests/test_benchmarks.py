@@ -3,6 +3,7 @@
 import importlib
 import pkgutil
 import re
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -15,6 +16,7 @@ MODULES = sorted(module.name for module in pkgutil.iter_modules(benchmarks.__pat
 # What the others share, and measures that the package does not have.
 WITHOUT_MAIN = {"adversarial_detection", "breadth_scores", "cifar10", "shared"}
 RULE = re.compile(r"^(\|---)+\|$")
+COMMAND = re.compile(r"python -m benchmarks\.(\w+)((?:[^`|#\n]|\\\n)*)")
 NUMBER = re.compile(r"(?<![\w.])[-+]?\d+(\.\d+)?(e[-+]\d+)?")
 
 
@@ -65,6 +67,27 @@ def test_a_small_run_prints_finite_numbers(name: str, capsys: pytest.CaptureFixt
     if "prepare" in vars(module):  # what would be read from public files is made up, and says so
         assert shared.made_up()
         assert "numbers mean nothing" in printed
+
+
+def named_commands() -> dict[str, set[str]]:
+    """The options that pages and docstrings name, by module."""
+    root = Path(benchmarks.__path__[0]).parent
+    pages = [root / "README.md", *root.glob("docs/**/*.md"), *root.glob("benchmarks/*.py")]
+    found: dict[str, set[str]] = {}
+    for page in pages:
+        if "_build" not in page.parts:
+            for module, rest in COMMAND.findall(page.read_text()):
+                found.setdefault(module, set()).update(re.findall(r"--[a-z-]+", rest))
+    return found
+
+
+@pytest.mark.parametrize("name", sorted(named_commands()))
+def test_commands_that_pages_name_exist(name: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as left:
+        imported(name).main(["--help"])
+    assert left.value.code == 0
+    known = set(re.findall(r"--[a-z-]+", capsys.readouterr().out.split("options:")[1]))
+    assert named_commands()[name] <= known
 
 
 def test_absent_data_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path):
