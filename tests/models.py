@@ -1,7 +1,12 @@
 """Tiny models that can be computed by hand, and small data."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+
+#: For functions that show a progress bar.
+QUIET: dict[str, Any] = {"show_progress": False}
 
 
 def pool_linear(

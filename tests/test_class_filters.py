@@ -303,6 +303,7 @@ class TestSignificance:
             copy.deepcopy(found),
         ):
             assert other == found
+            assert other.p_values is not None
             assert torch.equal(other.p_values, found.p_values)
         assert found != table(standard_errors=SCORES.abs()).with_selection(found.selected)
         frame = found.to_pandas()

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,8 +31,8 @@ def make(model, layer, _arguments=None):
     return Peak(model, layer)
 
 
-make.name = "peak"  # as Captum's suites call their methods
-namespace = {}
+vars(make)["name"] = "peak"  # as Captum's suites call their methods
+namespace: dict[str, Any] = {}
 exec(compile(example(), str(PAGE), "exec"), namespace)
 Peak = namespace["LayerFilterPeak"]
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -41,10 +42,8 @@ from captum_classfilters.metrics import (
 )
 from captum_classfilters.pruning import accuracy_after_removal, filter_importance_baselines
 from captum_classfilters.spectral import profile_graph, profile_images
-from tests.models import batches, deep
+from tests.models import QUIET, batches, deep
 from tests.pretend_device import pretend
-
-QUIET = {"show_progress": False}
 
 
 def table(model):
@@ -319,7 +318,12 @@ def test_bad_batches_are_refused_by_name(name, kind):
 
 @pytest.mark.parametrize("name", ENTRIES)
 def test_loaders_without_an_image_are_refused(name):
-    for loader in ([], iter([]), [(torch.zeros(0, 2, 6, 6), torch.zeros(0, dtype=torch.int64))]):
+    loaders: list[Any] = [
+        [],
+        iter([]),
+        [(torch.zeros(0, 2, 6, 6), torch.zeros(0, dtype=torch.int64))],
+    ]
+    for loader in loaders:
         with pytest.raises(ValueError, match=r"empty|read only once"):
             run(name, deep(), loader)
 
@@ -361,7 +365,7 @@ def test_an_accelerator_gives_the_cpus_numbers(name, where, expected):
 
 def test_every_entry_with_a_loader_is_here():
     rooms = ("attr", "identify", "heads", "gates", "pruning", "spectral", "metrics")
-    covered = inspect.getsource(inspect.getmodule(test_every_entry_with_a_loader_is_here))
+    covered = inspect.getsource(sys.modules[__name__])
     elsewhere = {
         "compare_methods",  # reads a second loader: its own tests
         "fine_tune",

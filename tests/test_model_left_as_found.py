@@ -68,9 +68,7 @@ from captum_classfilters.spectral import (
     profile_images,
 )
 from captum_classfilters.visualize import FeatureObjective, visualize_features
-from tests.models import batches, images
-
-QUIET = {"show_progress": False}
+from tests.models import QUIET, batches, images
 
 
 class Alarm(nn.Module):

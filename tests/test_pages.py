@@ -5,6 +5,7 @@ import importlib
 import inspect
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ def test_any_model():
     torch.manual_seed(0)
     blocks = sections("any_model.md", "What the model returns", "torchvision's families")
     assert len(blocks) == 6
-    names = {}
+    names: dict[str, Any] = {}
     for block in blocks:
         exec(compile(block, "any_model.md", "exec"), names)
     method, images, binary = names["method"], names["images"], names["binary"]
@@ -40,7 +41,7 @@ def test_any_model():
 @pytest.mark.filterwarnings("ignore")
 def test_identify():
     text = (DOCS / "identify.md").read_text(encoding="utf-8")
-    names = {}
+    names: dict[str, Any] = {}
     for block in re.findall(
         r"```python\n(.*?)```", text.split("## Several processes")[0], re.DOTALL
     ):

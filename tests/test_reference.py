@@ -18,6 +18,7 @@ from captum_classfilters import (
 )
 from captum_classfilters.heads import find_head, model_essentiality
 from captum_classfilters.pruning import prunable_layers
+from tests.models import QUIET
 
 pytestmark = [
     pytest.mark.reference,
@@ -27,7 +28,6 @@ pytestmark = [
         reason="CIFAR-10 and the public ResNet checkpoints are absent (set CLASSFILTERS_DATA)",
     ),
 ]
-QUIET = {"show_progress": False}
 
 
 @pytest.fixture(scope="module")

@@ -18,8 +18,8 @@ from captum_classfilters import (
     LayerSingularDirection,
     identify_class_filters,
 )
+from tests.models import QUIET
 
-QUIET = {"show_progress": False}
 NUMBER, SIZES, FILTERS, TOP = 23, (7, 7, 7, 2), 5, 2
 
 

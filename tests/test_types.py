@@ -18,7 +18,7 @@ from captum_classfilters.identify.evidence import Evidence
 from captum_classfilters.layers import FilterLayer, list_filter_layers
 
 
-def small() -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
+def small() -> tuple[nn.Sequential, list[tuple[Tensor, Tensor]]]:
     model = nn.Sequential(
         nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)
     )

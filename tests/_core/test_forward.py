@@ -19,10 +19,8 @@ from captum_classfilters import (
 from captum_classfilters._core.forward import LayerRequest, MapsNeededError, SharedForward
 from captum_classfilters._core.heads import HeadRecord, computes_its_weight, record_head
 from captum_classfilters.attr import LayerFilterAttribution, WeightedFilterAttribution
-from tests.models import batches, deep, hooks_of, images, joined, pool_linear
+from tests.models import QUIET, batches, deep, hooks_of, images, joined, pool_linear
 from tests.pretend_device import pretend
-
-QUIET = {"show_progress": False}
 
 
 class Cosine(nn.Linear):

@@ -18,10 +18,8 @@ from captum_classfilters.gates import (
     gate_similarity,
     masking_test,
 )
-from tests.models import batches, deep, hooks_of, images, pool_linear
+from tests.models import QUIET, batches, deep, hooks_of, images, pool_linear
 from tests.pretend_device import host_reads, pretend
-
-QUIET = {"show_progress": False}
 
 
 def gate_with(columns, projection="rescale"):

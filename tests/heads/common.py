@@ -1,6 +1,7 @@
 """Models, tables and data for the tests of heads."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from captum_classfilters import ClassFilters, ClassScores, LayerFilterContribution
 from tests.models import batches, images, pool_linear
 
-QUIET = {"show_progress": False}
+QUIET: dict[str, Any] = {"show_progress": False}
 
 
 def identified(model=None, layer="1", number=2, **options):

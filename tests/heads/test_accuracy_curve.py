@@ -63,7 +63,7 @@ class TestCurve:
             ((), "num_filters is empty"),
         ):
             with pytest.raises(ValueError, match=message):
-                accuracy_curve(model, table, batches(), num_filters=numbers, **QUIET)
+                accuracy_curve(model, table, batches(), num_filters=numbers, **QUIET)  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="class_filters is empty"):
             accuracy_curve(model, {}, batches(), **QUIET)
         with pytest.raises(ValueError, match="The data loader is empty"):

@@ -17,9 +17,7 @@ from captum_classfilters import (
 from captum_classfilters.identify import confusion_filters, contrast_classes
 from captum_classfilters.identify.contrastive import FilterContrast
 from captum_classfilters.testing import planted_network
-from tests.models import batches, deep, images, joined, pool_linear
-
-QUIET = {"show_progress": False}
+from tests.models import QUIET, batches, deep, images, joined, pool_linear
 
 
 def difference(method, x, a, b):

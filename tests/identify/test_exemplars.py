@@ -11,9 +11,18 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from captum_classfilters.identify import exemplars, receptive_field
-from tests.models import ChannelsLast, Reused, TwoInputs, batches, deep, images, joined, pool_linear
+from tests.models import (
+    QUIET,
+    ChannelsLast,
+    Reused,
+    TwoInputs,
+    batches,
+    deep,
+    images,
+    joined,
+    pool_linear,
+)
 
-QUIET = {"show_progress": False}
 AGGREGATES = {
     "extreme": (lambda maps: maps.amax(2), lambda maps: maps.amin(2)),
     "mean": (lambda maps: maps.mean(2),) * 2,
@@ -304,7 +313,8 @@ def test_gradients_stay_inside_the_boxes(name):
     model(x)
     handle.remove()
     for place in [(0, 0), (3, 4), (boxes.shape[0] - 1, 2)]:
-        unit = kept[0][(0, slice(None), *place)].sum()
+        index = (0, slice(None), *place)
+        unit = kept[0][index].sum()
         (gradient,) = torch.autograd.grad(unit, x, retain_graph=True)
         rows, columns = gradient[0].abs().sum(0).nonzero(as_tuple=True)
         left, top, right, bottom = boxes[place].tolist()

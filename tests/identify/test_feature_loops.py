@@ -12,10 +12,18 @@ from captum_classfilters.identify import (
     receptive_field,
     unit_scores,
 )
-from tests.models import TwoInputs, TwoTensors, batches, deep, hooks_of, images, joined, pool_linear
+from tests.models import (
+    QUIET,
+    TwoInputs,
+    TwoTensors,
+    batches,
+    deep,
+    hooks_of,
+    images,
+    joined,
+    pool_linear,
+)
 from tests.pretend_device import host_reads, pretend
-
-QUIET = {"show_progress": False}
 
 
 def features_of(model, data, **options):

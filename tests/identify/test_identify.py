@@ -25,6 +25,7 @@ from captum_classfilters import (
 )
 from captum_classfilters.identify import ClassFilterSums, collect_features
 from tests.models import (
+    QUIET,
     ChannelsLast,
     Reused,
     TwoInputs,
@@ -36,8 +37,6 @@ from tests.models import (
     joined,
     pool_linear,
 )
-
-QUIET = {"show_progress": False}
 
 
 def means_of(model, layer, x):

@@ -10,9 +10,7 @@ from captum_classfilters import (
     LayerSingularDirection,
     identify_class_filters,
 )
-from tests.models import batches, deep, pool_linear
-
-QUIET = {"show_progress": False}
+from tests.models import QUIET, batches, deep, pool_linear
 
 
 def counted(model):

@@ -4,10 +4,8 @@ import torch
 
 from captum_classfilters import LayerFilterContribution
 from captum_classfilters.identify import random_weights_null
-from tests.models import batches, deep
+from tests.models import QUIET, batches, deep
 from tests.pretend_device import pretend
-
-QUIET = {"show_progress": False}
 
 
 def null_of(model, data, **options):

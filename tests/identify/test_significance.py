@@ -28,9 +28,7 @@ from captum_classfilters.identify import (
     reinitialise,
     vote_p_values,
 )
-from tests.models import batches, deep, images, joined, pool_linear
-
-QUIET = {"show_progress": False}
+from tests.models import QUIET, batches, deep, images, joined, pool_linear
 
 
 class TestPermutationPValues:

@@ -14,9 +14,7 @@ from captum_classfilters import (
     LayerFilterFrequency,
     identify_class_filters,
 )
-from tests.models import batches, deep, joined, pool_linear
-
-QUIET = {"show_progress": False}
+from tests.models import QUIET, batches, deep, joined, pool_linear
 
 
 class Squeezed(nn.Module):

@@ -39,10 +39,9 @@ from captum_classfilters.metrics import (
     remove_and_retrain,
     selectivity_filters,
 )
-from tests.models import batches, deep, images
+from tests.models import QUIET, batches, deep, images
 from tests.pretend_device import pretend
 
-QUIET = {"show_progress": False}
 LABELS = torch.arange(8) % 3
 
 

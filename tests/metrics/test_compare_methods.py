@@ -19,9 +19,7 @@ from captum_classfilters.metrics import compare_methods, evaluate_classifier, st
 from captum_classfilters.spectral import factor_layer
 from captum_classfilters.testing import planted_network
 from captum_classfilters.visualize import plot_filter_contrast, plot_method_comparison
-from tests.models import batches, deep, joined, pool_linear
-
-QUIET = {"show_progress": False}
+from tests.models import QUIET, batches, deep, joined, pool_linear
 
 
 def two_methods(model, layer):

@@ -16,9 +16,7 @@ from captum_classfilters.metrics import (
     filter_infidelity,
     remove_and_retrain,
 )
-from tests.models import batches, images, joined, pool_linear
-
-QUIET = {"show_progress": False}
+from tests.models import QUIET, batches, images, joined, pool_linear
 
 
 def table(num_classes=3):

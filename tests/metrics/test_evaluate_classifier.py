@@ -9,10 +9,8 @@ from torch import nn
 
 from captum_classfilters import ClassScores
 from captum_classfilters.metrics import evaluate_classifier
-from tests.models import batches, joined, pool_linear
+from tests.models import QUIET, batches, joined, pool_linear
 from tests.pretend_device import host_reads, pretend
-
-QUIET = {"show_progress": False}
 
 
 class Returns(nn.Module):

@@ -61,7 +61,7 @@ def test_a_layer_without_positions():
     with pytest.raises(ValueError, match="no positions"):
         explain(deep(), images().numpy(), TARGETS.numpy())
     with pytest.raises(ValueError, match="expected a function that makes a method"):
-        quantus_explanation(LayerFilterContribution(deep(), "stage1"))
+        quantus_explanation(LayerFilterContribution(deep(), "stage1"))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -6,10 +6,8 @@ from torch import nn
 from captum_classfilters import LayerFilterContribution, decompose
 from captum_classfilters.heads import compare_heads
 from captum_classfilters.pruning import compare_networks, multiply_adds
-from tests.models import batches, hooks_of, images, pool_linear
+from tests.models import QUIET, batches, hooks_of, images, pool_linear
 from tests.pretend_device import pretend
-
-QUIET = {"show_progress": False}
 
 
 def test_a_decomposed_head_is_counted_by_both_comparisons():

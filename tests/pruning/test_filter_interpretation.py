@@ -21,11 +21,10 @@ from captum_classfilters.pruning import (
     selectivity_test,
     weight_chroma,
 )
-from tests.models import batches, deep, hooks_of
+from tests.models import QUIET, batches, deep, hooks_of
 from tests.pretend_device import host_reads, pretend
 
 pytest.importorskip("sklearn")
-QUIET = {"show_progress": False}
 
 
 def color_images(number=12, seed=0):

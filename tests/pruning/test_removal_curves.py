@@ -20,11 +20,10 @@ from captum_classfilters.pruning.baseline_scores import (
     outgoing_weight_scores,
     random_scores,
 )
-from tests.models import TwoInputs, batches, deep, hooks_of, images, joined
+from tests.models import QUIET, TwoInputs, batches, deep, hooks_of, images, joined
 from tests.pretend_device import host_reads, pretend
 
 pytest.importorskip("torch_pruning")
-QUIET = {"show_progress": False}
 
 
 @pytest.fixture(scope="module")

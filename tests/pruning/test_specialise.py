@@ -12,11 +12,10 @@ from captum_classfilters.cli.demo import load_digits, small_cnn, train_classifie
 from captum_classfilters.metrics import evaluate_classifier
 from captum_classfilters.pruning import specialise
 from captum_classfilters.pruning.specialise import Specialist, _accuracy
-from tests.models import batches, deep, images, joined
+from tests.models import QUIET, batches, deep, images, joined
 from tests.pretend_device import host_reads, pretend
 
 pytest.importorskip("torch_pruning")
-QUIET = {"show_progress": False}
 
 
 def table_of(layer, filters, classes=3, seed=0, select=2):

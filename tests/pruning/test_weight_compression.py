@@ -12,12 +12,11 @@ from captum_classfilters import fine_tune, prune_filters
 from captum_classfilters.metrics import evaluate_classifier
 from captum_classfilters.pruning import compress_layer, magnitude_prune
 from captum_classfilters.pruning.weight_compression import encode_weights, kmeans_quantize
-from tests.models import batches, deep, images
+from tests.models import QUIET, batches, deep, images
 from tests.pretend_device import pretend
 
 pytest.importorskip("bitarray")
 sklearn_cluster = pytest.importorskip("sklearn.cluster")
-QUIET = {"show_progress": False}
 
 
 def entropy_bits(symbols):

@@ -20,10 +20,9 @@ from captum_classfilters.spectral import (
     profile_graph,
     profile_images,
 )
-from tests.models import batches, deep, hooks_of, images, joined
+from tests.models import QUIET, batches, deep, hooks_of, images, joined
 from tests.pretend_device import DeviceTensor, host_reads, pretend
 
-QUIET = {"show_progress": False}
 LAYERS = ["stage1.0", "stage2.0"]
 
 

@@ -16,8 +16,8 @@ from sklearn.metrics import jaccard_score
 from captum_classfilters.spectral import class_hypergraph, separation_scores, separation_test
 from captum_classfilters.spectral.class_separation import class_jaccard
 from captum_classfilters.spectral.hypergraph import Hypergraph, Membership
+from tests.models import QUIET
 
-QUIET = {"show_progress": False}
 SCORES = torch.tensor(
     [
         [4.0, 0.5, 0.5, 0.0],

@@ -16,9 +16,7 @@ from captum_classfilters.spectral import (
     profile_graph,
     profile_images,
 )
-from tests.models import batches, deep, hooks_of, images
-
-QUIET = {"show_progress": False}
+from tests.models import QUIET, batches, deep, hooks_of, images
 
 
 def linear_pair():

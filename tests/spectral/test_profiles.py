@@ -19,9 +19,7 @@ from captum_classfilters.spectral import (
     similarity_matrix,
 )
 from captum_classfilters.spectral.profile_similarity import average_jaccard
-from tests.models import ChannelsLast, batches, deep, images, joined, pool_linear
-
-QUIET = {"show_progress": False}
+from tests.models import QUIET, ChannelsLast, batches, deep, images, joined, pool_linear
 
 
 def rule(scores, share):

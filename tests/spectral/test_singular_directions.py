@@ -23,9 +23,7 @@ from captum_classfilters.spectral import (
     layer_svd,
     model_svd,
 )
-from tests.models import TwoInputs, TwoTensors, batches, deep, hooks_of, images
-
-QUIET = {"show_progress": False}
+from tests.models import QUIET, TwoInputs, TwoTensors, batches, deep, hooks_of, images
 
 
 def in_place():

@@ -21,8 +21,7 @@ from captum_classfilters.metrics import (
     selectivity_filters,
 )
 from captum_classfilters.testing import planted_network, recovery
-
-QUIET = {"show_progress": False}
+from tests.models import QUIET
 
 
 @pytest.mark.parametrize("layer", ["shallow", "middle", "deep"])

@@ -16,9 +16,7 @@ from captum_classfilters.visualize import (
     plot_hypergraph,
     plot_profile_similarity,
 )
-from tests.models import deep, images
-
-QUIET = {"show_progress": False}
+from tests.models import QUIET, deep, images
 
 
 def dataset(number=5):

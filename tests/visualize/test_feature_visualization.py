@@ -11,10 +11,9 @@ from captum_classfilters.visualize import (
     plot_features,
     visualize_features,
 )
-from tests.models import ChannelsLast, Reused, deep, hooks_of, pool_linear
+from tests.models import QUIET, ChannelsLast, Reused, deep, hooks_of, pool_linear
 from tests.pretend_device import pretend
 
-QUIET = {"show_progress": False}
 of_filter, of_direction = FeatureObjective.of_filter, FeatureObjective.of_direction
 
 
