@@ -185,7 +185,7 @@ def compare(settings: list[Setting], runs: list[tuple[str, float]]) -> None:
     print(f"\nMIS can be {bound:.4f} at most (entropy of a class's indicator).")
 
 
-def adversarial(settings: list[Setting]) -> None:
+def adversarial(settings: list[Setting], folds: int) -> None:
     """Detection error of attacked test images, for each seed's setting."""
     loss = nn.CrossEntropyLoss(reduction="none")
     table = Table("seed, training", "attack", "accuracy after", "detection error", "+-", "AUC")
@@ -201,7 +201,9 @@ def adversarial(settings: list[Setting]) -> None:
                 ),
             }
             for name, attack in attacks.items():
-                found = adversarial_detection(model, "filters", setting.test, attack, **QUIET)
+                found = adversarial_detection(
+                    model, "filters", setting.test, attack, folds=folds, **QUIET
+                )
                 figures = (found.attacked_accuracy, found.error, found.standard_error, found.auc)
                 table.row(f"{seed}, {training}", name, *(f"{value:.3f}" for value in figures))
 
@@ -225,15 +227,16 @@ def main(given: Sequence[str] | None = None) -> None:
     known.add_argument("--seeds", type=int, default=3)
     known.add_argument("--epochs", type=int, help="by default 60 on digits, 10 on MNIST")
     known.add_argument("--images", type=int, default=50000, help="for --information")
+    known.add_argument("--folds", type=int, default=5, help="for --adversarial")
     small = {"mnist": True, "adversarial": True, "information": True}
-    options = parsed(known, given, seeds=1, epochs=1, images=2000, **small)
+    options = parsed(known, given, seeds=1, epochs=1, folds=2, images=2000, **small)
     prepare(options.small, *(["mnist.npz"] if options.mnist else []))
     if options.mnist:
         settings = [mnist_setting(seed, options.epochs) for seed in range(options.seeds)]
         compare(settings, [("plain", 1e-4), ("plain", 5e-3), ("both paths in every batch", 5e-3)])
     digits = [digits_setting(seed, options.epochs) for seed in range(options.seeds)]
     if options.adversarial:
-        adversarial(digits)
+        adversarial(digits, options.folds)
     if options.information:
         information_speed(options.images)
     if options.small or not (options.mnist or options.adversarial or options.information):

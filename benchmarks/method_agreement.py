@@ -79,6 +79,7 @@ def significant(model: nn.Module, layer: str, train: Iterable[Any]) -> None:
         "stability",
     )
     for name, table in tables.items():
+        assert table.q_values is not None  # significance was asked for
         passed = table.q_values <= 0.05
         chosen = table.select(fdr=0.05).selected
         top = plain[name].selected
@@ -119,6 +120,8 @@ def calibrate(
                 methods, shuffled, num_filters=5, significance=test, **QUIET
             )
             for name, table in tables.items():
+                assert table.q_values is not None
+                assert table.p_values is not None
                 discoveries[name] += bool((table.q_values <= 0.05).any())
                 cells[name].append((table.p_values <= 0.05).double().mean())
         for name, number in discoveries.items():
