@@ -361,7 +361,7 @@ class ClassFilters:
             allowed = self._checked_number(num_filters)[:, None]
             ranked = self._scores.masked_fill(~found, -float("inf"))
             found &= ranks(descending(ranked)) < allowed
-        return self._replace(selected=found)
+        return self._selecting(found)
 
     def with_selection(self, selected: Tensor) -> "ClassFilters":
         """The same table with another selection, for rules of the user's own.
@@ -373,7 +373,7 @@ class ClassFilters:
         Returns:
             *ClassFilters*: A new table.
         """
-        return self._replace(selected=selected)
+        return self._selecting(selected)
 
     def _checked_number(self, num_filters: int) -> Tensor:
         check_selection(num_filters, None)
@@ -416,7 +416,7 @@ class ClassFilters:
                 "Filters that lower the class's logit (negative scores) are selected for {}: {}. "
                 "select(..., positive_only=True) leaves them out.",
             )
-        return self._replace(selected=selected)
+        return self._selecting(selected)
 
     def _warn_of(self, classes: Tensor, message: str) -> None:
         """Warn of some classes (C,), bool, if there are any: how many, and the first names."""
@@ -602,6 +602,15 @@ class ClassFilters:
     def _replace(self, **changes: Any) -> "ClassFilters":
         return ClassFilters(**{**self._parts(), **changes})
 
+    def _selecting(self, selected: Tensor) -> "ClassFilters":
+        """The same table with another selection; nothing writes to tables, so all else is shared."""
+        _check_selected(selected, self._scores.shape, self._counts > 0)
+        table = object.__new__(ClassFilters)
+        for name in self.__slots__:
+            object.__setattr__(table, name, getattr(self, name))
+        object.__setattr__(table, "_selected", _own(selected, torch.bool))
+        return table
+
     def __reduce__(self) -> ModelInputs:
         return ClassFilters, tuple(self._parts().values())
 
@@ -707,19 +716,27 @@ def _check_table(
                 f"{name} has shape {tuple(table.shape)}; expected that of scores, "
                 f"{tuple(scores.shape)}."
             )
-    selected = tables["selected"]
-    assert selected is not None
-    if selected.dtype != torch.bool:
-        raise ValueError(f"selected is {selected.dtype}; expected a bool mask of shape (C, K).")
     check_class_names(class_names, num_classes)
     seen = counts > 0
-    if not bool(torch.isfinite(scores[seen]).all()):
+    if not bool((torch.isfinite(scores).all(1) | ~seen).all()):
         raise ValueError("scores of classes with images hold NaN or Inf.")
     for name in ("p_values", "q_values"):
         table = tables[name]
         if table is not None and not bool(((table[seen] >= 0) & (table[seen] <= 1)).all()):
             raise ValueError(f"{name} of classes with images must lie in [0, 1].")
-    if bool(selected[~seen].any()):
+    selected = tables["selected"]
+    assert selected is not None
+    _check_selected(selected, scores.shape, seen)
+
+
+def _check_selected(selected: Tensor, shape: torch.Size, seen: Tensor) -> None:
+    if selected.shape != shape:
+        raise ValueError(
+            f"selected has shape {tuple(selected.shape)}; expected that of scores, {tuple(shape)}."
+        )
+    if selected.dtype != torch.bool:
+        raise ValueError(f"selected is {selected.dtype}; expected a bool mask of shape (C, K).")
+    if bool(selected[~seen.to(selected.device)].any()):
         raise ValueError("Filters are selected for a class without images.")
 
 

@@ -32,6 +32,7 @@ def _digest(model: nn.Module) -> str:
     digest = hashlib.sha256()
     headers: list[bytes] = []
     chunk: list[torch.Tensor] = []
+    gathered = 0
 
     def add_chunk() -> None:
         """Fetch what has gathered, in one copy."""
@@ -45,10 +46,12 @@ def _digest(model: nn.Module) -> str:
     for name, tensor in model.state_dict().items():
         if not isinstance(tensor, torch.Tensor):
             continue
-        if chunk and (chunk[0].device != tensor.device or sum(map(len, chunk)) >= _CHUNK):
+        if chunk and (chunk[0].device != tensor.device or gathered >= _CHUNK):
             add_chunk()
+            gathered = 0
         headers.append(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         chunk.append(tensor.detach().contiguous().flatten().view(torch.uint8))
+        gathered += len(chunk[-1])
     add_chunk()
     return digest.hexdigest()
 

@@ -92,36 +92,36 @@ class ClassFilterSums(Metric):
         """The table so far, on the CPU.
 
         Returns:
-            *dict* with **count** (C,), **total**, **mean** and **standard_error** (C, K). The mean
-            of a class without images is NaN; so is the standard error of one with fewer than two.
+            *dict* with **count** (C,), **mean** and **standard_error** (C, K), and of whole numbers
+            their **total** (C, K). The mean of a class without images is NaN; so is the standard
+            error of one with fewer than two.
         """
-        count, total, mean, m2 = self._merged()
+        count, mean, m2 = self._merged()
         number = count.to(torch.float64)[:, None]
-        error = (m2 / ((number - 1) * number)).sqrt()
-        return {
+        error = (m2 / ((number - 1) * number)).sqrt_()
+        sums = {"total": self.total.cpu()} if self.integer else {}
+        return sums | {
             "count": count.cpu(),
-            "total": total.cpu(),
             "mean": mean.masked_fill(number == 0, float("nan")).cpu(),
-            "standard_error": error.masked_fill(number < 2, float("nan")).cpu(),
+            "standard_error": error.masked_fill_(number < 2, float("nan")).cpu(),
         }
 
-    def _merged(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Count, total, mean and M2 of all that was merged."""
+    def _merged(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Count, mean and M2 of all that was merged."""
         if self.integer:
             number = self.count.clamp(min=1)[:, None]
             mean = self.total / number.to(torch.float64)
             # In whole numbers as long as possible: the difference of two large products is exact.
             m2 = (self.squares * number - self.total * self.total) / number.to(torch.float64)
-            return self.count, self.total, mean, m2
+            return self.count, mean, m2
         parts = (self.count, self.mean, self.m2)
         if self.mean.dim() == 2:
-            return self.count, self.mean * self.count[:, None], self.mean, self.m2
+            return parts
         states = list(zip(*(part.unbind(0) for part in parts), strict=True))
         merged = states[0]
         for state in states[1:]:
             merged = _joined(merged, state)
-        count, mean, m2 = merged
-        return count, mean * count[:, None], mean, m2
+        return merged
 
 
 def _moments(values: Tensor, rows: Tensor, number: int) -> tuple[Tensor, Tensor, Tensor]:
