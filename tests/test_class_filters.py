@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import pickle
+from typing import Any
 
 import numpy as np
 import pytest
@@ -147,7 +148,7 @@ class TestReading:
         ],
     )
     def test_bad_tables(self, options, message):
-        arguments = {"scores": SCORES, "counts": torch.ones(3), **options}
+        arguments: dict[str, Any] = {"scores": SCORES, "counts": torch.ones(3), **options}
         with pytest.raises(ValueError, match=message):
             ClassFilters(**arguments)
 

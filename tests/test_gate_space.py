@@ -4,6 +4,7 @@ import copy
 import functools
 import gc
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -161,7 +162,7 @@ def test_captums_metrics_over_filters():
     method = LayerFilterContribution(model, "1")
     exact = method.filter_scores(method.attribute(x, target=1))
     gate = FilterGate(model, "1")
-    options = {"target": 1, "additional_forward_args": x}
+    options: dict[str, Any] = {"target": 1, "additional_forward_args": x}
 
     @infidelity_perturb_func_decorator(True)
     def drop(gates):

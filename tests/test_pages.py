@@ -98,6 +98,7 @@ def test_code_calls_what_is_there(path):
     for node in ast.walk(tree):
         if not isinstance(node, ast.Call) or getattr(node.func, "id", None) not in names:
             continue
+        assert isinstance(node.func, ast.Name)
         function = names[node.func.id]
         given = [ast.Name("x")] * sum(not isinstance(a, ast.Starred) for a in node.args)
         unpacked = len(given) < len(node.args) or any(k.arg is None for k in node.keywords)

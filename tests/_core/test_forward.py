@@ -76,7 +76,7 @@ AWKWARD = {
 
 def with_hook():
     model = Net()
-    model.head.register_forward_hook(lambda _m, _i, z: z * 2)
+    model.get_submodule("head").register_forward_hook(lambda _m, _i, z: z * 2)
     return model
 
 
@@ -130,7 +130,7 @@ def test_the_output_is_the_heads_own_tensor():
 def test_one_forward_pass_and_at_most_one_backward_pass():
     model, data = deep(), batches()
     runs = []
-    handle = model.head.register_forward_hook(lambda *_: runs.append(1))
+    handle = model.get_submodule("head").register_forward_hook(lambda *_: runs.append(1))
     methods = [
         LayerFilterFrequency(model, "stage1", top_k=2),
         LayerFilterFrequency(model, "stage2", top_k=2),
@@ -143,7 +143,7 @@ def test_one_forward_pass_and_at_most_one_backward_pass():
     assert len(runs) == len(data) + 1  # the first batch shows that gradients are needed
     assert [table.provenance.get("exact") for table in tables] == [None, None, False, True, False]
     runs.clear()
-    handle = model.head.register_forward_hook(lambda *_: runs.append(1))
+    handle = model.get_submodule("head").register_forward_hook(lambda *_: runs.append(1))
     identify_class_filters(methods[:2], data, **QUIET)
     handle.remove()
     assert len(runs) == len(data)
@@ -287,7 +287,7 @@ def test_checkpointed_layers(reentrant):
 
         def forward(self, x):
             x = checkpoint(nn.Sequential(*list(self.inner)[:2]), x, use_reentrant=reentrant)
-            return self.inner.head(x.mean((2, 3)))
+            return self.inner.get_submodule("head")(x.mean((2, 3)))
 
     data = batches()
     plain = LayerFilterContribution(deep(), "stage1").identify(data, **QUIET)

@@ -4,6 +4,7 @@ import gc
 import logging
 import random
 import weakref
+from typing import Any
 
 import numpy
 import pytest
@@ -136,7 +137,7 @@ def test_replay_equals_whole_model(make, name, rows, at_input):
 )
 def test_replay_equals_whole_model_on_torchvision(family, name):
     torch.manual_seed(0)
-    options = {"init_weights": False} if family == "googlenet" else {}
+    options: dict[str, Any] = {"init_weights": False} if family == "googlenet" else {}
     model = torchvision.models.get_model(family, weights=None, **options).eval()
     layer, x = model.get_submodule(name), torch.randn(2, 3, 64, 64)
     replay = SuffixReplay(model, layer, (x,))

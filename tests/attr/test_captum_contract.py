@@ -81,7 +81,7 @@ def make(request):
     def make(model, layer, arguments):
         return METHODS[request.param](model, layer, arguments)
 
-    make.name = request.param
+    vars(make)["name"] = request.param
     return make
 
 
@@ -277,7 +277,8 @@ def test_class_summarizer_agrees_with_identify():
 
 
 def test_a_method_without_a_layer_can_be_made():
-    method = LayerFilterContribution(deep(), None)
-    method.layer = method.forward_func.stage2
+    model = deep()
+    method = LayerFilterContribution(model, None)
+    method.layer = model.get_submodule("stage2")
     assert method.attribute(images(), target=0).shape == (8, 6, 6, 6)
     assert isinstance(method.layer, nn.Module)

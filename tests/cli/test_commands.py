@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -73,7 +74,7 @@ def checkpoint(tmp_path_factory):
 
 
 def arguments(folder, checkpoint, output, **changes):
-    options = {
+    options: dict[str, Any] = {
         "--model": "resnet18",
         "--checkpoint": checkpoint,
         "--data": folder,

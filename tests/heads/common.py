@@ -119,6 +119,8 @@ class Standardized(nn.Linear):
 class Quantized(nn.Linear):
     """As in quantization-aware training: it observes what it is given and rounds its weight."""
 
+    largest: torch.Tensor
+
     def __init__(self, *sizes):
         super().__init__(*sizes)
         self.register_buffer("largest", torch.zeros(()))
@@ -152,7 +154,7 @@ def convolutional():
     model = nn.Sequential(
         nn.Conv2d(2, 6, 3), nn.ReLU(), nn.Conv2d(6, 3, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()
     )
-    nn.init.normal_(model[2].weight)
+    nn.init.normal_(model.get_parameter("2.weight"))
     return model
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from typing import Any
 
 import pytest
 import torch
@@ -145,7 +146,11 @@ class TestFineTune:
         teachers = [HOLDING[name]() for name in ("plain", "softmax", "log-softmax")]
         losses = []
         for teacher in teachers:
-            options = {"teacher": teacher, "teacher_weight": 0.7, "temperature": 3.0}
+            options: dict[str, Any] = {
+                "teacher": teacher,
+                "teacher_weight": 0.7,
+                "temperature": 3.0,
+            }
             history = fine_tune(pool_linear(), data, [*data], **options, **QUIET)
             losses.append(history[1].loss)
         assert losses == pytest.approx([losses[0]] * 3, rel=1e-4)

@@ -1,6 +1,7 @@
 """Every entry that reads data takes the same loaders, on any device, and waits for none."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -75,10 +76,10 @@ class TestLoaders:
 
     def test_of_a_kind_of_their_own(self, name, expected):
         x, y = joined(data_for(Net()))
-        loader = [{"picture": x, "kind": y, "weight": torch.ones(len(x))}]
+        loader: list[Any] = [{"picture": x, "kind": y, "weight": torch.ones(len(x))}]
         if name == "fine_tune":  # one function unpacks both loaders
             loader = [(x, y)]
-            options = {"unpack": lambda batch: (batch[0], batch[1])}
+            options: dict[str, Any] = {"unpack": lambda batch: (batch[0], batch[1])}
         else:
             options = {"unpack": lambda batch: (batch["picture"], batch["kind"])}
             with pytest.raises(ValueError, match="Batch 0 is a mapping"):
@@ -143,7 +144,7 @@ def test_heads_on_an_accelerator():
             smaller = decompose(model, table, dropped_means=torch.ones(6), example_inputs=examples)
             assert torch.allclose(smaller(x.to(device)).cpu(), expected, atol=1e-6)
         assert compare_heads(model, smaller, x, repetitions=1).after.head_multiply_adds == 6
-        removed = remove_class(smaller.fc, 1)
+        removed = remove_class(smaller.get_submodule("fc"), 1)
         features = model.features(x.to(device))
         assert torch.allclose(removed.head(features).cpu(), expected[:, [0, 2]], atol=1e-6)
         assert removed.unused_features.device.type == "cpu"

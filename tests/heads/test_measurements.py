@@ -1,6 +1,7 @@
 """Measurements against explicit formulas, scikit-learn, and the constants of the released sets."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -219,7 +220,7 @@ class TestEssentiality:
             essentiality(self.features, self.labels, self.weight[:, :3], None, self.mask)
         with pytest.raises(ValueError, match=r"int64.* do not fit"):
             essentiality(self.features, self.labels, self.weight, None, self.mask.long())
-        options = {"replacement": "nothing"}, {"repetitions": 0}
+        options: list[dict[str, Any]] = [{"replacement": "nothing"}, {"repetitions": 0}]
         for wrong in options:
             with pytest.raises(ValueError, match=next(iter(wrong))):
                 essentiality(self.features, self.labels, self.weight, None, self.mask, **wrong)
@@ -228,7 +229,7 @@ class TestEssentiality:
         weight = torch.tensor([[-1.0, 1.0, 0, 0]])
         double = torch.cat([-weight, weight])
         for replacement in ("zero", "mean"):
-            options = {"replacement": replacement}
+            options: dict[str, Any] = {"replacement": replacement}
             single = essentiality(
                 self.features, self.labels, weight, torch.tensor([0.5]), self.mask, **options
             )
@@ -244,14 +245,14 @@ class TestEssentiality:
         """Against a plain hook that replaces the head's input image by image."""
         model = HOLDING[name]().eval()
         data, filters = data_for(model, name), table_for(name)
-        options = {"replacement": replacement, "repetitions": 1, **QUIET}
+        options: dict[str, Any] = {"replacement": replacement, "repetitions": 1, **QUIET}
         if name in ("a head used twice", "a convolution"):
             with pytest.raises(ValueError, match=r"reached 2 times|takes \(5, 6, 4, 4\)"):
                 model_essentiality(model, filters, data, **options)
             return
         found = model_essentiality(model, filters, data, **options)
         plain = getattr(model, "_orig_mod", model)
-        inner = unwrapped(model)
+        inner: Any = unwrapped(model)
         x, y = joined(data)
         with torch.no_grad():
             mean = inner.features(x).float().mean(0)
@@ -292,7 +293,7 @@ class TestEssentiality:
             assert float(found.at_set[class_index]) == pytest.approx(share)
 
     def test_noise_on_a_model_that_goes_on(self):
-        options = {"repetitions": 12, **QUIET}
+        options: dict[str, Any] = {"repetitions": 12, **QUIET}
         plain, cooled = HOLDING["plain"](), HOLDING["a temperature in place"]()
         data = data_for(plain, number=60)
         for replacement in ("noise", "scaled_noise"):

@@ -42,7 +42,7 @@ def deep_car():
     # Random weights give every image one class; centred logits give all three.
     x, _ = joined(batches(60))
     with torch.no_grad():
-        model.head.bias -= model(x).mean(0)
+        model.get_parameter("head.bias").sub_(model(x).mean(0))
     car = LayerFilterAblation(model, "stage1").identify(
         batches(60), metric="accuracy", show_progress=False
     )

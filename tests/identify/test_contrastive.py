@@ -72,9 +72,9 @@ class TestTwoClasses:
             nn.Conv2d(2, 2, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2, 2)
         )
         with torch.no_grad():
-            model[0].weight.copy_(torch.eye(2)[:, :, None, None])
-            model[0].bias.zero_()
-            model[3].weight.copy_(torch.tensor([[1.0, 5.0], [0.0, 5.0]]))
+            model.get_parameter("0.weight").copy_(torch.eye(2)[:, :, None, None])
+            model.get_parameter("0.bias").zero_()
+            model.get_parameter("3.weight").copy_(torch.tensor([[1.0, 5.0], [0.0, 5.0]]))
         x = torch.ones(4, 2, 3, 3)
         x[:2, 0] = 2
         y = torch.tensor([0, 0, 1, 1])
@@ -165,7 +165,7 @@ class TestConfusion:
                 assert cell.margin == pytest.approx(float(margin), abs=1e-6)
                 assert (cell.favoured, cell.against) == (str(other), str(true))
                 if layer == "stage2":
-                    bias = model.head.bias.detach()
+                    bias = model.get_parameter("head.bias").detach()
                     left = float(bias[other] - bias[true])
                     assert cell.unexplained == pytest.approx(left, abs=1e-5)
                 if len(each) > 1:
@@ -186,7 +186,7 @@ class TestConfusion:
         echoes = [k for k, kind in enumerate(kinds) if kind == "echo"]
         echo = max(echoes, key=lambda k: float(responses[y == 2, k].mean()))
         with torch.no_grad():
-            model.head.weight[3, echo] = 20.0
+            model.get_parameter("head.weight")[3, echo] = 20.0
         method = LayerFilterContribution(model, "deep")
         found = confusion_filters(method, [(x, y)], **QUIET)
         cell = found.cell(2, 3)

@@ -1,5 +1,7 @@
 """Methods of every kind, at layers of every kind, share one forward pass; tables equal `attribute`."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -60,9 +62,9 @@ def means_of_attributions(method, data, num_classes=3):
         parts = parts if several else [parts]
         scores.append([part.flatten(2).sum(2) if part.dim() > 2 else part for part in parts])
         labels.append(y)
-    labels = torch.cat(labels)
+    classes = torch.cat(labels)
     return [
-        torch.stack([torch.cat(parts).double()[labels == c].mean(0) for c in range(num_classes)])
+        torch.stack([torch.cat(parts).double()[classes == c].mean(0) for c in range(num_classes)])
         for parts in zip(*scores, strict=True)
     ]
 
@@ -123,7 +125,7 @@ def test_what_contributions_miss():
     method = LayerFilterContribution(model, model.maps)
     for power in (1, 2, 3):
         data = [(x[:4], torch.full((4,), power - 1)), (x[4:], torch.full((3,), power - 1))]
-        options = {"num_classes": 3, "show_progress": False}
+        options: dict[str, Any] = {"num_classes": 3, "show_progress": False}
         record = method.identify(data, **options).provenance
         assert record["exact"] is False
         assert record["missing"] == pytest.approx(power - 1, abs=1e-6)

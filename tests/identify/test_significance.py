@@ -1,6 +1,7 @@
 """P- and q-values against enumeration and scipy; calibration; stability; random weights."""
 
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 import pytest
@@ -95,7 +96,7 @@ class TestPermutationPValues:
         generator = torch.Generator().manual_seed(seed)
         values = torch.randn(20, 3, generator=generator)
         labels = torch.randint(classes, (20,), generator=generator)
-        options = {"num_classes": classes, "permutations": 39, "seed": seed}
+        options: dict[str, Any] = {"num_classes": classes, "permutations": 39, "seed": seed}
         if with_foreign:
             options["foreign"] = torch.randn(20, 3, generator=generator)
             options["foreign_targets"] = (labels + 1) % classes

@@ -172,6 +172,7 @@ def test_groups_that_are_not_the_outputs():
     assert torch.allclose(table.scores, class_means(each, site, 2), atol=1e-6)
     assert table.class_names == tuple(names)
     assert table.provenance["target"] == 2
+    assert table.p_values is not None
     assert table.p_values.shape == (2, 4)
     captum = identify_class_filters(
         LayerGradientXActivation(model, model.stage1), grouped, target=2, num_classes=2, **QUIET

@@ -83,7 +83,7 @@ def test_pixel_infidelity_is_captums(local, baseline):
     """Saliency is local: Captum then multiplies it by the change of the input."""
     model, x, samples = deep(), images(), 6
     method = Saliency(model) if local else InputXGradient(model)
-    options = {"n_perturb_samples": samples, "baseline": baseline}
+    options: dict[str, Any] = {"n_perturb_samples": samples, "baseline": baseline}
     found = compare(model, {"one": method}, **options).pixels.values["one"]
     drawn = torch.Generator().manual_seed(0)
     removed = torch.rand(samples, 8, 36, generator=drawn) < 0.2

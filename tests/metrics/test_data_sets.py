@@ -1,6 +1,7 @@
 """Metrics that read a data set: every kind of output, what is not finite, and seeds."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -164,7 +165,7 @@ def test_one_output_is_retrained():
 
 
 def test_the_loss_of_probabilities_is_that_of_their_logits():
-    options = {"num_filters": [2], "epochs": 2, "repetitions": 2, **QUIET}
+    options: dict[str, Any] = {"num_filters": [2], "epochs": 2, "repetitions": 2, **QUIET}
     accuracies = [
         remove_and_retrain(Answer(form), "body.1", table(), batches(60), batches(60), **options)
         for form in (lambda z: z, lambda z: z.softmax(1))
@@ -192,7 +193,7 @@ class Fragile(nn.Module):
         super().__init__()
         self.body = pool_linear()
         with torch.no_grad():
-            self.body[0].bias[3] = 50.0
+            self.body.get_parameter("0.bias")[3] = 50.0
         self.value = value
 
     def forward(self, x):

@@ -28,7 +28,7 @@ def seven_classes():
     model = pool_linear(classes=7)
     data = [(x, (3 * torch.arange(len(x)) + place) % 7) for place, (x, _) in enumerate(batches())]
     with torch.no_grad():
-        model[4].weight *= 9
+        model.get_parameter("4.weight").mul_(9)
         scores = model(joined(data)[0])
     return model, data, scores, joined(data)[1]
 
@@ -86,8 +86,8 @@ def test_one_logit_of_a_linear_layer_may_lie_between_zero_and_one():
     low = [(x - 1, torch.zeros(2).long())]
     assert evaluate_classifier(ends, low, **QUIET).accuracy == 1
     pooled = nn.Sequential(nn.Conv2d(1, 1, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    nn.init.constant_(pooled[0].weight, 0.1)
-    nn.init.constant_(pooled[0].bias, 0.1)
+    nn.init.constant_(pooled.get_parameter("0.weight"), 0.1)
+    nn.init.constant_(pooled.get_parameter("0.bias"), 0.1)
     maps = [(torch.rand(3, 1, 4, 4), torch.ones(3).long())]
     assert evaluate_classifier(pooled, maps, **QUIET).accuracy == 1
 

@@ -1,7 +1,7 @@
 """Metrics over filters against Captum's own in gate space, and against explicit loops."""
 
 import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -173,7 +173,7 @@ def mean_of(table, names):
 
 def test_infidelitys_control_is_the_scores_at_random_filters():
     model, x, scores = pool_linear(), images(), random_scores(6)
-    options = {"target": TARGETS, "each_filter": True}
+    options: dict[str, Any] = {"target": TARGETS, "each_filter": True}
     found = filter_infidelity(model, "1", x, scores, repetitions=3, **options)
     generator = torch.Generator().manual_seed(0)
     torch.rand(20, 8, 6, generator=generator)  # the sets of filters are drawn first
@@ -188,7 +188,7 @@ def test_infidelitys_control_is_the_scores_at_random_filters():
 
 def test_several_inputs_and_further_arguments():
     model, x = TwoInputs(), images()
-    arguments = {"target": 1, "additional_forward_args": 2.0}
+    arguments: dict[str, Any] = {"target": 1, "additional_forward_args": 2.0}
     method = LayerFilterAblation(model, "conv")
     drops = method.filter_scores(method.attribute((x, x), **arguments))
     found = filter_infidelity(model, "conv", (x, x), drops, each_filter=True, **arguments)
@@ -216,7 +216,7 @@ def test_captums_trap_and_the_safe_explanation():
     """For a single image Captum takes Grad-CAM's tensor for a tuple, and is wrong without a word."""
     model, x = deep(), images(1)
     method = LayerGradCam(model, model.stage2)
-    options = {"target": 1, "n_perturb_samples": 8}
+    options: dict[str, Any] = {"target": 1, "n_perturb_samples": 8}
     torch.manual_seed(0)
     trapped = sensitivity_max(method.attribute, x, **options)
     torch.manual_seed(0)
@@ -257,7 +257,11 @@ def test_safe_explanation_of_several_tensors_and_layers():
 def test_sensitivity_of_each_filter_is_captums_in_a_loop(at_once):
     model, x = deep(), images()
     method = LayerFilterContribution(model, "stage1")
-    options = {"target": TARGETS, "n_perturb_samples": 4, "max_examples_per_batch": at_once}
+    options: dict[str, Any] = {
+        "target": TARGETS,
+        "n_perturb_samples": 4,
+        "max_examples_per_batch": at_once,
+    }
     found = filter_max_sensitivity(method, x, **options)
 
     def scores(inputs, **arguments):
@@ -290,7 +294,7 @@ def test_sensitivity_to_gates_is_captums_in_gate_space():
     """Dropping one filter of a gated model: Captum's ablation over gates, and ours of the layer."""
     model, x = deep(), images()
     gate = FilterGate(model, "stage1")
-    options = {"target": TARGETS, "n_perturb_samples": 3, "perturb_radius": 0.3}
+    options: dict[str, Any] = {"target": TARGETS, "n_perturb_samples": 3, "perturb_radius": 0.3}
     for method in (LayerFilterAblation(model, "stage1"), LayerFilterAblation(model, "stage2")):
         found = filter_max_sensitivity(method, x, space="gates", **options)
         gate = FilterGate(model, method.layer)
@@ -369,7 +373,7 @@ def test_random_curves_are_means_over_random_orders():
     assert torch.allclose(curves.deletion["random"], mean_of(given.deletion, orders), atol=1e-6)
     orders = of_random_orders((3, 6), 3)
     tables = {name: table_of(model, "1", scores=one) for name, one in orders.items()}
-    options = {"measure": "probability", "show_progress": False}
+    options: dict[str, Any] = {"measure": "probability", "show_progress": False}
     found = class_curves(model, "1", table_of(model, "1"), batches(), repetitions=3, **options)
     given = class_curves(model, "1", tables, batches(), **options)
     assert torch.allclose(found.necessity["random"], mean_of(given.necessity, orders), atol=1e-6)
@@ -699,7 +703,12 @@ def test_only_planted_filters_cannot_be_made_up_for():
 
 
 def retrained(model, rankings, train=None, **options):
-    options = {"num_filters": [1], "weight_magnitude": None, "show_progress": False, **options}
+    options: dict[str, Any] = {
+        "num_filters": [1],
+        "weight_magnitude": None,
+        "show_progress": False,
+        **options,
+    }
     if isinstance(rankings, torch.Tensor):
         options["weight_magnitude"] = torch.rand(len(rankings))
     train = batches() if train is None else train

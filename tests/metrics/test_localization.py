@@ -53,8 +53,8 @@ class TestFilterMaps:
     def test_a_dead_filter_has_no_map(self):
         model = pool_linear()
         with torch.no_grad():
-            model[0].weight[4] = 0
-            model[0].bias[4] = -1
+            model.get_parameter("0.weight")[4] = 0
+            model.get_parameter("0.bias")[4] = -1
         assert filter_gradient_maps(model, "1", images(), torch.tensor([4])).abs().max() == 0
 
     def test_blur_is_torchvisions(self):

@@ -1,5 +1,7 @@
 """Our methods as explanation functions of Quantus; needs the extra ``quantus``."""
 
+from typing import Any
+
 import pytest
 import torch
 from captum.attr import IntegratedGradients, LayerGradCam
@@ -70,7 +72,11 @@ def test_quantus_metrics_take_our_methods(name):
     quantus = pytest.importorskip("quantus", reason="needs the extra quantus")
     model, x = deep(), images(4)
     explain = quantus_explanation(METHODS[name])
-    arguments = {"model": model, "x_batch": x.numpy(), "y_batch": TARGETS[:4].numpy()}
+    arguments: dict[str, Any] = {
+        "model": model,
+        "x_batch": x.numpy(),
+        "y_batch": TARGETS[:4].numpy(),
+    }
     flipping = quantus.PixelFlipping(
         features_in_step=6, perturb_baseline="black", disable_warnings=True
     )

@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -212,7 +213,9 @@ FAMILIES = {
 @pytest.mark.parametrize("case", FAMILIES)
 def test_families_equal_masking(case):
     name, layer, masked, removed = FAMILIES[case]
-    options = {"init_weights": True, "aux_logits": False} if name == "googlenet" else {}
+    options: dict[str, Any] = (
+        {"init_weights": True, "aux_logits": False} if name == "googlenet" else {}
+    )
     model, removed = family(name, **options), list(removed)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

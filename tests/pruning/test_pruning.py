@@ -2,6 +2,7 @@
 
 import copy
 import functools
+from typing import Any
 
 import pytest
 import torch
@@ -321,7 +322,7 @@ def test_fine_tuning_between_steps(trained, tmp_path):
         assert torch.count_nonzero(network.stage1(x).sum((0, 2, 3)) == 0) == len(calls)
         tuning(network)
 
-    run = {"num_filters": 1, "fine_tune": tune, "show_progress": False}
+    run: dict[str, Any] = {"num_filters": 1, "fine_tune": tune, "show_progress": False}
     pruning = GreedyFilterPruning(model, "stage1")
     result = pruning.run(data, data, **run)
     assert len(calls) == 3
@@ -352,7 +353,7 @@ def test_a_killed_run_with_fine_tuning_continues_exactly(trained, tmp_path):
     )
     tune = LayerwiseFineTuning(loader, 0.05, num_steps=5)
     path = tmp_path / "state.safetensors"
-    options = {"fine_tune": tune, "fine_tune_every": 2, "show_progress": False}
+    options: dict[str, Any] = {"fine_tune": tune, "fine_tune_every": 2, "show_progress": False}
     pruning = GreedyFilterPruning(model, "stage2")
     full = pruning.run(data, num_filters=1, **options)
     pruning.run(data, num_filters=3, state_path=path, **options)
@@ -494,7 +495,7 @@ def test_a_run_continues_with_the_same_options_alone(trained, tmp_path):
     model, data = trained
     path = tmp_path / "state.safetensors"
     both = GreedyFilterPruning(model, ["stage1", "stage2"])
-    options = {"num_filters": 3, "error_probability": 0.01, "show_progress": False}
+    options: dict[str, Any] = {"num_filters": 3, "error_probability": 0.01, "show_progress": False}
     both.run(data, data, state_path=path, **options)
     x, y = joined(data)
     flipped = [(x.flip(3), y)]  # other images of the same labels
@@ -539,7 +540,7 @@ def test_bounds_of_one_layer_may_go_further_but_not_back(trained, tmp_path):
     state = PruningOrder.load(path)
     state.accuracy[2] = 0.25
     state.save(tmp_path / "low.safetensors")
-    options = {"num_filters": 1, "state_path": tmp_path / "low.safetensors"}
+    options: dict[str, Any] = {"num_filters": 1, "state_path": tmp_path / "low.safetensors"}
     with pytest.raises(ValueError, match=r"at an accuracy of 0\.2500 or more"):
         pruning.run(data, min_accuracy=0.3, show_progress=False, **options)
     rest = pruning.run(data, num_filters=1, state_path=path, show_progress=False)
@@ -712,7 +713,7 @@ def test_wrapped_models(trained, wrap):
     assert got.model_sha256 == expected.model_sha256
     if isinstance(wrapped, nn.Module):
         tune = LayerwiseFineTuning(data, {"stage2": 0.05}, num_steps=3)
-        options = {"num_filters": 2, "fine_tune": tune, "show_progress": False}
+        options: dict[str, Any] = {"num_filters": 2, "fine_tune": tune, "show_progress": False}
         expected = GreedyFilterPruning(model, "stage1").run(data, **options)
         assert GreedyFilterPruning(wrapped, "stage1").run(data, **options).order == expected.order
 

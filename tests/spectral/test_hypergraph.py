@@ -2,6 +2,7 @@
 
 import math
 import sys
+from typing import Any
 
 import networkx
 import numpy as np
@@ -249,7 +250,7 @@ def test_null_has_the_size_of_the_observed_hypergraph():
 
 def test_image_null_equals_new_labels():
     scores, labels = separated(images=30)
-    options = {"vertices": "image", "threshold": 0.05}
+    options: dict[str, Any] = {"vertices": "image", "threshold": 0.05}
     test = separation_test(scores, labels, permutations=3, seed=2, **options, **QUIET)
     generator = np.random.default_rng(2)
     for draw in range(3):

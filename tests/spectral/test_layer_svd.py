@@ -1,5 +1,7 @@
 """Singular directions of one layer, and of all layers of a model."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -298,7 +300,7 @@ class TestModels:
     ],
 )
 def test_torchvision_families(name, layers):
-    options = {"init_weights": False} if name == "googlenet" else {}
+    options: dict[str, Any] = {"init_weights": False} if name == "googlenet" else {}
     model = torchvision.models.get_model(name, weights=None, **options)
     svds = model_svd(model)
     expected = sum(isinstance(m, (nn.Conv2d, nn.Linear)) for m in model.modules())
@@ -395,7 +397,9 @@ def test_every_torchvision_classifier_is_listed_whole(monkeypatch):
     names = torchvision.models.list_models(module=torchvision.models)
     assert len(names) >= 80
     for name in names:
-        options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+        options: dict[str, Any] = (
+            {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+        )
         regnet = name.startswith("regnet")  # computes its widths with tensors, which meta cannot
         if regnet and not name.endswith("400mf"):
             continue

@@ -1,5 +1,7 @@
 """Pictures of exemplars, hypergraphs and profiles draw what they are given."""
 
+from typing import Any
+
 import matplotlib.colors
 import numpy as np
 import pytest
@@ -158,7 +160,7 @@ def test_which_directions_are_drawn():
 
 def test_layers_whose_rule_found_nothing_are_gaps():
     labels = torch.arange(12) % 3
-    options = {"permutations": 5, "threshold": 0.3, **QUIET}
+    options: dict[str, Any] = {"permutations": 5, "threshold": 0.3, **QUIET}
     nothing = separation_test(torch.zeros(12, 6), labels, **options)
     some = separation_test(torch.eye(3).repeat(1, 2)[labels], labels, **options)
     _, axes = plot_class_separation({"a": nothing, "b": some}, score="purity")
@@ -173,7 +175,7 @@ def test_class_separation_against_depth():
     labels = torch.arange(60) % 3
     noise = torch.rand(60, 24, generator=generator)
     apart = noise + torch.eye(3).repeat_interleave(8, dim=1)[labels]
-    options = {"threshold": 0.05, "permutations": 39, **QUIET}
+    options: dict[str, Any] = {"threshold": 0.05, "permutations": 39, **QUIET}
     tests = {
         "early": separation_test(noise, labels, **options),
         "late": separation_test(apart, labels, **options),

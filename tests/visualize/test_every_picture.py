@@ -2,6 +2,7 @@
 
 import inspect
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -71,7 +72,7 @@ class Data:
     def separation(self):
         labels = torch.arange(12) % self.classes
         scores = self(12, self.filters).float() + torch.rand(12, 1, generator=self.random)
-        options = {"rule": "exemplars", "num_exemplars": 2, "show_progress": False}
+        options: dict[str, Any] = {"rule": "exemplars", "num_exemplars": 2, "show_progress": False}
         return separation_test(scores, labels, permutations=9, **options)
 
     def comparison(self):

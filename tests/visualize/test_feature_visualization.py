@@ -1,5 +1,7 @@
 """Optimised images against optima known by hand; the options; what is left behind."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -65,7 +67,7 @@ def test_a_linear_unit_gets_its_own_pattern(parametrization):
 def test_sums_are_sums():
     model = deep()
     a, b = of_filter("stage1", 1), of_filter("stage2", 2, position="center")
-    options = {"steps": 1, "transform": None, "seed": 3, **QUIET}
+    options: dict[str, Any] = {"steps": 1, "transform": None, "seed": 3, **QUIET}
     alone = [visualize_features(model, one, (2, 8, 8), **options).initial for one in (a, b)]
     mixed = visualize_features(model, a - 0.5 * b, (2, 8, 8), **options).initial
     torch.testing.assert_close(mixed, alone[0] - 0.5 * alone[1])
@@ -126,7 +128,7 @@ def test_normalisation_is_applied():
 
 def test_channels_last_layer():
     twin = pool_linear()
-    options = {"steps": 3, **QUIET}
+    options: dict[str, Any] = {"steps": 3, **QUIET}
     first = visualize_features(twin, of_filter("1", 2, position=(1, 2)), (2, 6, 6), **options)
     last = visualize_features(
         ChannelsLast(twin),
@@ -175,7 +177,7 @@ def test_color_root_is_the_root_of_the_covariance():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("parametrization", ["pixel", "fourier"])
 def test_models_of_any_type(dtype, parametrization):
-    options = {"steps": 20, "parametrization": parametrization, **QUIET}
+    options: dict[str, Any] = {"steps": 20, "parametrization": parametrization, **QUIET}
     objectives = [of_filter("0", 1), of_direction("0", torch.tensor([0.6, -0.8]))]
     plain = visualize_features(hand_made(), objectives, (3, 8, 8), **options)
     seen = visualize_features(hand_made().to(dtype), objectives, (3, 8, 8), **options)
@@ -201,7 +203,12 @@ def test_a_model_of_two_types():
 @pytest.mark.parametrize("parametrization", ["pixel", "fourier"])
 def test_a_model_on_an_accelerator(parametrization):
     objectives = [of_filter("0", 1), of_direction("0", torch.tensor([0.6, -0.8]))]
-    options = {"steps": 3, "parametrization": parametrization, "color_root": torch.eye(3), **QUIET}
+    options: dict[str, Any] = {
+        "steps": 3,
+        "parametrization": parametrization,
+        "color_root": torch.eye(3),
+        **QUIET,
+    }
     plain = visualize_features(hand_made(), objectives, (3, 8, 8), **options)
     with pretend("meta") as device:
         seen = visualize_features(hand_made().to(device), objectives, (3, 8, 8), **options)
@@ -342,7 +349,9 @@ def test_bad_input():
         ({"objectives": of_filter("stage2", 0, position=(1,))}, "positions of shape"),
     ]
     for options, message in cases:
-        arguments = dict(objectives=objective, image_shape=(2, 8, 8), steps=1, **QUIET) | options
+        arguments: dict[str, Any] = (
+            dict(objectives=objective, image_shape=(2, 8, 8), steps=1, **QUIET) | options
+        )
         with pytest.raises(ValueError, match=message):
             visualize_features(model, **arguments)
     with pytest.raises(ValueError, match="expected a vector"):
