@@ -722,7 +722,8 @@ def _check_table(
         raise ValueError("scores of classes with images hold NaN or Inf.")
     for name in ("p_values", "q_values"):
         table = tables[name]
-        if table is not None and not bool(((table[seen] >= 0) & (table[seen] <= 1)).all()):
+        rows = None if table is None else table[seen.to(table.device)]
+        if rows is not None and not bool(((rows >= 0) & (rows <= 1)).all()):
             raise ValueError(f"{name} of classes with images must lie in [0, 1].")
     selected = tables["selected"]
     assert selected is not None

@@ -21,7 +21,9 @@ def highest(scores: Tensor, sizes: Tensor) -> Tensor:
     least = largest.gather(1, (sizes - 1).clamp(min=0)[:, None])
     above, equal = filled > least, filled == least
     missing = sizes[:, None] - above.sum(1, keepdim=True)
-    return (above | (equal & (equal.cumsum(1) <= missing))) & (sizes > 0)[:, None]
+    if bool((equal.sum(1, keepdim=True) > missing).any()):  # ties
+        equal &= equal.cumsum(1, dtype=torch.int32) <= missing
+    return (above | equal) & (sizes > 0)[:, None]
 
 
 def ranks(order: Tensor) -> Tensor:

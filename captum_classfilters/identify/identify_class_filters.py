@@ -299,7 +299,7 @@ def _table(
 
 def _p_values(tally: Tally, sums: dict[str, Tensor], test: LabelPermutation) -> Tensor:
     if tally.source.counts_votes:
-        return vote_p_values(sums["total"], sums["count"])
+        return vote_p_values(sums["total"].cpu(), sums["count"].cpu())
     assert tally.record is not None
     evidence, labels, foreign, targets = tally.record.tensors()
     cells = int((sums["count"] > 0).sum()) * evidence.shape[1]

@@ -89,7 +89,7 @@ class ClassFilterSums(Metric):
         self.count[rows], self.mean[rows], self.m2[rows] = joined
 
     def compute(self) -> dict[str, Tensor]:
-        """The table so far, on the CPU.
+        """The table so far, where the sums are.
 
         Returns:
             *dict* with **count** (C,), **mean** and **standard_error** (C, K), and of whole numbers
@@ -99,11 +99,11 @@ class ClassFilterSums(Metric):
         count, mean, m2 = self._merged()
         number = count.to(torch.float64)[:, None]
         error = (m2 / ((number - 1) * number)).sqrt_()
-        sums = {"total": self.total.cpu()} if self.integer else {}
+        sums = {"total": self.total} if self.integer else {}
         return sums | {
-            "count": count.cpu(),
-            "mean": mean.masked_fill(number == 0, float("nan")).cpu(),
-            "standard_error": error.masked_fill_(number < 2, float("nan")).cpu(),
+            "count": count,
+            "mean": mean.masked_fill(number == 0, float("nan")),
+            "standard_error": error.masked_fill_(number < 2, float("nan")),
         }
 
     def _merged(self) -> tuple[Tensor, Tensor, Tensor]:
