@@ -256,7 +256,7 @@ def test_data_are_read_in_one_file():
 ITERATING = ("enumerate", "iter", "list", "tqdm", "zip")
 TRAINING = {"cli.demo"}  # a plain loop, as a reader of the demo would write it
 # Modules that still loop by themselves.
-TO_BE_READ = {"pruning.baseline_scores", "pruning.specialise"}
+TO_BE_READ = {"pruning.baseline_scores", "pruning.specialize"}
 
 
 def test_nothing_in_the_core_is_unused():
@@ -399,7 +399,7 @@ def test_american_spelling():
 
 
 # Names of the first release.
-KEPT = {"favoured", "normalise", "reinitialise", "selectivity_regulariser", "specialise"}
+KEPT = {"favored", "normalize", "reinitialize", "selectivity_regularizer", "specialize"}
 
 
 @pytest.mark.parametrize("word", DEFAULTS)
@@ -447,5 +447,5 @@ HOW_IS_OPEN = {
     ("LayerwiseFineTuning.__init__", "show_progress"),
     ("standard_methods", "show_progress"),
     # Not yet.
-    ("specialise", "unpack"),
+    ("specialize", "unpack"),
 }

@@ -374,7 +374,7 @@ def test_every_entry_with_a_loader_is_here():
         "identify_class_filters",
         "standard_methods",  # compare_methods
         "compress_layer",  # evaluates by evaluate_classifier
-        "specialise",
+        "specialize",
         "response_chroma",
         "ClassGateCallback",
     }

@@ -55,7 +55,7 @@ from captum_classfilters.pruning import (
     filter_importance_baselines,
     prunable_layers,
     response_chroma,
-    specialise,
+    specialize,
 )
 from captum_classfilters.spectral import (
     compare_with_random,
@@ -197,7 +197,7 @@ ENTRIES = {
     "baselines": lambda m: filter_importance_baselines(m, "2", batches(), **QUIET),
     "accuracy_after_removal": lambda m: accuracy_after_removal(m, "2", [1, 0], batches(), **QUIET),
     "compress_layer": lambda m: compress_layer(m, "0", images()),
-    "specialise": lambda m: specialise(m, table(), [0, 2], images(), dataloader=batches(), **QUIET),
+    "specialize": lambda m: specialize(m, table(), [0, 2], images(), dataloader=batches(), **QUIET),
     "response_chroma": lambda m: response_chroma(
         nn.Sequential(TwoOfThree(), m), "1.2", [torch.ones(4, 3, 6, 6)] * 2, **QUIET
     ),

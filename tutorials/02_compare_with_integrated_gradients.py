@@ -242,7 +242,7 @@ figure, _ = plot_filter_contrast(contrast)
 errors = confusion_filters(contribution, digits.test, show_progress=False)
 true, predicted = errors.largest()[0]
 cell = errors.cell(true, predicted)
-print(f"images of {cell.against} taken for {cell.favoured}:", cell.num_images)
+print(f"images of {cell.against} taken for {cell.favored}:", cell.num_images)
 print("driven by the filters", cell.strongest(3).tolist())
 
 # %% [markdown]

@@ -32,7 +32,7 @@ from captum_classfilters.pruning import (
     filter_importance_baselines,
     prunable_layers,
     removal_order,
-    specialise,
+    specialize,
 )
 from captum_classfilters.visualize import plot_class_bars, plot_filter_grid, plot_removal_curves
 
@@ -162,5 +162,5 @@ print(prunable_layers(model, x[:2]))
 table = LayerFilterContribution(model, "filters").identify(
     digits.train, num_filters=8, show_progress=False
 )
-specialist = specialise(model, table, [3, 5, 8], x[:8], dataloader=report, show_progress=False)
+specialist = specialize(model, table, [3, 5, 8], x[:8], dataloader=report, show_progress=False)
 print(specialist.accuracy)

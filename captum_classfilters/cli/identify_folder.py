@@ -204,7 +204,7 @@ def _without_auxiliary(model: nn.Module) -> nn.Module:
 
 
 def image_folder(path: str | os.PathLike[str], image_size: int) -> "ImageFolder":
-    """An image folder with torchvision's usual preparation: resize, centre crop, normalise.
+    """An image folder with torchvision's usual preparation: resize, centre crop, normalize.
 
     Args:
 

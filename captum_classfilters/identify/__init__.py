@@ -14,7 +14,7 @@ from captum_classfilters.identify.contrastive import confusion_filters, contrast
 from captum_classfilters.identify.evidence import Evidence, collect_evidence
 from captum_classfilters.identify.exemplars import exemplars
 from captum_classfilters.identify.identify_class_filters import identify_class_filters
-from captum_classfilters.identify.random_weights import random_weights_null, reinitialise
+from captum_classfilters.identify.random_weights import random_weights_null, reinitialize
 from captum_classfilters.identify.receptive_field import receptive_field
 from captum_classfilters.identify.significance import (
     LabelPermutation,
@@ -45,10 +45,13 @@ __all__ = [
     "permutation_p_values",
     "random_weights_null",
     "receptive_field",
-    "reinitialise",
+    "reinitialize",
     "unit_scores",
     "vote_p_values",
 ]
+
+# Its spelling in the first release.
+reinitialise = reinitialize
 
 
 def __getattr__(name: str) -> type:

@@ -29,7 +29,7 @@ class FilterContrast:
 
     Args:
 
-        favoured (str): Name of the class that positive scores speak for.
+        favored (str): Name of the class that positive scores speak for.
         against (str): Name of the class that negative scores speak for.
         scores (Tensor): Shape (K,).
         standard_errors (Tensor): Shape (K,). NaN where there are too few images.
@@ -41,7 +41,7 @@ class FilterContrast:
         provenance (dict): Where the numbers come from.
     """
 
-    favoured: str
+    favored: str
     against: str
     scores: Tensor
     standard_errors: Tensor
@@ -85,7 +85,7 @@ class FilterContrast:
         return torch.stack([self.scores - reach, self.scores + reach], dim=1)
 
     def strongest(self, num_filters: int) -> Tensor:
-        """The filters that speak most for :attr:`favoured`, best first; ties to the lower index.
+        """The filters that speak most for :attr:`favored`, best first; ties to the lower index.
 
         Args:
 
@@ -188,7 +188,7 @@ class ConfusionFilters:
 def contrast_classes(
     method: LayerAttribution,
     dataloader: Dataloader,
-    favoured: int | str,
+    favored: int | str,
     against: int | str,
     *,
     class_names: Sequence[str] | None = None,
@@ -217,7 +217,7 @@ def contrast_classes(
 
         method (LayerAttribution): A method whose evidence depends on the target, on one layer.
         dataloader (iterable): Batches of (inputs, labels); images of other classes are passed over.
-        favoured (int or str): Class *a*, by index, or by name where names are known.
+        favored (int or str): Class *a*, by index, or by name where names are known.
         against (int or str): Class *b*.
         class_names (sequence of str, optional): C names. By default those of the data set.
         reduction, attribute_kwargs, attribute_to_layer_input, unpack, device, show_progress: As for
@@ -251,7 +251,7 @@ def contrast_classes(
     for batch, labels, outputs in pass_.batches(dataloader, show_progress):
         if not pair:
             names = names_of_classes(names, outputs.shape[1])
-            pair = [index_of_class(favoured, names), index_of_class(against, names)]
+            pair = [index_of_class(favored, names), index_of_class(against, names)]
             if pair[0] == pair[1]:
                 raise ValueError(f"Both classes are {names[pair[0]]!r}; give two different ones.")
         ours = (labels == pair[0]) | (labels == pair[1])
@@ -273,7 +273,7 @@ def contrast_classes(
     variances = values["standard_error"] ** 2
     freedom = variances.sum(0) ** 2 / (variances**2 / (values["count"][:, None] - 1)).sum(0)
     return FilterContrast(
-        favoured=names[pair[0]],
+        favored=names[pair[0]],
         against=names[pair[1]],
         scores=scores[:-1],
         standard_errors=variances.sum(0).sqrt()[:-1],
@@ -412,26 +412,26 @@ class _Pass:
                 yield batch, labels.cpu(), outputs.cpu()
 
     def difference(
-        self, batch: Batch, outputs: Tensor, chosen: Tensor, favoured: Tensor, against: Tensor
+        self, batch: Batch, outputs: Tensor, chosen: Tensor, favored: Tensor, against: Tensor
     ) -> Tensor:
         """Evidence for one target minus that for another, and the margin as a last column."""
         images = tuple(image[chosen.to(image.device)] for image in batch.inputs)
         evidence = [
             self.source.attributed(images, targets.to(batch.device))
-            for targets in (favoured, against)
+            for targets in (favored, against)
         ]
         logits = outputs[chosen].double()
-        margin = logits.gather(1, favoured[:, None]) - logits.gather(1, against[:, None])
+        margin = logits.gather(1, favored[:, None]) - logits.gather(1, against[:, None])
         return torch.cat([(evidence[0] - evidence[1]).cpu().double(), margin], dim=1)
 
 
 def _cell(
-    values: dict[str, Tensor], position: int, favoured: str, against: str, pass_: _Pass
+    values: dict[str, Tensor], position: int, favored: str, against: str, pass_: _Pass
 ) -> FilterContrast:
     mean = values["mean"][position]
     number = int(values["count"].reshape(-1)[position])
     return FilterContrast(
-        favoured=favoured,
+        favored=favored,
         against=against,
         scores=mean[:-1],
         standard_errors=values["standard_error"][position, :-1],

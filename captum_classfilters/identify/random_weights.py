@@ -142,7 +142,7 @@ def random_weights_null(
             twin = copy.deepcopy(method)
             random_model = module_of(twin.forward_func)
             assert random_model is not None
-            reinitialise(random_model)
+            reinitialize(random_model)
             random.append(identified(twin))
     agreements = [table.agreement(random_table) for random_table in random]
     p_values = _p_values(table, random)
@@ -162,7 +162,7 @@ def random_weights_null(
     )
 
 
-def reinitialise(model: nn.Module) -> nn.Module:
+def reinitialize(model: nn.Module) -> nn.Module:
     """Give every module new random weights, by its own ``reset_parameters``; in place.
 
     Args:

@@ -34,7 +34,7 @@ from captum_classfilters.metrics.remove_and_retrain import remove_and_retrain
 from captum_classfilters.metrics.selectivity import (
     class_means,
     class_selectivity_index,
-    selectivity_regulariser,
+    selectivity_regularizer,
 )
 
 __all__ = [
@@ -64,10 +64,11 @@ __all__ = [
     "quantus_explanation",
     "remove_and_retrain",
     "selectivity_filters",
-    "selectivity_regulariser",
+    "selectivity_regularizer",
     "standard_methods",
 ]
 
 # Their spelling in the first release.
 cascading_randomisation = cascading_randomization
 centre_box_maps = center_box_maps
+selectivity_regulariser = selectivity_regularizer

@@ -77,7 +77,7 @@ def class_means(features: Tensor, labels: Tensor, num_classes: int | None = None
     return sums.compute()["mean"]
 
 
-def selectivity_regulariser(activations: Tensor | Sequence[Tensor], labels: Tensor) -> Tensor:
+def selectivity_regularizer(activations: Tensor | Sequence[Tensor], labels: Tensor) -> Tensor:
     r"""
     Mean class selectivity of a batch, differentiable, to be added to a training loss.
 

@@ -16,7 +16,7 @@ from captum_classfilters.pruning.prune_filters import prune_filters
 from captum_classfilters.pruning.pruning_order import PruningOrder
 from captum_classfilters.pruning.removal_curve import accuracy_after_removal, removal_order
 from captum_classfilters.pruning.removal_selectivity import selectivity_test
-from captum_classfilters.pruning.specialise import specialise
+from captum_classfilters.pruning.specialize import specialize
 from captum_classfilters.pruning.weight_compression import compress_layer, magnitude_prune
 
 __all__ = [
@@ -39,6 +39,9 @@ __all__ = [
     "removal_order",
     "response_chroma",
     "selectivity_test",
-    "specialise",
+    "specialize",
     "weight_chroma",
 ]
+
+# Its spelling in the first release.
+specialise = specialize

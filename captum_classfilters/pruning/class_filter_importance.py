@@ -35,7 +35,7 @@ class ClassFilterImportance:
         reduction (str): How scores of several classes become one: ``"max"``, a filter that any
                     class needs stays; ``"mean"``; ``"sum"``.
                     Default: "max"
-        normalise (bool): Divide each layer's importance by its mean size, so that a pruner can
+        normalize (bool): Divide each layer's importance by its mean size, so that a pruner can
                     compare layers.
                     Default: True
 
@@ -72,7 +72,7 @@ class ClassFilterImportance:
         *,
         classes: Sequence[int | str] | None = None,
         reduction: Literal["max", "mean", "sum"] = "max",
-        normalise: bool = True,
+        normalize: bool = True,
     ) -> None:
         torch_pruning().importance.Importance.register(type(self))
         if reduction not in _REDUCTIONS:
@@ -85,7 +85,7 @@ class ClassFilterImportance:
         self._names: dict[nn.Module, str] = {}
         for table in tables:
             scores = _REDUCTIONS[reduction](_rows(table, classes))
-            if normalise:
+            if normalize:
                 scores = scores / scores.abs().mean().clamp(min=1e-12)
             self._add(graph, table, scores)
 

@@ -52,7 +52,7 @@ def plot_filter_contrast(
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_yticks(rows, [f"filter {index}" for index in shown.tolist()], fontsize=8)
     axes.invert_yaxis()
-    favored, against = short_name(contrast.favoured), short_name(contrast.against)
+    favored, against = short_name(contrast.favored), short_name(contrast.against)
     axes.set_xlabel(lines_of(f"evidence for {favored} rather than {against}", 50))
     default = f"{contrast.method} at {contrast.layer}, {contrast.num_images} images"
     axes.set_title(title or default, loc="left", fontsize=10)

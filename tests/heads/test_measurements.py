@@ -25,7 +25,7 @@ from captum_classfilters.metrics import (
     class_means,
     class_selectivity_index,
     evaluate_classifier,
-    selectivity_regulariser,
+    selectivity_regularizer,
 )
 from tests.heads.common import HOLDING, QUIET, data_for, table_for
 from tests.models import joined
@@ -153,24 +153,24 @@ class TestSelectivity:
         expected = class_selectivity_index(
             class_means(maps.detach().mean((2, 3)), labels)[[0, 2]]
         ).mean()
-        assert float(selectivity_regulariser(maps, labels)) == pytest.approx(float(expected))
-        assert torch.autograd.gradcheck(lambda x: selectivity_regulariser([x, x], labels), maps)
+        assert float(selectivity_regularizer(maps, labels)) == pytest.approx(float(expected))
+        assert torch.autograd.gradcheck(lambda x: selectivity_regularizer([x, x], labels), maps)
 
     def test_a_positive_coefficient_lowers_selectivity(self):
         torch.manual_seed(0)
         values = torch.rand(20, 4).requires_grad_()
         labels = torch.arange(20) % 2
-        before = float(selectivity_regulariser(values, labels))
+        before = float(selectivity_regularizer(values, labels))
         optimizer = torch.optim.SGD([values], lr=1.0)
         for _ in range(50):
             optimizer.zero_grad()
-            selectivity_regulariser(values.relu(), labels).backward()
+            selectivity_regularizer(values.relu(), labels).backward()
             optimizer.step()
-        assert float(selectivity_regulariser(values.relu(), labels)) < 0.5 * before
+        assert float(selectivity_regularizer(values.relu(), labels)) < 0.5 * before
 
     def test_refuses_a_batch_of_one_class(self):
         with pytest.raises(ValueError, match="single class"):
-            selectivity_regulariser(torch.rand(3, 2), torch.zeros(3, dtype=torch.long))
+            selectivity_regularizer(torch.rand(3, 2), torch.zeros(3, dtype=torch.long))
 
 
 class TestEssentiality:

@@ -108,7 +108,7 @@ class TestTwoClasses:
         )
         ours = contrast_classes(LayerFilterContribution(model, "stage2"), data, 2, 0, **QUIET)
         assert torch.allclose(found.scores, ours.scores, atol=1e-6)
-        assert (found.favoured, found.against) == ("fox", "cat")
+        assert (found.favored, found.against) == ("fox", "cat")
         frame = found.to_pandas()
         assert frame["filter"][0] == int(found.strongest(1))
         assert (frame["low"] < frame["score"]).all()
@@ -163,7 +163,7 @@ class TestConfusion:
                 assert torch.allclose(cell.scores, each.mean(0), atol=1e-6)
                 margin = (logits[rows, other] - logits[rows, true]).mean()
                 assert cell.margin == pytest.approx(float(margin), abs=1e-6)
-                assert (cell.favoured, cell.against) == (str(other), str(true))
+                assert (cell.favored, cell.against) == (str(other), str(true))
                 if layer == "stage2":
                     bias = model.get_parameter("head.bias").detach()
                     left = float(bias[other] - bias[true])

@@ -26,7 +26,7 @@ from captum_classfilters.identify import (
     false_discovery_adjusted,
     permutation_p_values,
     random_weights_null,
-    reinitialise,
+    reinitialize,
     vote_p_values,
 )
 from tests.models import QUIET, batches, deep, images, joined, pool_linear
@@ -386,7 +386,7 @@ class TestRandomWeights:
                 return x * self.scale
 
         with pytest.raises(ValueError, match=r"'1', a Own, has parameters"):
-            reinitialise(nn.Sequential(nn.Conv2d(2, 2, 1), Own()))
+            reinitialize(nn.Sequential(nn.Conv2d(2, 2, 1), Own()))
         method = LayerFilterFrequency(pool_linear(), "1", top_k=2)
         with pytest.raises(ValueError, match="repetitions=0"):
             random_weights_null(method, batches(), repetitions=0)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from captum_classfilters.metrics import class_selectivity_index, selectivity_regulariser
+from captum_classfilters.metrics import class_selectivity_index, selectivity_regularizer
 
 
 def test_by_hand():
@@ -40,7 +40,7 @@ def test_the_regulariser_refuses_layers_before_a_relu():
     labels = torch.tensor([0, 1, 0, 1])
     maps = torch.randn(4, 3, 2, 2, generator=torch.Generator().manual_seed(0)) - 1
     with pytest.raises(ValueError, match="after its ReLU"):
-        selectivity_regulariser(maps, labels)
+        selectivity_regularizer(maps, labels)
     # Single values may be negative where the means of the classes are not.
     mixed = torch.tensor([[-1.0], [0.5], [3.0], [0.5]])
-    assert float(selectivity_regulariser(mixed, labels)) == pytest.approx(1 / 3, abs=1e-6)
+    assert float(selectivity_regularizer(mixed, labels)) == pytest.approx(1 / 3, abs=1e-6)

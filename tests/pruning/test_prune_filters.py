@@ -571,7 +571,7 @@ def test_importance_follows_the_pruners_steps():
     model, x = settle(deep()), images()
     full = copy.deepcopy(model)
     table = scored("stage2", [[6.0, 5, 1, 4, 2, 3]])
-    importance = ClassFilterImportance(model, table, x, reduction="mean", normalise=False)
+    importance = ClassFilterImportance(model, table, x, reduction="mean", normalize=False)
     pruner = torch_pruning.pruner.BasePruner(
         model,
         x,
@@ -593,7 +593,7 @@ def test_importance_of_chosen_classes_and_of_several_layers():
     full = copy.deepcopy(model)
     one = scored("stage1", [[1.0, 2, 3, 4], [4.0, 3, 2, 1]])
     other = scored("stage2", [[1.0, 1, 1, 1, 1, 1], [6.0, 5, 4, 3, 2, 1]])
-    importance = ClassFilterImportance(model, [one, other], x, classes=["1"], normalise=False)
+    importance = ClassFilterImportance(model, [one, other], x, classes=["1"], normalize=False)
     torch_pruning.pruner.BasePruner(
         model,
         x,

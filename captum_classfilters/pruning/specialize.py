@@ -96,7 +96,7 @@ class Specialist:
     accuracy: SpecialistAccuracy | None
 
 
-def specialise(
+def specialize(
     model: nn.Module,
     class_filters: ClassFilters | Sequence[ClassFilters],
     classes: Sequence[int | str],
@@ -145,14 +145,14 @@ def specialise(
 
         >>> import torch
         >>> from captum_classfilters import LayerFilterContribution
-        >>> from captum_classfilters.pruning import specialise
+        >>> from captum_classfilters.pruning import specialize
         >>> net = torch.nn.Sequential(
         ...     torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1),
         ...     torch.nn.Flatten(), torch.nn.Linear(8, 4))
         >>> images = torch.rand(4, 3, 6, 6)
         >>> table = LayerFilterContribution(net, net[1]).identify(
         ...     [(images, torch.arange(4))], num_filters=2, show_progress=False)
-        >>> specialist = specialise(net, table, [3, 1], images)
+        >>> specialist = specialize(net, table, [3, 1], images)
         >>> specialist.model(images).shape
         torch.Size([4, 2])
     """

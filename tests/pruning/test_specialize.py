@@ -10,8 +10,8 @@ from torch import nn
 from captum_classfilters import ClassFilters, LayerFilterContribution
 from captum_classfilters.cli.demo import load_digits, small_cnn, train_classifier
 from captum_classfilters.metrics import evaluate_classifier
-from captum_classfilters.pruning import specialise
-from captum_classfilters.pruning.specialise import Specialist, _accuracy
+from captum_classfilters.pruning import specialize
+from captum_classfilters.pruning.specialize import Specialist, _accuracy
 from tests.models import QUIET, batches, deep, images, joined
 from tests.pretend_device import host_reads, pretend
 
@@ -31,7 +31,7 @@ def test_outputs_are_the_masked_networks(classes):
     model, data = deep(seed=2), batches(60)
     x, y = joined(data)
     first, second = table_of("stage1", 4), table_of("stage2", 6, seed=1)
-    specialist = specialise(model, [first, second], classes, images(), dataloader=data, **QUIET)
+    specialist = specialize(model, [first, second], classes, images(), dataloader=data, **QUIET)
     with torch.no_grad():
         maps = model.stage1(x) * first.selected[[2, 0]].any(0).reshape(1, -1, 1, 1)
         maps = model.stage2(maps) * second.selected[[2, 0]].any(0).reshape(1, -1, 1, 1)
@@ -63,7 +63,7 @@ def test_a_convolutional_head_is_cut_too():
         nn.Conv2d(2, 6, 3), nn.ReLU(), nn.Conv2d(6, 3, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()
     ).eval()
     table, x = table_of("1", 6), images()
-    specialist = specialise(model, table, ["b", "c"], x)
+    specialist = specialize(model, table, ["b", "c"], x)
     assert (specialist.model[2].out_channels, specialist.model[0].out_channels) == (
         2,
         int(table.selected[1:].any(0).sum()),
@@ -81,7 +81,7 @@ def test_digits_with_half_their_filters():
     model = train_classifier(small_cnn(), digits.train, epochs=8, show_progress=False)
     table = LayerFilterContribution(model, "filters").identify(digits.train, num_filters=8, **QUIET)
     example = next(iter(digits.test))[0][:4]
-    specialist = specialise(model, table, [1, 4, 7], example, dataloader=digits.test, **QUIET)
+    specialist = specialize(model, table, [1, 4, 7], example, dataloader=digits.test, **QUIET)
     assert isinstance(specialist, Specialist)
     assert int(specialist.kept["filters"].sum()) <= 24
     assert specialist.model.filters[0].out_channels == int(specialist.kept["filters"].sum())
@@ -94,17 +94,17 @@ def test_digits_with_half_their_filters():
 def test_accuracy_on_an_accelerator_and_of_every_kind_of_batch():
     model, data = deep(seed=2), batches(60)
     table = table_of("stage2", 6)
-    expected = specialise(model, table, ["c", "a"], images(), dataloader=data, **QUIET).accuracy
+    expected = specialize(model, table, ["c", "a"], images(), dataloader=data, **QUIET).accuracy
     kinds = {
         "list": [(x, y.tolist(), "more") for x, y in data],
         "tuple": [((x,), y) for x, y in data],
         "empty first": [(data[0][0][:0], data[0][1][:0]), *data],
     }
     for name, loader in kinds.items():
-        got = specialise(model, table, ["c", "a"], images(), dataloader=loader, **QUIET).accuracy
+        got = specialize(model, table, ["c", "a"], images(), dataloader=loader, **QUIET).accuracy
         assert torch.equal(got.specialist, expected.specialist), name
         assert torch.equal(got.counts, expected.counts), name
-    smaller = specialise(model, table, ["c", "a"], images(), **QUIET).model
+    smaller = specialize(model, table, ["c", "a"], images(), **QUIET).model
     reads = []
     for there, times in ((True, 2), (True, 4), (False, 2)):
         with pretend("cuda") as device:
@@ -138,7 +138,7 @@ def test_a_specialist_that_guesses_is_told():
         selected = torch.zeros(2, 6, dtype=torch.bool)
         selected[:, list(filters)] = True
         table = ClassFilters(torch.zeros(2, 6), torch.ones(2), layer="0").with_selection(selected)
-        return specialise(model, table, [0, 1], x[:2], dataloader=data, **QUIET)
+        return specialize(model, table, [0, 1], x[:2], dataloader=data, **QUIET)
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -152,9 +152,9 @@ def test_a_head_whose_weight_is_computed_is_refused_until_the_advice_is_followed
     nn.utils.parametrizations.weight_norm(model.head)
     table = table_of("stage1", 4)
     with pytest.raises(ValueError, match="'head' cannot be cut to some classes") as caught:
-        specialise(model, table, ["a", "c"], x)
+        specialize(model, table, ["a", "c"], x)
     eval(str(caught.value).split("first: ")[1].removesuffix("."))
-    specialist = specialise(model, table, ["a", "c"], x)
+    specialist = specialize(model, table, ["a", "c"], x)
     assert specialist.model(x).shape == (8, 2)
 
 
@@ -177,9 +177,9 @@ def test_bad_input():
         (table, ["a", "b"], {"dataloader": [(x[:2], torch.tensor([2, 2]))]}, "no image of a, b"),
     ]:
         with pytest.raises(ValueError, match=message):
-            specialise(model, tables, classes, x, **options, **QUIET)
+            specialize(model, tables, classes, x, **options, **QUIET)
     hidden = nn.Sequential(
         nn.Conv2d(2, 6, 3), nn.Flatten(), nn.Linear(96, 4), nn.ReLU(), nn.Linear(4, 3)
     ).eval()
     with pytest.raises(ValueError, match="rows of '2' are not the model's outputs"):
-        specialise(hidden, table_of("0", 6), ["a", "b"], x, head="2")
+        specialize(hidden, table_of("0", 6), ["a", "b"], x, head="2")
