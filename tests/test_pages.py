@@ -25,7 +25,7 @@ def test_any_model():
     """Outputs, labels, batches and wrapped models, with the values that the comments promise."""
     torch.manual_seed(0)
     blocks = sections("any_model.md", "What the model returns", "torchvision's families")
-    assert len(blocks) == 6
+    assert len(blocks) == 9
     names: dict[str, Any] = {}
     for block in blocks:
         exec(compile(block, "any_model.md", "exec"), names)
@@ -36,6 +36,18 @@ def test_any_model():
     assert torch.equal(on_one_logit.attribute(images, target=0), -for_class_1)
     assert torch.equal(on_one_logit.attribute(images), for_class_1)
     assert on_one_logit.identify([(images, names["labels"] % 2)]).scores.shape == (2, 8)
+    bins = torch.bucketize(names["value"], names["edges"])
+    assert names["table"].counts.sum() == names["audit"].counts.sum() == 12
+    explained = names["regression"]
+    own = type(method)(explained, "1")
+    low = own.filter_scores(own.attribute(images[bins == 0])).mean(0).double()
+    found = own.identify(
+        [(images, bins)], target=1, class_names=["low", "middle", "high"], num_filters=1
+    )
+    assert torch.allclose(found.scores[0], low, atol=1e-6)
+    assert names["both"].identify(
+        [((images, torch.rand(12, 4)), names["labels"])]
+    ).scores.shape == (3, 8)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -116,7 +116,8 @@ def memberships(labels: object, num_images: int, num_classes: int, batch: int) -
     if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
         raise ValueError(
             f"The labels of batch {batch} are {tensor.dtype}; expected whole numbers, one class "
-            "index for each image."
+            "index for each image. Of values make classes, bins for example: "
+            "unpack=lambda batch: (batch[0], torch.bucketize(batch[1], edges))."
         )
     tensor = tensor.to(torch.int64)
     wrong = (tensor < 0) | (tensor >= num_classes)
