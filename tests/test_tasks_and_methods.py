@@ -8,6 +8,7 @@ import pytest
 import torch
 from captum.attr import LayerGradientXActivation
 from torch import Tensor, nn
+from torchmetrics.functional.classification import multilabel_average_precision
 
 from captum_classfilters import (
     ClassScores,
@@ -338,3 +339,24 @@ def test_accuracy_reduction_on_every_kind_of_data(kind):
     expected = right_answers(case, labels)
     assert int(expected.sum()) > 0
     assert torch.equal(torch.stack([found.lost, found.gained]), expected)
+
+
+def test_multi_hot_labels_are_measured_by_a_metric_that_fits():
+    """Average precision with and without each filter."""
+
+    def precision(scores: Tensor, labels: Tensor) -> Tensor:
+        return multilabel_average_precision(scores, labels.long(), num_labels=3)
+
+    case = CASES["multi_hot"]()
+    case.model.eval()
+    found = LayerFilterAblation(case.model, "conv").identify(case.loader, metric=precision, **QUIET)
+    hot = torch.cat([labels for _, labels in case.loader])
+    with torch.no_grad():
+        for k in range(FILTERS):
+            scores = run(
+                case, lambda maps, k=k: maps * (torch.arange(FILTERS) != k)[:, None, None]
+            )[1]
+            assert found.without[k] == pytest.approx(float(precision(scores, hot)), abs=1e-6)
+        full = run(case, lambda maps: maps)[1]
+    assert found.metric == pytest.approx(float(precision(full, hot)), abs=1e-6)
+    assert found.reduction.abs().max() > 0
