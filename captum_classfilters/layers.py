@@ -1,6 +1,7 @@
 """Which layers of a model have filters that the methods can use, and why the others do not."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +18,12 @@ from captum_classfilters._core.layers import (
     filter_axis,
     layer_layout,
     layer_name,
+    layer_tensors,
     named_layers,
     weighted_before,
 )
 from captum_classfilters._core.named_layers import NamedLayers
+from captum_classfilters._core.outputs import class_scores
 from captum_classfilters._core.taps import hooked
 from captum_classfilters._core.types import ExampleInputs, ModelInputs
 
@@ -116,9 +119,11 @@ def list_filter_layers(
     r"""
     List which layers of a model qualify for class filters, and why the others do not.
 
-    The model runs once in evaluation mode, with a hook on every module. A layer qualifies if it
-    runs exactly once and puts out one floating-point tensor with the images on axis 0 and a channel
-    axis. Nothing here knows a model by its name.
+    The model runs in evaluation mode, with a hook on every module; if it takes images, it runs again
+    on two of them, enlarged by half, because the axis of the filters is the one that keeps its
+    size. A layer qualifies if it runs exactly once and puts out one floating-point tensor with the
+    images on axis 0 and a channel axis; None, numbers and masks beside it do not matter. Nothing
+    here knows a model by its name.
 
     Args:
 
@@ -159,20 +164,35 @@ def list_filter_layers(
         for module in [*seen.calls, *(module for module in names if module not in seen.calls)]
         if not (leaves_only and list(module.children()))
     ]
-    if any(layer.channel_dim is None and layer.reason == _UNKNOWN for layer in layers):
+    if any(_has_two_axes(layer) for layer in layers):
         layers = _with_another_size(seen, inputs, layers)
     return FilterLayers(layers, layer_name(model, seen.head) if seen.head else None)
 
 
+_NOT_EXACT = "contributions are not exact: the model goes on after its last linear layer"
 _UNKNOWN = "filters on axis 1 or the last? Same size: give channel_dim=1 or channel_dim=-1"
+
+
+def _has_two_axes(layer: FilterLayer) -> bool:
+    """Whether the filters may be on axis 1 or on the last."""
+    several = layer.shape is not None and len(layer.shape) > 2
+    return several and (layer.qualifies or layer.reason == _UNKNOWN)
 
 
 def _with_another_size(
     first: "_Seen", inputs: ModelInputs, layers: list[FilterLayer]
 ) -> list[FilterLayer]:
     """The same, the filters' axis told by images of another size: it is the one that stays."""
+    if not any(map(_is_images, inputs)):
+        return layers
+    few = [
+        value[:2]
+        if isinstance(value, Tensor) and value.dim() and len(value) == first.batch
+        else value
+        for value in inputs
+    ]
     larger = tuple(
-        F.interpolate(image, scale_factor=1.5) if _is_images(image) else image for image in inputs
+        F.interpolate(value, scale_factor=1.5) if _is_images(value) else value for value in few
     )
     try:
         seen = _Seen(first.model, first.names, larger)
@@ -182,17 +202,14 @@ def _with_another_size(
     resolved = []
     for layer in layers:
         output = next(iter(seen.calls.get(modules[layer.name], [])), None)
-        if layer.reason == _UNKNOWN and layer.shape and isinstance(output, Tensor):
+        if _has_two_axes(layer) and layer.shape and isinstance(output, Tensor):
             last = len(layer.shape) - 1
-            stays = [axis for axis in (1, last) if output.shape[axis] == layer.shape[axis]]
-            if len(stays) == 1:
-                layer = replace(
-                    layer,
-                    channel_dim=stays[0],
-                    num_filters=layer.shape[stays[0]],
-                    qualifies=True,
-                    reason=first.found(modules[layer.name]).must_be_told(stays[0]),
-                )
+            same_form = output.dim() == last + 1
+            stays = [
+                axis for axis in (1, last) if same_form and output.shape[axis] == layer.shape[axis]
+            ]
+            if len(stays) == 1 and layer.channel_dim != stays[0]:
+                layer = first.describe(modules[layer.name], stays[0])
         resolved.append(layer)
     return resolved
 
@@ -216,7 +233,8 @@ class _Seen:
                 producer = producer.before(module, module_inputs, output)
             self.producers[module] = replace(producer, output=None)
             # Copies, because in-place successors overwrite what a module put out.
-            kept = output.detach().clone() if isinstance(output, Tensor) else output
+            tensors = layer_tensors(output)
+            kept = tensors[0].detach().clone() if len(tensors) == 1 else output
             self.calls.setdefault(module, []).append(kept)
 
         with (
@@ -225,15 +243,17 @@ class _Seen:
             hooked(names, hook),
             record_head(model) as head,
         ):
-            self.output = model(*inputs)
+            output = model(*inputs)
+        self.output: Tensor | None = None
+        with suppress(ValueError):  # the list is asked for before the scores are picked
+            self.output = class_scores(output)
         self.head = head.module
         self.features = None if head.features is None else head.features.detach()
-        self.ends = isinstance(self.output, Tensor) and head.is_output(self.output)
-        self.ends = self.ends and bool(head.computes_its_weight())
+        self.ends = head.is_output(self.output) and bool(head.computes_its_weight())
 
-    def describe(self, module: nn.Module) -> FilterLayer:
-        """A module as a row of the table."""
-        return self.found(module).describe(self.features, self.output, self.ends)
+    def describe(self, module: nn.Module, told: int | None = None) -> FilterLayer:
+        """A module as a row of the table, with the axis of its filters if that is known."""
+        return self.found(module).describe(self.features, self.output, self.ends, told)
 
     def found(self, module: nn.Module) -> "_Found":
         """What is known of a module."""
@@ -280,7 +300,9 @@ class _Found:
     registered_before: nn.Module | None
     batch: int
 
-    def describe(self, features: Tensor | None, model_output: object, ends: bool) -> FilterLayer:
+    def describe(
+        self, features: Tensor | None, scores: Tensor | None, ends: bool, told: int | None
+    ) -> FilterLayer:
         """The module as a row of the table; ``ends`` says that the model ends in its head."""
         output: Any = self.outputs[0] if self.outputs else None
         shape = tuple(output.shape) if isinstance(output, Tensor) else None
@@ -288,14 +310,17 @@ class _Found:
         if reason:
             return self._row(shape, None, None, None, False, reason)
         try:
-            axis, remark = self._axis(output)
+            axis = self._axis(output) if told is None else told
         except ValueError:
             return self._row(shape, None, output.shape[1], None, False, _UNKNOWN)
+        remarks = [self._must_be_told(axis)]
         feed = None if features is None else self._feed(features, output, axis)
-        if isinstance(model_output, Tensor) and torch.equal(output, model_output):
-            feed, remark = None, "puts out the logits"
-        if feed and not ends:
-            remark = "contributions are not exact: the model goes on after its last linear layer"
+        if scores is not None and torch.equal(output, scores):
+            feed = None
+            remarks.append("puts out the logits")
+        elif feed and not ends:
+            remarks.append(_NOT_EXACT)
+        remark = "; ".join(filter(None, remarks))
         return self._row(shape, axis, output.shape[axis], feed, True, remark)
 
     @staticmethod
@@ -320,10 +345,10 @@ class _Found:
             return "axis 0 is not the batch"
         return ""
 
-    def _axis(self, output: Tensor) -> tuple[int, str]:
-        """The filter axis, and a remark where the methods must be told it."""
+    def _axis(self, output: Tensor) -> int:
+        """The filter axis."""
         if declared_filters(self.module) is not None or output.dim() == 2:
-            return filter_axis(self.module, output), ""
+            return filter_axis(self.module, output)
         # A module without weights keeps the layout of the last weighted module that ran before it;
         # methods go by the one that is registered before it.
         before = self.producer.module
@@ -338,12 +363,12 @@ class _Found:
             axis = last
         if axis is None:
             raise ValueError("Axis 1 and the last axis have the same size.")
-        return axis, self.must_be_told(axis)
+        return axis
 
-    def must_be_told(self, axis: int) -> str:
+    def _must_be_told(self, axis: int) -> str:
         """A remark where the methods would take another axis for that of the filters."""
         output = self.outputs[0]
-        if self._axis_after(self.registered_before, output) == axis:
+        if output.dim() == 2 or self._axis_after(self.registered_before, output) == axis:
             return ""
         return f"needs channel_dim={'-1' if axis == output.dim() - 1 else '1'}"
 

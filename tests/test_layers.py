@@ -1,6 +1,6 @@
 """Which layers qualify, which axis holds their filters, and what is said of the others."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -10,12 +10,14 @@ from torch import Tensor, nn
 
 from captum_classfilters import (
     FilterGate,
+    LayerFilterAblation,
     LayerFilterContribution,
     LayerFilterFrequency,
     list_filter_layers,
 )
-from captum_classfilters._core.layers import filter_axis
+from captum_classfilters._core.layers import filter_axis, layer_tensors, only_tensor
 from captum_classfilters.identify import collect_features
+from captum_classfilters.pruning import masked_filters
 
 
 class _Permute(nn.Module):
@@ -25,6 +27,22 @@ class _Permute(nn.Module):
 
     def forward(self, tensor: Tensor) -> Tensor:
         return tensor.permute(self.order)
+
+
+class _FastNorm(nn.LayerNorm):
+    """A forward of its own over the last axis, as timm's."""
+
+    def forward(self, tensor: Tensor) -> Tensor:
+        return torch.layer_norm(tensor, self.normalized_shape, self.weight, self.bias, self.eps)
+
+
+class _EitherNorm(_FastNorm):
+    """Takes channels first and last, whichever fits."""
+
+    def forward(self, tensor: Tensor) -> Tensor:
+        if tensor.shape[-1] == len(self.weight):
+            return super().forward(tensor)
+        return super().forward(tensor.movedim(1, -1)).movedim(-1, 1)
 
 
 class _ChannelsFirstNorm(nn.LayerNorm):
@@ -123,9 +141,18 @@ def test_linear_and_layer_norm_are_read_on_the_last_axis(size: tuple) -> None:
 
 
 @pytest.mark.parametrize("size", [(5, 5), (6, 5), (8, 7), (6, 6)])
-def test_layer_norm_with_its_own_forward_is_read_by_size(size: tuple) -> None:
+def test_layer_norm_with_its_own_forward_is_read_where_it_normalizes(size: tuple) -> None:
     assert _axis(_ChannelsFirstNorm(6), torch.rand(2, 6, *size)) == 1
-    assert filter_axis(_ChannelsFirstNorm(6), torch.rand(2, 9, *size[1:], 6)) == 3
+    assert _axis(_FastNorm(6), torch.rand(2, *size, 6)) == 3
+    assert _axis(_FastNorm(6), torch.rand(2, size[0], 6)) == 2
+
+
+def test_layer_norm_that_takes_either_form_is_read_by_size_or_not_at_all() -> None:
+    norm = _EitherNorm(6)
+    assert _axis(norm, torch.rand(2, 6, 5, 5)) == 1
+    assert _axis(norm, torch.rand(2, 5, 5, 6)) == 3
+    with pytest.raises(ValueError, match="channel_dim=1 or channel_dim=-1"):
+        _axis(norm, torch.rand(2, 6, 5, 6))
 
 
 def test_layer_norm_over_whole_maps_is_channels_first() -> None:
@@ -235,7 +262,7 @@ def test_every_layer_gets_its_row_and_its_reason() -> None:
         "expand": ((3, 32, 12), 1, 2, 12, None, True),
         "gelu": ((3, 32, 12), 1, 2, 12, None, True),
         "attention": (None, 1, None, None, None, False),
-        "pool": (None, 1, None, None, None, False),
+        "pool": ((3, 12, 1), 1, 1, 12, "identical", True),
         "argmax": ((3, 1), 1, None, None, None, False),
         "flatten": ((3, 12), 1, 1, 12, "identical", True),
         "head": ((3, 4), 1, 1, 4, None, True),
@@ -260,7 +287,7 @@ def test_every_layer_gets_its_row_and_its_reason() -> None:
         assert reason in layers[name].reason, name
         assert bool(reason) == bool(layers[name].reason), name
     assert [row.name for row in layers.qualifying] == [row.name for row in layers if row.qualifies]
-    assert [row.name for row in layers.feeding_head] == ["flatten"]
+    assert [row.name for row in layers.feeding_head] == ["pool", "flatten"]
     assert len(layers.to_pandas()) == len(layers) == len(str(layers).splitlines()) - 1
 
 
@@ -313,7 +340,7 @@ def test_modules_without_weights_between_equal_axes() -> None:
     # Images of another size tell: the axis that keeps its size is that of the filters.
     assert found == [1, 1, 1, 3, 3, 3, 3, 1, 1]
     reasons = [layers[str(index)].reason for index in range(9)]
-    assert [reasons[index] for index in (3, 7, 8)] == [
+    assert [reasons[index].split("; ")[0] for index in (3, 7, 8)] == [
         "needs channel_dim=-1",
         "needs channel_dim=1",
         "needs channel_dim=1",
@@ -347,16 +374,44 @@ def test_running_statistics_stay_and_the_pass_is_in_evaluation_mode() -> None:
     net[1].register_forward_pre_hook(lambda module, _inputs: seen.append(module.training))
     before = net[1].running_mean.clone()
     list_filter_layers(net.train(), torch.rand(2, 3, 5, 5))
-    assert seen == [False]
+    assert seen == [False, False]
     torch.testing.assert_close(net[1].running_mean, before, rtol=0, atol=0)
 
 
-def test_only_one_forward_pass_is_made() -> None:
+def test_one_forward_pass_and_another_on_two_larger_images() -> None:
     net = _Everything()
     calls = []
-    net.register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
-    list_filter_layers(net, torch.rand(2, 3, 4, 8))
-    assert calls == [False]
+    net.register_forward_pre_hook(lambda _net, inputs: calls.append(tuple(inputs[0].shape)))
+    list_filter_layers(net, torch.rand(3, 3, 4, 8))
+    assert calls == [(3, 3, 4, 8), (2, 3, 6, 12)]
+
+
+class _Gated(nn.Module):
+    """Channels last: what runs before the activation is a convolution of other width, and what is
+    registered before it is as wide as a map by chance."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(8)
+        self.activation = nn.GELU()
+        self.mix = nn.Conv2d(4, 6, 1)
+        self.last = nn.Identity()
+        self.head = nn.Linear(20, 2)
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps = self.norm(torch.cat([images, images.flip(1)], 1))
+        parts = [maps, self.mix(maps[:, :4]), self.mix(maps[:, 4:])]
+        found = self.activation(torch.cat(parts, 1).movedim(1, -1))
+        return self.head(self.last(found).mean((1, 2)))
+
+
+@pytest.mark.parametrize("size", [(5, 7), (6, 6), (8, 4)])
+def test_images_of_another_size_tell_where_the_filters_are(size: tuple) -> None:
+    layers = list_filter_layers(_Gated(), torch.rand(3, 4, *size))
+    for name in ("activation", "last"):
+        row = layers[name]
+        assert (row.channel_dim, row.num_filters, row.feeds_head) == (3, 20, "mean")
+        assert row.reason == "needs channel_dim=-1"
 
 
 def test_no_examples_are_refused() -> None:
@@ -384,3 +439,141 @@ def test_windows_are_refused_by_every_entry() -> None:
         collect_features(net, "windows.norm", data, show_progress=False)
     with pytest.raises(ValueError, match=message):
         FilterGate(net, "windows.norm")(torch.ones(3, 6), images)
+
+
+# -- layers that hand on a tensor beside other things, or take it by its name -----------------------
+
+
+class _Named(NamedTuple):
+    maps: Tensor
+    size: tuple[int, int]
+
+
+FORMS = {
+    "tuple": lambda maps: (maps, None),
+    "list": lambda maps: [maps, 3],
+    "mapping": lambda maps: {"mask": maps > 0, "maps": maps},
+    "named tuple": lambda maps: _Named(maps, (3, 4)),
+    "nested": lambda maps: ((None, maps), {"size": maps.shape[2:]}),
+}
+BACK = {
+    "tuple": lambda value: value[0],
+    "list": lambda value: value[0],
+    "mapping": lambda value: value["maps"],
+    "named tuple": lambda value: value.maps,
+    "nested": lambda value: value[0][1],
+}
+
+
+class _Block(nn.Module):
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self.form = form
+        self.conv = nn.Conv2d(3, 6, 3)
+
+    def forward(self, *, images: Tensor, scale: float) -> Any:
+        return FORMS[self.form](self.conv(input=images).relu() * scale)
+
+
+class _Reads(nn.Module):
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self.form = form
+
+    def forward(self, size: int, value: Any) -> Tensor:
+        return BACK[self.form](value).mean((2, 3)) * size
+
+
+class _InAnyForm(nn.Module):
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.block, self.reads, self.head = _Block(form), _Reads(form), nn.Linear(6, 3)
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        return {
+            "logits": self.head(input=self.reads(2, value=self.block(images=images, scale=0.5)))
+        }
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_layers_in_any_form(form: str) -> None:
+    net, plain = _InAnyForm(form).eval(), _InAnyForm("tuple").eval()
+    images, labels = torch.rand(6, 3, 5, 5), torch.tensor([0, 1, 2, 0, 1, 1])
+    layers = list_filter_layers(net, images)
+    assert layers.head == "head"
+    assert layers["head"].reason == "puts out the logits"
+    row = layers["block"]
+    assert (row.shape, row.channel_dim, row.qualifies, row.reason) == ((6, 6, 3, 3), 1, True, "")
+    weight = net.head.weight[labels]
+    with torch.no_grad():
+        maps = net.block.conv(images).relu() / 2
+        logits = net.head(2 * maps.mean((2, 3)))
+    terms = 2 * maps.mean((2, 3)) * weight  # what each filter adds to its image's own logit
+    means = torch.stack([terms[labels == one].double().mean(0) for one in range(3)]).float()
+    quiet = {"show_progress": False}
+    data = [{"pixel_values": images, "labels": labels}]
+    for layer, at_input in (("block", False), ("reads", True), ("head", True)):
+        for kind in (LayerFilterContribution, LayerFilterAblation):
+            method = kind(net, layer)
+            table = method.identify(data, attribute_to_layer_input=at_input, **quiet)
+            torch.testing.assert_close(table.scores.float(), means.detach())
+            attributions = method.attribute(
+                images, target=labels, attribute_to_layer_input=at_input
+            )
+            sums = method.filter_scores(attributions, attribute_to_layer_input=at_input)
+            torch.testing.assert_close(sums, terms.detach())
+    with torch.no_grad():
+        gate = FilterGate(net, "block")
+        assert torch.equal(gate(gate.ones(6), images)["logits"], net(images)["logits"])
+        torch.testing.assert_close(net(images)["logits"], logits)
+        gates = gate.ones(6)
+        gates[:, 2] = 0
+        closed = net.head(2 * maps.mean((2, 3)) * gates)
+        torch.testing.assert_close(gate(gates, images)["logits"], closed)
+        kept = torch.arange(6) != 2
+        with masked_filters(net, {"block": kept}):
+            torch.testing.assert_close(net(images)["logits"], closed)
+    assert torch.equal(
+        collect_features(net, "block", data, **quiet)[0],
+        collect_features(plain, "block", data, **quiet)[0],
+    )
+
+
+def test_two_tensors_are_not_one() -> None:
+    net = nn.MultiheadAttention(6, 2, batch_first=True)
+    tokens = torch.rand(2, 5, 6)
+    assert [
+        len(layer_tensors(net(*[tokens] * 3, need_weights=wanted))) for wanted in (True, False)
+    ] == [
+        2,
+        1,
+    ]
+    with pytest.raises(ValueError, match="handles a tuple, not a single tensor"):
+        only_tensor(net(*[tokens] * 3), "attention")
+
+
+@pytest.mark.parametrize("layer", ["1", "2", "3"])
+def test_the_input_of_a_layer_of_tokens_has_its_filters_last(layer: str) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 5), nn.GELU(), nn.Flatten(), nn.Linear(35, 3)
+    )
+    tokens, labels = torch.rand(4, 7, 4), torch.tensor([0, 1, 2, 0])
+    expected = 5 if layer == "3" else 6
+    for kind in (LayerFilterFrequency, LayerFilterContribution, LayerFilterAblation):
+        channel_dim = -1 if layer == "3" else None  # a GELU does not say where
+        method = kind(net, layer, channel_dim=channel_dim)
+        table = method.identify(
+            [(tokens, labels)], attribute_to_layer_input=True, show_progress=False
+        )
+        assert table.scores.shape == (3, expected)
+
+
+def test_all_methods_read_a_layer_without_weights_alike() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 6), nn.GELU(), nn.Flatten(), nn.Linear(42, 3))
+    data = [(torch.rand(4, 7, 4), torch.tensor([0, 1, 2, 0]))]
+    for replacement in ("zero", "mean"):
+        method = LayerFilterAblation(net, "1", replacement=replacement)
+        assert method.identify(data, show_progress=False).scores.shape == (3, 6)

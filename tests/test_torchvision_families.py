@@ -83,7 +83,12 @@ def case(request: pytest.FixtureRequest) -> _Case:
 
 @contextmanager
 def _hooked(layer: nn.Module, hook: Callable[[Tensor], Any]) -> Iterator[None]:
-    handle = layer.register_forward_hook(lambda _module, _inputs, output: hook(output))
+    def call(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+        if isinstance(output, tuple):  # of ViT's attention, without weights
+            return (hook(output[0]), *output[1:])
+        return hook(output)
+
+    handle = layer.register_forward_hook(call)
     try:
         yield
     finally:

@@ -271,16 +271,16 @@ class FilterGraph:
         """The weighted layers that make a layer's filters; several where it concatenates."""
         axis, number = self.width(module, channel_dim)
         numbered = self.trace.outputs[module]
-        numbers = np.broadcast_to(numbered.numbers.ravel(), number)
-        if set(axes_of(numbered.numbers)) - {axis}:
-            numbers = np.zeros(number, np.int64)
+        numbers = np.zeros(number, np.int64)
+        if not set(axes_of(numbered.numbers)) - {axis}:
+            numbers = np.broadcast_to(numbered.numbers.ravel(), number)
         owners = sorted(self.trace.owners_of(numbers))
         if not numbers.all() or len(np.unique(numbers)) < number:
             makers = [self.names[self.trace.sources[owner]] for owner in owners]
             raise ValueError(
-                f"The {number} filters of {self.names[module]!r} cannot be told from "
-                f"{listed(makers) or 'no weighted layer'}; name the convolution or linear layer "
-                "whose filters are to go."
+                f"The {number} filters of {self.names[module]!r} cannot be told from those of "
+                f"{listed(makers) or 'single weighted layers'}; name the convolution or linear "
+                "layer whose filters are to go."
             )
         return [self._source(owner, numbers) for owner in owners]
 

@@ -31,6 +31,7 @@ from captum_classfilters._core.filter_operations import (
     tensors,
     tensors_in,
 )
+from captum_classfilters._core.layers import layer_tensors
 from captum_classfilters._core.taps import hooked, tapped
 from captum_classfilters._core.types import Arguments, Keywords, ModelInputs
 
@@ -238,9 +239,10 @@ class FilterTrace(TorchDispatchMode):
             if use.module is module:
                 break  # else a module whose error the model has caught
         self.runs[module] = self.runs.get(module, 0) + 1
-        tensor = output[0] if isinstance(output, (tuple, list)) and len(output) == 1 else output
-        if not isinstance(tensor, Tensor):
+        found = layer_tensors(output)
+        if len(found) != 1:
             return
+        tensor = found[0]
         if use.ruled and not self._ruled:
             self._follow_module(module, inputs[0], tensor)
         use.output = self._of(tensor)

@@ -19,9 +19,11 @@ from captum_classfilters._core.heads import (
 )
 from captum_classfilters._core.layers import (
     layer_name,
+    layer_tensors,
     module_of,
     positions_last,
     weighted_before,
+    with_tensors,
 )
 from captum_classfilters._core.outputs import class_scores, two_classes
 from captum_classfilters._core.taps import LayerTap, tapping
@@ -113,13 +115,13 @@ class _Reading(LayerTap):
             tensors = [part.leaf.clone() for part in parts if part.leaf is not None]
         elif self.scale == 1:
             return None
-        return tensors[0] if isinstance(value, Tensor) else type(value)(tensors)
+        return with_tensors(value, tensors)
 
     def _tensors(self, value: Any) -> list[Tensor]:
+        tensors = layer_tensors(value)
+        if len(tensors) == 1 or (self.several and tensors):
+            return tensors
         values = list(value) if isinstance(value, (tuple, list)) else [value]
-        whole = values and all(isinstance(part, Tensor) for part in values)
-        if whole and (self.several or len(values) == 1):
-            return values
         kinds = ", ".join(type(part).__name__ for part in values)
         raise ValueError(
             f"The layer {self.name!r} handles a {type(value).__name__} ({kinds}), not a single "

@@ -7,7 +7,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from captum_classfilters._core.types import ForwardFunc
 
@@ -185,11 +187,33 @@ def layer_layout(module: nn.Module | None) -> Literal["first", "last"] | None:
     """Where one weighted leaf puts its channels; None where its class does not say."""
     if isinstance(module, _CHANNELS_FIRST):
         return "first"
-    if isinstance(module, nn.LayerNorm):
-        # A subclass with its own forward may well normalise axis 1 of (N, K, H, W).
-        own_forward = type(module).forward is not nn.LayerNorm.forward
-        return None if own_forward else "last"
+    if isinstance(module, nn.LayerNorm) and type(module).forward is not nn.LayerNorm.forward:
+        return _tried_layout(module)  # it may well normalize axis 1 of (N, K, H, W)
     return "last" if isinstance(module, _CHANNELS_LAST) else None
+
+
+def _tried_layout(norm: nn.LayerNorm) -> Literal["first", "last"] | None:
+    """Where a normalization with a forward of its own has its channels: which form it takes."""
+    if len(norm.normalized_shape) != 1 or list(norm.children()):  # these may be hooked
+        return None
+    width = int(norm.normalized_shape[0])
+    other = 3 if width == 2 else 2
+    like = torch.empty(0) if norm.weight is None else norm.weight
+    taken: list[Literal["first", "last"]] = []
+    with torch.no_grad():
+        with suppress(Exception):  # whatever a foreign forward raises, it does not take this
+            type(norm).forward(norm, like.new_ones(1, width, other, other))
+            taken.append("first")
+        with suppress(Exception):
+            type(norm).forward(norm, like.new_ones(1, other, other, width))
+            taken.append("last")
+    return taken[0] if len(taken) == 1 else None
+
+
+def side_of(layer: nn.Module, at_input: bool) -> nn.Module | None:
+    """Of which module a layer's tensor says where its filters are: on the side of its input only of
+    a layer with a layout of its own, which it takes and puts out alike."""
+    return layer if not at_input or layer_layout(layer) else None
 
 
 def filter_axis(
@@ -229,7 +253,7 @@ def filter_axis(
         return last if _moved_last(leaves[-1], tensor) else 1
     for leaf in reversed(leaves):
         first_fits, last_fits = (tensor.shape[axis] == _width(leaf) for axis in (1, last))
-        if first_fits and last_fits and "last" in layouts:
+        if first_fits and last_fits and layouts != {"first"}:
             raise _two_axes(layer, tensor, leaf)
         if first_fits or last_fits:
             return 1 if first_fits else last
@@ -310,17 +334,31 @@ def along_filters(values: Tensor, like: Tensor, axis: int) -> Tensor:
     return values.reshape(shape)
 
 
+def layer_tensors(value: object) -> list[Tensor]:
+    """The tensors that a layer takes or puts out, those of floating-point numbers if there are any:
+    itself, or what tuples, lists, mappings and data classes that PyTorch knows hold beside None,
+    numbers and masks."""
+    tensors = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+    return [tensor for tensor in tensors if tensor.is_floating_point()] or tensors
+
+
+def with_tensors(value: object, tensors: Sequence[Tensor]) -> object:
+    """A layer's value with others in place of its tensors; see :func:`layer_tensors`."""
+    places = {id(old): new for old, new in zip(layer_tensors(value), tensors, strict=True)}
+    leaves, form = tree_flatten(value)
+    return tree_unflatten([places.get(id(leaf), leaf) for leaf in leaves], form)
+
+
 def only_tensor(value: object, name: str) -> Tensor:
-    """The single tensor that a layer takes or puts out."""
-    if isinstance(value, (tuple, list)) and len(value) == 1:
-        value = value[0]
-    if not isinstance(value, Tensor):
+    """The single tensor that a layer takes or puts out, by itself or beside what is no tensor."""
+    tensors = layer_tensors(value)
+    if len(tensors) != 1:
         raise ValueError(
             f"The layer {name!r} handles a {type(value).__name__}, not a single tensor; choose one of "
             "the layers inside it, or explain single images with a method whose `attribute` takes "
             "layers of several tensors."
         )
-    return value
+    return tensors[0]
 
 
 def check_runs(name: str, runs: int) -> None:

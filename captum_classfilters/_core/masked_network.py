@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from captum_classfilters._core.layers import layer_tensors, with_tensors
 from captum_classfilters._core.taps import tapped
 from captum_classfilters._core.types import ModelInputs
 
@@ -34,9 +35,9 @@ def masked(model: nn.Module, masks: Iterable[Mask]) -> Iterator[None]:
     """Zero filters in the outputs, or inputs, of some layers."""
 
     def zeroed(mask: Mask, value: Any) -> object:
-        first = value[0] if isinstance(value, (tuple, list)) else value
-        tensor = first.index_fill(mask.axis, torch.tensor(mask.places, device=first.device), 0)
-        return (tensor, *value[1:]) if mask.at_input else tensor
+        first, *others = layer_tensors(value)
+        places = torch.tensor(mask.places, device=first.device)
+        return with_tensors(value, [first.index_fill(mask.axis, places, 0), *others])
 
     with ExitStack() as stack:
         for mask in masks:

@@ -14,6 +14,8 @@ from captum_classfilters._core.layers import (
     filter_axis,
     only_tensor,
     positions_last,
+    side_of,
+    with_tensors,
 )
 
 
@@ -22,11 +24,16 @@ def hooked(
     modules: Iterable[nn.Module], hook: Callable[[nn.Module, Any, Any], object]
 ) -> Iterator[None]:
     """Call a function with each of these modules, its inputs and its output whenever it has run in
-    the block; what it returns, if not None, takes the output's place."""
+    the block; what it returns, if not None, takes the output's place. Inputs given by their names
+    come after those that are not."""
+
+    def call(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> Any:
+        return hook(module, (*inputs, *named.values()), output)
+
     with ExitStack() as stack:
         stack.enter_context(_running_eagerly())
         for module in modules:
-            stack.callback(module.register_forward_hook(hook).remove)
+            stack.callback(module.register_forward_hook(call, with_kwargs=True).remove)
         yield
 
 
@@ -40,15 +47,21 @@ def tapped(
     Args:
 
         module (nn.Module): The layer.
-        react (Callable): From the layer's output, or from the tuple of its positional inputs, to
-                    what takes its place; None leaves it as it is. A Tensor may replace a tuple or
-                    list that holds a single one.
+        react (Callable): From the layer's output, or from the tuple of its inputs (those given by
+                    their names come last), to what takes its place; None leaves it as it is. A
+                    Tensor may replace whatever holds a single one.
         at_input (bool): Tap the layer's inputs.
                     Default: False
     """
 
-    def pre_hook(_module: nn.Module, inputs: object) -> object:
-        return _in_the_form_of(inputs, react(inputs))
+    def pre_hook(_module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        given = (*inputs, *named.values())
+        taken: Any = _in_the_form_of(given, react(given))
+        if taken is None:
+            return None
+        taken = taken if isinstance(taken, tuple) else (taken,)
+        number = len(inputs)
+        return taken[:number], dict(zip(named, taken[number:], strict=True))
 
     def hook(_module: nn.Module, _inputs: object, output: object) -> object:
         return _in_the_form_of(output, react(output))
@@ -56,7 +69,7 @@ def tapped(
     with ExitStack() as stack:
         stack.enter_context(_running_eagerly())
         if at_input:
-            stack.callback(module.register_forward_pre_hook(pre_hook).remove)
+            stack.callback(module.register_forward_pre_hook(pre_hook, with_kwargs=True).remove)
         else:
             stack.enter_context(hooked([module], hook))
         yield
@@ -71,8 +84,8 @@ def _running_eagerly() -> AbstractContextManager[object]:
 
 
 def _in_the_form_of(value: object, replacement: object) -> object:
-    if isinstance(value, (tuple, list)) and isinstance(replacement, Tensor):
-        return type(value)([replacement])
+    if isinstance(replacement, Tensor) and not isinstance(value, Tensor):
+        return with_tensors(value, [replacement])
     return replacement
 
 
@@ -111,7 +124,7 @@ class LayerTap:
 
     def axis_of(self, tensor: Tensor) -> int:
         """The axis of the filters in the layer's tensor, or in one like it."""
-        module = None if self.at_input else self.module
+        module = side_of(self.module, self.at_input)
         return filter_axis(module, tensor, self.channel_dim, self.before)
 
     def maps_of(self, tensor: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from captum_classfilters._core.layers import (
     layer_name,
     module_of,
     positions_last,
+    side_of,
     weighted_before,
 )
 from captum_classfilters._core.rules import FilterRule
@@ -170,8 +171,9 @@ class LayerFilterAttribution(FilterRule, LayerAttribution):
             *Tensor* of shape (N, K).
         """
         layer, before = None, None
-        if isinstance(self.layer, nn.Module) and not attribute_to_layer_input:
-            layer = self.layer
+        if isinstance(self.layer, nn.Module):
+            layer = side_of(self.layer, attribute_to_layer_input)
+        if layer is not None and not attribute_to_layer_input:
             before = weighted_before(module_of(self.forward_func, [layer]), layer)
         axis = filter_axis(layer, attributions, self.channel_dim, before)
         return positions_last(attributions, axis).sum(2)

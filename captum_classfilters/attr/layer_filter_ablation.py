@@ -16,7 +16,13 @@ from captum_classfilters._core.captum import (
     log_usage,
 )
 from captum_classfilters._core.guard import model_left_as_found
-from captum_classfilters._core.layers import along_filters, filter_axis, module_of
+from captum_classfilters._core.layers import (
+    along_filters,
+    filter_axis,
+    module_of,
+    side_of,
+    weighted_before,
+)
 from captum_classfilters._core.outputs import are_probabilities, as_rows, log_probabilities
 from captum_classfilters._core.replay.suffix_replay import SuffixReplay
 from captum_classfilters._core.targets import class_indices, own_scores
@@ -392,7 +398,7 @@ class LayerFilterAblation(LayerFilterAttribution, PerturbationAttribution):
         at_input: bool = False,
     ) -> SuffixReplay:
         """A batch that has run once, ready to run without filters of a layer."""
-        stands_in = self._stands_in(None if at_input else layer)
+        stands_in = self._stands_in(layer, at_input)
         if layer_baselines is not None:
             baselines = torch.as_tensor(layer_baselines)
             stands_in = lambda tensor: baselines.to(tensor)  # noqa: E731
@@ -409,13 +415,15 @@ class LayerFilterAblation(LayerFilterAttribution, PerturbationAttribution):
             cut=len(self.device_ids or []) < 2,
         )
 
-    def _stands_in(self, layer: nn.Module | None) -> Callable[[Tensor], Tensor] | None:
+    def _stands_in(self, layer: nn.Module, at_input: bool) -> Callable[[Tensor], Tensor] | None:
         if self.replacement == "zero":
             return None
         if self.replacement == "mean":
+            model = module_of(self.forward_func, [layer])
+            before = None if at_input else weighted_before(model, layer)
 
             def mean(tensor: Tensor) -> Tensor:
-                axis = filter_axis(layer, tensor, self.channel_dim)
+                axis = filter_axis(side_of(layer, at_input), tensor, self.channel_dim, before)
                 return tensor.mean([dim for dim in range(tensor.dim()) if dim != axis], True)
 
             return mean

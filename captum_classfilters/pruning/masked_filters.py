@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_classfilters._core.filter_graph import name_of
-from captum_classfilters._core.layers import filter_axis, find_layer, only_tensor
+from captum_classfilters._core.layers import filter_axis, find_layer, only_tensor, with_tensors
 from captum_classfilters._core.types import ForwardFunc
 
 
@@ -86,7 +86,7 @@ def _masked(layer: nn.Module, name: str, mask: Tensor, channel_dim: int | None) 
         shape[axis] = len(mask)
         stays = mask.to(tensor.device).reshape(shape)
         masked = torch.where(stays, tensor, torch.zeros_like(tensor[:1]))
-        return type(output)([masked]) if isinstance(output, (tuple, list)) else masked
+        return with_tensors(output, [masked])
 
     return run
 

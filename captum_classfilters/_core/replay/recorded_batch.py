@@ -18,6 +18,8 @@ from captum_classfilters._core.layers import (
     layer_name,
     module_of,
     only_tensor,
+    side_of,
+    weighted_before,
 )
 from captum_classfilters._core.outputs import class_scores
 from captum_classfilters._core.replay.changed_filters import ChangedFilters, UnchangedSteps
@@ -74,7 +76,9 @@ class RecordedBatch:
         self.not_recorded: str | None = None  # why there is no record of the first run
         with plain_mode():
             self.head = self._first_run(cut)
-            self.axis = filter_axis(None if at_input else layer, self.activation, channel_dim)
+            before = None if at_input else weighted_before(self.model, layer)
+            side = side_of(layer, at_input)
+            self.axis = filter_axis(side, self.activation, channel_dim, before)
             check_batch(self.name, len(self.activation), num_images)
             zero = self.activation.new_zeros(())
             stands_in = replacement(self.activation) if replacement else zero
