@@ -1,0 +1,277 @@
+"""Whole models of other libraries: small, calibrated, and what plain hooks and autograd say of them."""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from captum_classfilters import (
+    FilterGate,
+    LayerFilterAblation,
+    LayerFilterContribution,
+    LayerFilterFrequency,
+    decompose,
+    identify_class_filters,
+    list_filter_layers,
+)
+from captum_classfilters.layers import FilterLayers
+from captum_classfilters.pruning import prune_filters
+
+NUM_CLASSES = 3
+LABELS = torch.tensor([0, 1, 1, 2, 0, 1])  # no two classes alike
+
+
+def images_of(size: int) -> Tensor:
+    """Six images (6, 3, size, size)."""
+    return torch.rand(6, 3, size, size, generator=torch.Generator().manual_seed(1))
+
+
+def batches(images: Tensor) -> list[dict[str, Tensor]]:
+    """The images and their labels as batches of four and two, as Hugging Face's collators make them."""
+    halves = (slice(0, 4), slice(4, 6))
+    return [{"pixel_values": images[part], "labels": LABELS[part]} for part in halves]
+
+
+def scores_of(output: Any) -> Tensor:
+    """The logits in what a model returned."""
+    return output if isinstance(output, Tensor) else output.logits
+
+
+def calibrated(model: nn.Module, images: Tensor) -> nn.Module:
+    """A fresh model in evaluation mode as a trained one would be: running statistics of the images,
+    no weight or bias at zero, and no layer that the next one hardly sees."""
+    torch.manual_seed(0)
+    model.eval()
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.momentum = None
+            module.train()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.uniform_(parameter, 0.1, 0.5)
+        elif parameter.dim() > 1:
+            nn.init.kaiming_normal_(parameter)
+        else:
+            nn.init.uniform_(parameter, 0.6, 1.4)
+    with torch.no_grad():
+        model(images)
+    return model.eval()
+
+
+@dataclass(frozen=True)
+class Place:
+    """A layer's output or input, and the axis of its filters."""
+
+    layer: str
+    axis: int
+    at_input: bool = False
+
+
+def _first(value: Any) -> Tensor:
+    while not isinstance(value, Tensor):
+        value = next(iter(value.values() if isinstance(value, Mapping) else value))
+    return value
+
+
+def _with(value: Any, tensor: Tensor) -> Any:
+    if isinstance(value, tuple):
+        return (tensor, *value[1:])
+    if isinstance(value, Mapping):
+        changed: Any = copy.copy(value)
+        changed[next(iter(value))] = tensor
+        return changed
+    return tensor
+
+
+@contextmanager
+def instead(model: nn.Module, place: Place, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Put what a function makes of a layer's tensor in its place."""
+    module = model.get_submodule(place.layer)
+
+    def before(_module: nn.Module, inputs: Any, named: Any) -> Any:
+        if inputs:
+            return _with(inputs, change(_first(inputs))), named
+        return inputs, _with(named, change(_first(named)))
+
+    def after(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+        return _with(output, change(_first(output)))
+
+    if place.at_input:
+        handle = module.register_forward_pre_hook(before, with_kwargs=True)
+    else:
+        handle = module.register_forward_hook(after)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def own_logits(model: nn.Module, images: Tensor) -> Tensor:
+    """Each image's logit of its own class."""
+    return scores_of(model(images))[range(len(images)), LABELS]
+
+
+def without(model: nn.Module, images: Tensor, place: Place, filters: list[int]) -> Tensor:
+    """Logits with some filters of a layer zero."""
+
+    def zero(tensor: Tensor) -> Tensor:
+        return tensor.index_fill(place.axis, torch.tensor(filters), 0)
+
+    with torch.no_grad(), instead(model, place, zero):
+        return scores_of(model(images))
+
+
+@dataclass
+class Truth:
+    """Means, contributions and drops (N, K) of each image's own logit."""
+
+    means: Tensor
+    contributions: Tensor
+    drops: Tensor
+
+
+def truth(model: nn.Module, images: Tensor, place: Place) -> Truth:
+    """What hooks and autograd say of a layer."""
+    leaves: list[Tensor] = []
+
+    def leaf(tensor: Tensor) -> Tensor:
+        leaves.append(tensor.detach().clone().requires_grad_())
+        return leaves[0].clone()
+
+    with instead(model, place, leaf):
+        full = own_logits(model, images)
+    (gradient,) = torch.autograd.grad(full.sum(), leaves)
+    tensor = leaves[0].detach()
+    others = [axis for axis in range(1, tensor.dim()) if axis != place.axis]
+    total = (tensor * gradient).sum(others) if others else tensor * gradient
+    means = tensor.mean(others) if others else tensor
+    full = full.detach()
+    lost = [
+        full - without(model, images, place, [k])[range(len(images)), LABELS]
+        for k in range(tensor.shape[place.axis])
+    ]
+    return Truth(means, total, torch.stack(lost, 1))
+
+
+def per_class(values: Tensor) -> Tensor:
+    """Means over each class's images (C, K)."""
+    return torch.stack([values[label == LABELS].double().mean(0) for label in range(NUM_CLASSES)])
+
+
+def close(left: Tensor, right: Tensor, tolerance: float = 1e-3) -> None:
+    """Equal up to rounding, on the scale of the largest number."""
+    scale = float(right.abs().max())
+    assert scale > 1e-4
+    torch.testing.assert_close(left.double(), right.double(), rtol=0, atol=tolerance * scale)
+
+
+def check_identification(model: nn.Module, images: Tensor, place: Place) -> None:
+    """Three methods in one pass over dict batches, and gates."""
+    known = truth(model, images, place)
+    methods = [
+        LayerFilterFrequency(model, place.layer, top_k=3, channel_dim=place.axis),
+        LayerFilterContribution(model, place.layer, channel_dim=place.axis),
+        LayerFilterAblation(model, place.layer, channel_dim=place.axis),
+    ]
+    votes, contributions, drops = identify_class_filters(
+        methods,
+        batches(images),
+        num_filters=2,
+        num_classes=NUM_CLASSES,
+        attribute_to_layer_input=place.at_input,
+        show_progress=False,
+    )
+    order = known.means.sort(dim=1, descending=True, stable=True).indices[:, :3]
+    by_hand = torch.zeros_like(known.means).scatter_(1, order, 1.0) * (known.means != 0)
+    assert votes.counts.tolist() == [2, 3, 1]
+    torch.testing.assert_close(votes.scores.double(), per_class(by_hand))
+    close(contributions.scores, per_class(known.contributions))
+    close(drops.scores, per_class(known.drops))
+
+
+def check_gates(model: nn.Module, images: Tensor, place: Place) -> None:
+    """Gates of one change nothing, a gate of zero removes its filter."""
+    gate = FilterGate(model, place.layer, channel_dim=place.axis)
+    with torch.no_grad():
+        logits = scores_of(model(images))
+        gate(
+            torch.ones(1, _width(model, images, place)), images
+        )  # tells how many filters there are
+        ones = gate.ones(len(images))
+        assert torch.equal(scores_of(gate(ones, images)), logits)
+        ones[:, 1] = 0
+        close(scores_of(gate(ones, images)), without(model, images, place, [1]), 1e-5)
+
+
+def _width(model: nn.Module, images: Tensor, place: Place) -> int:
+    widths: list[int] = []
+
+    def see(tensor: Tensor) -> Tensor:
+        widths.append(tensor.shape[place.axis])
+        return tensor
+
+    with torch.no_grad(), instead(model, place, see):
+        model(images)
+    return widths[0]
+
+
+def check_decomposed(model: nn.Module, images: Tensor, head: str, place: Place) -> None:
+    """The decomposed head gives the logits of masked weights."""
+    table = LayerFilterContribution(model, place.layer, channel_dim=place.axis).identify(
+        batches(images),
+        num_classes=NUM_CLASSES,
+        num_filters=3,
+        attribute_to_layer_input=place.at_input,
+        show_progress=False,
+    )
+    assert table.provenance["exact"] is True
+    decomposed = decompose(model, table)
+    masked = copy.deepcopy(model)
+    weight = masked.get_submodule(head).weight
+    assert isinstance(weight, Tensor)
+    with torch.no_grad():
+        weight.mul_(table.selected.reshape(weight.shape))
+        expected = scores_of(masked(images))
+        close(scores_of(decomposed(images)), expected, 1e-5)
+        assert not torch.allclose(expected, scores_of(model(images)))
+
+
+def check_pruned(
+    model: nn.Module, images: Tensor, layer: str, masked_at: Place, refused: str | None
+) -> None:
+    """A pruned layer gives the logits of masked filters, or a refusal that says why."""
+    gone = [0, 2]
+    if refused is not None:
+        with pytest.raises(ValueError, match=refused):
+            prune_filters(model, layer, images, remove=gone, channel_dim=masked_at.axis)
+        return
+    pruned = prune_filters(model, layer, images, remove=gone, channel_dim=masked_at.axis)
+    with torch.no_grad():
+        close(scores_of(pruned(images)), without(model, images, masked_at, gone), 1e-4)
+    numbers = [sum(p.numel() for p in one.parameters()) for one in (pruned, model)]
+    assert numbers[0] < numbers[1]
+
+
+def listed(model: nn.Module, images: Tensor, head: str) -> FilterLayers:
+    """The list of layers, with what holds of every list."""
+    layers = list_filter_layers(model, images)
+    assert layers.head == head
+    assert layers[head].reason == "puts out the logits"
+    assert layers.qualifying
+    reasons = (
+        "never called",
+        "called ",
+        "puts out a ",
+        "axis 0",
+        "filters on axis 1 or",
+        "no channel",
+    )
+    for row in layers:
+        assert row.qualifies or row.reason.startswith(reasons), row
+        assert "not exact" not in row.reason
+    return layers
