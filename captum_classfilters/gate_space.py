@@ -155,7 +155,7 @@ class FilterGate(nn.Module):
         tap = LayerTap(module, self.layer_name, self.channel_dim, react=gate, before=before)
         with tapping([tap]):
             result: Tensor = (self._function or self.model)(*inputs)  # type: ignore[misc]
-        check_runs(self.layer_name, max(map(len, tap.rows.values()), default=0))
+        check_runs(self.layer_name, max(map(len, tap.rows.values()), default=0), module)
         return result
 
     def _own_layer(self) -> nn.Module:

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize, prune
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
@@ -24,7 +23,7 @@ from captum_classfilters._core.filter_trace import (
     Record,
     Use,
 )
-from captum_classfilters._core.guard import model_left_as_found
+from captum_classfilters._core.guard import check_sizes, model_left_as_found
 from captum_classfilters._core.layers import check_runs, filter_axis, find_layer, layer_name
 from captum_classfilters._core.types import ModelInputs
 
@@ -327,11 +326,7 @@ def check_model(model: nn.Module) -> None:
             f"The model is compiled by TorchScript ({type(model).__name__}), whose layers cannot be "
             "followed; give the module that it was made from."
         )
-    if any(is_lazy(parameter) for parameter in model.parameters()):
-        raise ValueError(
-            f"{type(model).__name__} has parameters that get their size from the first input; run "
-            "the model once, then its filters can be followed."
-        )
+    check_sizes(model)
 
 
 def computed_weight(module: nn.Module, name: str) -> str:

@@ -7,6 +7,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 _locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
 _locks_guard = threading.Lock()
@@ -33,12 +34,13 @@ def model_left_as_found(
         with _random_state():
             yield
         return
+    check_sizes(model)
     with _lock_of(model), _random_state():
         training = [(module, module.training) for module in model.modules()]
         gradients = [(p, p.requires_grad, p.grad) for p in model.parameters()]
         try:
             if evaluation:
-                model.eval()
+                _switch_to_evaluation(model)
             if freeze:
                 for parameter, _, _ in gradients:
                     parameter.requires_grad_(False)
@@ -49,6 +51,25 @@ def model_left_as_found(
             for parameter, requires_grad, gradient in gradients:
                 parameter.requires_grad_(requires_grad)
                 parameter.grad = gradient
+
+
+def check_sizes(model: nn.Module) -> None:
+    """Raise if a model has parameters without a size."""
+    if any(is_lazy(parameter) for parameter in model.parameters()):
+        raise ValueError(
+            f"{type(model).__name__} has lazy modules, which get their size from the first input; "
+            "run the model once on a batch, then it can be used here."
+        )
+
+
+def _switch_to_evaluation(model: nn.Module) -> None:
+    try:
+        model.eval()
+    except NotImplementedError as error:
+        raise ValueError(
+            f"{type(model).__name__} is made from an exported program, which has no evaluation mode "
+            "and no layers any more; give the module that it was exported from."
+        ) from error
 
 
 @contextmanager

@@ -30,6 +30,10 @@ def module_of(forward_func: ForwardFunc | None, layers: Sequence[object] = ()) -
     """
     if forward_func is None or isinstance(forward_func, nn.Module):
         return forward_func
+    if type(forward_func).__name__ == "ExportedProgram":
+        raise ValueError(
+            "An ExportedProgram has no layers any more; give the module that it was exported from."
+        )
     modules = [layer for layer in layers if isinstance(layer, nn.Module)]
     for value in _referred_to(forward_func):
         if isinstance(value, nn.Module) and _contains(value, modules):
@@ -361,10 +365,26 @@ def only_tensor(value: object, name: str) -> Tensor:
     return tensors[0]
 
 
-def check_runs(name: str, runs: int) -> None:
+def check_hooks(name: str, module: nn.Module) -> None:
+    """Raise if a module cannot be hooked."""
+    if isinstance(module, torch.jit.ScriptModule):
+        raise ValueError(
+            f"The layer {name!r} is compiled by TorchScript ({type(module).__name__}), where nothing "
+            "can be read or replaced; give the module that it was made from."
+        )
+
+
+def check_runs(name: str, runs: int, module: nn.Module | None = None) -> None:
     """Raise if a layer was not reached exactly once in a forward pass."""
     if runs == 0:
-        raise ValueError(f"The layer {name!r} was never reached by the forward pass.")
+        if module is not None:
+            check_hooks(name, module)
+        inner = [f"{name}.{child}" for child, _ in module.named_children()] if module else []
+        advice = f" Of what it contains, {inner[-1]!r} may run by itself." if inner else ""
+        raise ValueError(
+            f"The layer {name!r} was never reached by the forward pass.{advice} "
+            "list_filter_layers(model, example_inputs) shows which layers run."
+        )
     if runs > 1:
         raise ValueError(
             f"The layer {name!r} was reached {runs} times in one forward pass, so it has no single "

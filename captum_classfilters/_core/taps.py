@@ -33,7 +33,8 @@ def hooked(
     with ExitStack() as stack:
         stack.enter_context(_running_eagerly())
         for module in modules:
-            stack.callback(module.register_forward_hook(call, with_kwargs=True).remove)
+            if not isinstance(module, torch.jit.ScriptModule):  # would refuse, or never call
+                stack.callback(module.register_forward_hook(call, with_kwargs=True).remove)
         yield
 
 
@@ -147,7 +148,7 @@ class LayerTap:
 
     def check(self, num_images: int) -> None:
         """Raise if the layer did not run exactly once, with one row for each image."""
-        check_runs(self.name, max(map(len, self.rows.values()), default=0))
+        check_runs(self.name, max(map(len, self.rows.values()), default=0), self.module)
         check_batch(self.name, sum(rows[0] for rows in self.rows.values()), num_images)
 
 

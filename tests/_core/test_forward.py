@@ -140,7 +140,9 @@ def test_one_forward_pass_and_at_most_one_backward_pass():
     ]
     tables = identify_class_filters(methods, data, **QUIET)
     handle.remove()
-    assert len(runs) == len(data) + 1  # the first batch shows that gradients are needed
+    # The first batch shows that gradients are needed; what two layers' contributions miss takes three
+    # runs of it each.
+    assert len(runs) == len(data) + 1 + 2 * 3
     assert [table.provenance.get("exact") for table in tables] == [None, None, False, True, False]
     runs.clear()
     handle = model.get_submodule("head").register_forward_hook(lambda *_: runs.append(1))

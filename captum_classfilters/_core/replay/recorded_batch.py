@@ -126,7 +126,7 @@ class RecordedBatch:
             self._calls.recording(lambda: runs),
         ):
             output = class_scores(self._run_model())
-        check_runs(self.name, len(runs))
+        check_runs(self.name, len(runs), self.layer)
         self.output = output.detach().clone()
         self.seen = [self.output, *_features(head, 1)[0]]
         self._state = ModuleState(self.model)

@@ -1,0 +1,219 @@
+"""Models of every make: the tables are those of the plain model, or the refusal works when followed."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
+from torch.utils.checkpoint import checkpoint
+
+from captum_classfilters import (
+    ClassFilters,
+    LayerFilterAblation,
+    LayerFilterContribution,
+    LayerFilterFrequency,
+    decompose,
+)
+from tests.models import QUIET, batches, deep
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+METHODS: dict[str, Callable[[nn.Module, str], ClassFilters]] = {
+    "frequency": lambda model, layer: LayerFilterFrequency(model, layer, top_k=2).identify(
+        data_for(model), **QUIET
+    ),
+    "contribution": lambda model, layer: LayerFilterContribution(model, layer).identify(
+        data_for(model), num_filters=2, **QUIET
+    ),
+    "ablation": lambda model, layer: LayerFilterAblation(model, layer).identify(
+        data_for(model), num_filters=2, **QUIET
+    ),
+}
+
+
+def data_for(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """Batches in the type of a model's parameters."""
+    dtype = next((p.dtype for p in model.parameters()), torch.float32)
+    return [(x.to(dtype), y) for x, y in batches(21)]
+
+
+class Around(nn.Module):
+    """Another module around `deep()`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = deep()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+    def part(self, name: str, x: Tensor) -> Tensor:
+        result: Tensor = self.net.get_submodule(name)(x)
+        return result
+
+    def head(self, x: Tensor) -> Tensor:
+        return self.part("head", self.part("flatten", self.part("pool", x)))
+
+
+class FrozenBackbone(Around):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            maps = self.part("stage1", x)
+        return self.head(self.part("stage2", maps))
+
+
+class Checkpointed(Around):
+    def forward(self, x: Tensor) -> Tensor:
+        for name in ("stage1", "stage2"):
+            x = checkpoint(self.net.get_submodule(name), x, use_reentrant=False)
+        return self.head(x)
+
+
+class WithoutLength(nn.Sequential):
+    def __len__(self) -> int:
+        return 0
+
+
+def compiled() -> nn.Module:
+    model = torch.compile(deep(), backend="eager")
+    assert isinstance(model, nn.Module)
+    return model
+
+
+def compiled_in_place() -> nn.Module:
+    model = deep()
+    model.compile(backend="eager")
+    return model
+
+
+def without_length() -> nn.Module:
+    model = deep()
+    model.__class__ = WithoutLength
+    return model
+
+
+def lightning_module() -> nn.Module:
+    lightning = pytest.importorskip("lightning")
+
+    class Module(lightning.LightningModule):  # type: ignore[name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = deep()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x)
+
+    return Module().eval()
+
+
+def weight_norm() -> nn.Module:
+    model = deep()
+    parametrizations.weight_norm(model.get_submodule("stage2.0"))
+    return model
+
+
+def mask_of_ones() -> nn.Module:
+    model = deep()
+    prune.identity(model.get_submodule("stage2.0"), "weight")
+    return model
+
+
+SAME: dict[str, tuple[Callable[[], nn.Module], str, float]] = {
+    "compiled": (compiled, "", 1e-6),
+    "compiled in place": (compiled_in_place, "", 1e-6),
+    "data parallel": (lambda: nn.DataParallel(deep()), "", 1e-6),
+    "lightning": (lightning_module, "net.", 1e-6),
+    "checkpointed": (lambda: Checkpointed().eval(), "net.", 1e-6),
+    "weight norm": (weight_norm, "", 1e-6),
+    "a mask of ones": (mask_of_ones, "", 1e-6),
+    "without length": (without_length, "", 1e-6),
+    "float64": (lambda: deep().double(), "", 1e-6),
+    "bfloat16": (lambda: deep().bfloat16(), "", 3e-2),
+    "float16": (lambda: deep().half(), "", 3e-3),
+    "channels last": (lambda: deep().to(memory_format=torch.channels_last), "", 1e-6),
+}
+
+
+@pytest.mark.parametrize("layer", ["stage1", "stage2"])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("make", SAME)
+def test_a_make_of_model_gives_the_plain_models_tables(make, method, layer):
+    build, prefix, tolerance = SAME[make]
+    model = build()
+    table = METHODS[method](model, prefix + layer)
+    plain = METHODS[method](deep(), layer)
+    assert table.layer == prefix + layer  # the plain name, also of a compiled model
+    if make in ("bfloat16", "float16"):
+        if method != "frequency":  # votes of nearly equal filters may change
+            scale = float(plain.scores.abs().max())
+            assert float((table.scores - plain.scores).abs().max()) < tolerance * scale
+    else:
+        torch.testing.assert_close(table.scores, plain.scores, atol=tolerance, rtol=1e-5)
+    if layer == "stage2" and not prefix and "float16" not in make:  # tables fit both ways
+        x = data_for(model)[0][0]
+        for one, found in ((model, plain), (deep(), table)):
+            small = decompose(one, found, example_inputs=x.to(next(one.parameters()).dtype))
+            assert small(x.to(next(one.parameters()).dtype)).shape == (len(x), 3)
+
+
+def test_a_frozen_backbone_has_no_gradient_inside():
+    model = FrozenBackbone().eval()
+    with pytest.raises(ValueError, match=r"under torch\.no_grad") as refusal:
+        METHODS["contribution"](model, "net.stage1")
+    assert "LayerFilterAblation" in str(refusal.value)  # which is followed:
+    for method, name in (("ablation", "stage1"), ("contribution", "stage2")):
+        found = METHODS[method](model, f"net.{name}")
+        torch.testing.assert_close(found.scores, METHODS[method](deep(), name).scores)
+
+
+def test_quantized_layers_have_no_gradient():
+    model = torch.ao.quantization.quantize_dynamic(deep(), {nn.Linear}, dtype=torch.qint8)
+    with pytest.raises(ValueError, match=r"quantized or rounds.*LayerFilterAblation needs no grad"):
+        METHODS["contribution"](model, "stage1")
+    found = METHODS["ablation"](model, "stage1").scores
+    plain = METHODS["ablation"](deep(), "stage1").scores
+    assert float((found - plain).abs().max()) < 0.1 * float(plain.abs().max())
+
+
+def test_a_block_that_fx_took_apart():
+    model = torch.fx.symbolic_trace(deep())
+    with pytest.raises(ValueError, match=r"contains, 'stage1\.2' may run by itself"):
+        METHODS["contribution"](model, "stage1")
+    found = METHODS["contribution"](model, "stage1.2")
+    torch.testing.assert_close(found.scores, METHODS["contribution"](deep(), "stage1.2").scores)
+
+
+GONE = {
+    "scripted": (lambda: torch.jit.script(deep()), "give the module that it was made from"),
+    "traced": (
+        lambda: torch.jit.trace(deep(), torch.rand(2, 2, 6, 6)),
+        "give the module that it was made from",
+    ),
+    "exported": (
+        lambda: torch.export.export(deep(), (torch.rand(5, 2, 6, 6),)),
+        "give the module that it was exported from",
+    ),
+    "exported module": (
+        lambda: torch.export.export(deep(), (torch.rand(5, 2, 6, 6),)).module(),
+        "give the module that it was exported from",
+    ),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("make", GONE)
+def test_models_whose_layers_are_gone_are_refused(make, method):
+    build, message = GONE[make]
+    with pytest.raises(ValueError, match=message):
+        METHODS[method](build(), "stage1")
+
+
+def test_lazy_modules_run_once_first():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.LazyConv2d(6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.LazyLinear(3)
+    ).eval()
+    with pytest.raises(ValueError, match="run the model once on a batch"):
+        METHODS["contribution"](model, "1")
+    model(batches()[0][0])
+    assert METHODS["contribution"](model, "1").num_filters == 6
