@@ -120,7 +120,7 @@ def list_filter_layers(
     List which layers of a model qualify for class filters, and why the others do not.
 
     The model runs in evaluation mode, with a hook on every module; if it takes images, it runs again
-    on two of them, enlarged by half, because the axis of the filters is the one that keeps its
+    on two of them, twice as large, because the axis of the filters is the one that keeps its
     size. A layer qualifies if it runs exactly once and puts out one floating-point tensor with the
     images on axis 0 and a channel axis; None, numbers and masks beside it do not matter. Nothing
     here knows a model by its name.
@@ -192,7 +192,7 @@ def _with_another_size(
         for value in inputs
     ]
     larger = tuple(
-        F.interpolate(value, scale_factor=1.5) if _is_images(value) else value for value in few
+        F.interpolate(value, scale_factor=2) if _is_images(value) else value for value in few
     )
     try:
         seen = _Seen(first.model, first.names, larger)
@@ -315,7 +315,7 @@ class _Found:
             return self._row(shape, None, output.shape[1], None, False, _UNKNOWN)
         remarks = [self._must_be_told(axis)]
         feed = None if features is None else self._feed(features, output, axis)
-        if scores is not None and torch.equal(output, scores):
+        if scores is not None and torch.equal(output.flatten(), scores.flatten()):
             feed = None
             remarks.append("puts out the logits")
         elif feed and not ends:

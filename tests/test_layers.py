@@ -314,6 +314,23 @@ def test_a_model_that_goes_on_after_its_head_is_told_apart() -> None:
     assert "not exact" in layers["1"].reason
 
 
+def test_a_convolution_of_one_position_is_a_linear_head() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Conv2d(6, 2, 1), nn.Flatten()
+    )
+    images, labels = torch.rand(3, 3, 5, 5), torch.tensor([0, 1, 1])
+    layers = list_filter_layers(net, images)
+    assert (layers.head, layers["1"].feeds_head, layers["1"].reason) == ("3", "mean", "")
+    assert layers["3"].reason == layers["4"].reason == "puts out the logits"
+    table = LayerFilterContribution(net, "1").identify([(images, labels)], show_progress=False)
+    assert table.provenance["exact"] is True
+    with torch.no_grad():
+        terms = net[:3](images).flatten(1) * net[3].weight.flatten(1)[labels]
+    torch.testing.assert_close(table.scores[0].float(), terms[0])
+    torch.testing.assert_close(table.scores[1].float(), terms[1:].mean(0))
+
+
 def test_an_ambiguous_block_does_not_qualify_until_it_is_told() -> None:
     net = nn.Sequential(_convnext_block(6), nn.Flatten(), nn.Linear(216, 2))
     row = list_filter_layers(net, torch.rand(2, 6, 6, 6))["0"]
@@ -383,7 +400,7 @@ def test_one_forward_pass_and_another_on_two_larger_images() -> None:
     calls = []
     net.register_forward_pre_hook(lambda _net, inputs: calls.append(tuple(inputs[0].shape)))
     list_filter_layers(net, torch.rand(3, 3, 4, 8))
-    assert calls == [(3, 3, 4, 8), (2, 3, 6, 12)]
+    assert calls == [(3, 3, 4, 8), (2, 3, 8, 16)]
 
 
 class _Gated(nn.Module):

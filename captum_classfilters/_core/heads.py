@@ -42,7 +42,9 @@ class HeadRecord:
     _versions: tuple[int, int] = (0, 0)
 
     def see(self, module: nn.Module, features: Tensor, logits: Tensor) -> None:
-        """Take note of a linear layer that has just run."""
+        """Take note of a linear layer that has just run; a 1x1 convolution of one position is one."""
+        if features.dim() > 2 and features.shape[2:].numel() == logits.shape[2:].numel() == 1:
+            features, logits = features.flatten(1), logits.flatten(1)
         self.module, self.features, self.logits = module, features, logits
         self.runs[id(module)] = self.runs.get(id(module), 0) + 1
         self._versions = _version(features), _version(logits)
