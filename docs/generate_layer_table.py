@@ -168,7 +168,7 @@ def _has_weights(module: nn.Module) -> bool:
 def masked_model(model: nn.Module, head: str, mask: Tensor) -> nn.Module:
     """The model with its head's weights multiplied by a mask (C, F): decomposition spelt out."""
     masked = copy.deepcopy(model)
-    weight = find_layer(masked, head).weight
+    weight = find_layer(masked, head).get_parameter("weight")
     with torch.no_grad():
         weight.mul_(mask.reshape(weight.shape))
     return masked
@@ -243,6 +243,7 @@ def _decomposed_head(
     )
     decomposed = decompose(model, table, missing="dense")
     mask = find_layer(decomposed, layers.head).mask
+    assert isinstance(mask, Tensor)
     with torch.no_grad():
         same = torch.allclose(
             decomposed(images), masked_model(model, layers.head, mask)(images), atol=1e-5

@@ -1,12 +1,55 @@
 """Tiny models that can be computed by hand, and small data."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 #: For functions that show a progress bar.
 QUIET: dict[str, Any] = {"show_progress": False}
+
+
+if TYPE_CHECKING:
+
+    class Deep(nn.Sequential):
+        """What `deep` makes, with its layers by name."""
+
+        stage1: nn.Sequential
+        stage2: nn.Sequential
+        pool: nn.AdaptiveAvgPool2d
+        flatten: nn.Flatten
+        head: nn.Linear
+else:
+    Deep = nn.Sequential
+
+Layer = TypeVar("Layer", bound=nn.Module)
+Value = TypeVar("Value")
+
+
+def layer_at(model: nn.Module, name: str, kind: type[Layer]) -> Layer:
+    """A layer of a model by its name, which is of the kind named."""
+    found = model.get_submodule(name)
+    assert isinstance(found, kind)
+    return found
+
+
+def conv_at(model: nn.Module, name: str) -> nn.Conv2d:
+    """A convolution of a model by its name."""
+    return layer_at(model, name, nn.Conv2d)
+
+
+def tensor_of(model: nn.Module, name: str) -> Tensor:
+    """A tensor of a model by its name, which need be neither a parameter nor a buffer."""
+    owner, _, attribute = name.rpartition(".")
+    value = getattr(model.get_submodule(owner), attribute)
+    assert isinstance(value, Tensor)
+    return value
+
+
+def known(value: Value | None) -> Value:
+    """What a table or a result need not hold, but does hold here."""
+    assert value is not None
+    return value
 
 
 def pool_linear(
@@ -23,10 +66,10 @@ def pool_linear(
     ).eval()
 
 
-def deep(seed: int = 0) -> nn.Sequential:
+def deep(seed: int = 0) -> Deep:
     """Two stages with batch normalisation and in-place ReLU; "stage1" is an inner layer."""
     torch.manual_seed(seed)
-    model = nn.Sequential()
+    model = Deep()
     model.add_module(
         "stage1", nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(True))
     )

@@ -87,7 +87,7 @@ def compiled_in_place() -> nn.Module:
 
 
 def without_length() -> nn.Module:
-    model = deep()
+    model: nn.Sequential = deep()
     model.__class__ = WithoutLength
     return model
 

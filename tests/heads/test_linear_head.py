@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from captum_classfilters import (
     ClassFilters,
@@ -49,10 +49,13 @@ def with_masked_head(model, name, mask, x):
     head = find_layer(model, name)
 
     def hook(_module, inputs, _output):
-        weight = head.weight.detach()
+        weight, bias = head.weight, head.bias
+        assert isinstance(weight, Tensor)
+        assert isinstance(bias, Tensor | None)
+        weight = weight.detach()
         if weight.dim() > 2:
-            return F.conv2d(inputs[0], weight * mask[:, :, None, None], head.bias)
-        return F.linear(inputs[0], weight * mask, head.bias)
+            return F.conv2d(inputs[0], weight * mask[:, :, None, None], bias)
+        return F.linear(inputs[0], weight * mask, bias)
 
     handle = head.register_forward_hook(hook)
     try:
@@ -208,7 +211,7 @@ def test_a_head_that_observes_sees_nothing():
     model = Net(Quantized(6, 3))
     nn.init.zeros_(model.fc.weight)  # rounding changes nothing: plain as far as it can be seen
     decompose(model, table_for())
-    assert float(model.fc.largest) == 0
+    assert float(model.get_buffer("fc.largest")) == 0
 
 
 def test_random_numbers_and_modes_stay_as_they_were():
@@ -269,9 +272,11 @@ def test_a_head_that_is_never_called_is_not_replaced():
 def test_a_head_with_a_second_reference_is_not_replaced():
     model = Net()
     head = model.fc
-    model.after = lambda scores: scores * 0 + head(torch.ones(1, 6)) * 0 + model.kept(scores)
-    model.kept = lambda scores: scores
-    model.forward = lambda x: head(model.features(x))  # the copy calls the old one
+    model.after = lambda scores: (
+        scores * 0 + head(torch.ones(1, 6)) * 0 + vars(model)["kept"](scores)
+    )
+    vars(model)["kept"] = lambda scores: scores
+    vars(model)["forward"] = lambda x: head(model.features(x))  # the copy calls the old one
     with pytest.raises(ValueError, match="cannot be replaced"):
         decompose(model, table_for(), example_inputs=images())
 
@@ -294,7 +299,7 @@ class TestFindHead:
 
     def test_a_decomposed_head_is_one(self):
         model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), Net().fc)
-        smaller = replace_head(model, "2", decompose(Net(), table_for()).fc)
+        smaller = replace_head(model, "2", decompose(Net(), table_for()).get_submodule("fc"))
         assert find_head(smaller, torch.rand(2, 4))[0] == "2"
         comparison = compare_heads(model, smaller, torch.rand(2, 4), repetitions=1)
         assert comparison.after.head_multiply_adds == 6
@@ -306,7 +311,7 @@ class TestFindHead:
     def test_a_function_is_refused(self):
         model = Net()
         with pytest.raises(ValueError, match=r"is a function; .*pass the module"):
-            find_head(lambda x: model(x))
+            find_head(lambda x: model(x))  # type: ignore[arg-type]
 
 
 class TestReplaceHead:
@@ -334,7 +339,7 @@ def test_weights_are_those_that_the_next_forward_pass_has():
     model = Net()
     torch.nn.utils.weight_norm(model.fc)
     with torch.no_grad():
-        model.fc.weight_g *= 3  # and `weight` is still what it was
+        model.get_parameter("fc.weight_g").mul_(3)  # and `weight` is still what it was
         decomposed = decompose(model, table_for(number=6))
         assert torch.allclose(decomposed(images()), model(images()), atol=1e-5)
 

@@ -26,9 +26,14 @@ from tests.pretend_device import DeviceTensor, host_reads, pretend
 LAYERS = ["stage1.0", "stage2.0"]
 
 
+def scores_of(method, data):
+    """The scores of each layer's table: a method of several layers makes a list of them."""
+    return [part.scores for part in method.identify(data, num_filters=2, **QUIET)]
+
+
 def table(model, data, evidence="signal", **options):
     method = LayerSingularDirection(model, LAYERS, evidence=evidence, **options)
-    return [part.scores for part in method.identify(data, num_filters=2, **QUIET)]
+    return scores_of(method, data)
 
 
 READERS = {
@@ -112,7 +117,7 @@ def test_decompositions_on_the_cpu_follow_the_model(device):
     model = deep()
     method = LayerSingularDirection(model, LAYERS, svds=svds)
     model.to(device)
-    same([part.scores for part in method.identify(batches(), num_filters=2, **QUIET)], expected)
+    same(scores_of(method, batches()), expected)
     assert method.svd("stage1.0").left.device == device
 
 
@@ -120,11 +125,12 @@ def test_decompositions_on_the_cpu_follow_the_model(device):
 def test_a_changed_weight_is_decomposed_again_in_the_next_pass(evidence):
     model, data = deep(), batches()
     method = LayerSingularDirection(model, LAYERS, evidence=evidence)
-    first = [part.scores for part in method.identify(data, num_filters=2, **QUIET)]
+    first = scores_of(method, data)
     same(first, table(deep(), data, evidence))
     scale = torch.linspace(1, 2, 6).reshape(6, 1, 1, 1)
-    model.stage2[0].weight.data.mul_(scale)  # of which autograd's version counter says nothing
-    changed = [part.scores for part in method.identify(data, num_filters=2, **QUIET)]
+    # Autograd's version counter says nothing of it.
+    model.get_parameter("stage2.0.weight").data.mul_(scale)
+    changed = scores_of(method, data)
     same(changed, table(model, data, evidence))
     assert not torch.allclose(changed[1], first[1])
 
@@ -135,7 +141,7 @@ def test_decompositions_of_other_weights_are_refused():
     method = LayerSingularDirection(model, "stage2.0", svds=svds)
     method.attribute(images())
     twin = copy.deepcopy(model)
-    twin.stage2[0].weight.data.add_(0.1)
+    twin.get_parameter("stage2.0.weight").data.add_(0.1)
     for other in (
         {"stage2.0": layer_svd(twin.stage2[0])},
         {"stage2.0": layer_svd(model.stage1[0])},
@@ -145,7 +151,7 @@ def test_decompositions_of_other_weights_are_refused():
             LayerSingularDirection(model, "stage2.0", svds=other).attribute(images())
     with pytest.raises(ValueError, match="is not that of its weight as it is now"):
         random_weights_null(method, data, repetitions=1, seed=1, **QUIET)
-    model.stage2[0].weight.data.add_(0.1)
+    model.get_parameter("stage2.0.weight").data.add_(0.1)
     for use in (
         lambda: method.attribute(images()),
         lambda: method.signals(images()),
@@ -264,9 +270,9 @@ def test_graphs_name_gradients_that_are_not_finite():
 
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(2, 4, 1), Root(), nn.Conv2d(4, 3, 1)).eval()
-    nn.init.zeros_(model[0].weight)
-    nn.init.zeros_(model[0].bias)
-    nn.init.ones_(model[2].bias)
+    nn.init.zeros_(model.get_parameter("0.weight"))
+    nn.init.zeros_(model.get_parameter("0.bias"))
+    nn.init.ones_(model.get_parameter("2.bias"))
     data = [(images(2), torch.zeros(2))]
     with pytest.raises(ValueError, match="gradients of the layer '2' at '0' in batch 0"):
         profile_graph(model, ["0", "2"], data, **QUIET)

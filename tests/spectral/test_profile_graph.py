@@ -171,7 +171,7 @@ def test_bad_input():
     with pytest.raises(ValueError, match="order in which they run"):
         profile_graph(model, ["stage2", "stage1"], data, **QUIET)
     with pytest.raises(ValueError, match="kind='element'"):
-        profile_graph(model, ["stage1", "stage2"], data, kind="element", **QUIET)
+        profile_graph(model, ["stage1", "stage2"], data, kind="element", **QUIET)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="needs them"):
         profile_graph(model, ["stage1", "stage2"], data, kind="direction", **QUIET)
     with pytest.raises(ValueError, match=r"share=1.5; expected"):

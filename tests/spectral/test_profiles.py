@@ -1,5 +1,7 @@
 """The selection rule, profiles and their similarities, by hand and by brute force."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import jaccard_score
 from torch import nn
 
+from captum_classfilters._core.units import Aggregate
 from captum_classfilters.identify import unit_scores
 from captum_classfilters.spectral import (
     influential,
@@ -93,7 +96,7 @@ def test_unit_scores_are_the_maps_reduced():
     x, y = joined(data)
     with torch.no_grad():
         maps = {"stage1.0": model.stage1[0](x), "stage2": model.stage2(model.stage1(x))}
-    for how, reduce in {
+    ways: dict[Aggregate, Callable[[torch.Tensor], torch.Tensor]] = {
         "mean": lambda m: m.mean((2, 3)),
         "max": lambda m: m.amax((2, 3)),
         "min": lambda m: m.amin((2, 3)),
@@ -101,13 +104,14 @@ def test_unit_scores_are_the_maps_reduced():
         "abs_mean": lambda m: m.abs().mean((2, 3)),
         "abs_sum": lambda m: m.abs().sum((2, 3)),
         "l2": lambda m: m.square().sum((2, 3)).sqrt(),
-    }.items():
+    }
+    for how, reduce in ways.items():
         scores, labels = unit_scores(model, list(maps), data, aggregate=how, **QUIET)
         for name in maps:
             torch.testing.assert_close(scores[name], reduce(maps[name]))
         assert torch.equal(labels, y)
     with pytest.raises(ValueError, match="aggregate='median'"):
-        unit_scores(model, "stage2", data, aggregate="median", **QUIET)
+        unit_scores(model, "stage2", data, aggregate="median", **QUIET)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="loader is empty"):
         unit_scores(model, "stage2", [], **QUIET)
     with pytest.raises(ValueError, match="multi-hot"):
@@ -137,7 +141,7 @@ def test_direction_profiles_on_a_residual_net_with_in_place_relu():
     for name, layer_input in inputs.items():
         svd, module = svds[name], model.get_submodule(name)
         output = module(layer_input).detach()
-        bias = module.bias.detach()
+        bias = module.get_parameter("bias").detach()
         centred = output - (bias if name == "3" else bias[:, None, None])
         signal = torch.einsum("nk...,kr->nr...", centred, svd.left)
         means = signal.flatten(2).mean(2) if name != "3" else signal
@@ -245,8 +249,8 @@ def test_similarities_equal_scikit_learn():
 
 def test_profiles_without_units():
     model = nn.Sequential(nn.Conv2d(2, 3, 1), nn.Flatten())
-    nn.init.zeros_(model[0].weight)
-    nn.init.constant_(model[0].bias, -1.0)
+    nn.init.zeros_(model.get_parameter("0.weight"))
+    nn.init.constant_(model.get_parameter("0.bias"), -1.0)
     profiles = profile_images(model, "0", batches(), **QUIET)
     assert profiles[0].size == 0
     assert jaccard(profiles[0], profiles[1]) == 1
@@ -282,7 +286,7 @@ def test_bad_input():
     with pytest.raises(ValueError, match="the profiles have"):
         jaccard(profiles[0], profiles[1], layers=["stage2"])
     with pytest.raises(ValueError, match="measure='cosine'"):
-        similarity_matrix([profiles[0]], "cosine")
+        similarity_matrix([profiles[0]], "cosine")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="no profiles"):
         similarity_matrix([])
     with pytest.raises(IndexError, match="24 images"):

@@ -15,6 +15,7 @@ from captum_classfilters import (
     LayerSingularDirection,
     identify_class_filters,
 )
+from captum_classfilters._core.units import Aggregate
 from captum_classfilters.gates import masking_test
 from captum_classfilters.spectral import (
     FactoredLayer,
@@ -23,7 +24,17 @@ from captum_classfilters.spectral import (
     layer_svd,
     model_svd,
 )
-from tests.models import QUIET, TwoInputs, TwoTensors, batches, deep, hooks_of, images
+from tests.models import (
+    QUIET,
+    TwoInputs,
+    TwoTensors,
+    batches,
+    deep,
+    hooks_of,
+    images,
+    joined,
+    known,
+)
 
 
 def in_place():
@@ -78,7 +89,7 @@ class TestSignals:
         model, x = in_place(), images()
         maps = direction_signals(model, x, [name], aggregate=None)[name]
         maps = maps.reshape(len(x), maps.shape[1], -1)
-        expected = {
+        expected: dict[Aggregate, torch.Tensor] = {
             "mean": maps.mean(2),
             "max": maps.amax(2),
             "min": maps.amin(2),
@@ -107,7 +118,7 @@ class TestSignals:
         with pytest.raises(ValueError, match="no decomposition of '0'"):
             direction_signals(model, x, ["0", "6"], svds=plain)
         with pytest.raises(ValueError, match="aggregate='median'; choose one of 'mean', 'max'"):
-            direction_signals(model, x, aggregate="median")
+            direction_signals(model, x, aggregate="median")  # type: ignore[arg-type]
 
         class Unused(nn.Module):
             def __init__(self):
@@ -150,7 +161,7 @@ class TestSignals:
         layers = [key for key in svds if key.rpartition(".")[2] not in ("query", "key", "value")]
         layers = [key for key in layers if not key.endswith("out_proj")][:: len(layers) // 4]
         x = torch.rand(2, 3, 224, 224)
-        inputs = {}
+        inputs: dict[str, torch.Tensor] = {}
         handles = [
             model.get_submodule(key).register_forward_pre_hook(
                 lambda _m, args, key=key: inputs.__setitem__(key, args[0].clone())
@@ -248,7 +259,7 @@ class TestEvidence:
     def test_bad_input(self):
         model, x = in_place(), images()
         with pytest.raises(ValueError, match="evidence='gradient'"):
-            LayerSingularDirection(model, "0", evidence="gradient")
+            LayerSingularDirection(model, "0", evidence="gradient")  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="ReLU '1' has no weight"):
             LayerSingularDirection(model, "1")
         with pytest.raises(ValueError, match="no layer '9'"):
@@ -282,11 +293,8 @@ class TestTables:
         assert table.layer == "stage2.0.directions"
         assert table.method == "LayerSingularDirection"
         assert table.provenance["options"]["evidence"] == "contribution"
-        scores, labels = [], []
-        for x, y in batches():
-            scores.append(method.filter_scores(method.attribute(x, target=y)))
-            labels.append(y)
-        scores, labels = torch.cat(scores).double(), torch.cat(labels)
+        each = [method.filter_scores(method.attribute(x, target=y)) for x, y in batches()]
+        scores, labels = torch.cat(each).double(), joined(batches())[1]
         for row in range(3):
             assert torch.allclose(table.scores[row], scores[labels == row].mean(0), atol=1e-6)
 
@@ -349,8 +357,8 @@ class TestFactoredLayer:
                 parameter.add_(1)
         assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
         assert isinstance(model[2], nn.Conv2d)
-        assert isinstance(factored[2], FactoredLayer)
-        assert not factored[2].training
+        assert isinstance(factored.get_submodule("2"), FactoredLayer)
+        assert not factored.get_submodule("2").training
 
     def test_gates_and_ablation_of_directions(self):
         model, x = in_place(), images()
@@ -360,7 +368,7 @@ class TestFactoredLayer:
         gates[0, 3] = 0
         direct = copy.deepcopy(model)  # the same direction taken out of the weight by hand
         with torch.no_grad():
-            removed = svd.values[3] * torch.outer(svd.left[:, 3], svd.right[3].flatten())
+            removed = svd.values[3] * torch.outer(svd.left[:, 3], known(svd.right)[3].flatten())
             direct[0].weight.sub_(removed.reshape(direct[0].weight.shape))
         gate = FilterGate(factored, "0.directions")
         assert torch.allclose(gate(gates, x), direct(x), atol=1e-5)
@@ -371,9 +379,11 @@ class TestFactoredLayer:
     def test_low_rank_is_the_best_approximation(self):
         model = in_place()
         factored = factor_layer(model, "0", rank=2)
-        product = factored[0].combination.weight.flatten(1) @ factored[0].directions.weight.flatten(
-            1
+        combination, directions = (
+            factored.get_parameter(f"0.{name}.weight").flatten(1)
+            for name in ("combination", "directions")
         )
+        product = combination @ directions
         error = (product - model[0].weight.flatten(1)).norm().detach()
         values = torch.linalg.svdvals(model[0].weight.detach().flatten(1))
         assert float(error) == pytest.approx(float(values[2:].norm()), rel=1e-4)

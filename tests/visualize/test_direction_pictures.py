@@ -18,7 +18,7 @@ from captum_classfilters.visualize import (
     plot_hypergraph,
     plot_profile_similarity,
 )
-from tests.models import QUIET, deep, images
+from tests.models import QUIET, deep, images, known
 
 
 def dataset(number=5):
@@ -90,7 +90,7 @@ def test_exemplar_sheet_refuses():
     with pytest.raises(ValueError, match="units 0 to 3"):
         plot_exemplars(found, OneChannel(data), [4])
     with pytest.raises(ValueError, match="sides='top'"):
-        plot_exemplars(found, OneChannel(data), [0], sides="top")
+        plot_exemplars(found, OneChannel(data), [0], sides="top")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="Nothing to draw"):
         plot_exemplars(found, OneChannel(data), [])
 
@@ -127,7 +127,7 @@ def test_bands_draw_every_edge_and_vertex():
 
 def test_hypergraph_picture_refuses():
     with pytest.raises(ValueError, match="choose 'incidence' or 'bands'"):
-        plot_hypergraph(graph(), style="circles")
+        plot_hypergraph(graph(), style="circles")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="is a dual"):
         plot_hypergraph(graph().dual())
     empty = Hypergraph(np.zeros((2, 1), dtype=bool), ("a", "b"), ("u0",), np.arange(2), 2)
@@ -164,8 +164,8 @@ def test_layers_whose_rule_found_nothing_are_gaps():
     nothing = separation_test(torch.zeros(12, 6), labels, **options)
     some = separation_test(torch.eye(3).repeat(1, 2)[labels], labels, **options)
     _, axes = plot_class_separation({"a": nothing, "b": some}, score="purity")
-    assert np.isnan(axes.lines[1].get_ydata()[0])
-    assert axes.lines[1].get_ydata()[1] == 1
+    assert np.isnan(np.asarray(axes.lines[1].get_ydata())[0])
+    assert np.asarray(axes.lines[1].get_ydata())[1] == 1
     with pytest.raises(ValueError, match="No layer has the score 'components': the rule found no"):
         plot_class_separation({"a": nothing}, score="components")
 
@@ -181,24 +181,25 @@ def test_class_separation_against_depth():
         "late": separation_test(apart, labels, **options),
     }
     _, axes = plot_class_separation(tests, score="purity")
-    line = axes.lines[1].get_ydata()
+    line = np.asarray(axes.lines[1].get_ydata())
     assert line.tolist() == [test.observed["purity"] for test in tests.values()]
-    median = axes.lines[0].get_ydata()
+    median = np.asarray(axes.lines[0].get_ydata())
     assert median.tolist() == [np.nanmedian(test.null["purity"]) for test in tests.values()]
-    filled = [c for c in axes.collections if len(c.get_offsets()) and "≤" in c.get_label()]
-    chosen = [int(x) for x, _ in filled[0].get_offsets()] if filled else []
+    points = [(np.asarray(c.get_offsets()), str(c.get_label())) for c in axes.collections]
+    filled = [offsets for offsets, label in points if len(offsets) and "≤" in label]
+    chosen = [int(x) for x, _ in filled[0]] if filled else []
     assert chosen == [i for i, t in enumerate(tests.values()) if t.p_values["purity"] <= 0.05]
     assert 1 in chosen
     with pytest.raises(ValueError, match="no layers"):
         plot_class_separation({})
     with pytest.raises(ValueError, match="score='depth'"):
-        plot_class_separation(tests, score="depth")
+        plot_class_separation(tests, score="depth")  # type: ignore[arg-type]
 
 
 def test_profile_similarity():
     values = np.array([[1.0, 0.25], [0.5, 1.0]])
     figure, axes = plot_profile_similarity(values, ["a", "b"], label="share")
-    drawn = np.ma.masked_invalid(axes.images[0].get_array())
+    drawn = np.ma.masked_invalid(known(axes.images[0].get_array()))
     assert drawn.mask.tolist() == [[True, False], [False, True]]
     assert drawn.compressed().tolist() == [0.25, 0.5]
     assert {text.get_text() for text in axes.texts} == {"0.25", "0.50"}

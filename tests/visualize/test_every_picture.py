@@ -206,7 +206,7 @@ CALLS = {
     "plot_removal_curves": lambda d, v, **o: v.plot_removal_curves(d.curves(), **o),
     "plot_spectrum": lambda d, v, **o: v.plot_spectrum(next(iter(d.spectra())), **o),
 }
-SIZES = {
+SIZES: dict[str, dict[str, Any]] = {
     "plain": {"classes": 4, "filters": 6},
     "small": {"classes": 2, "filters": 1},
     "long": {"classes": 5, "filters": 4, "long": True},
@@ -253,7 +253,7 @@ def test_draws_tensors_of_an_accelerator(name):
     data = Data(**SIZES["plain"])
     with pretend("cuda") as device:
         exemplars = data.exemplars()
-        data.exemplars, data.device = lambda: exemplars, device
+        vars(data).update(exemplars=lambda: exemplars, device=device)
         CALLS[name](data, visualize)
 
 
@@ -320,13 +320,14 @@ def test_which_of_a_large_table_is_the_callers_choice():
     _, axes = visualize.plot_class_filters(table, classes=2, filters=300, order="index")
     rows = table.scores.abs().amax(1).topk(2).indices.sort().values
     np.testing.assert_array_equal(axes.images[0].get_array(), table.scores[rows])
-    for options, message in [
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"classes": 0}, "classes=0; expected a positive number"),
         ({"classes": ["cat"]}, "classes hold 'cat'; expected 0 to 49, or names"),
         ({"filters": [300]}, "filters hold 300; expected 0 to 299"),
         ({"filters": []}, "filters are empty"),
         ({"filters": "all"}, "expected a number, or a list"),
-    ]:
+    ]
+    for options, message in cases:
         with pytest.raises(ValueError, match=message):
             visualize.plot_class_filters(table, **options)
 

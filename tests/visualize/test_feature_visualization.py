@@ -23,7 +23,7 @@ def hand_made():
     """Two filters of three channels, 3x3; no entry is zero."""
     model = nn.Sequential(nn.Conv2d(3, 2, 3, bias=False))
     generator = torch.Generator().manual_seed(5)
-    model[0].weight.data.copy_(torch.randn(2, 3, 3, 3, generator=generator))
+    model.get_parameter("0.weight").data.copy_(torch.randn(2, 3, 3, 3, generator=generator))
     return model
 
 
@@ -221,7 +221,7 @@ def test_a_model_on_an_accelerator(parametrization):
 
 def test_a_filter_without_a_gradient_is_named():
     model = deep()
-    model.stage2[1].bias.data[3] = -1e3  # dead behind its ReLU
+    model.get_parameter("stage2.1.bias").data[3] = -1e3  # dead behind its ReLU
     objectives = [of_filter("stage2", 0), of_filter("stage2", 3), of_filter("stage2.1", 3)]
     with pytest.warns(
         UserWarning, match=r"1 of 3 objectives, 1 \(filter 3 of 'stage2'\): the grad"
@@ -332,10 +332,10 @@ def test_transforms_do_what_they_say():
 
 def test_bad_input():
     model, objective = deep(), of_filter("stage2", 0)
-    cases = [
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"objectives": []}, "objectives hold nothing"),
         ({"objectives": ["stage2"]}, "objectives hold str; expected objects"),
-        ({"objectives": of_filter("stage2", 0, position="middle")}, "position='middle'"),
+        ({"objectives": of_filter("stage2", 0, position="middle")}, "position='middle'"),  # type: ignore[arg-type]
         ({"image_shape": (3, 8)}, r"expected \(C, H, W\)"),
         ({"steps": 0}, "steps=0"),
         ({"parametrization": "wavelet"}, "choose 'fourier' or 'pixel'"),
@@ -359,7 +359,7 @@ def test_bad_input():
     with pytest.raises(ValueError, match="reached 2 times"):
         visualize_features(Reused(), of_filter("relu", 0), (2, 6, 6), steps=1, **QUIET)
     broken = deep()
-    broken.stage1[0].weight.data[0] = float("nan")
+    broken.get_parameter("stage1.0.weight").data[0] = float("nan")
     with pytest.raises(ValueError, match="became NaN"):
         visualize_features(broken, objective, (2, 8, 8), steps=1, **QUIET)
     assert hooks_of(model) == hooks_of(broken) == 0

@@ -20,6 +20,7 @@ from captum_classfilters.visualize import (
     plot_explanations,
     plot_filter_maps,
 )
+from tests.models import known
 
 
 def table(classes=3, filters=7, signed=True):
@@ -51,9 +52,10 @@ class TestPictures:
         one = table()
         _, axes = plot_class_filters(one, order="index")
         image = axes.images[0]
-        np.testing.assert_allclose(image.get_array(), one.scores.numpy())
-        assert image.norm.vmin == -image.norm.vmax
-        marked = {(int(y), int(x)) for x, y in axes.collections[0].get_offsets()}
+        np.testing.assert_allclose(known(image.get_array()), one.scores.numpy())
+        low, high = image.get_clim()
+        assert low == -known(high)
+        marked = {(int(y), int(x)) for x, y in np.asarray(axes.collections[0].get_offsets())}
         assert marked == {tuple(cell) for cell in one.selected.nonzero().tolist()}
         assert [label.get_text() for label in axes.get_yticklabels()] == list(one.class_names)
 
@@ -87,7 +89,7 @@ class TestPictures:
             10,
         )
         _, axes = plot_accuracy_curve(curve)
-        drawn = {line.get_label(): list(line.get_ydata()) for line in axes.lines}
+        drawn = {line.get_label(): list(np.asarray(line.get_ydata())) for line in axes.lines}
         assert drawn["ours"] == pytest.approx([20, 50, 90])
         assert drawn["random filters"] == pytest.approx([10, 10, 90])
         assert drawn["all filters"][0] == pytest.approx(90)

@@ -46,10 +46,11 @@ def test_removal_curves_draw_every_order_and_the_band():
     _, axes = plot_removal_curves(RemovalCurves("conv2", 8, orders, accuracy, num_images=1500))
     lines = {line.get_label(): line for line in axes.lines}
     assert set(lines) == {"all filters", "greedy", "random, mean of 2"}
-    np.testing.assert_allclose(lines["greedy"].get_xdata(), [0, 12.5, 25, 37.5])
-    np.testing.assert_allclose(lines["greedy"].get_ydata(), [90, 80, 70, 50], rtol=1e-6)
-    np.testing.assert_allclose(lines["random, mean of 2"].get_ydata(), [90, 60, 40, 20], rtol=1e-5)
-    band = axes.collections[0].get_paths()[0].vertices[:, 1]
+    np.testing.assert_allclose(np.asarray(lines["greedy"].get_xdata()), [0, 12.5, 25, 37.5])
+    np.testing.assert_allclose(np.asarray(lines["greedy"].get_ydata()), [90, 80, 70, 50], rtol=1e-6)
+    mean = np.asarray(lines["random, mean of 2"].get_ydata())
+    np.testing.assert_allclose(mean, [90, 60, 40, 20], rtol=1e-5)
+    band = np.asarray(axes.collections[0].get_paths()[0].vertices)[:, 1]
     assert band.max() == pytest.approx(90)
     assert band.min() == pytest.approx(20 - 100 * np.std([0.3, 0.1], ddof=1), rel=1e-5)
     assert axes.get_title(loc="left") == "accuracy on 1,500 images"
