@@ -14,7 +14,7 @@ from captum_classfilters._core.replay.changed_filters import ChangedFilters, Unc
 from captum_classfilters._core.replay.repeated_batch import CannotReplayError
 from captum_classfilters._core.replay.suffix_replay import SuffixReplay
 from tests._core.test_suffix_replay import by_hand
-from tests.models import images
+from tests.models import images, known
 
 
 class After(nn.Module):
@@ -51,7 +51,7 @@ def norm(number: int = 4) -> nn.BatchNorm2d:
     layer = nn.BatchNorm2d(number)
     generator = torch.Generator().manual_seed(3)
     for tensor in (layer.weight.data, layer.bias.data, layer.running_mean, layer.running_var):
-        tensor.copy_(torch.rand(number, generator=generator) + 0.5)
+        known(tensor).copy_(torch.rand(number, generator=generator) + 0.5)
     return layer
 
 
@@ -116,9 +116,12 @@ def test_unchanged_part_is_computed_once(case, rule, monkeypatch):
     replay = SuffixReplay(model, model.conv, (images(),), closed_form=False)
     written_out, followed = [], []
     spread, one = ChangedFilters.all_rows, getattr(changed, rule)
-    monkeypatch.setattr(
-        ChangedFilters, "all_rows", lambda self: written_out.append(1) or spread(self)
-    )
+
+    def write_out(self):
+        written_out.append(1)
+        return spread(self)
+
+    monkeypatch.setattr(ChangedFilters, "all_rows", write_out)
 
     def counted(*args):
         result = one(*args)
@@ -141,7 +144,11 @@ def test_unchanged_part_is_computed_once_for_all_replays(rows, monkeypatch):
     original = UnchangedSteps.next
 
     def counted(self, name, compute):
-        return original(self, name, lambda: computed.append(name) or compute())
+        def compute_and_note():
+            computed.append(name)
+            return compute()
+
+        return original(self, name, compute_and_note)
 
     monkeypatch.setattr(UnchangedSteps, "next", counted)
     ablation = LayerFilterAblation(model, model.conv)
@@ -162,9 +169,14 @@ def test_unchanged_part_is_computed_once_for_all_replays(rows, monkeypatch):
 
 def test_steps_are_recorded_once():
     steps, runs = UnchangedSteps(), []
+
+    def run():
+        runs.append(1)
+        return len(runs)
+
     for _ in range(3):
         steps.restart()
-        assert [steps.next(name, lambda: runs.append(1) or len(runs)) for name in "ab"] == [1, 2]
+        assert [steps.next(name, run) for name in "ab"] == [1, 2]
     assert len(runs) == 2
     with pytest.raises(CannotReplayError, match="b where a ran before"):
         steps.restart().next("b", lambda: None)

@@ -1,5 +1,8 @@
 """Filters followed through networks whose wiring is written out here."""
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -85,7 +88,7 @@ def test_an_activation_written_out_is_an_activation():
 
 # What is done with maps of 6 filters of 4 x 5 positions, and which filters the channels of the
 # outcome then are; None where they must not be followed.
-OPERATIONS = {
+OPERATIONS: dict[str, tuple[Callable[[Any], Any], Any]] = {
     "pointwise": (lambda maps: maps.exp() + 1, [0, 1, 2, 3, 4, 5]),
     "in place": (lambda maps: F.relu(maps, inplace=True), [0, 1, 2, 3, 4, 5]),
     "cat": (lambda maps: torch.cat([maps, maps], 1), [0, 1, 2, 3, 4, 5] * 2),

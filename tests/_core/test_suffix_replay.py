@@ -16,7 +16,16 @@ from torch import Tensor, nn
 from captum_classfilters import LayerFilterAblation
 from captum_classfilters._core.replay.repeated_batch import RepeatedBatch
 from captum_classfilters._core.replay.suffix_replay import SuffixReplay
-from tests.models import Reused, TwoInputs, TwoTensors, deep, hooks_of, images, pool_linear
+from tests.models import (
+    Reused,
+    TwoInputs,
+    TwoTensors,
+    deep,
+    hooks_of,
+    images,
+    known,
+    pool_linear,
+)
 from tests.pretend_device import host_reads, pretend
 
 
@@ -204,7 +213,7 @@ def test_writing_into_one_copy_leaves_the_record():
     with torch.no_grad():
         batch = RepeatedBatch(rows, 2)
         batch.relu_()
-        batch += torch.ones(16, 2, 6, 6)
+        batch += torch.ones(16, 2, 6, 6)  # type: ignore[misc]  # in place, of its own kind
     assert torch.equal(rows, kept)
     torch.testing.assert_close(batch.all_rows(), kept.relu().repeat(2, 1, 1, 1) + 1)
 
@@ -403,7 +412,7 @@ def test_chance_and_branches_run_whole(function, reason, caplog):
 
 def test_reading_the_models_own_numbers_is_no_branch():
     model = Tail().eval()
-    model.function = lambda h: h * model.scale.item()
+    model.function = lambda h: h * model.get_buffer("scale").item()
     check(model, "relu", images(), "replay")
 
 
@@ -437,7 +446,7 @@ class Skips(nn.Module):
         elif self.how == "kept":
             h = h + self.encoder.kept
         else:  # of another batch this would go unseen by shapes
-            h = h * self.encoder.kept.mean()
+            h = h * known(self.encoder.kept).mean()
         return self.head(h.amax((2, 3)))
 
 
@@ -466,7 +475,9 @@ class Remembers(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.last, self.history, self.by_name = None, [], {}
+        self.last: Tensor | None = None
+        self.history: list[Tensor] = []
+        self.by_name: dict[str, Tensor] = {}
 
     def forward(self, h: Tensor) -> Tensor:
         if self.last is not None and self.last.shape != h.shape:
@@ -481,7 +492,7 @@ def test_a_failed_replay_leaves_no_trace_in_the_modules():
     model = Tail(memory).eval()  # a submodule by its attribute's name
     x = images()
     check(model, "relu", x, "whole model")
-    assert memory.last.shape == memory.by_name["last"].shape == (8, 4, 6, 6)
+    assert known(memory.last).shape == memory.by_name["last"].shape == (8, 4, 6, 6)
     assert {type(h) for h in memory.history} == {Tensor}
     assert {len(h) for h in memory.history} == {8}
 
@@ -498,7 +509,7 @@ def test_images_with_infinite_or_huge_activations(value, clip):
         assert bool(outputs[:, [0, 1, 3, 4, 5, 6, 7]].isfinite().all())
     head = pool_linear()
     with torch.no_grad():
-        head[0].weight.abs_()
+        head.get_parameter("0.weight").abs_()
     check(head, "1", x)
 
 
@@ -568,9 +579,10 @@ def test_what_half_precision_cannot_tell_from_a_linear_head(how):
             return self.head(means.tanh() if how == "before" else means)
 
     model = Half(Before()).eval()
-    replay = SuffixReplay(model, model.model.relu, (images(),))
+    relu = model.get_submodule("model.relu")
+    replay = SuffixReplay(model, relu, (images(),))
     assert replay.way == "replay"
-    expected = by_hand(model, model.model.relu, (images(),), replay.each_filter())
+    expected = by_hand(model, relu, (images(),), replay.each_filter())
     torch.testing.assert_close(replay.outputs(replay.each_filter()), expected, rtol=0.02, atol=0.01)
 
 

@@ -101,7 +101,7 @@ class TestTwoClasses:
         model, data = deep(), batches()
         x, y = joined(data)
         dataset = TensorDataset(x, y)
-        dataset.classes = ["cat", "dog", "fox"]
+        vars(dataset)["classes"] = ["cat", "dog", "fox"]
         loader = DataLoader(dataset, batch_size=7)
         found = contrast_classes(
             LayerGradientXActivation(model, model.stage2), loader, "fox", "cat", **QUIET

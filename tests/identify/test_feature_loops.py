@@ -1,5 +1,7 @@
 """Features, exemplars, receptive fields and activation scores: batches, devices, outputs, by hand."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -30,7 +32,7 @@ def features_of(model, data, **options):
     return collect_features(model, "stage2", data, **QUIET, **options)
 
 
-READERS = {
+READERS: dict[str, Callable[..., object]] = {
     "unit scores": lambda m, d: unit_scores(m, ["stage1", "head"], d, aggregate="max", **QUIET),
     "features": features_of,
     "flat features": lambda m, d: features_of(m, d, flatten=True),
@@ -41,7 +43,7 @@ READERS = {
     "exemplars by norm": lambda m, d: exemplars(m, "stage1", d, aggregate="l2", **QUIET),
     "receptive fields": lambda m, d: receptive_field(m, ["stage1", "head"], d[0][0]),
 }
-WITH_GRADIENTS = {
+WITH_GRADIENTS: dict[str, Callable[..., object]] = {
     "activation scores": lambda m, d: activation_scores(m, "stage1", d, **QUIET),
 }
 
@@ -149,7 +151,7 @@ def test_labels_of_another_task():
         features_of(backbone[:2], [(data[0][0], torch.zeros(5))])
 
 
-@pytest.mark.parametrize("name", {**READERS, **WITH_GRADIENTS})
+@pytest.mark.parametrize("name", [*READERS, *WITH_GRADIENTS])
 def test_a_model_that_takes_only_its_own_batch_size(name):
     """As some exported models do."""
     model, data = deep(), batches(12, batch_size=4)
@@ -169,13 +171,15 @@ def test_exemplars_with_labels_of_any_kind():
             ].highest,
             found,
         )
-    for variant in (
+    for unlabelled in (
         lambda x, y: x,
         lambda x, y: (x,),
         lambda x, y: (x, y.float()),
         lambda x, y: (x, F.one_hot(y)),
     ):
-        without = exemplars(model, "1", [variant(*b) for b in data], num_exemplars=2, **QUIET)["1"]
+        without = exemplars(model, "1", [unlabelled(*b) for b in data], num_exemplars=2, **QUIET)[
+            "1"
+        ]
         assert without.highest.label is None
         assert torch.equal(without.highest.image, found.image)
     mixed = [data[0], *((x, y.float()) for x, y in data[1:])]
@@ -236,7 +240,7 @@ def test_activation_scores_refuse():
     with pytest.raises(ValueError, match="No gradient of the model's output reaches the layer '1'"):
         activation_scores(Detached(*pool_linear()), "1", data, **QUIET)
     broken = pool_linear()
-    broken[4].weight.data[1, 2] = float("nan")
+    broken.get_parameter("4.weight").data[1, 2] = float("nan")
     with pytest.raises(ValueError, match="gradients of the layer '1' for image 0: batch 0"):
         activation_scores(broken, "1", data, **QUIET)
     assert hooks_of(model) == 0
