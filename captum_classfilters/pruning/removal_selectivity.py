@@ -2,9 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .pruning_order import PruningOrder
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,9 @@ class SelectivityTest:
 
 
 def selectivity_test(
-    order: Tensor | Sequence[int], selective: Tensor | Sequence[bool], top: int = 20
+    order: "Tensor | Sequence[int] | PruningOrder",
+    selective: Tensor | Sequence[bool],
+    top: int = 20,
 ) -> SelectivityTest:
     r"""
     Test whether a kind of filter is removed earlier than in a random order.
@@ -87,7 +93,8 @@ def selectivity_test(
         raise ValueError(
             f"selective is {kind.dtype} of shape {tuple(kind.shape)}; expected a mask."
         )
-    removed = [int(index) for index in getattr(order, "order", order)]
+    listed: Any = getattr(order, "order", order)
+    removed = [int(index) for index in listed]
     num_filters = len(kind)
     if len(set(removed)) != len(removed) or not set(removed) <= set(range(num_filters)):
         raise ValueError(f"The order must name each of the {num_filters} filters at most once.")

@@ -56,12 +56,13 @@ def test_weight_chroma_by_hand():
 def color_model():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3), nn.Flatten())
     with torch.no_grad():
-        model[0].weight.copy_(
+        model.get_parameter("0.weight").copy_(
             torch.randn(4, 3, 3, 3, generator=torch.Generator().manual_seed(1)) / 3
         )
-        model[0].bias.zero_()
-        model[0].weight[0] = 0.1  # brightness
-        model[0].weight[1, 0], model[0].weight[1, 1], model[0].weight[1, 2] = 0.1, -0.1, 0.0
+        model.get_parameter("0.bias").zero_()
+        weight = model.get_parameter("0.weight")
+        weight[0] = 0.1  # brightness
+        weight[1, 0], weight[1, 1], weight[1, 2] = 0.1, -0.1, 0.0
     return model.train()
 
 
@@ -221,7 +222,7 @@ def test_diversity_and_effective_rank():
 def test_groups_bad_input():
     vectors = torch.eye(3)
     for call, message in [
-        (lambda: filter_clusters(vectors, similarity="overlap"), "similarity='overlap'"),
+        (lambda: filter_clusters(vectors, similarity="overlap"), "similarity='overlap'"),  # type: ignore[arg-type]
         (lambda: filter_clusters(vectors, num_clusters=4), "expected 1 to 3"),
         (lambda: filter_clusters(vectors, threshold=2), "threshold=2"),
         (lambda: filter_clusters(torch.zeros(2, 3)), "Filter 0 is constant"),

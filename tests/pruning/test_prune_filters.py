@@ -20,12 +20,12 @@ from captum_classfilters.pruning import (
     multiply_adds,
     prunable_layers,
 )
-from tests.models import batches, deep, hooks_of, images
+from tests.models import Layer, batches, conv_at, deep, hooks_of, images, known, layer_at
 
 torch_pruning = pytest.importorskip("torch_pruning")
 
 
-def settle(model):
+def settle(model: Layer) -> Layer:
     """Batch normalisations with shifts, so that a zeroed convolution is not a removed filter."""
     generator = torch.Generator().manual_seed(3)
     for module in model.modules():
@@ -36,7 +36,7 @@ def settle(model):
                 (module.weight.data, 0.5, 1.5),
                 (module.bias.data, -0.5, 0.5),
             ):
-                tensor.uniform_(low, high, generator=generator)
+                known(tensor).uniform_(low, high, generator=generator)
     return model.eval()
 
 
@@ -92,10 +92,13 @@ def test_a_plain_convolution_by_its_weights():
     model = nn.Sequential(nn.Conv2d(2, 5, 3), nn.ReLU(), nn.Conv2d(5, 3, 3), nn.Flatten()).eval()
     x = images()
     small = prune_filters(model, "0", x, keep=[0, 2, 3])
-    assert torch.equal(small[0].weight, model[0].weight[[0, 2, 3]])
-    assert torch.equal(small[0].bias, model[0].bias[[0, 2, 3]])
-    assert torch.equal(small[2].weight, model[2].weight[:, [0, 2, 3]])
-    assert torch.equal(small[2].bias, model[2].bias)  # zero maps: nothing to fold
+    assert torch.equal(small.get_parameter("0.weight"), model.get_parameter("0.weight")[[0, 2, 3]])
+    assert torch.equal(small.get_parameter("0.bias"), model.get_parameter("0.bias")[[0, 2, 3]])
+    assert torch.equal(
+        small.get_parameter("2.weight"), model.get_parameter("2.weight")[:, [0, 2, 3]]
+    )
+    # Zero maps: nothing to fold.
+    assert torch.equal(small.get_parameter("2.bias"), model.get_parameter("2.bias"))
     assert close(outputs_of(small, x), masked_outputs(model, x, {"1": [1, 4]}))
     assert model[0].out_channels == 5  # a copy was pruned
 
@@ -118,7 +121,7 @@ def test_inner_convolution_of_a_residual_block():
         expected = model.head(torch.relu(stem + model.bn2(model.conv2(inner))).mean((2, 3)))
     for layer in ("conv1", "bn1", model.conv1):
         small = prune_filters(model, layer, x, remove=[0, 5])
-        assert (small.conv1.out_channels, small.conv2.in_channels) == (4, 4)
+        assert (conv_at(small, "conv1").out_channels, conv_at(small, "conv2").in_channels) == (4, 4)
         assert close(outputs_of(small, x), expected)
     assert hooks_of(model) == 0
 
@@ -130,7 +133,8 @@ def test_a_filter_behind_a_flatten_takes_all_its_positions():
     ).eval()
     x = images()
     small = prune_filters(model, {"0": [True, False, True, True], "3": [0, 1, 4]}, x)
-    assert (small[3].in_features, small[3].out_features, small[5].in_features) == (48, 3, 3)
+    hidden, head = (layer_at(small, name, nn.Linear) for name in ("3", "5"))
+    assert (hidden.in_features, hidden.out_features, head.in_features) == (48, 3, 3)
     assert close(outputs_of(small, x), masked_outputs(model, x, {"1": [1], "4": [2, 3]}))
 
 
@@ -237,8 +241,8 @@ def test_constants_are_folded_or_dropped():
     assert model.features[3].conv[2].bias is None
     folded = prune_filters(model, "features.3.conv.0.0", x, remove=removed)
     dropped = prune_filters(model, "features.3.conv.0.0", x, remove=removed, constants="drop")
-    assert folded.features[3].conv[2].bias is not None
-    assert dropped.features[3].conv[2].bias is None
+    assert folded.get_parameter("features.3.conv.2.bias") is not None
+    assert dropped.get_submodule("features.3.conv.2").bias is None
     masked = masked_outputs(model, x, {"features.3.conv.0.2": removed})
     at_readers = masked_outputs(model, x, {"features.3.conv.2": removed}, at_input=True)
     assert close(outputs_of(folded, x), masked)
@@ -277,10 +281,10 @@ def test_a_bias_behind_a_depthwise_convolution_by_hand():
         nn.Conv2d(2, 1, 1, bias=False),
     ).eval()
     with torch.no_grad():
-        model[0].weight.copy_(torch.tensor([2.0, 3.0]).reshape(2, 1, 1, 1))
-        model[1].weight.fill_(1.0)
-        model[1].bias.copy_(torch.tensor([10.0, 100.0]))
-        model[2].weight.copy_(torch.tensor([1.0, 5.0]).reshape(1, 2, 1, 1))
+        model.get_parameter("0.weight").copy_(torch.tensor([2.0, 3.0]).reshape(2, 1, 1, 1))
+        model.get_parameter("1.weight").fill_(1.0)
+        model.get_parameter("1.bias").copy_(torch.tensor([10.0, 100.0]))
+        model.get_parameter("2.weight").copy_(torch.tensor([1.0, 5.0]).reshape(1, 2, 1, 1))
     small = prune_filters(model, "0", torch.ones(1, 1, 2, 2), remove=[1])
     # 2 x + 10 from the filter that stays, 5 * 100 from the bias behind the one that went.
     assert outputs_of(small, torch.full((1, 1, 1, 1), 7.0)).item() == 2 * 7 + 10 + 500
@@ -293,7 +297,7 @@ def test_tables_orders_and_mappings():
     ).select(2)
     small = prune_filters(model, table, x)
     kept = table.selected.any(0)
-    assert small.stage2[0].out_channels == int(kept.sum()) < 6
+    assert conv_at(small, "stage2.0").out_channels == int(kept.sum()) < 6
     gone = (~kept).nonzero()[:, 0].tolist()
     assert close(outputs_of(small, x), masked_outputs(model, x, {"stage2": gone}))
     order = PruningOrder({"stage1": 4}, [("stage1", 2), ("stage1", 0)])
@@ -347,7 +351,7 @@ def test_any_mask_of_any_small_network(widths, kernel, padding, norm, activation
     # A sigmoid of zero is a half: the mask stands behind the activation.
     expected = masked_outputs(model, x, {str(1 + len(norms)): gone})
     assert close(outputs_of(small, x), expected)
-    assert small[0].out_channels == int(keep.sum())
+    assert conv_at(small, "0").out_channels == int(keep.sum())
 
 
 def test_flags_stay_and_the_copy_is_free():
@@ -357,9 +361,9 @@ def test_flags_stay_and_the_copy_is_free():
     state = copy.deepcopy(model.state_dict())
     small = prune_filters(model, "conv1", images(), remove=[0])
     assert small.training
-    assert not small.bn1.training
-    assert not small.conv2.weight.requires_grad
-    assert small.conv1.weight.requires_grad
+    assert not small.get_submodule("bn1").training
+    assert not small.get_parameter("conv2.weight").requires_grad
+    assert small.get_parameter("conv1.weight").requires_grad
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
 
 
@@ -376,7 +380,7 @@ def test_in_place():
     assert (conv.out_channels, model.bn1.num_features, model.conv2.in_channels) == (4, 4, 4)
     assert torch.equal(outputs_of(model, x), outputs_of(expected, x))
     again = prune_filters(model, "conv1", x, remove=[0])
-    assert again.conv1.out_channels == 3
+    assert conv_at(again, "conv1").out_channels == 3
 
 
 def test_in_place_keeps_what_did_not_change():
@@ -394,7 +398,7 @@ def test_bad_input():
         nn.Conv2d(2, 4, 1), nn.Conv2d(4, 4, 1, groups=2), nn.Conv2d(4, 2, 1), nn.Flatten()
     )
     normalised = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 2))
-    for network, inputs, layer, options, message in [
+    cases: list[tuple[nn.Module, torch.Tensor, Any, dict[str, Any], str]] = [
         (model, x, "conv1", {"remove": range(6)}, "Every one of the 6 filters of 'conv1'"),
         (model, x, "stem", {"remove": [0]}, "'stem' cannot be removed: tied by a sum to 'conv2'"),
         (model, x, "bn2", {"remove": [0]}, r"made by 'conv2'\) .* tied by a sum to 'stem'"),
@@ -416,7 +420,8 @@ def test_bad_input():
         (grouped, x, "0", {"remove": [0]}, "groups of '1'"),
         (grouped, x, "1", {"remove": [0]}, "groups of '1'"),
         (normalised, torch.rand(3, 4), "0", {"remove": [0]}, "'1' mixes its filters"),
-    ]:
+    ]
+    for network, inputs, layer, options, message in cases:
         with pytest.raises(ValueError, match=message):
             prune_filters(network, layer, inputs, **options)
     assert hooks_of(model) == 0
@@ -508,7 +513,7 @@ def test_layers_that_lose_each_others_filters_are_tried_alone():
     assert not layers.prunable  # with one zero, the other is not
     removed = {"first": [0, 2], "second": [0, 2]}
     small = prune_filters(model, {name: [1, 3, 4, 5] for name in removed}, x)
-    assert (small.first.out_channels, small.factor.shape) == (4, (4, 1, 1))
+    assert (conv_at(small, "first").out_channels, small.factor.shape) == (4, (4, 1, 1))
     assert close(outputs_of(small, x), masked_outputs(model, x, removed))
 
 
@@ -562,7 +567,9 @@ def test_torch_prunings_pruners_remove_the_least_important(pruner, named):
     )
     made.step()
     # The largest score of each filter is 9, 3, 8, 1, 5, 2.
-    assert torch.equal(model.stage2[0].weight, full.stage2[0].weight[[0, 2, 4]])
+    assert torch.equal(
+        model.get_parameter("stage2.0.weight"), full.get_parameter("stage2.0.weight")[[0, 2, 4]]
+    )
     assert model.stage1[0].out_channels == 4  # a layer without a table stays
     assert close(outputs_of(model, x), masked_outputs(full, x, {"stage2": [1, 3, 5]}))
 
@@ -585,7 +592,9 @@ def test_importance_follows_the_pruners_steps():
         pruner.step()
         left.append(model.stage2[0].out_channels)
     assert left == [5, 4, 3]
-    assert torch.equal(model.stage2[0].weight, full.stage2[0].weight[[0, 1, 3]])
+    assert torch.equal(
+        model.get_parameter("stage2.0.weight"), full.get_parameter("stage2.0.weight")[[0, 1, 3]]
+    )
 
 
 def test_importance_of_chosen_classes_and_of_several_layers():
@@ -603,8 +612,12 @@ def test_importance_of_chosen_classes_and_of_several_layers():
         ignored_layers=[model.head],
     ).step()
     # Of the ten filters the four with the scores 1, 1, 2, 2 of class 1 go.
-    assert torch.equal(model.stage1[0].weight, full.stage1[0].weight[:2])
-    assert torch.equal(model.stage2[0].weight, full.stage2[0].weight[:4, :2])
+    assert torch.equal(
+        model.get_parameter("stage1.0.weight"), full.get_parameter("stage1.0.weight")[:2]
+    )
+    assert torch.equal(
+        model.get_parameter("stage2.0.weight"), full.get_parameter("stage2.0.weight")[:4, :2]
+    )
 
 
 def test_importance_in_a_group_of_tied_layers():
@@ -621,7 +634,7 @@ def test_importance_in_a_group_of_tied_layers():
 def test_importance_bad_input():
     model, x = settle(deep()), images()
     table = scored("stage2", [[1.0, 2, 3, 4, 5, 6]])
-    for tables, options, message in [
+    cases: list[tuple[Any, dict[str, Any], str]] = [
         ([], {}, "empty"),
         (table, {"reduction": "median"}, "reduction='median'"),
         (table, {"classes": ["cat"]}, "No class named"),
@@ -629,7 +642,8 @@ def test_importance_bad_input():
         ([table, scored("stage2.0", [[1.0] * 6])], {}, "Two tables"),
         (scored("stage2", [[1.0] * 5]), {}, "has 5 filters, the layer 'stage2' 6"),
         (scored("stage3", [[1.0] * 5]), {}, "no layer 'stage3'"),
-    ]:
+    ]
+    for tables, options, message in cases:
         with pytest.raises(ValueError, match=message):
             ClassFilterImportance(model, tables, x, **options)
     importance = ClassFilterImportance(model, table, x)

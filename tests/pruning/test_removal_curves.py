@@ -1,5 +1,7 @@
 """Baseline scores by hand and by autograd, and accuracy curves against whole forward passes."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,7 +22,7 @@ from captum_classfilters.pruning.baseline_scores import (
     outgoing_weight_scores,
     random_scores,
 )
-from tests.models import QUIET, TwoInputs, batches, deep, hooks_of, images, joined
+from tests.models import QUIET, TwoInputs, batches, deep, hooks_of, images, joined, known
 from tests.pretend_device import host_reads, pretend
 
 pytest.importorskip("torch_pruning")
@@ -32,7 +34,7 @@ def trained():
     model = deep(seed=2)
     x, _ = joined(batches(60))
     with torch.no_grad():
-        model.head.bias -= model(x).mean(0)
+        model.head.bias.sub_(model(x).mean(0))
         y = (model(x) + 0.02 * torch.randn(60, 3)).argmax(1)
     return model, [(x[i : i + 16], y[i : i + 16]) for i in range(0, 60, 16)]
 
@@ -55,7 +57,11 @@ def test_curves_against_whole_forward_passes(trained, layer):
     model, data = trained
     x, y = joined(data)
     number = model.get_submodule(layer)[0].out_channels
-    orders = {"one": torch.randperm(number), "two": random_scores(number, 3).long(), "few": [2, 0]}
+    orders: dict[str, Any] = {
+        "one": torch.randperm(number),
+        "two": random_scores(number, 3).long(),
+        "few": [2, 0],
+    }
     curves = accuracy_after_removal(model, layer, orders, data, **QUIET)
     assert curves.accuracy["one"].shape == (1, number)
     assert curves.accuracy["two"].shape == (3, number)
@@ -121,9 +127,11 @@ def test_weight_scores_by_hand():
         nn.Conv2d(1, 2, (1, 2)), nn.ReLU(), nn.Flatten(), nn.Linear(4, 2, bias=False)
     ).eval()
     with torch.no_grad():
-        model[0].weight.copy_(torch.tensor([[1.0, -3.0], [0.5, 0.5]]).reshape(2, 1, 1, 2))
+        model.get_parameter("0.weight").copy_(
+            torch.tensor([[1.0, -3.0], [0.5, 0.5]]).reshape(2, 1, 1, 2)
+        )
         # Two positions of each filter: columns 0, 1 and 2, 3.
-        model[3].weight.copy_(torch.tensor([[1.0, -1, 4, 0], [2, 0, 0, -8]]))
+        model.get_parameter("3.weight").copy_(torch.tensor([[1.0, -1, 4, 0], [2, 0, 0, -8]]))
     x = torch.rand(2, 1, 1, 3)
     for layer in ("0", "1"):
         assert incoming_weight_scores(model, layer, x).tolist() == [2, 0.5]
@@ -159,10 +167,10 @@ def test_weight_scores_of_grouped_layers_by_hand():
         nn.ConvTranspose2d(2, 4, 1, groups=2, bias=False), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2)
     ).eval()
     with torch.no_grad():
-        model[0].weight.copy_(torch.tensor([[1.0, -2], [3, 5]])[:, :, None, None])
+        model.get_parameter("0.weight").copy_(torch.tensor([[1.0, -2], [3, 5]])[:, :, None, None])
     assert incoming_weight_scores(model, "1", torch.rand(2, 2, 2, 2)).tolist() == [1, 2, 3, 5]
     reader = nn.Conv1d(4, 6, 1, groups=2)
-    rows = reading_weights(reader).flatten(1)
+    rows = known(reading_weights(reader)).flatten(1)
     for index in range(4):
         group = index // 2
         own = reader.weight[3 * group : 3 * group + 3, index % 2].flatten()
@@ -213,14 +221,15 @@ def test_random_scores_are_seeded():
 
 def test_bad_input(trained):
     model, data = trained
-    for order, message in [
+    cases: list[tuple[Any, str]] = [
         ([0, 0], "names a filter twice"),
         ([4], "filter 4; the layer has 4"),
         ([0.5], "float32"),
         ({}, "empty"),
         ({"mine": torch.zeros(2, 2, 2).long()}, r"'mine' .* \(2, 2, 2\)"),
         (PruningOrder({"stage2": 6}, [("stage2", 5)]), "filter 5; the layer has 4"),
-    ]:
+    ]
+    for order, message in cases:
         with pytest.raises(ValueError, match=message):
             accuracy_after_removal(model, "stage1", order, data, **QUIET)
     with pytest.raises(ValueError, match="loader is empty"):
@@ -239,7 +248,7 @@ def test_bad_input(trained):
 
 def test_curves_on_an_accelerator_are_those_of_the_cpu(trained):
     model, data = trained
-    orders = {"a": [0, 2, 1], "b": torch.tensor([[3, 1], [1, 3]])}
+    orders: dict[str, Any] = {"a": [0, 2, 1], "b": torch.tensor([[3, 1], [1, 3]])}
     expected = accuracy_after_removal(model, "stage1", orders, data, **QUIET)
     own = []
     for there in (True, False):
@@ -260,7 +269,7 @@ def test_curves_on_an_accelerator_are_those_of_the_cpu(trained):
 def test_curves_of_one_logit_say_their_way():
     model = nn.Sequential(nn.Identity(), nn.Linear(3, 1, bias=False))
     with torch.no_grad():
-        model[1].weight.copy_(torch.tensor([[1.0, -2, 0.5]]))
+        model.get_parameter("1.weight").copy_(torch.tensor([[1.0, -2, 0.5]]))
     x, y = torch.tensor([[3.0, 1, 1], [1, 1, 0], [2, 0, 1], [0, 1, 1]]), torch.tensor([1, 0, 1, 1])
     curves = accuracy_after_removal(model, "0", [1, 0], [(x, y)], **QUIET)
     # z: 1.5, -1, 2.5, -1.5; then 3.5, 1, 2.5, 0.5; then 0.5, 0, 0.5, 0.5

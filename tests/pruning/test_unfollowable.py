@@ -1,6 +1,8 @@
 """What happens to filters on their way to the layers that read them: followed, or refused by name."""
 
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from captum_classfilters import prune_filters
 from captum_classfilters.pruning import prunable_layers
-from tests.models import hooks_of
+from tests.models import conv_at, hooks_of
 
 CHOICES = ([0], [5], [1, 4], [0, 1, 2])
 
@@ -133,7 +135,7 @@ FOLLOWED = {
 }
 
 # Refused, with words of the message.
-REFUSED = {
+REFUSED: dict[str, tuple[Any, ...]] = {
     "mixed with positions": (
         lambda: Between(of_maps(lambda maps: maps.reshape(-1, 5, 6, 7)), conv(5)),
         "reshape in the forward pass of Between",
@@ -331,7 +333,7 @@ def test_followed(way):
             small = prune_filters(model, "conv", x, remove=places, constants=constants)
             with torch.no_grad():
                 assert torch.allclose(small(fresh), expected, rtol=1e-5, atol=1e-5), places
-            assert small.conv.out_channels == 6 - len(places)
+            assert conv_at(small, "conv").out_channels == 6 - len(places)
         with torch.no_grad():
             assert float((expected - model(fresh)).abs().max()) > 1e-4  # the filters matter
     assert prunable_layers(model, x, show_progress=False)["conv"].prunable
@@ -372,7 +374,7 @@ def normed():
     )
 
 
-WRAPS = {
+WRAPS: dict[str, Callable[..., object]] = {
     "parametrized weight norm": parametrizations.weight_norm,
     "parametrized spectral norm": parametrizations.spectral_norm,
     "weight norm": nn.utils.weight_norm,
@@ -441,7 +443,7 @@ def test_a_lazy_model_is_run_first():
         prunable_layers(model, x)
     with torch.no_grad():
         model(x)
-    assert prune_filters(model, "0", x, remove=[1])[0].out_channels == 5
+    assert conv_at(prune_filters(model, "0", x, remove=[1]), "0").out_channels == 5
 
 
 # -- constants ------------------------------------------------------------------------------------
@@ -497,7 +499,7 @@ def test_outputs_that_are_not_one_tensor_are_compared():
 def test_other_precisions(dtype):
     model, x = built(FOLLOWED["gate"]).to(dtype), images().to(dtype)
     small = prune_filters(model, "conv", x, remove=[1, 4])
-    assert small.conv.weight.dtype == dtype
+    assert small.get_parameter("conv.weight").dtype == dtype
     assert torch.allclose(small(x), without(model, x, [1, 4]), rtol=0.05, atol=0.02)
 
 

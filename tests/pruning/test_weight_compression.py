@@ -12,7 +12,7 @@ from captum_classfilters import fine_tune, prune_filters
 from captum_classfilters.metrics import evaluate_classifier
 from captum_classfilters.pruning import compress_layer, magnitude_prune
 from captum_classfilters.pruning.weight_compression import encode_weights, kmeans_quantize
-from tests.models import QUIET, batches, deep, images
+from tests.models import QUIET, batches, deep, images, tensor_of
 from tests.pretend_device import pretend
 
 pytest.importorskip("bitarray")
@@ -27,20 +27,20 @@ def entropy_bits(symbols):
 
 def test_magnitude_pruning_removes_the_smallest_and_holds_in_training():
     model = deep()
-    weight = model.stage2[0].weight.detach().clone()
+    weight = tensor_of(model, "stage2.0.weight").detach().clone()
     small = magnitude_prune(model, "stage2.0", 0.6)
     size = weight.abs().flatten()
     threshold = size.sort().values[round(0.6 * size.numel())]
     mask = weight.abs() >= threshold
-    assert torch.equal(small.stage2[0].weight, weight * mask)
-    assert torch.equal(model.stage2[0].weight, weight)
+    assert torch.equal(tensor_of(small, "stage2.0.weight"), weight * mask)
+    assert torch.equal(tensor_of(model, "stage2.0.weight"), weight)
     fine_tune(small, batches(), batches(60), epochs=1, learning_rate=1e-2, show_progress=False)
     small(images())  # PyTorch masks again in each forward pass
-    trained = small.stage2[0].weight
+    trained = tensor_of(small, "stage2.0.weight")
     assert bool((trained[~mask] == 0).all())
     twice = magnitude_prune(small, "stage1.0", 0.5)  # a masked model can be copied
-    assert int((twice.stage1[0].weight == 0).sum()) == 36
-    assert torch.equal(twice.stage2[0].weight, trained)
+    assert int((tensor_of(twice, "stage1.0.weight") == 0).sum()) == 36
+    assert torch.equal(tensor_of(twice, "stage2.0.weight"), trained)
 
 
 def test_kmeans_is_scikit_learns():
@@ -132,7 +132,7 @@ def test_compressed_layer_with_filters_removed():
         dataloader=data,
         **QUIET,
     )
-    report, weight = result.report, result.model.stage2[0].weight
+    report, weight = result.report, tensor_of(result.model, "stage2.0.weight")
     assert torch.equal(result.weights.to_dense(), weight)
     assert len(weight[weight != 0].unique()) == 4
     assert report.filters == (6, 4)
@@ -157,10 +157,10 @@ def test_a_mask_from_training_is_kept():
     pruned = magnitude_prune(model, "stage2.0", 0.5)
     pruned(images()).sum().backward()  # the masked weight is now computed with a gradient
     result = compress_layer(pruned, "stage2.0", images(), clusters=8)
-    zero = pruned.stage2[0].weight == 0
-    assert bool((result.model.stage2[0].weight[zero] == 0).all())
+    zero = tensor_of(pruned, "stage2.0.weight") == 0
+    assert bool((tensor_of(result.model, "stage2.0.weight")[zero] == 0).all())
     assert result.report.weights[1] == int((~zero).sum())
-    assert isinstance(result.model.stage2[0].weight, nn.Parameter)
+    assert isinstance(tensor_of(result.model, "stage2.0.weight"), nn.Parameter)
 
 
 def test_bad_input():
@@ -183,7 +183,7 @@ def test_compression_on_an_accelerator():
     with pretend("cuda") as device:
         moved = deep(seed=2).to(device)
         result = compress_layer(moved, "stage2.0", images(), clusters=4, dataloader=data, **QUIET)
-        weight = result.model.stage2[0].weight.detach()
+        weight = tensor_of(result.model, "stage2.0.weight").detach()
         assert weight.device == device
         assert torch.equal(weight.cpu(), result.weights.to_dense())
     assert result.report == expected.report
