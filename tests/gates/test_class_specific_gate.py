@@ -18,13 +18,14 @@ from captum_classfilters.gates import (
     gate_similarity,
     masking_test,
 )
-from tests.models import QUIET, batches, deep, hooks_of, images, pool_linear
+from tests.models import QUIET, batches, deep, hooks_of, images, known, pool_linear
 from tests.pretend_device import host_reads, pretend
 
 
 def gate_with(columns, projection="rescale"):
     weight = torch.tensor(columns).T.contiguous()
-    gate = ClassSpecificGate(*weight.shape, projection=projection)
+    classes, filters = weight.shape
+    gate = ClassSpecificGate(classes, filters, projection=projection)
     with torch.no_grad():
         gate.weight.copy_(weight)
     return gate
@@ -114,7 +115,11 @@ class TestHook:
         with gate.gating(y):
             gated = model(x)
         means = model[:4](x) * gate.weight[y]
-        assert torch.allclose(gated, F.linear(means, model[4].weight, model[4].bias), atol=1e-6)
+        assert torch.allclose(
+            gated,
+            F.linear(means, model.get_parameter("4.weight"), model.get_parameter("4.bias")),
+            atol=1e-6,
+        )
         assert torch.equal(model(x), plain)
         assert set(model.state_dict()) == set(pool_linear().state_dict())
         gate.detach()
@@ -137,7 +142,7 @@ class TestHook:
             (torch.full((8,), 3), "label 3, but there are 3 classes"),
             (torch.rand(8, 3), "not multi-hot"),
         ):
-            with pytest.raises(ValueError, match=message), gate.gating(labels):
+            with pytest.raises(ValueError, match=message), gate.gating(labels):  # type: ignore[arg-type]
                 pass
         with pytest.raises(ValueError, match="for 5 labels"), gate.gating(torch.zeros(5).long()):
             model(x)
@@ -148,7 +153,7 @@ class TestHook:
             pytest.raises(ValueError, match="gate has 5 filters"),
             wrong.gating(torch.zeros(8).long()),
         ):
-            wrong._tap.module(torch.rand(8, 6, 4, 4))
+            known(wrong._tap).module(torch.rand(8, 6, 4, 4))
         with pytest.raises(ValueError, match="hold NaN"):
             ClassSpecificGate(1, 1, initial=torch.tensor([[float("nan")]]))
         with pytest.raises(ValueError, match="from 0 to 2; expected"):
@@ -167,7 +172,7 @@ class TestHook:
         with pytest.raises(ValueError, match="gates hold NaN"), gate.gating(labels):
             pass
         with pytest.raises(ValueError, match="projection='simplex'"):
-            ClassSpecificGate(1, 1, projection="simplex")
+            ClassSpecificGate(1, 1, projection="simplex")  # type: ignore[arg-type]
 
 
 def test_schedule_is_two_plain_steps_and_a_gated_one():
@@ -401,7 +406,7 @@ class TestLayerClassGate:
         with pytest.raises(ValueError, match=r"gate is \(3,\)"):
             LayerClassGate(pool_linear(), "1", torch.rand(3))
         with pytest.raises(ValueError, match=r"such as ClassSpecificGate\.weight"):
-            LayerClassGate(pool_linear(), "1", ClassSpecificGate(3, 6))
+            LayerClassGate(pool_linear(), "1", ClassSpecificGate(3, 6))  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="NaN or Inf"):
             LayerClassGate(pool_linear(), "1", torch.full((3, 6), float("nan")))
         with pytest.raises(ValueError, match=r"counts have shape \(2,\)"):
@@ -436,7 +441,7 @@ class TestMeasures:
     def test_masking_a_class_removes_it_alone(self):
         model = nn.Sequential(nn.Identity(), nn.Linear(4, 2, bias=False))
         with torch.no_grad():
-            model[1].weight.copy_(torch.eye(2, 4))
+            model.get_parameter("1.weight").copy_(torch.eye(2, 4))
         x = torch.tensor([[2.0, 1.0, 0, 0], [1.0, 2.0, 0, 0]]).repeat(5, 1)
         data = [(x, torch.arange(10) % 2)]
         mask = torch.eye(2, 4).bool()
@@ -452,7 +457,7 @@ class TestMeasures:
         assert kept.recall.tolist() == [[1, 0], [0, 1]]
         assert kept.confusion.tolist() == [[5, 0], [0, 5]]
         with pytest.raises(ValueError, match="mode='drop'"):
-            masking_test(model, model[0], table, data, mode="drop")
+            masking_test(model, model[0], table, data, mode="drop")  # type: ignore[arg-type]
         unselected = ClassFilters(mask.double(), torch.ones(2))
         with pytest.raises(ValueError, match="selects no filters"):
             masking_test(model, model[0], unselected, data)
@@ -463,7 +468,7 @@ class TestMeasures:
         # Three classes of unequal size; masking class 0 leaves the second-largest logit, class 2.
         model = nn.Sequential(nn.Identity(), nn.Linear(3, 3, bias=False))
         with torch.no_grad():
-            model[1].weight.copy_(torch.eye(3))
+            model.get_parameter("1.weight").copy_(torch.eye(3))
         rows = torch.tensor([[3.0, 1, 2], [1, 3, 2], [1, 2, 3]])
         y = torch.tensor([0, 0, 0, 1, 2, 2])
         mask = torch.eye(3).bool()
@@ -476,7 +481,7 @@ class TestMeasures:
     def test_random_control_masks_as_many_filters(self):
         model = nn.Sequential(nn.Identity(), nn.Linear(2, 2, bias=False))
         with torch.no_grad():
-            model[1].weight.copy_(torch.eye(2))
+            model.get_parameter("1.weight").copy_(torch.eye(2))
         data = [(torch.tensor([[2.0, 1.0], [1.0, 2.0]]), torch.arange(2))]
         mask = torch.tensor([[True, True], [False, False]])  # so that there is nothing to draw
         table = ClassFilters(mask.double(), torch.ones(2)).with_selection(mask)
@@ -493,7 +498,7 @@ class TestMeasures:
         with pytest.raises(ValueError, match=r"gate is \(3,\)"):
             gate_similarity(torch.rand(3))
         with pytest.raises(ValueError, match="gate is ClassFilters"):
-            gate_similarity(ClassFilters(torch.rand(2, 3), torch.ones(2)))
+            gate_similarity(ClassFilters(torch.rand(2, 3), torch.ones(2)))  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="without NaN"):
             gate_similarity(torch.full((2, 3), float("nan")))
         with pytest.raises(ValueError, match="0 classes"):
@@ -546,8 +551,9 @@ def test_more_gates_than_the_model_has_classes():
     model = deep()
     gate = ClassSpecificGate(4, 6).attach(model, "stage2")
     trainer = GatedTrainer(model, gate, torch.optim.SGD(model.parameters(), lr=0.1))
+    x, y = separable()
     with pytest.raises(ValueError, match="tells 3 classes apart, but the gate has 4"):
-        trainer.step(*separable(), gated=True)
+        trainer.step(x, y, gated=True)
 
 
 def test_gates_that_become_nan_in_training_are_named():
@@ -698,6 +704,7 @@ def test_a_compiled_model_takes_the_gated_path_although_it_was_compiled_before()
     model, plain = deep(), deep()
     fast = torch.compile(model, backend="eager")
     fast(x)
+    assert isinstance(fast, nn.Module)
     gates = torch.rand(3, 6)
     gate = ClassSpecificGate(3, 6, initial=gates).attach(fast, "stage2")
     same = ClassSpecificGate(3, 6, initial=gates).attach(plain, "stage2")
@@ -720,14 +727,15 @@ def test_a_gate_leaves_no_trace_in_the_model_and_another_may_follow():
 def test_masking_with_unequal_sets_repeated_controls_and_one_logit():
     model = nn.Sequential(nn.Identity(), nn.Linear(3, 1, bias=False))
     with torch.no_grad():
-        model[1].weight.copy_(torch.tensor([[1.0, -1, 0.5]]))
+        model.get_parameter("1.weight").copy_(torch.tensor([[1.0, -1, 0.5]]))
     x, y = torch.tensor([[2.0, 1, 0], [1, 3, 1], [0, 2, 2]]), torch.tensor([1, 0, 0])
     mask = torch.tensor([[False, True, False], [True, False, True]])
     table = ClassFilters(mask.double(), torch.ones(2)).with_selection(mask)
     result = masking_test(model, "0", table, [(x, y)], repetitions=40, **QUIET)
     assert result.clean.tolist() == [1, 1]
     assert result.recall.tolist() == [[0, 1], [1, 0]]  # z = x0 + x2 / 2, then -x1
-    singles = [float((x[1:] * (torch.arange(3) != k) @ model[1].weight[0] <= 0).double().mean())
+    row = model.get_parameter("1.weight")[0]
+    singles = [float((x[1:] * (torch.arange(3) != k) @ row <= 0).double().mean())
                for k in range(3)]  # fmt: skip
     assert float(result.control[0, 0]) == pytest.approx(sum(singles) / 3, abs=0.2)
     again = masking_test(model, "0", table, [(x, y)], repetitions=40, **QUIET)
@@ -740,7 +748,7 @@ def test_masking_with_unequal_sets_repeated_controls_and_one_logit():
 def test_masking_keeps_classes_without_images_apart():
     model = nn.Sequential(nn.Identity(), nn.Linear(2, 2, bias=False))
     with torch.no_grad():
-        model[1].weight.copy_(torch.eye(2))
+        model.get_parameter("1.weight").copy_(torch.eye(2))
     mask = torch.tensor([[True, False], [False, False]])
     scores = torch.tensor([[1.0, 0], [torch.nan, torch.nan]])
     table = ClassFilters(scores, torch.tensor([1, 0])).with_selection(mask)

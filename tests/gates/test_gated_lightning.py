@@ -13,8 +13,10 @@ from captum_classfilters.gates import GatedTrainer, GateSchedule
 from tests.gates.test_class_specific_gate import separable
 from tests.models import deep, images
 
-lightning = pytest.importorskip("lightning")
-from captum_classfilters.gates.gated_lightning import ClassGateCallback  # noqa: E402
+pytest.importorskip("lightning")
+import lightning
+
+from captum_classfilters.gates.gated_lightning import ClassGateCallback
 
 warnings.filterwarnings("ignore", module="lightning")
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -90,7 +92,7 @@ def test_resuming_goes_on_exactly(tmp_path):
     fit(first, 3).save_checkpoint(tmp_path / "three.ckpt")
     second = Classifier()
     with torch.no_grad():
-        second.net.head.weight.zero_()
+        second.get_parameter("net.head.weight").zero_()
     fit(second, 6, checkpoint=tmp_path / "three.ckpt")
     same(second, whole)
     assert torch.equal(second.gate.weight, whole.gate.weight)
@@ -100,8 +102,8 @@ def test_a_gate_beside_the_module_is_in_the_checkpoint(tmp_path):
     class Beside(Classifier):
         def __init__(self):
             super().__init__()
-            gate, self.gate = self.gate, None
-            self.beside = (gate,)  # a tuple hides it from Lightning
+            self.beside = (self.gate,)  # a tuple hides it from Lightning
+            self._modules["gate"] = None
 
         def configure_optimizers(self):
             return torch.optim.SGD([*self.net.parameters(), self.beside[0].weight], lr=0.05)
