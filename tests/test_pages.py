@@ -67,6 +67,26 @@ def test_class_filters():
     exec(compile(code_of(DOCS / "class_filters.md"), "class_filters.md", "exec"), {})
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_hugging_face_and_timm():
+    pytest.importorskip("transformers")
+    pytest.importorskip("timm")
+    torch.manual_seed(0)
+    text = (DOCS / "hugging_face_and_timm.md").read_text(encoding="utf-8")
+    first, second = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    names = {}
+    exec(compile(first, "hugging_face_and_timm.md", "exec"), names)
+    layers, table = names["layers"], names["table"]
+    assert (layers.head, layers.feeding_head[-3].name) == ("classifier.1", "resnet.encoder")
+    assert table.class_names == ("ant", "bee", "crab")
+    assert table.provenance["exact"] is True
+    assert type(names["small"]) is type(names["model"])
+    exec(compile(second, "hugging_face_and_timm.md", "exec"), names)
+    row = names["row"]
+    assert (names["layers"].head, row.channel_dim, row.num_filters) == ("head.fc", 3, 288)
+    assert names["at_head"].provenance["exact"] is True
+
+
 ROOT = DOCS.parent
 # Scripts that still use parameters by names that they had.
 OUTDATED = {
