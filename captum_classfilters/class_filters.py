@@ -3,7 +3,6 @@
 import difflib
 import json
 import os
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor
 from captum_classfilters._core.files import write_atomically
 from captum_classfilters._core.ranking import descending, highest, rank_correlation, ranks
 from captum_classfilters._core.types import ModelInputs
+from captum_classfilters._core.warnings import warn
 
 if TYPE_CHECKING:
     import pandas
@@ -424,7 +424,7 @@ class ClassFilters:
         if names:
             number = "1 class" if len(names) == 1 else f"{len(names)} classes"
             shown = ", ".join(names[:10]) + (" ..." if len(names) > 10 else "")
-            warnings.warn(message.format(number, shown), stacklevel=4)
+            warn(message.format(number, shown))
 
     # -- comparing -------------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import pickle
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from scipy.stats import spearmanr
 
-from captum_classfilters import ClassFilters
+from captum_classfilters import ClassFilters, LayerFilterContribution
+from tests.models import QUIET, batches, deep
 
 SCORES = torch.tensor([[3.0, 1.0, 2.0, 2.0], [0.0, 5.0, 5.0, -1.0], [1.0, 1.0, 1.0, 1.0]])
 
@@ -320,3 +322,14 @@ class TestSignificance:
                 metadata = json.loads(file.metadata()["class_filters"])
             assert metadata["schema_version"] == version
         assert ClassFilters.load(tmp_path / "old").q_values is None
+
+
+def test_warnings_point_at_the_users_line():
+    """Also from deep inside, where a table is selected from by another function."""
+    model, data = deep(), batches()
+    few = [(x, torch.zeros_like(y)) for x, y in data]
+    method = LayerFilterContribution(model, "stage2")
+    with pytest.warns(UserWarning, match="without images") as caught:
+        method.identify(few, **QUIET).select(num_filters=2)
+    assert len(caught) >= 2
+    assert {Path(warning.filename).name for warning in caught} == {Path(__file__).name}

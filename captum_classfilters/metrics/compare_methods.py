@@ -1,7 +1,6 @@
 """Several methods on one layer: how far they agree, how much their filters suffice, their cost."""
 
 import time
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -19,6 +18,7 @@ from captum_classfilters._core.outputs import scores_per_class
 from captum_classfilters._core.ranking import random_sets
 from captum_classfilters._core.tables import Row, short_repr, text_table
 from captum_classfilters._core.types import Dataloader, Keywords, Unpack
+from captum_classfilters._core.warnings import warn
 from captum_classfilters.attr import (
     LayerClassGate,
     LayerFilterAblation,
@@ -220,10 +220,9 @@ def compare_methods(
         (torch.Size([2, 2]), 0.375)
     """
     if test_loader is dataloader:
-        warnings.warn(
+        warn(
             "Sufficiency is measured on the images that the filters were found on; pass a "
             "test_loader of its own.",
-            stacklevel=2,
         )
     check_read_again(dataloader)
     layer = resolved_layer(model, layer)

@@ -1,7 +1,6 @@
 """A smaller network for some of the classes: their filters, their outputs."""
 
 import copy
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,7 @@ from captum_classfilters._core.layers import find_layer
 from captum_classfilters._core.outputs import scores_per_class
 from captum_classfilters._core.tables import short_repr, text_table
 from captum_classfilters._core.types import Dataloader, ExampleInputs, ModelInputs, Unpack
+from captum_classfilters._core.warnings import warn
 from captum_classfilters.class_filters import ClassFilters
 from captum_classfilters.heads.decompose import find_head, replace_head
 from captum_classfilters.pruning.candidates import checked_labels
@@ -187,12 +187,11 @@ def _warn_near_chance(accuracy: SpecialistAccuracy) -> None:
     error = variance**0.5 / int(counted.sum())
     if mean < chance + max(0.1 * (1 - chance), error):
         full = float(accuracy.full[counted].mean())
-        warnings.warn(
+        warn(
             f"The specialist for {', '.join(accuracy.class_names)} has an accuracy of {mean:.3f}, the "
             f"mean over these classes, near the {chance:.3f} of a guess; the full network has "
             f"{full:.3f}. Its filters do not tell the classes apart: select more for each class, or "
             "give tables of fewer layers.",
-            stacklevel=3,
         )
 
 

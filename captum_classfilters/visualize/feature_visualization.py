@@ -1,7 +1,6 @@
 """Images optimized to drive filters, directions and sums of them."""
 
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -21,6 +20,7 @@ from captum_classfilters._core.layers import (
 )
 from captum_classfilters._core.tables import short_repr
 from captum_classfilters._core.taps import LayerTap, tapping
+from captum_classfilters._core.warnings import warn
 
 Position = tuple[int, ...] | Literal["center"] | None
 Transform = Callable[[Tensor, torch.Generator], Tensor]
@@ -395,11 +395,10 @@ def _warn_of_still_images(
         return
     named = ", ".join(f"{index} ({objectives[index]})" for index in still[:5])
     named += f" and {len(still) - 5} more" if len(still) > 5 else ""
-    warnings.warn(
+    warn(
         f"Nothing was optimized for {len(still)} of {len(objectives)} objectives, {named}: the gradient "
         "was zero at every step, so the image is the noise that it started from. A filter behind a "
         "ReLU that no image drives has none; take the layer before the ReLU, or another seed.",
-        stacklevel=3,
     )
 
 
