@@ -74,7 +74,7 @@ def test_hugging_face_and_timm():
     torch.manual_seed(0)
     text = (DOCS / "hugging_face_and_timm.md").read_text(encoding="utf-8")
     first, second = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    names = {}
+    names: dict[str, Any] = {}
     exec(compile(first, "hugging_face_and_timm.md", "exec"), names)
     layers, table = names["layers"], names["table"]
     assert (layers.head, layers.feeding_head[-3].name) == ("classifier.1", "resnet.encoder")
