@@ -33,7 +33,7 @@ def test_hand_computed_drops_at_a_linear_head():
     ablation = LayerFilterAblation(model, "1")
     drops = ablation.attribute(images(), target=target)
     activation = model[1](model[0](images()))
-    expected = activation.mean((2, 3)) * model[4].weight[target]
+    expected = activation.mean((2, 3)) * model.get_parameter("4.weight")[target]
     assert drops.shape == activation.shape
     torch.testing.assert_close(ablation.filter_scores(drops), expected, rtol=1e-5, atol=1e-7)
 
@@ -128,7 +128,8 @@ def test_channels_last_and_several_inputs():
 
 def test_several_layers_bound_method_and_noise_tunnel():
     model = deep()
-    both = LayerFilterAblation(model.forward, [model.stage1, model.stage2])
+    stages: list[nn.Module] = [model.stage1, model.stage2]
+    both = LayerFilterAblation(model.forward, stages)
     one, two = both.attribute(images(), target=0)
     single = LayerFilterAblation(model, "stage2")
     torch.testing.assert_close(two, single.attribute(images(), target=0))
@@ -156,19 +157,19 @@ def test_class_table_holds_the_mean_drops():
 def test_bad_input():
     model = deep()
     with pytest.raises(ValueError, match="score='accuracy'"):
-        LayerFilterAblation(model, "stage1", score="accuracy")
+        LayerFilterAblation(model, "stage1", score="accuracy")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="replacement='noise'"):
-        LayerFilterAblation(model, "stage1", replacement="noise")
+        LayerFilterAblation(model, "stage1", replacement="noise")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="must be at least 1"):
         LayerFilterAblation(model, "stage1").attribute(images(), perturbations_per_eval=0)
     with pytest.raises(ValueError, match="expected None"):
-        LayerFilterAblation(model, "stage1").identify(batches(), metric="f1")
+        LayerFilterAblation(model, "stage1").identify(batches(), metric="f1")  # type: ignore[call-overload]
     with pytest.raises(ValueError, match=r"mass=0\.9: not an option of a reduction"):
-        LayerFilterAblation(model, "stage1").identify(batches(), metric="accuracy", mass=0.9)
+        LayerFilterAblation(model, "stage1").identify(batches(), metric="accuracy", mass=0.9)  # type: ignore[call-overload]
     with pytest.raises(ValueError, match="num_classes=5: not an option of a function's reduction"):
-        LayerFilterAblation(model, "stage1").identify(batches(), metric=len, num_classes=5)
+        LayerFilterAblation(model, "stage1").identify(batches(), metric=len, num_classes=5)  # type: ignore[call-overload]
     with pytest.raises(ValueError, match="perturbations_per_eval=2: not an option of a table"):
-        LayerFilterAblation(model, "stage1").identify(batches(), perturbations_per_eval=2)
+        LayerFilterAblation(model, "stage1").identify(batches(), perturbations_per_eval=2)  # type: ignore[call-overload]
     with pytest.raises(AssertionError, match="target="):  # as everywhere in Captum
         LayerFilterAblation(model, "stage1").attribute(images())
     maps_out = nn.Sequential(nn.Conv2d(2, 3, 1), nn.ReLU()).eval()

@@ -28,7 +28,7 @@ def test_a_visible_attack_is_found_and_none_is_chance():
 def test_accuracies_and_successful_attacks():
     model = nn.Sequential(nn.Identity(), nn.Flatten(), nn.Linear(2, 2, bias=False))
     with torch.no_grad():
-        model[2].weight.copy_(torch.eye(2))
+        model.get_parameter("2.weight").copy_(torch.eye(2))
     # Feature 0 is larger for label 0; every second image of label 0 has too wide a margin.
     x = torch.tensor([[2.0, 1.0], [5.0, 1.0]]).repeat(20, 1)
     data = [(x, torch.zeros(40, dtype=torch.int64))]
@@ -100,7 +100,7 @@ def test_bad_input():
         (lambda x, y: x * float("nan"), "NaN"),
     ):
         with pytest.raises(ValueError, match=message):
-            adversarial_detection(model, "1", data, attack, **QUIET)
+            adversarial_detection(model, "1", data, attack, **QUIET)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="empty"):
         adversarial_detection(model, "1", [], lambda x, y: x, **QUIET)
     with pytest.raises(ValueError, match="0 images are left for 5 folds"):

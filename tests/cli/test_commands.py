@@ -24,7 +24,7 @@ from tests.models import images, pool_linear
 
 
 def test_demo_end_to_end(tmp_path):
-    lines = []
+    lines: list[str] = []
     results = run_demo(tmp_path, epochs=4, show_progress=False, write=lines.append)
     assert results["test_accuracy"] > 0.8
     kept = results["accuracy_by_filters_kept"]
@@ -241,8 +241,8 @@ class TestCommands:
         assert message in capsys.readouterr().err
 
     def test_compare_needs_images_of_the_classes_it_explains(self):
-        data = [(image, 0) for image in images(4)]
-        job = SimpleNamespace(batch_size=2, num_filters=2, device="cpu", show_progress=False)
+        data: Any = [(image, 0) for image in images(4)]
+        job: Any = SimpleNamespace(batch_size=2, num_filters=2, device="cpu", show_progress=False)
         model = pool_linear()
         given = model, model[1], job, data, Subset(data, [0, 1])
         names = ["cat", "dog", "fox"]

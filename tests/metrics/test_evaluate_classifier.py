@@ -1,6 +1,7 @@
 """Accuracy and recall against scikit-learn, and what each kind of model means by its output."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -151,7 +152,7 @@ def test_batches_of_other_kinds():
     model, data, _, _ = seven_classes()
     expected = evaluate_classifier(model, data, **QUIET)
     x, y = joined(data)
-    loaders = {
+    loaders: dict[str, list[Any]] = {
         "more members": [(x[:23], y[:23], "names"), (x[23:], y[23:], None)],
         "a tuple of inputs": [((x,), y.tolist())],
         "an empty one": [(x[:0], y[:0]), (x, y)],

@@ -151,7 +151,7 @@ def test_exact_contributions_leave_nothing_and_chance_does():
 def test_infidelity_by_hand():
     """One filter: removed with probability p, it costs its contribution; a score of 0 misses it."""
     model, x = pool_linear(filters=1), images()
-    cost = model(x)[:, 0] - model[4].bias[0]
+    cost = model(x)[:, 0] - model.get_parameter("4.bias")[0]
     found = filter_infidelity(
         model, "1", x, torch.zeros(8, 1), target=0, n_perturb_samples=400, drop_probability=0.25
     )
@@ -284,7 +284,7 @@ def test_sensitivity_of_a_silent_filter():
     """A score of zero that stays zero does not move; its own size cannot be the unit."""
     model = pool_linear()
     with torch.no_grad():
-        model[0].weight[2], model[0].bias[2] = 0, -1
+        model.get_parameter("0.weight")[2], model.get_parameter("0.bias")[2] = 0, -1
     method = LayerFilterContribution(model, "1")
     found = filter_max_sensitivity(method, images(), target=TARGETS).by_filter
     assert torch.equal(found[:, 2], torch.zeros(8))
@@ -359,7 +359,7 @@ def test_curves_are_explicit_loops(make, layer, number):
 def test_magnitude_control_follows_the_weights():
     model, x = pool_linear(), images()
     curves = filter_curves(model, "1", x, random_scores(6), target=TARGETS)
-    norms = model[0].weight.flatten(1).norm(dim=1)
+    norms = model.get_parameter("0.weight").flatten(1).norm(dim=1)
     given = filter_curves(model, "1", x, norms.expand(8, 6), target=TARGETS)
     assert torch.equal(curves.deletion["weight magnitude"], given.deletion["scores"])
     assert torch.equal(curves.insertion["weight magnitude"], given.insertion["scores"])
@@ -375,8 +375,8 @@ def test_random_curves_are_means_over_random_orders():
     tables = {name: table_of(model, "1", scores=one) for name, one in orders.items()}
     options: dict[str, Any] = {"measure": "probability", "show_progress": False}
     found = class_curves(model, "1", table_of(model, "1"), batches(), repetitions=3, **options)
-    given = class_curves(model, "1", tables, batches(), **options)
-    assert torch.allclose(found.necessity["random"], mean_of(given.necessity, orders), atol=1e-6)
+    each = class_curves(model, "1", tables, batches(), **options)
+    assert torch.allclose(found.necessity["random"], mean_of(each.necessity, orders), atol=1e-6)
 
 
 def test_every_curve_has_its_controls():
@@ -390,9 +390,10 @@ def test_area_of_a_straight_line():
     """A linear head, logits, equal contributions: the curve is a line, its area the mean of its ends."""
     model = pool_linear(filters=4, bias=False)
     with torch.no_grad():
-        model[0].weight.copy_(model[0].weight[:1].expand_as(model[0].weight))
-        model[0].bias.fill_(0.5)
-        model[4].weight.fill_(1.0)
+        weight = model.get_parameter("0.weight")
+        weight.copy_(weight[:1].expand_as(weight))
+        model.get_parameter("0.bias").fill_(0.5)
+        model.get_parameter("4.weight").fill_(1.0)
     x = images()
     curves = filter_curves(model, "1", x, random_scores(4), target=0, score="logit")
     full = model(x)[:, 0].detach().double()
@@ -444,8 +445,8 @@ def test_class_curves_are_explicit_loops(make, layer, number, measure):
         (curves.sufficiency_area, curves.sufficiency),
     ):
         points = torch.tensor(curves.num_filters) / number
-        expected = torch.trapezoid(tables["own"], points.double(), dim=0)
-        assert torch.allclose(areas["own"], expected)
+        area = torch.trapezoid(tables["own"], points.double(), dim=0)
+        assert torch.allclose(areas["own"], area)
 
 
 def test_class_curves_without_images_of_a_class():
@@ -496,7 +497,7 @@ def test_damage_of_controls_of_the_same_size():
     model = pool_linear()
     table = table_of(model, "1", 3)
     damage = collateral_damage(model, "1", table, batches(), show_progress=False)
-    norms = model[0].weight.flatten(1).norm(dim=1)
+    norms = model.get_parameter("0.weight").flatten(1).norm(dim=1)
     heavy = torch.zeros(6, dtype=torch.bool)
     heavy[norms.topk(3).indices] = True
     without = evaluate_classifier(Without(model, "1", heavy), batches(), show_progress=False)
@@ -570,6 +571,8 @@ def test_largest_confusions_name_the_classes():
 class Ignorant:
     """Explains by the image itself, whatever the model."""
 
+    layer: Any  # none, and nothing asks for it
+
     def attribute(self, inputs, target=None):
         return inputs
 
@@ -602,6 +605,8 @@ def test_randomisation_is_cumulative_from_the_output():
     model, x = deep(), images()
 
     class Activation:
+        layer: Any
+
         def __init__(self, twin):
             self.twin = twin
 
@@ -616,9 +621,11 @@ def test_randomisation_is_cumulative_from_the_output():
 def test_randomisation_tells_signs_from_sizes():
     """An explanation that only turns its sign is the opposite, and in absolute values the same."""
     model, x = deep(), images()
-    before = model.stage1[0].weight.clone()
+    before = model.get_parameter("stage1.0.weight").clone()
 
     class Turning:
+        layer: Any
+
         def __init__(self, twin):
             self.weight = twin.stage1[0].weight
 
@@ -636,7 +643,7 @@ def test_randomisation_tells_signs_from_sizes():
 class Watching(nn.Linear):
     """A linear layer that notes in which mode it runs, in copies too."""
 
-    modes: ClassVar = []
+    modes: ClassVar[list[bool]] = []
 
     def forward(self, x):
         self.modes.append(self.training)
@@ -647,7 +654,12 @@ def test_every_repetition_trains_in_training_mode_from_other_weights(monkeypatch
     model = pool_linear()
     model[4] = Watching(6, 3)
     seeds, reset = [], torch.manual_seed
-    monkeypatch.setattr(torch, "manual_seed", lambda seed: (seeds.append(seed), reset(seed))[1])
+
+    def note_and_reset(seed):
+        seeds.append(seed)
+        return reset(seed)
+
+    monkeypatch.setattr(torch, "manual_seed", note_and_reset)
     Watching.modes.clear()
     retrained(model, random_scores(6)[0], repetitions=2, epochs=1, seed=5)
     assert set(seeds) == {5, 6}
@@ -664,10 +676,10 @@ def planted():
         nn.Conv2d(2, 6, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 2)
     )
     with torch.no_grad():
-        model[0].weight.zero_()
-        model[0].bias.fill_(0.5)
-        model[0].weight[1, 0] = 1
-        model[0].weight[4, 1] = 1
+        model.get_parameter("0.weight").zero_()
+        model.get_parameter("0.bias").fill_(0.5)
+        model.get_parameter("0.weight")[1, 0] = 1
+        model.get_parameter("0.weight")[4, 1] = 1
     y = torch.arange(200) % 2
     x = 0.1 * torch.randn(200, 2, 3, 3) + torch.stack([y, 1 - y], 1)[:, :, None, None]
     loader = DataLoader(TensorDataset(x, y), batch_size=50)
@@ -702,12 +714,12 @@ def test_only_planted_filters_cannot_be_made_up_for():
 # -- bad input ------------------------------------------------------------------------------------
 
 
-def retrained(model, rankings, train=None, **options):
+def retrained(model, rankings, train=None, **given):
     options: dict[str, Any] = {
         "num_filters": [1],
         "weight_magnitude": None,
         "show_progress": False,
-        **options,
+        **given,
     }
     if isinstance(rankings, torch.Tensor):
         options["weight_magnitude"] = torch.rand(len(rankings))
@@ -739,7 +751,10 @@ def constant_gate():
         ),
         (
             lambda m, x, s: filter_max_sensitivity(
-                LayerFilterContribution(m, "1"), x, target=0, space="pixels"
+                LayerFilterContribution(m, "1"),
+                x,
+                target=0,
+                space="pixels",  # type: ignore[arg-type]
             ),
             "'images' or 'gates'",
         ),
@@ -805,7 +820,7 @@ def constant_gate():
             "n_perturb_samples=0 at least 1",
         ),
         (
-            lambda m, x, s: cascading_randomization(m, LayerFilterContribution(m, "1"), x),
+            lambda m, x, s: cascading_randomization(m, LayerFilterContribution(m, "1"), x),  # type: ignore[arg-type]
             "make_method is a LayerFilterContribution; expected a function",
         ),
         (

@@ -1,5 +1,7 @@
 """Maps of single filters, and whether maps find the object."""
 
+from typing import Literal
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -31,7 +33,7 @@ class TestFilterMaps:
 
     def test_class_activation_map_is_the_saliency_of_all_filters(self):
         model, x = pool_linear(), images()
-        weight = model[4].weight
+        weight = model.get_parameter("4.weight")
         table = ClassFilters(weight.detach().double(), torch.ones(3)).with_selection(
             torch.ones(3, 6).bool()
         )
@@ -108,7 +110,12 @@ class TestLocalization:
     def test_rules(self):
         maps = torch.arange(16.0).reshape(1, 4, 4)
         last_row = torch.tensor([[0, 3, 4, 4]])
-        for rule, value in (("share", 0.25), ("level", 0.8), ("value", 12.0)):
+        rules: tuple[tuple[Literal["share", "level", "value"], float], ...] = (
+            ("share", 0.25),
+            ("level", 0.8),
+            ("value", 12.0),
+        )
+        for rule, value in rules:
             assert localization(maps, last_row, rule=rule, value=value).iou.tolist() == [1]
         # One threshold for each map: the first keeps the row, the second half of it.
         two = maps[:, None].repeat(1, 2, 1, 1)
