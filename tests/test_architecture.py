@@ -81,15 +81,16 @@ def imports_of(module, tree, package=PACKAGE):
 
     def walk(node, in_function, for_types):
         for child in ast.iter_child_nodes(node):
-            names = []
-            if isinstance(child, ast.ImportFrom) and not child.level:
+            names: list[tuple[str, str]] = []
+            if isinstance(child, ast.ImportFrom) and child.module and not child.level:
                 names = [(child.module, alias.name) for alias in child.names]
             elif isinstance(child, ast.Import):
                 names = [(alias.name, "") for alias in child.names]
+            line = getattr(child, "lineno", 0)
             for source, name in names:
                 if source.split(".")[0] == package:
                     inner = source.removeprefix(package).removeprefix(".")
-                    place = f"{MODULES[module].relative_to(ROOT)}:{child.lineno}"
+                    place = f"{MODULES[module].relative_to(ROOT)}:{line}"
                     yield Import(place, module, inner, name, in_function, for_types)
             checked = isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test)
             yield from walk(
@@ -248,7 +249,7 @@ def test_data_are_read_in_one_file():
             elif isinstance(node, ast.Call) and getattr(node.func, "id", "") in ITERATING:
                 source = node.args[0] if node.args else None
             name = getattr(source, "attr", getattr(source, "id", ""))
-            if name.strip("_").endswith("loader"):
+            if source is not None and name.strip("_").endswith("loader"):
                 reading[module].append(ast.unparse(source))
     assert set(reading) <= {"_core.batches", *TRAINING, *TO_BE_READ}, dict(reading)
 
@@ -425,7 +426,7 @@ def test_repetitions_are_a_number():
 
 def test_who_reads_a_loader_says_how():
     """How batches are unpacked, and whether a bar is shown."""
-    by_owner = defaultdict(dict)
+    by_owner: dict[object, dict[str, inspect.Parameter]] = defaultdict(dict)
     for (owner, name), parameter in PARAMETERS:
         by_owner[owner][name] = parameter
     missing = {

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils.data import TensorDataset
 
 from benchmarks import cifar10
 from benchmarks.reproduce_badola import RELEASED
@@ -73,7 +74,7 @@ def test_refitted_head(model, tables, train, test_images):
     decomposed = decompose(model, tables["contribution"])
     backbone = model.layer3[2].conv2.weight.detach().clone()
     refit_head(decomposed, train, **QUIET)
-    assert torch.equal(decomposed.layer3[2].conv2.weight, backbone)
+    assert torch.equal(decomposed.get_parameter("layer3.2.conv2.weight"), backbone)
     assert cifar10.accuracy(decomposed, test_images) >= 90.6  # 90.85 with all training images
     assert sum(p.numel() for p in find_head(decomposed)[1].parameters()) == 60
 
@@ -116,7 +117,9 @@ def test_high_gates_of_the_public_gated_network_are_its_class_filters():
 
 def test_pruned_first_convolutions_of_resnet20_equal_masking(model):
     pytest.importorskip("torch_pruning")
-    images = cifar10.loader("test").dataset.tensors[0][:64]
+    dataset = cifar10.loader("test").dataset
+    assert isinstance(dataset, TensorDataset)
+    images = dataset.tensors[0][:64]
     listed = [layer.name for layer in prunable_layers(model, images[:2]).prunable]
     assert listed == [f"layer{stage}.{block}.conv1" for stage in (1, 2, 3) for block in (0, 1, 2)]
     pruned = prune_filters(model, {name: _even(model, name) for name in listed}, images[:2])

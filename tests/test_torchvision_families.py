@@ -30,6 +30,7 @@ from docs.generate_layer_table import (
     generate,
     masked_model,
 )
+from tests.models import known, tensor_of
 
 LABELS = torch.tensor([0, 1, 1, 5])
 
@@ -137,17 +138,18 @@ def test_the_rows_that_do_not_qualify_say_why(case: _Case) -> None:
     for row in case.layers:
         assert row.qualifies or row.reason.startswith(reasons), row
     assert case.layers.head is not None
-    assert find_layer(case.model, case.layers.head).weight.shape[0] == NUM_CLASSES
+    assert find_layer(case.model, case.layers.head).get_parameter("weight").shape[0] == NUM_CLASSES
 
 
 def test_identification_at_two_layers_by_two_methods_in_one_pass(case: _Case) -> None:
+    kinds: list[tuple[Callable[..., Any], dict[str, Any]]] = [
+        (LayerFilterFrequency, {"top_k": 3}),
+        (LayerFilterContribution, {}),
+    ]
     methods = [
         kind(case.model, row.name, channel_dim=row.channel_dim, **options)
         for row in case.rows
-        for kind, options in (
-            (LayerFilterFrequency, {"top_k": 3}),
-            (LayerFilterContribution, {}),
-        )
+        for kind, options in kinds
     ]
     tables = identify_class_filters(
         methods,
@@ -183,12 +185,12 @@ def test_contributions_and_what_they_miss(case: _Case) -> None:
         missed = scores.sum(1) - (full - removed)
         torch.testing.assert_close(delta, missed, rtol=1e-3, atol=1e-4 * float(full.abs().max()))
         if row.feeds_head and not row.reason:
-            bias = find_layer(case.model, case.layers.head).bias[LABELS]
+            bias = find_layer(case.model, known(case.layers.head)).get_parameter("bias")[LABELS]
             torch.testing.assert_close(scores.sum(1), full - bias, rtol=1e-3, atol=1e-4)
 
 
 def test_contributions_are_exact_at_the_head_where_the_model_ends_in_it(case: _Case) -> None:
-    head = find_layer(case.model, case.layers.head)
+    head = find_layer(case.model, known(case.layers.head))
     _, delta = LayerFilterContribution(case.model, head).attribute(
         case.images, target=LABELS, return_convergence_delta=True, attribute_to_layer_input=True
     )
@@ -209,7 +211,9 @@ def test_gate_space(case: _Case) -> None:
             gates = gate.ones(4)
             gates[:, strongest] = 0
 
-            def ablate(output: Tensor, k: int = strongest, axis: int = row.channel_dim) -> Tensor:
+            def ablate(
+                output: Tensor, k: int = strongest, axis: int = known(row.channel_dim)
+            ) -> Tensor:
                 return output.index_fill(axis, torch.tensor([k]), 0)
 
             with _hooked(find_layer(case.model, row.name), ablate):
@@ -225,7 +229,8 @@ def _activation_times_gradient_sums(case: _Case, row: FilterLayer) -> Tensor:
 
 def test_decomposed_head_is_the_head_with_masked_weights(case: _Case) -> None:
     data = [(case.images, LABELS)]
-    sources = [(case.layers.head, None, True)]
+    head = known(case.layers.head)
+    sources: list[tuple[str, int | None, bool]] = [(head, None, True)]
     if case.last.feeds_head:
         sources.append((case.last.name, case.last.channel_dim, False))
     for layer, channel_dim, at_input in sources:
@@ -233,11 +238,11 @@ def test_decomposed_head_is_the_head_with_masked_weights(case: _Case) -> None:
             data, attribute_to_layer_input=at_input, num_filters=4, show_progress=False
         )
         decomposed = decompose(case.model, table, missing="bias")
-        mask = find_layer(decomposed, case.layers.head).mask
+        mask = tensor_of(decomposed, f"{head}.mask")
         assert mask.sum(1).tolist() == [4, 4, 0, 0, 0, 4]
         torch.testing.assert_close(mask, table.selected)
         with torch.no_grad():
-            expected = masked_model(case.model, case.layers.head, table.selected)(case.images)
+            expected = masked_model(case.model, head, table.selected)(case.images)
             _close(decomposed(case.images), expected)
             assert not torch.allclose(expected, case.model(case.images))
 
@@ -249,7 +254,8 @@ def test_only_a_layer_that_feeds_the_head_can_decompose_it(case: _Case) -> None:
     )
     if row.feeds_head:
         decomposed = decompose(case.model, table, missing="bias", example_inputs=case.images)
-        assert torch.equal(find_layer(decomposed, case.layers.head).mask, table.selected)
+        mask = tensor_of(decomposed, f"{case.layers.head}.mask")
+        assert torch.equal(mask, table.selected)
     else:
         with pytest.raises(ValueError, match="does not feed the head"):
             decompose(case.model, table, missing="bias", example_inputs=case.images)
