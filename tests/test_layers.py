@@ -326,7 +326,7 @@ def test_a_convolution_of_one_position_is_a_linear_head() -> None:
     table = LayerFilterContribution(net, "1").identify([(images, labels)], show_progress=False)
     assert table.provenance["exact"] is True
     with torch.no_grad():
-        terms = net[:3](images).flatten(1) * net[3].weight.flatten(1)[labels]
+        terms = net[:3](images).flatten(1) * net.get_parameter("3.weight").flatten(1)[labels]
     torch.testing.assert_close(table.scores[0].float(), terms[0])
     torch.testing.assert_close(table.scores[1].float(), terms[1:].mean(0))
 
@@ -389,7 +389,7 @@ def test_running_statistics_stay_and_the_pass_is_in_evaluation_mode() -> None:
     net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.Flatten(), nn.Linear(54, 2))
     seen = []
     net[1].register_forward_pre_hook(lambda module, _inputs: seen.append(module.training))
-    before = net[1].running_mean.clone()
+    before = net.get_buffer("1.running_mean").clone()
     list_filter_layers(net.train(), torch.rand(2, 3, 5, 5))
     assert seen == [False, False]
     torch.testing.assert_close(net[1].running_mean, before, rtol=0, atol=0)
@@ -528,7 +528,7 @@ def test_layers_in_any_form(form: str) -> None:
         logits = net.head(2 * maps.mean((2, 3)))
     terms = 2 * maps.mean((2, 3)) * weight  # what each filter adds to its image's own logit
     means = torch.stack([terms[labels == one].double().mean(0) for one in range(3)]).float()
-    quiet = {"show_progress": False}
+    quiet: dict[str, Any] = {"show_progress": False}
     data = [{"pixel_values": images, "labels": labels}]
     for layer, at_input in (("block", False), ("reads", True), ("head", True)):
         for kind in (LayerFilterContribution, LayerFilterAblation):
