@@ -231,11 +231,7 @@ def test_captums_private_names_are_imported_in_one_file():
 
 def test_layers_are_hooked_in_one_file():
     hooking = calls(lambda name: name.startswith("register_") and name.endswith("_hook"))
-    assert set(hooking) <= {"_core.taps", *TO_BE_TAPPED}, hooking
-
-
-# Modules that still register hooks by hand.
-TO_BE_TAPPED = {"_core.filter_graph", "_core.layers", "pruning.prune_filters"}
+    assert set(hooking) == {"_core.taps"}, hooking
 
 
 def test_data_are_read_in_one_file():
@@ -251,13 +247,10 @@ def test_data_are_read_in_one_file():
             name = getattr(source, "attr", getattr(source, "id", ""))
             if source is not None and name.strip("_").endswith("loader"):
                 reading[module].append(ast.unparse(source))
-    assert set(reading) <= {"_core.batches", *TRAINING, *TO_BE_READ}, dict(reading)
+    assert set(reading) == {"_core.batches"}, dict(reading)
 
 
 ITERATING = ("enumerate", "iter", "list", "tqdm", "zip")
-TRAINING = {"cli.demo"}  # a plain loop, as a reader of the demo would write it
-# Modules that still loop by themselves.
-TO_BE_READ = {"pruning.baseline_scores", "pruning.specialize"}
 
 
 def test_nothing_in_the_core_is_unused():

@@ -8,17 +8,7 @@ from captum._utils.common import _format_additional_forward_args as format_addit
 from captum._utils.common import _format_output as format_output
 from captum._utils.common import _format_tensor_into_tuples as format_tensor_into_tuples
 from captum._utils.common import _is_tuple as is_tuple
-from captum._utils.common import _run_forward as run_forward
 from captum._utils.common import _select_targets as select_targets
-from captum._utils.common import _sort_key_list
-from captum._utils.gradient import (
-    _extract_device_ids,
-    _forward_layer_distributed_eval,
-    _forward_layer_eval,
-    apply_gradient_requirements,
-    compute_layer_gradients_and_eval,
-    undo_gradient_requirements,
-)
 from captum._utils.typing import BaselineType, TargetType
 from captum.attr._utils.approximation_methods import approximation_parameters
 from captum.attr._utils.common import _format_input_baseline as format_input_baseline
@@ -27,20 +17,12 @@ from captum.log import log_usage
 __all__ = [
     "BaselineType",
     "TargetType",
-    "_extract_device_ids",
-    "_forward_layer_distributed_eval",
-    "_forward_layer_eval",
-    "_sort_key_list",
-    "apply_gradient_requirements",
     "approximation_parameters",
-    "compute_layer_gradients_and_eval",
     "format_additional_forward_args",
     "format_input_baseline",
     "format_output",
     "format_tensor_into_tuples",
     "is_tuple",
     "log_usage",
-    "run_forward",
     "select_targets",
-    "undo_gradient_requirements",
 ]
