@@ -291,6 +291,30 @@ def test_number_of_names():
     assert len(names) <= MOST_NAMES
 
 
+def test_names_at_the_top_are_imported_when_asked_for():
+    """What type checkers see is what is found; nothing else is there."""
+    checked = {
+        node.names[i].name
+        for node in ast.walk(TREES[""])
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(PACKAGE)
+        for i in range(len(node.names))
+    }
+    assert checked == set(captum_classfilters.__all__)
+    assert set(captum_classfilters.__all__) <= set(dir(captum_classfilters))
+    for room in filter(None, PUBLIC_ROOMS):
+        assert getattr(captum_classfilters, room) is importlib.import_module(f"{PACKAGE}.{room}")
+    with pytest.raises(AttributeError, match="has no attribute 'LayerFilterFrequencies'"):
+        _ = captum_classfilters.LayerFilterFrequencies
+    code = (
+        f"import sys, {PACKAGE}; from {PACKAGE} import LayerFilterContribution;"
+        "print([m for m in sys.modules if m.startswith('captum_classfilters.')])"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = {name.split(".")[1] for name in ast.literal_eval(run.stdout)}
+    assert "attr" in loaded
+    assert not loaded & {"metrics", "spectral", "heads", "gates", "pruning", "visualize", "cli"}
+
+
 def test_a_name_stands_for_one_thing():
     assert {name for name, objects in public_names().items() if len(objects) > 1} <= TWO_THINGS
 

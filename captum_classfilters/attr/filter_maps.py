@@ -2,7 +2,6 @@
 
 import torch
 import torch.nn.functional as F
-from scipy.ndimage import gaussian_filter
 from torch import Tensor, nn
 
 from captum_classfilters._core.devices import device_of, on_device
@@ -139,6 +138,8 @@ def blurred(maps: Tensor, deviation: float) -> Tensor:
     Returns:
         *Tensor* of the same shape.
     """
+    from scipy.ndimage import gaussian_filter  # takes longer to import than the methods
+
     deviations = [0.0] * (maps.dim() - 2) + [deviation, deviation]
     smooth = gaussian_filter(maps.detach().cpu().numpy(), deviations, mode="mirror", truncate=3)
     return torch.from_numpy(smooth).to(maps)
