@@ -48,7 +48,7 @@ class Memberships:
         counts = torch.bincount(self.images, minlength=self.num_images)
         nth = place - (counts.cumsum(0) - counts)[self.images]
         rounds: list[tuple[Tensor, Tensor | None]] = []
-        for number in range(int(counts.max()) if len(counts) else 0):
+        for number in range(max(1, int(counts.max())) if len(counts) else 1):  # one if none has any
             chosen = nth == number
             targets = torch.zeros(self.num_images, dtype=torch.int64, device=place.device)
             pairs = torch.full_like(targets, -1)

@@ -244,9 +244,8 @@ class LayerFilterAttribution(FilterRule, LayerAttribution):
             for image in format_tensor_into_tuples(inputs)
         )
         extra = format_additional_forward_args(additional_forward_args) or ()
-        derivative = (
-            self.needs_derivative and scale != 0
-        )  # with no filter left, only scores are read
+        # With no filter left, only scores are read.
+        derivative = self.needs_derivative and scale != 0
         shared = SharedForward(
             self.forward_func,
             [

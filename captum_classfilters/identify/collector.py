@@ -143,20 +143,16 @@ class Collector:
         for group in self.groups:
             self._look_at_block(group, batches)
         batches.settle()
-        if self.first is None:
+        inexact = [tally for tally in self.tallies if tally.source.sums_up and not tally.exact]
+        if not inexact or self.first is None or self.num_classes is None:
             return
-        pairs, _ = self._targets(batches, [self.first], None)
-        targets = pairs.classes if pairs.images is None else pairs.rounds()[0][0]
-        for tally in self.tallies:
-            rule = tally.source.rule
-            if (
-                rule is not None
-                and rule.has_current_rule
-                and rule.needs_derivative
-                and not tally.exact
-            ):
-                target = targets if self.target is None else torch.full_like(targets, self.target)
-                tally.missing = tally.source.missing(self.first.inputs, target)
+        pairs = self.first.memberships(self.num_classes)
+        targets, places = pairs.rounds()[0]
+        counted = torch.ones_like(targets, dtype=torch.bool) if places is None else places >= 0
+        if self.target is not None:
+            targets = torch.full_like(targets, self.target)
+        for tally in inexact if bool(counted.any()) else ():
+            tally.missing = tally.source.missing(self.first.inputs, targets, counted)
 
     # -- rules, in one forward pass --------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "abs_sum": lambda maps: maps.abs().sum(2),
 }
 _DEFAULT_FILTERS = 5
+logger = logging.getLogger("captum_classfilters")
 
 T = TypeVar("T")
 
@@ -129,19 +131,36 @@ class Source:
         features = self.rule.features_of(maps, self.method.layer)
         return self.rule.scores_from(features, target).detach()
 
-    def missing(self, inputs: tuple[Tensor, ...], target: Tensor) -> float | None:
-        """The share of the scores that the filters' evidence does not account for: the mean size of
-        Captum's convergence delta over that of what all filters do together."""
-        if not self.method.has_convergence_delta():
-            return None
-        attributions, delta = self.method.attribute(
-            inputs if len(inputs) > 1 else inputs[0],
-            target=target,
-            return_convergence_delta=True,
-            **self.kwargs,
+    @property
+    def sums_up(self) -> bool:
+        """Whether the evidence is meant to add up to what all filters do, as contributions are."""
+        rule = self.rule
+        return (
+            rule is not None
+            and rule.has_current_rule
+            and rule.needs_derivative
+            and self.method.has_convergence_delta()
         )
+
+    def missing(self, inputs: tuple[Tensor, ...], target: Tensor, counted: Tensor) -> float | None:
+        """The share of the scores that the filters' evidence does not account for: the mean size of
+        Captum's convergence delta over that of what all filters do together, over some images."""
+        try:
+            attributions, delta = self.method.attribute(
+                inputs if len(inputs) > 1 else inputs[0],
+                target=target,
+                return_convergence_delta=True,
+                **self.kwargs,
+            )
+        except Exception as error:  # a model may need some filter; its table is not lost for that
+            logger.warning(
+                "What the contributions at %r miss could not be measured: %s",
+                self.layer_name,
+                error,
+            )
+            return None
         together = attributions.detach().flatten(1).sum(1) - delta
-        share = float(delta.abs().sum() / together.abs().sum())
+        share = float(delta[counted].abs().sum() / together[counted].abs().sum())
         return share if math.isfinite(share) else None
 
     def attributed(self, inputs: tuple[Tensor, ...], target: Tensor) -> Tensor:

@@ -136,3 +136,45 @@ def test_what_contributions_miss():
     exact = LayerFilterContribution(pool_linear(), "1")
     images = torch.rand(4, 2, 5, 5)
     assert "missing" not in exact.identify([(images, torch.arange(4) % 3)], **options).provenance
+
+
+def test_a_first_batch_without_a_class_has_nothing_to_measure():
+    x, hot = torch.rand(8, 4, 3, 3), torch.zeros(8, 3)
+    hot[4:, 1] = 1
+    model = Powers()
+    table = LayerFilterContribution(model, model.maps).identify(
+        [(x[:4], hot[:4]), (x[4:], hot[4:])], num_filters=2, **QUIET
+    )
+    plain = LayerFilterContribution(model, model.maps).identify([(x[4:], hot[4:])], **QUIET)
+    assert torch.equal(table.scores[1], plain.scores[1])
+    assert table.counts.tolist() == [0, 4, 0]
+    assert "missing" not in table.provenance
+    votes = LayerFilterFrequency(model, model.maps, top_k=2)
+    first = votes.identify([(x[:4], hot[:4]), (x[4:], hot[4:])], **QUIET)
+    assert torch.equal(first.scores[1], votes.identify([(x[4:], hot[4:])], **QUIET).scores[1])
+
+
+def test_images_without_a_class_do_not_count_as_missing():
+    x, hot = torch.rand(6, 4, 3, 3), torch.zeros(6, 3)
+    hot[:3, 2] = 1  # the power of 3, where 2 is missing; at that of 1, class 0, nothing is
+    model = Powers()
+    method = LayerFilterContribution(model, model.maps)
+    record = method.identify([(x, hot)], num_filters=2, **QUIET).provenance
+    assert record["missing"] == pytest.approx(2, abs=1e-6)
+
+
+def test_a_model_that_needs_a_filter_keeps_its_table(caplog):
+    class Needy(Powers):
+        def forward(self, x):
+            scores = super().forward(x)
+            if not scores.any():
+                raise RuntimeError("nothing to go by")
+            return scores
+
+    x, y = torch.rand(6, 4, 3, 3), torch.arange(6) % 3
+    model, plain = Needy(), Powers()
+    table = LayerFilterContribution(model, model.maps).identify([(x, y)], num_filters=2, **QUIET)
+    expected = LayerFilterContribution(plain, plain.maps).identify([(x, y)], num_filters=2, **QUIET)
+    assert torch.equal(table.scores, expected.scores)
+    assert "missing" not in table.provenance
+    assert "nothing to go by" in caplog.text
