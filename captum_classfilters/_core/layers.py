@@ -377,9 +377,11 @@ def check_hooks(name: str, module: nn.Module) -> None:
 def check_runs(name: str, runs: int, module: nn.Module | None = None) -> None:
     """Raise if a layer was not reached exactly once in a forward pass."""
     if runs == 0:
+        named: list[tuple[str, nn.Module]] = []
         if module is not None:
             check_hooks(name, module)
-        inner = [f"{name}.{child}" for child, _ in module.named_children()] if module else []
+            named = list(module.named_children())
+        inner = [f"{name}.{child}" for child, _ in named]
         advice = f" Of what it contains, {inner[-1]!r} may run by itself." if inner else ""
         raise ValueError(
             f"The layer {name!r} was never reached by the forward pass.{advice} "
