@@ -426,6 +426,84 @@ class ClassFilters:
             shown = ", ".join(names[:10]) + (" ..." if len(names) > 10 else "")
             warn(message.format(number, shown))
 
+    # -- joining ---------------------------------------------------------------------------------
+
+    def merge(*tables: "ClassFilters") -> "ClassFilters":
+        r"""
+        Join tables of disjoint shares of the data: ``ClassFilters.merge(first, second, ...)``.
+
+        The result is the table of one pass over all images: counts add up, means and standard
+        errors are joined by the formula for parallel variances (Chan, Golub and LeVeque, 1983), to
+        rounding; scores that are votes without rounding. A class may be absent from some of the
+        shares. That they are disjoint cannot be seen from the tables.
+
+        Where every table selects the k best filters of each class, so does the result; otherwise
+        select again. P-values cannot be joined and are left out, with a warning. What the tables'
+        provenance says differently, times for example, is kept under ``merged``.
+
+        Args:
+
+            tables (ClassFilters): One for each share, of the same model, layer, method, options and
+                        classes.
+
+        Returns:
+            *ClassFilters*.
+
+        Raises:
+            ValueError: The tables differ in what they measure, which is named; a table is there
+                        twice; or only some of them have standard errors.
+
+        Examples::
+
+            >>> import torch
+            >>> from captum_classfilters import ClassFilters
+            >>> first = ClassFilters(torch.tensor([[1., 3.]]), torch.tensor([1]))
+            >>> second = ClassFilters(torch.tensor([[4., 0.]]), torch.tensor([2]))
+            >>> table = ClassFilters.merge(first, second)
+            >>> table.counts.tolist(), table.scores.tolist()
+            ([3], [[3.0, 1.0]])
+        """
+        _check_shares(tables)
+        if len(tables) == 1:
+            return tables[0]
+        first = tables[0]
+        count, mean, spread = _joined_shares(tables)
+        errors = None
+        if first._standard_errors is not None:
+            number = count.double()[:, None]
+            errors = (spread / ((number - 1) * number)).sqrt()
+            errors = errors.masked_fill(number < 2, float("nan"))
+        if any(table._p_values is not None for table in tables):
+            warn(
+                "The merged table has no p-values: they would need the evidence of all images. "
+                "Identify on all of them, under torchrun for example, with significance=True."
+            )
+        merged = ClassFilters(
+            scores=mean.masked_fill(count[:, None] == 0, float("nan")),
+            counts=count,
+            standard_errors=errors,
+            class_names=first.class_names,
+            layer=first.layer,
+            method=first.method,
+            provenance=_joined_provenance([dict(table.provenance) for table in tables]),
+        )
+        sizes = {table._best for table in tables if bool((table._counts > 0).any())}
+        size = sizes.pop() if len(sizes) == 1 else None
+        return merged if size is None else merged._selecting(merged._best_filters(size))
+
+    @property
+    def _best(self) -> int | None:
+        """The k for which the k best filters of each class are selected; None if it is not so."""
+        size = int(self._selected.sum(1).max())
+        same = size > 0 and torch.equal(self._selected, self._best_filters(size))
+        return size if same else None
+
+    def _best_filters(self, size: int) -> Tensor:
+        """Masks (C, K) of the best filters of each class, as many as there is evidence for."""
+        sizes = torch.full((self.num_classes,), size)
+        evidence = (self._scores != 0) | (size == self.num_filters)
+        return highest(self._scores, sizes) & evidence & (self._counts > 0)[:, None]
+
     # -- comparing -------------------------------------------------------------------------------
 
     def agreement(self, other: "ClassFilters", num_filters: int | None = None) -> Agreement:
@@ -699,6 +777,127 @@ def index_of_class(class_: int | str, names: Sequence[str]) -> int:
     if not 0 <= index < len(names):
         raise ValueError(f"Class {index} is out of range; there are {len(names)} classes.")
     return index
+
+
+#: What tables must have in common to be merged.
+_SAME = ("model_sha256", "model", "options", "signed", "target")
+#: What may differ; the first that is known is kept.
+_FIRST = ("feeds_head", "missing", "captum_classfilters", "captum", "torch")
+
+
+def _check_shares(tables: Sequence[ClassFilters]) -> None:
+    """Raise unless some tables measure the same thing on other images."""
+    if not tables:
+        raise ValueError("There are no tables to merge.")
+    for place, table in enumerate(tables):
+        if not isinstance(table, ClassFilters):
+            raise ValueError(
+                f"Table {place} is a {type(table).__name__}; merge takes ClassFilters tables, one by "
+                "one: ClassFilters.merge(*tables)."
+            )
+        if any(table is other for other in tables[:place]):
+            raise ValueError(
+                f"Table {place} is there twice; its images would be counted twice. Merge tables of "
+                "disjoint shares."
+            )
+    for place, table in enumerate(tables[1:], 1):
+        own, other = _measured(tables[0]), _measured(table)
+        different = [name for name in own if own[name] != other[name]]
+        if different:
+            what = "; ".join(
+                f"{name} is {_short(own[name])} in table 0 and {_short(other[name])} in table {place}"
+                for name in different
+            )
+            raise ValueError(f"The tables do not measure the same thing: {what}.")
+        if bool((table._counts > 0).any()) and _same_numbers(table, tables[:place]):
+            warn(
+                f"Table {place} has the same numbers as one before it; if it is of the same images, "
+                "they are counted twice."
+            )
+
+
+def _measured(table: ClassFilters) -> dict[str, object]:
+    """What tables of disjoint shares have in common."""
+    return {
+        "the layer": table.layer,
+        "the method": table.method,
+        "the number of classes": table.num_classes,
+        "the number of filters": table.num_filters,
+        "class_names": table.class_names,
+        **{name: table.provenance.get(name) for name in _SAME},
+        "having standard errors": table._standard_errors is not None,
+    }
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _same_numbers(table: ClassFilters, others: Sequence[ClassFilters]) -> bool:
+    """Whether these numbers are there already; votes of a few images often are."""
+    totals = (table._scores * table._counts[:, None]).nan_to_num()
+    return not torch.equal(_snapped(totals), totals.round()) and any(
+        torch.equal(table._counts, other._counts) and _equal(table._scores, other._scores)
+        for other in others
+    )
+
+
+def _joined_shares(tables: Sequence[ClassFilters]) -> tuple[Tensor, Tensor, Tensor]:
+    """Count (C,), mean and sum of squared deviations (C, K) of disjoint shares."""
+    count = torch.zeros(tables[0].num_classes, dtype=torch.int64)
+    total = mean = spread = torch.zeros(tables[0]._scores.shape, dtype=torch.float64)
+    whole = True
+    for table in tables:
+        own, number = table._scores.nan_to_num(), table._counts.double()[:, None]
+        own_total = _snapped(own * number)
+        whole = whole and torch.equal(own_total, own_total.round())
+        total = total + own_total
+        together = count + table._counts
+        difference = own - mean
+        share = number / together.clamp(min=1).double()[:, None]
+        spread = spread + difference.square() * (count.double()[:, None] * share)
+        if table._standard_errors is not None:
+            # A single image has no spread, and no standard error either.
+            spread = spread + (table._standard_errors.square() * number * (number - 1)).masked_fill(
+                number < 2, 0.0
+            )
+        mean = mean + difference * share
+        count = together
+    if whole:  # votes, whose totals are known without rounding
+        number = count.clamp(min=1).double()[:, None]
+        return count, total / number, _snapped(spread * number) / number
+    return count, mean, spread
+
+
+def _snapped(values: Tensor) -> Tensor:
+    """Values that are whole numbers but for rounding as these numbers."""
+    whole = values.round()
+    near = (values - whole).abs() <= 1e-12 * whole.abs().clamp(min=1)
+    return torch.where(near, whole, values)
+
+
+def _joined_provenance(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What all records say, the sum of their images, and apart what they say differently."""
+    shares = [share for record in records for share in record.pop("merged", [record])]
+    names = list(dict.fromkeys(name for record in records for name in record))
+    values = {name: [record.get(name) for record in records] for name in names}
+    different = [name for name in names if any(v != values[name][0] for v in values[name])]
+    joined = {name: values[name][0] for name in names if name not in different}
+    for name in different:
+        known = [value for value in values[name] if value is not None]
+        if name == "exact":
+            joined[name] = all(known)
+        elif name == "created":
+            joined[name] = max(map(str, known))
+        elif name in _FIRST:
+            joined[name] = known[0]
+    if all(isinstance(number, int) for number in values.get("num_images", [None])):
+        joined["num_images"] = sum(values["num_images"])
+    joined.pop("significance", None)
+    apart = {"num_images", *different}
+    joined["merged"] = [{n: v for n, v in share.items() if n in apart} for share in shares]
+    return joined
 
 
 def _check_table(
