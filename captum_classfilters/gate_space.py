@@ -16,8 +16,8 @@ from captum_classfilters._core.layers import (
     find_layer,
     layer_name,
     module_of,
-    weighted_before,
 )
+from captum_classfilters._core.tables import bound_repr
 from captum_classfilters._core.taps import LayerTap, tapping
 
 
@@ -88,6 +88,9 @@ class FilterGate(nn.Module):
             num_filters or declared_filters(self.layer) or filters_before(self.model, self.layer)
         )
 
+    def __repr__(self) -> str:
+        return bound_repr(self, self._function or self.model, self.layer)
+
     @property
     def layer(self) -> nn.Module:
         """The gated layer."""
@@ -151,8 +154,7 @@ class FilterGate(nn.Module):
             return self._gated(shares.get(output.device, gates), output, axis)
 
         module = self._own_layer()
-        before = weighted_before(self.model, module)
-        tap = LayerTap(module, self.layer_name, self.channel_dim, react=gate, before=before)
+        tap = LayerTap(self.model, module, self.channel_dim, react=gate)
         with tapping([tap]):
             result: Tensor = (self._function or self.model)(*inputs)  # type: ignore[misc]
         check_runs(self.layer_name, max(map(len, tap.rows.values()), default=0), module)

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from captum.attr import LayerActivation, LayerGradientXActivation
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -13,10 +14,12 @@ from captum_classfilters import (
     LayerFilterAblation,
     LayerFilterContribution,
     LayerFilterFrequency,
+    identify_class_filters,
     list_filter_layers,
 )
 from captum_classfilters._core.layers import filter_axis, layer_tensors, only_tensor
 from captum_classfilters.identify import collect_features
+from captum_classfilters.metrics.filter_sensitivity import filter_scores_of
 from captum_classfilters.pruning import masked_filters
 
 
@@ -191,6 +194,78 @@ def test_a_block_of_equal_axes_must_be_told() -> None:
         FilterGate(net, "0")(torch.ones(2, 6), images)
     gates = torch.ones(2, 6)
     torch.testing.assert_close(FilterGate(net, "0", channel_dim=1)(gates, images), net(images))
+
+
+def _axis_taken(layer: nn.Module, tensor: Tensor, before: nn.Module | None = None) -> int:
+    return filter_axis(layer, tensor, None, before, at_input=True)
+
+
+@pytest.mark.parametrize("size", [(4, 5), (6, 5), (5, 6), (6, 6)])
+def test_what_a_block_takes_is_read_where_its_first_weighted_module_reads(size: tuple) -> None:
+    first, last = torch.rand(2, 6, *size), torch.rand(2, *size, 6)
+    assert _axis_taken(_convnext_block(6), first, before=nn.Linear(3, 6)) == 1
+    assert _axis_taken(nn.Sequential(nn.Conv2d(6, 5, 1), nn.ReLU()), first) == 1
+    mlp = nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 24), nn.GELU(), nn.Linear(24, 5))
+    assert _axis_taken(mlp, last, before=nn.Conv2d(3, 6, 1)) == 3
+
+
+def test_what_a_block_takes_that_does_not_say_has_the_axis_of_what_is_before() -> None:
+    merging = _Merging(5)  # its linear layer takes 20 of them
+    tensor = torch.rand(2, 4, 3, 5)
+    assert _axis_taken(merging, tensor, before=nn.Linear(2, 5)) == 3
+    assert _axis_taken(merging, tensor, before=nn.Conv2d(2, 4, 1)) == 1
+    assert _axis_taken(merging, tensor) == 1
+    assert _axis_taken(nn.GELU(), tensor, before=nn.Linear(2, 5)) == 3
+    either = nn.Sequential(_EitherNorm(5), nn.ReLU())
+    with pytest.raises(ValueError, match="channel_dim=1 or channel_dim=-1"):
+        _axis_taken(either, torch.rand(2, 5, 3, 5), before=_EitherNorm(5))
+
+
+class _Transformer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 6, 2, 2)
+        self.grow, self.gelu, self.shrink = nn.Linear(6, 9), nn.GELU(), nn.Linear(9, 6)
+        self.mlp = nn.Sequential(self.grow, self.gelu, self.shrink)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        tokens = self.patches(images).flatten(2).movedim(1, 2)
+        return self.head(self.mlp(tokens).mean(1))
+
+
+@pytest.mark.parametrize(("layer", "at_input"), [("gelu", False), ("gelu", True), ("mlp", True)])
+def test_methods_of_captum_and_of_this_package_agree_on_the_axis(layer, at_input) -> None:
+    model, images = _Transformer(), torch.rand(4, 3, 6, 4)  # six tokens
+    data = [(images, torch.tensor([0, 1, 2, 1]))]
+    module = dict(model.named_modules())[layer]
+    ours = LayerFilterContribution(model, layer).identify(
+        data, attribute_to_layer_input=at_input, show_progress=False, num_filters=2
+    )
+    theirs = identify_class_filters(
+        LayerGradientXActivation(model, module),
+        data,
+        attribute_kwargs={"attribute_to_layer_input": at_input},
+        show_progress=False,
+        num_filters=2,
+    )
+    assert ours.scores.shape == theirs.scores.shape == (3, 6 if layer == "mlp" else 9)
+    torch.testing.assert_close(ours.scores, theirs.scores, rtol=1e-4, atol=1e-6)
+    if not at_input:
+        method = LayerGradientXActivation(model, module)
+        raw = method.attribute(images, target=0)
+        torch.testing.assert_close(filter_scores_of(method, raw), raw.sum(1))
+
+
+def test_a_method_of_captum_can_be_told_the_axis() -> None:
+    net = nn.Sequential(_convnext_block(6), nn.Flatten(), nn.Linear(216, 2))
+    data = [(torch.rand(2, 6, 6, 6), torch.tensor([0, 1]))]
+    method = LayerActivation(net, net[0])
+    with pytest.raises(ValueError, match=r"method.channel_dim = -1"):
+        identify_class_filters(method, data, show_progress=False, num_filters=2)
+    method.channel_dim = 1
+    table = identify_class_filters(method, data, show_progress=False, num_filters=2)
+    torch.testing.assert_close(table.scores, net[0](data[0][0]).sum((2, 3)).double())
 
 
 @pytest.mark.parametrize("channel_dim", [0, -4, 4, -5])

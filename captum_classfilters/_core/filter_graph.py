@@ -24,7 +24,7 @@ from captum_classfilters._core.filter_trace import (
     Use,
 )
 from captum_classfilters._core.guard import check_sizes, model_left_as_found
-from captum_classfilters._core.layers import check_runs, filter_axis, find_layer, layer_name
+from captum_classfilters._core.layers import check_runs, find_layer, layer_axis, layer_name
 from captum_classfilters._core.types import ModelInputs
 
 
@@ -263,7 +263,7 @@ class FilterGraph:
     def width(self, module: nn.Module, channel_dim: int | None = None) -> tuple[int, int]:
         """Axis and number of a layer's filters."""
         shape = self.trace.outputs[module].shape
-        axis = filter_axis(module, torch.empty(shape, device="meta"), channel_dim)
+        axis = layer_axis(self.model, module, torch.empty(shape, device="meta"), channel_dim)
         return axis, shape[axis]
 
     def sources(self, module: nn.Module, channel_dim: int | None = None) -> list[Source]:

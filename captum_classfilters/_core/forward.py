@@ -22,13 +22,13 @@ from captum_classfilters._core.layers import (
     layer_tensors,
     module_of,
     positions_last,
-    weighted_before,
+    unwrapped,
     with_tensors,
 )
 from captum_classfilters._core.outputs import class_scores, two_classes
 from captum_classfilters._core.taps import LayerTap, tapping
 from captum_classfilters._core.targets import as_indices, class_indices, own_scores
-from captum_classfilters._core.types import ForwardFunc, Keywords, ModelInputs
+from captum_classfilters._core.types import ForwardFunc, JsonDict, Keywords, ModelInputs
 
 
 class MapsNeededError(RuntimeError):
@@ -221,12 +221,14 @@ class BatchReading:
         layouts (list): For each layer and tensor its :class:`Layout`.
         holds (list of Tensor): What must be true of this batch for derivatives that are read off
                     the head's weights, as bools of no axes on the device.
+        earlier: What the model returned in a run before this one, if the batch needed two.
     """
 
     output: object
     layers: list[list[FilterMaps]]
     layouts: list[list["Layout"]]
     holds: list[Tensor]
+    earlier: object = None
 
 
 @dataclass
@@ -315,9 +317,7 @@ class SharedForward:
         self._feeds_known = False
         self._taps = []
         for request in requests:
-            name = layer_name(self.model, request.module)
-            before = weighted_before(self.model, request.module)
-            tap = _Reading(request.module, name, request.channel_dim, at_input, before=before)
+            tap = _Reading(self.model, request.module, request.channel_dim, at_input)
             tap.several, tap.scale, tap.derivative = several, scale, request.derivative
             tap.by_weights = request.derivative and self.model is not None and len(devices) < 2
             self._taps.append(tap)
@@ -340,18 +340,33 @@ class SharedForward:
         for tap in self._taps:
             tap.maps_used = True
 
+    def learned(self) -> JsonDict:
+        """What the batches so far have shown, for a run that goes on where this one stops."""
+        layers = [[tap.feed, tap.by_weights, tap.maps_used] for tap in self._taps]
+        return {"head": self.head_name, "known": self._feeds_known, "layers": layers}
+
+    def recall(self, learned: JsonDict) -> None:
+        """Go on from what an earlier run has learned."""
+        self.head_name, self._feeds_known = learned["head"], learned["known"]
+        if self.head_name is not None and self.model is not None:
+            self._head_module = unwrapped(self.model).get_submodule(self.head_name)
+        for tap, (feed, by_weights, maps_used) in zip(self._taps, learned["layers"], strict=True):
+            tap.feed, tap.by_weights, tap.maps_used = feed, by_weights, maps_used
+
     @contextmanager
     def run(self, inputs: ModelInputs, num_images: int) -> Iterator[BatchReading]:
         """Run the model on a batch; derivatives can be asked for until the block ends."""
+        earlier: object = None
         if not self._needs_gradients:
             with self._watched(differentiable=False) as head:
-                reading = self._read(inputs, num_images, head, False)
+                earlier, reading = self._read(inputs, num_images, head, False)
                 if reading is not None:
                     yield reading
                     return
         with self._watched(differentiable=True) as head:
-            reading = self._read(inputs, num_images, head, True)
+            _, reading = self._read(inputs, num_images, head, True)
             assert reading is not None
+            reading.earlier = earlier
             yield reading
 
     @property
@@ -430,8 +445,9 @@ class SharedForward:
 
     def _read(
         self, inputs: ModelInputs, num_images: int, head: HeadRecord, differentiable: bool
-    ) -> BatchReading | None:
-        """One run; None if it turns out that gradients are needed and were not recorded."""
+    ) -> tuple[object, BatchReading | None]:
+        """One run: what the model returned, and how it was read; None if it turns out that gradients
+        are needed and were not recorded."""
         output = self.forward_func(*inputs)
         for tap in self._taps:
             tap.check(num_images)
@@ -448,7 +464,7 @@ class SharedForward:
             self._feeds_known = True
         holds = self._holds(output, candidates, head) if weighted else []
         if self._needs_gradients and not differentiable:
-            return None
+            return output, None
         weight = two_classes(head.weight.T).T if holds else None
         batch = _BatchOfScores(output, num_images, self._taps, weight, self.grad_kwargs)
         layers = [
@@ -456,7 +472,7 @@ class SharedForward:
             for tap in self._taps
         ]
         layouts = [[part.layout for part in tap.shares[0]] for tap in self._taps]
-        return BatchReading(output, layers, layouts, holds)
+        return output, BatchReading(output, layers, layouts, holds)
 
     def _holds(
         self, output: object, candidates: Sequence[tuple[Feed, Tensor] | None], head: HeadRecord

@@ -157,10 +157,10 @@ def declared_filters(layer: nn.Module) -> int | None:
     return declared
 
 
-def weighted_before(model: nn.Module | None, layer: nn.Module) -> nn.Module | None:
-    """The weighted leaf registered before a layer without weights, whose filters it then has."""
+def weighted_before(model: nn.Module | None, layer: nn.Module | None) -> nn.Module | None:
+    """The weighted leaf registered before a layer, whose filters a layer without weights has."""
     before = None
-    if model is None or declared_filters(layer) is not None:
+    if model is None:
         return None
     for module in model.modules():
         if module is layer:
@@ -175,9 +175,14 @@ def filters_before(model: nn.Module | None, layer: nn.Module) -> int | None:
     return None if before is None else _width(before)
 
 
-def _width(module: nn.Module) -> int | None:
-    """Filters that one weighted leaf puts out; None for anything else."""
-    for attribute in ("out_channels", "num_features", "num_channels", "out_features"):
+_WIDTHS = ("num_features", "num_channels")  # of normalizations
+_PUTS_OUT = ("out_channels", "out_features", *_WIDTHS)
+_TAKES = ("in_channels", "in_features", *_WIDTHS)
+
+
+def _width(module: nn.Module, names: Sequence[str] = _PUTS_OUT) -> int | None:
+    """Filters that one weighted leaf puts out, or takes; None for anything else."""
+    for attribute in names:
         if isinstance(module, _CHANNELS_FIRST + _CHANNELS_LAST) and hasattr(module, attribute):
             return int(getattr(module, attribute))
     if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) == 1:
@@ -214,10 +219,26 @@ def _tried_layout(norm: nn.LayerNorm) -> Literal["first", "last"] | None:
     return taken[0] if len(taken) == 1 else None
 
 
-def side_of(layer: nn.Module, at_input: bool) -> nn.Module | None:
-    """Of which module a layer's tensor says where its filters are: on the side of its input only of
-    a layer with a layout of its own, which it takes and puts out alike."""
-    return layer if not at_input or layer_layout(layer) else None
+def layer_axis(
+    model: nn.Module | None,
+    layer: nn.Module | None,
+    tensor: Tensor,
+    channel_dim: int | None = None,
+    at_input: bool = False,
+) -> int:
+    """Which axis of the tensor that a layer of a model puts out, or takes, holds the filters."""
+    return filter_axis(layer, tensor, channel_dim, weighted_before(model, layer), at_input)
+
+
+def attribution_axis(method: Any, attributions: Tensor, at_input: bool = False) -> int:
+    """Which axis of what a layer attribution returned holds the filters. A method of Captum has no
+    ``channel_dim``, but may be given one."""
+    told: int | None = getattr(method, "channel_dim", None)
+    model = module_of(method.forward_func, [method.layer])
+    try:
+        return layer_axis(model, method.layer, attributions, told, at_input)
+    except UnknownAxisError as error:
+        raise ValueError(f"{error} As an attribute: method.channel_dim = -1, say.") from None
 
 
 def filter_axis(
@@ -225,6 +246,7 @@ def filter_axis(
     tensor: Tensor,
     channel_dim: int | None = None,
     before: nn.Module | None = None,
+    at_input: bool = False,
 ) -> int:
     r"""Which axis of a layer's tensor holds the filters: 1, or the last.
 
@@ -234,7 +256,9 @@ def filter_axis(
     whose number of filters is the size of axis 1 or of the last axis decides; if it is the size of
     both, the block cannot be read without ``channel_dim``. A layer without weights, a ReLU for
     example, has the filters of the weighted module ``before`` it, if that is known; else it is read
-    in PyTorch's order (N, K, ...). ``channel_dim`` overrules all.
+    in PyTorch's order (N, K, ...). What a block takes has its filters where the first weighted
+    module inside says, if they are as many as that takes, else where the module ``before`` left
+    them. ``channel_dim`` overrules all.
     """
     if tensor.dim() < 2:
         raise ValueError(
@@ -248,6 +272,11 @@ def filter_axis(
     if last == 1 or layer is None:
         return 1
     leaves = [leaf for leaf in layer.modules() if _width(leaf) is not None]
+    if at_input and leaves and leaves != [layer]:
+        axis = {"first": 1, "last": last}.get(layer_layout(leaves[0]) or "")
+        if axis and tensor.shape[axis] == _width(leaves[0], _TAKES):
+            return axis
+        leaves = []
     if not leaves:
         return 1 if before is None else _axis_after(before, layer, tensor)
     layouts = {layer_layout(leaf) for leaf in leaves} - {None}
@@ -297,8 +326,12 @@ def _dimensions(leaf: nn.Module, tensor: Tensor) -> int:
     return tensor.dim()
 
 
-def _two_axes(layer: nn.Module, tensor: Tensor, leaf: nn.Module) -> ValueError:
-    return ValueError(
+class UnknownAxisError(ValueError):
+    """Two axes of a tensor may be that of the filters."""
+
+
+def _two_axes(layer: nn.Module, tensor: Tensor, leaf: nn.Module) -> UnknownAxisError:
+    return UnknownAxisError(
         f"The layer {type(layer).__name__} puts out {tuple(tensor.shape)}: axis 1 and axis "
         f"{tensor.dim() - 1} both have the size of the {_width(leaf)} filters of a "
         f"{type(leaf).__name__}. Say which one holds them: channel_dim=1 or channel_dim=-1."

@@ -12,9 +12,10 @@ from captum_classfilters._core.layers import (
     check_batch,
     check_runs,
     filter_axis,
+    layer_name,
     only_tensor,
     positions_last,
-    side_of,
+    weighted_before,
     with_tensors,
 )
 
@@ -96,8 +97,8 @@ class LayerTap:
 
     Args:
 
+        model (nn.Module, optional): The model that the layer is part of, if it is known.
         module (nn.Module): The layer.
-        name (str): Its name, for messages.
         channel_dim (int, optional): Axis of the filters, where it cannot be told from the layer.
                     Default: None
         at_input (bool): Read the layer's input instead of its output.
@@ -105,28 +106,24 @@ class LayerTap:
         react (Callable, optional): From the tensor and the axis of its filters to a tensor that
                     takes its place, or None.
                     Default: None
-        before (nn.Module, optional): The weighted module before a layer without weights; see
-                    :func:`weighted_before`.
-                    Default: None
     """
 
     def __init__(
         self,
+        model: nn.Module | None,
         module: nn.Module,
-        name: str,
         channel_dim: int | None = None,
         at_input: bool = False,
         react: Callable[[Tensor, int], Tensor | None] | None = None,
-        before: nn.Module | None = None,
     ) -> None:
-        self.module, self.name, self.channel_dim = module, name, channel_dim
-        self.at_input, self.react, self.before = at_input, react, before
+        self.module, self.name = module, layer_name(model, module)
+        self.channel_dim, self.at_input, self.react = channel_dim, at_input, react
+        self._before = weighted_before(model, module)
         self.rows: dict[torch.device, list[int]] = {}  # of each run on each device
 
     def axis_of(self, tensor: Tensor) -> int:
         """The axis of the filters in the layer's tensor, or in one like it."""
-        module = side_of(self.module, self.at_input)
-        return filter_axis(module, tensor, self.channel_dim, self.before)
+        return filter_axis(self.module, tensor, self.channel_dim, self._before, self.at_input)
 
     def maps_of(self, tensor: Tensor) -> Tensor:
         """The layer's tensor, or one like it, as (N, K, P)."""

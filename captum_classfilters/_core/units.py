@@ -13,7 +13,6 @@ from captum_classfilters._core.layers import (
     find_layers,
     only_tensor,
     positions_last,
-    weighted_before,
 )
 from captum_classfilters._core.outputs import scores_per_class
 from captum_classfilters._core.tables import described
@@ -87,18 +86,16 @@ class UnitTap(LayerTap):
         self,
         model: nn.Module,
         module: nn.Module,
-        name: str,
         channel_dim: int | None = None,
         at_input: bool = False,
         directions: Directions | None = None,
         subtract_bias: bool = True,
     ) -> None:
-        before = weighted_before(model, module)
-        super().__init__(module, name, channel_dim, at_input, before=before)
+        super().__init__(model, module, channel_dim, at_input)
         #: From maps (N, U, P), which what follows the layer may overwrite, to what is kept of them:
         #: tensors with N rows.
         self.reduce: Callable[[Tensor], Seen] = lambda maps: (maps,)
-        self.matrix = None if directions is None else _matrix(directions, name)
+        self.matrix = None if directions is None else _matrix(directions, self.name)
         self.offset: Tensor | None = None
         if self.matrix is not None and subtract_bias:
             self.offset = projected_bias(module, self.matrix)
@@ -178,7 +175,7 @@ def units_of(
                 f"There are no directions for the layer {name!r}; directions must name every layer."
             )
         chosen = None if directions is None else directions[name]
-        taps.append(UnitTap(model, module, name, dim, False, chosen, subtract_bias))
+        taps.append(UnitTap(model, module, dim, False, chosen, subtract_bias))
     if not taps:
         raise ValueError("There are no layers.")
     return taps

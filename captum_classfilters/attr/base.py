@@ -18,15 +18,14 @@ from captum_classfilters._core.captum import (
 from captum_classfilters._core.forward import BatchReading, FilterMaps, LayerRequest, SharedForward
 from captum_classfilters._core.guard import model_left_as_found
 from captum_classfilters._core.layers import (
-    filter_axis,
     find_layer,
+    layer_axis,
     layer_name,
     module_of,
     positions_last,
-    side_of,
-    weighted_before,
 )
 from captum_classfilters._core.rules import FilterRule
+from captum_classfilters._core.tables import bound_repr
 from captum_classfilters._core.types import Attributions, Dataloader, ForwardFunc, Keywords, Unpack
 from captum_classfilters.identify.identify_class_filters import identify_class_filters
 
@@ -85,6 +84,9 @@ class LayerFilterAttribution(FilterRule, LayerAttribution):
     ) -> None:
         LayerAttribution.__init__(self, forward_func, _resolved(forward_func, layer), device_ids)
         self.channel_dim = channel_dim
+
+    def __repr__(self) -> str:
+        return bound_repr(self, self.forward_func, self.layer)
 
     def scores_from(self, maps: FilterMaps, target: TargetType) -> Tensor:
         r"""
@@ -170,12 +172,9 @@ class LayerFilterAttribution(FilterRule, LayerAttribution):
         Returns:
             *Tensor* of shape (N, K).
         """
-        layer, before = None, None
-        if isinstance(self.layer, nn.Module):
-            layer = side_of(self.layer, attribute_to_layer_input)
-        if layer is not None and not attribute_to_layer_input:
-            before = weighted_before(module_of(self.forward_func, [layer]), layer)
-        axis = filter_axis(layer, attributions, self.channel_dim, before)
+        layer = self.layer if isinstance(self.layer, nn.Module) else None
+        model = module_of(self.forward_func, self._layers())
+        axis = layer_axis(model, layer, attributions, self.channel_dim, attribute_to_layer_input)
         return positions_last(attributions, axis).sum(2)
 
     def identify(

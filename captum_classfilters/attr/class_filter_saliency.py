@@ -23,11 +23,10 @@ from captum_classfilters._core.guard import model_left_as_found
 from captum_classfilters._core.layers import (
     along_filters,
     find_layer,
-    layer_name,
     module_of,
-    weighted_before,
 )
 from captum_classfilters._core.outputs import class_scores
+from captum_classfilters._core.tables import bound_repr
 from captum_classfilters._core.taps import LayerTap, tapping
 from captum_classfilters._core.targets import class_indices, own_scores
 from captum_classfilters._core.types import Attributions, ModelInputs
@@ -118,6 +117,9 @@ class ClassFilterSaliency(GradientAttribution):
         self._multiply_by_inputs = multiply_by_inputs
         self.channel_dim = channel_dim
 
+    def __repr__(self) -> str:
+        return bound_repr(self, self.forward_func, self.layer, mode=self.mode)
+
     @property
     def multiplies_by_inputs(self) -> bool:
         """Whether attributions are in units of the output rather than of its gradient."""
@@ -203,8 +205,7 @@ class ClassFilterSaliency(GradientAttribution):
 
     def _tap(self, react: Callable[[Tensor, int], Tensor] | None = None) -> LayerTap:
         model = module_of(self.forward_func, [self.layer])
-        name, before = layer_name(model, self.layer), weighted_before(model, self.layer)
-        return LayerTap(self.layer, name, self.channel_dim, react=react, before=before)
+        return LayerTap(model, self.layer, self.channel_dim, react=react)
 
     def _mask(self, chosen: Tensor, activation: Tensor, axis: int) -> Tensor:
         if activation.shape[axis] != chosen.shape[1]:

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from captum_classfilters._core.devices import device_of, on_device
 from captum_classfilters._core.guard import model_left_as_found
-from captum_classfilters._core.layers import find_layer, layer_name
+from captum_classfilters._core.layers import find_layer
 from captum_classfilters._core.taps import LayerTap, tapping
 
 
@@ -160,7 +160,7 @@ def _maps(
         kept.append(tensor.movedim(axis, 1))
         return tensor.clone()  # what follows may write into the layer's tensor
 
-    tap = LayerTap(module, layer_name(model, module), channel_dim, react=keep)
+    tap = LayerTap(model, module, channel_dim, react=keep)
     with tapping([tap]):
         model(images)
         tap.check(len(images))

@@ -18,10 +18,8 @@ from captum_classfilters._core.captum import (
 from captum_classfilters._core.guard import model_left_as_found
 from captum_classfilters._core.layers import (
     along_filters,
-    filter_axis,
+    layer_axis,
     module_of,
-    side_of,
-    weighted_before,
 )
 from captum_classfilters._core.outputs import are_probabilities, as_rows, log_probabilities
 from captum_classfilters._core.replay.suffix_replay import SuffixReplay
@@ -420,10 +418,9 @@ class LayerFilterAblation(LayerFilterAttribution, PerturbationAttribution):
             return None
         if self.replacement == "mean":
             model = module_of(self.forward_func, [layer])
-            before = None if at_input else weighted_before(model, layer)
 
             def mean(tensor: Tensor) -> Tensor:
-                axis = filter_axis(side_of(layer, at_input), tensor, self.channel_dim, before)
+                axis = layer_axis(model, layer, tensor, self.channel_dim, at_input)
                 return tensor.mean([dim for dim in range(tensor.dim()) if dim != axis], True)
 
             return mean

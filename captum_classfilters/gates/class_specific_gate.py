@@ -1,5 +1,6 @@
 """Liang et al.: a gate between classes and filters, trained with the network."""
 
+import copy
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +16,6 @@ from captum_classfilters._core.layers import (
     filter_axis,
     find_layer,
     layer_name,
-    weighted_before,
 )
 from captum_classfilters._core.taps import LayerTap, tapping
 
@@ -140,7 +140,7 @@ class ClassSpecificGate(nn.Module):
         if other is not None:
             raise ValueError(f"Another gate is attached to the layer {name!r}; detach() it first.")
         _gate_of[module] = weakref.ref(self)
-        self._tap = LayerTap(module, name, channel_dim, before=weighted_before(model, module))
+        self._tap = LayerTap(model, module, channel_dim)
         return self
 
     def detach(self) -> None:
@@ -171,13 +171,8 @@ class ClassSpecificGate(nn.Module):
         if check:
             self._check_finite()
             labels = self._checked_labels(labels)
-        tap = LayerTap(
-            self._tap.module,
-            self._tap.name,
-            self._tap.channel_dim,
-            react=lambda output, axis: self._gated(output, labels, axis),
-            before=self._tap.before,
-        )
+        tap = copy.copy(self._tap)
+        tap.react = lambda output, axis: self._gated(output, labels, axis)
         self._gating = True
         try:
             with tapping([tap]):

@@ -8,7 +8,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from captum_classfilters._core.heads import alike, how_layer_feeds, is_linear
-from captum_classfilters._core.layers import filter_axis, find_layer, layer_name
+from captum_classfilters._core.layers import find_layer, layer_axis, layer_name
 from captum_classfilters._core.outputs import class_scores
 from captum_classfilters._core.taps import hooked, tapped
 from captum_classfilters._core.types import ExampleInputs
@@ -283,17 +283,18 @@ def _checked_feed(
     """How the table's layer feeds the head on an example; raises if it does not, or if the head is
     not all that the scores come from."""
     layer = find_layer(model, class_filters.layer)
-    at_input = bool(class_filters.provenance.get("options", {}).get("attribute_to_layer_input"))
     features: list[Tensor] = []
     tensors: list[Tensor] = []
     with example_batch([model], example_inputs) as batch:
         with (
             tapped(head.module, lambda value: _keep(features, value), at_input=True),
-            tapped(layer, lambda value: _keep(tensors, value), at_input=at_input),
+            tapped(
+                layer, lambda value: _keep(tensors, value), at_input=_found_at_input(class_filters)
+            ),
         ):
             model(*batch.inputs)
         if features and tensors:
-            feed = _feed(features[-1], tensors[-1], None if at_input else layer, class_filters)
+            feed = _feed(features[-1], tensors[-1], model, class_filters)
             if feed is not None:
                 check_scores_follow(model, head, batch.inputs)
                 return feed
@@ -307,6 +308,10 @@ def _checked_feed(
     )
 
 
+def _found_at_input(class_filters: ClassFilters) -> bool:
+    return bool(class_filters.provenance.get("options", {}).get("attribute_to_layer_input"))
+
+
 def _keep(kept: list[Tensor], value: object) -> None:
     tensor = value[0] if isinstance(value, (tuple, list)) and value else value
     if isinstance(tensor, Tensor):
@@ -314,7 +319,7 @@ def _keep(kept: list[Tensor], value: object) -> None:
 
 
 def _feed(
-    features: Tensor, tensor: Tensor, layer: nn.Module | None, class_filters: ClassFilters
+    features: Tensor, tensor: Tensor, model: nn.Module, class_filters: ClassFilters
 ) -> str | None:
     """How a layer's tensor becomes the head's input; None if it does not."""
     if features.shape == tensor.shape and bool(alike(features, tensor)):
@@ -323,7 +328,8 @@ def _feed(
         axis for axis in range(1, tensor.dim()) if tensor.shape[axis] == class_filters.num_filters
     ]
     if tensor.dim() > 1 and len(fits) != 1:
-        fits = [filter_axis(layer, tensor)]
+        layer = find_layer(model, class_filters.layer)
+        fits = [layer_axis(model, layer, tensor, at_input=_found_at_input(class_filters))]
     flat = features.flatten(1) if features.dim() > 2 else features
     return next((feed for axis in fits if (feed := how_layer_feeds(flat, tensor, axis))), None)
 

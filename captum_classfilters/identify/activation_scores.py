@@ -16,14 +16,14 @@ from captum_classfilters._core.outputs import (
     log_probabilities,
     scores_per_class,
 )
-from captum_classfilters._core.tables import short_repr
+from captum_classfilters._core.tables import Table, Tabular, short_repr
 from captum_classfilters._core.types import Dataloader, Unpack
 from captum_classfilters._core.units import UnitTap, at_least_float32, check_finite, read_units
 
 
 @short_repr
 @dataclass(frozen=True)
-class ActivationScores:
+class ActivationScores(Tabular):
     r"""
     Activation statistics of a layer's filters over images and positions.
 
@@ -44,6 +44,22 @@ class ActivationScores:
     taylor: Tensor
     layer: str
     num_images: int
+
+    def _tables(self) -> list[Table]:
+        titles = {
+            "mean": self.mean,
+            "largest": self.maximum,
+            "share of zeros": self.zero_share,
+            "Taylor": self.taylor,
+        }
+        columns = {"filter": range(len(self.mean))} | {
+            title: values.tolist() for title, values in titles.items()
+        }
+        rows = [
+            dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)
+        ]
+        title = f"activations of {self.layer} on {self.num_images:,} images"
+        return [Table(rows, dict.fromkeys(titles, ".4g"), title)]
 
 
 def activation_scores(
@@ -95,8 +111,8 @@ def activation_scores(
         >>> scores.mean.shape, scores.taylor.shape
         (torch.Size([8]), torch.Size([8]))
     """
-    ((name, module),) = find_layers(model, layer).items()
-    tap = UnitTap(model, module, name, channel_dim)
+    (module,) = find_layers(model, layer).values()
+    tap = UnitTap(model, module, channel_dim)
     tap.differentiable = True
     sums = _Sums(tap)
     num_images = read_units(

@@ -64,14 +64,14 @@ def collect_features(
         >>> features.shape, labels.shape
         (torch.Size([8, 8]), torch.Size([8]))
     """
-    ((name, module),) = find_layers(model, layer).items()
-    tap = UnitTap(model, module, name, channel_dim, attribute_to_layer_input)
+    (module,) = find_layers(model, layer).values()
+    tap = UnitTap(model, module, channel_dim, attribute_to_layer_input)
     # What follows the layer may overwrite its maps, so they are copied.
     tap.reduce = lambda maps: (
         at_least_float32(maps.flatten(1).clone()) if flatten else aggregated(maps, "mean"),
     )
-    rows = {name: Rows()}
+    rows = {tap.name: Rows()}
     labels = collect_units(
         model, [tap], dataloader, rows, num_classes, unpack, show_progress, flatten
     )
-    return torch.cat(rows[name].pieces()), labels
+    return torch.cat(rows[tap.name].pieces()), labels

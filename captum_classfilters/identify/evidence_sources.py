@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from captum_classfilters._core.forward import FilterMaps
 from captum_classfilters._core.layers import (
-    filter_axis,
+    attribution_axis,
     layer_name,
     module_of,
     positions_last,
@@ -185,8 +185,8 @@ class Source:
         if self.rule is not None:
             return self.rule.filter_scores(attributions, self.at_input)
         # One channel, as Grad-CAM's maps have, is no layout that the layer could tell.
-        alone = self.at_input or attributions.shape[1] == 1
-        axis = filter_axis(None if alone else self.method.layer, attributions)
+        alone = attributions.shape[1] == 1
+        axis = 1 if alone else attribution_axis(self.method, attributions, self.at_input)
         return REDUCTIONS[self.reduction](positions_last(attributions, axis))
 
 

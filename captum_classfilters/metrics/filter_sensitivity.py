@@ -12,7 +12,12 @@ from torch import Tensor, nn
 
 from captum_classfilters._core.captum import TargetType
 from captum_classfilters._core.guard import model_left_as_found
-from captum_classfilters._core.layers import filter_axis, module_of, only_tensor, positions_last
+from captum_classfilters._core.layers import (
+    attribution_axis,
+    module_of,
+    only_tensor,
+    positions_last,
+)
 from captum_classfilters._core.tables import short_repr
 from captum_classfilters._core.taps import tapped
 from captum_classfilters._core.types import Attributions, ModelInputs
@@ -217,8 +222,7 @@ def filter_scores_of(method: object, attributions: object) -> Tensor:
             f"{name} has no layer, so that its attributions {tuple(tensor.shape)} have no filters; "
             "explanation_for_sensitivity takes it to captum.metrics.sensitivity_max."
         )
-    axis = filter_axis(layer, tensor, getattr(method, "channel_dim", None))
-    return positions_last(tensor, axis).sum(2).contiguous()
+    return positions_last(tensor, attribution_axis(method, tensor)).sum(2).contiguous()
 
 
 def scores_filters(method: object, attributions: object, inputs: ModelInputs) -> bool:

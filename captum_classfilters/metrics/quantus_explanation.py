@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
 from captum_classfilters._core.devices import device_of
-from captum_classfilters._core.layers import filter_axis
+from captum_classfilters._core.layers import attribution_axis
 from captum_classfilters.metrics.explained import check_is_function
 from captum_classfilters.metrics.filter_sensitivity import scores_filters
 
@@ -88,7 +88,6 @@ def _map(method: LayerAttribution, raw: Tensor, images: Tensor) -> Tensor:
             f"to interpolate to images {tuple(images.shape)}; choose a convolutional layer."
         )
     if scores_filters(method, raw, (images,)):
-        axis = filter_axis(method.layer, raw, getattr(method, "channel_dim", None))
-        raw = raw.sum(axis).unsqueeze(1)
+        raw = raw.sum(attribution_axis(method, raw)).unsqueeze(1)
     mode = {3: "linear", 4: "bilinear", 5: "trilinear"}[images.dim()]
     return LayerAttribution.interpolate(raw, tuple(images.shape[2:]), mode)

@@ -22,7 +22,7 @@ from captum_classfilters._core.outputs import (
     log_probabilities,
 )
 from captum_classfilters._core.ranking import descending, random_orders
-from captum_classfilters._core.tables import short_repr, text_table
+from captum_classfilters._core.tables import Table, Tabular, short_repr
 from captum_classfilters._core.taps import LayerTap, tapping
 from captum_classfilters._core.types import Dataloader, Unpack
 from captum_classfilters.class_filters import ClassFilters
@@ -40,7 +40,7 @@ from captum_classfilters.metrics.reset import reset_weights, weighted_modules
 
 @short_repr
 @dataclass(frozen=True)
-class RemoveAndRetrain:
+class RemoveAndRetrain(Tabular):
     r"""
     Accuracy after filters were removed and what follows them was trained anew.
 
@@ -56,14 +56,14 @@ class RemoveAndRetrain:
     accuracy: dict[str, Tensor]
     full_accuracy: Tensor
 
-    def __str__(self) -> str:
+    def _tables(self) -> list[Table]:
         full = self.full_accuracy.mean()
         rows = [
             {"filters removed": name, "0": full}
             | {str(size): value for size, value in zip(self.num_filters, values, strict=True)}
             for name, values in ((name, own.mean(1)) for name, own in self.accuracy.items())
         ]
-        return text_table(rows)
+        return [Table(rows)]
 
 
 def remove_and_retrain(
@@ -290,7 +290,7 @@ class _Trial:
             # Not a product: zero times infinity is no zero.
             return tensor.masked_fill(along_filters(mask, tensor, axis), 0)
 
-        return tapping([LayerTap(layer, name, self.channel_dim, react=remove)])
+        return tapping([LayerTap(twin, layer, self.channel_dim, react=remove)])
 
 
 def _not_finite() -> ValueError:

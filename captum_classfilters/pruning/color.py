@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from captum_classfilters._core.batches import read_batches
 from captum_classfilters._core.devices import sums_device
-from captum_classfilters._core.layers import find_layer, layer_name, weighted_before
+from captum_classfilters._core.layers import find_layer
 from captum_classfilters._core.taps import LayerTap, tapping
 from captum_classfilters._core.types import Dataloader, ModelInputs, Unpack
 
@@ -140,8 +140,7 @@ def _maps(
         kept = tap.maps_of(tensor).detach()
         maps.append(kept.to(sums_device(kept.device), torch.float64, copy=True))
 
-    before = weighted_before(model, layer)
-    tap = LayerTap(layer, layer_name(model, layer), channel_dim, react=keep, before=before)
+    tap = LayerTap(model, layer, channel_dim, react=keep)
     with tapping([tap]):
         model(*inputs)
     tap.check(len(inputs[0]))

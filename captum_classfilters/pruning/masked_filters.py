@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_classfilters._core.filter_graph import name_of
-from captum_classfilters._core.layers import filter_axis, find_layer, only_tensor, with_tensors
+from captum_classfilters._core.layers import find_layer, layer_axis, only_tensor, with_tensors
 from captum_classfilters._core.types import ForwardFunc
 
 
@@ -53,9 +53,9 @@ def masked_filters(
     layers = [find_layer(model, name) for name in names]
     own_forwards = [layer.__dict__.get("forward") for layer in layers]
     try:
-        for name, layer, mask in zip(names, layers, kept.values(), strict=True):
+        for layer, mask in zip(layers, kept.values(), strict=True):
             # Not a hook: a recorded forward pass must hold what the layer gives when masked.
-            layer.__dict__["forward"] = _masked(layer, name, mask, channel_dim)
+            layer.__dict__["forward"] = _masked(model, layer, mask, channel_dim)
         yield model
     finally:
         for layer, forward in zip(layers, own_forwards, strict=True):
@@ -64,8 +64,11 @@ def masked_filters(
                 layer.__dict__["forward"] = forward
 
 
-def _masked(layer: nn.Module, name: str, mask: Tensor, channel_dim: int | None) -> ForwardFunc:
+def _masked(
+    model: nn.Module, layer: nn.Module, mask: Tensor, channel_dim: int | None
+) -> ForwardFunc:
     """The forward of a layer, some filters of its output zero."""
+    name = name_of(model, layer)
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() != 1:
         raise ValueError(
             f"The mask of {name!r} is {_described(mask)}; expected a bool Tensor (K,) that says which "
@@ -76,7 +79,7 @@ def _masked(layer: nn.Module, name: str, mask: Tensor, channel_dim: int | None) 
     def run(*args: Any, **kwargs: Any) -> object:
         output = forward(*args, **kwargs)
         tensor = only_tensor(output, name)
-        axis = filter_axis(layer, tensor, channel_dim)
+        axis = layer_axis(model, layer, tensor, channel_dim)
         if len(mask) != tensor.shape[axis]:
             raise ValueError(
                 f"The mask of {name!r} has shape {tuple(mask.shape)}, but the layer has "

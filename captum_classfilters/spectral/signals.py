@@ -79,7 +79,7 @@ def direction_signals(
     for name in names:
         module = _module(model, chosen, name)
         if module is not None:
-            taps.append(UnitTap(model, module, name, directions=chosen[name]))
+            taps.append(UnitTap(model, module, directions=chosen[name]))
             taps[-1].average_first = aggregate == "mean"
             if aggregate is not None:
                 taps[-1].reduce = lambda maps: (aggregated(maps, aggregate),)

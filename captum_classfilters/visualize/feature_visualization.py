@@ -14,9 +14,7 @@ from captum_classfilters._core.guard import model_left_as_found
 from captum_classfilters._core.layers import (
     check_batch,
     find_layer,
-    layer_name,
     positions_last,
-    weighted_before,
 )
 from captum_classfilters._core.tables import short_repr
 from captum_classfilters._core.taps import LayerTap, tapping
@@ -152,6 +150,7 @@ class FeatureObjective:
         return self + -other
 
 
+@short_repr
 @dataclass(frozen=True)
 class RandomTransform:
     r"""
@@ -511,8 +510,7 @@ class _Probe:
 
     def _tap(self, module: nn.Module, parts: list[list[Tensor]]) -> LayerTap:
         first = self.by_layer[module][0][1]
-        before = weighted_before(self.model, module)
-        tap = LayerTap(module, layer_name(self.model, module), first.channel_dim, before=before)
+        tap = LayerTap(self.model, module, first.channel_dim)
 
         def take(tensor: Tensor, _axis: int) -> None:
             check_batch(tap.name, len(tensor), self.num_objectives)

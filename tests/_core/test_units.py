@@ -61,25 +61,25 @@ def tapped_maps(model, tap, x):
 def test_maps_of_filters_and_of_directions():
     model, x = pool_linear(), images(3)
     output = model[0](x).detach()
-    tap = UnitTap(model, model[0], "0")
+    tap = UnitTap(model, model[0])
     assert torch.equal(tapped_maps(model, tap, x), output.flatten(2))
     assert tap.positions == (4, 4)
     matrix = torch.randn(6, 2, generator=torch.Generator().manual_seed(3))
     centered = output - model.get_parameter("0.bias").detach()[:, None, None]
     for subtract, maps in ((True, centered), (False, output)):
-        tap = UnitTap(model, model[0], "0", directions=matrix, subtract_bias=subtract)
+        tap = UnitTap(model, model[0], directions=matrix, subtract_bias=subtract)
         expected = torch.einsum("nkhw,kr->nrhw", maps, matrix).flatten(2)
         torch.testing.assert_close(tapped_maps(model, tap, x), expected)
         tap.average_first = True
         torch.testing.assert_close(tapped_maps(model, tap, x), expected.mean(2, keepdim=True))
-    same = UnitTap(model, model[0], "0", directions=SimpleNamespace(left=matrix))
+    same = UnitTap(model, model[0], directions=SimpleNamespace(left=matrix))
     assert torch.equal(known(same.matrix), matrix)
     assert torch.equal(projected_bias(model[1], matrix), torch.zeros(2))  # a ReLU has none
 
 
 def test_projections_keep_their_precision_under_autocast():
     model = pool_linear()
-    tap = UnitTap(model, model[1], "1", directions=torch.eye(6)[:, :2])
+    tap = UnitTap(model, model[1], directions=torch.eye(6)[:, :2])
     with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad(), tapping([tap]):
         maps = model[1](torch.randn(3, 6, 4, 4) / 3)
     assert torch.equal(tap.seen[0], maps[:, :2].flatten(2))
@@ -87,7 +87,7 @@ def test_projections_keep_their_precision_under_autocast():
 
 def test_a_differentiable_layer_takes_gradients_and_is_not_overwritten():
     model, x = deep(), images(3)
-    tap = UnitTap(model, model.stage1[1], "stage1.1")
+    tap = UnitTap(model, model.stage1[1])
     tap.differentiable = True
     with torch.enable_grad(), tapping([tap]):
         model.requires_grad_(False)
@@ -101,7 +101,7 @@ def test_a_differentiable_layer_takes_gradients_and_is_not_overwritten():
 
 def test_layers_that_are_no_maps():
     embedding = nn.Sequential(nn.Identity(), nn.Embedding(5, 4))
-    tap = UnitTap(embedding, embedding[0], "0")
+    tap = UnitTap(embedding, embedding[0])
     with pytest.raises(ValueError, match=r"handles torch\.int64, not floating-point"):
         tapped_maps(embedding, tap, torch.zeros(2, 3, dtype=torch.int64))
     with pytest.raises(ValueError, match="There are no layers"):

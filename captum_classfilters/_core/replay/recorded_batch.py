@@ -14,12 +14,10 @@ from captum_classfilters._core.heads import HeadRecord, record_head
 from captum_classfilters._core.layers import (
     check_batch,
     check_runs,
-    filter_axis,
+    layer_axis,
     layer_name,
     module_of,
     only_tensor,
-    side_of,
-    weighted_before,
 )
 from captum_classfilters._core.outputs import class_scores
 from captum_classfilters._core.replay.changed_filters import ChangedFilters, UnchangedSteps
@@ -76,9 +74,7 @@ class RecordedBatch:
         self.not_recorded: str | None = None  # why there is no record of the first run
         with plain_mode():
             self.head = self._first_run(cut)
-            before = None if at_input else weighted_before(self.model, layer)
-            side = side_of(layer, at_input)
-            self.axis = filter_axis(side, self.activation, channel_dim, before)
+            self.axis = layer_axis(self.model, layer, self.activation, channel_dim, at_input)
             check_batch(self.name, len(self.activation), num_images)
             zero = self.activation.new_zeros(())
             stands_in = replacement(self.activation) if replacement else zero
