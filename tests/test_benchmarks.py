@@ -1,6 +1,7 @@
 """Every benchmark starts, and prints a table of finite numbers, in a small run on random data."""
 
 import importlib
+import logging
 import pkgutil
 import re
 from pathlib import Path
@@ -14,7 +15,14 @@ from benchmarks import shared
 
 MODULES = sorted(module.name for module in pkgutil.iter_modules(benchmarks.__path__))
 # What the others share, and measures that the package does not have.
-WITHOUT_MAIN = {"adversarial_detection", "breadth_scores", "cifar10", "shared"}
+WITHOUT_MAIN = {
+    "adversarial_detection",
+    "breadth_scores",
+    "cifar10",
+    "shared",
+    "whole_models",
+    "zoo_members",
+}
 RULE = re.compile(r"^(\|---)+\|$")
 COMMAND = re.compile(r"python -m benchmarks\.(\w+)((?:[^`|#\n]|\\\n)*)")
 NUMBER = re.compile(r"(?<![\w.])[-+]?\d+(\.\d+)?(e[-+]\d+)?")
@@ -28,7 +36,10 @@ def imported(name: str) -> ModuleType:
 def _as_before(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(shared, "_random", False)
     threads, random = torch.get_num_threads(), torch.get_rng_state()
+    log = logging.getLogger("captum_classfilters")
+    level = log.level  # of a benchmark that is silent
     yield
+    log.setLevel(level)
     torch.set_num_threads(threads)
     torch.set_rng_state(random)
 
