@@ -1,9 +1,9 @@
 """The result table of every identification method: classes by filters."""
 
-import difflib
 import json
+import operator
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -15,7 +15,15 @@ from safetensors.torch import save
 from torch import Tensor
 
 from captum_classfilters._core.files import write_atomically
+from captum_classfilters._core.names import hint
 from captum_classfilters._core.ranking import descending, highest, rank_correlation, ranks
+from captum_classfilters._core.tables import (
+    Row,
+    Table,
+    Tabular,
+    import_pandas,
+    short_repr,
+)
 from captum_classfilters._core.types import ModelInputs
 from captum_classfilters._core.warnings import warn
 
@@ -23,11 +31,14 @@ if TYPE_CHECKING:
     import pandas
 
 _SCHEMA = "captum_classfilters.ClassFilters"
+_SHOWN = 5  # filters of a class, beside each other
+_FEW, _MANY = 10, 40  # rows that are printed of a class
 _SCHEMA_VERSION = 2  # 2: p_values and q_values; files without them are still written as 1
 
 
+@short_repr
 @dataclass(frozen=True)
-class Agreement:
+class Agreement(Tabular):
     r"""How far two tables agree.
 
     Args:
@@ -42,6 +53,18 @@ class Agreement:
     overlap: Tensor
     chance: Tensor
     rank_correlation: Tensor
+
+    def _tables(self) -> list[Table]:
+        each = zip(self.overlap, self.chance, self.rank_correlation, strict=True)
+        rows = [
+            {"class": index, "overlap": overlap, "chance": chance, "rank correlation": correlation}
+            for index, (overlap, chance, correlation) in enumerate(each)
+        ]
+        title = (
+            f"mean overlap {self.mean_overlap:.3f}, by chance {self.mean_chance:.3f}, rank "
+            f"correlation {self.mean_rank_correlation:.3f}"
+        )
+        return [Table(rows, title=title)]
 
     @property
     def mean_overlap(self) -> float:
@@ -59,6 +82,7 @@ class Agreement:
         return float(self.rank_correlation.nanmean())
 
 
+@short_repr
 @dataclass(frozen=True)
 class ClassOverlap:
     r"""How far classes share filters within one table.
@@ -76,7 +100,59 @@ class ClassOverlap:
     classes_per_filter: Tensor
 
 
-class ClassFilters:
+@short_repr
+@dataclass(frozen=True)
+class ClassRow(Tabular):
+    r"""One class of a table, its filters from the highest score to the lowest. Prints as a table.
+
+    Args:
+
+        name (str): The class.
+        layer (str): Dotted name of the layer.
+        method (str): Name of the identification method.
+        count (int): Number of its images.
+        filters (Tensor): Shape (K,), int64. All filters, the highest score first; equal scores keep
+                    the filters' order.
+        scores (Tensor): Shape (K,). Their scores, in that order, as all that follows.
+        selected (Tensor): Shape (K,), bool. Which of them are selected for the class.
+        standard_errors (Tensor or None): Shape (K,).
+        p_values (Tensor or None): Shape (K,).
+        q_values (Tensor or None): Shape (K,).
+    """
+
+    name: str
+    layer: str
+    method: str
+    count: int
+    filters: Tensor
+    scores: Tensor
+    selected: Tensor
+    standard_errors: Tensor | None = None
+    p_values: Tensor | None = None
+    q_values: Tensor | None = None
+
+    def _tables(self) -> list[Table]:
+        columns: dict[str, Tensor | None] = {
+            "filter": self.filters,
+            "score": self.scores,
+            "standard_error": self.standard_errors,
+            "p_value": self.p_values,
+            "q_value": self.q_values,
+            "selected": self.selected,
+        }
+        known = {title: values.tolist() for title, values in columns.items() if values is not None}
+        rows = [dict(zip(known, cells, strict=True)) for cells in zip(*known.values(), strict=True)]
+        chosen = int(self.selected.sum())
+        title = (
+            f"{self.name}: {self.count:,} images, {chosen:,} of {len(rows):,} filters selected, "
+            f"{self.method} at {self.layer}"
+        )
+        formats = {"p_value": ".2g", "q_value": ".2g", "score": ".4g", "standard_error": ".2g"}
+        most = min(max(chosen, _FEW), _MANY)
+        return [Table(rows, formats, title, bars=("score",), most=most)]
+
+
+class ClassFilters(Tabular):
     r"""
     Classes by filters: scores, the filters selected for each class, and where they come from.
 
@@ -120,6 +196,12 @@ class ClassFilters:
         [0, 2]
         >>> table.classes_of(2)
         ['cat', 'dog']
+        >>> print(table["cat"])
+        cat: 10 images, 2 of 3 filters selected, Example at conv
+        filter  score  selected
+             0      3  True
+             2      2  True
+             1      1  False
     """
 
     __slots__ = (
@@ -291,6 +373,41 @@ class ClassFilters:
         return [
             self.class_names[row] for row in self._selected[:, filter_].nonzero()[:, 0].tolist()
         ]
+
+    def __getitem__(self, class_: int | str) -> ClassRow:
+        """A class's row: all its filters with their scores, the highest first.
+
+        Args:
+
+            class_ (int or str): Index or name of the class.
+
+        Returns:
+            *ClassRow*, which prints as a table.
+
+        Raises:
+            ValueError: There is no such class; the nearest names are named.
+        """
+        row = self.class_index(class_)
+        order = descending(self._scores[row])
+        return ClassRow(
+            self.class_names[row],
+            self.layer,
+            self.method,
+            int(self._counts[row]),
+            order,
+            self._scores[row][order],
+            self._selected[row][order],
+            **{name: table[row][order] for name, table in self._optional_tables().items()},
+        )
+
+    def __iter__(self) -> Iterator[ClassRow]:
+        return (self[row] for row in range(self.num_classes))
+
+    def __len__(self) -> int:
+        return self.num_classes
+
+    def __contains__(self, class_: object) -> bool:
+        return class_ in self.class_names
 
     # -- choosing --------------------------------------------------------------------------------
 
@@ -566,8 +683,6 @@ class ClassFilters:
             *pandas.DataFrame* with the columns class, filter, score, selected, images and, where
             known, standard_error, p_value and q_value. Needs the extra ``pandas``.
         """
-        import pandas
-
         num_classes, num_filters = self._scores.shape
         columns = {
             "class": [name for name in self.class_names for _ in range(num_filters)],
@@ -578,7 +693,8 @@ class ClassFilters:
         }
         for name, table in self._optional_tables().items():
             columns[name.removesuffix("s")] = table.flatten().numpy()
-        return pandas.DataFrame(columns)
+        frame: pandas.DataFrame = import_pandas().DataFrame(columns)
+        return frame
 
     def save(self, path: str | os.PathLike[str], overwrite: bool = False) -> None:
         r"""
@@ -718,6 +834,25 @@ class ClassFilters:
             f"{chosen} filters selected per class)"
         )
 
+    def _tables(self) -> list[Table]:
+        some, chosen = bool(self._selected.any()), self._selected.sum(1).tolist()
+        order = descending(self._scores)
+        title = "filters, best first" if some else "best filters, none of them selected"
+        rows: list[Row] = []
+        for row, name in enumerate(self.class_names):
+            kept = order[row][self._selected[row][order[row]]] if some else order[row]
+            shown = ", ".join(map(str, kept[:_SHOWN].tolist())) if self._counts[row] else ""
+            rows.append(
+                {
+                    "class": name,
+                    "images": int(self._counts[row]),
+                    "selected": chosen[row],
+                    title: shown + (", …" if shown and len(kept) > _SHOWN else ""),
+                    "highest score": float(self._scores[row, order[row, 0]]),
+                }
+            )
+        return [Table(rows, {"highest score": ".4g"}, repr(self)[len("ClassFilters(") : -1])]
+
 
 def check_selection(num_filters: int | None, mass: float | None) -> None:
     """Raise if a selection cannot be meant, whatever the table."""
@@ -769,11 +904,13 @@ def index_of_class(class_: int | str, names: Sequence[str]) -> int:
     if isinstance(class_, str):
         if class_ in names:
             return list(names).index(class_)
-        near = difflib.get_close_matches(class_, names, n=3, cutoff=0.4)
-        shown = near or list(names[:8])
-        hint = "Did you mean" if near else "The names are"
-        raise ValueError(f"No class named {class_!r}. {hint} {', '.join(map(repr, shown))}?")
-    index = int(class_)
+        raise ValueError(f"No class named {class_!r}. {hint(class_, names)}")
+    try:
+        index = operator.index(class_)
+    except TypeError as error:
+        raise ValueError(
+            f"A class is given by its index or its name, not by a {type(class_).__name__}."
+        ) from error
     if not 0 <= index < len(names):
         raise ValueError(f"Class {index} is out of range; there are {len(names)} classes.")
     return index

@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from captum_classfilters._core.layers import ModelWrapper
+from captum_classfilters._core.tables import model_name
 
 
 class ClassScores(ModelWrapper):
@@ -44,6 +45,9 @@ class ClassScores(ModelWrapper):
         super().__init__()
         self.wrapped_model = model
         self.scores = scores
+
+    def __repr__(self) -> str:
+        return f"ClassScores({model_name(self.wrapped_model)}, {model_name(self.scores)})"
 
     def forward(self, *inputs: object, **options: object) -> Tensor:
         """Scores (N, C) of the model's output."""

@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,13 +24,12 @@ from captum_classfilters._core.layers import (
 )
 from captum_classfilters._core.named_layers import NamedLayers
 from captum_classfilters._core.outputs import class_scores
+from captum_classfilters._core.tables import Row, short_repr
 from captum_classfilters._core.taps import hooked
 from captum_classfilters._core.types import ExampleInputs, ModelInputs
 
-if TYPE_CHECKING:
-    import pandas
 
-
+@short_repr
 @dataclass(frozen=True)
 class FilterLayer:
     r"""
@@ -85,32 +84,18 @@ class FilterLayers(NamedLayers[FilterLayer]):
         """The layers whose output becomes the head's input, directly, as a mean, or flattened."""
         return [layer for layer in self.qualifying if layer.feeds_head]
 
-    def to_pandas(self) -> "pandas.DataFrame":
-        """One row for each layer.
-
-        Returns:
-            *pandas.DataFrame*. Needs the extra ``pandas``.
-        """
-        import pandas
-
-        return pandas.DataFrame([asdict(layer) for layer in self._layers])
-
-    def _rows(self) -> list[tuple[str, ...]]:
-        rows: list[tuple[str, ...]] = [
-            ("layer", "type", "output", "filters", "feeds head", "remark")
+    def _rows(self) -> list[Row]:
+        return [
+            {
+                "layer": layer.name,
+                "type": layer.type,
+                "output": "x".join(map(str, layer.shape)) if layer.shape else "-",
+                "filters": str(layer.num_filters) if layer.qualifies else "no",
+                "feeds head": layer.feeds_head or "",
+                "remark": layer.reason,
+            }
+            for layer in self._layers
         ]
-        for layer in self._layers:
-            rows.append(
-                (
-                    layer.name,
-                    layer.type,
-                    "x".join(map(str, layer.shape)) if layer.shape else "-",
-                    str(layer.num_filters) if layer.qualifies else "no",
-                    layer.feeds_head or "",
-                    layer.reason,
-                )
-            )
-        return rows
 
 
 def list_filter_layers(

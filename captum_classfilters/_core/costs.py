@@ -1,12 +1,12 @@
 """What is counted of a network, and how two of them are told beside each other."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
 from captum_classfilters._core.devices import device_of, on_device
 from captum_classfilters._core.layers import named_layers
-from captum_classfilters._core.tables import text_table
+from captum_classfilters._core.tables import Table
 from captum_classfilters._core.types import ExampleInputs, ModelInputs
 
 
@@ -37,7 +37,9 @@ def num_bytes(module: nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def before_and_after(quantities: Mapping[str, tuple[float, float]], title: str = "") -> str:
+def before_and_after(
+    quantities: Mapping[str, tuple[float, float]], title: str = "", notes: Sequence[str] = ()
+) -> Table:
     r"""
     Quantities before and after as a table, with their ratios.
 
@@ -46,9 +48,11 @@ def before_and_after(quantities: Mapping[str, tuple[float, float]], title: str =
         quantities (mapping): Title to the two values.
         title (str): What stands above the titles.
                     Default: ""
+        notes (sequence of str): Lines below the table.
+                    Default: ()
 
     Returns:
-        *str*.
+        *Table*.
 
     Examples::
 
@@ -62,4 +66,4 @@ def before_and_after(quantities: Mapping[str, tuple[float, float]], title: str =
         {title: name, "before": before, "after": after, "ratio": before / after if after else None}
         for name, (before, after) in quantities.items()
     ]
-    return text_table(rows, {"ratio": ".2f"})
+    return Table(rows, {"ratio": ".2f"}, notes=notes, bars=("ratio",))

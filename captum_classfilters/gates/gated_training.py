@@ -16,13 +16,14 @@ from captum_classfilters._core.devices import device_of
 from captum_classfilters._core.distributed import is_main_process
 from captum_classfilters._core.guard import model_left_as_found
 from captum_classfilters._core.outputs import as_rows, class_scores, log_probabilities, two_classes
-from captum_classfilters._core.tables import short_repr
+from captum_classfilters._core.tables import described, model_name, short_repr
 from captum_classfilters._core.types import Dataloader, Keywords, ModelInputs, Unpack
 from captum_classfilters.gates.class_specific_gate import ClassSpecificGate, gates_not_finite
 
 Unit = Literal["epoch", "batch", "joint"]
 
 
+@short_repr
 @dataclass(frozen=True)
 class GateSchedule:
     r"""
@@ -191,6 +192,10 @@ class GatedTrainer:
         self.regularizer = regularizer or (lambda gate: gate.regularizer())
         self.criterion = criterion
         self.history: list[GatedEpoch] = []
+
+    def __repr__(self) -> str:
+        told = f"gate={described(self.gate)}, epochs={len(self.history)}"
+        return f"GatedTrainer({model_name(self.model)}, {told})"
 
     def fit(
         self,

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from captum_classfilters._core.layers import find_layer
 from captum_classfilters._core.ranking import random_sets
-from captum_classfilters._core.tables import short_repr, text_table
+from captum_classfilters._core.tables import Table, Tabular, short_repr
 from captum_classfilters._core.types import Dataloader, Unpack
 from captum_classfilters.attr import LayerFilterAblation
 from captum_classfilters.class_filters import ClassFilters
@@ -17,7 +17,7 @@ from captum_classfilters.metrics.replayed_batches import confusion_without
 
 @short_repr
 @dataclass(frozen=True)
-class MaskingResult:
+class MaskingResult(Tabular):
     r"""
     Recall of every class under each mask; prints as a table.
 
@@ -54,7 +54,7 @@ class MaskingResult:
         off_diagonal = ~torch.eye(len(loss), dtype=torch.bool)
         return float(loss[off_diagonal].nanmean())
 
-    def __str__(self) -> str:
+    def _tables(self) -> list[Table]:
         others = ~torch.eye(len(self.recall), dtype=torch.bool)
         rows = [
             {
@@ -66,7 +66,7 @@ class MaskingResult:
             }
             for row, name in enumerate(self.class_names or map(str, range(len(self.recall))))
         ]
-        return text_table(rows, title="recall")
+        return [Table(rows, title="recall")]
 
 
 def masking_test(

@@ -14,7 +14,7 @@ from captum_classfilters._core.batches import Batch, Batches, read_batches
 from captum_classfilters._core.distributed import is_distributed
 from captum_classfilters._core.outputs import two_classes
 from captum_classfilters._core.ranking import random_orders, ranks
-from captum_classfilters._core.tables import short_repr, text_table
+from captum_classfilters._core.tables import Table, Tabular, short_repr
 from captum_classfilters._core.taps import hooked
 from captum_classfilters._core.types import Dataloader, ModelInputs, Unpack
 from captum_classfilters.class_filters import ClassFilters, check_selection
@@ -30,7 +30,7 @@ logger = logging.getLogger("captum_classfilters")
 
 @short_repr
 @dataclass(frozen=True)
-class AccuracyCurve:
+class AccuracyCurve(Tabular):
     r"""
     Accuracy against the number of filters a class keeps, with its controls; prints as a table.
 
@@ -69,7 +69,7 @@ class AccuracyCurve:
         enough = [number for number, value in points if value >= keep * self.full_accuracy]
         return min(enough, default=None)
 
-    def __str__(self) -> str:
+    def _tables(self) -> list[Table]:
         columns = {**self.accuracy, "random": self.random_mean}
         rows = [
             {
@@ -79,7 +79,7 @@ class AccuracyCurve:
             for place, number in enumerate(self.num_filters)
         ]
         title = f"accuracy on {self.num_images} images, {self.full_accuracy:.3f} with every filter"
-        return text_table(rows, title=title)
+        return [Table(rows, title=title)]
 
 
 def accuracy_curve(

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from captum_classfilters._core.tables import short_repr, text_table
+from captum_classfilters._core.tables import Table, Tabular, short_repr
 from captum_classfilters._core.timing import interleaved_seconds, median_and_interquartile
 from captum_classfilters._core.types import ExampleInputs
 from captum_classfilters.heads.linear_head import example_batch, find_head
@@ -38,7 +38,7 @@ class HeadCost:
 
 @short_repr
 @dataclass(frozen=True)
-class HeadComparison:
+class HeadComparison(Tabular):
     """A model's head before and after; prints as a table.
 
     Args:
@@ -50,7 +50,7 @@ class HeadComparison:
     before: HeadCost
     after: HeadCost
 
-    def __str__(self) -> str:
+    def _tables(self) -> list[Table]:
         quantities = {
             "head parameters": "head_parameters",
             "head multiply-adds": "head_multiply_adds",
@@ -63,7 +63,7 @@ class HeadComparison:
             scale = 1000 if name == "seconds" else 1
             before, after = (scale * getattr(cost, name) for cost in (self.before, self.after))
             rows.append({"": title, "before": before, "after": after, "ratio": before / after})
-        return text_table(rows, {"ratio": ".2f"})
+        return [Table(rows, {"ratio": ".2f"}, bars=("ratio",))]
 
 
 def compare_heads(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from captum_classfilters._core.batches import Batch, check_read_again, read_batches
 from captum_classfilters._core.outputs import two_classes
 from captum_classfilters._core.ranking import random_sets
-from captum_classfilters._core.tables import short_repr
+from captum_classfilters._core.tables import Table, Tabular, short_repr
 from captum_classfilters._core.taps import tapped
 from captum_classfilters._core.types import Dataloader, Unpack
 from captum_classfilters.class_filters import ClassFilters
@@ -29,7 +29,7 @@ Replacement = Literal["noise", "scaled_noise", "zero", "mean"]
 
 @short_repr
 @dataclass(frozen=True)
-class Essentiality:
+class Essentiality(Tabular):
     r"""
     Recall of each class with part of its filters replaced.
 
@@ -49,10 +49,17 @@ class Essentiality:
     random_at_set: Tensor
     random_at_complement: Tensor
 
-    def __str__(self) -> str:
+    def _tables(self) -> list[Table]:
         names = ("clean", "at_set", "at_complement", "random_at_set", "random_at_complement")
-        parts = (f"{name} {float(getattr(self, name).nanmean()):.3f}" for name in names)
-        return "mean recall: " + ", ".join(parts)
+        columns = {name: getattr(self, name) for name in names}
+        rows = [
+            {"class": index} | {name: values[index] for name, values in columns.items()}
+            for index in range(len(self.clean))
+        ]
+        means = ", ".join(
+            f"{name} {float(values.nanmean()):.3f}" for name, values in columns.items()
+        )
+        return [Table(rows, title=f"mean recall: {means}")]
 
 
 def essentiality(

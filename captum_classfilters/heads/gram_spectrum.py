@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from captum_classfilters._core.energy import number_for_energy
-from captum_classfilters._core.tables import short_repr
+from captum_classfilters._core.tables import Table, Tabular, short_repr
 from captum_classfilters.metrics.features import checked_features, class_rows
 
 
 @short_repr
 @dataclass(frozen=True)
-class GramSpectrum:
+class GramSpectrum(Tabular):
     r"""
     Eigenvalues of the features' Gram matrix, of each class and of all images.
 
@@ -24,6 +24,18 @@ class GramSpectrum:
 
     eigenvalues: Tensor
     overall: Tensor
+
+    def _tables(self) -> list[Table]:
+        columns = {
+            "largest share": self.top_share.tolist(),
+            "participation ratio": self.participation_ratio.tolist(),
+            "for 95 % of the energy": self.number_for().tolist(),
+        }
+        rows = [
+            {"class": index, **dict(zip(columns, cells, strict=True))}
+            for index, cells in enumerate(zip(*columns.values(), strict=True))
+        ]
+        return [Table(rows, title=f"{self.eigenvalues.shape[1]:,} eigenvalues of each class")]
 
     @property
     def top_share(self) -> Tensor:

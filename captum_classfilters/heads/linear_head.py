@@ -13,6 +13,7 @@ from captum_classfilters._core.guard import model_left_as_found
 from captum_classfilters._core.heads import HeadRecord, alike, is_linear
 from captum_classfilters._core.layers import check_runs, find_layer, layer_name
 from captum_classfilters._core.outputs import class_scores
+from captum_classfilters._core.tables import short_repr
 from captum_classfilters._core.taps import hooked, tapped
 from captum_classfilters._core.types import ExampleInputs, ModelInputs
 from captum_classfilters.class_filters import ClassFilters
@@ -99,6 +100,7 @@ def replace_head(model: nn.Module, name: str, head: nn.Module) -> nn.Module:
     return copied(model, {old: head})
 
 
+@short_repr
 @dataclass(frozen=True)
 class LinearHead:
     r"""
@@ -184,6 +186,7 @@ def linear_head(module: nn.Module, name: str = "head") -> LinearHead:
     return LinearHead(name, module, head.weight, head.bias, head.convolution_dims)
 
 
+@short_repr
 @dataclass(frozen=True)
 class HeadRun:
     r"""

@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from captum_classfilters._core.ranking import random_sets
-from captum_classfilters._core.tables import short_repr
+from captum_classfilters._core.tables import Table, Tabular, short_repr
 from captum_classfilters.class_filters import ClassFilters
 
 
 @short_repr
 @dataclass(frozen=True)
-class SetOverlap:
+class SetOverlap(Tabular):
     r"""
     Overlap of the classes' filter sets.
 
@@ -37,6 +37,17 @@ class SetOverlap:
     distinct_filters: int
     classes_per_filter: Tensor
     random: dict[str, tuple[float, float]]
+
+    def _tables(self) -> list[Table]:
+        figures = ("mean_all_pairs", "mean_off_diagonal", "mean_jaccard", "distinct_filters")
+        rows = []
+        for name in figures:
+            mean, deviation = self.random.get(name, (None, None))
+            row = {"": name.replace("_", " "), "sets": float(getattr(self, name))}
+            rows.append(row | {"random sets": mean, "their deviation": deviation})
+        return [
+            Table(rows, dict.fromkeys(("sets", "random sets", "their deviation"), ".4g"), bars=())
+        ]
 
 
 def set_overlap(

@@ -7,13 +7,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from captum_classfilters._core.tables import short_repr
+from captum_classfilters._core.tables import Table, Tabular, short_repr
 from captum_classfilters.metrics.features import checked_features, class_rows
 
 
 @short_repr
 @dataclass(frozen=True)
-class TopMass:
+class TopMass(Tabular):
     r"""
     Share of an image's total response that its strongest filters carry.
 
@@ -30,6 +30,24 @@ class TopMass:
     mean: Tensor
     standard_deviation: Tensor
     overall: Tensor
+
+    def _tables(self) -> list[Table]:
+        rows = [
+            {
+                "filters": number,
+                "share, all images": self.overall[place],
+                "lowest class": lowest,
+                "highest class": highest,
+            }
+            for place, number, lowest, highest in zip(
+                range(len(self.num_filters)),
+                self.num_filters,
+                self.mean.nan_to_num(nan=2.0).amin(0).tolist(),
+                self.mean.nan_to_num(nan=-1.0).amax(0).tolist(),
+                strict=True,
+            )
+        ]
+        return [Table(rows, title="share of an image's response in its strongest filters")]
 
 
 def top_mass(

@@ -11,6 +11,7 @@ from torch import Tensor
 from captum_classfilters._core.batches import Batch, dataset_names, read_batches
 from captum_classfilters._core.outputs import scores_per_class
 from captum_classfilters._core.provenance import provenance
+from captum_classfilters._core.tables import Table, Tabular, import_pandas, short_repr
 from captum_classfilters._core.types import Dataloader, JsonDict, Unpack
 from captum_classfilters.class_filters import index_of_class, names_of_classes
 from captum_classfilters.identify.evidence_sources import Reduction, Source, sources_of
@@ -22,8 +23,12 @@ if TYPE_CHECKING:
     from captum_classfilters.identify.statistics import ClassFilterSums
 
 
+_SHOWN = 5  # filters of each side that are printed
+
+
+@short_repr
 @dataclass(frozen=True)
-class FilterContrast:
+class FilterContrast(Tabular):
     r"""
     Evidence of each filter for one class against another.
 
@@ -110,19 +115,42 @@ class FilterContrast:
         return self.scores.sort(stable=True).indices[: self._checked(num_filters)]
 
     def to_pandas(self, confidence: float = 0.95) -> "pandas.DataFrame":
-        """One row for each filter, strongest first. Needs the extra ``pandas``."""
-        import pandas
+        """One row for each filter, strongest first. Needs the extra ``pandas``.
 
-        low, high = self.interval(confidence).unbind(1)
-        frame = pandas.DataFrame(
-            {
-                "filter": range(len(self.scores)),
-                "score": self.scores.numpy(),
-                "low": low.numpy(),
-                "high": high.numpy(),
-            }
+        Args:
+
+            confidence (float): Of the intervals.
+                        Default: 0.95
+
+        Returns:
+            *pandas.DataFrame*.
+        """
+        order = self.scores.sort(descending=True, stable=True).indices
+        low, high = self.interval(confidence)[order].unbind(1)
+        columns = {"filter": order, "score": self.scores[order], "low": low, "high": high}
+        frame: pandas.DataFrame = import_pandas().DataFrame(
+            {title: values.numpy() for title, values in columns.items()}
         )
-        return frame.sort_values("score", ascending=False, kind="stable", ignore_index=True)
+        return frame
+
+    def _tables(self) -> list[Table]:
+        few = min(_SHOWN, len(self.scores))
+        ends = [*self.strongest(few).tolist(), *self.opposing(few).flip(0).tolist()]
+        interval = self.interval()
+        rows = [
+            {
+                "filter": index,
+                "evidence": self.scores[index],
+                "low": interval[index, 0],
+                "high": interval[index, 1],
+            }
+            for index in dict.fromkeys(ends)
+        ]
+        title = (
+            f"{self.favored} rather than {self.against}: margin {self.margin:.3g}, "
+            f"{self.num_images:,} images, {self.method} at {self.layer}"
+        )
+        return [Table(rows, dict.fromkeys(("evidence", "low", "high"), ".3g"), title)]
 
     def _checked(self, num_filters: int) -> int:
         if not 1 <= num_filters <= len(self.scores):
@@ -132,8 +160,9 @@ class FilterContrast:
         return num_filters
 
 
+@short_repr
 @dataclass(frozen=True)
-class ConfusionFilters:
+class ConfusionFilters(Tabular):
     r"""
     For each kind of error that occurred, the filters that drive it.
 
@@ -149,6 +178,23 @@ class ConfusionFilters:
     confusion: Tensor
     class_names: tuple[str, ...]
     cells: dict[tuple[int, int], FilterContrast]
+
+    def _tables(self) -> list[Table]:
+        rows = []
+        for true, predicted in self.largest(len(self.cells)):
+            cell = self.cells[true, predicted]
+            strongest = cell.strongest(min(_SHOWN, len(cell.scores))).tolist()
+            rows.append(
+                {
+                    "class": self.class_names[true],
+                    "taken for": self.class_names[predicted],
+                    "images": cell.num_images,
+                    "margin": cell.margin,
+                    "filters that drive it": ", ".join(map(str, strongest)),
+                }
+            )
+        right, total = int(self.confusion.diagonal().sum()), int(self.confusion.sum())
+        return [Table(rows, title=f"{right:,} of {total:,} images right", bars=("images",))]
 
     def cell(self, true: int | str, predicted: int | str) -> FilterContrast:
         """The filters behind one cell.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from captum_classfilters._core.batches import check_read_again
 from captum_classfilters._core.guard import model_left_as_found
 from captum_classfilters._core.layers import module_of
-from captum_classfilters._core.tables import short_repr
+from captum_classfilters._core.tables import Table, Tabular, short_repr
 from captum_classfilters._core.types import Dataloader, Unpack
 from captum_classfilters.class_filters import ClassFilters
 from captum_classfilters.identify.evidence_sources import Reduction
@@ -21,7 +21,7 @@ from captum_classfilters.identify.significance import LabelPermutation, false_di
 
 @short_repr
 @dataclass(frozen=True)
-class RandomWeightsNull:
+class RandomWeightsNull(Tabular):
     r"""
     A table beside those of the same network with random weights.
 
@@ -41,6 +41,17 @@ class RandomWeightsNull:
     rank_correlation: Tensor
     overlap: Tensor
     chance: float
+
+    def _tables(self) -> list[Table]:
+        rows = [
+            {"random weights": draw, "rank correlation": correlation, "overlap": overlap}
+            for draw, (correlation, overlap) in enumerate(
+                zip(self.rank_correlation.tolist(), self.overlap.tolist(), strict=True)
+            )
+        ]
+        table = self.class_filters
+        title = f"{table.method} at {table.layer}; overlap by chance {self.chance:.3f}"
+        return [Table(rows, title=title)]
 
 
 def random_weights_null(

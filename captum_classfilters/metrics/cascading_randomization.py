@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from captum_classfilters._core.captum import TargetType
 from captum_classfilters._core.guard import model_left_as_found
 from captum_classfilters._core.ranking import rank_correlation
-from captum_classfilters._core.tables import short_repr, text_table
+from captum_classfilters._core.tables import Table, Tabular, short_repr
 from captum_classfilters._core.types import LayerMethod, ModelInputs
 from captum_classfilters.metrics.explained import check_is_function, explains
 from captum_classfilters.metrics.filter_sensitivity import filter_scores_of, scores_filters
@@ -21,7 +21,7 @@ from captum_classfilters.metrics.reset import reset_weights, weighted_modules
 
 @short_repr
 @dataclass(frozen=True)
-class CascadingRandomization:
+class CascadingRandomization(Tabular):
     r"""
     Likeness of explanations to the trained network's, as its weights are lost from the output down.
 
@@ -37,7 +37,7 @@ class CascadingRandomization:
     rank_correlation: Tensor
     absolute_rank_correlation: Tensor
 
-    def __str__(self) -> str:
+    def _tables(self) -> list[Table]:
         both = zip(self.rank_correlation, self.absolute_rank_correlation, strict=True)
         rows = [
             {
@@ -47,7 +47,7 @@ class CascadingRandomization:
             }
             for name, (signed, absolute) in zip(self.modules, both, strict=True)
         ]
-        return text_table(rows)
+        return [Table(rows)]
 
 
 def cascading_randomization(

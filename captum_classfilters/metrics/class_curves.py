@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from captum_classfilters._core.devices import sums_device
 from captum_classfilters._core.ranking import descending, random_orders
-from captum_classfilters._core.tables import short_repr, text_table
+from captum_classfilters._core.tables import Table, Tabular, short_repr
 from captum_classfilters._core.types import Dataloader, ForwardFunc, Unpack
 from captum_classfilters.attr import LayerFilterAblation
 from captum_classfilters.attr.layer_filter_ablation import Replacement
@@ -32,7 +32,7 @@ Measure = Literal["recall", "probability"]
 
 @short_repr
 @dataclass(frozen=True)
-class ClassCurves:
+class ClassCurves(Tabular):
     r"""
     How a class fares with its first filters removed, or with them alone.
 
@@ -67,14 +67,14 @@ class ClassCurves:
         """Area under each class's sufficiency curve (C,). High: its first filters suffice."""
         return areas(self.sufficiency, self.num_filters, 0)
 
-    def __str__(self) -> str:
+    def _tables(self) -> list[Table]:
         needed, enough = self.necessity_area, self.sufficiency_area
         rows = [
             {"": name, "necessity": needed[name].nanmean(), "sufficiency": enough[name].nanmean()}
             for name in needed
         ]
         title = f"area under {self.measure}, mean over classes"
-        return text_table(rows, {"necessity": ".4f", "sufficiency": ".4f"}, title)
+        return [Table(rows, {"necessity": ".4f", "sufficiency": ".4f"}, title)]
 
 
 def class_curves(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_classfilters._core.ranking import descending, first_of, random_sets
-from captum_classfilters._core.tables import short_repr, text_table
+from captum_classfilters._core.tables import Table, Tabular, short_repr
 from captum_classfilters._core.types import Dataloader, ForwardFunc, Unpack
 from captum_classfilters.attr import LayerFilterAblation
 from captum_classfilters.attr.layer_filter_ablation import Replacement
@@ -26,7 +26,7 @@ _OWN = "class filters"
 
 @short_repr
 @dataclass(frozen=True)
-class CollateralDamage:
+class CollateralDamage(Tabular):
     r"""
     Confusion with each class's filters removed, against the network as it is.
 
@@ -113,7 +113,7 @@ class CollateralDamage:
             for share, place in zip(cells.values.tolist(), cells.indices.tolist(), strict=True)
         ]
 
-    def __str__(self) -> str:
+    def _tables(self) -> list[Table]:
         changes = {_OWN: (self.own, self.others)}
         changes.update({name: self.control(name) for name in self.control_recall})
         rows = [
@@ -121,7 +121,7 @@ class CollateralDamage:
             for name, (own, others) in changes.items()
         ]
         formats = {"own class": "+.4f", "other classes": "+.4f"}
-        return text_table(rows, formats, "mean change of recall")
+        return [Table(rows, formats, "mean change of recall")]
 
     def _counts(self) -> Tensor:
         return self.clean.sum(1).double()

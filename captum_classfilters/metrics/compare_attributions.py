@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from captum_classfilters._core.distributed import is_main_process
 from captum_classfilters._core.guard import model_left_as_found
-from captum_classfilters._core.tables import Row, short_repr, text_table
+from captum_classfilters._core.tables import Row, Table, Tabular, import_pandas, short_repr
 from captum_classfilters.metrics.attribution_space import METRICS, Settings, Space, spaces_of
 from captum_classfilters.metrics.explained import PIXELS, explained_methods
 from captum_classfilters.metrics.inputs import at_model
@@ -33,7 +33,7 @@ _TITLES = {
 
 @short_repr
 @dataclass(frozen=True)
-class AttributionTable:
+class AttributionTable(Tabular):
     r"""
     Methods of one space, measured on the same images with the same perturbations.
 
@@ -117,15 +117,9 @@ class AttributionTable:
         Raises:
             ImportError: pandas is not installed.
         """
-        try:
-            import pandas
-        except ImportError as error:
-            raise ImportError(
-                "to_pandas needs pandas: pip install 'captum-classfilters[pandas]'."
-            ) from error
-        return pandas.DataFrame(self.rows(confidence)).set_index("method")
+        return import_pandas().DataFrame(self.rows(confidence)).set_index("method")
 
-    def __str__(self) -> str:
+    def _tables(self) -> list[Table]:
         shown = [m for m in _TITLES if any(m in metrics for metrics in self.values.values())]
         rows = []
         for method, metrics in self.values.items():
@@ -139,7 +133,7 @@ class AttributionTable:
             rows.append(row)
         num_images = len(next(iter(next(iter(self.values.values())).values())))
         title = f"{self.space}: {num_images} images, mean ± half width of the 95% interval"
-        return text_table(rows, {"ms/image": ".2f", "peak MiB": ".1f"}, title)
+        return [Table(rows, {"ms/image": ".2f", "peak MiB": ".1f"}, title)]
 
     def _cell(self, method: str, metric: str) -> str:
         mean, low, _ = self.interval(method, metric)
@@ -151,7 +145,7 @@ class AttributionTable:
 
 @short_repr
 @dataclass(frozen=True)
-class AttributionComparison:
+class AttributionComparison(Tabular):
     r"""
     Tables of pixel methods and of filter methods, never ranked against each other.
 
@@ -173,9 +167,9 @@ class AttributionComparison:
     targets: list[int]
     maps: dict[str, Tensor]
 
-    def __str__(self) -> str:
+    def _tables(self) -> list[Table]:
         tables = ([self.pixels] if self.pixels is not None else []) + list(self.filters.values())
-        return "\n\n".join(str(table) for table in tables)
+        return [table for part in tables for table in part._tables()]
 
 
 def compare_attributions(

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from captum.attr import LayerAttribution, LayerGradientXActivation
@@ -16,7 +16,7 @@ from captum_classfilters._core.guard import model_left_as_found
 from captum_classfilters._core.layers import layer_name
 from captum_classfilters._core.outputs import scores_per_class
 from captum_classfilters._core.ranking import random_sets
-from captum_classfilters._core.tables import Row, short_repr, text_table
+from captum_classfilters._core.tables import Row, Table, Tabular, short_repr
 from captum_classfilters._core.types import Dataloader, Keywords, Unpack
 from captum_classfilters._core.warnings import warn
 from captum_classfilters.attr import (
@@ -34,15 +34,12 @@ from captum_classfilters.metrics.feature_tables import (
 from captum_classfilters.metrics.removals import resolved_layer
 from captum_classfilters.metrics.replayed_batches import replaying
 
-if TYPE_CHECKING:
-    import pandas
-
 Method: TypeAlias = ClassFilters | LayerAttribution | Callable[[], ClassFilters]
 
 
 @short_repr
 @dataclass(frozen=True)
-class MethodComparison:
+class MethodComparison(Tabular):
     r"""
     Several methods on one layer, each with its best filters for each class, as many of each method.
 
@@ -94,20 +91,13 @@ class MethodComparison:
         """Exact binomial intervals of the sufficiencies (M, 2)."""
         return binomial_interval(self.hits.sum(1), self.counts.sum(), confidence)
 
-    def to_pandas(self) -> "pandas.DataFrame":
-        """One row for each method, for random and for all filters. Needs the extra ``pandas``."""
-        import pandas
-
-        rows = self._rows()
-        return pandas.DataFrame(rows).set_index("method")
-
-    def __str__(self) -> str:
+    def _tables(self) -> list[Table]:
         rows = [
             {title: None if cell != cell else cell for title, cell in row.items()}
             for row in self._rows()
         ]
         lines = [f"{name} does not apply: {reason}" for name, reason in self.skipped.items()]
-        return "\n".join([text_table(rows, {"filters per class": ".3g"}), *lines])
+        return [Table(rows, {"filters per class": ".3g"}, notes=lines, index="method")]
 
     def _rows(self) -> list[Row]:
         interval = self.sufficiency_interval()

@@ -23,10 +23,6 @@ from captum_classfilters._core.tables import short_repr
 from captum_classfilters._core.taps import hooked
 from captum_classfilters._core.types import Dataloader, Keywords, ModelInputs, Unpack
 
-if TYPE_CHECKING:
-    pass
-
-
 @short_repr
 @dataclass(frozen=True)
 class ClassifierScores:

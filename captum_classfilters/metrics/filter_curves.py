@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from captum_classfilters._core.captum import TargetType
 from captum_classfilters._core.ranking import descending, random_orders
-from captum_classfilters._core.tables import short_repr, text_table
+from captum_classfilters._core.tables import Table, Tabular, short_repr
 from captum_classfilters._core.types import ForwardFunc
 from captum_classfilters.attr.layer_filter_ablation import Replacement, Score, score_reader
 from captum_classfilters.metrics.removals import (
@@ -27,7 +27,7 @@ from captum_classfilters.metrics.replayed_batches import replayed_images
 
 @short_repr
 @dataclass(frozen=True)
-class FilterCurves:
+class FilterCurves(Tabular):
     r"""
     What an image's score becomes as its filters go, or come, in order.
 
@@ -59,14 +59,14 @@ class FilterCurves:
         """Area under each image's insertion curve (N,). High: the first filters suffice."""
         return areas(self.insertion, self.num_filters)
 
-    def __str__(self) -> str:
+    def _tables(self) -> list[Table]:
         deletion, insertion = self.deletion_area, self.insertion_area
         rows = [
             {"": name, "deletion": deletion[name].mean(), "insertion": insertion[name].mean()}
             for name in deletion
         ]
         title = f"area under {self.score}, mean over images"
-        return text_table(rows, {"deletion": ".4f", "insertion": ".4f"}, title)
+        return [Table(rows, {"deletion": ".4f", "insertion": ".4f"}, title)]
 
 
 def filter_curves(

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from captum_classfilters._core.captum import TargetType
 from captum_classfilters._core.ranking import random_orders
-from captum_classfilters._core.tables import short_repr, text_table
+from captum_classfilters._core.tables import Table, Tabular, short_repr
 from captum_classfilters._core.types import ForwardFunc
 from captum_classfilters.attr.layer_filter_ablation import (
     Replacement,
@@ -28,7 +28,7 @@ from captum_classfilters.metrics.replayed_batches import replayed_images
 
 @short_repr
 @dataclass(frozen=True)
-class FilterInfidelity:
+class FilterInfidelity(Tabular):
     r"""
     Infidelity of filter scores, with scores dealt out at random as a control.
 
@@ -48,7 +48,7 @@ class FilterInfidelity:
     by_filter: dict[str, Tensor]
     num_perturbations: int
 
-    def __str__(self) -> str:
+    def _tables(self) -> list[Table]:
         rows = [
             {
                 "mean over images": name,
@@ -57,7 +57,7 @@ class FilterInfidelity:
             }
             for name, values in self.infidelity.items()
         ]
-        return text_table(rows, {"infidelity": ".3e", "scale-invariant": ".3e"})
+        return [Table(rows, {"infidelity": ".3e", "scale-invariant": ".3e"})]
 
 
 def filter_infidelity(

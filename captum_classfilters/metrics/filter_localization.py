@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from captum_classfilters._core.ranking import descending
-from captum_classfilters._core.tables import short_repr, text_table
+from captum_classfilters._core.tables import Table, Tabular, short_repr
 from captum_classfilters.class_filters import ClassFilters
 from captum_classfilters.metrics.features import checked_labels
 from captum_classfilters.metrics.localization import boxes_to_masks
@@ -42,7 +42,7 @@ def assign_filters(scores: Tensor | ClassFilters) -> Tensor:
 
 @short_repr
 @dataclass(frozen=True)
-class FilterLocalization:
+class FilterLocalization(Tabular):
     r"""
     Overlap of each filter's activation with the objects of each class.
 
@@ -82,12 +82,12 @@ class FilterLocalization:
             table[class_] = (int(own.sum()), overlap, float(self.precision[class_, own].mean()))
         return table
 
-    def __str__(self) -> str:
+    def _tables(self) -> list[Table]:
         rows = [
             {"class": class_, "filters": size, "overlap": overlap, "precision": precision}
             for class_, (size, overlap, precision) in self.by_class().items()
         ]
-        return text_table(rows)
+        return [Table(rows)]
 
     def _own(self, table: Tensor) -> Tensor:
         return table.gather(0, self.filter_class[None])[0]

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_classfilters._core.filter_graph import FilterGraph, as_tuple, torch_pruning
+from captum_classfilters._core.tables import described
 from captum_classfilters._core.types import ExampleInputs
 from captum_classfilters.class_filters import ClassFilters
 
@@ -88,6 +89,9 @@ class ClassFilterImportance:
             if normalize:
                 scores = scores / scores.abs().mean().clamp(min=1e-12)
             self._add(graph, table, scores)
+
+    def __repr__(self) -> str:
+        return f"ClassFilterImportance(layer={described(list(self._names.values()))})"
 
     def _add(self, graph: FilterGraph, table: ClassFilters, scores: Tensor) -> None:
         layer = graph.layer(table.layer)

@@ -3,12 +3,14 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from captum_classfilters._core.tables import Row, Table, Tabular, import_pandas, short_repr
 from captum_classfilters.identify.accuracy_reduction import AccuracyReduction
 
 if TYPE_CHECKING:
     import pandas
 
 
+@short_repr
 @dataclass(frozen=True)
 class ClassEffect:
     """What one class loses without a filter.
@@ -36,8 +38,9 @@ class ClassEffect:
         return self.low > 0 or self.high < 0
 
 
+@short_repr
 @dataclass(frozen=True)
-class FilterInterpretation:
+class FilterInterpretation(Tabular):
     """A filter by the classes that it matters most and least for.
 
     Args:
@@ -53,17 +56,23 @@ class FilterInterpretation:
     top: tuple[ClassEffect, ...]
     bottom: tuple[ClassEffect, ...]
 
-    def __str__(self) -> str:
-        def told(effects: tuple[ClassEffect, ...]) -> str:
-            return ", ".join(
-                f"{effect.name} {effect.reduction:+.3f} [{effect.low:+.3f}, {effect.high:+.3f}]"
-                for effect in effects
-            )
-
-        return (
-            f"filter {self.filter} (all images {self.reduction:+.4f})\n"
-            f"  most: {told(self.top)}\n  least: {told(self.bottom)}"
-        )
+    def _tables(self) -> list[Table]:
+        rows: list[Row] = [
+            {
+                "loses": end,
+                "class": effect.name,
+                "accuracy reduction": effect.reduction,
+                "low": effect.low,
+                "high": effect.high,
+                "images": effect.images,
+            }
+            for end, effects in (("most", self.top), ("least", self.bottom))
+            for effect in effects
+        ]
+        bars = ("accuracy reduction",)
+        formats = dict.fromkeys(("accuracy reduction", "low", "high"), "+.3f")
+        title = f"without filter {self.filter} (all images {self.reduction:+.4f})"
+        return [Table(rows, formats, title, bars=bars)]
 
 
 def class_interpretation(
@@ -148,12 +157,11 @@ def interpretation_table(interpretations: list[FilterInterpretation]) -> "pandas
     Returns:
         *pandas.DataFrame*. Needs the extra ``pandas``.
     """
-    import pandas
-
     rows = [
         {"filter": filter_.filter, "end": end, "place": place, **vars(effect)}
         for filter_ in interpretations
         for end, effects in (("most", filter_.top), ("least", filter_.bottom))
         for place, effect in enumerate(effects, 1)
     ]
-    return pandas.DataFrame(rows)
+    frame: pandas.DataFrame = import_pandas().DataFrame(rows)
+    return frame

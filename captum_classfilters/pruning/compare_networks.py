@@ -14,7 +14,7 @@ from captum_classfilters._core.costs import (
     num_outputs,
 )
 from captum_classfilters._core.guard import model_left_as_found
-from captum_classfilters._core.tables import short_repr
+from captum_classfilters._core.tables import Table, Tabular, short_repr
 from captum_classfilters._core.timing import interleaved_seconds, median_and_interquartile
 from captum_classfilters._core.types import ExampleInputs, ModelInputs
 
@@ -46,7 +46,7 @@ class NetworkCost:
 
 @short_repr
 @dataclass(frozen=True)
-class NetworkComparison:
+class NetworkComparison(Tabular):
     r"""
     A network before and after; prints as a table.
 
@@ -66,7 +66,7 @@ class NetworkComparison:
         """Median time before over median time after."""
         return self.before.seconds / self.after.seconds
 
-    def __str__(self) -> str:
+    def _tables(self) -> list[Table]:
         titles = {
             "filters": "filters",
             "parameters": "parameters",
@@ -80,7 +80,7 @@ class NetworkComparison:
             before, after = (scale * getattr(cost, name) for cost in (self.before, self.after))
             quantities[title] = (before, after)
         lost = [f"{name}: {before} -> {after}" for name, (before, after) in self.layers.items()]
-        return "\n".join([before_and_after(quantities), *lost])
+        return [before_and_after(quantities, notes=lost)]
 
 
 def compare_networks(

@@ -20,6 +20,7 @@ from captum_classfilters._core.layers import find_layer, layer_name, module_of, 
 from captum_classfilters._core.outputs import are_probabilities, class_scores
 from captum_classfilters._core.provenance import fingerprint
 from captum_classfilters._core.replay.suffix_replay import SuffixReplay
+from captum_classfilters._core.tables import bound_repr
 from captum_classfilters._core.types import Dataloader, JsonDict, Keywords, ModelInputs, Unpack
 from captum_classfilters.pruning.candidates import (
     Candidates,
@@ -91,6 +92,10 @@ class GreedyFilterPruning:
         ]
         self.layers = {layer_name(self.model, module): module for module in modules}
         self.channel_dim = channel_dim
+
+    def __repr__(self) -> str:
+        modules = list(self.layers.values())
+        return bound_repr(self, self.forward_func, modules if len(modules) > 1 else modules[0])
 
     def run(
         self,

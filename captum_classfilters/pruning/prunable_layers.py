@@ -8,9 +8,11 @@ from captum_classfilters._core.filter_graph import FilterGraph, as_tuple, check_
 from captum_classfilters._core.filter_removal import refused
 from captum_classfilters._core.guard import model_left_as_found
 from captum_classfilters._core.named_layers import NamedLayers
+from captum_classfilters._core.tables import Row, short_repr
 from captum_classfilters._core.types import ExampleInputs
 
 
+@short_repr
 @dataclass(frozen=True)
 class PrunableLayer:
     r"""
@@ -57,13 +59,21 @@ class PrunableLayers(NamedLayers[PrunableLayer]):
         """The layers whose filters can be removed."""
         return [layer for layer in self._layers if layer.prunable]
 
-    def _rows(self) -> list[tuple[str, ...]]:
-        rows: list[tuple[str, ...]] = [("layer", "type", "filters", "read by", "remark")]
+    def _rows(self) -> list[Row]:
+        rows: list[Row] = []
         for layer in self._layers:
             readers = ", ".join(layer.consumers[:2])
             more = len(layer.consumers) - 2
             readers += f" and {more} more" if more > 0 else ""
-            rows.append((layer.name, layer.type, str(layer.num_filters), readers, layer.reason))
+            rows.append(
+                {
+                    "layer": layer.name,
+                    "type": layer.type,
+                    "filters": str(layer.num_filters),
+                    "read by": readers,
+                    "remark": layer.reason,
+                }
+            )
         return rows
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from captum_classfilters._core.files import write_atomically
-from captum_classfilters._core.tables import short_repr, text_table
+from captum_classfilters._core.tables import Table, Tabular, short_repr
 from captum_classfilters._core.types import JsonDict
 
 _KEY = "pruning_order"
@@ -21,7 +21,7 @@ BOUNDS = ("num_filters", "ratio", "min_accuracy")
 
 @short_repr
 @dataclass
-class PruningOrder:
+class PruningOrder(Tabular):
     r"""
     The order in which filters were removed, and the accuracy on the way; prints as a table.
 
@@ -58,7 +58,7 @@ class PruningOrder:
     start_loss: float | None = None
     weights: dict[str, Tensor] | None = field(default=None, compare=False, repr=False)
 
-    def __str__(self) -> str:
+    def _tables(self) -> list[Table]:
         rows = [
             {
                 "layer": name,
@@ -72,7 +72,7 @@ class PruningOrder:
         told = [
             f"{name} {curve[0]:.4f} -> {curve[-1]:.4f}" for name, curve in curves.items() if curve
         ]
-        return text_table(rows, title="; ".join(told))
+        return [Table(rows, title="; ".join(told))]
 
     @property
     def layer(self) -> str:

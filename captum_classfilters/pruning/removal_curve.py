@@ -10,7 +10,7 @@ from captum_classfilters._core.batches import read_batches
 from captum_classfilters._core.layers import find_layer, layer_name, module_of
 from captum_classfilters._core.outputs import are_probabilities, class_scores
 from captum_classfilters._core.replay.suffix_replay import SuffixReplay
-from captum_classfilters._core.tables import short_repr, text_table
+from captum_classfilters._core.tables import Table, Tabular, short_repr
 from captum_classfilters._core.types import Dataloader, Unpack
 from captum_classfilters.pruning.candidates import Candidates, LabeledReplay, checked_labels
 from captum_classfilters.pruning.pruning_order import PruningOrder
@@ -21,7 +21,7 @@ _SHARES = (0.0, 0.25, 0.5, 0.75, 0.9)
 
 @short_repr
 @dataclass(frozen=True)
-class RemovalCurves:
+class RemovalCurves(Tabular):
     r"""
     Accuracy against the number of filters removed, for several orders of the same layer; prints as
     a table.
@@ -85,16 +85,19 @@ class RemovalCurves:
         Returns:
             *str*.
         """
+        return str(self._table(shares))
+
+    def _table(self, shares: Sequence[float], title: str = "") -> Table:
         rows = [
             {"removed": name, **{f"{share:.0%}": self.at(share, name) for share in shares}}
             for name in self.accuracy
         ]
-        return text_table(rows, {f"{share:.0%}": ".4f" for share in shares})
+        return Table(rows, {f"{share:.0%}": ".4f" for share in shares}, title)
 
-    def __str__(self) -> str:
+    def _tables(self) -> list[Table]:
         longest = min(values.shape[1] for values in self.accuracy.values()) - 1
         shares = [share for share in _SHARES if round(share * self.num_filters) <= longest]
-        return f"accuracy without filters of {self.layer}\n{self.table(shares)}"
+        return [self._table(shares, f"accuracy without filters of {self.layer}")]
 
 
 def removal_order(scores: Tensor) -> Tensor:

@@ -7,10 +7,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from captum_classfilters._core.tables import short_repr
+
 if TYPE_CHECKING:
     from .pruning_order import PruningOrder
 
 
+@short_repr
 @dataclass(frozen=True)
 class SelectivityTest:
     r"""

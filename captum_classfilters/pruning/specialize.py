@@ -14,7 +14,7 @@ from captum_classfilters._core.guard import model_left_as_found
 from captum_classfilters._core.heads import is_linear
 from captum_classfilters._core.layers import find_layer
 from captum_classfilters._core.outputs import scores_per_class
-from captum_classfilters._core.tables import short_repr, text_table
+from captum_classfilters._core.tables import Table, Tabular, short_repr
 from captum_classfilters._core.types import Dataloader, ExampleInputs, ModelInputs, Unpack
 from captum_classfilters._core.warnings import warn
 from captum_classfilters.class_filters import ClassFilters
@@ -25,7 +25,7 @@ from captum_classfilters.pruning.prune_filters import prune_filters
 
 @short_repr
 @dataclass(frozen=True)
-class SpecialistAccuracy:
+class SpecialistAccuracy(Tabular):
     r"""
     Accuracy of a network and of its specialist on the specialist's classes; prints as a table.
 
@@ -59,7 +59,7 @@ class SpecialistAccuracy:
         values: Tensor = getattr(self, which)
         return float((values.nan_to_num() * self.counts).sum() / self.counts.sum())
 
-    def __str__(self) -> str:
+    def _tables(self) -> list[Table]:
         columns = {"full, all": "among_all", "full, these": "full", "specialist": "specialist"}
         rows = [
             {
@@ -71,7 +71,7 @@ class SpecialistAccuracy:
         ]
         together = {title: self.overall(which) for title, which in columns.items()}
         rows.append({"class": "together", "images": self.counts.sum(), **together})
-        return text_table(rows, dict.fromkeys(columns, ".4f"))
+        return [Table(rows, dict.fromkeys(columns, ".4f"))]
 
 
 @short_repr

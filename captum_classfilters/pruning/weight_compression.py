@@ -15,7 +15,7 @@ from captum_classfilters._core.costs import before_and_after, inputs_of
 from captum_classfilters._core.filter_graph import name_of
 from captum_classfilters._core.guard import model_left_as_found
 from captum_classfilters._core.layers import check_runs, find_layer
-from captum_classfilters._core.tables import short_repr
+from captum_classfilters._core.tables import Table, Tabular, short_repr
 from captum_classfilters._core.taps import hooked
 from captum_classfilters._core.types import Dataloader, ExampleInputs, ModelInputs, Unpack
 from captum_classfilters.metrics.evaluate_classifier import evaluate_classifier
@@ -97,7 +97,7 @@ class CompressedWeights:
 
 @short_repr
 @dataclass(frozen=True)
-class CompressionReport:
+class CompressionReport(Tabular):
     r"""
     A layer before and after compression; prints as a table.
 
@@ -133,14 +133,14 @@ class CompressionReport:
         """Bytes before over bytes after."""
         return self.bytes[0] / self.bytes[1]
 
-    def __str__(self) -> str:
+    def _tables(self) -> list[Table]:
         titles = ("filters", "weights", "multiply_adds", "bytes")
         quantities = {title.replace("_", "-"): getattr(self, title) for title in titles}
         if self.accuracy:
             quantities["accuracy"] = self.accuracy
         parts = ("code", "index", "codebook", "bias")
         bytes_of = ", ".join(f"{part} {getattr(self, part + '_bytes'):,}" for part in parts)
-        return f"{before_and_after(quantities, self.layer)}\nof the bytes after: {bytes_of}"
+        return [before_and_after(quantities, self.layer, [f"of the bytes after: {bytes_of}"])]
 
 
 @short_repr

@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm.auto import trange
 
 from captum_classfilters._core.overlap import jaccard_of, shared_members
-from captum_classfilters._core.tables import short_repr, text_table
+from captum_classfilters._core.tables import Table, Tabular, short_repr
 from captum_classfilters._core.types import Keywords
 from captum_classfilters.spectral.hypergraph import (
     Ends,
@@ -29,7 +29,7 @@ _HIGHER = {"jaccard": False, "components": True, "purity": True, "single_class_s
 
 @short_repr
 @dataclass(frozen=True)
-class SeparationTest:
+class SeparationTest(Tabular):
     r"""
     A layer's separation scores and what permuted labels give.
 
@@ -50,7 +50,7 @@ class SeparationTest:
     null: Mapping[str, NDArray[np.float64]]
     p_values: Mapping[str, float]
 
-    def __str__(self) -> str:
+    def _tables(self) -> list[Table]:
         rows = []
         for name, p in self.p_values.items():
             draws = self.null[name][~np.isnan(self.null[name])]
@@ -58,7 +58,7 @@ class SeparationTest:
             numbers = {"observed": self.observed[name], "null": mean, "std": spread, "p": p}
             rows.append({"score": name, **numbers})
         empty = "" if self.hypergraph.incidence.any() else "The rule found nothing: no incidences."
-        return text_table(rows, title=empty)
+        return [Table(rows, title=empty, bars=())]
 
 
 def class_jaccard(hypergraph: Hypergraph) -> NDArray[np.float64]:

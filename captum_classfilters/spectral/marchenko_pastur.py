@@ -8,10 +8,13 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from captum_classfilters._core.tables import short_repr
+
 _GRID = 4097
 _MOST_ROUNDS = 200
 
 
+@short_repr
 @dataclass(frozen=True)
 class MarchenkoPastur:
     r"""
@@ -119,6 +122,7 @@ class MarchenkoPastur:
         return x, shares / shares[-1]
 
 
+@short_repr
 @dataclass(frozen=True)
 class MarchenkoPasturFit:
     r"""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from captum_classfilters._core.copies import copied
 from captum_classfilters._core.guard import model_left_as_found
-from captum_classfilters._core.tables import Row, short_repr, text_table
+from captum_classfilters._core.tables import Row, Table, Tabular, short_repr
 from captum_classfilters.spectral.eigenvalues import eigenvalues
 from captum_classfilters.spectral.marchenko_pastur import MarchenkoPasturFit, fit_marchenko_pastur
 from captum_classfilters.spectral.model_svd import ModelSVD, model_svd
@@ -85,7 +85,7 @@ class LayerSpectrum:
 
 @short_repr
 @dataclass(frozen=True)
-class ModelSpectra:
+class ModelSpectra(Tabular):
     r"""
     The spectra of a model's layers, in the model's order. Prints as a table.
 
@@ -112,24 +112,15 @@ class ModelSpectra:
         names = ", ".join(layer.name for layer in self.layers)
         raise KeyError(f"{name!r}: {reason}" if reason else f"{name!r} is not among {names}.")
 
-    def __str__(self) -> str:
+    def _tables(self) -> list[Table]:
         told = [f"{name} has no spectrum: {reason}." for name, reason in self.skipped.items()]
-        return "\n".join([text_table([_row(layer) for layer in self.layers], _FORMATS), *told])
+        rows = [_row(layer) for layer in self.layers]
+        return [Table(rows, _FORMATS, notes=told, index="layer", most=None)]
 
     @property
     def universal_metric(self) -> float:
         r"""The mean over layers of :math:`\alpha \ln \lambda_{max}`."""
         return sum(layer.weighted_exponent for layer in self.layers) / len(self.layers)
-
-    def to_pandas(self) -> "pandas.DataFrame":
-        """A row for each layer; needs the extra ``pandas``.
-
-        Returns:
-            *pandas.DataFrame*.
-        """
-        import pandas
-
-        return pandas.DataFrame([_row(layer) for layer in self.layers]).set_index("layer")
 
 
 def model_spectra(model: nn.Module | ModelSVD, layers: Sequence[str] | None = None) -> ModelSpectra:
@@ -201,7 +192,7 @@ def universal_metric(model: nn.Module | ModelSVD, layers: Sequence[str] | None =
 
 @short_repr
 @dataclass(frozen=True)
-class SpectraComparison:
+class SpectraComparison(Tabular):
     """The spectra of a model and of its random twin. Prints as a table.
 
     Args:
@@ -213,7 +204,7 @@ class SpectraComparison:
     model: ModelSpectra
     twin: ModelSpectra
 
-    def __str__(self) -> str:
+    def _tables(self) -> list[Table]:
         twins = {layer.name: _row(layer) for layer in self.twin}
         rows = []
         for layer in self.model:
@@ -222,7 +213,7 @@ class SpectraComparison:
             row |= {f"{name} of twin": others.get(name) for name in _OF_TWIN}
             rows.append(row)
         formats = {f"{name} of twin": form for name, form in _FORMATS.items()}
-        return text_table(rows, _FORMATS | formats)
+        return [Table(rows, _FORMATS | formats, index="layer", most=None)]
 
     def to_pandas(self) -> "pandas.DataFrame":
         """A row for each layer, the twin's columns beside the model's; needs the extra ``pandas``.

@@ -5,9 +5,11 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
+from captum_classfilters._core.tables import short_repr
 from captum_classfilters.spectral.marchenko_pastur import positive_numbers
 
 
+@short_repr
 @dataclass(frozen=True)
 class PowerLaw:
     r"""

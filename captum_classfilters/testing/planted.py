@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from captum_classfilters._core.tables import short_repr
 from captum_classfilters.class_filters import ClassFilters
 
 _CELL = 3  # side of a pattern, and stride of the first convolution
@@ -16,6 +17,7 @@ _SILENT = 2
 _INHIBITION = 0.25
 
 
+@short_repr
 @dataclass(frozen=True)
 class PlantedNetwork:
     r"""
@@ -90,6 +92,7 @@ class PlantedNetwork:
         return DataLoader(dataset, batch_size=batch_size)
 
 
+@short_repr
 @dataclass(frozen=True)
 class Recovery:
     r"""
@@ -151,7 +154,7 @@ def planted_network(num_classes: int = 4, leak: float = 0.0, seed: int = 0) -> P
         >>> table = LayerFilterContribution(planted.model, "deep").identify(
         ...     planted.loader(80), show_progress=False)
         >>> recovery(table, planted.truth["deep"], as_many=True)
-        Recovery(precision=1.0, recall=1.0, num_selected=10)
+        Recovery(precision=1, recall=1, num_selected=10)
     """
     if not 2 <= num_classes <= 7:
         raise ValueError(f"num_classes={num_classes} is out of range; choose 2 to 7.")

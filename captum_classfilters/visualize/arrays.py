@@ -8,6 +8,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from captum_classfilters._core.names import hint
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -130,10 +132,8 @@ def chosen(
     places = [known.get(entry, entry) if isinstance(entry, str) else entry for entry in wanted]
     for place in places:
         if isinstance(place, str) or not 0 <= int(place) < size:
-            raise ValueError(
-                f"{what} hold {place!r}; expected 0 to {size - 1}"
-                + (", or names." if names else ".")
-            )
+            near = f", or names. {hint(place, names)}" if names and isinstance(place, str) else "."
+            raise ValueError(f"{what} hold {place!r}; expected 0 to {size - 1}{near}")
     if not places:
         raise ValueError(f"{what} are empty; there is nothing to draw.")
     return torch.tensor([int(place) for place in places])

@@ -24,6 +24,9 @@ Position = tuple[int, ...] | Literal["center"] | None
 Transform = Callable[[Tensor, torch.Generator], Tensor]
 
 
+_MOST_TERMS = 8  # of a sum, when it is printed
+
+
 @short_repr
 @dataclass(frozen=True)
 class _Term:
@@ -70,7 +73,11 @@ class FeatureObjective:
         return " + ".join(map(str, self.terms))
 
     def __repr__(self) -> str:
-        return f"FeatureObjective({self})"
+        more = len(self.terms) - _MOST_TERMS
+        told = " + ".join(map(str, self.terms[:_MOST_TERMS]))
+        return (
+            f"FeatureObjective({told} + … {more} more)" if more > 0 else f"FeatureObjective({self})"
+        )
 
     @classmethod
     def of_filter(

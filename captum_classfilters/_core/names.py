@@ -1,0 +1,67 @@
+"""Names of classes and layers: short ones beside pictures, and the nearest to a misspelt one."""
+
+import difflib
+import re
+from collections.abc import Sequence
+
+_LONGEST = 25
+_MOST_SHOWN = 8
+
+# "n02123045 tiger cat", "n02123045_tiger_cat", "n02085620-Chihuahua": data sets' folders.
+_WORDNET_ID = re.compile(r"^[nv]\d{8}[\s_:,.-]+(?=\S)")
+
+
+def short_name(name: object, length: int = _LONGEST) -> str:
+    """A name that fits beside a picture: up to its first comma, of so many characters, without a
+    WordNet number if there is a name behind it.
+
+    Examples::
+
+        >>> from captum_classfilters._core.names import short_name
+        >>> short_name("n02123159 tiger cat, Felis tigris")
+        'tiger cat'
+        >>> short_name("common iguana of the tropical rain forest")
+        'common iguana of the…'
+    """
+    text = _WORDNET_ID.sub("", " ".join(str(name).split()))
+    first = " ".join(text.split(",")[0].split())
+    text = first or text
+    if len(text) > length:
+        cut = text[: length - 1]
+        words = cut.rpartition(" ")[0]  # whole words, where they are most of it
+        text = f"{words if len(words) > length // 2 else cut.rstrip()}…"
+    return text
+
+
+def close_names(name: str, names: Sequence[str], most: int = 3) -> list[str]:
+    """The names that a misspelt one may mean, nearest first.
+
+    Case, underscores and hyphens do not count, and a name of several synonyms is met by each:
+    ``"Tiger_cat"`` and ``"felis tigris"`` are near ``"tiger cat, Felis tigris"``.
+    """
+    plain = _plain(name)
+    by_form: dict[str, list[str]] = {}
+    for full in dict.fromkeys(map(str, names)):
+        bare = _WORDNET_ID.sub("", full)
+        for form in {full, bare, *bare.split(",")}:
+            if plain_form := _plain(form):
+                by_form.setdefault(plain_form, []).append(full)
+    forms = difflib.get_close_matches(plain, by_form, n=4 * most, cutoff=0.5) if plain else []
+    within = [form for form in by_form if len(plain) > 2 and plain in form.split()]
+    near = dict.fromkeys(full for form in [*forms, *within] for full in by_form[form])
+    return list(near)[:most]
+
+
+def hint(name: str, names: Sequence[str]) -> str:
+    """What to say of a name that is not there: "Did you mean ...?", or which names there are."""
+    near = close_names(name, names)
+    if near:
+        return f"Did you mean {', '.join(map(repr, near))}?"
+    if not len(names):
+        return "There are no names."
+    more = ", ..." if len(names) > _MOST_SHOWN else ""
+    return f"The names are {', '.join(map(repr, names[:_MOST_SHOWN]))}{more}."
+
+
+def _plain(text: str) -> str:
+    return " ".join(re.sub(r"[_\-]+", " ", text).casefold().split())
