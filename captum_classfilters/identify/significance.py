@@ -8,12 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from captum_classfilters._core.tables import short_repr
 from captum_classfilters._core.types import JsonDict
 
 _ENTRIES_AT_ONCE = 2**22  # of the matrix permutations x images, 32 MB in float64
 _ROUNDING = 1e-12  # of a sum, relative to the sum of absolute values
 
 
+@short_repr
 @dataclass(frozen=True)
 class LabelPermutation:
     r"""
