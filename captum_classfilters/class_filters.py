@@ -5,16 +5,12 @@ import operator
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
-from captum_classfilters._core.files import write_atomically
 from captum_classfilters._core.names import hint
 from captum_classfilters._core.ranking import descending, highest, rank_correlation, ranks
 from captum_classfilters._core.tables import (
@@ -24,16 +20,17 @@ from captum_classfilters._core.tables import (
     import_pandas,
     short_repr,
 )
+from captum_classfilters._core.tensor_files import Schema, read_tensors, write_tensors
 from captum_classfilters._core.types import ModelInputs
 from captum_classfilters._core.warnings import warn
 
 if TYPE_CHECKING:
     import pandas
 
-_SCHEMA = "captum_classfilters.ClassFilters"
 _SHOWN = 5  # filters of a class, beside each other
 _FEW, _MANY = 10, 40  # rows that are printed of a class
-_SCHEMA_VERSION = 2  # 2: p_values and q_values; files without them are still written as 1
+# Version 2: p_values and q_values; files without them are still written as 1.
+_FILE = Schema("class_filters", "captum_classfilters.ClassFilters", 2, "ClassFilters", "table")
 
 
 @short_repr
@@ -181,8 +178,9 @@ class ClassFilters(Tabular):
                     Default: None
 
     Raises:
-        ValueError: Shapes do not fit, a class without images has selected filters, a score of a
-                    class with images is NaN or infinite, or its p- or q-value is no probability.
+        ValueError: Shapes do not fit, counts are not whole or negative, a class without images has
+                    selected filters, a score of a class with images is NaN or infinite, its p- or
+                    q-value is no probability, or a standard error is negative.
 
     Examples::
 
@@ -265,8 +263,8 @@ class ClassFilters(Tabular):
                 if name != "selected"
             },
             "class_names": tuple(str(name) for name in class_names),
-            "layer": layer,
-            "method": method,
+            "layer": str(layer),
+            "method": str(method),
             "provenance": MappingProxyType(json.loads(json.dumps(dict(provenance or {})))),
         }
         for name, value in values.items():
@@ -701,7 +699,8 @@ class ClassFilters(Tabular):
         Save as one safetensors file, its metadata as JSON in the file's header.
 
         The file is written beside its place and moved there when it is complete: a full disk or a
-        kill leaves an older file as it was.
+        kill leaves an older file as it was. Its mode and, where that is allowed, its owner stay; a
+        symbolic link stays, and the file that it points to is replaced. A checksum covers all of it.
 
         Args:
 
@@ -711,26 +710,26 @@ class ClassFilters(Tabular):
 
         Raises:
             FileExistsError: The file is there and ``overwrite`` is False.
+            ValueError: The path is a folder, a pipe, a socket or a device.
             OSError: It cannot be written; nothing has changed.
         """
-        path = Path(path)
-        if path.exists() and not overwrite:
+        if not overwrite and os.path.isfile(path):
             raise FileExistsError(f"{path} exists; pass overwrite=True to replace it.")
         tensors = {"scores": self._scores, "counts": self._counts, "selected": self._selected}
-        tensors.update(self._optional_tables())
-        metadata = {
-            "schema": _SCHEMA,
-            "schema_version": 1 if self._p_values is None and self._q_values is None else 2,
+        details = {
             "class_names": self.class_names,
             "layer": self.layer,
             "method": self.method,
             "provenance": dict(self.provenance),
         }
-        write_atomically(path, save(tensors, metadata={"class_filters": json.dumps(metadata)}))
+        version = 1 if self._p_values is None and self._q_values is None else 2
+        write_tensors(path, _FILE, tensors | self._optional_tables(), details, version)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "ClassFilters":
         """Load a saved table; no code in the file can run.
+
+        Tables of versions that wrote no checksum are loaded without one.
 
         Args:
 
@@ -741,36 +740,24 @@ class ClassFilters(Tabular):
 
         Raises:
             FileNotFoundError: There is no such file.
-            ValueError: The file is truncated, foreign, or of a newer schema.
+            ValueError: The file is damaged, foreign, of a newer schema, or its values cannot be meant.
         """
-        path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"There is no file {path}.")
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = json.loads((file.metadata() or {}).get("class_filters", "null"))
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, ValueError) as error:
-            raise ValueError(f"{path} is not a complete ClassFilters file: {error}") from error
-        if not isinstance(metadata, dict) or metadata.get("schema") != _SCHEMA:
-            raise ValueError(
-                f"{path} is a safetensors file, but does not hold a ClassFilters table."
-            )
-        if metadata.get("schema_version", 0) > _SCHEMA_VERSION:
-            raise ValueError(
-                f"{path} has schema version {metadata['schema_version']}; this version of "
-                f"captum_classfilters reads up to {_SCHEMA_VERSION}. Please upgrade."
-            )
-        try:
-            return cls(
-                class_names=metadata["class_names"],
-                layer=metadata["layer"],
-                method=metadata["method"],
-                provenance=metadata["provenance"],
-                **tensors,
-            )
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{path} lacks parts of a ClassFilters table: {error}") from error
+        stored = read_tensors(path, _FILE)
+        scores = stored.tensor("scores", torch.float64, (None, None))
+        parts: dict[str, Any] = {
+            name: stored.optional_tensor(name, torch.float64, scores.shape)
+            for name in ("standard_errors", "p_values", "q_values")
+        }
+        parts |= {
+            "counts": stored.tensor("counts", torch.int64, scores.shape[:1]),
+            "selected": stored.tensor("selected", torch.bool, scores.shape),
+            "class_names": stored.values("class_names", str),
+            "layer": stored.value("layer", str),
+            "method": stored.value("method", str),
+            "provenance": stored.value("provenance", dict),
+        }
+        with stored.building():
+            return cls(scores, **parts)
 
     def _optional_tables(self) -> dict[str, Tensor]:
         """The tables (C, K) beside the scores that this one has."""
@@ -1044,9 +1031,14 @@ def _check_table(
     class_names: Sequence[str],
 ) -> None:
     num_classes = scores.shape[0]
-    if counts.shape != (num_classes,) or bool((counts < 0).any()):
-        raise ValueError(f"counts must be {num_classes} numbers of images, one for each class.")
-    for name, table in tables.items():
+    whole = counts.shape == (num_classes,) and not counts.is_complex()
+    if not whole or not bool(((counts >= 0) & (counts.to(torch.int64) == counts)).all()):
+        raise ValueError(
+            f"counts must be {num_classes} numbers of images, one for each class; whole, none negative."
+        )
+    for name, table in {"scores": scores, **tables}.items():
+        if table is not None and table.is_complex():
+            raise ValueError(f"{name} is {table.dtype}; expected real numbers.")
         if table is not None and table.shape != scores.shape:
             raise ValueError(
                 f"{name} has shape {tuple(table.shape)}; expected that of scores, "
@@ -1061,7 +1053,9 @@ def _check_table(
         rows = None if table is None else table[seen.to(table.device)]
         if rows is not None and not bool(((rows >= 0) & (rows <= 1)).all()):
             raise ValueError(f"{name} of classes with images must lie in [0, 1].")
-    selected = tables["selected"]
+    errors, selected = tables["standard_errors"], tables["selected"]
+    if errors is not None and bool((errors < 0).any()):
+        raise ValueError("standard_errors hold negative numbers.")
     assert selected is not None
     _check_selected(selected, scores.shape, seen)
 

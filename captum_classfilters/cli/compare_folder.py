@@ -1,6 +1,7 @@
 """Attributions compared on the user's own model and images."""
 
 import csv
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ from captum.attr import (
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
+from captum_classfilters._core.files import write_figure, write_text
 from captum_classfilters._core.layers import find_layer
 from captum_classfilters._core.outputs import scores_per_class
 from captum_classfilters._core.types import Keywords
@@ -204,7 +206,7 @@ def _draw(output: Path, comparison: AttributionComparison, names: list[str]) -> 
     from captum_classfilters.visualize import plot_comparison
 
     figure, _ = plot_comparison(comparison, class_names=[short_name(name) for name in names])
-    figure.savefig(output / "comparison.png", dpi=110)
+    write_figure(output / "comparison.png", figure)
 
 
 def _write_results(
@@ -216,11 +218,12 @@ def _write_results(
             continue
         rows = table.rows()
         columns = list(dict.fromkeys(column for row in rows for column in row))
-        with open(output / f"{name}.csv", "w", newline="") as file:
-            writer = csv.DictWriter(file, columns)
-            writer.writeheader()
-            writer.writerows(rows)
-    (output / "comparison.txt").write_text(f"{comparison}\n")
+        text = io.StringIO()
+        writer = csv.DictWriter(text, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+        write_text(output / f"{name}.csv", text.getvalue())
+    write_text(output / "comparison.txt", f"{comparison}\n")
     manifest = {
         "schema_version": SCHEMA_VERSION,
         "model": job.model,
@@ -229,4 +232,4 @@ def _write_results(
         "num_images": num_images,
         "files": sorted(path.name for path in output.iterdir() if path.name != "manifest.json"),
     }
-    (output / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+    write_text(output / "manifest.json", json.dumps(manifest, indent=2) + "\n")

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from tqdm.auto import tqdm
 
 from captum_classfilters._core.batches import read_batches
+from captum_classfilters._core.files import check_writable_folder, write_figure, write_text
 from captum_classfilters._core.tables import text_table
 from captum_classfilters._core.types import JsonDict
 from captum_classfilters.attr import (
@@ -168,7 +169,7 @@ def run_demo(
         *dict*: All results, as in ``results.json``.
 
     Raises:
-        OSError: The folder cannot be made or written.
+        ValueError: The folder cannot be made or written.
     """
     folder = _writable_folder(output)
     seconds: dict[str, float] = {}
@@ -209,20 +210,15 @@ def run_demo(
         "metrics": metrics,
         "seconds": seconds,
     }
-    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    write_text(folder / "results.json", json.dumps(results, indent=2) + "\n")
     _report(results, folder, write)
     return results
 
 
 def _writable_folder(output: str | os.PathLike[str]) -> Path:
     folder = Path(output)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.write_text("")
-        probe.unlink()
-    except OSError as error:
-        raise OSError(f"The folder {folder} cannot be written: {error}") from error
+    check_writable_folder(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
@@ -339,9 +335,9 @@ def _draw(
 ) -> None:
     for name, table in tables.items():
         figure, _ = plot_class_filters(table, title=f"{name}: digits and their filters")
-        figure.savefig(folder / f"class_filters_{name}.png", dpi=110)
+        write_figure(folder / f"class_filters_{name}.png", figure)
     figure, _ = plot_accuracy_curve(curve, title="How many filters does a digit need?")
-    figure.savefig(folder / "accuracy_curve.png", dpi=110)
+    write_figure(folder / "accuracy_curve.png", figure)
     shown = [int((digits.test_labels == digit).nonzero()[0]) for digit in (0, 3, 4, 7)]
     images, labels = digits.test_images[shown], digits.test_labels[shown]
     table = tables["contribution"]
@@ -356,7 +352,7 @@ def _draw(
         },
         titles=[f"a {digit}" for digit in labels.tolist()],
     )
-    figure.savefig(folder / "explanations.png", dpi=110)
+    write_figure(folder / "explanations.png", figure)
 
 
 def _report(results: JsonDict, folder: Path, write: Callable[[str], None]) -> None:

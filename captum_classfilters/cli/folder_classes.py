@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from captum_classfilters._core.devices import device_of, on_device
+from captum_classfilters._core.files import read_text
 from captum_classfilters._core.outputs import scores_per_class
 
 if TYPE_CHECKING:
@@ -71,9 +72,11 @@ def assign_outputs(
 
 
 def _lines(path: Path, num_outputs: int) -> list[str]:
-    if not path.is_file():
-        raise ValueError(f"There is no file of class names {path}.")
-    names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    try:
+        lines = read_text(path).splitlines()
+    except FileNotFoundError as error:
+        raise ValueError(f"There is no file of class names {path}.") from error
+    names = [line.strip() for line in lines]
     names = [name for name in names if name]
     if len(names) != num_outputs:
         raise ValueError(

@@ -1,18 +1,21 @@
 """The main job on the user's own model and images."""
 
 import csv
+import io
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from captum.attr import IntegratedGradients
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
+from captum_classfilters._core.checkpoints import read_state_dict
+from captum_classfilters._core.files import check_writable_folder, write_figure, write_text
 from captum_classfilters._core.tables import text_table
 from captum_classfilters.attr import (
     ClassFilterSaliency,
@@ -31,7 +34,6 @@ METHODS = {"frequency": LayerFilterFrequency, "contribution": LayerFilterContrib
 SCHEMA_VERSION = 1
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _CLASSES_TOLD = 20
-_WRAPPERS = ("state_dict", "model_state_dict", "model")
 
 
 @dataclass(frozen=True)
@@ -139,8 +141,8 @@ def load_model(
     Args:
 
         name (str): Name of a torchvision classifier.
-        checkpoint (path, optional): safetensors, or a state dict that ``torch.load`` reads with
-                    ``weights_only=True``.
+        checkpoint (path, optional): safetensors, or from PyTorch 2.10 on a state dict that
+                    ``torch.load`` reads with ``weights_only=True``.
         num_classes (int, optional): C; by default as the checkpoint's last layer.
         folder_classes (int): C without a checkpoint.
         random_weights (bool): Allow no checkpoint.
@@ -167,13 +169,13 @@ def load_model(
             )
         built: nn.Module = models.get_model(name, weights=None, num_classes=folder_classes)
         return built.eval()
-    state = _state_dict(Path(checkpoint))
+    state = read_state_dict(checkpoint)
     # Heads of auxiliary classifiers are used in training alone.
     state = {key: value for key, value in state.items() if not key.lower().startswith("aux")}
     model = _without_auxiliary(models.get_model(name, weights=None, num_classes=folder_classes))
     # The model's own last tensor, because a file need not keep the order of the layers.
     last = list(model.state_dict())[-1]
-    outputs = num_classes or (len(state[last]) if last in state else folder_classes)
+    outputs = num_classes or (_rows(state, last) or folder_classes)
     if outputs != folder_classes:
         model = _without_auxiliary(models.get_model(name, weights=None, num_classes=outputs))
     own = model.state_dict()
@@ -253,29 +255,9 @@ def layer_table(name: str, image_size: int) -> str:
     return str(list_filter_layers(model, torch.randn(2, 3, image_size, image_size)))
 
 
-def _state_dict(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise ValueError(f"There is no checkpoint {path}.")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state: Any = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a foreign file makes the readers raise
-        reason = str(error).split(". ")[0] if str(error) else type(error).__name__
-        raise ValueError(
-            f"{path} is neither a safetensors file nor a PyTorch state dict: {reason}"
-        ) from error
-    for wrapper in _WRAPPERS:
-        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
-            state = state[wrapper]
-    if not isinstance(state, dict) or not all(
-        isinstance(value, Tensor) for value in state.values()
-    ):
-        raise ValueError(f"{path} does not hold a state dict of tensors.")
-    return {key.removeprefix("module."): value for key, value in state.items()}
+def _rows(state: dict[str, Tensor], name: str) -> int:
+    """The rows of a tensor; 0 where there is none."""
+    return len(state[name]) if name in state and state[name].dim() else 0
 
 
 def _few(items: Sequence[str]) -> str:
@@ -303,8 +285,7 @@ def prepared_output(job: FolderJob, known: Iterable[str] = tuple(METHODS)) -> Pa
     output = Path(job.output)
     if (output / "manifest.json").exists() and not job.overwrite:
         raise ValueError(f"{output} holds results already; pass --overwrite to replace them.")
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"{output} is a file; expected a folder for the results.")
+    check_writable_folder(output)
     (output / "manifest.json").unlink(missing_ok=True)
     return output
 
@@ -333,24 +314,25 @@ def _write_table(output: Path, name: str, table: ClassFilters) -> None:
 
     table.save(output / f"{name}.safetensors", overwrite=True)
     scores, errors, selected = table.scores, table.standard_errors, table.selected
-    with open(output / f"{name}.csv", "w", newline="") as file:
-        rows = csv.writer(file)
-        rows.writerow(["class", "filter", "score", "standard_error", "selected", "images"])
-        for row, class_name in enumerate(table.class_names):
-            for column in range(table.num_filters):
-                error = float(errors[row, column]) if errors is not None else float("nan")
-                rows.writerow(
-                    [
-                        class_name,
-                        column,
-                        float(scores[row, column]),
-                        error,
-                        int(selected[row, column]),
-                        int(table.counts[row]),
-                    ]
-                )
+    text = io.StringIO()
+    rows = csv.writer(text)
+    rows.writerow(["class", "filter", "score", "standard_error", "selected", "images"])
+    for row, class_name in enumerate(table.class_names):
+        for column in range(table.num_filters):
+            error = float(errors[row, column]) if errors is not None else float("nan")
+            rows.writerow(
+                [
+                    class_name,
+                    column,
+                    float(scores[row, column]),
+                    error,
+                    int(selected[row, column]),
+                    int(table.counts[row]),
+                ]
+            )
+    write_text(output / f"{name}.csv", text.getvalue())
     figure, _ = plot_class_filters(table)
-    figure.savefig(output / f"{name}.png", dpi=110)
+    write_figure(output / f"{name}.png", figure)
 
 
 def _explain(
@@ -377,7 +359,7 @@ def _explain(
     figure, _ = plot_explanations(
         images, columns, titles=[names[label] for label in labels.tolist()]
     )
-    figure.savefig(output / "explanations.png", dpi=110)
+    write_figure(output / "explanations.png", figure)
 
 
 def _write_manifest(output: Path, job: FolderJob, num_images: int) -> None:
@@ -391,7 +373,7 @@ def _write_manifest(output: Path, job: FolderJob, num_images: int) -> None:
         "num_images": num_images,
         "files": sorted(path.name for path in output.iterdir() if path.name != "manifest.json"),
     }
-    (output / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+    write_text(output / "manifest.json", json.dumps(manifest, indent=2) + "\n")
 
 
 def _report(tables: dict[str, ClassFilters], output: Path, write: Callable[[str], None]) -> None:

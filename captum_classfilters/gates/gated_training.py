@@ -1,5 +1,7 @@
 """Training with a class-specific gate: schedule, steps, history, exact resumption."""
 
+import copy
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
@@ -12,15 +14,19 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from tqdm.auto import tqdm
 
 from captum_classfilters._core.batches import Batches, read_batches
+from captum_classfilters._core.checkpoints import is_safetensors, read_checkpoint
 from captum_classfilters._core.devices import device_of
 from captum_classfilters._core.distributed import is_main_process
 from captum_classfilters._core.guard import model_left_as_found
+from captum_classfilters._core.nested import flattened, unflattened
 from captum_classfilters._core.outputs import as_rows, class_scores, log_probabilities, two_classes
 from captum_classfilters._core.tables import described, model_name, short_repr
+from captum_classfilters._core.tensor_files import Schema, read_tensors, write_tensors
 from captum_classfilters._core.types import Dataloader, Keywords, ModelInputs, Unpack
 from captum_classfilters.gates.class_specific_gate import ClassSpecificGate, gates_not_finite
 
 Unit = Literal["epoch", "batch", "joint"]
+_FILE = Schema("gated_trainer", "captum_classfilters.GatedTrainer", 1, "GatedTrainer", "state")
 
 
 @short_repr
@@ -379,8 +385,8 @@ class GatedTrainer:
 
         Returns:
             *dict*: Model, gate, optimisers, schedulers, history and torch's random state on the
-            CPU; load it with ``torch.load(..., weights_only=True)`` and :meth:`load_state_dict`. A
-            loader that shuffles with a generator of its own is not part of it.
+            CPU; :meth:`save` writes it to a file. A loader that shuffles with a generator of its own
+            is not part of it.
         """
         parts: dict[str, nn.Module | torch.optim.Optimizer | LRScheduler | None] = {
             "model": self.model,
@@ -405,18 +411,75 @@ class GatedTrainer:
             state (dict): From :meth:`state_dict`.
 
         Raises:
-            ValueError: The state holds other parts than this trainer has.
+            ValueError: The state is not one of such a trainer, which is then as it was.
         """
         expected = set(self.state_dict())
-        if set(state) != expected:
-            odd = sorted(expected.symmetric_difference(state))
+        if not isinstance(state, dict) or set(state) != expected:
+            odd = sorted(map(str, expected.symmetric_difference(state)))
             raise ValueError(
                 f"The state does not fit this trainer; it differs in {', '.join(odd)}."
             )
-        for name in expected - {"history", "random_state"}:
+        before = copy.deepcopy(self.state_dict())
+        try:
+            self._take(state)
+        except (
+            Exception
+        ) as error:  # whatever modules, optimizers and schedulers make of others' states
+            self._take(before)
+            raise ValueError(f"The state does not fit this trainer: {error}") from error
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write everything that a resumed run needs as one safetensors file, without code.
+
+        Args:
+
+            path (path): Where; a file that is there is replaced by a complete one.
+
+        Raises:
+            ValueError: A part of the state is an object that only code could make again.
+            OSError: The file cannot be written; nothing has changed.
+        """
+        tree, tensors = flattened(self.state_dict())
+        write_tensors(path, _FILE, tensors, {"state": tree})
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """Go on where the trainer stopped that wrote a file.
+
+        Args:
+
+            path (path): A file of :meth:`save`, or a :meth:`state_dict` that ``torch.save`` wrote.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: The file is damaged, or is not of such a trainer; this one is as it was.
+        """
+        if not is_safetensors(path):
+            state = read_checkpoint(path)
+        else:
+            stored = read_tensors(path, _FILE)
+            tree, tensors = stored.value("state", dict), stored.all_tensors()
+            with stored.building():
+                state = unflattened(tree, tensors)
+        try:
+            self.load_state_dict(state)  # type: ignore[arg-type]  # which it checks
+        except ValueError as error:
+            raise ValueError(f"{path} cannot be resumed from: {error}") from error
+
+    def _take(self, state: dict[str, Any]) -> None:
+        history = [GatedEpoch(**record) for record in state["history"]]
+        for place, record in enumerate(history):
+            _check_epoch(record, place)
+        for name in set(state) - {"history", "random_state"}:
             getattr(self, name).load_state_dict(state[name])
-        self.history = [GatedEpoch(**record) for record in state["history"]]
+        self.history = history
         torch.set_rng_state(state["random_state"])
+
+
+def _check_epoch(record: GatedEpoch, place: int) -> None:
+    shares = [record.gated_share, record.accuracy]
+    shares += [] if record.validation_accuracy is None else [record.validation_accuracy]
+    if record.epoch != place or not all(0 <= share <= 1 for share in shares):
+        raise ValueError(f"its history holds {record} as epoch {place}")
 
 
 def _correct(scores: Tensor, labels: Tensor) -> Tensor:

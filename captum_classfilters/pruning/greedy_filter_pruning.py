@@ -1,11 +1,14 @@
 """Abbasi-Asl and Yu: remove the filter that costs the least accuracy, again and again."""
 
+import functools
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
+from numbers import Integral, Real
+from types import CellType
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +16,9 @@ from tqdm.auto import tqdm
 
 from captum_classfilters._core.batches import read_batches
 from captum_classfilters._core.copies import copied
+from captum_classfilters._core.data_fingerprint import DataFingerprint
 from captum_classfilters._core.distributed import is_main_process
+from captum_classfilters._core.files import check_writable
 from captum_classfilters._core.filter_weights import filter_weights
 from captum_classfilters._core.guard import model_left_as_found
 from captum_classfilters._core.layers import find_layer, layer_name, module_of, unwrapped
@@ -22,6 +27,7 @@ from captum_classfilters._core.provenance import fingerprint
 from captum_classfilters._core.replay.suffix_replay import SuffixReplay
 from captum_classfilters._core.tables import bound_repr
 from captum_classfilters._core.types import Dataloader, JsonDict, Keywords, ModelInputs, Unpack
+from captum_classfilters._core.warnings import warn
 from captum_classfilters.pruning.candidates import (
     Candidates,
     LabeledReplay,
@@ -145,7 +151,10 @@ class GreedyFilterPruning:
                         Default: None
             state_path (str or path, optional): A safetensors file written after every removal; if
                         it exists, the run continues from it. All options must be the same but the
-                        bounds, which may go further where one layer is pruned, or all compete.
+                        bounds, which may go further where one layer is pruned, or all compete, and
+                        ``perturbations_per_eval`` and ``device``, which decide no number. So must the
+                        images, in whatever order and batches. If the file cannot be written
+                        during the run, a warning says so, and the run goes on.
             perturbations_per_eval (int, optional): Filters per replay. By default as many as a
                         memory budget allows.
             seed (int): Each fine-tuning starts from a random state of its own, made from this, so
@@ -163,23 +172,27 @@ class GreedyFilterPruning:
 
         Raises:
             ValueError: No bound is given; a bound would remove every filter or lies above the
-                        start; the loaders hold different classes; the state belongs to another run;
-                        an option is unknown; the model returns NaN or Inf, with filters or without.
+                        start; the loaders hold different classes; the state is damaged, belongs to
+                        another run or cannot be written; an option is unknown; the model returns
+                        NaN or Inf, with filters or without.
         """
         if num_filters is None and ratio is None and min_accuracy is None:
             raise ValueError("Give at least one of num_filters, ratio and min_accuracy.")
         self._check_options(schedule, fine_tune, error_probability, fine_tune_every)
-        options = {
+        options: JsonDict = {
             "schedule": schedule,
             "channel_dim": self.channel_dim,
-            "fine_tune": _described(fine_tune),
+            "fine_tune": None if fine_tune is None else _described(fine_tune),
             "fine_tune_every": fine_tune_every,
             "error_probability": error_probability,
             "seed": seed,
-            "num_filters": dict(num_filters) if isinstance(num_filters, Mapping) else num_filters,
+            "num_filters": num_filters,
             "ratio": ratio,
             "min_accuracy": min_accuracy,
         }
+        options = {name: _plain(value) for name, value in options.items()}
+        together = schedule == "all_layers" or len(self.layers) == 1
+        earlier = _earlier(state_path, options, bounds=not together)
         reading = {"unpack": unpack, "device": device, "show_progress": show_progress}
         with model_left_as_found(self.model, evaluation=True), torch.inference_mode(False):
             network = self._network(fine_tune is not None)
@@ -191,8 +204,8 @@ class GreedyFilterPruning:
             groups = _groups(totals, schedule, num_filters, ratio, min_accuracy)
             plain = None if self.model is None else unwrapped(self.model)
             result = network.started(totals, options, fingerprint(plain))
-            if state_path is not None and Path(state_path).exists():
-                result = _continued(PruningOrder.load(state_path), result, groups, state_path)
+            if earlier is not None and state_path is not None:
+                result = _continued(earlier, result, groups, state_path)
                 network.resume(result)
             step = _Step(
                 network, min_accuracy, fine_tune, fine_tune_every, error_probability, seed,
@@ -207,7 +220,7 @@ class GreedyFilterPruning:
                 for group, keep in groups:
                     while _left(result, group) > keep and step(result, group):
                         if state_path is not None:
-                            result.save(state_path)
+                            _save(result, state_path)
                         bar.update()
         return result
 
@@ -251,6 +264,7 @@ class _Network:
         self.model = module_of(forward_func, list(layers.values()))
         self.ways: dict[str, str] = {}
         self.images: dict[bool, list[tuple[ModelInputs, Tensor, int]]] = {False: [], True: []}
+        self.fingerprints: dict[bool, str | None] = {False: None, True: None}
         self._probabilities: bool | None = None
         # Batches held in memory, run up to one layer.
         self._recorded: dict[bool, list[LabeledReplay]] = {}
@@ -262,6 +276,7 @@ class _Network:
         """Read a loader; each batch is run once, up to the first layer."""
         name = "report_dataloader" if report else "dataloader"
         recorded: list[LabeledReplay] = []
+        images = DataFingerprint()
         with read_batches(
             self.model, dataloader, f"reading {name}", may_be_empty=True, **options
         ) as batches:
@@ -272,9 +287,11 @@ class _Network:
                     self._probabilities = are_probabilities(class_scores(replay.output))
                 recorded.append(LabeledReplay(replay, labels, self._probabilities, batch.number))
                 self.images[report].append((batch.inputs, labels, batch.number))
+                images.add(batch.inputs, labels)
         if not recorded:
             raise ValueError(f"{name} is empty: the data loader gave no image.")
         self._recorded[report] = recorded
+        self.fingerprints[report] = images.hexdigest()
 
     def check_classes(self) -> None:
         """The images to report on must hold the classes of those that choose."""
@@ -377,13 +394,20 @@ class _Network:
             ways=self.ways,
             num_images=sum(len(labels) for _, labels, _ in self.images[False]),
             start_loss=loss,
+            images_sha256=self.fingerprints[False],
+            report_images_sha256=self.fingerprints[True],
         )
 
     def resume(self, state: PruningOrder) -> None:
         """Bring the network to where another run stopped."""
         self.ways = state.ways = {**self.ways, **state.ways}
         if state.weights is not None:
-            self.module.load_state_dict(state.weights)
+            try:
+                self.module.load_state_dict(state.weights)
+            except RuntimeError as error:
+                raise ValueError(
+                    f"The state's weights are not those of this model: {error}"
+                ) from error
             self.forget()
 
 
@@ -473,12 +497,43 @@ def _best(
     return -lost, (name, int(filters[row]))
 
 
-def _described(fine_tune: object) -> JsonDict | None:
-    """A function in words that another process finds the same."""
-    if fine_tune is None:
+def _described(function: object) -> JsonDict:
+    """A function in words that another process finds the same: its name, and what it was given."""
+    if isinstance(function, functools.partial):
+        given = {"arguments": _plain(function.args), "keywords": _plain(function.keywords)}
+        return {**_described(function.func), **given}
+    name = getattr(function, "__qualname__", type(function).__qualname__)
+    closed = [_content(cell) for cell in getattr(function, "__closure__", None) or ()]
+    parts: JsonDict = {
+        "defaults": list(getattr(function, "__defaults__", None) or ()),
+        "closure": [value for value in closed if isinstance(value, (bool, int, float, str))],
+    }
+    told = {key: _plain(values) for key, values in parts.items() if values}
+    return {"function": name, **told, **_plain(getattr(function, "options", {}))}
+
+
+def _content(cell: CellType) -> object:
+    try:
+        return cell.cell_contents
+    except ValueError:  # nothing yet
         return None
-    name = getattr(fine_tune, "__qualname__", type(fine_tune).__qualname__)
-    return {"function": name, **getattr(fine_tune, "options", {})}
+
+
+def _plain(value: object) -> Any:
+    """A value as JSON has it, the same in every process."""
+    if value is None or isinstance(value, (bool, str)):
+        return value
+    if isinstance(value, Mapping):
+        return {str(_plain(key)): _plain(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [_plain(part) for part in value]
+    if isinstance(value, Integral):
+        return int(value)
+    if isinstance(value, Real):
+        return float(value)
+    if callable(value) and not isinstance(value, nn.Module):
+        return getattr(value, "__qualname__", type(value).__qualname__)
+    return re.sub(" at 0x[0-9a-f]+", "", repr(value))
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
@@ -494,6 +549,42 @@ def _norms(layer: nn.Module, filters: Tensor, num_filters: int) -> list[float]:
     return norms
 
 
+def _earlier(
+    path: str | os.PathLike[str] | None, options: JsonDict, bounds: bool
+) -> PruningOrder | None:
+    """The record of an earlier run, if there is any and it can be gone on with; nothing has run yet."""
+    if path is None:
+        return None
+    check_writable(path)
+    try:
+        state = PruningOrder.load(path)
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise ValueError(f"{error} Remove the file to begin anew, or name another.") from error
+    if differences := state.other_options(options, bounds):
+        raise _another_run(path, differences)
+    return state
+
+
+def _another_run(path: str | os.PathLike[str], differences: Sequence[str]) -> ValueError:
+    return ValueError(
+        f"{path} holds the state of another run, which differs in {'; '.join(differences)}. "
+        "Remove it, or continue with the same options, model, layers and images."
+    )
+
+
+def _save(result: PruningOrder, path: str | os.PathLike[str]) -> None:
+    """Write the state; what was computed is not lost if that fails."""
+    try:
+        result.save(path)
+    except OSError as error:
+        warn(
+            f"The state of the pruning run was not written: {error}. The run goes on, and the state is "
+            "written after the next removal if that is possible by then."
+        )
+
+
 def _continued(
     state: PruningOrder,
     start: PruningOrder,
@@ -503,10 +594,7 @@ def _continued(
     """The record that is to be continued, if it is of the same run."""
     differences = state.differences(start, bounds=len(groups) > 1)
     if differences:
-        raise ValueError(
-            f"{path} holds the state of another run, which differs in {'; '.join(differences)}. "
-            "Remove it, or continue with the same options, model, layers and images."
-        )
+        raise _another_run(path, differences)
     floor = start.options["min_accuracy"]
     for group, keep in groups if len(groups) == 1 else ():
         if _left(state, group) < keep or min(state.accuracy) < (floor or 0):

@@ -3,19 +3,20 @@
 import json
 import math
 import os
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
-from captum_classfilters._core.files import write_atomically
 from captum_classfilters._core.tables import Table, Tabular, short_repr
+from captum_classfilters._core.tensor_files import Schema, read_tensors, write_tensors
 from captum_classfilters._core.types import JsonDict
 
-_KEY = "pruning_order"
+_FILE = Schema(
+    "pruning_order", "captum_classfilters.PruningOrder", 2, "PruningOrder", "record", nameless=True
+)
 BOUNDS = ("num_filters", "ratio", "min_accuracy")
 
 
@@ -41,6 +42,8 @@ class PruningOrder(Tabular):
                     form"``, ``"replay"``, ``"whole model"``, or several of these for other batches.
         num_images (int): Images that chose the filters.
         start_loss (float or None): Mean cross-entropy of these before the first removal.
+        images_sha256 (str or None): Fingerprint of these and their labels, whatever their order.
+        report_images_sha256 (str or None): The same of the images kept for reporting.
         weights (dict of str to Tensor or None): State of the fine-tuned network; None without
                     fine-tuning.
     """
@@ -56,6 +59,8 @@ class PruningOrder(Tabular):
     ways: dict[str, str] = field(default_factory=dict)
     num_images: int = 0
     start_loss: float | None = None
+    images_sha256: str | None = None
+    report_images_sha256: str | None = None
     weights: dict[str, Tensor] | None = field(default=None, compare=False, repr=False)
 
     def _tables(self) -> list[Table]:
@@ -137,56 +142,73 @@ class PruningOrder(Tabular):
         return {name: self.kept(layer=name) for name in self.filters}
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a safetensors file; one that exists is replaced only by a complete one."""
-        record = {
-            name: value for name, value in vars(self).items() if name not in ("weights", "removed")
-        } | {
-            "removed": [list(removal) for removal in self.removed],
-            "has_weights": self.weights is not None,
-        }
-        tensors = {name: value.contiguous() for name, value in (self.weights or {}).items()}
-        write_atomically(Path(path), save(tensors, metadata={_KEY: json.dumps(record)}))
+        """Write a safetensors file; one that exists is replaced only by a complete one.
+
+        Args:
+
+            path (path): Where to save.
+
+        Raises:
+            ValueError: The record's values cannot be meant, or the path is no regular file.
+            OSError: The file cannot be written; nothing has changed.
+        """
+        _check(self)
+        details = {name: value for name, value in vars(self).items() if name != "weights"}
+        details["has_weights"] = self.weights is not None
+        write_tensors(path, _FILE, self.weights or {}, details)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "PruningOrder":
         """
         Read a file of :meth:`save`.
 
+        Args:
+
+            path (path): The file.
+
+        Returns:
+            *PruningOrder*.
+
         Raises:
-            ValueError: It is another kind of file.
+            FileNotFoundError: There is no such file.
+            ValueError: It is damaged or another kind of file, or its values cannot be meant.
         """
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            record = json.loads(metadata[_KEY])
-        except (SafetensorError, KeyError) as error:
-            raise ValueError(f"{path} is not a file of a pruning run.") from error
-        weights = tensors if record.pop("has_weights") else None
-        removed = [(name, index) for name, index in record.pop("removed")]
-        return cls(**record, removed=removed, weights=weights)
+        stored = read_tensors(path, _FILE)
+        weights = stored.all_tensors() if stored.value("has_weights", bool) else None
+        start_loss: object = stored.value("start_loss", object, None)
+        order = cls(
+            filters=stored.value("filters", dict),
+            removed=[tuple(pair) for pair in stored.values("removed", list)],
+            accuracy=stored.values("accuracy", float),
+            report_accuracy=stored.values("report_accuracy", float),
+            evaluations=stored.values("evaluations", int),
+            possible_evaluations=stored.values("possible_evaluations", int),
+            options=stored.value("options", dict),
+            ways=stored.value("ways", dict, {}),
+            num_images=stored.value("num_images", int, 0),
+            start_loss=start_loss,  # type: ignore[arg-type]  # which `_check` sees to
+            weights=weights,
+            **{name: stored.value(name, object, None) for name in _FINGERPRINTS},  # type: ignore[arg-type]
+        )
+        with stored.building():
+            _check(order)
+        return order
 
     def differences(self, other: "PruningOrder", bounds: bool = True) -> list[str]:
         """How the start of this run differs from another's, in words; the numbers and accuracies
         at which to stop count on demand."""
-        pairs = {
+        pairs: dict[str, tuple[object, object]] = {
             "layers": (self.filters, other.filters),
             "model": (self.model_sha256, other.model_sha256),
             "num_images": (self.num_images, other.num_images),
+            **_images(self, other),
             "accuracy at the start": (self.accuracy[:1], other.accuracy[:1]),
             "accuracy of the images to report on": (
                 self.report_accuracy[:1],
                 other.report_accuracy[:1],
             ),
         }
-        for name in dict.fromkeys([*self.options, *other.options]):
-            if bounds or name not in BOUNDS:
-                pairs[name] = (self.options.get(name), other.options.get(name))
-        told = [
-            f"{name} ({before} there, {now} here)"
-            for name, (before, now) in pairs.items()
-            if json.dumps(before) != json.dumps(now)
-        ]
+        told = _told(pairs) + self.other_options(other.options, bounds)
         theirs, own = self.start_loss, other.start_loss
         if theirs is None or own is None or told:
             return told
@@ -194,8 +216,112 @@ class PruningOrder(Tabular):
             told.append(f"images (a loss of {theirs:.6g} there, {own:.6g} here)")
         return told
 
+    def other_options(self, options: Mapping[str, object], bounds: bool = True) -> list[str]:
+        """Which options of this run differ from others, in words."""
+        names = dict.fromkeys([*self.options, *options])
+        pairs = {
+            name: (self.options.get(name), options.get(name))
+            for name in names
+            if bounds or name not in BOUNDS
+        }
+        return _told(pairs)
+
     def _check(self, layer: str) -> None:
         if layer not in self.filters:
             raise ValueError(
                 f"No filter of {layer!r} was up for removal, only of {', '.join(self.filters)}."
             )
+
+
+_FINGERPRINTS = ("model_sha256", "images_sha256", "report_images_sha256")
+_SHA256 = re.compile("[0-9a-f]{64}")
+
+
+def _told(pairs: Mapping[str, tuple[object, object]]) -> list[str]:
+    return [
+        f"{name} ({before} there, {now} here)"
+        for name, (before, now) in pairs.items()
+        if json.dumps(before) != json.dumps(now)
+    ]
+
+
+def _images(theirs: PruningOrder, own: PruningOrder) -> dict[str, tuple[object, object]]:
+    """Fingerprints of images that both runs know; earlier versions kept none."""
+    pairs = {
+        "images": (theirs.images_sha256, own.images_sha256),
+        "images to report on": (theirs.report_images_sha256, own.report_images_sha256),
+    }
+    return {
+        f"fingerprint of the {name}": (before[:12], now[:12])
+        for name, (before, now) in pairs.items()
+        if before is not None and now is not None
+    }
+
+
+def _check(order: PruningOrder) -> None:
+    """Raise if a record cannot be one of a run."""
+    if not all(isinstance(name, str) for name in order.filters) or not order.filters:
+        raise ValueError(f"filters are {order.filters}; expected layers and numbers of filters.")
+    _check_whole("filters", list(order.filters.values()), 1)
+    _check_removals(order)
+    steps = len(order.removed)
+    for name in ("accuracy", "report_accuracy"):
+        curve = getattr(order, name)
+        _check_length(name, curve, steps + 1)
+        if not all(_is_number(value) and 0 <= value <= 1 for value in curve):
+            raise ValueError(f"{name} must lie in [0, 1].")
+    for name in ("evaluations", "possible_evaluations"):
+        _check_length(name, getattr(order, name), steps)
+        _check_whole(name, getattr(order, name), 0)
+    if any(
+        done > possible
+        for done, possible in zip(order.evaluations, order.possible_evaluations, strict=False)
+    ):
+        raise ValueError("There are more evaluations than possible.")
+    _check_whole("num_images", [order.num_images], 0)
+    if order.start_loss is not None and not (
+        _is_number(order.start_loss) and order.start_loss >= 0
+    ):
+        raise ValueError(
+            f"start_loss is {order.start_loss!r}; expected a number that is not negative."
+        )
+    for name in _FINGERPRINTS:
+        value = getattr(order, name)
+        if value is not None and not (isinstance(value, str) and _SHA256.fullmatch(value)):
+            raise ValueError(f"{name} is {value!r}; expected 64 hexadecimal digits.")
+    for layer, way in order.ways.items():
+        if layer not in order.filters or not isinstance(way, str):
+            raise ValueError(f"ways name {layer!r}: {way!r}, which is no layer and its way.")
+
+
+def _check_removals(order: PruningOrder) -> None:
+    seen = set()
+    for pair in order.removed:
+        layer, index = pair if len(pair) == 2 else (None, None)
+        if not isinstance(layer, str) or layer not in order.filters:
+            raise ValueError(f"{layer!r} was removed from, which is not among the layers.")
+        if not _is_whole(index, 0) or index >= order.filters[layer]:
+            raise ValueError(
+                f"The filter {index!r} of {layer!r} was removed, which has {order.filters[layer]}."
+            )
+        if (layer, index) in seen:
+            raise ValueError(f"The filter {index} of {layer!r} was removed twice.")
+        seen.add((layer, index))
+
+
+def _check_length(name: str, values: Sequence[object], expected: int) -> None:
+    if len(values) not in (0, expected):
+        raise ValueError(f"{name} has {len(values)} values; expected {expected}.")
+
+
+def _check_whole(name: str, values: Sequence[object], least: int) -> None:
+    if not all(_is_whole(value, least) for value in values):
+        raise ValueError(f"{name} must hold whole numbers of at least {least}.")
+
+
+def _is_whole(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -7,13 +7,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
-from captum_classfilters._core.files import write_atomically
 from captum_classfilters._core.layers import find_layer, layer_name
 from captum_classfilters._core.linear_maps import why_not_its_weight
+from captum_classfilters._core.tensor_files import Schema, read_tensors, write_tensors
+from captum_classfilters._core.warnings import warn
 from captum_classfilters.spectral.layer_svd import LayerSVD, check_method, check_rank, matrix_svd
 from captum_classfilters.spectral.routes import Method
 from captum_classfilters.spectral.weight_matrix import (
@@ -23,7 +22,7 @@ from captum_classfilters.spectral.weight_matrix import (
     weight_matrix,
 )
 
-_SCHEMA = "captum_classfilters/layer_svd/1"
+_FILE = Schema("layer_svd", "captum_classfilters/layer_svd/1", 1, "LayerSVD", "decomposition")
 Source = tuple[nn.Module, str | None]  # a module, and the part of it if not its weight
 
 
@@ -150,12 +149,18 @@ class ModelSVD(Mapping[str, LayerSVD]):
             return matrix_svd(weight, repr(name), rank, self.method, self.right)
         options = {"rank": rank, "method": self.method, "right": self.right}
         path = self.cache / f"{_key(weight, options)}.safetensors"
-        stored = _read(path, weight.matrices.device)
-        if stored is not None:
-            return stored
+        try:
+            return _read(path, weight, rank, self.right)
+        except FileNotFoundError:
+            pass
+        except (ValueError, OSError) as error:
+            warn(f"{error} The layer {name!r} is decomposed again.")
         svd = matrix_svd(weight, repr(name), rank, self.method, self.right)
-        self.cache.mkdir(parents=True, exist_ok=True)
-        _write(path, svd)
+        try:
+            self.cache.mkdir(parents=True, exist_ok=True)
+            _write(path, svd)
+        except (ValueError, OSError) as error:  # what was computed is not lost
+            warn(f"The decomposition of {name!r} was not kept: {error}.")
         return svd
 
 
@@ -274,7 +279,7 @@ def _projection(attention: nn.MultiheadAttention, part: str) -> Tensor:
 
 def _key(weight: WeightMatrix, options: Mapping[str, object]) -> str:
     """SHA-256 of a weight's bytes and of everything else that decides its decomposition."""
-    digest = hashlib.sha256(_SCHEMA.encode())
+    digest = hashlib.sha256(_FILE.name.encode())
     shape = (tuple(weight.matrices.shape), weight.folded, weight.kind, str(weight.matrices.dtype))
     digest.update(json.dumps([shape, options], sort_keys=True).encode())
     for matrix in weight.matrices:
@@ -287,20 +292,37 @@ def _write(path: Path, svd: LayerSVD) -> None:
     tensors = {"blocks": svd.blocks, "values": svd.values}
     if svd.right is not None:
         tensors["right"] = svd.right
-    details = {"kind": svd.kind, "columns": svd.columns, "route": svd.route, "schema": _SCHEMA}
-    plain = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    write_atomically(path, save(plain, metadata={"layer_svd": json.dumps(details)}))
+    details = {"kind": svd.kind, "columns": svd.columns, "route": svd.route}
+    write_tensors(path, _FILE, tensors, details)
 
 
-def _read(path: Path, device: torch.device) -> LayerSVD | None:
-    """A stored decomposition; None where there is none, or a damaged one, which is then replaced."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            details = json.loads((file.metadata() or {}).get("layer_svd", "null"))
-            tensors = {name: file.get_tensor(name).to(device) for name in file.keys()}  # noqa: SIM118
-    except (FileNotFoundError, SafetensorError, ValueError):
-        return None
-    if not isinstance(details, dict) or details.pop("schema", None) != _SCHEMA:
-        return None
-    details["route"] += ", from disk"
-    return LayerSVD(tensors["blocks"], tensors["values"], tensors.get("right"), **details)
+def _read(path: Path, weight: WeightMatrix, rank: int | None, right: bool) -> LayerSVD:
+    """A stored decomposition of a weight.
+
+    Raises:
+        FileNotFoundError: There is none.
+        ValueError: It is damaged, or not one of this weight.
+    """
+    stored = read_tensors(path, _FILE)
+    groups, rows, columns = weight.matrices.shape
+    each = min(rows, columns) if rank is None else rank
+    kind, number = stored.value("kind", str), stored.value("columns", int)
+    route = stored.value("route", str)
+    if (kind, number) != (weight.kind, columns):
+        stored.refuse(f"it is of a {kind} with {number} columns, not {weight.kind}, {columns}.")
+    dtype = weight.matrices.dtype if weight.matrices.dtype == torch.float64 else torch.float32
+    shapes: dict[str, tuple[int, ...]] = {
+        "blocks": (groups, rows, each),
+        "values": (groups * each,),
+    }
+    if right:
+        shapes["right"] = (groups * each, *weight.folded)
+    parts = {name: stored.tensor(name, dtype, shape) for name, shape in shapes.items()}
+    with stored.building():
+        if not all(bool(tensor.isfinite().all()) for tensor in parts.values()):
+            raise ValueError("it holds NaN or Inf.")
+        if bool((parts["values"] < 0).any()):
+            raise ValueError("singular values are negative.")
+    placed = {name: tensor.to(weight.matrices.device) for name, tensor in parts.items()}
+    blocks, values = placed["blocks"], placed["values"]
+    return LayerSVD(blocks, values, placed.get("right"), kind, columns, f"{route}, from disk")

@@ -260,9 +260,9 @@ class TestTraining:
         first = trainer_of(deep())
         for epoch in range(3):
             first.fit(batches_[epoch], epochs=epoch + 1, **QUIET)
-        torch.save(first.state_dict(), tmp_path / "state.pt")
+        first.save(tmp_path / "state.safetensors")
         second = trainer_of(deep(seed=9))
-        second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+        second.load(tmp_path / "state.safetensors")
         for epoch in range(3, 6):
             second.fit(batches_[epoch], epochs=epoch + 1, **QUIET)
         assert second.history == whole.history
@@ -288,12 +288,17 @@ class TestTraining:
         whole = make(0)
         torch.manual_seed(7)
         whole.fit(data, epochs=3, **QUIET)
-        torch.save(whole.state_dict(), tmp_path / "state.pt")
+        whole.save(tmp_path / "state.safetensors")
+        torch.save(whole.state_dict(), tmp_path / "state.pt")  # as earlier versions advised
         whole.fit(data, epochs=6, **QUIET)
         rates = [whole.optimizer.param_groups[0]["lr"], whole.gated_optimizer.param_groups[0]["lr"]]
         assert rates == pytest.approx([0.02 * 0.5**3, 0.05 * 0.3**3])
         resumed = make(1)
-        resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+        resumed.load(tmp_path / "state.pt")
+        early = resumed.state_dict()
+        resumed = make(1)
+        resumed.load(tmp_path / "state.safetensors")
+        assert str(resumed.state_dict()) == str(early)
         assert len(resumed.history) == 3
         resumed.fit(data, epochs=6, **QUIET)
         one, other = resumed.state_dict(), whole.state_dict()

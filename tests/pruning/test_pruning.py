@@ -460,7 +460,7 @@ def test_files_of_runs(trained, tmp_path):
     assert PruningOrder.load(path) == result
     assert PruningOrder.load(path).weights is None
     save_file({"a": torch.ones(1)}, path)
-    with pytest.raises(ValueError, match="not a file of a pruning run"):
+    with pytest.raises(ValueError, match="does not hold a PruningOrder record"):
         PruningOrder.load(path)
 
 

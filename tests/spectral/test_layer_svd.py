@@ -1,12 +1,13 @@
 """Singular directions of one layer, and of all layers of a model."""
 
+import json
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torchvision
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils import prune
 
@@ -229,11 +230,49 @@ class TestModels:
         net = self.net()
         expected = model_svd(net, cache=tmp_path)["4"]
         (file,) = tmp_path.iterdir()
-        file.write_bytes(file.read_bytes()[:-50])
-        found = model_svd(net, cache=tmp_path)["4"]
+        whole = file.read_bytes()
+        flipped = bytearray(whole)
+        flipped[-3] ^= 1  # a bit of a number, which no reader of the format sees
+        for damaged in (whole[:-50], bytes(flipped), b"", b"text", whole + b"\0"):
+            file.write_bytes(damaged)
+            with pytest.warns(UserWarning, match=f"{file.name}.*'4' is decomposed again"):
+                found = model_svd(net, cache=tmp_path)["4"]
+            assert torch.equal(found.left, expected.left)
+            assert "disk" not in found.route
+            assert file.read_bytes() == whole  # rewritten
+
+    def test_what_cannot_be_kept_is_not_lost(self, tmp_path, monkeypatch):
+        net = self.net()
+        expected = model_svd(net, cache=tmp_path)["4"]
+        (file,) = tmp_path.iterdir()
+        file.unlink()
+        file.mkdir()
+        with pytest.warns(UserWarning) as told:
+            found = model_svd(net, cache=tmp_path)["4"]
         assert torch.equal(found.left, expected.left)
-        assert "disk" not in found.route
-        assert "left" not in load_file(file)  # readable again
+        assert ["is a folder" in str(warning.message) for warning in told] == [True, True]
+        assert "was not kept" in str(told[1].message)
+
+    def test_files_without_a_checksum_and_of_another_weight(self, tmp_path):
+        net = self.net()
+        svds = model_svd(net, cache=tmp_path)
+        expected, other = svds["4"], svds["0"]
+        file = next(path for path in tmp_path.iterdir() if load_file(path)["blocks"].shape[1] == 5)
+        details = {"kind": "linear", "columns": expected.columns, "route": "direct"}
+        details |= {"schema": "captum_classfilters/layer_svd/1"}
+        tensors = {"blocks": expected.blocks, "values": expected.values}
+        save_file(tensors, file, metadata={"layer_svd": json.dumps(details)})
+        assert model_svd(net, cache=tmp_path)["4"].route == "direct, from disk"
+        for parts in (
+            {"blocks": other.blocks, "values": other.values},
+            {"blocks": expected.blocks},
+            {"blocks": expected.blocks, "values": -expected.values},
+            {"blocks": expected.blocks / 0, "values": expected.values},
+            {"blocks": expected.blocks.double(), "values": expected.values},
+        ):
+            save_file(parts, file, metadata={"layer_svd": json.dumps(details)})
+            with pytest.warns(UserWarning, match="decomposed again"):
+                assert model_svd(net, cache=tmp_path)["4"].route == "direct"
 
     def test_cache_that_is_a_file(self, tmp_path):
         file = tmp_path / "svds"
