@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from captum_classfilters.identify import LabelPermutation, identify_class_filters
     from captum_classfilters.layers import list_filter_layers
     from captum_classfilters.pruning import GreedyFilterPruning, prune_filters
+    from captum_classfilters.separate_runs import SeparateRuns
     from captum_classfilters.spectral import LayerSingularDirection
 
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
     "LayerFilterContribution",
     "LayerFilterFrequency",
     "LayerSingularDirection",
+    "SeparateRuns",
     "__version__",
     "accuracy_curve",
     "decompose",
@@ -79,6 +81,7 @@ _MODULES = {
     "identify": ("LabelPermutation", "identify_class_filters"),
     "layers": ("list_filter_layers",),
     "pruning": ("GreedyFilterPruning", "prune_filters"),
+    "separate_runs": ("SeparateRuns",),
     "spectral": ("LayerSingularDirection",),
 }
 _ROOMS = (

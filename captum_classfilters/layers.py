@@ -142,7 +142,10 @@ def list_filter_layers(
     if num_images(inputs) < 1:
         raise ValueError("example_inputs must hold at least one example.")
     inputs = on_device(inputs, device_of(model))
-    names = {module: name for name, module in named_layers(model).items() if name}
+    names: dict[nn.Module, str] = {}
+    for name, module in named_layers(model).items():
+        if name:
+            names.setdefault(module, name)  # the first, as everywhere
     seen = _Seen(model, names, inputs)
     layers = [
         seen.describe(module)
@@ -155,7 +158,7 @@ def list_filter_layers(
 
 
 _NOT_EXACT = "contributions are not exact: the model goes on after its last linear layer"
-_UNKNOWN = "filters on axis 1 or the last? Same size: give channel_dim=1 or channel_dim=-1"
+_UNKNOWN = "filters on axis 1 or the last? Give channel_dim=1 or channel_dim=-1"
 
 
 def _has_two_axes(layer: FilterLayer) -> bool:
@@ -337,17 +340,16 @@ class _Found:
         # A module without weights keeps the layout of the last weighted module that ran before it;
         # methods go by the one that is registered before it.
         before = self.producer.module
+        if self.producer.kept:
+            return filter_axis(before, output)
         width = declared_filters(before) if before is not None else None
         last = output.dim() - 1
         fits = [axis for axis in (1, last) if output.shape[axis] == width]
-        axis = self._axis_after(before, output)
-        if fits == [1, last] and not self.producer.kept:
-            if self.producer.moved or layer_layout(before) != "first" or axis is None:
-                axis = None
-        elif fits == [last]:
-            axis = last
+        axis = last if fits == [last] else self._axis_after(before, output)
+        if fits == [1, last] and self.producer.moved:
+            axis = None
         if axis is None:
-            raise ValueError("Axis 1 and the last axis have the same size.")
+            raise ValueError("Axis 1 or the last.")
         return axis
 
     def _must_be_told(self, axis: int) -> str:

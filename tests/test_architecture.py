@@ -19,7 +19,7 @@ ROOT = Path(captum_classfilters.__file__).parent
 PACKAGE = "captum_classfilters"
 FLOORS = (
     {"_core", "_version"},
-    {"class_filters", "class_scores", "gate_space", "layers"},
+    {"class_filters", "class_scores", "gate_space", "layers", "separate_runs"},
     {"identify"},
     {"attr"},
     {"metrics", "spectral", "testing"},

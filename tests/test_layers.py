@@ -186,7 +186,7 @@ def test_the_last_weighted_module_decides_first() -> None:
 
 def test_a_block_of_equal_axes_must_be_told() -> None:
     block, images = _convnext_block(6), torch.rand(2, 6, 6, 6)
-    with pytest.raises(ValueError, match=r"axis 1 and axis 3.*channel_dim=1 or channel_dim=-1"):
+    with pytest.raises(ValueError, match=r"both have the size.*channel_dim=1 or channel_dim=-1"):
         _axis(block, images)
     assert filter_axis(block, block(images), channel_dim=1) == 1
     net = nn.Sequential(block, nn.Flatten(), nn.Linear(216, 2))
@@ -215,6 +215,8 @@ def test_what_a_block_takes_that_does_not_say_has_the_axis_of_what_is_before() -
     assert _axis_taken(merging, tensor, before=nn.Linear(2, 5)) == 3
     assert _axis_taken(merging, tensor, before=nn.Conv2d(2, 4, 1)) == 1
     assert _axis_taken(merging, tensor) == 1
+    with pytest.raises(ValueError, match="axis 1 or on axis 3: neither has the size of the 7"):
+        _axis_taken(merging, tensor, before=nn.Linear(2, 7))
     assert _axis_taken(nn.GELU(), tensor, before=nn.Linear(2, 5)) == 3
     either = nn.Sequential(_EitherNorm(5), nn.ReLU())
     with pytest.raises(ValueError, match="channel_dim=1 or channel_dim=-1"):
@@ -439,7 +441,7 @@ def test_modules_without_weights_between_equal_axes() -> None:
     ]
     fixed = nn.Sequential(*net, nn.Flatten(), nn.Linear(216, 2))  # takes one size only
     layers = list_filter_layers(fixed, torch.rand(2, 6, 6, 6))
-    assert all("Same size" in layers[str(index)].reason for index in (3, 7, 8))
+    assert all("axis 1 or the last?" in layers[str(index)].reason for index in (3, 7, 8))
     assert not any(layers[str(index)].qualifies for index in (3, 7, 8))
 
 

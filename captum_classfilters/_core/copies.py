@@ -8,21 +8,30 @@ from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
 
-def copied(model: nn.Module, replaced: Mapping[nn.Module, nn.Module] | None = None) -> nn.Module:
+def copied(
+    model: nn.Module,
+    replaced: Mapping[nn.Module, nn.Module] | None = None,
+    *,
+    share: bool = False,
+) -> nn.Module:
     """A deep copy of a model, wherever its parameters are and whatever they were computed from.
 
     ``copy.deepcopy`` copies storages, which not every kind of tensor has, and refuses tensors that
     are the result of a computation; here each parameter and buffer is cloned, shared ones once.
-    Modules that are ``replaced`` have others in their place, and are not copied.
+    Modules that are ``replaced`` have others in their place, and are not copied. With ``share``, the
+    copy has the model's own parameters and buffers.
     """
     memo: dict[int, object] = {id(old): new for old, new in (replaced or {}).items()}
     for parameter in model.parameters():
-        if is_lazy(parameter):
-            continue
-        clone = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
-        memo[id(parameter)] = clone
+        if share:
+            memo[id(parameter)] = parameter
+        elif not is_lazy(parameter):
+            clone = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+            memo[id(parameter)] = clone
     for buffer in model.buffers():
-        if not is_lazy(buffer):
+        if share:
+            memo[id(buffer)] = buffer
+        elif not is_lazy(buffer):
             memo[id(buffer)] = buffer.detach().clone()
     for (
         module

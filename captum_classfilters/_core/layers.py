@@ -255,8 +255,8 @@ def filter_axis(
     with linear layers inside follows its weighted modules, the last one first: the first of them
     whose number of filters is the size of axis 1 or of the last axis decides; if it is the size of
     both, the block cannot be read without ``channel_dim``. A layer without weights, a ReLU for
-    example, has the filters of the weighted module ``before`` it, if that is known; else it is read
-    in PyTorch's order (N, K, ...). What a block takes has its filters where the first weighted
+    example, has the filters of the weighted module ``before`` it, if that is known and one axis has
+    their number; with none before it, it is read in PyTorch's order (N, K, ...). What a block takes has its filters where the first weighted
     module inside says, if they are as many as that takes, else where the module ``before`` left
     them. ``channel_dim`` overrules all.
     """
@@ -287,7 +287,7 @@ def filter_axis(
     for leaf in reversed(leaves):
         first_fits, last_fits = (tensor.shape[axis] == _width(leaf) for axis in (1, last))
         if first_fits and last_fits and layouts != {"first"}:
-            raise _two_axes(layer, tensor, leaf)
+            raise _unknown_axis(layer, tensor, leaf)
         if first_fits or last_fits:
             return 1 if first_fits else last
     return last if layouts == {"last"} else 1
@@ -309,11 +309,9 @@ def _axis_after(before: nn.Module, layer: nn.Module, tensor: Tensor) -> int:
     first_fits, last_fits = (tensor.shape[axis] == _width(before) for axis in (1, last))
     if layout == "first" and tensor.dim() == _dimensions(before, tensor):
         return 1  # maps of a convolution stay maps; other widths come from concatenation
-    if first_fits and last_fits and layout != "last":
-        raise _two_axes(layer, tensor, before)
-    if first_fits != last_fits:
-        return 1 if first_fits else last
-    return last if layout == "last" else 1
+    if first_fits == last_fits:
+        raise _unknown_axis(layer, tensor, before, first_fits)
+    return 1 if first_fits else last
 
 
 def _dimensions(leaf: nn.Module, tensor: Tensor) -> int:
@@ -327,14 +325,18 @@ def _dimensions(leaf: nn.Module, tensor: Tensor) -> int:
 
 
 class UnknownAxisError(ValueError):
-    """Two axes of a tensor may be that of the filters."""
+    """Axis 1 or the last axis of a tensor may be that of the filters."""
 
 
-def _two_axes(layer: nn.Module, tensor: Tensor, leaf: nn.Module) -> UnknownAxisError:
+def _unknown_axis(
+    layer: nn.Module, tensor: Tensor, leaf: nn.Module, both: bool = True
+) -> UnknownAxisError:
+    last, kind = tensor.dim() - 1, type(leaf).__name__
     return UnknownAxisError(
-        f"The layer {type(layer).__name__} puts out {tuple(tensor.shape)}: axis 1 and axis "
-        f"{tensor.dim() - 1} both have the size of the {_width(leaf)} filters of a "
-        f"{type(leaf).__name__}. Say which one holds them: channel_dim=1 or channel_dim=-1."
+        f"The filters of the layer {type(layer).__name__}, whose tensor is {tuple(tensor.shape)}, may "
+        f"be on axis 1 or on axis {last}: {'both have' if both else 'neither has'} the size of "
+        f"the {_width(leaf)} filters of the {kind} before it. Say which one holds them: channel_dim=1 "
+        "or channel_dim=-1."
     )
 
 
@@ -423,5 +425,7 @@ def check_runs(name: str, runs: int, module: nn.Module | None = None) -> None:
     if runs > 1:
         raise ValueError(
             f"The layer {name!r} was reached {runs} times in one forward pass, so it has no single "
-            "output; choose the block that contains one use of it, or give each use a module."
+            "output. captum_classfilters.SeparateRuns(model, example_inputs) is the model in which "
+            f"its runs are the layers '{name}.0', '{name}.1', ...; or choose the block that contains "
+            "one use of it."
         )
