@@ -42,7 +42,9 @@ class ExemplarSide:
         position (Tensor): Shape (U, n, dimensions), int64: the unit's furthest position in the
                     layer's map, (row, column) for a convolution.
         box (Tensor or None): Shape (U, n, 4), int64: left, top, right, bottom of the input pixels
-                    that this position can depend on, right and bottom being the first outside.
+                    that this position can depend on, right and bottom being the first outside. Of
+                    signals (U, n, 2): start and end. Of volumes (U, n, 6): left, top, front, right,
+                    bottom, back.
         label (Tensor or None): Shape (U, n), int64: the images' classes, if the loader gives one
                     class index for each.
     """
@@ -68,6 +70,7 @@ class Exemplars(Tabular):
         lowest (ExemplarSide): Images with the lowest aggregates.
         num_images (int): Images that were read.
         directions (bool): The units are directions, not filters.
+        positions (tuple of int): Shape of a unit's map; empty where images of several sizes were read.
     """
 
     layer: str
@@ -76,6 +79,7 @@ class Exemplars(Tabular):
     lowest: ExemplarSide
     num_images: int
     directions: bool
+    positions: tuple[int, ...] = ()
 
     def _tables(self) -> list[Table]:
         rows: list[Row] = []
@@ -142,10 +146,16 @@ class Exemplars(Tabular):
             item = dataset[index]
             image = item[0] if isinstance(item, (tuple, list)) else item
             if chosen.box is not None:
-                left, top, right, bottom = chosen.box[unit, place].tolist()
-                image = image[..., top:bottom, left:right]
+                where = (..., *slices_of(chosen.box[unit, place]))
+                image = image[where]
             cut.append(image)
         return cut
+
+
+def slices_of(box: Tensor) -> tuple[slice, ...]:
+    """Where a box lies along an image's last axes, (D,) H, W."""
+    first, end = box.reshape(2, -1).flip(1).tolist()
+    return tuple(slice(start, stop) for start, stop in zip(first, end, strict=True))
 
 
 def exemplars(
@@ -238,12 +248,15 @@ def exemplars(
     taps = units_of(model, layers, channel_dim, directions, subtract_bias)
     for tap in taps:
         tap.reduce = partial(_sides, aggregate=aggregate)
+    shapes: dict[str, set[tuple[int, ...]]] = {tap.name: set() for tap in taps}
     best = {tap.name: (_Best(num_exemplars, True), _Best(num_exemplars, False)) for tap in taps}
     fields: dict[tuple[int, ...], Mapping[str, Tensor]] = {}  # by the size of the images
 
     def take(_batches: Batches, batch: Batch, _output: object) -> None:
         seen = [tap.seen for tap in taps]  # measuring boxes runs the model
         size = tuple(batch.inputs[0].shape[1:])
+        for tap in taps:
+            shapes[tap.name].add(tap.positions)
         if boxes is not False and size not in fields:
             fields[size] = _boxes(model, taps, batch.inputs, boxes)
         for tap, (high, high_places, low, low_places) in zip(taps, seen, strict=True):
@@ -265,7 +278,13 @@ def exemplars(
     results = {}
     for name, (highest, lowest) in best.items():
         results[name] = Exemplars(
-            name, aggregate, highest.result(), lowest.result(), num_images, directions is not None
+            name,
+            aggregate,
+            highest.result(),
+            lowest.result(),
+            num_images,
+            directions is not None,
+            _only(shapes[name]),
         )
     return results
 
@@ -293,19 +312,26 @@ def _boxes(
     if isinstance(boxes, Mapping):
         for tap in taps:
             shape = tuple(boxes[tap.name].shape) if tap.name in boxes else None
-            if shape != (*tap.positions, 4):
+            needed = (*tap.positions, 2 * (inputs[0].dim() - 2))
+            if shape != needed:
                 raise ValueError(
                     f"boxes for {tap.name!r} have shape {shape}; its positions need "
-                    f"{(*tap.positions, 4)}. Measure them for images of this size."
+                    f"{needed}. Measure them for images of this size."
                 )
         return on_device(dict(boxes), inputs[0].device)
-    if len(inputs) != 1 or inputs[0].dim() != 4:
+    if len(inputs) != 1 or inputs[0].dim() not in (3, 4, 5):
         raise ValueError(
-            "Boxes need a model of one image input (N, C, H, W); pass boxes=False for others."
+            "Boxes need a model of one image input (N, C, H, W), or one of signals (N, C, L) or volumes "
+            "(N, C, D, H, W); pass boxes=False for others."
         )
     dims = {tap.name: tap.channel_dim for tap in taps if tap.channel_dim is not None}
     fields = receptive_field(model, [tap.module for tap in taps], inputs[0], channel_dim=dims)
     return on_device(fields, inputs[0].device)
+
+
+def _only(shapes: set[tuple[int, ...]]) -> tuple[int, ...]:
+    """The shape of a layer's maps, if it was the same for all images."""
+    return next(iter(shapes)) if len(shapes) == 1 else ()
 
 
 def _unraveled(places: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -341,7 +367,7 @@ class _Best:
             "position": _unraveled(places.T, positions or (1,)),
         }
         if field is not None:
-            new["box"] = field.reshape(-1, 4)[places.T]
+            new["box"] = field.reshape(-1, field.shape[-1])[places.T]
         labels = given_classes(batch)
         if labels is not None:
             new["label"] = on_device(labels, scores.device).expand(num_units, -1)

@@ -35,13 +35,15 @@ def receptive_field(
     so that this is the receptive field of the architecture, whatever the weights and the image;
     it needs no graph of the model, and holds for any of them. H + W single-image forward passes
     find the boxes of all layers together. A layer behind a global operation, an attention or a
-    squeeze-and-excitation say, depends on the whole image, and its boxes say so.
+    squeeze-and-excitation say, depends on the whole image, and its boxes say so. Signals and volumes
+    are measured likewise, along each of their axes.
 
     Args:
 
         model (nn.Module): The model. It runs in evaluation mode and is left as found.
         layers (str, nn.Module or sequence): Layers, or their dotted names.
-        example_input (Tensor): Shape (N, C, H, W); the images give size and type.
+        example_input (Tensor): Images (N, C, H, W), signals (N, C, L) or volumes (N, C, D, H, W);
+                    they give size and type.
         channel_dim (int or mapping, optional): Axis of the filters where it cannot be told from the
                     layer, for all layers or by name.
                     Default: None
@@ -52,8 +54,9 @@ def receptive_field(
     Returns:
         *dict*: For each layer's name an int64 tensor of shape (\*positions, 4), (h, w, 4) for a
         convolution: left, top, right, bottom in input pixels, clipped to the image; right and
-        bottom are the first pixels outside. A position that depends on no pixel has an empty box
-        of zeros.
+        bottom are the first pixels outside. Of signals (\*positions, 2): start and end. Of volumes
+        (\*positions, 6): left, top, front, right, bottom, back. A position that depends on no pixel
+        has an empty box of zeros.
 
     Raises:
         ValueError: The input is not a batch of images, a layer does not run exactly once, or the
@@ -71,13 +74,15 @@ def receptive_field(
         >>> boxes[0, 1].tolist()  # the first row of the pooled map, its second column
         [1, 0, 5, 3]
     """
-    if example_input.dim() != 4 or not example_input.is_floating_point():
+    dims = example_input.dim()
+    if dims not in (3, 4, 5) or not example_input.is_floating_point():
         raise ValueError(
             f"example_input is {example_input.dtype} of shape {tuple(example_input.shape)}; "
-            "receptive fields need floating-point images (N, C, H, W)."
+            "receptive fields need floating-point images (N, C, H, W), signals (N, C, L) or volumes "
+            "(N, C, D, H, W)."
         )
     num_images = batch_size or (len(example_input) if len(example_input) > 1 else _IMAGES_AT_ONCE)
-    blank = torch.zeros_like(example_input[:1]).repeat(num_images, 1, 1, 1)
+    blank = torch.zeros_like(example_input[:1]).repeat(num_images, *[1] * (dims - 1))
     blank = on_device(blank, device_of(model))
     probe = _Probe(model, units_of(model, layers, channel_dim))
     # Convolutions by transformed tiles would spread a NaN to positions that do not depend on it.
@@ -86,12 +91,11 @@ def receptive_field(
         for name, reached in probe.run(blank).items():
             if bool(reached.any()):
                 raise ValueError(f"The layer {name!r} puts out NaN for an image of zeros.")
-        columns, rows = (_edges(probe, blank, axis) for axis in (3, 2))
+        along = [_edges(probe, blank, axis) for axis in reversed(range(2, dims))]
     boxes = {}
     for tap in probe.taps:
-        (left, right), (top, bottom) = columns[tap.name], rows[tap.name]
-        box = torch.stack([left, top, right, bottom], dim=-1)
-        boxes[tap.name] = box.reshape(*tap.positions, 4).cpu()
+        first, end = zip(*(edges[tap.name] for edges in along), strict=True)
+        boxes[tap.name] = torch.stack([*first, *end], -1).reshape(*tap.positions, -1).cpu()
     return boxes
 
 
