@@ -4,14 +4,14 @@ import difflib
 import re
 from collections.abc import Sequence
 
-_LONGEST = 25
+LONGEST_NAME = 25
 _MOST_SHOWN = 8
 
 # "n02123045 tiger cat", "n02123045_tiger_cat", "n02085620-Chihuahua": data sets' folders.
 _WORDNET_ID = re.compile(r"^[nv]\d{8}[\s_:,.-]+(?=\S)")
 
 
-def short_name(name: object, length: int = _LONGEST) -> str:
+def short_name(name: object, length: int = LONGEST_NAME) -> str:
     """A name that fits beside a picture: up to its first comma, of so many characters, without a
     WordNet number if there is a name behind it.
 

@@ -7,7 +7,7 @@ from captum_classfilters.visualize.figures import (
     FigureAndAxes,
     axes_of,
     quiet,
-    short_name,
+    short_names,
 )
 
 
@@ -34,14 +34,15 @@ def plot_accuracy_curve(
     axes.axhline(
         100 * curve.full_accuracy, color="black", linestyle="--", linewidth=1, label="all filters"
     )
-    for index, (name, values) in enumerate(curve.accuracy.items()):
+    labels = short_names(curve.accuracy)
+    for index, values in enumerate(curve.accuracy.values()):
         axes.plot(
             x,
             [100 * value for value in values],
             marker="os^Dv"[index % 5],
             markersize=5,
             color=COLORS[index % len(COLORS)],
-            label=short_name(name),
+            label=labels[index],
         )
     if curve.random_mean:
         middle = [100 * value for value in curve.random_mean]

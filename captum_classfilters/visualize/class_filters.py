@@ -13,6 +13,7 @@ from captum_classfilters.visualize.figures import (
     UNSIGNED,
     FigureAndAxes,
     axes_of,
+    exactness,
     set_ticks,
     short_names,
 )
@@ -52,7 +53,8 @@ def plot_class_filters(
         filters (int or sequence): Draw at most so many filters, those with the largest scores for
                     the classes drawn; or these.
                     Default: 200
-        title (str, optional): Title; by default method and layer.
+        title (str, optional): Title; by default method and layer, and whether contributions are
+                    exact.
         plt_fig_axis (tuple, optional): Figure and axes to draw on; new ones by default.
 
     Returns:
@@ -103,7 +105,9 @@ def plot_class_filters(
         out_of(len(columns), scores.shape[1], "filters"),
     ]
     axes.set_xlabel("; ".join(filter(None, told)))
-    axes.set_title(title or f"{class_filters.method} at {class_filters.layer}", loc="left")
+    told = [f"{class_filters.method} at {class_filters.layer}"]
+    told += [exactness(class_filters.provenance)]
+    axes.set_title(title or ", ".join(filter(None, told)), loc="left")
     figure.colorbar(image, ax=axes, label=_unit(class_filters), pad=0.01)
     return figure, axes
 

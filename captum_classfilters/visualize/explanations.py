@@ -19,9 +19,12 @@ from captum_classfilters.visualize.figures import (
     SIGNED,
     FigureAndGrid,
     bare,
+    exactness,
     grid_of,
+    headline,
     lines_of,
     short_name,
+    short_names,
 )
 
 if TYPE_CHECKING:
@@ -91,11 +94,12 @@ def plot_explanations(
     pictures = [picture_of(image, channels, f"image {n}") for n, image in enumerate(images)]
     size = (2.1 * (1 + len(maps)), 2.1 * len(images) + 0.3)
     figure, grid = grid_of(plt_fig_axis, len(images), 1 + len(maps), size)
+    row_titles = None if titles is None else short_names(titles)
     color_map = _COLOR_MAPS[sign] if cmap is None else cmap
     for row, (axes, picture) in enumerate(zip(grid, pictures, strict=True)):
         show_picture(axes[0], picture)
-        if titles is not None:
-            axes[0].set_ylabel(short_name(titles[row]), size=9)
+        if row_titles is not None:
+            axes[0].set_ylabel(row_titles[row], size=9)
         for place, (name, values) in zip(axes[1:], maps.items(), strict=True):
             _draw_map(figure, place, values[row], picture, method, sign, outlier_perc, color_map)
             if row == 0:
@@ -130,7 +134,8 @@ def plot_filter_maps(
                     Default: 5
         channels (tuple of int, optional): As in :func:`plot_explanations`.
                     Default: None
-        title (str, optional): Title.
+        title (str, optional): Title; by default method and layer, and whether contributions are
+                    exact.
         plt_fig_axis (tuple, optional): Figure and 1 + ``num_filters`` axes to draw on; new ones by
                     default.
 
@@ -155,11 +160,14 @@ def plot_filter_maps(
             "`class_filters.select(num_filters)`."
         )
     picture = picture_of(image, channels)
-    size = (1.9 * (1 + len(filters)), 2.4)
+    size = (max(1.9 * (1 + len(filters)), 4.6), 2.7)
     figure, grid = grid_of(plt_fig_axis, 1, 1 + len(filters), size)
     grid = grid[0]
     show_picture(grid[0], picture)
-    grid[0].set_title(title if title is not None else short_name(name), size=10)
+    grid[0].set_title(short_name(name), size=9)
+    told = [f"{class_filters.method} at {class_filters.layer}"]
+    told += [exactness(class_filters.provenance)]
+    headline(figure, title, ", ".join(filter(None, told)), size=10, x=0.01, ha="left")
     limit = float(values[filters].abs().max()) or 1.0
     for axes, filter_ in zip(grid[1:], filters, strict=True):
         drawn = values[filter_].numpy()

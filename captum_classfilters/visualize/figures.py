@@ -3,11 +3,14 @@
 import sys
 import textwrap
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+
+from captum_classfilters._core.names import LONGEST_NAME
+from captum_classfilters._core.names import short_name as shortened
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,8 +28,7 @@ POSITIVE, NEGATIVE = COLORS[1], COLORS[0]
 SIGNED, UNSIGNED = "RdBu_r", "viridis"
 MISSING = "0.85"
 
-_LONGEST_NAME = 25
-_TICK_INCHES = 0.115  # a label of eight points
+_TICK_INCHES = 0.14  # a label of eight points, and a little air
 
 
 def new_figure(size: tuple[float, float]) -> "Figure":
@@ -124,15 +126,9 @@ def bare(axes: "Axes") -> None:
         side.set_color("0.8")
 
 
-def short_name(name: object, length: int = _LONGEST_NAME) -> str:
-    """A name that fits beside a picture: up to its first comma, of so many characters, without
-    mathematics."""
-    text = " ".join(str(name).split(",")[0].split())
-    if len(text) > length:
-        cut = text[: length - 1]
-        words = cut.rpartition(" ")[0]  # whole words, where they are most of it
-        text = f"{words if len(words) > length // 2 else cut.rstrip()}…"
-    return text.replace("$", r"\$")
+def short_name(name: object, length: int = LONGEST_NAME) -> str:
+    """A name that fits beside a picture, of so many characters, and is no mathematics."""
+    return shortened(name, length).replace("$", r"\$")
 
 
 def lines_of(text: str, width: int) -> str:
@@ -140,15 +136,22 @@ def lines_of(text: str, width: int) -> str:
     return "\n".join(textwrap.wrap(text.replace("$", r"\$"), width)[:3])
 
 
-def short_names(names: Iterable[object]) -> list[str]:
+def short_names(names: Iterable[object], length: int = LONGEST_NAME) -> list[str]:
     """Short names; those that are the same once shortened have their number beside them."""
     full = [str(name) for name in names]
-    short = [short_name(name) for name in full]
+    short = [short_name(name, length) for name in full]
     counts = Counter(short)
-    return [
-        f"{text} [{index}]" if counts[text] > 1 and text != full[index] else text
-        for index, text in enumerate(short)
-    ]
+    for index, text in enumerate(short):
+        if counts[text] > 1 and text != full[index]:
+            number = f" [{index}]"
+            short[index] = short_name(full[index], length - len(number)) + number
+    return short
+
+
+def exactness(provenance: Mapping[str, object]) -> str:
+    """Whether contributions add up to the logits, as their table records it; empty if it does not."""
+    exact = provenance.get("exact")
+    return "" if exact is None else "exact" if exact else "not exact"
 
 
 def names_of(class_names: Sequence[str] | None, num_classes: int) -> list[str]:

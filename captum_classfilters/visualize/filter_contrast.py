@@ -8,9 +8,10 @@ from captum_classfilters.visualize.figures import (
     POSITIVE,
     FigureAndAxes,
     axes_of,
+    exactness,
     lines_of,
     quiet,
-    short_name,
+    short_names,
 )
 
 
@@ -52,10 +53,14 @@ def plot_filter_contrast(
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_yticks(rows, [f"filter {index}" for index in shown.tolist()], fontsize=8)
     axes.invert_yaxis()
-    favored, against = short_name(contrast.favored), short_name(contrast.against)
+    favored, against = short_names([contrast.favored, contrast.against])
     axes.set_xlabel(lines_of(f"evidence for {favored} rather than {against}", 50))
-    default = f"{contrast.method} at {contrast.layer}, {contrast.num_images} images"
-    axes.set_title(title or default, loc="left", fontsize=10)
+    told = [
+        f"{contrast.method} at {contrast.layer}",
+        exactness(contrast.provenance),
+        f"{contrast.num_images:,} images",
+    ]
+    axes.set_title(title or ", ".join(filter(None, told)), loc="left", fontsize=10)
     axes.grid(axis="x", color="0.9")
     axes.set_axisbelow(True)
     quiet(axes)

@@ -13,8 +13,10 @@ from captum_classfilters.visualize.arrays import chosen, out_of
 from captum_classfilters.visualize.figures import (
     COLORS,
     GRAY,
+    UNSIGNED,
     FigureAndAxes,
     axes_of,
+    headline,
     quiet,
     set_ticks,
     short_names,
@@ -92,7 +94,7 @@ def plot_hypergraph(
         used = chosen(edges, size, "edges", list(hypergraph.edges)).numpy()
     width = min(16.0, 2.2 + 0.2 * len(used))
     figure, axes = axes_of(plt_fig_axis, (max(width, 5.0), 1.4 + 0.26 * len(share)))
-    image = axes.imshow(share[:, used], cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    image = axes.imshow(share[:, used], cmap=UNSIGNED, vmin=0, vmax=1, aspect="auto")
     set_ticks(axes, "y", [names[row] for row in rows])
     edge_names = short_names(hypergraph.edges[edge] for edge in used)
     set_ticks(axes, "x", edge_names, rotation=90)
@@ -210,8 +212,8 @@ def plot_class_separation(
     set_ticks(axes, "x", list(tests), rotation=90)
     axes.tick_params(labelsize=8)
     axes.set_ylabel(_LABELS[score])
-    axes.set_title(title or "class separation against depth", loc="left")
-    axes.legend(frameon=False, fontsize=8)
+    headline(figure, title, "class separation against depth", x=0.01, ha="left")
+    axes.legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=3)
     quiet(axes)
     return figure, axes
 

@@ -1,10 +1,20 @@
 """Sheets of optimized images."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from captum_classfilters.visualize.arrays import Channels, picture_of, show_picture
 from captum_classfilters.visualize.feature_visualization import FeatureVisualization
-from captum_classfilters.visualize.figures import FigureAndGrid, headline, sheet_of, short_name
+from captum_classfilters.visualize.figures import FigureAndGrid, headline, sheet_of, short_names
+
+# Dark on bright, whatever is below.
+_NOTICE: dict[str, Any] = {
+    "ha": "center",
+    "va": "center",
+    "size": 8,
+    "color": "black",
+    "bbox": {"facecolor": "white", "alpha": 0.85, "edgecolor": "none", "pad": 2},
+}
 
 
 def plot_features(
@@ -19,7 +29,8 @@ def plot_features(
     r"""
     Draw optimized images, each under its name and the value that its objective reaches.
 
-    An image whose objective had no gradient says "not optimized" instead.
+    An image whose objective had no gradient, of a dead filter for example, is the noise that it
+    started from, and says that nothing was optimized.
 
     Args:
 
@@ -48,14 +59,17 @@ def plot_features(
             f"{len(names)} names and {columns} columns for {num_images} images; expected a name for each "
             "image and a column at least."
         )
+    labels = short_names(names, 17)
     wide = min(columns, num_images)
     size = (1.25 * wide + 0.3, 1.55 * -(-num_images // wide) + (0.4 if title else 0))
     figure, grid = sheet_of(plt_fig_axis, num_images, wide, size)
     for index, axes in enumerate(grid):
         axes.set_axis_off()
         show_picture(axes, picture_of(features.images[index], channels))
-        value = f"{float(features.values[index]) + 0.0:.2g}"
-        reached = value if bool(features.optimized[index]) else "not optimized"
-        axes.set_title(f"{short_name(names[index], 17)}\n{reached}", size=8, pad=2)
+        value, optimized = float(features.values[index]) + 0.0, bool(features.optimized[index])
+        reached = f"{value:.2g}" if optimized else "not optimized"
+        axes.set_title(f"{labels[index]}\n{reached}", size=8, pad=2)
+        if not optimized:
+            axes.text(0.5, 0.5, "nothing was\noptimized", transform=axes.transAxes, **_NOTICE)
     headline(figure, title, size=10)
     return figure, grid

@@ -32,7 +32,7 @@ from captum_classfilters.visualize.figures import (
     headline,
     quiet,
     sheet_of,
-    short_name,
+    short_names,
 )
 
 if TYPE_CHECKING:
@@ -155,6 +155,7 @@ def plot_removal_curves(
     full = 100 * curves.full_accuracy
     axes.axhline(full, color="black", linestyle="--", linewidth=0.8, label="all filters")
     index = 0
+    labels = dict(zip(curves.accuracy, short_names(curves.accuracy), strict=True))
     for name, values in curves.accuracy.items():
         share = 100 * torch.arange(values.shape[1]) / curves.num_filters
         middle = 100 * values.mean(0)
@@ -165,8 +166,7 @@ def plot_removal_curves(
             color = COLORS[index % len(COLORS)]
             style, width = _STYLES[index // len(COLORS) % len(_STYLES)], 1.6
             index += 1
-        label = short_name(name)
-        label = f"{label}, mean of {len(values)}" if len(values) > 1 else label
+        label = f"{labels[name]}, mean of {len(values)}" if len(values) > 1 else labels[name]
         axes.plot(share, middle, color=color, linestyle=style, linewidth=width, label=label)
         if len(values) > 1:
             axes.fill_between(
@@ -282,7 +282,7 @@ def _draw_bars(axes: "Axes", filter_: FilterInterpretation) -> None:
         values, places, xerr=[low, high], fmt="none", ecolor="0.3", elinewidth=1, capsize=2
     )
     axes.axvline(0, color="black", linewidth=0.8)
-    axes.set_yticks(places, [short_name(effect.name) for effect in effects], size=8)
+    axes.set_yticks(places, short_names(effect.name for effect in effects), size=8)
     axes.invert_yaxis()
     if len(filter_.top) < len(effects):
         axes.axhline(len(filter_.top) - 0.5, color="0.6", linewidth=0.8, linestyle=":")

@@ -16,6 +16,7 @@ from captum_classfilters.visualize.figures import (
     headline,
     quiet,
     set_ticks,
+    short_names,
 )
 
 if TYPE_CHECKING:
@@ -162,6 +163,7 @@ def plot_exponents(
     for text, height in (("good", 1.05), ("fair", 3.1)):
         axes.annotate(text, (1.01, height), xycoords=("axes fraction", "data"), color=GRAY)
     place = np.arange(len(names))
+    labels = dict(zip(models, short_names(models), strict=True))
     for index, (label, model) in enumerate(models.items()):
         axes.errorbar(
             place,
@@ -172,7 +174,9 @@ def plot_exponents(
             markersize=5,
             linewidth=1,
             elinewidth=0.7,
-            label=f"{label}, universal metric {model.universal_metric:.2f}".removeprefix(", "),
+            label=f"{labels[label]}, universal metric {model.universal_metric:.2f}".removeprefix(
+                ", "
+            ),
         )
     axes.set_yscale("log")
     highest = max(layer.power_law.alpha for model in models.values() for layer in model)

@@ -1,5 +1,6 @@
 """Every public picture draws what people have: any type, zeros, one filter, two classes, long names."""
 
+import dataclasses
 import inspect
 import itertools
 from typing import Any
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from torch.utils.data import TensorDataset
 
 from captum_classfilters import ClassFilters, visualize
@@ -322,7 +324,10 @@ def test_which_of_a_large_table_is_the_callers_choice():
     np.testing.assert_array_equal(axes.images[0].get_array(), table.scores[rows])
     cases: list[tuple[dict[str, Any], str]] = [
         ({"classes": 0}, "classes=0; expected a positive number"),
-        ({"classes": ["cat"]}, "classes hold 'cat'; expected 0 to 49, or names"),
+        (
+            {"classes": ["cat"]},
+            "classes hold 'cat'; expected 0 to 49, or names. The names are 'class 0'",
+        ),
         ({"filters": [300]}, "filters hold 300; expected 0 to 299"),
         ({"filters": []}, "filters are empty"),
         ({"filters": "all"}, "expected a number, or a list"),
@@ -330,6 +335,53 @@ def test_which_of_a_large_table_is_the_callers_choice():
     for options, message in cases:
         with pytest.raises(ValueError, match=message):
             visualize.plot_class_filters(table, **options)
+
+
+def texts(figure):
+    """All that is written in a figure, in all of its axes."""
+    return [text.get_text() for text in figure.findobj(Text) if text.get_text()]
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_long_names_are_short_and_apart(name):
+    figure, axes = drawn(name, "long")
+    for one in np.atleast_1d(np.asarray(axes, dtype=object)).ravel():
+        legend = one.get_legend()
+        entries = [text.get_text() for text in legend.get_texts()] if legend else []
+        for side in (labels(one, "x"), labels(one, "y"), entries):
+            named = [text for text in side if text.startswith("common")]
+            assert len(set(named)) == len(named)
+            assert all(len(text.split(",")[0]) <= 25 for text in named)
+    assert not any(LONG in text for text in texts(figure))
+
+
+@pytest.mark.parametrize(("exact", "said"), [(True, "exact"), (False, "not exact"), (None, "")])
+def test_contributions_say_whether_they_are_exact(exact, said):
+    data = Data()
+    plain = data.table()
+    provenance = {} if exact is None else {"exact": exact}
+    table = ClassFilters(
+        plain.scores,
+        plain.counts,
+        plain.selected,
+        layer="layer4",
+        method="LayerFilterContribution",
+        provenance=provenance,
+    )
+    end = f", {said}" if said else ""
+    _, axes = visualize.plot_class_filters(table)
+    assert axes.get_title(loc="left") == f"LayerFilterContribution at layer4{end}"
+    figure, _ = visualize.plot_filter_maps(data.uniform(3, 8, 8), data(7, 4, 4), table, 1)
+    assert figure.get_suptitle() == f"LayerFilterContribution at layer4{end}"
+    contrast = dataclasses.replace(data.contrast(), provenance=provenance)
+    _, axes = visualize.plot_filter_contrast(contrast)
+    assert axes.get_title(loc="left") == f"M at layer4{end}, 20 images"
+
+
+def test_an_image_that_was_not_optimized_says_so_in_the_picture():
+    _, grid = CALLS["plot_features"](Data(), visualize)
+    said = [[text.get_text() for text in one.texts] for one in grid]
+    assert said == [[], [], ["nothing was\noptimized"]]
 
 
 # What is not finite
@@ -515,8 +567,8 @@ def test_names_are_short_and_stay_apart():
     figure, axes = visualize.plot_class_filters(table)
     assert labels(axes, "y") == [
         "tench",
-        "common iguana or green… [1]",
-        "common iguana or green… [2]",
+        "common iguana or… [1]",
+        "common iguana or… [2]",
         r"costs \$5 or \$6",
     ]
     figure.canvas.draw()  # dollars are not mathematics
