@@ -246,6 +246,9 @@ class ClassFilters(Tabular):
             selected = torch.zeros(scores.shape, dtype=torch.bool)
         if class_names is None:
             class_names = [str(index) for index in range(num_classes)]
+        # As files have them: two halves of a character, side by side, are one.
+        class_names = json.loads(json.dumps([str(name) for name in class_names]))
+        layer, method = json.loads(json.dumps([str(layer), str(method)]))
         tables = {
             "selected": selected,
             "standard_errors": standard_errors,
@@ -262,9 +265,9 @@ class ClassFilters(Tabular):
                 for name, table in tables.items()
                 if name != "selected"
             },
-            "class_names": tuple(str(name) for name in class_names),
-            "layer": str(layer),
-            "method": str(method),
+            "class_names": tuple(class_names),
+            "layer": layer,
+            "method": method,
             "provenance": MappingProxyType(json.loads(json.dumps(dict(provenance or {})))),
         }
         for name, value in values.items():

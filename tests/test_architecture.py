@@ -253,6 +253,80 @@ def test_data_are_read_in_one_file():
 ITERATING = ("enumerate", "iter", "list", "tqdm", "zip")
 
 
+def test_files_are_opened_in_one_file():
+    """By methods of paths, figures and modules, or by the built-in; our own functions do it right."""
+    opening = defaultdict(list)
+    for module, tree in TREES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call):
+                method = isinstance(node.func, ast.Attribute) and node.func.attr in OPENING
+                if method or ast.unparse(node.func) == "open":
+                    opening[module].append(ast.unparse(node.func))
+    assert set(opening) == {"_core.files"}, dict(opening)
+
+
+OPENING = {
+    "fromfile", "imread", "imsave", "load_file", "memmap", "mkstemp", "NamedTemporaryFile", "open",
+    "read_bytes", "read_text", "safe_open", "save_file", "savefig", "savetxt", "savez", "tofile", "touch",
+    "umask", "write_bytes", "write_text",
+}  # fmt: skip
+
+
+def dangerous(tree):
+    """What could run code from a file, or needs it to: imports, names and options."""
+    for node in ast.walk(tree):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            names = [node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)]
+        if isinstance(node, (ast.Attribute, ast.Name)):
+            names = [ast.unparse(node)]
+        if isinstance(node, ast.keyword):
+            names = [node.arg or ""]
+        yield from (name for name in names if name.split(".")[0] in PICKLES or name in LOADERS)
+
+
+PICKLES = {"cloudpickle", "dill", "joblib", "marshal", "pickle", "shelve"}
+LOADERS = {
+    f"{module}.{name}"
+    for module in (
+        "torch",
+        "torch.jit",
+        "torch.export",
+        "torch.package",
+        "torch.hub",
+        "np",
+        "numpy",
+    )
+    for name in ("load", "save", "load_state_dict_from_url")
+} | {"allow_pickle", "eval", "exec", "torch.serialization"}
+
+
+def test_no_code_runs_from_a_file():
+    """PyTorch's reader is called in one place, which asks for weights alone."""
+    found = {module: list(dangerous(tree)) for module, tree in TREES.items()}
+    assert {module: names for module, names in found.items() if names} == {
+        "_core.checkpoints": ["torch.load"]
+    }
+    (call,) = [
+        node
+        for node in ast.walk(TREES["_core.checkpoints"])
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load"
+    ]
+    assert "weights_only=True" in [ast.unparse(keyword) for keyword in call.keywords]
+    code = """
+import pickle as p
+from torch import save, load as l
+from torch.serialization import load
+x = np.load(file, allow_pickle=True); torch.jit.load(x); eval(x); model.eval(); trainer.load(x)
+"""
+    assert sorted(dangerous(ast.parse(code))) == sorted(
+        [
+            *("pickle", "torch.save", "torch.load", "torch.serialization"),
+            *("np.load", "allow_pickle", "torch.jit.load", "eval"),
+        ]
+    )
+
+
 def test_nothing_in_the_core_is_unused():
     """A name at the top of a module of `_core` that stands nowhere else."""
     counts = Counter(

@@ -29,10 +29,10 @@ _NAMES = {
     "U32": "uint32", "I32": "int32", "F32": "float32",
     "U64": "uint64", "I64": "int64", "F64": "float64", "C64": "complex64",
 }  # fmt: skip
-_DTYPES: dict[str, torch.dtype] = {
+DTYPES: dict[str, torch.dtype] = {
     code: getattr(torch, name) for code, name in _NAMES.items() if hasattr(torch, name)
 }
-_CODES = {dtype: code for code, dtype in _DTYPES.items()}
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
 _LONGEST_HEADER = 100_000_000  # bytes, as every reader of safetensors has it
 _LENGTH = struct.Struct("<Q")
 _METADATA, _CHECKSUM = "__metadata__", "checksum"
@@ -108,7 +108,7 @@ def write_tensors(
             tensors.items(), key=lambda item: (-item[1].element_size(), item[0])
         )
     }
-    metadata = {schema.key: text, _CHECKSUM: _checksum(schema.key, text, plain)}
+    metadata = {schema.key: text, _CHECKSUM: checksum(schema.key, text, plain)}
     header: JsonDict = {_METADATA: metadata}
     end = 0
     for name, tensor in plain.items():
@@ -134,7 +134,7 @@ def _plain(name: str, tensor: Tensor) -> Tensor:
     if tensor.layout != torch.strided or tensor.dtype not in _CODES or tensor.is_meta:
         raise ValueError(
             f"The tensor {name!r} is {tensor.dtype}, {tensor.layout}, on {tensor.device}; files hold "
-            f"dense tensors of {', '.join(_NAMES[code] for code in _DTYPES)}."
+            f"dense tensors of {', '.join(_NAMES[code] for code in DTYPES)}."
         )
     if name == _METADATA or not name.isprintable():
         raise ValueError(f"A tensor cannot be called {name!r} in a file; rename it.")
@@ -145,7 +145,7 @@ def _bytes(tensor: Tensor) -> memoryview:
     return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
-def _checksum(key: str, text: str, tensors: Mapping[str, Tensor]) -> str:
+def checksum(key: str, text: str, tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 over a record and all that tensors are."""
     digest = hashlib.sha256(json.dumps([key, text]).encode())
     for name in sorted(tensors):
@@ -346,20 +346,20 @@ def _entry(name: str, entry: object) -> _Entry:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"the tensor {name!r} is described by {_short(entry)}.")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in _DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise ValueError(
-            f"the tensor {name!r} is of type {_short(dtype)}; known are {', '.join(_DTYPES)}."
+            f"the tensor {name!r} is of type {_short(dtype)}; known are {', '.join(DTYPES)}."
         )
     if not _sizes(shape) or not _sizes(offsets) or len(offsets) != 2:
         raise ValueError(f"the tensor {name!r} is described by {_short(entry)}.")
     start, end = offsets
-    needed = math.prod(shape) * _DTYPES[dtype].itemsize
+    needed = math.prod(shape) * DTYPES[dtype].itemsize
     if end - start != needed:
         raise ValueError(
             f"the tensor {name!r} of shape {tuple(shape)} and type {dtype} needs {needed:,} bytes, not "
             f"{end - start:,}."
         )
-    return _Entry(name, _DTYPES[dtype], tuple(shape), start, end)
+    return _Entry(name, DTYPES[dtype], tuple(shape), start, end)
 
 
 def _sizes(value: object) -> bool:
@@ -422,7 +422,7 @@ def _verify(
     announced = details.pop(_CHECKSUM, None)
     if _CHECKSUM not in metadata and announced is None:
         return
-    if metadata.get(_CHECKSUM) != _checksum(key, metadata[key], tensors):
+    if metadata.get(_CHECKSUM) != checksum(key, metadata[key], tensors):
         raise ValueError(
             "its checksum is not that of its contents; it was damaged or changed after it was written."
         )
