@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +18,14 @@ from captum_classfilters._core.outputs import (
     scores_per_class,
     two_classes,
 )
-from captum_classfilters._core.tables import short_repr
+from captum_classfilters._core.tables import Table, Tabular, short_repr
 from captum_classfilters._core.taps import hooked
 from captum_classfilters._core.types import Dataloader, Keywords, ModelInputs, Unpack
 
+
 @short_repr
 @dataclass(frozen=True)
-class ClassifierScores:
+class ClassifierScores(Tabular):
     r"""
     How well a classifier does.
 
@@ -43,6 +43,25 @@ class ClassifierScores:
     recall: Tensor
     confusion: Tensor
     num_images: int
+
+    def _tables(self) -> list[Table]:
+        others = self.confusion.clone().fill_diagonal_(0)
+        wrong, taken_for = others.max(1)
+        rows = [
+            {
+                "class": index,
+                "images": self.confusion[index].sum(),
+                "recall": self.recall[index],
+                "most often taken for": int(taken_for[index]) if wrong[index] > 0 else None,
+                "times": int(wrong[index]),
+            }
+            for index in range(len(self.recall))
+        ]
+        top5 = (
+            "" if self.top5_accuracy is None else f", {self.top5_accuracy:.4f} among the first five"
+        )
+        title = f"accuracy {self.accuracy:.4f}{top5}, {self.num_images:,} images"
+        return [Table(rows, title=title, bars=("recall",))]
 
 
 def evaluate_classifier(

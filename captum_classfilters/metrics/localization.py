@@ -10,7 +10,7 @@ from scipy import ndimage
 from torch import Tensor
 from torchvision.ops import box_iou, masks_to_boxes
 
-from captum_classfilters._core.tables import short_repr
+from captum_classfilters._core.tables import Table, Tabular, short_repr
 
 Rule = Literal["share", "level", "value"]
 SHARES = tuple(round(0.05 * step, 2) for step in range(1, 20))
@@ -18,7 +18,7 @@ SHARES = tuple(round(0.05 * step, 2) for step in range(1, 20))
 
 @short_repr
 @dataclass(frozen=True)
-class Localization:
+class Localization(Tabular):
     r"""
     How well each image's map finds its object.
 
@@ -38,6 +38,23 @@ class Localization:
     box_iou: Tensor
     hit: Tensor
     labels: Tensor | None = None
+
+    def _tables(self) -> list[Table]:
+        rows = [
+            {
+                "image": index,
+                "class": None if self.labels is None else self.labels[index],
+                "overlap": self.iou[index],
+                "overlap of boxes": self.box_iou[index],
+                "hit": self.hit[index],
+            }
+            for index in range(len(self.iou))
+        ]
+        title = (
+            f"{len(rows):,} images: mean overlap {self.average_iou:.3f}, of boxes "
+            f"{float(self.box_iou.mean()):.3f}, pointing game {self.pointing_game:.3f}"
+        )
+        return [Table(rows, title=title)]
 
     @property
     def average_iou(self) -> float:

@@ -10,17 +10,19 @@ from numpy.typing import NDArray
 from scipy import sparse
 from torch import Tensor
 
-from captum_classfilters._core.tables import short_repr
+from captum_classfilters._core.tables import Table, Tabular, short_repr
 from captum_classfilters.spectral.influential import influential
 
 Rule = Literal["signal_share", "influential", "exemplars"]
 Vertices = Literal["class", "image"]
 Ends = Literal["highest", "lowest", "both"]
 
+_SHOWN = 5  # vertices of an edge that are printed
+
 
 @short_repr
 @dataclass(frozen=True)
-class Hypergraph:
+class Hypergraph(Tabular):
     r"""
     Vertices and the edges that hold them, which may be none: then the rule found nothing.
 
@@ -47,6 +49,20 @@ class Hypergraph:
                 f"incidence is {self.incidence.dtype} of shape {self.incidence.shape}; expected bool "
                 f"of shape {shape}, vertices by edges."
             )
+
+    def _tables(self) -> list[Table]:
+        rows = []
+        for index, edge in enumerate(self.edges):
+            held = np.flatnonzero(self.incidence[:, index])
+            names = [self.vertices[vertex] for vertex in held[:_SHOWN]]
+            rows.append(
+                {
+                    "edge": edge,
+                    "vertices": len(held),
+                    "which": ", ".join(names) + (", …" if len(held) > _SHOWN else ""),
+                }
+            )
+        return [Table(rows, bars=("vertices",))]
 
     def dual(self) -> "Hypergraph":
         """Edges as vertices, and vertices as edges.

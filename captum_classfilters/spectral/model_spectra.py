@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from captum_classfilters._core.copies import copied
 from captum_classfilters._core.guard import model_left_as_found
+from captum_classfilters._core.names import hint
 from captum_classfilters._core.tables import Row, Table, Tabular, short_repr
 from captum_classfilters.spectral.eigenvalues import eigenvalues
 from captum_classfilters.spectral.marchenko_pastur import MarchenkoPasturFit, fit_marchenko_pastur
@@ -108,9 +109,11 @@ class ModelSpectra(Tabular):
         for layer in self.layers:
             if layer.name == name:
                 return layer
-        reason = self.skipped.get(name)
-        names = ", ".join(layer.name for layer in self.layers)
-        raise KeyError(f"{name!r}: {reason}" if reason else f"{name!r} is not among {names}.")
+        if name in self.skipped:
+            raise KeyError(f"{name!r} was skipped: {self.skipped[name]}.")
+        raise KeyError(
+            f"{name!r} is not among the layers. {hint(name, [layer.name for layer in self.layers])}"
+        )
 
     def _tables(self) -> list[Table]:
         told = [f"{name} has no spectrum: {reason}." for name, reason in self.skipped.items()]

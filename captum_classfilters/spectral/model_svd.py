@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from captum_classfilters._core.layers import find_layer, layer_name
 from captum_classfilters._core.linear_maps import why_not_its_weight
+from captum_classfilters._core.names import hint
+from captum_classfilters._core.tables import Row, Table, Tabular
 from captum_classfilters._core.tensor_files import Schema, read_tensors, write_tensors
 from captum_classfilters._core.warnings import warn
 from captum_classfilters.spectral.layer_svd import LayerSVD, check_method, check_rank, matrix_svd
@@ -26,7 +28,7 @@ _FILE = Schema("layer_svd", "captum_classfilters/layer_svd/1", 1, "LayerSVD", "d
 Source = tuple[nn.Module, str | None]  # a module, and the part of it if not its weight
 
 
-class ModelSVD(Mapping[str, LayerSVD]):
+class ModelSVD(Tabular, Mapping[str, LayerSVD]):
     """Layer names and their decompositions; each is computed, or read, at its first use.
 
     Use :func:`model_svd` to make one.
@@ -67,7 +69,9 @@ class ModelSVD(Mapping[str, LayerSVD]):
             if name in self.skipped:
                 raise KeyError(f"{name!r} was skipped: {self.skipped[name]}.")
             if name not in self._sources:
-                raise KeyError(f"{name!r} is not among the layers {', '.join(self._sources)}.")
+                raise KeyError(
+                    f"{name!r} is not among the layers. {hint(name, list(self._sources))}"
+                )
             self._kept[name] = self._decomposed(name)
         return self._kept[name]
 
@@ -78,6 +82,16 @@ class ModelSVD(Mapping[str, LayerSVD]):
         ]
         parts += [f"{len(self.skipped)} skipped"] if self.skipped else []
         return f"ModelSVD({', '.join(parts)})"
+
+    def _tables(self) -> list[Table]:
+        rows = []
+        for name in self:
+            groups, height, width = self.matrix(name).matrices.shape
+            route = self._kept[name].route if name in self._kept else ""
+            row: Row = {"layer": name, "groups": groups, "rows": height, "columns": width}
+            rows.append(row | {"decomposed by": route})
+        notes = [f"{name} was skipped: {reason}." for name, reason in self.skipped.items()]
+        return [Table(rows, notes=notes, index="layer", most=None)]
 
     def module(self, name: str) -> nn.Module:
         """The module that holds a layer's weight.

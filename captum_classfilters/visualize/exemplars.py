@@ -117,7 +117,7 @@ def plot_exemplars(
             bare(axes)
             found = places[row, side, place]
             if found is None:
-                _leave_out(axes, "no image" if place == 0 else "")
+                _leave_out(axes, "scores of zero" if place == 0 else "")
                 continue
             color = POSITIVE if side == "highest" else NEGATIVE
             image = _image(dataset, found.index, to_display)

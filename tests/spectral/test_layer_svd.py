@@ -204,7 +204,7 @@ class TestModels:
         assert svds["4"] is svds["4"]
         svds.forget()
         assert svds.routes() == {}
-        with pytest.raises(KeyError, match="'5' is not among the layers 0, 4"):
+        with pytest.raises(KeyError, match=r"'5' is not among the layers\. The names are '0', '4'"):
             svds["5"]
 
     def test_cache(self, tmp_path):

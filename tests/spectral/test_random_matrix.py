@@ -330,7 +330,9 @@ class TestModels:
         assert spectra.skipped == {"1": "fewer than two different positive eigenvalues"}
         with pytest.raises(KeyError, match="fewer than two"):
             spectra["1"]
-        with pytest.raises(KeyError, match=r"'x' is not among 0\.0, 0\.3"):
+        with pytest.raises(
+            KeyError, match=r"'x' is not among the layers\. The names are '0\.0', '0\.3'"
+        ):
             spectra["x"]
         table = spectra.to_pandas()
         assert table.loc["0.3", "alpha"] == spectra["0.3"].power_law.alpha

@@ -103,7 +103,7 @@ def test_zeros_are_left_out():
     _, grid = plot_exemplars(seen, data, [0], sides="lowest")
     assert grid.shape == (1, 1)
     assert not grid[0, 0].images
-    assert [text.get_text() for text in grid[0, 0].texts] == ["no image"]
+    assert [text.get_text() for text in grid[0, 0].texts] == ["scores of zero"]
     both = found(smoother(2), data)
     _, grid = plot_exemplars(both, data, [0])
     assert [axes.get_title() for axes in grid[0]] == ["-2", "-1", "3"]
