@@ -414,8 +414,9 @@ class GatedTrainer:
             ValueError: The state is not one of such a trainer, which is then as it was.
         """
         expected = set(self.state_dict())
-        if not isinstance(state, dict) or set(state) != expected:
-            odd = sorted(map(str, expected.symmetric_difference(state)))
+        held = set(state) if isinstance(state, dict) else set()
+        if held != expected:
+            odd = sorted(map(str, expected ^ held))
             raise ValueError(
                 f"The state does not fit this trainer; it differs in {', '.join(odd)}."
             )

@@ -1,10 +1,14 @@
 """Greedy pruning against the plain loop over whole forward passes, and its bounds."""
 
 import copy
+import errno
 import functools
+import json
+import os
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -551,6 +555,139 @@ def test_bounds_of_one_layer_may_go_further_but_not_back(trained, tmp_path):
         pruning.run(data, min_accuracy=0.3, show_progress=False, **options)
     rest = pruning.run(data, num_filters=1, state_path=path, show_progress=False)
     assert rest == pruning.run(data, num_filters=1, show_progress=False)
+
+
+def test_a_run_continues_with_the_same_images_alone(trained, tmp_path):
+    """In whatever order and batches; the loss cannot tell images that differ by little."""
+    model, data = trained
+    path = tmp_path / "state.safetensors"
+    options: dict[str, Any] = {"state_path": path, "show_progress": False}
+    pruning = GreedyFilterPruning(model, "stage1")
+    expected = pruning.run(data, num_filters=1, show_progress=False)
+    pruning.run(data, data, num_filters=3, **options)
+    x, y = joined(data)
+    nearly = x.clone()
+    nearly[7, 0, 2, 2] += 1e-5
+    whole = [(x, y)]
+    with pytest.raises(ValueError, match=r"another run.*fingerprint of the images \("):
+        pruning.run([(nearly, y)], whole, num_filters=2, **options)
+    with pytest.raises(ValueError, match=r"another run.*fingerprint of the images to report on"):
+        pruning.run(whole, [(nearly, y)], num_filters=2, **options)
+    order = torch.randperm(len(x))
+    again = pruning.run([(x[order], y[order])], whole, num_filters=1, **options)
+    assert again.removed == expected.removed
+
+
+@pytest.mark.parametrize("damage", ["cut", "bit", "text", "folder", "pipe", "no folder"])
+def test_states_that_cannot_be_used_are_refused_before_the_images_are_read(
+    trained, tmp_path, damage
+):
+    model, data = trained
+    path, read = tmp_path / "state.safetensors", []
+
+    def counted():
+        for batch in data:
+            read.append(1)
+            yield batch
+
+    pruning = GreedyFilterPruning(model, "stage1")
+    options: dict[str, Any] = {"num_filters": 2, "show_progress": False}
+    pruning.run(data, state_path=path, **options)
+    content = bytearray(path.read_bytes())
+    if damage == "cut":
+        path.write_bytes(content[:-20])
+    elif damage == "bit":
+        path.write_bytes(content.replace(b'num_images\\": 60', b'num_images\\": 61'))
+    elif damage == "text":
+        path.write_text("a text")
+    elif damage in ("folder", "pipe"):
+        path.unlink()
+        (os.mkdir if damage == "folder" else os.mkfifo)(path)
+    if damage == "no folder":
+        path = tmp_path / "none" / "state.safetensors"
+    message = "There is no folder" if damage == "no folder" else f"{path} is "
+    with pytest.raises(ValueError, match=message) as raised:
+        pruning.run(counted(), state_path=path, **options)
+    if damage in ("cut", "bit", "text"):
+        assert "Remove the file to begin anew" in str(raised.value)
+        path.unlink()
+        pruning.run(data, state_path=path, **options)
+    with pytest.raises(ValueError, match=r"another run.*seed \(0 there, 1 here\)"):
+        pruning.run(counted(), state_path=_written(pruning, data, tmp_path), seed=1, **options)
+    assert not read
+
+
+def _written(pruning, data, folder):
+    path = folder / "another.safetensors"
+    pruning.run(data, state_path=path, num_filters=3, show_progress=False)
+    return path
+
+
+def test_a_full_disk_costs_the_state_and_not_the_run(trained, tmp_path, monkeypatch):
+    model, data = trained
+    path = tmp_path / "state.safetensors"
+    pruning = GreedyFilterPruning(model, "stage1")
+    expected = pruning.run(data, num_filters=1, show_progress=False)
+    replaced = os.replace
+
+    def full(*paths):
+        calls.append(1)
+        if len(calls) in (1, 2):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        replaced(*paths)
+
+    calls: list[int] = []
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.warns(UserWarning, match=r"state .* was not written: .*disk of .* is full") as told:
+        found = pruning.run(data, num_filters=1, state_path=path, show_progress=False)
+    assert found == expected
+    assert len(told) == 2
+    assert PruningOrder.load(path) == expected  # the third was written
+    assert os.listdir(tmp_path) == [path.name]
+
+
+def test_functions_that_fine_tune_are_told_apart(tmp_path):
+    def tune(model, rate=0.1):
+        """Nothing."""
+
+    def with_rate(rate):
+        return lambda model: rate
+
+    class Tune:
+        def __init__(self, **options):
+            self.options = options
+
+        def __call__(self, model):
+            """Nothing."""
+
+    described = [
+        module._described(function)
+        for function in (
+            tune,
+            functools.partial(tune, rate=0.2),
+            functools.partial(tune, rate=0.3),
+            with_rate(0.1),
+            with_rate(0.2),
+            Tune(rate=1, on=torch.device("cpu")),
+            Tune(rate=2, on=torch.device("cpu")),
+            Tune(rate=np.float32(2), on=torch.device("cpu"), layers=(1, np.int64(2))),
+            Tune().__call__,
+        )
+    ]
+    texts = [json.dumps(one) for one in described]  # which a file can hold
+    assert len(set(texts)) == len(texts)
+    assert not any("0x" in text for text in texts)
+    assert texts[3] == json.dumps(module._described(with_rate(0.1)))
+
+
+def test_numbers_of_any_library_are_kept(trained, tmp_path):
+    model, data = trained
+    path = tmp_path / "state.safetensors"
+    pruning = GreedyFilterPruning(model, "stage1")
+    options: dict[str, Any] = {"state_path": path, "show_progress": False, "seed": np.int64(0)}
+    pruning.run(data, num_filters={"stage1": np.int64(3)}, ratio=np.float32(1.25), **options)
+    found = pruning.run(data, num_filters={"stage1": 2}, ratio=1.25, **{**options, "seed": 0})
+    assert found.order[:1] == PruningOrder.load(path).order[:1]
 
 
 # -- batches, devices, models ---------------------------------------------------------------------
