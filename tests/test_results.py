@@ -153,7 +153,7 @@ def test_a_row_by_name_index_and_in_turn():
     assert row.standard_errors is not None
     assert torch.equal(row.standard_errors, errors[4][order])
     assert (row.name, row.layer, row.p_values) == (NAMES[4], "3", None)
-    assert torch.equal(found[torch.tensor(4)].scores, row.scores)
+    assert torch.equal(found[torch.tensor(4)].scores, row.scores)  # type: ignore[index]
     assert [each.name for each in found] == NAMES
     assert len(found) == CLASSES
     assert NAMES[0] in found
@@ -225,9 +225,9 @@ def test_names_that_are_near_nothing():
     with pytest.raises(ValueError, match=r"No class named 'xyzzy'. The names are 'a', 'b'\."):
         small(["a", "b"])["xyzzy"]
     with pytest.raises(ValueError, match="not by a float"):
-        small(["a", "b"])[0.5]  # type: ignore[index]
+        small(["a", "b"])[0.5]
     with pytest.raises(ValueError, match="not by a slice"):
-        small(["a", "b"])[0:2]  # type: ignore[index]
+        small(["a", "b"])[0:2]
     with pytest.raises(ValueError, match="Class 2 is out of range"):
         small(["a", "b"])[2]
     assert close_names("", ["a"]) == []

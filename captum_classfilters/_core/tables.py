@@ -133,7 +133,7 @@ class Table:
         columns = self._columns()
         frame = import_pandas().DataFrame(self._values(), columns=columns)
         index = self.index if self.index is not None else ("" if columns[:1] == [""] else None)
-        if index is None:
+        if index is None or not columns:
             return frame
         frame = frame.set_index(index)
         return frame if index else frame.rename_axis(None)
@@ -370,7 +370,11 @@ def _fields(value: object) -> tuple[str, ...]:
 
 def _plain(value: object) -> object:
     """A number of Python's own in place of a tensor or an array of one."""
-    return value.item() if isinstance(value, Tensor) or hasattr(value, "item") else value
+    if isinstance(value, Tensor):
+        return value.item() if value.numel() == 1 else value
+    if isinstance(value, (np.ndarray, np.generic)):
+        return value.item() if value.size == 1 else value
+    return value
 
 
 def _cell(value: Any, form: str | None) -> str:
@@ -378,6 +382,8 @@ def _cell(value: Any, form: str | None) -> str:
         return ""
     if isinstance(value, (str, bool)):
         return str(value)
+    if not isinstance(value, (int, float)):
+        return described(value)
     if math.isnan(value):
         return "-"
     return format(value, form or ("," if isinstance(value, int) else ".3f"))

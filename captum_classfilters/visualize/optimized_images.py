@@ -65,7 +65,7 @@ def plot_features(
     figure, grid = sheet_of(plt_fig_axis, num_images, wide, size)
     for index, axes in enumerate(grid):
         axes.set_axis_off()
-        show_picture(axes, picture_of(features.images[index], channels))
+        show_picture(axes, picture_of(features.images[index], channels, f"image {index}"))
         value, optimized = float(features.values[index]) + 0.0, bool(features.optimized[index])
         reached = f"{value:.2g}" if optimized else "not optimized"
         axes.set_title(f"{labels[index]}\n{reached}", size=8, pad=2)
