@@ -16,7 +16,6 @@ from captum_classfilters._core.heads import how_layer_feeds, record_head
 from captum_classfilters._core.layers import (
     declared_filters,
     filter_axis,
-    layer_layout,
     layer_name,
     layer_tensors,
     named_layers,
@@ -105,10 +104,11 @@ def list_filter_layers(
     List which layers of a model qualify for class filters, and why the others do not.
 
     The model runs in evaluation mode, with a hook on every module; if it takes images, it runs again
-    on two of them, twice as large, because the axis of the filters is the one that keeps its
-    size. A layer qualifies if it runs exactly once and puts out one floating-point tensor with the
-    images on axis 0 and a channel axis; None, numbers and masks beside it do not matter. Nothing
-    here knows a model by its name.
+    on two or three of them, twice as large, because the axis of the filters is the one that keeps
+    its size, and that of the batch the one that is as long as there are images. A layer qualifies if
+    it runs exactly once and puts out one floating-point tensor with the images on axis 0 and a
+    channel axis; None, numbers and masks beside it do not matter. Nothing here knows a model by its
+    name.
 
     Args:
 
@@ -158,6 +158,7 @@ def list_filter_layers(
 
 
 _NOT_EXACT = "contributions are not exact: the model goes on after its last linear layer"
+_ROWS = "axis 0 is not the batch"
 _UNKNOWN = "filters on axis 1 or the last? Give channel_dim=1 or channel_dim=-1"
 
 
@@ -170,11 +171,13 @@ def _has_two_axes(layer: FilterLayer) -> bool:
 def _with_another_size(
     first: "_Seen", inputs: ModelInputs, layers: list[FilterLayer]
 ) -> list[FilterLayer]:
-    """The same, the filters' axis told by images of another size: it is the one that stays."""
+    """The same, the filters' axis told by images of another size: it is the one that stays. The batch's
+    axis has the size of another number of images."""
     if not any(map(_is_images, inputs)):
         return layers
+    rows = torch.arange(3 if first.batch == 2 else 2) % first.batch
     few = [
-        value[:2]
+        value[rows.to(value.device)]
         if isinstance(value, Tensor) and value.dim() and len(value) == first.batch
         else value
         for value in inputs
@@ -190,7 +193,9 @@ def _with_another_size(
     resolved = []
     for layer in layers:
         output = next(iter(seen.calls.get(modules[layer.name], [])), None)
-        if _has_two_axes(layer) and layer.shape and isinstance(output, Tensor):
+        if layer.qualifies and isinstance(output, Tensor) and len(output) != seen.batch:
+            layer = first.found(modules[layer.name]).without_filters(_ROWS)
+        elif _has_two_axes(layer) and layer.shape and isinstance(output, Tensor):
             last = len(layer.shape) - 1
             same_form = output.dim() == last + 1
             stays = [
@@ -293,10 +298,10 @@ class _Found:
     ) -> FilterLayer:
         """The module as a row of the table; ``ends`` says that the model ends in its head."""
         output: Any = self.outputs[0] if self.outputs else None
-        shape = tuple(output.shape) if isinstance(output, Tensor) else None
         reason = self._reason(output)
         if reason:
-            return self._row(shape, None, None, None, False, reason)
+            return self.without_filters(reason)
+        shape = tuple(output.shape)
         try:
             axis = self._axis(output) if told is None else told
         except ValueError:
@@ -310,6 +315,12 @@ class _Found:
             remarks.append(_NOT_EXACT)
         remark = "; ".join(filter(None, remarks))
         return self._row(shape, axis, output.shape[axis], feed, True, remark)
+
+    def without_filters(self, reason: str) -> FilterLayer:
+        """The module as a row that says why it does not qualify."""
+        output: Any = self.outputs[0] if self.outputs else None
+        shape = tuple(output.shape) if isinstance(output, Tensor) else None
+        return self._row(shape, None, None, None, False, reason)
 
     @staticmethod
     def _feed(features: Tensor, output: Tensor, axis: int) -> str | None:
@@ -330,7 +341,7 @@ class _Found:
         if output.dim() < 2:
             return "no channel dimension"
         if len(output) != self.batch:
-            return "axis 0 is not the batch"
+            return _ROWS
         return ""
 
     def _axis(self, output: Tensor) -> int:

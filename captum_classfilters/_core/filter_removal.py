@@ -7,14 +7,13 @@ these make of it, on the example inputs and on random ones. A network that diffe
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from captum_classfilters._core.filter_cuts import (
     add_to_bias,
@@ -251,25 +250,30 @@ def _advice(graph: FilterGraph, removal: Removal, inputs: Batch) -> str:
 
 
 def refused(
-    graph: FilterGraph, filters: Mapping[str, list[int]], inputs: Batch, show_progress: bool
+    graph: FilterGraph,
+    filters: Mapping[str, list[int]],
+    inputs: Batch,
+    tried: Callable[[int], object],
 ) -> dict[str, str]:
     r"""
     The layers of which some filters cannot be removed by themselves, and why.
 
     All layers lose their filters at once; only if that is not the masked network, or where layers
     lose filters of each other or constants cannot be folded, is a layer tried alone. The model,
-    which must be in evaluation mode, is left as found.
+    which must be in evaluation mode, is left as found. ``tried`` is told of how many it is known.
     """
     plans = {name: planned(graph, name, places) for name, places in filters.items()}
     together = _equal_together(graph.model, plans, inputs)
     alone = [name for name in plans if name not in together]
     reasons = {}
-    for name in tqdm(alone, desc="layers", unit="layer", disable=not (show_progress and alone)):
+    tried(len(together))
+    for name in alone:
         try:
             with plans[name].undone(graph.model):
                 remove_filters(graph, plans[name], inputs, "fold")
         except NotRemovableError as error:
             reasons[name] = error.reason
+        tried(1)
     return reasons
 
 

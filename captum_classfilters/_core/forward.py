@@ -21,6 +21,7 @@ from captum_classfilters._core.layers import (
     layer_name,
     layer_tensors,
     module_of,
+    only_tensor,
     positions_last,
     unwrapped,
     with_tensors,
@@ -119,14 +120,7 @@ class _Reading(LayerTap):
 
     def _tensors(self, value: Any) -> list[Tensor]:
         tensors = layer_tensors(value)
-        if len(tensors) == 1 or (self.several and tensors):
-            return tensors
-        values = list(value) if isinstance(value, (tuple, list)) else [value]
-        kinds = ", ".join(type(part).__name__ for part in values)
-        raise ValueError(
-            f"The layer {self.name!r} handles a {type(value).__name__} ({kinds}), not a single "
-            "tensor; choose one of the layers inside it."
-        )
+        return tensors if self.several and tensors else [only_tensor(value, self.name)]
 
     def _read(self, tensor: Tensor) -> _Part:
         if not tensor.is_floating_point():
@@ -577,16 +571,22 @@ def _filter_maps(tap: _Reading, place: int, batch: _BatchOfScores) -> FilterMaps
         if by_weights:
             return batch.weights(feed, positions, target)
         gradients = batch.gradients(target)
-        if not all(id(part) in gradients for part in shares):
+        if not any(id(part) in gradients for share in tap.shares for part in share):
             raise ValueError(
                 f"No gradient of the model's output reaches the layer {name!r}: what follows it is "
                 "not differentiable (it runs under torch.no_grad(), is quantized or rounds) or does "
                 "not use it. LayerFilterAblation needs no gradient."
             )
-        return _joined([positions_last(gradients[id(part)], axis) for part in shares])
+        # One of several tensors may be unused: the output does not change with it.
+        return _joined([positions_last(_gradient(part, gradients), axis) for part in shares])
 
     means = _joined([part.means for part in shares])
     return FilterMaps(means, positions, maps, derivative, name, tap.at_input)
+
+
+def _gradient(part: _Part, gradients: dict[int, Tensor]) -> Tensor:
+    assert part.leaf is not None
+    return gradients[id(part)] if id(part) in gradients else torch.zeros_like(part.leaf)
 
 
 def _means_alone(tap: _Reading, means: Tensor, layout: Layout, batch: _BatchOfScores) -> FilterMaps:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from captum_classfilters._core.devices import on_device
+from captum_classfilters._core.outputs import checked_rows
 
 
 @dataclass(frozen=True)
@@ -133,9 +134,7 @@ def labels_of_scores(
     scores: Tensor, labels: object, batch: int, num_classes: int | None = None
 ) -> Tensor:
     """The labels of a batch of class scores (N, C), both checked, where the scores are."""
-    if scores.dim() != 2:
-        raise ValueError(f"The model returns {tuple(scores.shape)}; accuracy needs (N, C).")
-    finite = scores.isfinite().all(1)
+    finite = checked_rows(scores).isfinite().all(1)
     if not bool(finite.all()):
         raise ValueError(
             f"The model returns NaN or Inf for image {int((~finite).nonzero()[0, 0])} of batch "

@@ -175,6 +175,7 @@ def filters_before(model: nn.Module | None, layer: nn.Module) -> int | None:
     return None if before is None else _width(before)
 
 
+_MOST_POSITIONS_AXES = 3  # of maps: (N, K, D, H, W)
 _WIDTHS = ("num_features", "num_channels")  # of normalizations
 _PUTS_OUT = ("out_channels", "out_features", *_WIDTHS)
 _TAKES = ("in_channels", "in_features", *_WIDTHS)
@@ -227,7 +228,9 @@ def layer_axis(
     at_input: bool = False,
 ) -> int:
     """Which axis of the tensor that a layer of a model puts out, or takes, holds the filters."""
-    return filter_axis(layer, tensor, channel_dim, weighted_before(model, layer), at_input)
+    says = layer is None or (declared_filters(layer) is not None and not at_input)
+    before = None if says else weighted_before(model, layer)  # a walk through the whole model
+    return filter_axis(layer, tensor, channel_dim, before, at_input)
 
 
 def attribution_axis(method: Any, attributions: Tensor, at_input: bool = False) -> int:
@@ -252,13 +255,14 @@ def filter_axis(
 
     Two-dimensional tensors are (N, K). Elsewhere a convolution or batch normalization says 1, a
     linear layer or layer normalization says the last axis. A block of convolutions says 1. A block
-    with linear layers inside follows its weighted modules, the last one first: the first of them
-    whose number of filters is the size of axis 1 or of the last axis decides; if it is the size of
-    both, the block cannot be read without ``channel_dim``. A layer without weights, a ReLU for
-    example, has the filters of the weighted module ``before`` it, if that is known and one axis has
-    their number; with none before it, it is read in PyTorch's order (N, K, ...). What a block takes has its filters where the first weighted
-    module inside says, if they are as many as that takes, else where the module ``before`` left
-    them. ``channel_dim`` overrules all.
+    with linear layers inside follows the last of its weighted modules whose number of filters is the
+    size of axis 1 or of the last axis. If it is the size of both, or if convolutions are inside too and
+    as many modules say the other axis, or none has such a number, the block cannot be read without
+    ``channel_dim``. A layer without weights, a ReLU for example, has the filters of the weighted module
+    ``before`` it, if that is known and one axis has their number; with none before it, maps are read in
+    PyTorch's order (N, K, ...). What a block takes has its filters where the first weighted module
+    inside says, if they are as many as that takes, else where the module ``before`` left them.
+    ``channel_dim`` overrules all.
     """
     if tensor.dim() < 2:
         raise ValueError(
@@ -278,19 +282,33 @@ def filter_axis(
             return axis
         leaves = []
     if not leaves:
-        return 1 if before is None else _axis_after(before, layer, tensor)
+        return _axis_after(before, layer, tensor)
     layouts = {layer_layout(leaf) for leaf in leaves} - {None}
     if leaves == [layer] and layouts:
         return 1 if layouts == {"first"} else last
     if layouts == {"first"}:
         return last if _moved_last(leaves[-1], tensor) else 1
-    for leaf in reversed(leaves):
-        first_fits, last_fits = (tensor.shape[axis] == _width(leaf) for axis in (1, last))
-        if first_fits and last_fits and layouts != {"first"}:
-            raise _unknown_axis(layer, tensor, leaf)
-        if first_fits or last_fits:
-            return 1 if first_fits else last
-    return last if layouts == {"last"} else 1
+    return _axis_of_leaves(leaves, layer, tensor, mixed=layouts != {"last"})
+
+
+def _axis_of_leaves(
+    leaves: Sequence[nn.Module], layer: nn.Module, tensor: Tensor, mixed: bool
+) -> int:
+    """The axis whose size is the number of filters of a block's last weighted module that has the
+    size of one; in a block of both layouts most others must agree, as a small module may by chance
+    be as wide as a map."""
+    last = tensor.dim() - 1
+    sizes = tensor.shape[1], tensor.shape[last]
+    fitting = [width for width in map(_width, leaves) if width in sizes]
+    if fitting and sizes[0] == sizes[1]:
+        raise _unknown_axis(
+            layer, tensor, f"both have the size of the {fitting[-1]} filters inside"
+        )
+    if mixed and not fitting:
+        raise _unknown_axis(layer, tensor, "neither has the size of a weighted module inside")
+    if mixed and 2 * fitting.count(fitting[-1]) <= len(fitting):
+        raise _unknown_axis(layer, tensor, "weighted modules inside have the size of either")
+    return 1 if fitting and fitting[-1] == sizes[0] else last
 
 
 def _told_axis(channel_dim: int, tensor: Tensor) -> int:
@@ -303,14 +321,21 @@ def _told_axis(channel_dim: int, tensor: Tensor) -> int:
     return axis
 
 
-def _axis_after(before: nn.Module, layer: nn.Module, tensor: Tensor) -> int:
+def _axis_after(before: nn.Module | None, layer: nn.Module, tensor: Tensor) -> int:
     """The axis of the filters in what a layer without weights makes of a weighted one's output."""
-    last, layout = tensor.dim() - 1, layer_layout(before)
+    last = tensor.dim() - 1
+    if before is None:
+        if last > _MOST_POSITIONS_AXES + 1:
+            raise _unknown_axis(layer, tensor, "no weighted module is before it")
+        return 1
     first_fits, last_fits = (tensor.shape[axis] == _width(before) for axis in (1, last))
-    if layout == "first" and tensor.dim() == _dimensions(before, tensor):
+    of = f"the size of the {_width(before)} filters of the {type(before).__name__} before it"
+    if layer_layout(before) == "first" and tensor.dim() == _dimensions(before, tensor):
+        if last_fits and not first_fits:
+            raise _unknown_axis(layer, tensor, f"the last has {of}, or a map is as wide by chance")
         return 1  # maps of a convolution stay maps; other widths come from concatenation
     if first_fits == last_fits:
-        raise _unknown_axis(layer, tensor, before, first_fits)
+        raise _unknown_axis(layer, tensor, f"{'both have' if first_fits else 'neither has'} {of}")
     return 1 if first_fits else last
 
 
@@ -328,14 +353,10 @@ class UnknownAxisError(ValueError):
     """Axis 1 or the last axis of a tensor may be that of the filters."""
 
 
-def _unknown_axis(
-    layer: nn.Module, tensor: Tensor, leaf: nn.Module, both: bool = True
-) -> UnknownAxisError:
-    last, kind = tensor.dim() - 1, type(leaf).__name__
+def _unknown_axis(layer: nn.Module, tensor: Tensor, why: str) -> UnknownAxisError:
     return UnknownAxisError(
         f"The filters of the layer {type(layer).__name__}, whose tensor is {tuple(tensor.shape)}, may "
-        f"be on axis 1 or on axis {last}: {'both have' if both else 'neither has'} the size of "
-        f"the {_width(leaf)} filters of the {kind} before it. Say which one holds them: channel_dim=1 "
+        f"be on axis 1 or on axis {tensor.dim() - 1}: {why}. Say which one holds them: channel_dim=1 "
         "or channel_dim=-1."
     )
 
@@ -393,11 +414,18 @@ def only_tensor(value: object, name: str) -> Tensor:
     tensors = layer_tensors(value)
     if len(tensors) != 1:
         raise ValueError(
-            f"The layer {name!r} handles a {type(value).__name__}, not a single tensor; choose one of "
+            f"The layer {name!r} handles a {_kinds(value)}, not a single tensor; choose one of "
             "the layers inside it, or explain single images with a method whose `attribute` takes "
             "layers of several tensors."
         )
     return tensors[0]
+
+
+def _kinds(value: object) -> str:
+    kind = type(value).__name__
+    if not isinstance(value, (tuple, list)):
+        return kind
+    return f"{kind} ({', '.join(type(part).__name__ for part in value)})"
 
 
 def check_hooks(name: str, module: nn.Module) -> None:

@@ -48,7 +48,15 @@ def scores_per_class(output: object) -> Tensor:
     Raises:
         ValueError: The model returns something else.
     """
-    scores = two_classes(class_scores(output))
+    return checked_rows(two_classes(class_scores(output)))
+
+
+def checked_rows(scores: Tensor) -> Tensor:
+    """Scores, if they are (N, C).
+
+    Raises:
+        ValueError: They have another shape.
+    """
     if scores.dim() != 2:
         raise ValueError(
             f"The model returns scores of shape {tuple(scores.shape)}, not (N, C). To give each "

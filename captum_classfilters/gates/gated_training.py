@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from tqdm.auto import tqdm
 
-from captum_classfilters._core.batches import Batches, read_batches
+from captum_classfilters._core.batches import Batches, check_read_again, read_batches
 from captum_classfilters._core.checkpoints import is_safetensors, read_checkpoint
 from captum_classfilters._core.devices import device_of
 from captum_classfilters._core.distributed import is_main_process
@@ -235,6 +235,9 @@ class GatedTrainer:
             ValueError: A batch is no pair of images and labels, or model, labels and gate do not fit
                         each other; the first batch is checked before anything is trained.
         """
+        if epochs - len(self.history) > 1:
+            check_read_again(train_loader)
+            check_read_again(validation_loader)
         bar = tqdm(
             range(len(self.history), epochs),
             desc="training",

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from captum_classfilters._core.batches import Batch, Batches, read_batches
+from captum_classfilters._core.batches import Batch, Batches, check_read_again, read_batches
 from captum_classfilters._core.devices import device_of, on_device
 from captum_classfilters._core.tables import short_repr
 from captum_classfilters._core.types import Dataloader, Unpack
@@ -105,12 +105,16 @@ def fine_tune(
         ``train_accuracy`` on the batches as they were seen, and ``validation_accuracy``.
 
     Raises:
-        ValueError: A loader is empty, ``freeze`` is unknown, or the loss is not finite.
+        ValueError: A loader is empty or can be read only once, ``freeze`` is unknown, or the loss is not finite.
     """
     if freeze not in ("nothing", "backbone", "batch_norm_statistics"):
         raise ValueError(
             f"freeze={freeze!r}; choose 'nothing', 'backbone' or 'batch_norm_statistics'."
         )
+    if epochs > 1:
+        check_read_again(train_loader)
+    if epochs > 0:
+        check_read_again(validation_loader)  # also before the first epoch
     if _same_data(train_loader, validation_loader):
         logger.warning("Training and validation use the same data; its accuracy is optimistic.")
 

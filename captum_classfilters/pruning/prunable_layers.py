@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 
 from torch import nn
+from tqdm.auto import tqdm
 
 from captum_classfilters._core.filter_graph import FilterGraph, as_tuple, check_model
 from captum_classfilters._core.filter_removal import refused
@@ -94,7 +95,7 @@ def prunable_layers(
 
         model (nn.Module): The model; it is left as found.
         example_inputs (Tensor or tuple): Inputs of the model.
-        show_progress (bool): Show a progress bar where layers have to be tried one by one.
+        show_progress (bool): Show a progress bar; layers may have to be tried one by one.
                     Default: True
 
     Returns:
@@ -114,11 +115,15 @@ def prunable_layers(
     """
     check_model(model)
     inputs = as_tuple(example_inputs)
-    with model_left_as_found(model, evaluation=True):
+    with (
+        model_left_as_found(model, evaluation=True),
+        tqdm(desc="layers", unit="layer", disable=not show_progress) as progress,
+    ):
         graph = FilterGraph(model, inputs)
         layers = [_followed(graph, module) for module in graph.weighted_layers()]
         filters = {layer.name: _some(layer.num_filters) for layer in layers if layer.prunable}
-        reasons = refused(graph, filters, inputs, show_progress)
+        progress.reset(len(filters))
+        reasons = refused(graph, filters, inputs, progress.update)
     return PrunableLayers(
         [replace(layer, reason=reasons.get(layer.name, layer.reason)) for layer in layers]
     )

@@ -368,3 +368,27 @@ def test_directions_of_a_layers_input_are_refused_whatever_its_width():
     method = LayerSingularDirection(model, "0")
     with pytest.raises(ValueError, match=r"outputs|output"):
         method.identify(batches(), attribute_to_layer_input=True, **QUIET)
+
+
+def test_a_tensor_of_a_layer_that_is_not_used_has_no_share():
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 6, 1), nn.Conv2d(3, 2, 1)
+
+        def forward(self, x):
+            return self.a(x), self.b(x)
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.pair, self.head = Pair(), nn.Linear(6, 3)
+
+        def forward(self, x):
+            return self.head(self.pair(x)[0].relu().amax((2, 3)))
+
+    model, x = Net(), torch.rand(4, 3, 5, 2)
+    used, unused = LayerFilterContribution(model, "pair").attribute(x, target=1)
+    assert torch.equal(used, LayerFilterContribution(model, "pair.a").attribute(x, target=1))
+    assert unused.shape == (4, 2, 5, 2)
+    assert not unused.any()
