@@ -184,6 +184,83 @@ def picking(text: str, model: nn.Module) -> nn.Module:
     return wrapper
 
 
+class Listed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs, self.head = (
+            nn.ModuleList([nn.Conv2d(3, 6, 1), nn.Conv2d(6, 6, 1)]),
+            nn.Linear(6, 3),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        for conv in self.convs:
+            x = conv(x)
+        return self.head(x.relu().mean((2, 3)))
+
+
+class Hidden:
+    """A function whose model cannot be seen."""
+
+    __slots__ = ("_model",)
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    def __call__(self, x: Tensor) -> Any:
+        return self._model(x)
+
+
+hidden = Hidden
+WORDS, TOKENS = Words(), torch.randint(0, 9, (6, 7))
+SQUARE = torch.rand(6, 5, 5, 5)
+CHANGED = Returns(lambda scores: scores.clamp(max=0.1))
+
+
+class Permuted(nn.Module):
+    def __init__(self, *order: int) -> None:
+        super().__init__()
+        self.order = order
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.permute(self.order)
+
+
+def either() -> nn.Sequential:
+    return nn.Sequential(Permuted(0, 2, 3, 1), nn.Linear(5, 5), Permuted(0, 3, 1, 2))
+
+
+def captum_table(channel_dim: int | None) -> Any:
+    model = nn.Sequential(either(), *body(5)[2:], nn.Linear(5, 3))
+    method: Any = LayerGradientXActivation(model, model[0])
+    if channel_dim is not None:
+        method.channel_dim = channel_dim
+    return identify_class_filters(method, [(SQUARE, Y)], num_filters=2, **QUIET)
+
+
+def windowed() -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(3, 6, 2), Windows(), *body()[2:], nn.Linear(6, 3))
+
+
+def bordered() -> nn.Sequential:
+    """What a depthwise bias leaves of a filter is read by a convolution with zero padding."""
+    parts = [nn.Conv2d(3, 6, 1), nn.Conv2d(6, 6, 1, groups=6), nn.Conv2d(6, 6, 3, padding=1)]
+    return nn.Sequential(*parts, *body()[2:], nn.Linear(6, 3)).eval()
+
+
+def lazy() -> nn.Sequential:
+    return nn.Sequential(nn.LazyConv2d(6, 3), *body()[1:], nn.Linear(6, 3))
+
+
+def trainer() -> GatedTrainer:
+    model, gate = net(), ClassSpecificGate(3, 6)
+    return GatedTrainer(model, gate.attach(model, "1"), torch.optim.SGD(model.parameters(), lr=0.1))
+
+
+def run_once(model: nn.Sequential) -> nn.Sequential:
+    model(X)
+    return model
+
+
 class Case(NamedTuple):
     refused: Callable[[], Any]
     words: str  # of the message
@@ -191,7 +268,6 @@ class Case(NamedTuple):
 
 
 TUPLE, MAPS, FLAT = Returns(lambda scores: (scores, 1)), Maps(), net()
-NESTED = Returns(lambda scores: [{"boxes": scores}])
 ENTRIES: dict[str, Callable[[nn.Module, str, Any], Any]] = {
     "identify": lambda model, layer, data: tables_of(model, layer, data),
     "ablation": lambda model, layer, data: LayerFilterAblation(model, layer).identify(
@@ -203,17 +279,20 @@ ENTRIES: dict[str, Callable[[nn.Module, str, Any], Any]] = {
     "evaluation": lambda model, _layer, data: evaluate_classifier(model, data, **QUIET),
 }
 CASES: dict[str, Case] = {}
+
+
+def picked(model: nn.Module, layer: str, words: str, entry: Callable[..., Any]) -> Case:
+    return Case(
+        lambda: entry(model, layer, DATA),
+        words,
+        lambda text: entry(picking(text, model), layer, DATA),
+    )
+
+
 for entry, run in ENTRIES.items():
-    CASES[f"a tuple: {entry}"] = Case(
-        lambda run=run: run(TUPLE, "net.1", DATA),
-        r"ClassScores\(model, lambda output: output\[0\]\)",
-        lambda text, run=run: run(picking(text, TUPLE), "net.1", DATA),
-    )
-    CASES[f"maps of scores: {entry}"] = Case(
-        lambda run=run: run(MAPS, "conv", DATA),
-        r"mean\(\(2, 3\)\)",
-        lambda text, run=run: run(picking(text, MAPS), "conv", DATA),
-    )
+    first = r"ClassScores\(model, lambda output: output\[0\]\)"
+    CASES[f"a tuple: {entry}"] = picked(TUPLE, "net.1", first, run)
+    CASES[f"maps of scores: {entry}"] = picked(MAPS, "conv", r"mean\(\(2, 3\)\)", run)
 CASES |= {
     "a batch of a class of its own": Case(
         lambda: tables_of(FLAT, "1", [{"image": X, "label": Y, "mask": X}, {"a": X, "b": X}]),
@@ -383,83 +462,6 @@ CASES |= {
         lambda _: tables_of(run_once(lazy()), "1"),
     ),
 }
-
-
-class Listed(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.convs, self.head = (
-            nn.ModuleList([nn.Conv2d(3, 6, 1), nn.Conv2d(6, 6, 1)]),
-            nn.Linear(6, 3),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        for conv in self.convs:
-            x = conv(x)
-        return self.head(x.relu().mean((2, 3)))
-
-
-class Hidden:
-    """A function whose model cannot be seen."""
-
-    __slots__ = ("_model",)
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-
-    def __call__(self, x: Tensor) -> Any:
-        return self._model(x)
-
-
-hidden = Hidden
-WORDS, TOKENS = Words(), torch.randint(0, 9, (6, 7))
-SQUARE = torch.rand(6, 5, 5, 5)
-CHANGED = Returns(lambda scores: scores.clamp(max=0.1))
-
-
-class Permuted(nn.Module):
-    def __init__(self, *order: int) -> None:
-        super().__init__()
-        self.order = order
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.permute(self.order)
-
-
-def either() -> nn.Sequential:
-    return nn.Sequential(Permuted(0, 2, 3, 1), nn.Linear(5, 5), Permuted(0, 3, 1, 2))
-
-
-def captum_table(channel_dim: int | None) -> Any:
-    model = nn.Sequential(either(), *body(5)[2:], nn.Linear(5, 3))
-    method: Any = LayerGradientXActivation(model, model[0])
-    if channel_dim is not None:
-        method.channel_dim = channel_dim
-    return identify_class_filters(method, [(SQUARE, Y)], num_filters=2, **QUIET)
-
-
-def windowed() -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(3, 6, 2), Windows(), *body()[2:], nn.Linear(6, 3))
-
-
-def bordered() -> nn.Sequential:
-    """What a depthwise bias leaves of a filter is read by a convolution with zero padding."""
-    parts = [nn.Conv2d(3, 6, 1), nn.Conv2d(6, 6, 1, groups=6), nn.Conv2d(6, 6, 3, padding=1)]
-    return nn.Sequential(*parts, *body()[2:], nn.Linear(6, 3)).eval()
-
-
-def lazy() -> nn.Sequential:
-    return nn.Sequential(nn.LazyConv2d(6, 3), *body()[1:], nn.Linear(6, 3))
-
-
-def trainer() -> GatedTrainer:
-    model, gate = net(), ClassSpecificGate(3, 6)
-    return GatedTrainer(model, gate.attach(model, "1"), torch.optim.SGD(model.parameters(), lr=0.1))
-
-
-def run_once(model: nn.Sequential) -> nn.Sequential:
-    model(X)
-    return model
 
 
 @pytest.mark.parametrize("name", CASES)
