@@ -1019,8 +1019,9 @@ def _joined_provenance(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
             joined[name] = max(map(str, known))
         elif name in _FIRST:
             joined[name] = known[0]
-    if all(isinstance(number, int) for number in values.get("num_images", [None])):
-        joined["num_images"] = sum(values["num_images"])
+    numbers = [number for number in values.get("num_images", []) if isinstance(number, int)]
+    if len(numbers) == len(records):
+        joined["num_images"] = sum(numbers)
     joined.pop("significance", None)
     apart = {"num_images", *different}
     joined["merged"] = [{n: v for n, v in share.items() if n in apart} for share in shares]

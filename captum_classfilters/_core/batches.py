@@ -7,13 +7,23 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DistributedSampler
 from tqdm.auto import tqdm
 
+from captum_classfilters._core import provenance
 from captum_classfilters._core.devices import device_of, on_device
-from captum_classfilters._core.distributed import is_main_process
+from captum_classfilters._core.distributed import (
+    Ranks,
+    is_distributed,
+    is_main_process,
+    refuse_ranks,
+)
 from captum_classfilters._core.guard import model_left_as_found
 from captum_classfilters._core.labels import Memberships, class_labels, joined, memberships
+from captum_classfilters._core.progress import Progress
+from captum_classfilters._core.repeats import difference_of_runs
 from captum_classfilters._core.types import Dataloader, ModelInputs, Unpack
+from captum_classfilters._core.warnings import warn
 
 _LABELS = ("labels", "label", "targets", "target", "y")
 _IMAGES = ("pixel_values", "images", "image", "inputs", "input", "x")
@@ -68,6 +78,9 @@ class Batches:
         unpack (Callable, optional): From a batch to the pair (inputs, labels).
         labeled (bool): Batches without labels are refused.
         bar (tqdm): The progress bar.
+        progress (Progress, optional): Which batches are counted already, and where to note the rest.
+        ranks (Ranks, optional): Whom to tell where this process is.
+        most (int, optional): Images of the loader that are this process's own.
     """
 
     def __init__(
@@ -77,26 +90,95 @@ class Batches:
         unpack: Unpack | None,
         labeled: bool,
         bar: "tqdm[NoReturn]",
+        progress: Progress | None = None,
+        ranks: Ranks | None = None,
+        most: int | None = None,
     ) -> None:
         self._dataloader, self._device, self._unpack = dataloader, device, unpack
         self._labeled, self._bar = labeled, bar
+        self._progress, self._ranks, self._most = progress, ranks or Ranks(), most
         self.num_images = 0
+        self.first: Batch | None = None
+        self._repeated: set[int] = set()
         self._waiting: list[tuple[Tensor, Callable[[list[bool]], None]]] = []
         self._bytes_kept = self._ahead = 0
 
     def __iter__(self) -> Iterator[Batch]:
-        for number, raw in enumerate(self._dataloader):
-            inputs, labels = _unpacked(raw, number, self._unpack, self._labeled)
+        number = -1
+        iterator = iter(self._dataloader)
+        while True:
+            number += 1
+            self._ranks.place = f"batch {number}"
+            try:
+                raw = next(iterator)
+            except StopIteration:
+                break
+            inputs, labels = self._own(*_unpacked(raw, number, self._unpack, self._labeled))
             size = num_images(inputs)
-            if size:
+            first_image, self.num_images = self.num_images, self.num_images + size
+            counted = self._progress is not None and self._progress.look(
+                number, inputs, labels, self.num_images
+            )
+            if size and not (counted and self.first):
                 inputs = on_device(_ordinary(inputs), self._device)
-                self.num_images += size
-                yield Batch(number, self.num_images - size, inputs, labels)
-                self._ahead += 1
+                batch = Batch(number, first_image, inputs, labels)
+                if self._progress is not None:
+                    self.first = self.first or batch
+                if not counted:
+                    yield batch
+                    self._ahead += 1
+                del batch
             if self._ahead >= BATCHES_AHEAD:
                 self.settle()
+            if self._progress is not None:
+                self._progress.after(self.settle)
             self._bar.update()
+        if self._progress is not None:
+            self._progress.end_of_loader()
         self.settle()
+
+    def _own(self, inputs: ModelInputs, labels: Any) -> tuple[ModelInputs, Any]:
+        """A batch without the images that a sampler repeats to give all processes as many."""
+        size = num_images(inputs)
+        left = size if self._most is None else max(0, self._most - self.num_images)
+        if left >= size:
+            return inputs, labels
+        own = tuple(
+            part[:left] if isinstance(part, Tensor) and part.dim() and len(part) == size else part
+            for part in inputs
+        )
+        whole = isinstance(labels, (Tensor, list, tuple)) and len(labels) == size
+        return own, labels[:left] if whole else labels
+
+    def check_repeats(self, model: object, output: object, run: Callable[[], object]) -> None:
+        r"""
+        Warn, once, if a model gives other scores for the first batch when it runs again.
+
+        Args:
+
+            model (object): Which model it is; each is run again once.
+            output (object): What it returned for the first batch.
+            run (Callable): Runs it again on that batch.
+        """
+        if id(model) in self._repeated:
+            return
+        self._repeated.add(id(model))
+        with torch.no_grad(), model_left_as_found(None):  # the random state only
+            differences = difference_of_runs(output, run)
+        if differences is None:
+            return
+
+        def then(values: list[bool]) -> None:
+            if not values[0]:
+                warn(
+                    "The model gives different scores for the same images: the first batch, run "
+                    f"twice, differs by up to {float(differences[1]):.2g} in scores of up to "
+                    f"{float(differences[2]):.2g}. The results carry that noise. Is a random layer "
+                    "active in evaluation mode, functional dropout without training=self.training "
+                    "for example?"
+                )
+
+        self.later([differences[0]], then)
 
     def later(
         self,
@@ -173,7 +255,10 @@ def read_batches(
     gradients: bool = False,
     training: bool = False,
     may_be_empty: bool = False,
+    summed: bool = False,
     show_progress: bool = True,
+    progress: Progress | None = None,
+    ranks: Ranks | None = None,
 ) -> Iterator[Batches]:
     r"""
     Read a loader once, the models in evaluation mode and left as found.
@@ -197,14 +282,25 @@ def read_batches(
         training (bool): The block trains the models: gradients are recorded, and modes, parameters
                     and the random state are left to it.
                     Default: False
-        may_be_empty (bool): Allow a loader without an image, a rank's share for example.
+        may_be_empty (bool): Allow a loader without an image.
+                    Default: False
+        summed (bool): What several processes read is added up; the share of one may be empty.
+                    Otherwise several processes are refused.
                     Default: False
         show_progress (bool): Show a progress bar, on the main process.
                     Default: True
+        progress (Progress, optional): Keeps what is counted if the block is left early.
+                    Default: None
+        ranks (Ranks, optional): The processes that add up what they read, if the caller has them
+                    agree; otherwise the end of the block does.
+                    Default: None
 
     Raises:
-        ValueError: A batch is something else, or there is no image.
+        ValueError: A batch is something else, or there is no image, or there are several processes.
     """
+    own_ranks = Ranks() if ranks is None else None
+    if own_ranks is not None and not summed:
+        refuse_ranks(description)
     models = [model] if model is None or isinstance(model, nn.Module) else list(model)
     where = next((d for d in (device, *map(device_of, models)) if d is not None), None)
     bar = tqdm(
@@ -223,11 +319,29 @@ def read_batches(
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.set_grad_enabled(gradients or training))
         batches = Batches(
-            dataloader, None if where is None else torch.device(where), unpack, labeled, bar
+            dataloader,
+            None if where is None else torch.device(where),
+            unpack,
+            labeled,
+            bar,
+            progress,
+            own_ranks or ranks,
+            None if training else own_images(dataloader),
         )
-        yield batches
-        batches.settle()
-    if not batches.num_images and not may_be_empty:
+        try:
+            if progress is not None:
+                progress.begin()
+            yield batches
+            batches.settle()
+            if own_ranks is not None:
+                own_ranks.agree(lambda: {"the measurement": description, **_facts_of(models)})
+        except BaseException as error:
+            if progress is not None:
+                progress.interrupted(error)
+            if own_ranks is not None and isinstance(error, Exception):
+                own_ranks.fail(error)
+            raise
+    if not batches.num_images and not (may_be_empty or (summed and is_distributed())):
         raise ValueError(
             "The data loader is empty: there is no image to read. A generator can be read only once; "
             "pass a list or a DataLoader."
@@ -239,7 +353,13 @@ def first_batch(
 ) -> Batch:
     """The first batch of a loader that has an image, for a look at what the model does with it."""
     with read_batches(
-        model, dataloader, "first batch", unpack=unpack, labeled=False, show_progress=False
+        model,
+        dataloader,
+        "first batch",
+        unpack=unpack,
+        labeled=False,
+        show_progress=False,
+        ranks=Ranks(),
     ) as batches:
         for batch in batches:
             return batch
@@ -262,6 +382,13 @@ def _raised(block: Sequence[Batch], num_classes: int) -> None:
     raise AssertionError("labels out of range")
 
 
+def _facts_of(models: Sequence[nn.Module | None]) -> dict[str, object]:
+    """What ranks that add up what they read have in common."""
+    return {
+        "the model": [None if model is None else provenance.fingerprint(model) for model in models]
+    }
+
+
 def num_bytes(tensors: Sequence[object]) -> int:
     """Bytes of the tensors among some values."""
     return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
@@ -276,6 +403,19 @@ def check_read_again(dataloader: Dataloader | None) -> None:
     """Raise if a loader, read more than once here, would be empty the second time."""
     if isinstance(dataloader, Iterable) and iter(dataloader) is dataloader:
         raise ValueError("The dataloader can be read only once; pass a list or a DataLoader.")
+
+
+def own_images(dataloader: Dataloader) -> int | None:
+    """How many of a loader's images are not repeated by its ``DistributedSampler``, which gives every
+    process as many and ends with images of others; None where none are, or nothing can be seen."""
+    batch_sampler = getattr(dataloader, "batch_sampler", None)
+    for sampler in (getattr(dataloader, "sampler", None), getattr(batch_sampler, "sampler", None)):
+        if isinstance(sampler, DistributedSampler):
+            number = len(sampler.dataset)  # type: ignore[arg-type]
+            if sampler.total_size <= number:
+                return None
+            return len(range(sampler.rank, number, sampler.num_replicas))
+    return None
 
 
 def dataset_names(dataloader: Dataloader) -> Sequence[str] | None:

@@ -1,6 +1,8 @@
-"""The little that ranks tell each other besides what torchmetrics merges."""
+"""What ranks tell each other besides what torchmetrics merges, and what they refuse together."""
 
-from typing import TypeVar
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch.distributed
 
@@ -30,6 +32,144 @@ def rank() -> int:
     return torch.distributed.get_rank() if is_distributed() else 0
 
 
+def world_size() -> int:
+    """The number of processes."""
+    return torch.distributed.get_world_size() if is_distributed() else 1
+
+
 def is_main_process() -> bool:
     """Whether this process may print."""
     return rank() == 0
+
+
+def refuse_ranks(what: str) -> None:
+    """Raise, within a group of processes, for a measurement that they would not share.
+
+    Raises:
+        ValueError: There are several processes.
+    """
+    if is_distributed():
+        raise ValueError(
+            f"{what!r} is not added up over processes, and this is rank {rank()} of {world_size()}: "
+            "each would measure its own share alone. Run it in a single process: without torchrun, "
+            "before torch.distributed.init_process_group or after destroy_process_group."
+        )
+
+
+class Ranks:
+    """The processes that work on one thing; see :func:`ranks_together`."""
+
+    def __init__(self) -> None:
+        self.place = ""
+        self.is_settled = not is_distributed()
+
+    def agree(
+        self, facts: Callable[[], Mapping[str, Any]], seen: Mapping[str, Any] | None = None
+    ) -> None:
+        """Wait for all, and raise unless each succeeded and says the same of what it did.
+
+        Args:
+
+            facts (Callable): What must be the same on all of them.
+            seen (mapping, optional): Likewise, of what they saw of the data: a process that saw none
+                        leaves it out.
+                        Default: None
+
+        Raises:
+            ValueError: On every process alike, with the ranks and what differs.
+        """
+        if self.is_settled:
+            return
+        own = flattened(facts())
+        self.is_settled = True
+        answers = _answers(("facts", (own, dict(seen or {}))))
+        _raise_failures(answers)
+        records = [answer[1][0] for answer in answers]
+        names = dict.fromkeys(name for record in records for name in record)
+        complete = [dict.fromkeys(names) | record for record in records]
+        different = [_differing(complete), _differing([answer[1][1] for answer in answers])]
+        differing = "; ".join(part for part in different if part)
+        if differing:
+            raise ValueError(f"The ranks do not measure the same thing: {differing}.")
+
+    def fail(self, error: Exception) -> None:
+        """Tell the others of an error and raise the one that all of them raise."""
+        if self.is_settled:
+            return
+        self.is_settled = True
+        where = f" in {self.place}" if self.place else ""
+        try:
+            answers = _answers(("error", f"{where}: {type(error).__name__}: {error}"))
+        except ValueError:  # nobody is there to be told
+            return
+        try:
+            _raise_failures(answers)
+        except ValueError as common:
+            if hasattr(error, "partial"):
+                common.partial = error.partial  # type: ignore[attr-defined]
+            raise common from error
+
+
+@contextmanager
+def ranks_together() -> Iterator[Ranks]:
+    """Where one process fails in the block, or finds another thing than the others, all of them raise
+    the same ValueError instead of waiting for it. Alone, a process raises its own errors."""
+    ranks = Ranks()
+    try:
+        yield ranks
+    except Exception as error:
+        ranks.fail(error)
+        raise
+
+
+def _answers(answer: tuple[str, Any]) -> list[tuple[str, Any]]:
+    try:
+        return gather(answer)
+    except RuntimeError as error:
+        raise ValueError(
+            f"Rank {rank()} of {world_size()} got no answer from the others: a process was killed or "
+            f"lost, or took longer than the group's timeout allows ({error})."
+        ) from error
+
+
+def _raise_failures(answers: list[tuple[str, Any]]) -> None:
+    failures = [
+        f"rank {place} failed{answer[1]}"
+        for place, answer in enumerate(answers)
+        if answer[0] == "error"
+    ]
+    if failures:
+        raise ValueError(f"{'; '.join(failures)}. No rank has a result.")
+
+
+def flattened(record: Mapping[str, Any], start: str = "") -> dict[str, Any]:
+    """A record in which parts of parts have names of their own."""
+    parts: dict[str, Any] = {}
+    for name, value in record.items():
+        if isinstance(value, Mapping):
+            parts |= flattened(value, f"{start}{name}.")
+        else:
+            parts[start + name] = value
+    return parts
+
+
+def _differing(records: list[dict[str, Any]]) -> str:
+    """What some ranks say differently, in words."""
+    parts = []
+    for name in dict.fromkeys(name for record in records for name in record):
+        by_value: dict[str, list[int]] = {}
+        for place, record in enumerate(records):
+            if name in record:
+                by_value.setdefault(repr(record[name]), []).append(place)
+        if len(by_value) > 1:
+            said = " and ".join(
+                f"{value if len(value) <= 120 else value[:117] + '...'} on {_ranks(places)}"
+                for value, places in by_value.items()
+            )
+            parts.append(f"{name} is {said}")
+    return "; ".join(parts)
+
+
+def _ranks(places: list[int]) -> str:
+    numbers = ", ".join(map(str, places[:8])) + (" ..." if len(places) > 8 else "")
+    return f"rank{'s' if len(places) > 1 else ''} {numbers}"

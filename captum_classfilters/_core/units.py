@@ -15,6 +15,7 @@ from captum_classfilters._core.layers import (
     positions_last,
 )
 from captum_classfilters._core.outputs import scores_per_class
+from captum_classfilters._core.progress import Progress
 from captum_classfilters._core.tables import described
 from captum_classfilters._core.taps import LayerTap, tapping
 from captum_classfilters._core.types import Dataloader, Directions, Unpack
@@ -202,6 +203,7 @@ def read_units(
     unpack: Unpack | None,
     show_progress: bool,
     labeled: bool = True,
+    progress: Progress | None = None,
 ) -> int:
     r"""
     Run a model over a loader; after each batch a function finds in the taps what they saw of it.
@@ -218,6 +220,8 @@ def read_units(
         show_progress (bool): Show a progress bar.
         labeled (bool): Refuse batches without labels.
                     Default: True
+        progress (Progress, optional): Keeps what is counted if the pass stops early.
+                    Default: None
 
     Returns:
         *int*: The number of images.
@@ -233,6 +237,7 @@ def read_units(
         labeled=labeled,
         gradients=any(tap.differentiable for tap in taps),
         show_progress=show_progress,
+        progress=progress,
     ) as batches:
         for batch in batches:
             with tapping(taps):
@@ -241,6 +246,8 @@ def read_units(
                     tap.check(batch.size)
                     check_finite(batches, batch, tap.name, tap.finite())
                 take(batches, batch, output)
+            if batch.first_image == 0:
+                batches.check_repeats(model, output, partial(model, *batch.inputs))
     return batches.num_images
 
 

@@ -15,6 +15,7 @@ from captum_classfilters._core.captum import (
     format_tensor_into_tuples,
     log_usage,
 )
+from captum_classfilters._core.files import AnyPath
 from captum_classfilters._core.forward import BatchReading, FilterMaps, LayerRequest, SharedForward
 from captum_classfilters._core.guard import model_left_as_found
 from captum_classfilters._core.layers import (
@@ -189,6 +190,8 @@ class LayerFilterAttribution(FilterRule, LayerAttribution):
         attribute_kwargs: Mapping[str, object] | None = None,
         attribute_to_layer_input: bool = False,
         significance: "bool | LabelPermutation" = False,
+        state_path: AnyPath | None = None,
+        save_every: float | None = None,
         unpack: Unpack | None = None,
         device: torch.device | str | None = None,
         show_progress: bool = True,
@@ -203,7 +206,8 @@ class LayerFilterAttribution(FilterRule, LayerAttribution):
             dataloader (iterable): Batches of (inputs, labels).
             num_classes, class_names, target, num_filters, mass, attribute_kwargs: As for
                         :func:`captum_classfilters.identify_class_filters`.
-            attribute_to_layer_input, significance, unpack, device, show_progress: Likewise.
+            attribute_to_layer_input, significance, state_path, save_every: Likewise.
+            unpack, device, show_progress: Likewise.
 
         Returns:
             *ClassFilters*: Classes by filters; a list of tables for several layers.
@@ -219,6 +223,8 @@ class LayerFilterAttribution(FilterRule, LayerAttribution):
             attribute_kwargs=attribute_kwargs,
             attribute_to_layer_input=attribute_to_layer_input,
             significance=significance,
+            state_path=state_path,
+            save_every=save_every,
             unpack=unpack,
             device=device,
             show_progress=show_progress,

@@ -15,6 +15,7 @@ from captum_classfilters._core.captum import (
     format_tensor_into_tuples,
     log_usage,
 )
+from captum_classfilters._core.files import AnyPath
 from captum_classfilters._core.guard import model_left_as_found
 from captum_classfilters._core.layers import (
     along_filters,
@@ -257,6 +258,8 @@ class LayerFilterAblation(LayerFilterAttribution, PerturbationAttribution):
         attribute_kwargs: Mapping[str, object] | None = None,
         attribute_to_layer_input: bool = False,
         significance: bool | LabelPermutation = False,
+        state_path: AnyPath | None = None,
+        save_every: float | None = None,
         unpack: Unpack | None = None,
         device: torch.device | str | None = None,
         show_progress: bool = True,
@@ -272,6 +275,8 @@ class LayerFilterAblation(LayerFilterAttribution, PerturbationAttribution):
         class_names: Sequence[str] | None = None,
         attribute_to_layer_input: bool = False,
         perturbations_per_eval: int | None = None,
+        state_path: AnyPath | None = None,
+        save_every: float | None = None,
         unpack: Unpack | None = None,
         device: torch.device | str | None = None,
         show_progress: bool = True,
@@ -304,6 +309,8 @@ class LayerFilterAblation(LayerFilterAttribution, PerturbationAttribution):
         attribute_to_layer_input: bool = False,
         significance: bool | LabelPermutation = False,
         perturbations_per_eval: int | None = None,
+        state_path: AnyPath | None = None,
+        save_every: float | None = None,
         unpack: Unpack | None = None,
         device: torch.device | str | None = None,
         show_progress: bool = True,
@@ -324,6 +331,7 @@ class LayerFilterAblation(LayerFilterAttribution, PerturbationAttribution):
                         :func:`captum_classfilters.identify_class_filters`; a function's reduction
                         has no classes.
             target, num_filters, mass, attribute_kwargs, significance: Likewise, for a table.
+            state_path, save_every: Likewise, for a table and for ``"accuracy"``.
             perturbations_per_eval (int, optional): Filters removed per replay, for reductions; by
                         default as many as a memory budget allows. For a table it is one of the
                         ``attribute_kwargs``.
@@ -346,6 +354,8 @@ class LayerFilterAblation(LayerFilterAttribution, PerturbationAttribution):
                 attribute_kwargs=attribute_kwargs,
                 attribute_to_layer_input=attribute_to_layer_input,
                 significance=significance,
+                state_path=state_path,
+                save_every=save_every,
                 unpack=unpack,
                 device=device,
                 show_progress=show_progress,
@@ -368,11 +378,19 @@ class LayerFilterAblation(LayerFilterAttribution, PerturbationAttribution):
                 class_names=class_names,
                 attribute_to_layer_input=attribute_to_layer_input,
                 perturbations_per_eval=perturbations_per_eval,
+                state_path=state_path,
+                save_every=save_every,
                 unpack=unpack,
                 device=device,
                 show_progress=show_progress,
             )
-        _check_unused("a function's reduction", num_classes=num_classes, class_names=class_names)
+        _check_unused(
+            "a function's reduction",
+            num_classes=num_classes,
+            class_names=class_names,
+            state_path=state_path,
+            save_every=save_every,
+        )
         return metric_reduction(
             self,
             dataloader,

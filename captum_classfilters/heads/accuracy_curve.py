@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from captum_classfilters._core.batches import Batch, Batches, read_batches
-from captum_classfilters._core.distributed import is_distributed
 from captum_classfilters._core.outputs import two_classes
 from captum_classfilters._core.ranking import random_orders, ranks
 from captum_classfilters._core.tables import Table, Tabular, short_repr
@@ -302,7 +301,7 @@ def _count(
         dataloader,
         "accuracy",
         unpack=unpack,
-        may_be_empty=is_distributed(),
+        summed=True,
         show_progress=show_progress,
     ) as batches:
         from captum_classfilters.heads.hits import Hits

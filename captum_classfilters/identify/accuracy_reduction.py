@@ -1,21 +1,25 @@
 """Abbasi-Asl and Yu: the accuracy that a network loses when a filter is removed."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from captum_classfilters._core.batches import Batch, dataset_names, read_batches
+from captum_classfilters._core.batches import Batch, Batches, dataset_names, read_batches
 from captum_classfilters._core.devices import sums_device
-from captum_classfilters._core.distributed import gather, is_distributed
+from captum_classfilters._core.distributed import Ranks, gather, ranks_together
+from captum_classfilters._core.files import AnyPath
 from captum_classfilters._core.labels import labels_of_scores
 from captum_classfilters._core.layers import layer_name, module_of
 from captum_classfilters._core.outputs import (
     two_classes,
 )
+from captum_classfilters._core.progress import Count, Progress, described_options
 from captum_classfilters._core.provenance import provenance
+from captum_classfilters._core.replay.checks import Confirmed, confirmed
 from captum_classfilters._core.replay.suffix_replay import SuffixReplay
 from captum_classfilters._core.rules import Ablation
 from captum_classfilters._core.tables import Table, Tabular, short_repr
@@ -25,7 +29,7 @@ from captum_classfilters.class_filters import (
     check_class_names,
     names_of_classes,
 )
-from captum_classfilters.identify.new_sums import new_accuracy_sums
+from captum_classfilters.identify.new_sums import changes_without, new_accuracy_sums
 
 if TYPE_CHECKING:
     from captum_classfilters.identify.accuracy_sums import AccuracySums
@@ -198,6 +202,8 @@ def accuracy_reduction(
     class_names: Sequence[str] | None = None,
     attribute_to_layer_input: bool = False,
     perturbations_per_eval: int | None = None,
+    state_path: AnyPath | None = None,
+    save_every: float | None = None,
     unpack: Unpack | None = None,
     device: torch.device | str | None = None,
     show_progress: bool = True,
@@ -228,6 +234,7 @@ def accuracy_reduction(
                     Default: False
         perturbations_per_eval (int, optional): Filters removed per replay. By default as many as
                     a memory budget allows.
+        state_path, save_every: As for :func:`identify_class_filters`.
         unpack (Callable, optional): From a batch of another kind to the pair (inputs, labels).
                     Default: None
         device (torch.device or str, optional): Where the batches go; by default where the model is.
@@ -257,32 +264,106 @@ def accuracy_reduction(
         >>> torch.allclose((shares[:, None] * car.class_reduction).sum(0), car.reduction)
         True
     """
-    check_class_names(class_names, num_classes)
-    sums: AccuracySums | None = None
-    replays = _replays(
-        method,
-        dataloader,
-        attribute_to_layer_input,
-        unpack,
-        device,
-        show_progress,
-        is_distributed(),
-    )
-    for batch, replay in replays:
-        scores = two_classes(replay.output)
-        labels = labels_of_scores(scores, batch.labels, batch.number, num_classes)
-        if sums is None:
-            check_class_names(class_names, num_classes or scores.shape[1])
-            sums = new_accuracy_sums(num_classes or scores.shape[1], replay.num_filters)
-            sums = sums.to(sums_device(scores.device))
-        sums.update(replay, labels, perturbations_per_eval)
-    # A process may have no image; it still takes part in the sum.
-    sizes = [size for size in gather(None if sums is None else tuple(sums.lost.shape)) if size]
-    if not sizes:
-        raise ValueError("The data loader is empty: there is no image to measure accuracy on.")
-    if sums is None:
-        sums = new_accuracy_sums(*sizes[0])
-    return _result(sums.compute(), method, class_names or dataset_names(dataloader))
+    names = class_names or dataset_names(dataloader)
+    with ranks_together() as ranks:
+        check_class_names(class_names, num_classes)
+        layer, layer_name_ = _only_layer(method)
+        model = module_of(method.forward_func, [layer])
+        counted = _Counted(confirmed(method.forward_func, layer, attribute_to_layer_input))
+
+        def facts() -> JsonDict:
+            return {
+                "the call": "accuracy_reduction",
+                "the method": type(method).__name__,
+                "the layer": layer_name_,
+                "the model": [provenance(model)[n] for n in ("model", "model_sha256")],
+                "the method's options": described_options(
+                    {name: value for name, value in vars(method).items() if name != "layer"}
+                ),
+                "num_classes": num_classes,
+                "class_names": names,
+                "attribute_to_layer_input": attribute_to_layer_input,
+                "perturbations_per_eval": perturbations_per_eval,
+            }
+
+        def partial() -> AccuracyReduction | None:
+            sums = counted.sums
+            return None if sums is None else _result(sums.of_this_process(), method, names)
+
+        progress = Progress(counted, facts, partial, state_path, save_every)
+        with _reading(
+            method, dataloader, unpack, device, show_progress, progress=progress, ranks=ranks
+        ) as batches:
+            for batch in batches:
+                replay = _replay(method, batches, batch, attribute_to_layer_input)
+                scores = two_classes(replay.output)
+                labels = labels_of_scores(scores, batch.labels, batch.number, num_classes)
+                if counted.sums is None:
+                    check_class_names(class_names, num_classes or scores.shape[1])
+                counted.add(
+                    batch, replay, labels, num_classes or scores.shape[1], perturbations_per_eval
+                )
+            ranks.agree(progress.facts, counted.shape())
+    result = _result(counted.merged().compute(), method, names)
+    progress.finished()
+    return result
+
+
+class _Counted:
+    """The counts of a pass, which may go on from those of an earlier run."""
+
+    def __init__(self, short_cuts: Confirmed) -> None:
+        self.sums: AccuracySums | None = None
+        self._count, self._short_cuts = Count(), short_cuts
+
+    def add(
+        self,
+        batch: Batch,
+        replay: SuffixReplay,
+        labels: Tensor,
+        num_classes: int,
+        at_once: int | None,
+    ) -> None:
+        """Add a batch, some filters at a time."""
+        changes = changes_without(replay, labels, at_once)
+        if self.sums is None:
+            self.sums = new_accuracy_sums(num_classes, replay.num_filters)
+        device = sums_device(labels.device)
+        if self.sums.counts.device != device:
+            self.sums.to(device)
+        with self._count.adding(batch.first_image, batch.size):
+            self.sums.update(changes, labels)
+
+    def shape(self) -> dict[str, int]:
+        """The numbers of classes and of filters, if this process has seen an image."""
+        if self.sums is None:
+            return {}
+        names = ("the number of classes", "the number of filters")
+        return dict(zip(names, self.sums.lost.shape, strict=True))
+
+    def merged(self) -> "AccuracySums":
+        """The sums; a process may have no image, and still takes part in the sum."""
+        sums = self.sums
+        sizes = [size for size in gather(None if sums is None else tuple(sums.lost.shape)) if size]
+        if not sizes:
+            raise ValueError("The data loader is empty: there is no image to measure accuracy on.")
+        return new_accuracy_sums(*sizes[0]) if sums is None else sums
+
+    def counts(self) -> list[Count]:
+        """How far the sums are."""
+        return [self._count]
+
+    def state(self) -> tuple[dict[str, Tensor], JsonDict]:
+        """All counts so far."""
+        notes = {"images": self._count.images, "replays": self._short_cuts.noted()}
+        return {} if self.sums is None else self.sums.state(), notes
+
+    def restore(self, tensors: Mapping[str, Tensor], notes: JsonDict) -> None:
+        """Go on from such a state."""
+        self.sums = new_accuracy_sums(*tensors["lost"].shape)
+        self.sums.restore(tensors)
+        self._short_cuts.recall(notes["replays"])
+        self._count.restore(notes["images"])
 
 
 def metric_reduction(
@@ -324,12 +405,12 @@ def metric_reduction(
         ValueError: The loader is empty or the method has several layers.
     """
     full, without, labels = [], [], []
-    for batch, replay in _replays(
-        method, dataloader, attribute_to_layer_input, unpack, device, show_progress
-    ):
-        full.append(replay.output.cpu())
-        without.append(replay.outputs(replay.each_filter(), perturbations_per_eval).cpu())
-        labels.append(torch.as_tensor(batch.labels).cpu())
+    with _reading(method, dataloader, unpack, device, show_progress) as batches:
+        for batch in batches:
+            replay = _replay(method, batches, batch, attribute_to_layer_input)
+            full.append(replay.output.cpu())
+            without.append(replay.outputs(replay.each_filter(), perturbations_per_eval).cpu())
+            labels.append(torch.as_tensor(batch.labels).cpu())
     truth = torch.cat(labels)
     values = [float(metric(outputs, truth)) for outputs in torch.cat(without, 1)]
     return MetricReduction(
@@ -363,28 +444,38 @@ def _result(
     )
 
 
-def _replays(
+def _reading(
     method: Ablation,
     dataloader: Dataloader,
-    at_input: bool,
     unpack: Unpack | None,
     device: torch.device | str | None,
     show_progress: bool,
-    may_be_empty: bool = False,
-) -> Iterator[tuple[Batch, SuffixReplay]]:
-    """Each batch, run once and ready to run without filters."""
+    progress: Progress | None = None,
+    ranks: Ranks | None = None,
+) -> AbstractContextManager[Batches]:
+    """The batches, to be run without filters."""
     layer, name = _only_layer(method)
-    with read_batches(
+    return read_batches(
         module_of(method.forward_func, [layer]),
         dataloader,
         f"without {name}",
         device=device,
         unpack=unpack,
-        may_be_empty=may_be_empty,
+        summed=ranks is not None,
         show_progress=show_progress,
-    ) as batches:
-        for batch in batches:
-            yield batch, method.replay(layer, batch.inputs, at_input=at_input)
+        progress=progress,
+        ranks=ranks,
+    )
+
+
+def _replay(method: Ablation, batches: Batches, batch: Batch, at_input: bool) -> SuffixReplay:
+    """A batch, run once and ready to run without filters."""
+    replay = method.replay(_only_layer(method)[0], batch.inputs, at_input=at_input)
+    if batch.first_image == 0:
+        batches.check_repeats(
+            method.forward_func, replay.output, lambda: method.forward_func(*batch.inputs)
+        )
+    return replay
 
 
 def _only_layer(method: Ablation) -> tuple[nn.Module, str]:

@@ -1,5 +1,8 @@
 """Counts of right answers without each filter, as a torchmetrics Metric."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torchmetrics import Metric
@@ -33,37 +36,76 @@ class AccuracySums(Metric):
         for name, zeros in states.items():
             self.add_state(name, zeros, dist_reduce_fx="sum")
 
-    def update(self, replay: SuffixReplay, labels: Tensor, at_once: int | None) -> None:
-        """Add a batch, some filters at a time."""
-        full = as_rows(replay.output)
-        probabilities = are_probabilities(full)
-        right, log_probability = _right_and_log_probability(full, labels, probabilities)
+    def update(self, changes: "Changes", labels: Tensor) -> None:
+        """Add a batch with labels (N,)."""
         place = labels.to(self.counts.device)
         self.counts.index_add_(0, place, torch.ones_like(place))
-        self.correct.index_add_(0, place, right.to(place))
-        for some, outputs in replay.in_parts(replay.each_filter(), at_once):
-            scores = outputs.reshape(len(outputs), *full.shape)
-            still, log_without = _right_and_log_probability(scores, labels, probabilities)
-            if not bool(log_without.isfinite().all()):
-                raise ValueError(
-                    f"The model returns NaN or Inf without some of the filters {some.start} to "
-                    f"{some.start + len(outputs) - 1}; accuracy would take it for some class."
-                )
-            parts = {
-                "lost": right & ~still,
-                "gained": still & ~right,
-                "log_drop": log_probability - log_without,
-                "drop": log_probability.exp() - log_without.exp(),
-            }
-            for name, values in parts.items():
-                state = getattr(self, name)
-                rows = values.T.to(state.device, state.dtype)
-                table = torch.zeros_like(state[:, some]).index_add_(0, place, rows)
-                state[:, some] += table
+        self.correct.index_add_(0, place, changes.correct.to(place))
+        for name in ("lost", "gained", "log_drop", "drop"):
+            state = getattr(self, name)
+            rows = getattr(changes, name).to(state.device, state.dtype)
+            state += torch.zeros_like(state).index_add_(0, place, rows)
+
+    def state(self) -> dict[str, Tensor]:
+        """What has been added so far, as it is."""
+        return {name: getattr(self, name) for name in self._defaults}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from such a state."""
+        for name, value in self.state().items():
+            setattr(self, name, state[name].to(value))
+        nothing = torch.zeros(0, dtype=torch.int64, device=self.counts.device)
+        table = torch.zeros(0, self.lost.shape[1], device=self.counts.device)
+        # torchmetrics counts updates
+        self.update(Changes(nothing, *[table] * 4), nothing)
+
+    def of_this_process(self) -> dict[str, Tensor]:
+        """The states, without waiting for other processes."""
+        return AccuracySums.compute(self)
 
     def compute(self) -> dict[str, Tensor]:
         """The states, summed over processes."""
-        return {name: getattr(self, name).cpu().clone() for name in self._defaults}
+        return {name: value.cpu().clone() for name, value in self.state().items()}
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What becomes of a batch's images without each filter.
+
+    Args:
+
+        correct (Tensor): Shape (N,), bool. Whether the full network is right.
+        lost (Tensor): Shape (N, K), bool. Whether it becomes wrong.
+        gained (Tensor): Shape (N, K), bool. Whether it becomes right.
+        log_drop (Tensor): Shape (N, K). What the true class's log-probability loses.
+        drop (Tensor): Shape (N, K). What its probability loses.
+    """
+
+    correct: Tensor
+    lost: Tensor
+    gained: Tensor
+    log_drop: Tensor
+    drop: Tensor
+
+
+def changes_of(replay: SuffixReplay, labels: Tensor, at_once: int | None) -> Changes:
+    """Run a batch without each filter, some filters at a time."""
+    full = as_rows(replay.output)
+    probabilities = are_probabilities(full)
+    right, log_probability = _right_and_log_probability(full, labels, probabilities)
+    parts: list[tuple[Tensor, ...]] = []
+    for some, outputs in replay.in_parts(replay.each_filter(), at_once):
+        scores = outputs.reshape(len(outputs), *full.shape)
+        still, log_without = _right_and_log_probability(scores, labels, probabilities)
+        if not bool(log_without.isfinite().all()):
+            raise ValueError(
+                f"The model returns NaN or Inf without some of the filters {some.start} to "
+                f"{some.start + len(outputs) - 1}; accuracy would take it for some class."
+            )
+        log_drop = log_probability - log_without
+        drop = log_probability.exp() - log_without.exp()
+        parts.append((right & ~still, still & ~right, log_drop, drop))
+    return Changes(right, *(torch.cat(part).T for part in zip(*parts, strict=True)))
 
 
 def _right_and_log_probability(

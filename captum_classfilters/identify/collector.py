@@ -1,6 +1,6 @@
 """Evidence of batches, added up for any number of methods and layers."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from captum_classfilters._core.batches import (
     num_bytes,
 )
 from captum_classfilters._core.devices import sums_device
-from captum_classfilters._core.distributed import gather, rank
+from captum_classfilters._core.distributed import gather
 from captum_classfilters._core.forward import (
     BatchReading,
     Glimpse,
@@ -26,12 +26,16 @@ from captum_classfilters._core.forward import (
 )
 from captum_classfilters._core.labels import Memberships
 from captum_classfilters._core.outputs import scores_per_class
+from captum_classfilters._core.progress import Count
+from captum_classfilters._core.replay.checks import Confirmed, confirmed
+from captum_classfilters._core.types import JsonDict
 from captum_classfilters.identify.evidence_sources import Source
 from captum_classfilters.identify.new_sums import new_sums
 from captum_classfilters.identify.significance import (
     EvidenceRecord,
     LabelPermutation,
     foreign_labels,
+    image_keys,
 )
 
 if TYPE_CHECKING:
@@ -48,6 +52,7 @@ class Tally:
     feed: dict[str, str] | None = None
     exact: bool | None = None
     missing: float | None = None  # see Source.missing
+    count: Count = field(default_factory=Count)  # of the images in `sums`
 
     @property
     def shape(self) -> tuple[int, int] | None:
@@ -66,6 +71,15 @@ class _Scores:
 
 
 @dataclass
+class _Targets:
+    """Which image counts for which class, and what a permutation test wants to know besides."""
+
+    pairs: Memberships
+    foreign: list[Tensor] = field(default_factory=list)  # classes (N,) that are not the image's own
+    keys: Tensor | None = None  # numbers (N,) that tell images apart
+
+
+@dataclass
 class _Group:
     """Tallies that share a forward pass; ``places`` is the layer of each among those read.
 
@@ -76,6 +90,11 @@ class _Group:
     shared: SharedForward
     places: list[int]
     block: list[tuple[Batch, Glimpse]] = field(default_factory=list)
+
+    @property
+    def count(self) -> Count:
+        """Of the images in all sums of the group."""
+        return self.tallies[0].count
 
     @property
     def is_full(self) -> bool:
@@ -107,21 +126,23 @@ class Collector:
         target: int | None = None,
     ) -> None:
         self.num_classes, self.num_filters = num_classes, num_filters
-        self.target = target
-        self.first: Batch | None = None
+        self.target, self.test = target, test
         # With one target for all, the evidence does not depend on the labels.
         self.foreign = test.foreign_targets if test is not None and target is None else 0
-        self.generator = torch.Generator().manual_seed((test.seed if test else 0) + 7919 * rank())
         self.tallies = [Tally(source) for source in sources]
         for tally in self.tallies:
             if record_all or (test is not None and not tally.source.counts_votes):
                 tally.record = EvidenceRecord()
         self.groups = _groups([tally for tally in self.tallies if tally.source.shares_forward])
+        for group in self.groups:
+            for tally in group.tallies:
+                tally.count = group.count
 
     def add(self, batches: Batches, batch: Batch) -> None:
-        """Add one batch."""
-        self.first = self.first or batch
+        """Add one batch, to those sums that do not have it from an earlier run."""
         for group in self.groups:
+            if batch.first_image < group.count.images:
+                continue
             glimpse = None
             if group.shared.means_are_enough:
                 glimpse = group.shared.glimpse(batch.inputs, batch.size)
@@ -135,7 +156,7 @@ class Collector:
             if group.is_full:
                 self._look_at_block(group, batches)
         for tally in self.tallies:
-            if not tally.source.shares_forward:
+            if not tally.source.shares_forward and batch.first_image >= tally.count.images:
                 self._add_attributed(tally, batches, batch)
 
     def finish(self, batches: Batches) -> None:
@@ -144,15 +165,15 @@ class Collector:
             self._look_at_block(group, batches)
         batches.settle()
         inexact = [tally for tally in self.tallies if tally.source.sums_up and not tally.exact]
-        if not inexact or self.first is None or self.num_classes is None:
+        if not inexact or batches.first is None or self.num_classes is None:
             return
-        pairs = self.first.memberships(self.num_classes)
+        pairs = batches.first.memberships(self.num_classes)
         targets, places = pairs.rounds()[0]
         counted = torch.ones_like(targets, dtype=torch.bool) if places is None else places >= 0
         if self.target is not None:
             targets = torch.full_like(targets, self.target)
         for tally in inexact if bool(counted.any()) else ():
-            tally.missing = tally.source.missing(self.first.inputs, targets, counted)
+            tally.missing = tally.source.missing(batches.first.inputs, targets, counted)
 
     # -- rules, in one forward pass --------------------------------------------------------------
 
@@ -160,13 +181,25 @@ class Collector:
         """Add one batch, run with all that the rules need."""
         try:
             with group.shared.run(batch.inputs, batch.size) as reading:
-                pairs, foreign = self._targets(batches, [batch], reading.output)
-                scores = self._ruled(group, reading, pairs, foreign)
+                wanted = self._targets(batches, [batch], reading.output)
+                scores = self._ruled(group, reading, wanted)
         except MapsNeededError:
             group.shared.keep_maps()
             self._look_closely(group, batches, batch)
             return
-        self._settle_later(group, batches, [batch], scores, pairs, foreign, reading.holds)
+        if batch.first_image == 0:
+            self._run_again(group.tallies[0].source, batches, batch, reading)
+        self._settle_later(group, batches, [batch], scores, wanted, reading.holds)
+
+    @staticmethod
+    def _run_again(source: Source, batches: Batches, batch: Batch, reading: BatchReading) -> None:
+        """See whether the model gives the same scores again, where it has not run twice already."""
+        forward_func, earlier = source.method.forward_func, reading.earlier
+        batches.check_repeats(
+            source.model or forward_func,
+            reading.output,
+            (lambda: forward_func(*batch.inputs)) if earlier is None else lambda: earlier,
+        )
 
     def _look_at_block(self, group: _Group, batches: Batches) -> None:
         """Add the batches that were glimpsed at."""
@@ -175,15 +208,15 @@ class Collector:
             return
         own = [batch for batch, _ in block]
         reading = group.shared.together([glimpse for _, glimpse in block])
-        pairs, foreign = self._targets(batches, own, None)
+        wanted = self._targets(batches, own, None)
         try:
-            scores = self._ruled(group, reading, pairs, foreign)
+            scores = self._ruled(group, reading, wanted)
         except MapsNeededError:
             group.shared.keep_maps()
             for batch in own:
                 self._look_closely(group, batches, batch)
             return
-        self._settle_later(group, batches, own, scores, pairs, foreign, reading.holds)
+        self._settle_later(group, batches, own, scores, wanted, reading.holds)
 
     def _settle_later(
         self,
@@ -191,8 +224,7 @@ class Collector:
         batches: Batches,
         block: list[Batch],
         scores: list[_Scores],
-        pairs: Memberships,
-        foreign: list[Tensor],
+        wanted: _Targets,
         holds: list[Tensor],
     ) -> None:
         """Update the sums once it is known that the scores are right and finite."""
@@ -209,27 +241,23 @@ class Collector:
             finite = values[len(values) - len(scores) :]
             for place, tally in enumerate(group.tallies):
                 if not finite[place]:
-                    raise _not_finite(tally.source, scores[place], pairs, block)
-                self._update(tally, scores[place], pairs, foreign)
-                self._note(tally, group.shared, group.places[place])
+                    raise _not_finite(tally.source, scores[place], wanted.pairs, block)
+                self._make_sums(tally, scores[place])
+            with group.count.adding(block[0].first_image, sum(batch.size for batch in block)):
+                for place, tally in enumerate(group.tallies):
+                    self._update(tally, scores[place], wanted)
+                    self._note(tally, group.shared, group.places[place])
 
         inputs = [part for batch in block for part in batch.inputs] if holds else []
         batches.later(flags, then, kept=inputs)
 
-    def _ruled(
-        self,
-        group: _Group,
-        reading: BatchReading,
-        pairs: Memberships,
-        foreign: list[Tensor],
-    ) -> list[_Scores]:
+    def _ruled(self, group: _Group, reading: BatchReading, wanted: _Targets) -> list[_Scores]:
         """Scores by the rules of all tallies."""
         ruled = []
         for tally, place in zip(group.tallies, group.places, strict=True):
             source, (maps,) = tally.source, reading.layers[place]
-            own = self._of_pairs(source, pairs, partial(source.scores, maps))
-            wanted = foreign if source.depends_on_target and tally.record is not None else []
-            others = [source.scores(maps, targets) for targets in wanted]
+            own = self._of_pairs(source, wanted.pairs, partial(source.scores, maps))
+            others = [source.scores(maps, targets) for targets in _foreign(tally, wanted)]
             finite = _all_finite([maps.means, own, *others])
             ruled.append(_Scores(own, others, finite, maps.means))
         return ruled
@@ -273,45 +301,48 @@ class Collector:
             with torch.no_grad():
                 output = source.method.forward_func(*batch.inputs)
             source.adapt_to(output)
-        pairs, foreign = self._targets(batches, [batch], output)
-        own = self._of_pairs(source, pairs, lambda t: source.attributed(batch.inputs, t))
-        wanted = foreign if source.depends_on_target and tally.record is not None else []
-        others = [source.attributed(batch.inputs, targets) for targets in wanted]
+        if output is not None and batch.first_image == 0:
+            self._run_again(source, batches, batch, BatchReading(output, [], [], []))
+        wanted = self._targets(batches, [batch], output)
+        own = self._of_pairs(source, wanted.pairs, lambda t: source.attributed(batch.inputs, t))
+        others = [source.attributed(batch.inputs, t) for t in _foreign(tally, wanted)]
         scores = _Scores(own, others, _all_finite([own, *others]))
 
         def then(values: list[bool]) -> None:
             if not values[0]:
-                raise _not_finite(source, scores, pairs, [batch])
-            self._update(tally, scores, pairs, foreign)
+                raise _not_finite(source, scores, wanted.pairs, [batch])
+            self._make_sums(tally, scores)
+            with tally.count.adding(batch.first_image, batch.size):
+                self._update(tally, scores, wanted)
 
         batches.later([scores.finite], then)
 
     # -- both ----------------------------------------------------------------------------------------
 
-    def _targets(
-        self, batches: Batches, block: list[Batch], output: object
-    ) -> tuple[Memberships, list[Tensor]]:
+    def _targets(self, batches: Batches, block: list[Batch], output: object) -> _Targets:
         """Which image counts for which class, and the foreign targets of a permutation test."""
         if self.num_classes is None:
             self.num_classes = scores_per_class(output).shape[1]
         pairs = batches.memberships(block, self.num_classes)
+        if self.test is None or all(tally.record is None for tally in self.tallies):
+            return _Targets(pairs)
+        keys = torch.cat([image_keys(batch.inputs) for batch in block])
         if not self.foreign:
-            return pairs, []
+            return _Targets(pairs, [], pairs.of_images(keys))
         if pairs.images is not None:
             raise ValueError(
                 f"The labels of batch {block[0].number} are multi-hot; significance permutes labels of "
                 "one class for each image. Leave significance=False, or pass class indices."
             )
         drawn = [
-            foreign_labels(pairs.classes, self.num_classes, self.generator)
-            for _ in range(self.foreign)
+            foreign_labels(pairs.classes, self.num_classes, keys, self.test.seed + 7919 * place)
+            for place in range(self.foreign)
         ]
-        return pairs, drawn
+        return _Targets(pairs, drawn, keys)
 
-    def _update(
-        self, tally: Tally, scores: _Scores, pairs: Memberships, foreign: list[Tensor]
-    ) -> None:
-        """Add scores to the sums."""
+    def _make_sums(self, tally: Tally, scores: _Scores) -> None:
+        """Sums to add scores to, where the scores are."""
+        device = sums_device(scores.own.device)
         if tally.sums is None:
             assert self.num_classes is not None
             width = scores.own.shape[1]
@@ -320,14 +351,84 @@ class Collector:
                     f"num_filters={self.num_filters} is larger than the {width} filters of the "
                     f"layer {tally.source.layer_name!r}."
                 )
-            tally.sums = new_sums(self.num_classes, width, integer=tally.source.counts_votes).to(
-                sums_device(scores.own.device)
-            )
+            tally.sums = new_sums(self.num_classes, width, integer=tally.source.counts_votes)
+        if tally.sums.count.device != device:
+            tally.sums.to(device)
+
+    @staticmethod
+    def _update(tally: Tally, scores: _Scores, wanted: _Targets) -> None:
+        """Add scores to the sums."""
+        assert tally.sums is not None
+        pairs = wanted.pairs
         tally.sums.update(scores.own, pairs.classes)
         if tally.record is not None:
-            tally.record.add(scores.own, pairs.classes)
-            for targets, values in zip(foreign, scores.foreign, strict=False):
-                tally.record.add_foreign(values, targets)
+            tally.record.add(scores.own, pairs.classes, wanted.keys)
+            for targets, values in zip(wanted.foreign, scores.foreign, strict=False):
+                tally.record.add_foreign(values, targets, wanted.keys)
+
+    @property
+    def has_images(self) -> bool:
+        """Whether there is a row of each source."""
+        return all(tally.sums is not None for tally in self.tallies)
+
+    def shapes(self) -> dict[str, int]:
+        """The numbers of classes and of filters, as far as this process has seen them."""
+        if not self.has_images:
+            return {}
+        shapes = [tally.shape or (0, 0) for tally in self.tallies]
+        layers = [f" of {tally.source.layer_name!r}" for tally in self.tallies]
+        return {
+            "the number of classes": shapes[0][0],
+            **{
+                f"the number of filters{layer}": shape[1]
+                for layer, shape in zip(layers, shapes, strict=True)
+            },
+        }
+
+    # -- what an earlier run has counted --------------------------------------------------------------
+
+    def counts(self) -> list[Count]:
+        """How far the sums are, those of each forward pass."""
+        return [tally.count for tally in self.tallies]
+
+    def state(self) -> tuple[dict[str, Tensor], JsonDict]:
+        """All sums, and what batches have shown of the model."""
+        tensors: dict[str, Tensor] = {}
+        notes = []
+        for place, tally in enumerate(self.tallies):
+            if tally.sums is not None:
+                tensors |= {f"{place}/{n}": value for n, value in tally.sums.state().items()}
+            if tally.record is not None:
+                tensors |= {f"{place}/{n}": value for n, value in tally.record.state().items()}
+            notes.append(
+                {
+                    "shape": tally.shape,
+                    "images": tally.count.images,
+                    "feed": tally.feed,
+                    "exact": tally.exact,
+                    "replays": _replays(tally.source).noted(),
+                }
+            )
+        learned = [group.shared.learned() for group in self.groups]
+        return tensors, {"num_classes": self.num_classes, "tallies": notes, "learned": learned}
+
+    def restore(self, tensors: Mapping[str, Tensor], notes: JsonDict) -> None:
+        """Go on from the sums of an earlier run."""
+        self.num_classes = notes["num_classes"]
+        for place, (tally, note) in enumerate(zip(self.tallies, notes["tallies"], strict=True)):
+            start = f"{place}/"
+            own = {n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)}
+            if note["shape"] is not None:
+                num_classes, num_filters = note["shape"]
+                tally.sums = new_sums(num_classes, num_filters, tally.source.counts_votes)
+                tally.sums.restore(own)
+            if tally.record is not None:
+                tally.record.restore(own)
+            tally.feed, tally.exact = note["feed"], note["exact"]
+            _replays(tally.source).recall(note["replays"])
+            tally.count.restore(note["images"])
+        for group, learned in zip(self.groups, notes["learned"], strict=True):
+            group.shared.recall(learned)
 
     def merge(self) -> None:
         """Take in the tallies of all ranks."""
@@ -372,6 +473,16 @@ def _groups(tallies: Sequence[Tally]) -> list[_Group]:
         order = list(needs)
         groups.append(_Group(members, shared, [order.index(key) for key in keys]))
     return groups
+
+
+def _replays(source: Source) -> Confirmed:
+    """Which short cuts of replays were seen to hold, where the method takes any."""
+    return confirmed(source.method.forward_func, source.method.layer, source.at_input)
+
+
+def _foreign(tally: Tally, wanted: _Targets) -> list[Tensor]:
+    """The foreign targets that a source is asked for."""
+    return wanted.foreign if tally.source.depends_on_target and tally.record is not None else []
 
 
 def _not_finite(

@@ -3,20 +3,23 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
-from typing import overload
+from typing import Any, overload
 
 import torch
 from captum.attr import LayerAttribution
 from torch import Tensor
 
 from captum_classfilters._core.batches import dataset_names
+from captum_classfilters._core.distributed import ranks_together
+from captum_classfilters._core.files import AnyPath
+from captum_classfilters._core.progress import Progress
 from captum_classfilters._core.provenance import Provenance
 from captum_classfilters._core.tables import Table, Tabular, short_repr
 from captum_classfilters._core.types import Dataloader, JsonDict, LayerMethod, Unpack
 from captum_classfilters.class_filters import ClassFilters, check_class_names, names_of_classes
-from captum_classfilters.identify.collector import Collector
+from captum_classfilters.identify.collector import Collector, Tally
 from captum_classfilters.identify.evidence_sources import Reduction, like_methods, sources_of
-from captum_classfilters.identify.identify_class_filters import collect
+from captum_classfilters.identify.identify_class_filters import collect, facts_of
 from captum_classfilters.identify.new_sums import new_sums
 
 _ENTRIES_AT_ONCE = 2**22  # of the matrix repetitions x images, 32 MB in float64
@@ -194,7 +197,7 @@ class Evidence:
     def _table(self, rows: Tensor, num_filters: int | None) -> ClassFilters:
         sums = new_sums(len(self.class_names), self.scores.shape[1])
         sums.update(self.scores[rows], self.labels[rows])
-        values = sums.compute()
+        values = sums.of_this_process()  # every rank has the evidence of all
         table = ClassFilters(
             scores=values["mean"],
             counts=values["count"],
@@ -217,6 +220,8 @@ def collect_evidence(
     reduction: Reduction = "sum",
     attribute_kwargs: Mapping[str, object] | None = None,
     attribute_to_layer_input: bool = False,
+    state_path: AnyPath | None = None,
+    save_every: float | None = None,
     unpack: Unpack | None = None,
     device: torch.device | str | None = None,
     show_progress: bool = True,
@@ -233,6 +238,8 @@ def collect_evidence(
     reduction: Reduction = "sum",
     attribute_kwargs: Mapping[str, object] | None = None,
     attribute_to_layer_input: bool = False,
+    state_path: AnyPath | None = None,
+    save_every: float | None = None,
     unpack: Unpack | None = None,
     device: torch.device | str | None = None,
     show_progress: bool = True,
@@ -249,6 +256,8 @@ def collect_evidence(
     reduction: Reduction = "sum",
     attribute_kwargs: Mapping[str, object] | None = None,
     attribute_to_layer_input: bool = False,
+    state_path: AnyPath | None = None,
+    save_every: float | None = None,
     unpack: Unpack | None = None,
     device: torch.device | str | None = None,
     show_progress: bool = True,
@@ -264,6 +273,8 @@ def collect_evidence(
     reduction: Reduction = "sum",
     attribute_kwargs: Mapping[str, object] | None = None,
     attribute_to_layer_input: bool = False,
+    state_path: AnyPath | None = None,
+    save_every: float | None = None,
     unpack: Unpack | None = None,
     device: torch.device | str | None = None,
     show_progress: bool = True,
@@ -280,7 +291,7 @@ def collect_evidence(
         dataloader (iterable): Batches of (inputs, labels).
         num_classes, class_names, unpack, device, show_progress: As for
                     :func:`identify_class_filters`.
-        reduction, attribute_kwargs, attribute_to_layer_input: Likewise.
+        reduction, attribute_kwargs, attribute_to_layer_input, state_path, save_every: Likewise.
 
     Returns:
         *Evidence* for one method, a *list* for a sequence, a *dict* for a mapping.
@@ -304,30 +315,50 @@ def collect_evidence(
         >>> evidence.stability(num_filters=3).overlap.shape
         torch.Size([2])
     """
-    check_class_names(class_names, num_classes)
-    sources = sources_of(methods, attribute_kwargs, attribute_to_layer_input, reduction)
-    collector = Collector(sources, num_classes, record_all=True)
-    collect(collector, dataloader, class_names, unpack, device, show_progress)
     names = class_names if class_names is not None else dataset_names(dataloader)
-    record = Provenance()
-    kept = []
-    for tally in collector.tallies:
-        assert tally.record is not None
-        assert tally.shape is not None
-        scores, labels, _, _ = tally.record.tensors()
-        source = tally.source
-        origin = record.of(source.model, options=source.options, feeds_head=tally.feed)
-        kept.append(
-            Evidence(
-                scores,
-                labels,
-                names_of_classes(names, tally.shape[0]),
-                source.table_layer,
-                source.name,
-                {**origin, "num_images": len(labels)},
-            )
+    with ranks_together() as ranks:
+        check_class_names(class_names, num_classes)
+        sources = sources_of(methods, attribute_kwargs, attribute_to_layer_input, reduction)
+        collector = Collector(sources, num_classes, record_all=True)
+        record = Provenance([source.model for source in sources])
+
+        def result() -> Any:
+            kept = [_evidence(tally, names, record) for tally in collector.tallies]
+            return like_methods(methods, sources, kept)
+
+        progress = Progress(
+            collector,
+            lambda: {
+                "the call": "collect_evidence",
+                **facts_of(sources, record),
+                "num_classes": num_classes,
+                "class_names": names,
+            },
+            lambda: result() if collector.has_images else None,
+            state_path,
+            save_every,
         )
-    return like_methods(methods, sources, kept)
+        collect(collector, dataloader, class_names, unpack, device, show_progress, progress, ranks)
+    evidence = result()
+    progress.finished()
+    return evidence
+
+
+def _evidence(tally: Tally, names: Sequence[str] | None, record: Provenance) -> Evidence:
+    """The evidence of one source."""
+    assert tally.record is not None
+    assert tally.shape is not None
+    scores, labels = tally.record.tensors()
+    source = tally.source
+    origin = record.of(source.model, options=source.options, feeds_head=tally.feed)
+    return Evidence(
+        scores,
+        labels,
+        names_of_classes(names, tally.shape[0]),
+        source.table_layer,
+        source.name,
+        {**origin, "num_images": len(labels)},
+    )
 
 
 def _resampled_means(values: Tensor, repetitions: int, generator: torch.Generator) -> Tensor:

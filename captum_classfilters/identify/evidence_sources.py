@@ -20,6 +20,7 @@ from captum_classfilters._core.layers import (
     positions_last,
 )
 from captum_classfilters._core.outputs import scores_per_class
+from captum_classfilters._core.progress import described_options
 from captum_classfilters._core.rules import FilterRule
 from captum_classfilters._core.types import JsonDict, Keywords
 from captum_classfilters.class_scores import ClassScores
@@ -32,6 +33,7 @@ REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "abs_sum": lambda maps: maps.abs().sum(2),
 }
 _DEFAULT_FILTERS = 5
+_NO_OPTIONS = {"layer", "device_ids"}  # of a method: where it looks, and where that runs
 logger = logging.getLogger("captum_classfilters")
 
 T = TypeVar("T")
@@ -80,6 +82,18 @@ class Source:
         """Options of the method and of its ``attribute``, for the record."""
         plain = {k: v for k, v in self.kwargs.items() if isinstance(v, (int, float, str, bool))}
         return {**(self.rule.options if self.rule is not None else {}), **plain}
+
+    @property
+    def facts(self) -> JsonDict:
+        """All that numbers depend on besides the model and the layer, as JSON can hold it."""
+        own = {name: v for name, v in vars(self.method).items() if name not in _NO_OPTIONS}
+        return {
+            "options": self.rule.options if self.rule is not None else {},
+            "attributes": described_options(own),
+            "attribute_kwargs": described_options(self.kwargs),
+            "reduction": self.reduction,
+            "depends_on_target": self.depends_on_target,
+        }
 
     @property
     def counts_votes(self) -> bool:

@@ -11,8 +11,11 @@ from torch.utils.data import RandomSampler
 
 from captum_classfilters._core.batches import Batch, Batches
 from captum_classfilters._core.devices import on_device
+from captum_classfilters._core.files import AnyPath
+from captum_classfilters._core.progress import Count, Progress, described_options
+from captum_classfilters._core.provenance import provenance
 from captum_classfilters._core.tables import Row, Table, Tabular, short_repr
-from captum_classfilters._core.types import Dataloader, DatasetLike, Directions, Unpack
+from captum_classfilters._core.types import Dataloader, DatasetLike, Directions, JsonDict, Unpack
 from captum_classfilters._core.units import (
     Aggregate,
     Seen,
@@ -169,6 +172,8 @@ def exemplars(
     subtract_bias: bool = True,
     boxes: bool | Mapping[str, Tensor] = True,
     channel_dim: int | Mapping[str, int] | None = None,
+    state_path: AnyPath | None = None,
+    save_every: float | None = None,
     unpack: Unpack | None = None,
     show_progress: bool = True,
 ) -> dict[str, Exemplars]:
@@ -209,6 +214,7 @@ def exemplars(
         channel_dim (int or mapping, optional): Axis of the filters where it cannot be told from the
                     layer, for all layers or by name.
                     Default: None
+        state_path, save_every: As for :func:`identify_class_filters`.
         unpack (Callable, optional): From a batch of another kind to the pair (inputs, labels).
                     Default: None
         show_progress (bool): Show a progress bar.
@@ -248,23 +254,56 @@ def exemplars(
     taps = units_of(model, layers, channel_dim, directions, subtract_bias)
     for tap in taps:
         tap.reduce = partial(_sides, aggregate=aggregate)
-    shapes: dict[str, set[tuple[int, ...]]] = {tap.name: set() for tap in taps}
-    best = {tap.name: (_Best(num_exemplars, True), _Best(num_exemplars, False)) for tap in taps}
-    fields: dict[tuple[int, ...], Mapping[str, Tensor]] = {}  # by the size of the images
+    counted = _Counted([tap.name for tap in taps], num_exemplars)
 
-    def take(_batches: Batches, batch: Batch, _output: object) -> None:
-        seen = [tap.seen for tap in taps]  # measuring boxes runs the model
-        size = tuple(batch.inputs[0].shape[1:])
-        for tap in taps:
-            shapes[tap.name].add(tap.positions)
-        if boxes is not False and size not in fields:
-            fields[size] = _boxes(model, taps, batch.inputs, boxes)
-        for tap, (high, high_places, low, low_places) in zip(taps, seen, strict=True):
-            field = fields[size][tap.name] if boxes is not False else None
-            highest, lowest = best[tap.name]
-            highest.add(batch, high, high_places, tap.positions, field)
-            lowest.add(batch, low, low_places, tap.positions, field)
+    def take(batches: Batches, batch: Batch, _output: object) -> None:
+        seen = [(tap.seen, tap.positions) for tap in taps]  # measuring boxes runs the model
+        size = str(tuple(batch.inputs[0].shape[1:]))
+        if boxes is not False and size not in counted.fields:
+            counted.fields[size] = _boxes(model, taps, batch.inputs, boxes)
+        fields = counted.fields.get(size, {})
 
+        def then(_values: list[bool]) -> None:
+            with counted.count.adding(batch.first_image, batch.size):
+                counted.add(batch, seen, fields)
+
+        # After what is known to be finite: a flag that is true waits behind those that may not be.
+        true = torch.ones((), dtype=torch.bool, device=batch.device)
+        batches.later([true], then, kept=batch.inputs)
+
+    def facts() -> JsonDict:
+        origin = provenance(model)
+        return {
+            "the call": "exemplars",
+            "the layer": [tap.name for tap in taps],
+            "the model": [origin["model"], origin["model_sha256"]],
+            "num_exemplars": num_exemplars,
+            "aggregate": aggregate,
+            "directions": described_options(
+                {tap.name: tap.matrix for tap in taps} if directions is not None else None
+            ),
+            "subtract_bias": subtract_bias,
+            "boxes": described_options(boxes),
+            "channel_dim": described_options(channel_dim),
+        }
+
+    def result(num_images: int) -> dict[str, Exemplars]:
+        return {
+            name: Exemplars(
+                name,
+                aggregate,
+                high.result(),
+                low.result(),
+                num_images,
+                directions is not None,
+                _only(counted.shapes[name]),
+            )
+            for name, (high, low) in counted.best.items()
+        }
+
+    progress = Progress(
+        counted, facts, lambda: result(counted.count.images), state_path, save_every
+    )
     num_images = read_units(
         model,
         taps,
@@ -274,18 +313,10 @@ def exemplars(
         unpack=unpack,
         show_progress=show_progress,
         labeled=False,
+        progress=progress,
     )
-    results = {}
-    for name, (highest, lowest) in best.items():
-        results[name] = Exemplars(
-            name,
-            aggregate,
-            highest.result(),
-            lowest.result(),
-            num_images,
-            directions is not None,
-            _only(shapes[name]),
-        )
+    results = result(num_images)
+    progress.finished()
     return results
 
 
@@ -343,6 +374,69 @@ def _unraveled(places: Tensor, shape: tuple[int, ...]) -> Tensor:
     return torch.stack(indices[::-1], -1)
 
 
+class _Counted:
+    """The best images of every layer, which may go on from those of an earlier run."""
+
+    def __init__(self, layers: Sequence[str], num_exemplars: int) -> None:
+        self.best = {
+            name: (_Best(num_exemplars, True), _Best(num_exemplars, False)) for name in layers
+        }
+        self.fields: dict[str, Mapping[str, Tensor]] = {}  # by the size of the images
+        self.shapes: dict[str, set[tuple[int, ...]]] = {name: set() for name in layers}  # of maps
+        self.count = Count()
+
+    def add(
+        self,
+        batch: Batch,
+        seen: Sequence[tuple[Seen, tuple[int, ...]]],
+        fields: Mapping[str, Tensor],
+    ) -> None:
+        """Let a batch's images compete, by what the layers show of them."""
+        for (name, sides), (parts, positions) in zip(self.best.items(), seen, strict=True):
+            field = fields.get(name)
+            self.shapes[name].add(positions)
+            for side, scores, places in zip(sides, parts[::2], parts[1::2], strict=True):
+                side.add(batch, scores, places, positions, field)
+
+    def counts(self) -> list[Count]:
+        """How far the pass is."""
+        return [self.count]
+
+    def state(self) -> tuple[dict[str, Tensor], JsonDict]:
+        """The best so far, and receptive fields."""
+        tensors = {
+            f"{place}/{name}/{key}": value
+            for name, sides in self.best.items()
+            for place, side in enumerate(sides)
+            for key, value in side.kept.items()
+        }
+        for size, fields in self.fields.items():
+            tensors |= {f"{size}/{name}": field for name, field in fields.items()}
+        shapes = {name: sorted(of_layer) for name, of_layer in self.shapes.items()}
+        return tensors, {
+            "images": self.count.images,
+            "sizes": list(self.fields),
+            "shapes": shapes,
+        }
+
+    def restore(self, tensors: Mapping[str, Tensor], notes: JsonDict) -> None:
+        """Go on from such a state."""
+        for name, sides in self.best.items():
+            for place, side in enumerate(sides):
+                start = f"{place}/{name}/"
+                side.kept = {
+                    key: tensors[start + key]
+                    for key in ("score", "image", "position", "box", "label")
+                    if start + key in tensors
+                }
+        for size in notes["sizes"]:
+            self.fields[size] = {
+                name: tensors[f"{size}/{name}"] for name in self.best if f"{size}/{name}" in tensors
+            }
+        self.shapes = {name: set(map(tuple, shapes)) for name, shapes in notes["shapes"].items()}
+        self.count.restore(notes["images"])
+
+
 class _Best:
     """The best images of one side so far, where the model is."""
 
@@ -367,13 +461,14 @@ class _Best:
             "position": _unraveled(places.T, positions or (1,)),
         }
         if field is not None:
-            new["box"] = field.reshape(-1, field.shape[-1])[places.T]
+            new["box"] = on_device(field, scores.device).reshape(-1, field.shape[-1])[places.T]
         labels = given_classes(batch)
         if labels is not None:
             new["label"] = on_device(labels, scores.device).expand(num_units, -1)
         if self.kept:
+            kept = on_device(self.kept, scores.device)  # from a file they come to the CPU
             # Earlier images stand first, and the sort is stable: they win ties.
-            new = {k: torch.cat([kept, new[k]], 1) for k, kept in self.kept.items() if k in new}
+            new = {k: torch.cat([before, new[k]], 1) for k, before in kept.items() if k in new}
         order = new["score"].sort(dim=1, descending=self.descending, stable=True).indices
         order = order[:, : self.num_exemplars]
         rows = torch.arange(num_units, device=order.device)[:, None]

@@ -2,19 +2,26 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import overload
+from typing import Any, overload
 
 import torch
 from captum.attr import LayerAttribution
 from torch import Tensor
 
 from captum_classfilters._core.batches import dataset_names, read_batches
-from captum_classfilters._core.distributed import is_distributed
+from captum_classfilters._core.distributed import Ranks, ranks_together
+from captum_classfilters._core.files import AnyPath
+from captum_classfilters._core.progress import Progress
 from captum_classfilters._core.provenance import Provenance
 from captum_classfilters._core.types import Dataloader, JsonDict, LayerMethod, Unpack
 from captum_classfilters.class_filters import ClassFilters, check_class_names, check_selection
 from captum_classfilters.identify.collector import Collector, Tally
-from captum_classfilters.identify.evidence_sources import Reduction, like_methods, sources_of
+from captum_classfilters.identify.evidence_sources import (
+    Reduction,
+    Source,
+    like_methods,
+    sources_of,
+)
 from captum_classfilters.identify.significance import (
     LabelPermutation,
     false_discovery_adjusted,
@@ -39,6 +46,8 @@ def identify_class_filters(
     attribute_kwargs: Mapping[str, object] | None = None,
     attribute_to_layer_input: bool = False,
     significance: bool | LabelPermutation = False,
+    state_path: AnyPath | None = None,
+    save_every: float | None = None,
     unpack: Unpack | None = None,
     device: torch.device | str | None = None,
     show_progress: bool = True,
@@ -59,6 +68,8 @@ def identify_class_filters(
     attribute_kwargs: Mapping[str, object] | None = None,
     attribute_to_layer_input: bool = False,
     significance: bool | LabelPermutation = False,
+    state_path: AnyPath | None = None,
+    save_every: float | None = None,
     unpack: Unpack | None = None,
     device: torch.device | str | None = None,
     show_progress: bool = True,
@@ -79,6 +90,8 @@ def identify_class_filters(
     attribute_kwargs: Mapping[str, object] | None = None,
     attribute_to_layer_input: bool = False,
     significance: bool | LabelPermutation = False,
+    state_path: AnyPath | None = None,
+    save_every: float | None = None,
     unpack: Unpack | None = None,
     device: torch.device | str | None = None,
     show_progress: bool = True,
@@ -98,6 +111,8 @@ def identify_class_filters(
     attribute_kwargs: Mapping[str, object] | None = None,
     attribute_to_layer_input: bool = False,
     significance: bool | LabelPermutation = False,
+    state_path: AnyPath | None = None,
+    save_every: float | None = None,
     unpack: Unpack | None = None,
     device: torch.device | str | None = None,
     show_progress: bool = True,
@@ -111,7 +126,12 @@ def identify_class_filters(
     for each method and layer. The model runs in evaluation mode and is left exactly as found.
 
     Under ``torchrun`` every rank reads its own share, of any size, and all ranks get the table of
-    the whole: bitwise the one-process table for counts, to rounding for sums.
+    the whole: bitwise the one-process table for counts, to rounding for sums. Images that a
+    ``DistributedSampler`` repeats to give all ranks as many are not counted twice. If a rank fails, or
+    measures something else than the others, all of them raise the same error.
+
+    An exception on the way, Ctrl-C included, carries the result for the images so far as its attribute
+    ``partial``.
 
     Args:
 
@@ -144,6 +164,14 @@ def identify_class_filters(
                     it; other methods keep the evidence of single images, O(N K), and are asked for
                     that of other targets too.
                     Default: False
+        state_path (path, optional): Keep the state of the pass in this file, so that a run that was
+                    killed goes on when it is started again with the same arguments: the batches
+                    counted so far are read, compared and not run, and the table is that of a run
+                    that was not killed, bit for bit. The loader must not shuffle. The file is
+                    removed when the table is there. Each rank has a file of its own.
+                    Default: None
+        save_every (float, optional): Seconds from save to save. By default a minute, and more where
+                    saving would take more than a hundredth of the time.
         unpack (Callable, optional): From a batch of any other kind to the pair (inputs, labels).
                     Default: None
         device (torch.device or str, optional): Where the batches go; by default where the model is.
@@ -157,7 +185,8 @@ def identify_class_filters(
     Raises:
         ValueError: A layer is unknown, not reached exactly once or has no channel dimension; labels
                     are not class indices; the loader is empty; activations are NaN or infinite (the
-                    class and the batch are named); ``num_filters`` exceeds K.
+                    class and the batch are named); ``num_filters`` exceeds K; ``state_path`` cannot
+                    be written, or holds the state of another model, method, option or data set.
 
     Examples::
 
@@ -175,28 +204,76 @@ def identify_class_filters(
         >>> tables["votes"].scores.sum(1)
         tensor([5., 5.], dtype=torch.float64)
     """
-    check_selection(num_filters, mass)
-    check_class_names(class_names, num_classes)
-    num_classes = number_of_groups(target, class_names, num_classes)
-    test = _permutation_test(significance)
-    sources = sources_of(methods, attribute_kwargs, attribute_to_layer_input, reduction)
-    collector = Collector(sources, num_classes, num_filters, test, target=target)
-    record = Provenance([source.model for source in sources])
-    collect(collector, dataloader, class_names, unpack, device, show_progress)
-    names = class_names if class_names is not None else _fitting(dataloader, collector)
-    tables = []
-    for tally in collector.tallies:
-        table = _table(tally, names, test, record, target)
-        if mass is not None:
-            tables.append(table.select(mass=mass))
-            continue
-        number = num_filters or min(tally.source.default_num_filters, table.num_filters)
-        if num_filters is None:
-            logger.info(
-                "%s at %s: %d filters selected per class", table.method, table.layer, number
-            )
-        tables.append(table.select(num_filters=number))
-    return like_methods(methods, sources, tables)
+    with ranks_together() as ranks:
+        check_selection(num_filters, mass)
+        check_class_names(class_names, num_classes)
+        options: JsonDict = {
+            "num_classes": num_classes,
+            "class_names": class_names if class_names is not None else dataset_names(dataloader),
+            "target": target,
+            "num_filters": num_filters,
+            "mass": mass,
+        }
+        num_classes = number_of_groups(target, class_names, num_classes)
+        test = _permutation_test(significance)
+        options["significance"] = None if test is None else test.record()
+        sources = sources_of(methods, attribute_kwargs, attribute_to_layer_input, reduction)
+        collector = Collector(sources, num_classes, num_filters, test, target=target)
+        record = Provenance([source.model for source in sources])
+
+        def result(whole: bool = True) -> Any:
+            names = class_names if class_names is not None else _fitting(dataloader, collector)
+            tables = [
+                _selected(
+                    _table(tally, names, test, record, target, whole), tally, num_filters, mass
+                )
+                for tally in collector.tallies
+            ]
+            return like_methods(methods, sources, tables)
+
+        progress = Progress(
+            collector,
+            lambda: {"the call": "identify_class_filters", **facts_of(sources, record), **options},
+            lambda: result(whole=False) if collector.has_images else None,
+            state_path,
+            save_every,
+        )
+        collect(collector, dataloader, class_names, unpack, device, show_progress, progress, ranks)
+    tables = result()
+    progress.finished()
+    return tables
+
+
+def _selected(
+    table: ClassFilters, tally: Tally, num_filters: int | None, mass: float | None
+) -> ClassFilters:
+    """A table with its filters selected."""
+    if mass is not None:
+        return table.select(mass=mass)
+    number = num_filters or min(tally.source.default_num_filters, table.num_filters)
+    if num_filters is None:
+        logger.info("%s at %s: %d filters selected per class", table.method, table.layer, number)
+    return table.select(num_filters=number)
+
+
+def facts_of(sources: Sequence[Source], record: Provenance) -> JsonDict:
+    """What sums depend on: the models, the layers, and the methods with all their options."""
+    facts: JsonDict = {}
+    for place, source in enumerate(sources):
+        origin = record.of(source.model)
+        own = {
+            "the method": source.name,
+            "the layer": source.table_layer,
+            "the model": f"{origin['model']} {origin['model_sha256']}",
+            "the method's options": source.facts,
+        }
+        facts |= {_of(name, place, sources): value for name, value in own.items()}
+    return facts
+
+
+def _of(name: str, place: int, sources: Sequence[Source]) -> str:
+    """What a fact is called, if there are several methods."""
+    return name if len(sources) == 1 else f"{name} (of method {place})"
 
 
 def number_of_groups(
@@ -220,6 +297,8 @@ def collect(
     unpack: Unpack | None,
     device: torch.device | str | None,
     show_progress: bool,
+    progress: Progress,
+    ranks: Ranks,
 ) -> None:
     """Read all batches into a collector, and take in what other ranks read."""
     with read_batches(
@@ -228,14 +307,17 @@ def collect(
         "class filters",
         device=device,
         unpack=unpack,
-        may_be_empty=is_distributed(),
+        summed=True,
         show_progress=show_progress,
+        progress=progress,
+        ranks=ranks,
     ) as batches:
         for batch in batches:
             collector.add(batches, batch)
-            if batch.number == 0:
+            if batch.first_image == 0:
                 check_class_names(class_names, collector.num_classes)
         collector.finish(batches)
+        ranks.agree(progress.facts, collector.shapes())
     collector.merge()
 
 
@@ -263,11 +345,16 @@ def _table(
     test: LabelPermutation | None,
     record: Provenance,
     target: int | None,
+    whole: bool,
 ) -> ClassFilters:
+    """The table of one source; if not of the whole, then of what this process has counted."""
     assert tally.sums is not None
-    sums, source = tally.sums.compute(), tally.source
+    source, test = tally.source, test if whole else None
+    sums = tally.sums.compute() if whole else tally.sums.of_this_process()
     p_values = None if test is None else _p_values(tally, sums, test)
     details: JsonDict = {"signed": source.depends_on_target}
+    if not whole:
+        details["partial"] = True
     if target is not None:
         details["target"] = target
     if tally.exact is not None:
@@ -301,7 +388,7 @@ def _p_values(tally: Tally, sums: dict[str, Tensor], test: LabelPermutation) -> 
     if tally.source.counts_votes:
         return vote_p_values(sums["total"].cpu(), sums["count"].cpu())
     assert tally.record is not None
-    evidence, labels, foreign, targets = tally.record.tensors()
+    evidence, labels, foreign, targets = tally.record.sorted_tensors()
     cells = int((sums["count"] > 0).sum()) * evidence.shape[1]
     logger.info(
         "%s at %s: the smallest p-value of %d permutations is %.1e; at a false discovery rate "

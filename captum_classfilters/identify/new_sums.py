@@ -2,8 +2,12 @@
 
 from typing import TYPE_CHECKING
 
+from torch import Tensor
+
+from captum_classfilters._core.replay.suffix_replay import SuffixReplay
+
 if TYPE_CHECKING:
-    from captum_classfilters.identify.accuracy_sums import AccuracySums
+    from captum_classfilters.identify.accuracy_sums import AccuracySums, Changes
     from captum_classfilters.identify.statistics import ClassFilterSums
 
 
@@ -21,3 +25,10 @@ def new_accuracy_sums(num_classes: int, num_filters: int) -> "AccuracySums":
     from captum_classfilters.identify.accuracy_sums import AccuracySums
 
     return AccuracySums(num_classes, num_filters)
+
+
+def changes_without(replay: SuffixReplay, labels: Tensor, at_once: int | None) -> "Changes":
+    """What becomes of a batch's images without each filter, to be added to such counts."""
+    from captum_classfilters.identify.accuracy_sums import changes_of
+
+    return changes_of(replay, labels, at_once)

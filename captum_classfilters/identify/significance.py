@@ -1,6 +1,6 @@
 """Is a cell of the table more than chance? Label permutations and the false discovery rate."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
@@ -13,6 +13,7 @@ from captum_classfilters._core.types import JsonDict
 
 _ENTRIES_AT_ONCE = 2**22  # of the matrix permutations x images, 32 MB in float64
 _ROUNDING = 1e-12  # of a sum, relative to the sum of absolute values
+_PIECES = ("evidence", "classes", "keys")
 
 
 @short_repr
@@ -98,40 +99,93 @@ class EvidenceRecord:
     """Evidence of single images, as batches bring it: for their own labels and for foreign ones."""
 
     def __init__(self) -> None:
-        self._own: list[Tensor] = []
-        self._labels: list[Tensor] = []
-        self._foreign: list[Tensor] = []
-        self._targets: list[Tensor] = []
+        #: By name, a piece for each batch: evidence, classes and keys, own and foreign.
+        self._pieces: dict[str, list[Tensor]] = {}
 
-    def add(self, values: Tensor, labels: Tensor) -> None:
-        """Add a batch's evidence (N, K) for its own labels."""
-        self._own.append(values.detach().cpu().float())
-        self._labels.append(labels.cpu())
+    def add(self, values: Tensor, labels: Tensor, keys: Tensor | None = None) -> None:
+        """Add a batch's evidence (N, K) for its own labels; keys (N,) tell its images apart."""
+        self._add("own", values, labels, keys)
 
-    def add_foreign(self, values: Tensor, targets: Tensor) -> None:
+    def add_foreign(self, values: Tensor, targets: Tensor, keys: Tensor | None = None) -> None:
         """Add a batch's evidence (N, K) for foreign targets (N,)."""
-        self._foreign.append(values.detach().cpu().float())
-        self._targets.append(targets.cpu())
+        self._add("foreign", values, targets, keys)
+
+    def _add(self, whose: str, values: Tensor, classes: Tensor, keys: Tensor | None) -> None:
+        keys = torch.zeros_like(classes) if keys is None else keys
+        new = {"evidence": values.detach().float(), "classes": classes, "keys": keys}
+        for name, tensor in new.items():
+            self._pieces.setdefault(f"{whose} {name}", []).append(tensor.cpu())
 
     def merge(self, others: list["EvidenceRecord"]) -> None:
         """Take the records of all ranks, in order of rank, in place of this one."""
-        for name in ("_own", "_labels", "_foreign", "_targets"):
-            setattr(self, name, [part for other in others for part in getattr(other, name)])
+        names = dict.fromkeys(name for other in others for name in other._pieces)
+        self._pieces = {
+            name: [piece for other in others for piece in other._pieces.get(name, [])]
+            for name in names
+        }
 
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Evidence (N, K), labels (N,), and the same for foreign targets, None without any."""
-        own, labels = torch.cat(self._own), torch.cat(self._labels)
-        if not self._foreign:
-            return own, labels, None, None
-        return own, labels, torch.cat(self._foreign), torch.cat(self._targets)
+    def state(self) -> dict[str, Tensor]:
+        """All that was added, for a run that goes on from here."""
+        self._pieces = {name: [torch.cat(pieces)] for name, pieces in self._pieces.items()}
+        return {name: pieces[0] for name, pieces in self._pieces.items()}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from such a state."""
+        names = (f"{whose} {name}" for whose in ("own", "foreign") for name in _PIECES)
+        self._pieces = {name: [state[name]] for name in names if name in state}
+
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """Evidence (N, K) and labels (N,), in the order in which they came."""
+        state = self.state()
+        return state["own evidence"], state["own classes"]
+
+    def sorted_tensors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Evidence (N, K), labels (N,), and the same for foreign targets, None without any, in an
+        order that depends neither on the loader's nor on how many ranks there are."""
+        own = self._sorted("own")
+        return (
+            (*own, *self._sorted("foreign"))
+            if "foreign keys" in self._pieces
+            else (*own, None, None)
+        )
+
+    def _sorted(self, whose: str) -> tuple[Tensor, Tensor]:
+        evidence, classes, keys = (self.state()[f"{whose} {name}"] for name in _PIECES)
+        order = keys.argsort(stable=True)
+        order = order[classes[order].argsort(stable=True)]
+        return evidence[order], classes[order]
 
 
-def foreign_labels(labels: Tensor, num_classes: int, generator: torch.Generator) -> Tensor:
-    """For each image a class that is not its own, all others equally likely."""
+def image_keys(inputs: Sequence[object]) -> Tensor:
+    """A number (N,) for each image of a batch that depends on its own bytes alone, where it is."""
+    tensors = [part for part in inputs if isinstance(part, Tensor) and part.dim()]
+    keys = torch.zeros(len(tensors[0]), dtype=torch.int64, device=tensors[0].device)
+    for part in tensors:
+        if len(part) != len(keys):
+            continue
+        flat = part.detach().reshape(len(part), -1).contiguous()
+        flat = flat.to(torch.uint8) if flat.dtype == torch.bool else flat.view(torch.uint8)
+        words = flat.view(torch.int32) if flat.shape[1] % 4 == 0 else flat
+        places = torch.arange(1, words.shape[1] + 1, device=words.device)
+        keys = _mixed(keys + (words * _mixed(places)).sum(1))
+    return keys
+
+
+def _mixed(numbers: Tensor) -> Tensor:
+    """Whole numbers thoroughly mixed, as Steele, Lea and Flood's SplitMix64 does."""
+    for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
+        numbers = (numbers ^ (numbers >> shift)) * factor
+    return numbers ^ (numbers >> 31)
+
+
+def foreign_labels(labels: Tensor, num_classes: int, keys: Tensor, seed: int) -> Tensor:
+    """For each image a class that is not its own, all others equally likely; the images' keys and the
+    seed say which, so that it is the same one wherever the image is read."""
     if num_classes < 2:
         raise ValueError("Significance needs at least two classes; the model puts out one.")
-    step = torch.randint(1, num_classes, labels.shape, generator=generator)
-    return (labels.cpu() + step) % num_classes
+    start = _mixed(torch.tensor(seed + 1, dtype=torch.int64)).to(keys.device)
+    step = 1 + _mixed(keys + start) % (num_classes - 1)
+    return (labels + step.to(labels.device)) % num_classes
 
 
 def permutation_p_values(

@@ -1,5 +1,6 @@
 """Per-class sums as a torchmetrics Metric, which adds, merges, synchronizes and saves them."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -88,6 +89,18 @@ class ClassFilterSums(Metric):
         joined = _joined(own, _moments(values, places, len(rows)))
         self.count[rows], self.mean[rows], self.m2[rows] = joined
 
+    def state(self) -> dict[str, Tensor]:
+        """What has been added so far, as it is."""
+        names = ("count", "total", "squares") if self.integer else ("count", "mean", "m2")
+        return {name: getattr(self, name) for name in names}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from such a state."""
+        for name, value in self.state().items():
+            setattr(self, name, state[name].to(value))
+        nothing = torch.zeros(0, self.num_filters, device=self.count.device)
+        self.update(nothing, torch.zeros(0, dtype=torch.int64))  # torchmetrics counts updates
+
     def compute(self) -> dict[str, Tensor]:
         """The table so far, where the sums are.
 
@@ -105,6 +118,10 @@ class ClassFilterSums(Metric):
             "mean": mean.masked_fill(number == 0, float("nan")),
             "standard_error": error.masked_fill_(number < 2, float("nan")),
         }
+
+    def of_this_process(self) -> dict[str, Tensor]:
+        """The same, without waiting for other processes."""
+        return ClassFilterSums.compute(self)
 
     def _merged(self) -> tuple[Tensor, Tensor, Tensor]:
         """Count, mean and M2 of all that was merged."""

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from captum_classfilters._core.batches import Batch, Batches, read_batches
 from captum_classfilters._core.devices import device_of
-from captum_classfilters._core.distributed import gather, is_distributed
+from captum_classfilters._core.distributed import gather
 from captum_classfilters._core.heads import alike
 from captum_classfilters._core.outputs import (
     are_probabilities,
@@ -110,7 +110,7 @@ def evaluate_classifier(
         dataloader,
         "accuracy",
         unpack=unpack,
-        may_be_empty=is_distributed(),
+        summed=True,
         show_progress=show_progress,
     ) as batches:
         reader = ScoreReader(model, batches)

@@ -148,7 +148,7 @@ def test_one_forward_pass_and_at_most_one_backward_pass():
     handle = model.get_submodule("head").register_forward_hook(lambda *_: runs.append(1))
     identify_class_filters(methods[:2], data, **QUIET)
     handle.remove()
-    assert len(runs) == len(data)
+    assert len(runs) == len(data) + 1  # of the first, to see whether its scores repeat
     assert hooks_of(model) == 0
 
 

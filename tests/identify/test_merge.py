@@ -166,7 +166,7 @@ def test_refusals():
     with pytest.raises(ValueError, match="no tables"):
         ClassFilters.merge()
     with pytest.raises(ValueError, match="one by one"):
-        ClassFilters.merge([table, table])
+        ClassFilters.merge([table, table])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="twice"):
         ClassFilters.merge(table, table)
     again = LayerFilterContribution(pool_linear(), "1").identify(batches(), **QUIET)

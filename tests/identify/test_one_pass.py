@@ -72,9 +72,10 @@ def means_of_attributions(method, data, num_classes=3):
 @pytest.mark.parametrize(
     ("model", "layers", "gated", "decomposed", "runs"),
     [
-        # Everything feeds the head, and derivatives are its weights: one run of each batch.
-        (linear_before_head, ["4"], "4", ["4"], 5),
-        # Gradients are needed, which the first batch shows: it runs twice. What the contributions of
+        # Everything feeds the head, and derivatives are its weights: one run of each batch, and another
+        # of the first, to see whether it gives the same scores.
+        (linear_before_head, ["4"], "4", ["4"], 5 + 1),
+        # Gradients are needed, which the first batch shows: it runs twice anyway. What the contributions of
         # stage 1 miss is measured on it at the end: as at first, and without the stage's filters.
         (deep, ["stage1", "stage2"], "stage2", ["stage1.0", "stage2.0", "head"], 6 + 3),
     ],

@@ -21,7 +21,7 @@ from captum_classfilters._core.replay.changed_filters import UnchangedSteps
 from captum_classfilters._core.replay.closed_form import ClosedForm
 from captum_classfilters._core.replay.recorded_batch import RecordedBatch
 from captum_classfilters._core.replay.repeated_batch import CannotReplayError
-from captum_classfilters._core.types import Arguments, ForwardFunc, Keywords
+from captum_classfilters._core.types import Arguments, ForwardFunc, JsonDict, Keywords
 
 _aten = torch.ops.aten
 _READS = {_aten._local_scalar_dense, _aten.equal, _aten.allclose}
@@ -44,6 +44,15 @@ class Confirmed:
     cut: bool = False
     copies: bool = False
     sizes: set[tuple[int, int, bool]] = field(default_factory=set)
+
+    def noted(self) -> JsonDict:
+        """All of this as JSON can hold it, for a run that goes on elsewhere."""
+        return {**vars(self), "sizes": sorted(self.sizes)}
+
+    def recall(self, noted: JsonDict) -> None:
+        """Know what an earlier run has seen."""
+        self.closed, self.cut, self.copies = noted["closed"], noted["cut"], noted["copies"]
+        self.sizes = {(images, copies, each) for images, copies, each in noted["sizes"]}
 
     def forget(self) -> None:
         """A check failed: the next batch is checked as the first one."""
