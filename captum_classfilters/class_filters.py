@@ -716,8 +716,6 @@ class ClassFilters(Tabular):
             ValueError: The path is a folder, a pipe, a socket or a device.
             OSError: It cannot be written; nothing has changed.
         """
-        if not overwrite and os.path.isfile(path):
-            raise FileExistsError(f"{path} exists; pass overwrite=True to replace it.")
         tensors = {"scores": self._scores, "counts": self._counts, "selected": self._selected}
         details = {
             "class_names": self.class_names,
@@ -726,7 +724,8 @@ class ClassFilters(Tabular):
             "provenance": dict(self.provenance),
         }
         version = 1 if self._p_values is None and self._q_values is None else 2
-        write_tensors(path, _FILE, tensors | self._optional_tables(), details, version)
+        tensors |= self._optional_tables()
+        write_tensors(path, _FILE, tensors, details, version, overwrite)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "ClassFilters":

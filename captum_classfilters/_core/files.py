@@ -79,7 +79,9 @@ def read_text(path: AnyPath) -> str:
 # -- writing ---------------------------------------------------------------------------------------
 
 
-def write_atomically(path: AnyPath, data: bytes | Iterable[bytes | memoryview]) -> None:
+def write_atomically(
+    path: AnyPath, data: bytes | Iterable[bytes | memoryview], overwrite: bool = True
+) -> None:
     r"""
     Write a file so that a kill or a full disk at any moment leaves the old one in place.
 
@@ -93,15 +95,21 @@ def write_atomically(path: AnyPath, data: bytes | Iterable[bytes | memoryview]) 
 
         path (path): The target.
         data (bytes, or an iterable of them): Its contents.
+        overwrite (bool): Replace a file that is there, also one that came while this was written.
+                    Default: True
 
     Raises:
+        FileExistsError: There is one, and it is not to be replaced.
         ValueError: The target is a folder, a pipe, a socket or a device.
         OSError: It cannot be written; nothing has changed.
     """
     try:
         target, before = _target(path)
+        if before is not None and not overwrite:
+            raise FileExistsError(errno.EEXIST, target)
         folder, prefix = _temporary_names(target)
-        _clear_leftovers(folder, prefix)
+        with suppress(OSError):  # a folder that may be written but not listed
+            _clear_leftovers(folder, prefix)
         handle, temporary = _new_file(folder, prefix)
         try:
             with open(handle, "wb") as file:
@@ -113,7 +121,7 @@ def write_atomically(path: AnyPath, data: bytes | Iterable[bytes | memoryview]) 
                 os.fsync(handle)
                 if fcntl is None:
                     file.close()  # where there are no locks, open files cannot be moved either
-                os.replace(temporary, target)
+                (os.replace if overwrite else _move_to_free_name)(temporary, target)
         except BaseException:
             with suppress(OSError):
                 os.unlink(temporary)
@@ -243,7 +251,22 @@ def _keep_mode_and_owner(handle: int, before: os.stat_result) -> None:
             with suppress(OSError):
                 os.fchown(handle, user, group)
     if hasattr(os, "fchmod"):
-        os.fchmod(handle, stat.S_IMODE(before.st_mode))
+        with suppress(PermissionError):  # disks that know no modes
+            os.fchmod(handle, stat.S_IMODE(before.st_mode))
+
+
+def _move_to_free_name(temporary: str, target: str) -> None:
+    """Rename a file, if nothing has the name by then."""
+    try:
+        os.link(temporary, target)
+    except FileExistsError:
+        raise
+    except OSError:  # a disk without hard links
+        if os.path.lexists(target):
+            raise FileExistsError(errno.EEXIST, target) from None
+        os.replace(temporary, target)
+    else:
+        os.unlink(temporary)
 
 
 def _probe(folder: str, prefix: str) -> None:
@@ -277,6 +300,8 @@ def _explained(error: OSError, path: AnyPath) -> OSError:
         )
     elif not os.path.isdir(folder):
         text = f"There is no folder {folder} to write {os.path.basename(path)} in; make it first"
+    elif error.errno == errno.EEXIST:
+        text = f"{path} exists; pass overwrite=True to replace it"
     elif error.errno is None:
         return error
     else:

@@ -74,6 +74,7 @@ def write_tensors(
     tensors: Mapping[str, Tensor],
     details: JsonDict,
     version: int | None = None,
+    overwrite: bool = True,
 ) -> None:
     r"""
     Write tensors and a record, whole or not at all.
@@ -85,8 +86,11 @@ def write_tensors(
         tensors (mapping): Tensors of any place, layout in memory and type that safetensors has.
         details (dict): What JSON can hold.
         version (int, optional): The oldest version that can hold it; by default the schema's.
+        overwrite (bool): Replace a file that is there.
+                    Default: True
 
     Raises:
+        FileExistsError: There is one, and it is not to be replaced.
         ValueError: A tensor or a name is none that the format has.
         OSError: The file cannot be written; nothing has changed.
     """
@@ -126,7 +130,7 @@ def write_tensors(
             f"The record has {len(encoded):,} bytes; a safetensors file holds {_LONGEST_HEADER:,}."
         )
     start_of_file = [_LENGTH.pack(len(encoded)), encoded]
-    write_atomically(path, chain(start_of_file, map(_bytes, plain.values())))
+    write_atomically(path, chain(start_of_file, map(_bytes, plain.values())), overwrite)
 
 
 def _plain(name: str, tensor: Tensor) -> Tensor:
@@ -193,6 +197,8 @@ class Stored:
             yield
         except ValueError as error:
             self.refuse(str(error))
+        except RecursionError:
+            self.refuse("it is nested too deeply.")
 
     def value(self, name: str, kind: type[T], default: Any = _REQUIRED) -> T:
         """A part of the record, of a type; true and false are no numbers."""
@@ -456,5 +462,8 @@ def _is(value: object, kind: type) -> bool:
 
 def _short(value: object) -> str:
     """A value from a file in a message."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except RecursionError:
+        text = "nested too deeply"
     return text if len(text) <= 80 else f"{text[:77]}..."

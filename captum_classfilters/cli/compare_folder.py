@@ -157,11 +157,11 @@ def run_compare(job: FolderJob, write: Callable[[str], None] = print) -> Attribu
         pictures=max(1, job.explain),
         show_progress=job.show_progress,
     )
+    write(str(comparison))  # first, so that a full disk costs the files alone
     output.mkdir(parents=True, exist_ok=True)
     if comparison.maps and job.explain:
         _draw(output, comparison, names)
     _write_results(output, job, comparison, len(images))
-    write(str(comparison))
     write(f"\nTables, pictures and manifest.json are in {output}")
     return comparison
 

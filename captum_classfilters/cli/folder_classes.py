@@ -55,7 +55,8 @@ def assign_outputs(
     if class_names is not None:
         names = _lines(Path(class_names), num_outputs)
     elif len(folders) == num_outputs:
-        return folders
+        # A folder's name may be no text; files and pictures then spell out what it is.
+        return [name.encode("utf-8", "backslashreplace").decode() for name in folders]
     else:
         names = _categories(model_name, num_outputs, folders)
     places = _places(names)

@@ -15,7 +15,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 from captum_classfilters._core.checkpoints import read_state_dict
-from captum_classfilters._core.files import check_writable_folder, write_figure, write_text
+from captum_classfilters._core.files import (
+    check_writable_folder,
+    open_regular,
+    write_figure,
+    write_text,
+)
 from captum_classfilters._core.tables import text_table
 from captum_classfilters.attr import (
     ClassFilterSaliency,
@@ -28,6 +33,7 @@ from captum_classfilters.identify import identify_class_filters
 from captum_classfilters.layers import list_filter_layers
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from torchvision.datasets import ImageFolder
 
 METHODS = {"frequency": LayerFilterFrequency, "contribution": LayerFilterContribution}
@@ -119,13 +125,14 @@ def run_identify(job: FolderJob, write: Callable[[str], None] = print) -> dict[s
         device=job.device,
         show_progress=job.show_progress,
     )
+    _report(tables, write)  # first, so that a full disk costs the files alone
     output.mkdir(parents=True, exist_ok=True)
     for name, table in tables.items():
         _write_table(output, name, table)
     if job.explain:
         _explain(output, model, job, tables, chosen)
     _write_manifest(output, job, len(chosen))
-    _report(tables, output, write)
+    write(f"\nTables, pictures and manifest.json are in {output}")
     return tables
 
 
@@ -233,11 +240,26 @@ def image_folder(path: str | os.PathLike[str], image_size: int) -> "ImageFolder"
         ]
     )
     try:
-        return ImageFolder(str(path), prepare)
+        return ImageFolder(str(path), prepare, loader=_image)
     except FileNotFoundError as error:
         raise ValueError(
             f"{path} is not an image folder, one subfolder for each class with images in it: {error}"
         ) from error
+
+
+def _image(path: str) -> "Image":
+    """An image in three colors.
+
+    Raises:
+        ValueError: The file is damaged, or no image.
+    """
+    from PIL import Image
+
+    try:
+        with open_regular(path) as file:
+            return Image.open(file).convert("RGB")
+    except (OSError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} is no image that can be read: {error}") from error
 
 
 def layer_table(name: str, image_size: int) -> str:
@@ -376,7 +398,7 @@ def _write_manifest(output: Path, job: FolderJob, num_images: int) -> None:
     write_text(output / "manifest.json", json.dumps(manifest, indent=2) + "\n")
 
 
-def _report(tables: dict[str, ClassFilters], output: Path, write: Callable[[str], None]) -> None:
+def _report(tables: dict[str, ClassFilters], write: Callable[[str], None]) -> None:
     for name, table in tables.items():
         write(f"\n{name}: {table}")
         seen = [index for index, count in enumerate(table.counts.tolist()) if count]
@@ -390,4 +412,3 @@ def _report(tables: dict[str, ClassFilters], output: Path, write: Callable[[str]
         write(text_table(rows))
         if len(seen) > _CLASSES_TOLD:
             write(f"... and {len(seen) - _CLASSES_TOLD} further classes")
-    write(f"\nTables, pictures and manifest.json are in {output}")

@@ -234,6 +234,7 @@ class PruningOrder(Tabular):
 
 
 _FINGERPRINTS = ("model_sha256", "images_sha256", "report_images_sha256")
+_LARGEST = 2**53
 _SHA256 = re.compile("[0-9a-f]{64}")
 
 
@@ -320,8 +321,8 @@ def _check_whole(name: str, values: Sequence[object], least: int) -> None:
 
 
 def _is_whole(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value < _LARGEST
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, float) or _is_whole(value, -_LARGEST)

@@ -268,6 +268,45 @@ def test_threads_that_write_one_file(tmp_path):
     assert os.listdir(tmp_path) == ["file"]
 
 
+@pytest.mark.parametrize("links", [True, False])
+def test_of_those_that_must_not_replace_one_is_first(tmp_path, monkeypatch, links):
+    """Whoever comes later is told, however late the other came."""
+    path, won, lost = tmp_path / "file", [], []
+    if not links:
+        monkeypatch.setattr(os, "link", failing(errno.EPERM))
+        write_atomically(path, b"0", overwrite=False)
+        with pytest.raises(FileExistsError, match="overwrite=True"):
+            write_atomically(path, b"1", overwrite=False)
+        assert os.listdir(tmp_path) == ["file"]
+        return
+    barrier = threading.Barrier(4)
+
+    def write(number):
+        def parts():
+            barrier.wait()  # nothing was there when any of them began
+            yield bytes([number])
+
+        try:
+            write_atomically(path, parts(), overwrite=False)
+            won.append(bytes([number]))
+        except FileExistsError as error:
+            lost.append(str(error))
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert won == [path.read_bytes()]
+    assert len(lost) == 3
+    assert all("file exists; pass overwrite=True" in text for text in lost)
+    assert os.listdir(tmp_path) == ["file"]
+    path.unlink()
+    path.symlink_to("other")
+    write_atomically(path, b"5", overwrite=False)
+    assert (tmp_path / "other").read_bytes() == b"5"
+
+
 # -- before the work -------------------------------------------------------------------------------
 
 

@@ -205,6 +205,29 @@ def test_files_of_versions_without_a_checksum_are_read_in_silence(tmp_path):
     assert read_tensors(tmp_path / "file", nameless).version == 1
 
 
+@pytest.mark.parametrize("depth", [200, 450, 700, 900, 960, 990, 2000])
+def test_records_of_any_depth_are_read_or_refused(tmp_path, depth):
+    """Wherever the limit of the recursion strikes."""
+    path = tmp_path / "table"
+    ClassFilters(torch.ones(1, 2), torch.ones(1)).save(path)
+    with safe_open(path, framework="pt") as file:
+        record = json.loads(file.metadata()["class_filters"])
+    del record["checksum"]
+    for name in ("provenance", "layer", "class_names", "schema_version"):
+        deep = "[" * depth + "]" * depth
+        deep = f'{{"a": {deep}}}' if name == "provenance" else deep
+        text = json.dumps({**record, name: "HERE"}).replace('"HERE"', deep)
+        save_file(load_file(path), tmp_path / "deep", metadata={"class_filters": text})
+        if depth > 999 or name != "provenance":
+            with pytest.raises(ValueError, match=r".+"):
+                ClassFilters.load(tmp_path / "deep")
+            continue
+        try:
+            ClassFilters.load(tmp_path / "deep")
+        except ValueError as error:
+            assert "nested too deeply" in str(error)  # noqa: PT017
+
+
 def test_a_file_that_becomes_shorter_while_it_is_read(tmp_path, monkeypatch):
     path = tmp_path / "file"
     write_tensors(path, THING, {"a": torch.ones(20_000)}, {})

@@ -247,7 +247,7 @@ class TestModels:
         (file,) = tmp_path.iterdir()
         file.unlink()
         file.mkdir()
-        with pytest.warns(UserWarning) as told:
+        with pytest.warns(UserWarning, match="is a folder; expected a file") as told:
             found = model_svd(net, cache=tmp_path)["4"]
         assert torch.equal(found.left, expected.left)
         assert ["is a folder" in str(warning.message) for warning in told] == [True, True]
