@@ -248,16 +248,17 @@ def plot_filter_correlation(
     columns = columns[by_class(table[:, columns])]
     all_owners, correlation = assign_filters(table), filter_correlation(weight)
     owner, shown = all_owners[columns], correlation[columns][:, columns]
-    figure, axes = axes_of(plt_fig_axis, (6.4, 5.6))
+    present = owner.unique().tolist()
+    labels = [names[index] for index in present]
+    beside = 0.06 * max(map(len, labels))  # inches of the longest label
+    figure, axes = axes_of(plt_fig_axis, (6.0 + beside, 5.2 + beside))
     top = float(shown.max()) or 1.0
     image = axes.imshow(shown.numpy(), cmap=UNSIGNED, vmin=0.0, vmax=top, interpolation="nearest")
     edges = ((owner[1:] != owner[:-1]).nonzero()[:, 0] + 0.5).tolist()
     for edge in edges if len(edges) <= _MOST_LINES else []:
         axes.axhline(edge, color="white", linewidth=0.5)
         axes.axvline(edge, color="white", linewidth=0.5)
-    present = owner.unique().tolist()
     middles = [float((owner == index).nonzero().double().mean()) for index in present]
-    labels = [names[index] for index in present]
     set_ticks(axes, "y", labels, middles)
     set_ticks(axes, "x", labels, middles, rotation=90)
     axes.tick_params(labelsize=8, length=0)

@@ -209,6 +209,7 @@ CALLS = {
     "plot_spectrum": lambda d, v, **o: v.plot_spectrum(next(iter(d.spectra())), **o),
 }
 SIZES: dict[str, dict[str, Any]] = {
+    "many": {"classes": 60, "filters": 300, "layers": 30, "long": True},
     "plain": {"classes": 4, "filters": 6},
     "small": {"classes": 2, "filters": 1},
     "long": {"classes": 5, "filters": 4, "long": True},
@@ -230,7 +231,7 @@ def test_every_public_picture_is_tried():
     assert set(CALLS) == {name for name in visualize.__all__ if name.startswith("plot_")}
 
 
-@pytest.mark.parametrize("size", [size for size in SIZES if size != "large"])
+@pytest.mark.parametrize("size", [size for size in SIZES if size not in ("large", "many")])
 @pytest.mark.parametrize("name", CALLS)
 def test_draws(name, size, recwarn):
     drawn(name, size)
@@ -353,6 +354,42 @@ def test_long_names_are_short_and_apart(name):
             assert len(set(named)) == len(named)
             assert all(len(text.split(",")[0]) <= 25 for text in named)
     assert not any(LONG in text for text in texts(figure))
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_no_text_is_cut_off_or_hides_another(name):
+    figure, _ = drawn(name, "many")
+    whole = figure.bbox
+    for axes in figure.axes:
+        for side in (axes.xaxis, axes.yaxis):
+            shown = [label for label in side.get_ticklabels() if label.get_text()]
+            boxes = [label.get_window_extent() for label in shown if label.get_visible()]
+            boxes.sort(key=lambda box: box.x0 if side is axes.xaxis else box.y0)
+            for one, two in itertools.pairwise(boxes):
+                apart = (two.x0 - one.x1) if side is axes.xaxis else (two.y0 - one.y1)
+                assert apart > -2 or _slanted(side)
+    for text in figure.findobj(Text):
+        box = text.get_window_extent()
+        if text.get_text() and text.get_visible() and text.get_figure() is figure:
+            inside = box.x0 > -2 and box.x1 < whole.x1 + 2 and box.y0 > -2 and box.y1 < whole.y1 + 2
+            assert inside or not _is_drawn(text, figure), text.get_text()
+
+
+def _slanted(side):
+    return any(label.get_rotation() not in (0, 90) for label in side.get_ticklabels())
+
+
+def _is_drawn(text, figure):
+    """Ticks beyond an axis' limits have labels that are not drawn."""
+    for axes in figure.axes:
+        for side in (axes.xaxis, axes.yaxis):
+            ends = sorted(side.get_view_interval())
+            for tick in [*side.get_major_ticks(), *side.get_minor_ticks()]:
+                if text in (tick.label1, tick.label2):
+                    return (
+                        axes.axison and ends[0] <= tick.get_loc() <= ends[1] and text.get_visible()
+                    )
+    return True
 
 
 @pytest.mark.parametrize(("exact", "said"), [(True, "exact"), (False, "not exact"), (None, "")])
