@@ -7,6 +7,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
+from captum_classfilters._core.guard import held
+
 
 def copied(
     model: nn.Module,
@@ -39,4 +41,5 @@ def copied(
         for value in tree_leaves(vars(module)):
             if isinstance(value, Tensor) and not value.is_leaf:
                 memo.setdefault(id(value), value.detach().clone())
-    return copy.deepcopy(model, memo)
+    with held(model):  # hooks that a running pass has on it would be copied as well
+        return copy.deepcopy(model, memo)

@@ -1,16 +1,26 @@
 """The model comes back exactly as found, and one thread at a time works on it."""
 
+import contextlib
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import takewhile
+from pathlib import Path
+from traceback import walk_stack
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+_FORWARD = nn.Module._call_impl.__code__
 _locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
 _locks_guard = threading.Lock()
+_entered = (
+    threading.local()
+)  # how deep the stack was where this thread first entered a model's lock
+_INSIDE = (str(Path(__file__).parent.parent), contextlib.__file__)
 
 
 @contextmanager
@@ -21,7 +31,8 @@ def model_left_as_found(
 
     Hooks are not this guard's business: whoever registers one removes it. The guard holds
     references, not copies, so it costs no memory. Another thread that wants the same model, or a
-    wrapper of it, waits until the block ends; the same thread may enter again.
+    wrapper of it, waits until the block ends; the same thread may enter again, but not from within a
+    forward pass of the model: its layers are being read there.
 
     Args:
 
@@ -29,13 +40,17 @@ def model_left_as_found(
         evaluation (bool): Put every module into evaluation mode inside the block.
         freeze (bool): Switch ``requires_grad`` off for every parameter inside the block, so that
                     a backward pass stops at the layer of interest.
+
+    Raises:
+        ValueError: The block is entered in a hook of the same model's modules, while another such
+                    block runs the model.
     """
     if model is None:
         with _random_state():
             yield
         return
     check_sizes(model)
-    with _lock_of(model), _random_state():
+    with held(model), _random_state():
         training = [(module, module.training) for module in model.modules()]
         gradients = [(p, p.requires_grad, p.grad) for p in model.parameters()]
         try:
@@ -51,6 +66,39 @@ def model_left_as_found(
             for parameter, requires_grad, gradient in gradients:
                 parameter.requires_grad_(requires_grad)
                 parameter.grad = gradient
+
+
+@contextmanager
+def held(model: nn.Module) -> Iterator[None]:
+    """A block in which no other thread works on a model; refused inside one of its forward passes
+    that this package runs, where its layers are being read."""
+    lock = _lock_of(model)
+    with lock, _entering(model, lock):
+        yield
+
+
+@contextmanager
+def _entering(model: nn.Module, lock: threading.RLock) -> Iterator[None]:
+    depths: dict[int, int] = vars(_entered).setdefault("depths", {})
+    frames = [frame for frame, _ in walk_stack(sys._getframe(4))]
+    if id(lock) in depths:
+        modules = {id(module) for module in model.modules()}
+        for frame in frames[: len(frames) - depths[id(lock)]]:
+            if frame.f_code is _FORWARD and id(frame.f_locals["self"]) in modules:
+                raise ValueError(
+                    f"A forward pass of {type(model).__name__} that this package runs is not over: a "
+                    f"hook of its {type(frame.f_locals['self']).__name__}, or a forward method, calls "
+                    "the package again for the same model. Call it after the first call has "
+                    "returned."
+                )
+        yield
+        return
+    own = takewhile(lambda frame: frame.f_code.co_filename.startswith(_INSIDE), frames)
+    depths[id(lock)] = len(frames) - len(list(own))  # at the user's line
+    try:
+        yield
+    finally:
+        del depths[id(lock)]
 
 
 def check_sizes(model: nn.Module) -> None:
