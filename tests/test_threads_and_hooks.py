@@ -10,9 +10,9 @@ from torch import nn
 
 from captum_classfilters import LayerFilterContribution, LayerFilterFrequency
 from captum_classfilters.metrics import evaluate_classifier
+from tests.models import QUIET
 from tests.test_model_left_as_found import ENTRIES, batches, make_model, snapshot
 
-QUIET = {"show_progress": False}
 WITHOUT_GUARD = {"gate"}  # it is a model, and may be part of another
 
 
@@ -69,7 +69,7 @@ def test_threads_on_a_model_and_on_its_wrapper():
 def test_a_call_from_a_hook_of_a_running_call_is_refused(name):
     model = make_model()
     refusals: list[str] = []
-    busy = []
+    busy: list[bool] = []
 
     def hook(_module, _inputs, _output):
         if not busy:
