@@ -193,7 +193,8 @@ def _with_another_size(
     resolved = []
     for layer in layers:
         output = next(iter(seen.calls.get(modules[layer.name], [])), None)
-        if layer.qualifies and isinstance(output, Tensor) and len(output) != seen.batch:
+        may_qualify = layer.qualifies or layer.reason == _UNKNOWN
+        if may_qualify and isinstance(output, Tensor) and len(output) != seen.batch:
             layer = first.found(modules[layer.name]).without_filters(_ROWS)
         elif _has_two_axes(layer) and layer.shape and isinstance(output, Tensor):
             last = len(layer.shape) - 1

@@ -184,6 +184,79 @@ def test_the_last_weighted_module_decides_first() -> None:
     assert _axis(block, torch.rand(2, 4, 5, 3)) == 3  # axis 1 has the size of the first
 
 
+class _Gating(nn.Module):
+    """Tokens gated by what a linear layer makes of the tokens themselves."""
+
+    def __init__(self, tokens: int, filters: int) -> None:
+        super().__init__()
+        self.norm, self.proj = nn.LayerNorm(filters), nn.Linear(tokens, tokens)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.proj(self.norm(x).movedim(1, 2)).movedim(1, 2)
+
+
+@pytest.mark.parametrize(
+    ("block", "size"),
+    [
+        # Three linear filters say the last axis, where maps are three wide by chance.
+        (nn.Sequential(_convnext_block(6), nn.Sequential(nn.Linear(3, 3))), (6, 5, 3)),
+        (nn.Sequential(nn.Conv2d(6, 8, 1), nn.Linear(3, 7)), (6, 5, 3)),  # 6 and 3 are nobody's
+        (_Gating(5, 6), (5, 6)),
+    ],
+)
+def test_a_block_whose_modules_contradict_each_other_must_be_told(block, size) -> None:
+    images = torch.rand(2, *size)
+    with pytest.raises(ValueError, match=r"weighted module.*channel_dim=1 or channel_dim=-1"):
+        filter_axis(block, images)
+    assert filter_axis(block, images, channel_dim=-1) == len(size)
+
+
+def test_most_modules_of_a_block_decide() -> None:
+    block = nn.Sequential(_convnext_block(6), nn.Linear(3, 6), nn.Linear(3, 4))
+    assert filter_axis(block, torch.rand(2, 6, 5, 5)) == 1
+    assert filter_axis(nn.Sequential(_Gating(5, 6), nn.Linear(6, 6)), torch.rand(2, 5, 6)) == 2
+
+
+def test_what_follows_weights_is_not_guessed() -> None:
+    relu, windows = nn.ReLU(), torch.rand(2, 9, 4, 6)
+    with pytest.raises(ValueError, match="the last has the size of the 6 filters of the Conv2d"):
+        filter_axis(relu, windows, before=nn.Conv2d(3, 6, 1))  # windows of pixels, filters last
+    assert filter_axis(relu, torch.rand(2, 9, 4, 5), before=nn.Conv2d(3, 6, 1)) == 1  # branches
+    tokens = torch.rand(2, 5, 8)
+    with pytest.raises(
+        ValueError, match="neither has the size of the 6 filters of the BatchNorm1d"
+    ):
+        filter_axis(relu, tokens, before=nn.BatchNorm1d(6))
+    assert filter_axis(relu, tokens, before=nn.BatchNorm1d(8)) == 2
+    assert filter_axis(relu, tokens, before=nn.BatchNorm1d(5)) == 1
+
+
+def test_more_axes_than_maps_have_are_not_guessed() -> None:
+    with pytest.raises(ValueError, match="no weighted module is before it"):
+        filter_axis(nn.Identity(), torch.rand(2, 3, 4, 5, 6, 7))
+    assert filter_axis(nn.Identity(), torch.rand(2, 3, 4, 5, 6)) == 1
+
+
+class _Bias(nn.Module):
+    """Two heads' biases of positions, a module's output that is no image's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bias, self.head = nn.Conv2d(3, 4, 1), nn.Identity(), nn.Linear(4, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps = self.conv(images)
+        biases = self.bias(torch.ones(2, maps[0, 0].numel(), 5))
+        return self.head(maps.mean((2, 3)) + biases.mean())
+
+
+@pytest.mark.parametrize("number", [2, 3])
+def test_rows_that_are_by_chance_as_many_as_images_are_no_batch(number: int) -> None:
+    row = list_filter_layers(_Bias(), torch.rand(number, 3, 4, 4))["bias"]
+    assert (row.qualifies, row.reason) == (False, "axis 0 is not the batch")
+    assert list_filter_layers(_Bias(), torch.rand(number, 3, 4, 4))["conv"].qualifies
+
+
 def test_a_block_of_equal_axes_must_be_told() -> None:
     block, images = _convnext_block(6), torch.rand(2, 6, 6, 6)
     with pytest.raises(ValueError, match=r"both have the size.*channel_dim=1 or channel_dim=-1"):

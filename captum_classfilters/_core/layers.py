@@ -295,8 +295,9 @@ def _axis_of_leaves(
     leaves: Sequence[nn.Module], layer: nn.Module, tensor: Tensor, mixed: bool
 ) -> int:
     """The axis whose size is the number of filters of a block's last weighted module that has the
-    size of one; in a block of both layouts most others must agree, as a small module may by chance
-    be as wide as a map."""
+    size of one. In a block of both layouts most others must agree, as a small module may by chance be
+    as wide as a map; without convolutions, none may contradict axis 1, where no module inside has its
+    filters (those of a gating unit's linear layer are tokens)."""
     last = tensor.dim() - 1
     sizes = tensor.shape[1], tensor.shape[last]
     fitting = [width for width in map(_width, leaves) if width in sizes]
@@ -308,7 +309,11 @@ def _axis_of_leaves(
         raise _unknown_axis(layer, tensor, "neither has the size of a weighted module inside")
     if mixed and 2 * fitting.count(fitting[-1]) <= len(fitting):
         raise _unknown_axis(layer, tensor, "weighted modules inside have the size of either")
-    return 1 if fitting and fitting[-1] == sizes[0] else last
+    if not fitting or fitting[-1] == sizes[1]:
+        return last
+    if not mixed and sizes[1] in fitting:
+        raise _unknown_axis(layer, tensor, "weighted modules inside have the size of either")
+    return 1
 
 
 def _told_axis(channel_dim: int, tensor: Tensor) -> int:
@@ -330,7 +335,9 @@ def _axis_after(before: nn.Module | None, layer: nn.Module, tensor: Tensor) -> i
         return 1
     first_fits, last_fits = (tensor.shape[axis] == _width(before) for axis in (1, last))
     of = f"the size of the {_width(before)} filters of the {type(before).__name__} before it"
-    if layer_layout(before) == "first" and tensor.dim() == _dimensions(before, tensor):
+    stays = layer_layout(before) == "first" and tensor.dim() == _dimensions(before, tensor)
+    # What a one-dimensional batch normalization took may have been tokens in one row.
+    if stays and (first_fits or not isinstance(before, nn.BatchNorm1d)):
         if last_fits and not first_fits:
             raise _unknown_axis(layer, tensor, f"the last has {of}, or a map is as wide by chance")
         return 1  # maps of a convolution stay maps; other widths come from concatenation
