@@ -15,16 +15,18 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
 from benchmarks.shared import Table, parsed, parser
-from captum_classfilters import ClassFilters
+from captum_classfilters import ClassFilters, LayerFilterContribution
 from captum_classfilters._core import checkpoints, tensor_files
 from captum_classfilters.gates import ClassSpecificGate, GatedTrainer
 from captum_classfilters.pruning.pruning_order import PruningOrder
@@ -82,7 +84,7 @@ class Kind:
         raise NotImplementedError
 
     def read_again(self, path: Path) -> object:
-        """The same after what was read has been saved."""
+        """The same after what was read has been saved; None where it is used up."""
         return self.read(path)
 
 
@@ -202,6 +204,44 @@ class TrainerKind(Kind):
         return told(trainer.state_dict())
 
 
+class StopError(Exception):
+    """What ends a pass."""
+
+
+class PassKind(Kind):
+    """States of passes over data, which go on where they were stopped."""
+
+    schema = tensor_files.Schema("pass", "", 1, "", "")
+
+    def _identify(self, path: Path, seed: int, stop: int | None = None) -> object:
+        torch.manual_seed(seed)
+        net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+        data = [(torch.rand(4, 3), torch.tensor([0, 1, 1, 0])) for _ in range(3)]
+
+        def batches() -> Iterator[object]:
+            for number, batch in enumerate(data):
+                if number == stop:
+                    raise StopError
+                yield batch
+
+        table = LayerFilterContribution(net, "1").identify(
+            batches(), state_path=path, save_every=0, show_progress=False
+        )
+        return told([table.scores, table.counts, table.standard_errors, table.selected])
+
+    def write(self, path: Path, seed: int) -> None:
+        path.unlink(missing_ok=True)
+        self.seed = seed
+        with suppress(StopError):
+            self._identify(path, seed, stop=1 + seed % 2)
+
+    def read(self, path: Path) -> object:
+        return self._identify(path, self.seed)
+
+    def read_again(self, path: Path) -> object:
+        return None
+
+
 class CheckpointKind(Kind):
     """Weights of other programs, which have no checksum."""
 
@@ -222,6 +262,7 @@ KINDS: dict[str, Callable[[], Kind]] = {
     "tables": TableKind,
     "records of pruning runs": OrderKind,
     "caches": CacheKind,
+    "states of passes": PassKind,
     "states of trainers": TrainerKind,
     "checkpoints": CheckpointKind,
 }
@@ -249,7 +290,7 @@ def attack_kind(name: str, kind: Kind, number: int, seed: int) -> Outcome:
     """Damage so many files of one kind, and see what reading them gives."""
     chance = random.Random(f"{name} {seed}")
     failures: list[str] = []
-    random_state = torch.get_rng_state()
+    random_states = torch.get_rng_state(), np.random.get_state(), random.getstate()
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that a cache is computed again, for example
         path, other = Path(folder) / "file", Path(folder) / "other"
@@ -266,7 +307,9 @@ def attack_kind(name: str, kind: Kind, number: int, seed: int) -> Outcome:
             failure = _failure(kind, path, saved, forge or not kind.checked)
             if failure:
                 failures.append(f"{name}, {trial}, {how.__name__}: {failure}")
-    torch.set_rng_state(random_state)
+    torch.set_rng_state(random_states[0])
+    np.random.set_state(random_states[1])
+    random.setstate(random_states[2])
     return Outcome(f"files: {name}", number, number - len(failures), failures)
 
 
@@ -277,7 +320,8 @@ def _failure(kind: Kind, path: Path, saved: object, may_differ: bool) -> str | N
         if not may_differ:
             return None if found == saved else "other values, and nothing was said"
         if kind.checked:
-            return None if kind.read_again(path) == found else "not read as it was saved"
+            again = kind.read_again(path)
+            return None if again is None or again == found else "not read as it was saved"
     except ValueError as error:
         return None if str(error) else "a ValueError without words"
     except Exception as error:  # which is what is looked for

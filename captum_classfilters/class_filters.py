@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 _SHOWN = 5  # filters of a class, beside each other
 _FEW, _MANY = 10, 40  # rows that are printed of a class
 # Version 2: p_values and q_values; files without them are still written as 1.
-_FILE = Schema("class_filters", "captum_classfilters.ClassFilters", 2, "ClassFilters", "table")
+_FILE = Schema(
+    "class_filters", "captum_classfilters.ClassFilters", 2, "ClassFilters", "table", checked_from=3
+)
 
 
 @short_repr

@@ -151,6 +151,11 @@ class Progress:
         with stored.building():
             self._known = _split(tensors.pop("digests"))
             self._counted.restore(tensors, notes)
+            drawn, others = _random_state()
+            try:  # whether it is one, before it is needed
+                _set_random_state(self._random)
+            finally:
+                _set_random_state({"torch": drawn, "others": others})
         self._restored = self.images or 0
 
     def look(self, number: int, inputs: ModelInputs, labels: object, end: int) -> bool:

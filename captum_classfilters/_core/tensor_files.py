@@ -52,6 +52,8 @@ class Schema:
         noun (str): ... holds such a thing.
         nameless (bool): Its first version did not say what it is.
                     Default: False
+        checked_from (int): The version from which on every file has a checksum.
+                    Default: 1
     """
 
     key: str
@@ -60,6 +62,7 @@ class Schema:
     kind: str
     noun: str
     nameless: bool = False
+    checked_from: int = 1
 
     def __str__(self) -> str:
         return f"{self.kind} {self.noun}"
@@ -197,8 +200,8 @@ class Stored:
             yield
         except ValueError as error:
             self.refuse(str(error))
-        except RecursionError:
-            self.refuse("it is nested too deeply.")
+        except Exception as error:  # what parts make of each other that nobody wrote together
+            self.refuse(f"its parts do not fit each other ({type(error).__name__}: {error}).")
 
     def value(self, name: str, kind: type[T], default: Any = _REQUIRED) -> T:
         """A part of the record, of a type; true and false are no numbers."""
@@ -284,7 +287,7 @@ def read_tensors(path: AnyPath, schema: Schema) -> Stored:
         raise ValueError(f"{path} is not a complete {schema.kind} file: {error}") from error
     version = _version(path, schema, details)
     try:
-        _verify(metadata, schema.key, details, tensors)
+        _verify(metadata, schema, version, details, tensors)
     except ValueError as error:
         raise ValueError(f"{path} is not a complete {schema.kind} file: {error}") from error
     return Stored(path, schema, version, details, tensors)
@@ -420,13 +423,18 @@ def _parsed(text: str) -> JsonDict:
 
 
 def _verify(
-    metadata: Mapping[str, str], key: str, details: JsonDict, tensors: Mapping[str, Tensor]
+    metadata: Mapping[str, str],
+    schema: Schema,
+    version: int,
+    details: JsonDict,
+    tensors: Mapping[str, Tensor],
 ) -> None:
     """Compare the checksum, where there is or was one."""
+    key = schema.key
     if unknown := [name for name in metadata if name not in (key, _CHECKSUM)]:
         raise ValueError(f"its metadata hold {_short(unknown[0])} beside {key!r}.")
     announced = details.pop(_CHECKSUM, None)
-    if _CHECKSUM not in metadata and announced is None:
+    if _CHECKSUM not in metadata and announced is None and version < schema.checked_from:
         return
     if metadata.get(_CHECKSUM) != checksum(key, metadata[key], tensors):
         raise ValueError(

@@ -15,8 +15,9 @@ from captum_classfilters._core.tensor_files import Schema, read_tensors, write_t
 from captum_classfilters._core.types import JsonDict
 
 _FILE = Schema(
-    "pruning_order", "captum_classfilters.PruningOrder", 2, "PruningOrder", "record", nameless=True
-)
+    "pruning_order", "captum_classfilters.PruningOrder", 2, "PruningOrder", "record", nameless=True,
+    checked_from=2,
+)  # fmt: skip
 BOUNDS = ("num_filters", "ratio", "min_accuracy")
 
 

@@ -24,7 +24,9 @@ from captum_classfilters.spectral.weight_matrix import (
     weight_matrix,
 )
 
-_FILE = Schema("layer_svd", "captum_classfilters/layer_svd/1", 1, "LayerSVD", "decomposition")
+_FILE = Schema(
+    "layer_svd", "captum_classfilters/layer_svd/1", 1, "LayerSVD", "decomposition", checked_from=2
+)
 Source = tuple[nn.Module, str | None]  # a module, and the part of it if not its weight
 
 

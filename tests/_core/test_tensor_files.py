@@ -22,7 +22,7 @@ from captum_classfilters._core.tensor_files import (
     write_tensors,
 )
 
-THING = Schema("thing", "tests.Thing", 3, "Thing", "list")
+THING = Schema("thing", "tests.Thing", 3, "Thing", "list", checked_from=3)
 
 
 def every_type():
@@ -184,6 +184,7 @@ RECORD = {"schema": "tests.Thing", "schema_version": 2}
         ({"thing": json.dumps({**RECORD, "schema_version": 0})}, "schema version is 0"),
         ({"thing": json.dumps({**RECORD, "checksum": "sha256"})}, "checksum is not that"),
         ({"thing": json.dumps(RECORD), "checksum": "sha256:0"}, "checksum is not that"),
+        ({"thing": json.dumps({**RECORD, "schema_version": 3})}, "checksum is not that"),
         ({"thing": json.dumps(RECORD), "chacksum": "x"}, "hold 'chacksum' beside 'thing'"),
         ({"thing": json.dumps(RECORD)[:-1] + ', "n": ' + "1" * 5000 + "}"}, "not a complete"),
     ],
@@ -200,7 +201,7 @@ def test_files_of_versions_without_a_checksum_are_read_in_silence(tmp_path):
         warnings.simplefilter("error")
         stored = read_tensors(tmp_path / "file", THING)
     assert stored.version == 2
-    nameless = Schema("thing", "tests.Thing", 3, "Thing", "list", nameless=True)
+    nameless = Schema("thing", "tests.Thing", 3, "Thing", "list", nameless=True, checked_from=2)
     save_file({"a": torch.ones(2)}, tmp_path / "file", metadata={"thing": "{}"})
     assert read_tensors(tmp_path / "file", nameless).version == 1
 
@@ -279,6 +280,9 @@ def test_parts_are_taken_once_and_checked(tmp_path):
     stored.all_tensors()
     with pytest.raises(ValueError, match=f"{path} is no valid Thing file: odd"), stored.building():
         raise ValueError("odd")
+    with pytest.raises(ValueError, match=r"do not fit each other \(KeyError: 'absent'\)"):  # noqa: SIM117
+        with stored.building():
+            _ = {"a": 1}["absent"]
 
 
 # -- all that we keep ------------------------------------------------------------------------------
@@ -376,9 +380,7 @@ def test_damaged_and_forged_files(name):
 
 
 def test_the_attack_sees_what_a_checksum_sees(monkeypatch):
-    monkeypatch.setattr(
-        tensor_files, "_verify", lambda metadata, key, details, tensors: details.pop("checksum")
-    )
+    monkeypatch.setattr(tensor_files, "_verify", lambda *parts: parts[3].pop("checksum"))
     outcome = attack.attack_kind("tables", attack.KINDS["tables"](), 150, seed=1)
     assert outcome.survived < outcome.tried
     assert any("other values, and nothing was said" in failure for failure in outcome.failures)
