@@ -83,7 +83,7 @@ class Agreement(Tabular):
 
 @short_repr
 @dataclass(frozen=True)
-class ClassOverlap:
+class ClassOverlap(Tabular):
     r"""How far classes share filters within one table.
 
     Args:
@@ -97,6 +97,23 @@ class ClassOverlap:
     count: Tensor
     jaccard: Tensor
     classes_per_filter: Tensor
+
+    def _tables(self) -> list[Table]:
+        others = self.jaccard.nan_to_num(nan=-1.0).fill_diagonal_(-1.0)
+        most, nearest = others.max(1)
+        rows = [
+            {
+                "class": index,
+                "filters": self.count[index, index],
+                "nearest class": int(nearest[index]) if most[index] >= 0 else None,
+                "shared with it": self.count[index, nearest[index]] if most[index] >= 0 else None,
+                "Jaccard": float(most[index]) if most[index] >= 0 else float("nan"),
+            }
+            for index in range(len(self.count))
+        ]
+        used = int((self.classes_per_filter > 0).sum())
+        title = f"{used:,} of {len(self.classes_per_filter):,} filters are selected for a class"
+        return [Table(rows, title=title)]
 
 
 @short_repr

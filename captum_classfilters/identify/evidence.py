@@ -71,7 +71,7 @@ class Stability(Tabular):
 
 @short_repr
 @dataclass(frozen=True)
-class Evidence:
+class Evidence(Tabular):
     r"""
     One method's evidence at one layer, image by image, each for the image's own label.
 
@@ -91,6 +91,20 @@ class Evidence:
     layer: str = ""
     method: str = ""
     provenance: JsonDict = field(default_factory=dict)
+
+    def _tables(self) -> list[Table]:
+        best, filters = self.scores.max(1)
+        rows = [
+            {
+                "image": index,
+                "class": self.class_names[int(label)],
+                "strongest filter": int(filters[index]),
+                "evidence": best[index],
+            }
+            for index, label in enumerate(self.labels)
+        ]
+        title = f"{self.method} at {self.layer}: {len(rows):,} images"
+        return [Table(rows, {"evidence": ".4g"}, title)]
 
     @property
     def counts(self) -> Tensor:
