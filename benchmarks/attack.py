@@ -1,7 +1,9 @@
-r"""Attacks on what must not get lost or go wrong unseen: damaged files.
+r"""Attacks on what must not get lost or go wrong unseen: damaged files, killed runs, failing processes.
 
     python -m benchmarks.attack                # all parts
     python -m benchmarks.attack --part files   # 10,000 damaged and forged files of every kind
+    python -m benchmarks.attack --part kills   # 200 kills of runs that are started again
+    python -m benchmarks.attack --part ranks   # under torchrun, with 2, 3 and 4 processes
 
 A damaged file survives if reading it raises ValueError, or gives exactly what was saved; a damaged cache,
 if the numbers are those of a new computation. A forged file, whose checksum was made to fit, survives if
@@ -25,6 +27,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from benchmarks import attack_runs
 from benchmarks.shared import Table, parsed, parser
 from captum_classfilters import ClassFilters, LayerFilterContribution
 from captum_classfilters._core import checkpoints, tensor_files
@@ -50,8 +53,10 @@ def main(given: Sequence[str] | None = None) -> None:
     options = parser(__doc__)
     options.add_argument("--part", choices=list(PARTS), help="by default all")
     options.add_argument("--files", type=int, default=10_000, help="how many files")
+    options.add_argument("--kills", type=int, default=200, help="how many kills")
+    options.add_argument("--ranks", type=int, nargs="*", default=[2, 3, 4], help="processes")
     options.add_argument("--seed", type=int, default=0)
-    arguments = parsed(options, given, files=60)
+    arguments = parsed(options, given, files=60, kills=5, ranks=[])
     failures: list[str] = []
     table = Table("attack", "tried", "survived", "seconds")
     for name in [arguments.part] if arguments.part else PARTS:
@@ -497,7 +502,26 @@ def with_header(text: str, whole: bytes) -> bytes:
     return len(encoded).to_bytes(8, "little") + encoded + whole[header_end(whole) :]
 
 
-PARTS: dict[str, Callable[[argparse.Namespace], Iterable[Outcome]]] = {"files": attack_files}
+# -- runs --------------------------------------------------------------------------------------------
+
+
+def attack_by_kills(arguments: argparse.Namespace) -> Iterator[Outcome]:
+    """Kill runs, and start them again."""
+    for name, tried, failures in attack_runs.kills(arguments.kills, arguments.seed):
+        yield Outcome(name, tried, tried - len(failures), failures)
+
+
+def attack_ranks(arguments: argparse.Namespace) -> Iterator[Outcome]:
+    """Let one of several processes fail, die, or do something else."""
+    for name, tried, failures in attack_runs.ranks(tuple(arguments.ranks)):
+        yield Outcome(name, tried, tried - len(failures), failures)
+
+
+PARTS: dict[str, Callable[[argparse.Namespace], Iterable[Outcome]]] = {
+    "files": attack_files,
+    "kills": attack_by_kills,
+    "ranks": attack_ranks,
+}
 
 if __name__ == "__main__":
     main()

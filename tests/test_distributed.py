@@ -8,6 +8,7 @@ import sys
 import time
 import traceback
 from datetime import timedelta
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
@@ -82,10 +83,15 @@ def assert_alike(found, expected, exactly=()):
         assert torch.equal(known(getattr(found, name)), known(getattr(expected, name)))
 
 
+@lru_cache
+def one_process():
+    return worker.all_results(0, 1)
+
+
 @pytest.mark.parametrize("world", SIZES)
 def test_uneven_and_empty_shares_give_the_results_of_one_process(world, tmp_path):
     (of_ranks,) = run(world, tmp_path, ("all_results",))
-    whole = worker.all_results(0, 1)
+    whole = one_process()
     assert sum(len(worker.share(rank, world)) for rank in range(world)) == 12
     for found in of_ranks:
         assert isinstance(found, dict), found
@@ -249,5 +255,13 @@ def test_every_entry_is_summed_or_refused(tmp_path):
             assert "in a single process" in said
     assert summed == {
         "identify, votes",
+        "identify, contributions at the head",
+        "identify, contributions inside",
+        "identify, ablation",
+        "accuracy reduction",
+        "evidence",
+        "random weights",
         "accuracy",
+        "accuracy curve",
+        "selection by accuracy",
     }

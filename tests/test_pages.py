@@ -144,3 +144,14 @@ def test_code_calls_what_is_there(path):
             bind(*given, **words)
         except TypeError as error:
             pytest.fail(f"{path.name}: {ast.unparse(node)[:100]}: {error}")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_long_runs():
+    text = (DOCS / "long_runs.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) == 5
+    names: dict[str, Any] = {}
+    for block in blocks:
+        exec(compile(block, "long_runs.md", "exec"), names)
+    assert names["merged"].provenance["num_images"] == 480

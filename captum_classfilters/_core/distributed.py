@@ -134,7 +134,7 @@ def _answers(answer: tuple[str, Any]) -> list[tuple[str, Any]]:
 
 def _raise_failures(answers: list[tuple[str, Any]]) -> None:
     failures = [
-        f"rank {place} failed{answer[1]}"
+        f"rank {place} failed{answer[1].rstrip('.')}"
         for place, answer in enumerate(answers)
         if answer[0] == "error"
     ]
