@@ -3,6 +3,7 @@
     python -m benchmarks.spectral --part directions    # CIFAR-10, ResNet-20; a few minutes
     python -m benchmarks.spectral --part first         # class specificity of the first direction
     python -m benchmarks.spectral --part cost          # VGG-16 at 224 px, random weights
+    python -m benchmarks.spectral --part null          # exponents and verdicts of random weights
 
 ``directions``: each class sees only its k best features at one layer (the rest is replaced by zero, or by
 its mean over the training images) and the class whose own run has the largest own logit wins; features are
@@ -21,6 +22,7 @@ from typing import Any
 
 import torch
 import torchvision
+from scipy.stats import ks_2samp
 from torch import Tensor, nn
 
 from benchmarks import cifar10
@@ -37,7 +39,15 @@ from benchmarks.shared import (
 from captum_classfilters import ClassFilters, LayerFilterContribution
 from captum_classfilters._core.replay.suffix_replay import SuffixReplay
 from captum_classfilters.identify import collect_features
-from captum_classfilters.spectral import direction_signals, factor_layer, model_svd
+from captum_classfilters.spectral import (
+    direction_signals,
+    factor_layer,
+    fit_power_law,
+    model_spectra,
+    model_svd,
+)
+from captum_classfilters.spectral.model_spectra import layer_verdict
+from captum_classfilters.spectral.power_law import random_exponents
 
 OWN = "benchmarks.spectral"
 LAYER = "layer3.2.conv2"
@@ -263,10 +273,51 @@ def cost(small: bool) -> None:
         table.row(aggregate, *figures)
 
 
+# -- what random weights look like -----------------------------------------------------------------
+
+
+def null(shapes: Sequence[tuple[int, int]], seeds: Sequence[int], small: bool) -> None:
+    """Exponents of random matrices, and verdicts of random networks with and without them."""
+    table = Table(
+        "Exponents of 400 random matrices",
+        *("median", "lowest 5 %", "up to 3, %", "up to 4.5, %", "Kolmogorov-Smirnov p to Gaussian"),
+    )
+    for rows, columns in shapes:
+        exponents = torch.tensor(random_exponents(rows, columns, repetitions=400, seed=1))
+        shares = [float((exponents <= limit).double().mean()) * 100 for limit in (3, 4.5)]
+        gaussian = [fit_power_law(eigenvalues_of(rows, columns, seed)).alpha for seed in range(100)]
+        table.row(
+            f"{rows} x {columns}",
+            *(f"{float(exponents.quantile(share)):.2f}" for share in (0.5, 0.05)),
+            *(f"{share:.1f}" for share in shares),
+            f"{ks_2samp(exponents.numpy(), gaussian).pvalue:.2f}",
+        )
+    name = "ResNet-8" if small else "ResNet-18"
+    table = Table(
+        f"{name}, random weights: layers not judged untrained",
+        *("layers", "by the exponent alone", "and unlike random matrices of the shape"),
+    )
+    for seed in seeds:
+        torch.manual_seed(seed)
+        model = cifar10.CifarResNet(8) if small else torchvision.models.resnet18(weights=None)
+        spectra = model_spectra(model)
+        alone = [layer_verdict(layer.power_law.alpha) for layer in spectra]
+        compared = [layer.verdict for layer in spectra]
+        numbers = (len(verdicts) - verdicts.count("untrained") for verdicts in (alone, compared))
+        table.row(f"seed {seed}", str(len(spectra)), *map(str, numbers))
+
+
+def eigenvalues_of(rows: int, columns: int, seed: int) -> Tensor:
+    """Of a Gaussian matrix."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
+    return torch.linalg.svdvals(weight).square()
+
+
 def main(given: Sequence[str] | None = None) -> None:
     """Print one part's tables, or those of all parts."""
     known = parser(__doc__)
-    parts = ("directions", "first", "cost", "all")
+    parts = ("directions", "first", "cost", "null", "all")
     known.add_argument("--part", choices=parts, default="directions")
     known.add_argument("--train", type=int, default=8000)
     known.add_argument("--test", type=int, default=2000)
@@ -281,13 +332,19 @@ def main(given: Sequence[str] | None = None) -> None:
     if options.signals:
         print(json.dumps(signals(options.signals)))
         return
-    prepare(options.small, *([] if options.part == "cost" else [cifar10.TEST, cifar10.TRAIN]))
+    prepare(
+        options.small, *([] if options.part in ("cost", "null") else [cifar10.TEST, cifar10.TRAIN])
+    )
     if options.part in ("directions", "all"):
         directions(options.train, options.test, options.rotations)
     if options.part in ("first", "all"):
         first(options.test, options.depths)
     if options.part in ("cost", "all"):
         cost(options.small)
+    if options.part in ("null", "all"):
+        shapes = [(16, 27), (64, 27), (64, 147), (128, 576)]
+        seeds = range(2 if options.small else 6)
+        null(shapes[: 2 if options.small else 4], seeds, options.small)
 
 
 if __name__ == "__main__":

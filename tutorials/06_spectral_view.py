@@ -102,8 +102,8 @@ figure, _ = plot_spectrum(spectra[name])
 
 # %% [markdown]
 # The same layers, initialised again, are the control: no outliers, and steeper tails where there are
-# enough eigenvalues to tell. The first layer has nine and the head ten: their verdicts mean nothing,
-# as their error bars show.
+# enough eigenvalues to tell. The first layer has nine and the head ten: random matrices of these shapes
+# have as heavy tails, so both are judged untrained whatever their exponents.
 
 # %%
 comparison = compare_with_random(model)

@@ -15,7 +15,7 @@ from captum_classfilters._core.tables import Row, Table, Tabular, short_repr
 from captum_classfilters.spectral.eigenvalues import eigenvalues
 from captum_classfilters.spectral.marchenko_pastur import MarchenkoPasturFit, fit_marchenko_pastur
 from captum_classfilters.spectral.model_svd import ModelSVD, model_svd
-from captum_classfilters.spectral.power_law import PowerLaw, fit_power_law
+from captum_classfilters.spectral.power_law import PowerLaw, fit_power_law, random_exponents
 from captum_classfilters.spectral.weight_matrix import UnfitWeightError, WeightMatrix, can_decompose
 
 if TYPE_CHECKING:
@@ -23,20 +23,26 @@ if TYPE_CHECKING:
 
 Verdict = Literal["good", "fair", "untrained"]
 _GOOD_UP_TO, _FAIR_UP_TO = 4.0, 7.0
+_SIGNIFICANT = 0.05
 _FORMATS = {"largest eigenvalue": ".4g"}
 _OF_TWIN = ("alpha", "largest eigenvalue", "verdict")
 
 
-def layer_verdict(alpha: float) -> Verdict:
+def layer_verdict(alpha: float, p_value: float = 0.0) -> Verdict:
     r"""
     How well trained a layer looks, by :math:`\mu = 2 (\alpha - 1)`.
 
     Heavy tails tell trained weights from random ones: ``"good"`` for :math:`\mu` up to 4
-    (:math:`\alpha` up to 3), ``"fair"`` up to 7, ``"untrained"`` above.
+    (:math:`\alpha` up to 3), ``"fair"`` up to 7, ``"untrained"`` above. A tail that random matrices
+    of the layer's shape have as well is ``"untrained"`` whatever its exponent: six of twenty random
+    (64, 27) have exponents below 3.
 
     Args:
 
         alpha (float): The exponent of :func:`fit_power_law`.
+        p_value (float): How many random matrices of the same shape have as low an exponent; above
+                    0.05, it says nothing.
+                    Default: 0
 
     Returns:
         *str*.
@@ -44,7 +50,9 @@ def layer_verdict(alpha: float) -> Verdict:
     if not alpha > 1:
         raise ValueError(f"alpha={alpha} is no exponent of a power law; it must be above 1.")
     mu = 2 * (alpha - 1)
-    return "good" if mu <= _GOOD_UP_TO else "fair" if mu <= _FAIR_UP_TO else "untrained"
+    if mu > _FAIR_UP_TO or p_value > _SIGNIFICANT:
+        return "untrained"
+    return "good" if mu <= _GOOD_UP_TO else "fair"
 
 
 @short_repr
@@ -74,9 +82,21 @@ class LayerSpectrum:
         return float(self.values[0])
 
     @property
+    def p_value(self) -> float:
+        """The share of random matrices of this shape, this one counted with them, whose exponent is
+        as low; see :func:`random_exponents`."""
+        rows, columns = self.shape
+        null = random_exponents(rows, columns, max(1, len(self.values) // min(self.shape)))
+        as_low = sum(alpha <= self.power_law.alpha for alpha in null)
+        return (1 + as_low) / (1 + len(null))
+
+    @property
     def verdict(self) -> Verdict:
-        """See :func:`layer_verdict`."""
-        return layer_verdict(self.power_law.alpha)
+        """See :func:`layer_verdict`; random matrices are only drawn where they matter."""
+        verdict = layer_verdict(self.power_law.alpha)
+        if verdict == "untrained":
+            return verdict
+        return layer_verdict(self.power_law.alpha, self.p_value)
 
     @property
     def weighted_exponent(self) -> float:

@@ -1,12 +1,17 @@
 """The exponent of a heavy tail, by maximum likelihood."""
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+from scipy.linalg import eigvalsh_tridiagonal
 from torch import Tensor
 
 from captum_classfilters._core.tables import short_repr
 from captum_classfilters.spectral.marchenko_pastur import positive_numbers
+
+_MOST_ROWS = 1024
 
 
 @short_repr
@@ -45,8 +50,9 @@ def fit_power_law(values: Tensor, minimum: float | None = None) -> PowerLaw:
 
     and the beginning is the eigenvalue at which the distance
     :math:`\max_i |F(\lambda_i) - i / n|`, :math:`i = 0 \dots n - 1`, is least. All eigenvalues but the
-    largest are tried. The exponent is **not bounded**: random weights have exponents of 5 to 50,
-    which fits that stop at 3 report as well trained.
+    largest are tried. The exponent is **not bounded**: those of large random matrices lie far above
+    3, where some fits stop and report every random network as well trained. Those of small random
+    matrices scatter; :func:`random_exponents` says how far.
 
     Source: Clauset, Shalizi, Newman: *Power-law distributions in empirical data* (2009), equation
     3.1 and section 3.3, https://arxiv.org/abs/0706.1062.
@@ -90,6 +96,63 @@ def fit_power_law(values: Tensor, minimum: float | None = None) -> PowerLaw:
     starts = np.unique(numbers, return_index=True)[1][:-1]
     # The first of equals, so that the longest tail wins.
     return min((_fit(logs, int(start), logs[start]) for start in starts), key=lambda f: f.distance)
+
+
+@functools.lru_cache(maxsize=256)
+def random_exponents(
+    rows: int, columns: int, groups: int = 1, repetitions: int = 39, seed: int = 0
+) -> tuple[float, ...]:
+    r"""
+    The exponents that :func:`fit_power_law` finds in random matrices of one shape.
+
+    They do not depend on the scale of the entries. The eigenvalues of a Gaussian matrix are drawn as
+    those of a bidiagonal one with :math:`\chi`-distributed entries, which have the same distribution.
+    Matrices with more than 1,024 rows and columns are replaced by smaller ones with the same ratio of
+    the two; their exponents are lower and scatter more, so that what differs from them differs from
+    those of the large ones.
+
+    Source: Dumitriu, Edelman: *Matrix models for beta ensembles* (2002),
+    https://arxiv.org/abs/math-ph/0206043.
+
+    Args:
+
+        rows, columns (int): The shape of the matrix (of one group).
+        groups (int): Matrices whose eigenvalues belong together.
+                    Default: 1
+        repetitions (int): Random matrices.
+                    Default: 39
+        seed (int): Of the draws.
+                    Default: 0
+
+    Returns:
+        *tuple of float*: Rising.
+
+    Examples::
+
+        >>> from captum_classfilters.spectral.power_law import random_exponents
+        >>> small, large = random_exponents(64, 27), random_exponents(512, 4608)
+        >>> small[0] < 3 < 7 < large[0]
+        True
+    """
+    few, many = sorted((rows, columns))
+    scale = min(1.0, _MOST_ROWS / few)
+    few, many = max(2, round(few * scale)), max(2, round(many * scale))
+    generator = np.random.default_rng(seed)
+    exponents = []
+    for _ in range(repetitions):
+        parts = [_random_eigenvalues(few, many, generator) for _ in range(groups)]
+        exponents.append(fit_power_law(torch.from_numpy(np.concatenate(parts))).alpha)
+    return tuple(sorted(exponents))
+
+
+def _random_eigenvalues(few: int, many: int, generator: np.random.Generator) -> np.ndarray:
+    """Of the product of a Gaussian matrix with its transpose."""
+    diagonal = np.sqrt(generator.chisquare(many - np.arange(few)))
+    below = np.sqrt(generator.chisquare(few - 1 - np.arange(few - 1))) if few > 1 else np.zeros(0)
+    squares = diagonal**2
+    squares[1:] += below**2
+    values = eigvalsh_tridiagonal(squares, diagonal[:-1] * below)
+    return np.asarray(values.clip(min=0.0))
 
 
 def _fit(logs: np.ndarray, start: int, log_minimum: float) -> PowerLaw:

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from scipy.integrate import quad, trapezoid
+from scipy.stats import ks_2samp
 from torch import nn
 from torch.nn.utils import prune
 from torch.nn.utils.parametrizations import weight_norm
@@ -28,6 +29,7 @@ from captum_classfilters.spectral import (
     model_spectra,
     model_svd,
     permutation_threshold,
+    power_law,
     select_rank,
     stable_rank,
     universal_metric,
@@ -35,6 +37,7 @@ from captum_classfilters.spectral import (
 )
 from captum_classfilters.spectral.marchenko_pastur import MarchenkoPastur
 from captum_classfilters.spectral.model_spectra import layer_verdict
+from captum_classfilters.spectral.power_law import random_exponents
 from captum_classfilters.visualize import plot_exponents, plot_spectrum
 from tests.models import known
 
@@ -189,8 +192,53 @@ class TestPowerLaw:
     def test_verdicts(self):
         names = [layer_verdict(alpha) for alpha in (1.5, 3.0, 3.01, 4.5, 4.51, 30)]
         assert names == ["good", "good", "fair", "fair", "untrained", "untrained"]
+        assert [layer_verdict(2.0, p) for p in (0.05, 0.051)] == ["good", "untrained"]
         with pytest.raises(ValueError, match="alpha=1"):
             layer_verdict(1.0)
+
+    @pytest.mark.parametrize(("rows", "columns", "groups"), [(12, 7, 1), (5, 30, 1), (3, 8, 4)])
+    def test_random_exponents_are_those_of_gaussian_matrices(self, rows, columns, groups):
+        generator = torch.Generator().manual_seed(3)
+        gaussian = []
+        for _ in range(300):
+            weight = torch.randn(groups, rows, columns, generator=generator, dtype=torch.float64)
+            values = torch.linalg.svdvals(weight).square().flatten()
+            gaussian.append(fit_power_law(values).alpha)
+        drawn = random_exponents(rows, columns, groups, repetitions=300)
+        assert list(drawn) == sorted(drawn)
+        assert ks_2samp(gaussian, drawn).pvalue > 0.01
+        assert random_exponents(columns, rows, groups, 300) == drawn  # whichever side is longer
+
+    def test_large_matrices_are_replaced_by_smaller_ones_of_the_same_ratio(self, monkeypatch):
+        monkeypatch.setattr(power_law, "_MOST_ROWS", 10)
+        assert random_exponents(41, 123, 1, 7, 2) == random_exponents(10, 30, 1, 7, 2)
+
+    def test_a_verdict_of_a_small_random_layer_counts_random_ones(self):
+        torch.manual_seed(2)
+        layer = nn.Conv2d(3, 64, 3)  # (64, 27)
+        found = [model_spectra(reset(layer))["0"] for _ in range(40)]
+        low = [spectrum for spectrum in found if spectrum.power_law.alpha <= 4.5]
+        null = random_exponents(64, 27)
+        for spectrum in low:
+            as_low = sum(alpha <= spectrum.power_law.alpha for alpha in null)
+            assert spectrum.p_value == (1 + as_low) / 40
+            assert (spectrum.verdict == "untrained") == (spectrum.p_value > 0.05)
+        assert len(low) > 10  # that is what an exponent alone would be taken for
+        assert sum(spectrum.verdict != "untrained" for spectrum in found) <= 5
+
+    def test_a_heavy_tail_is_told_from_random_ones(self):
+        layer = nn.Linear(512, 64, bias=False)
+        uniform = (torch.arange(64, dtype=torch.float64) + 0.5) / 64
+        pareto = (1 - uniform) ** -0.5  # exponent 3
+        layer.weight.data = torch.eye(64, 512) * pareto.sqrt().float()[:, None]
+        spectrum = model_spectra(nn.Sequential(layer))["0"]
+        assert spectrum.p_value == 1 / 40
+        assert spectrum.verdict in ("good", "fair")
+
+
+def reset(layer):
+    layer.reset_parameters()
+    return nn.Sequential(layer)
 
 
 class TestSelectRank:
