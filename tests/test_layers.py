@@ -223,6 +223,8 @@ def test_what_follows_weights_is_not_guessed() -> None:
         filter_axis(relu, windows, before=nn.Conv2d(3, 6, 1))  # windows of pixels, filters last
     assert filter_axis(relu, torch.rand(2, 9, 4, 5), before=nn.Conv2d(3, 6, 1)) == 1  # branches
     tokens = torch.rand(2, 5, 8)
+    with pytest.raises(ValueError, match="axis 1 has the size of the 5 filters of the Linear"):
+        filter_axis(relu, tokens, before=nn.Linear(5, 5))  # a linear layer over tokens
     with pytest.raises(
         ValueError, match="neither has the size of the 6 filters of the BatchNorm1d"
     ):

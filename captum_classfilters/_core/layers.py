@@ -343,6 +343,9 @@ def _axis_after(before: nn.Module | None, layer: nn.Module, tensor: Tensor) -> i
         return 1  # maps of a convolution stay maps; other widths come from concatenation
     if first_fits == last_fits:
         raise _unknown_axis(layer, tensor, f"{'both have' if first_fits else 'neither has'} {of}")
+    if first_fits and isinstance(before, nn.Linear) and before.in_features == before.out_features:
+        # It may have mixed tokens, whose number is then no number of filters.
+        raise _unknown_axis(layer, tensor, f"axis 1 has {of}, which puts them on its last axis")
     return 1 if first_fits else last
 
 
