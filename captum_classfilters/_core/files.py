@@ -86,8 +86,8 @@ def write_atomically(
     Write a file so that a kill or a full disk at any moment leaves the old one in place.
 
     The data go to a new file beside the target, which takes the target's name when all is on the disk.
-    It has the mode and, where that is allowed, the owner of the file that it replaces, else those that
-    the process gives to new files. A symbolic link stays one: what it points to is replaced. Of several
+    It has the mode (also a read-only one) and, where that is allowed, the owner of the file that it
+    replaces, else those that the process gives to new files. A symbolic link stays one: what it points to is replaced. Of several
     hard links only this one leads to the new file. What killed runs have left beside this
     target is removed; a file that a living process writes to is locked, and is not touched.
 

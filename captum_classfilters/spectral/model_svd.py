@@ -176,7 +176,7 @@ class ModelSVD(Tabular, Mapping[str, LayerSVD]):
             self.cache.mkdir(parents=True, exist_ok=True)
             _write(path, svd)
         except (ValueError, OSError) as error:  # what was computed is not lost
-            warn(f"The decomposition of {name!r} was not kept: {error}.")
+            warn(f"The decomposition of {name!r} was not kept: {str(error).rstrip('.')}.")
         return svd
 
 
