@@ -87,9 +87,10 @@ def write_atomically(
 
     The data go to a new file beside the target, which takes the target's name when all is on the disk.
     It has the mode (also a read-only one) and, where that is allowed, the owner of the file that it
-    replaces, else those that the process gives to new files. A symbolic link stays one: what it points to is replaced. Of several
-    hard links only this one leads to the new file. What killed runs have left beside this
-    target is removed; a file that a living process writes to is locked, and is not touched.
+    replaces, else those that the process gives to new files. A symbolic link stays one: what it
+    points to is replaced. Of several hard links only this one leads to the new file. What killed runs
+    have left beside this target is removed; a file that a living process writes to is locked, and is
+    not touched.
 
     Args:
 
@@ -108,8 +109,6 @@ def write_atomically(
         if before is not None and not overwrite:
             raise FileExistsError(errno.EEXIST, target)
         folder, prefix = _temporary_names(target)
-        with suppress(OSError):  # a folder that may be written but not listed
-            _clear_leftovers(folder, prefix)
         handle, temporary = _new_file(folder, prefix)
         try:
             with open(handle, "wb") as file:
@@ -145,6 +144,8 @@ def write_figure(path: AnyPath, figure: "Figure", dpi: int = 110) -> None:
 
 def check_writable(path: AnyPath) -> None:
     """Raise, before the work whose result is to be written there, if it cannot be written.
+
+    What killed runs have left beside the file is removed, as when it is written.
 
     Raises:
         ValueError: Its folder is absent, read-only or full, or the path is no regular file.
@@ -200,6 +201,8 @@ def _temporary_names(target: str) -> tuple[str, str]:
 
 def _new_file(folder: str, prefix: str) -> tuple[int, str]:
     """A new file, locked until it is closed or its process dies; umask and folder decide its mode."""
+    with suppress(OSError):  # a folder that may be written but not listed
+        _clear_leftovers(folder, prefix)
     while True:
         path = os.path.join(folder, f"{prefix}{secrets.token_hex(8)}.tmp")
         try:
