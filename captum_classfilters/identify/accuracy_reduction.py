@@ -1,5 +1,6 @@
 """Abbasi-Asl and Yu: the accuracy that a network loses when a filter is removed."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -115,15 +116,14 @@ class AccuracyReduction(Tabular):
     def interval(self, confidence: float = 0.95) -> Tensor:
         """Interval of CAR (K, 2); see :meth:`class_interval`."""
         lost, gained = self.lost.sum(0), self.gained.sum(0)
-        return _difference_interval(lost, gained, self.counts.sum(), confidence)
+        return paired_interval(lost, gained, self.counts.sum(), confidence)
 
     def class_interval(self, confidence: float = 0.95) -> Tensor:
         r"""
-        Interval of each class's CAR, from exact binomial intervals.
+        Interval of each class's CAR, a difference of paired shares; see :func:`paired_interval`.
 
-        CAR is the share of images lost minus the share gained. Each share gets a Clopper-Pearson
-        interval at half the error probability, so the difference of the bounds covers with at least
-        the stated confidence, for any number of images.
+        Its coverage is near the stated one where some images are lost or gained, and higher where
+        hardly any are; a small class may fall short of it by a point.
 
         Args:
 
@@ -137,7 +137,7 @@ class AccuracyReduction(Tabular):
             ValueError: ``confidence`` is not between 0 and 1.
         """
         counts = self.counts[:, None].expand_as(self.lost)
-        return _difference_interval(self.lost, self.gained, counts, confidence)
+        return paired_interval(self.lost, self.gained, counts, confidence)
 
     def to_class_filters(self, num_filters: int, soft: bool = False) -> ClassFilters:
         r"""
@@ -489,13 +489,57 @@ def _only_layer(method: Ablation) -> tuple[nn.Module, str]:
     return layers[0], names[0]
 
 
-def _difference_interval(lost: Tensor, gained: Tensor, counts: Tensor, confidence: float) -> Tensor:
+def paired_interval(
+    lost: Tensor, gained: Tensor, counts: Tensor, confidence: float = 0.95
+) -> Tensor:
+    r"""
+    Tango's score interval of a difference of paired shares, ``(lost - gained) / counts``.
+
+    The ends are those differences :math:`\Delta` that the score test does not reject, at which
+
+    .. math:: \frac{b - c - n \Delta}{\sqrt{n (2 q + \Delta (1 - \Delta))}} = \pm z ,
+
+    with *b* images lost, *c* gained, *n* in all and *q* the most likely share gained if the
+    difference is :math:`\Delta`. With nothing lost or gained they are :math:`\pm z^2 / (n + z^2)`.
+
+    Source: Tango: *Equivalence test and confidence interval for the difference in proportions for the
+    paired-sample design*, Statistics in Medicine 17 (1998).
+
+    Args:
+
+        lost, gained (Tensor): Numbers of images, any shape.
+        counts (Tensor): Numbers of images in all, broadcastable to them.
+        confidence (float): Coverage, between 0 and 1.
+                    Default: 0.95
+
+    Returns:
+        *Tensor* of float64, the shape of ``lost`` and a last axis of lower and upper end; NaN where
+        there are no images.
+
+    Raises:
+        ValueError: ``confidence`` is not between 0 and 1.
+    """
     if not 0 < confidence < 1:
         raise ValueError(f"confidence={confidence} must lie between 0 and 1.")
-    each = 1 - (1 - confidence) / 2
-    lost_low, lost_high = binomial_interval(lost, counts, each).unbind(-1)
-    gained_low, gained_high = binomial_interval(gained, counts, each).unbind(-1)
-    return torch.stack([lost_low - gained_high, lost_high - gained_low], -1)
+    z = math.sqrt(2) * float(torch.erfinv(torch.tensor(confidence, dtype=torch.float64)))
+    upper = _upper_end(lost.double(), gained.double(), counts.expand_as(lost).double(), z)
+    lower = -_upper_end(gained.double(), lost.double(), counts.expand_as(lost).double(), z)
+    return torch.stack([lower, upper], -1)
+
+
+def _upper_end(lost: Tensor, gained: Tensor, number: Tensor, z: float) -> Tensor:
+    """The largest difference that the score test does not reject, by bisection."""
+    inside, outside = (lost - gained) / number, torch.ones_like(lost)
+    for _ in range(60):
+        middle = (inside + outside) / 2
+        linear = (2 * number - lost + gained) * middle - lost - gained
+        constant = -gained * middle * (1 - middle)
+        root = (linear.square() - 8 * number * constant).clamp(min=0).sqrt()
+        share = (root - linear) / (4 * number)
+        variance = number * (2 * share + middle * (1 - middle))
+        kept = (number * middle - lost + gained).square() <= z * z * variance
+        inside, outside = torch.where(kept, middle, inside), torch.where(kept, outside, middle)
+    return inside
 
 
 def binomial_interval(successes: Tensor, counts: Tensor, confidence: float = 0.95) -> Tensor:

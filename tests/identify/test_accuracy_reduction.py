@@ -1,12 +1,14 @@
 """CAR by its definition, its intervals against SciPy, and identities that hold exactly."""
 
+import numpy as np
 import pytest
 import torch
-from scipy.stats import binomtest, pearsonr
+from scipy.stats import binomtest, multinomial, norm, pearsonr
 from torch import nn
 
 from captum_classfilters import LayerFilterAblation
 from captum_classfilters.identify import binomial_interval
+from captum_classfilters.identify.accuracy_reduction import paired_interval
 from tests.models import batches, deep, hooks_of, joined
 
 
@@ -115,10 +117,8 @@ def test_exact_binomial_interval_is_scipys():
 def test_interval_of_a_difference(deep_car):
     _, car = deep_car
     interval = car.class_interval(0.9)
-    lost = binomtest(int(car.lost[1, 2]), int(car.counts[1])).proportion_ci(0.95, "exact")
-    gained = binomtest(int(car.gained[1, 2]), int(car.counts[1])).proportion_ci(0.95, "exact")
-    expected = [lost.low - gained.high, lost.high - gained.low]
-    assert interval[1, 2].tolist() == pytest.approx(expected, abs=1e-9)
+    expected = paired_interval(car.lost[1, 2], car.gained[1, 2], car.counts[1], 0.9)
+    assert torch.equal(interval[1, 2], expected)
     assert (interval[..., 0] <= car.class_reduction).all()
     assert (interval[..., 1] >= car.class_reduction).all()
     assert car.interval().shape == (4, 2)
@@ -126,6 +126,56 @@ def test_interval_of_a_difference(deep_car):
     assert (car.interval(0.9).diff(dim=1) < interval.diff(dim=2).amin(0)).all()
     with pytest.raises(ValueError, match="confidence=95"):
         car.interval(95)
+
+
+def score(lost: int, gained: int, number: int, difference: float) -> float:
+    """Tango's statistic, the likeliest share gained found by search."""
+    shares = np.linspace(0, 1 - max(difference, 0), 200_001)[1:-1]
+    shares = shares[(shares + difference > 0) & (2 * shares + difference < 1)]
+    likelihood = (
+        lost * np.log(shares + difference)
+        + gained * np.log(shares)
+        + (number - lost - gained) * np.log1p(-2 * shares - difference)
+    )
+    best = shares[likelihood.argmax()]
+    variance = number * (2 * best + difference * (1 - difference))
+    return float((lost - gained - number * difference) / variance**0.5)
+
+
+@pytest.mark.parametrize(("lost", "gained", "number"), [(7, 2, 30), (1, 5, 24), (12, 12, 61)])
+def test_ends_of_paired_intervals_are_where_the_score_test_rejects(lost, gained, number):
+    low, high = paired_interval(torch.tensor(lost), torch.tensor(gained), torch.tensor(number), 0.9)
+    z = norm.ppf(0.95)
+    assert score(lost, gained, number, float(low)) == pytest.approx(z, abs=1e-3)
+    assert score(lost, gained, number, float(high)) == pytest.approx(-z, abs=1e-3)
+
+
+def test_paired_intervals_in_corners():
+    z2 = norm.ppf(0.975) ** 2
+    nothing = paired_interval(torch.tensor(0), torch.tensor(0), torch.tensor(40))
+    assert nothing.tolist() == pytest.approx([-z2 / (40 + z2), z2 / (40 + z2)])
+    every = paired_interval(torch.tensor(9), torch.tensor(0), torch.tensor(9))
+    assert float(every[1]) == 1.0
+    assert 0 < float(every[0]) < 1
+    other = paired_interval(torch.tensor(0), torch.tensor(9), torch.tensor(9))
+    assert other.tolist() == pytest.approx([-1.0, -float(every[0])])
+    assert paired_interval(torch.tensor(0), torch.tensor(0), torch.tensor(0)).isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("number", "lose", "gain"), [(50, 0.05, 0.05), (50, 0.2, 0.05), (120, 0.1, 0.02)]
+)
+def test_paired_intervals_cover_as_they_say(number, lose, gain):
+    lost, gained = (
+        axis.flatten() for axis in torch.meshgrid([torch.arange(number + 1)] * 2, indexing="ij")
+    )
+    possible = lost + gained <= number
+    lost, gained = lost[possible], gained[possible]
+    cells = torch.stack([lost, gained, number - lost - gained], 1)
+    chance = torch.tensor(multinomial.pmf(cells.numpy(), number, [lose, gain, 1 - lose - gain]))
+    low, high = paired_interval(lost, gained, torch.tensor(number)).unbind(1)
+    covered = (low <= lose - gain) & (lose - gain <= high)
+    assert float(chance[covered].sum()) == pytest.approx(0.95, abs=0.01)
 
 
 def test_class_without_images_is_nan(deep_car):
