@@ -17,6 +17,7 @@ from captum_classfilters import (
     decompose,
     list_filter_layers,
 )
+from tests.models import QUIET
 
 
 class Block(nn.Module):
@@ -65,9 +66,6 @@ class Apart(nn.Module):
         for block in (self.first, self.second):
             x = block["after"](block["norm"](block["conv"](block["before"](x)))) + x
         return self.head(self.relus[1](x).mean((2, 3)))
-
-
-QUIET = {"show_progress": False}
 
 
 @pytest.fixture
