@@ -17,6 +17,7 @@ MODULES = sorted(module.name for module in pkgutil.iter_modules(benchmarks.__pat
 # What the others share, and measures that the package does not have.
 WITHOUT_MAIN = {
     "adversarial_detection",
+    "attack_runs",
     "breadth_scores",
     "cifar10",
     "shared",

@@ -21,6 +21,7 @@ from captum_classfilters._core.distributed import flattened, rank, world_size
 from captum_classfilters._core.files import AnyPath, check_writable
 from captum_classfilters._core.tensor_files import Schema, Stored, read_tensors, write_tensors
 from captum_classfilters._core.types import JsonDict, ModelInputs
+from captum_classfilters._core.warnings import warn
 
 _SCHEMA = Schema("pass", "captum_classfilters.Pass", 1, "state", "of a pass over data")
 _LEAST = 60.0  # seconds from save to save, if nothing is said
@@ -181,7 +182,11 @@ class Progress:
         if self._path is None or time.monotonic() - self._last < self._pause:
             return
         settle()
-        self._save()
+        try:
+            self._save()
+        except OSError as error:
+            self._last = time.monotonic()
+            warn(f"The state of the pass could not be saved; it goes on without: {error}")
 
     def end_of_loader(self) -> None:
         """Raise if batches are missing that were counted before."""
