@@ -42,6 +42,7 @@ from captum_classfilters.cli.identify_folder import (
     named_layer,
     prepared_output,
 )
+from captum_classfilters.cli.model_sources import model_source
 from captum_classfilters.gate_space import FilterGate
 from captum_classfilters.identify import identify_class_filters
 from captum_classfilters.metrics import compare_attributions
@@ -110,7 +111,7 @@ DEFAULT = (
 
 def run_compare(job: FolderJob, write: Callable[[str], None] = print) -> AttributionComparison:
     r"""
-    Compare attributions of a torchvision model on an image folder, and write the results.
+    Compare attributions of a model on an image folder, and write the results.
 
     ``job.limit`` images, spread evenly over the folder, are explained for the class that the model
     gives them. For ``"class_filters"`` each class's filters are found on the folder's other images.
@@ -131,12 +132,13 @@ def run_compare(job: FolderJob, write: Callable[[str], None] = print) -> Attribu
     """
     layer_name = named_layer(job)
     output = prepared_output(job, (*COMPARED, CLASS_FILTERS))
-    dataset = image_folder(job.data, job.image_size)
+    source = model_source(job.model, job.image_size)
+    dataset = image_folder(job.data, source.preparation())
     model = load_model(
-        job.model, job.checkpoint, job.num_classes or None, len(dataset.classes), job.random_weights
+        source, job.checkpoint, job.num_classes or None, len(dataset.classes), job.random_weights
     ).to(job.device)
     layer = find_layer(model, layer_name)
-    names = assign_outputs(dataset, model, job.model, job.class_names)
+    names = assign_outputs(dataset, model, source, job.class_names)
     chosen = evenly_spread(dataset, job.limit)
     images = torch.stack([chosen[place][0] for place in range(len(chosen))]).to(job.device)
     with torch.no_grad():

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from captum.attr import IntegratedGradients
@@ -28,7 +28,8 @@ from captum_classfilters.attr import (
     LayerFilterFrequency,
 )
 from captum_classfilters.class_filters import ClassFilters
-from captum_classfilters.cli.folder_classes import assign_outputs, short_name
+from captum_classfilters.cli.folder_classes import assign_outputs, num_outputs, short_name
+from captum_classfilters.cli.model_sources import ModelSource, model_source
 from captum_classfilters.identify import identify_class_filters
 from captum_classfilters.layers import list_filter_layers
 
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
 
 METHODS = {"frequency": LayerFilterFrequency, "contribution": LayerFilterContribution}
 SCHEMA_VERSION = 1
-_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _CLASSES_TOLD = 20
 
 
@@ -49,7 +49,7 @@ class FolderJob:
 
     Args:
 
-        model (str): Name of a torchvision classifier.
+        model (str): Name of a classifier of torchvision, or of timm.
         data (path): An image folder, one subfolder for each class.
         layer (str): Dotted name of the layer.
         output (path): Folder for the results; it must not hold any yet.
@@ -61,7 +61,8 @@ class FolderJob:
         class_names (path, optional): A text file with a line for each output; needed where there are
                     fewer folders than outputs.
         batch_size (int): Images in a batch.
-        image_size (int): Side of the centre crop, in pixels.
+        image_size (int, optional): Side of the images in pixels; by default 224, or as timm has it for
+                    the model.
         limit (int, optional): Use this many images at most, evenly spread over the folder.
         explain (int): Number of images to explain beside Integrated Gradients.
         device (str): Where to compute.
@@ -80,7 +81,7 @@ class FolderJob:
     num_classes: int | None = None
     class_names: str | os.PathLike[str] | None = None
     batch_size: int = 32
-    image_size: int = 224
+    image_size: int | None = None
     limit: int | None = None
     explain: int = 0
     device: str = "cpu"
@@ -90,7 +91,7 @@ class FolderJob:
 
 def run_identify(job: FolderJob, write: Callable[[str], None] = print) -> dict[str, ClassFilters]:
     r"""
-    Identify class filters of a torchvision model on an image folder, and write the results.
+    Identify class filters of a model on an image folder, and write the results.
 
     For each method a table (safetensors), its long form (CSV) and a heat map; explanations of a few
     images; and last of all ``manifest.json``, which marks the results as complete.
@@ -109,14 +110,15 @@ def run_identify(job: FolderJob, write: Callable[[str], None] = print) -> dict[s
     """
     layer = named_layer(job)
     output = prepared_output(job)
-    dataset = image_folder(job.data, job.image_size)
+    source = model_source(job.model, job.image_size)
+    dataset = image_folder(job.data, source.preparation())
     model = load_model(
-        job.model, job.checkpoint, job.num_classes or None, len(dataset.classes), job.random_weights
+        source, job.checkpoint, job.num_classes or None, len(dataset.classes), job.random_weights
     ).to(job.device)
     chosen = evenly_spread(dataset, job.limit)
     loader = DataLoader(chosen, batch_size=job.batch_size)
     methods = {name: METHODS[name](model, layer) for name in job.methods}
-    names = assign_outputs(dataset, model, job.model, job.class_names)
+    names = assign_outputs(dataset, model, source, job.class_names)
     tables = identify_class_filters(
         methods,
         loader,
@@ -137,17 +139,17 @@ def run_identify(job: FolderJob, write: Callable[[str], None] = print) -> dict[s
 
 
 def load_model(
-    name: str,
+    source: ModelSource,
     checkpoint: str | os.PathLike[str] | None,
     num_classes: int | None,
     folder_classes: int,
     random_weights: bool = False,
 ) -> nn.Module:
-    """A torchvision classifier with a checkpoint's weights, in evaluation mode.
+    """A classifier with a checkpoint's weights, in evaluation mode.
 
     Args:
 
-        name (str): Name of a torchvision classifier.
+        source (ModelSource): The classifier.
         checkpoint (path, optional): safetensors, or from PyTorch 2.10 on a state dict that
                     ``torch.load`` reads with ``weights_only=True``.
         num_classes (int, optional): C; by default as the checkpoint's last layer.
@@ -158,33 +160,23 @@ def load_model(
         *nn.Module*.
 
     Raises:
-        ValueError: The name is unknown, or the checkpoint does not fit.
+        ValueError: The checkpoint does not fit.
     """
-    import difflib
-
-    from torchvision import models
-
-    known = list(models.list_models(module=models))
-    if name not in known:
-        near = ", ".join(difflib.get_close_matches(name, known, n=3, cutoff=0.3)) or "none"
-        raise ValueError(f"torchvision has no classifier {name!r}; the nearest names: {near}.")
     if checkpoint is None:
         if not random_weights:
             raise ValueError(
                 "No checkpoint is given; pass --checkpoint FILE, or --random-weights to go on with "
                 "an untrained model."
             )
-        built: nn.Module = models.get_model(name, weights=None, num_classes=folder_classes)
-        return built.eval()
+        return source.build(num_classes or folder_classes).eval()
     state = read_state_dict(checkpoint)
     # Heads of auxiliary classifiers are used in training alone.
     state = {key: value for key, value in state.items() if not key.lower().startswith("aux")}
-    model = _without_auxiliary(models.get_model(name, weights=None, num_classes=folder_classes))
-    # The model's own last tensor, because a file need not keep the order of the layers.
-    last = list(model.state_dict())[-1]
+    model = source.build(folder_classes)
+    last = source.head_tensor(model)
     outputs = num_classes or (_rows(state, last) or folder_classes)
     if outputs != folder_classes:
-        model = _without_auxiliary(models.get_model(name, weights=None, num_classes=outputs))
+        model = source.build(outputs)
     own = model.state_dict()
     missing = [key for key in own if key not in state]
     unexpected = [key for key in state if key not in own]
@@ -195,30 +187,20 @@ def load_model(
     ]
     if missing or unexpected or shapes:
         raise ValueError(
-            f"The checkpoint {checkpoint} is not one of {name}: "
+            f"The checkpoint {checkpoint} is not one of {source.name}: "
             f"missing {_few(missing)}; unexpected {_few(unexpected)}; other shapes {_few(shapes)}."
         )
     model.load_state_dict({key: value.to(own[key].dtype) for key, value in state.items()})
     return model.eval()
 
 
-def _without_auxiliary(model: nn.Module) -> nn.Module:
-    """The model without the classifiers that torchvision adds for training (Inception, GoogLeNet)."""
-    if hasattr(model, "aux_logits"):
-        model.aux_logits = False  # type: ignore[assignment]
-        for name, _ in list(model.named_children()):
-            if name.lower().startswith("aux"):
-                setattr(model, name, None)
-    return model
-
-
-def image_folder(path: str | os.PathLike[str], image_size: int) -> "ImageFolder":
-    """An image folder with torchvision's usual preparation: resize, centre crop, normalize.
+def image_folder(path: str | os.PathLike[str], prepare: Callable[[Any], Tensor]) -> "ImageFolder":
+    """An image folder.
 
     Args:
 
         path (path): The folder, one subfolder for each class.
-        image_size (int): Side of the crop.
+        prepare (Callable): From an image to what the model takes.
 
     Returns:
         *torchvision.datasets.ImageFolder*.
@@ -226,19 +208,10 @@ def image_folder(path: str | os.PathLike[str], image_size: int) -> "ImageFolder"
     Raises:
         ValueError: There is no such folder, or no class or image in it.
     """
-    from torchvision import transforms
     from torchvision.datasets import ImageFolder
 
     if not Path(path).is_dir():
         raise ValueError(f"There is no folder {path}.")
-    prepare = transforms.Compose(
-        [
-            transforms.Resize(round(image_size * 256 / 224)),
-            transforms.CenterCrop(image_size),
-            transforms.ToTensor(),
-            transforms.Normalize(_MEAN, _STD),
-        ]
-    )
     try:
         return ImageFolder(str(path), prepare, loader=_image)
     except FileNotFoundError as error:
@@ -262,19 +235,22 @@ def _image(path: str) -> "Image":
         raise ValueError(f"{path} is no image that can be read: {error}") from error
 
 
-def layer_table(name: str, image_size: int) -> str:
-    """The layers of a torchvision classifier as a table.
+def layer_table(name: str, image_size: int | None) -> str:
+    """The layers of a classifier as a table.
 
     Args:
 
-        name (str): Its name.
-        image_size (int): Side of the example images.
+        name (str): Its name in torchvision or timm.
+        image_size (int, optional): Side of the example images; by default the model's own.
 
     Returns:
         *str*.
     """
-    model = load_model(name, None, None, 1000, random_weights=True)
-    return str(list_filter_layers(model, torch.randn(2, 3, image_size, image_size)))
+    source = model_source(name, image_size)
+    model = load_model(source, None, None, 1000, random_weights=True)
+    images = torch.randn(2, 3, source.size, source.size)
+    num_outputs(model, images)
+    return str(list_filter_layers(model, images))
 
 
 def _rows(state: dict[str, Tensor], name: str) -> int:

@@ -45,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     _common(demo, _demo)
 
-    identify = commands.add_parser("identify", help="your own torchvision model and image folder")
+    identify = commands.add_parser("identify", help="your own model and image folder")
     _model_and_images(identify)
     identify.add_argument(
         "--method",
@@ -72,16 +72,18 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--explain", type=int, default=4, help="to draw (default: %(default)s)")
     _common(compare, _compare)
 
-    layers = commands.add_parser("layers", help="which layers of a torchvision model qualify")
-    layers.add_argument("--model", required=True, help="any torchvision classifier")
-    layers.add_argument("--image-size", type=int, default=224, help="(default: %(default)s)")
+    layers = commands.add_parser("layers", help="which layers of a model qualify")
+    layers.add_argument("--model", required=True, help="of torchvision, or timm:NAME")
+    layers.add_argument("--image-size", type=int, help="in pixels (default: the model's own)")
     _common(layers, _layers)
     return parser
 
 
 def _model_and_images(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--model", required=True, help="any torchvision classifier, for example resnet18"
+        "--model",
+        required=True,
+        help="any classifier of torchvision, resnet18 say, or of timm, timm:resnet18 say",
     )
     parser.add_argument("--checkpoint", help="safetensors file or PyTorch state dict")
     parser.add_argument("--random-weights", action="store_true", help="go on without a checkpoint")
@@ -92,7 +94,7 @@ def _model_and_images(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-classes", type=int, help="outputs of the model")
     parser.add_argument("--class-names", help="text file, a line for each output of the model")
     parser.add_argument("--batch-size", type=int, default=32, help="(default: %(default)s)")
-    parser.add_argument("--image-size", type=int, default=224, help="(default: %(default)s)")
+    parser.add_argument("--image-size", type=int, help="in pixels (default: the model's own)")
     parser.add_argument("--device", default="cpu", help="(default: %(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="replace results")
 

@@ -20,6 +20,7 @@ from captum_classfilters.cli.compare_folder import _class_filters
 from captum_classfilters.cli.demo import run_demo
 from captum_classfilters.cli.folder_classes import _categories, _places
 from captum_classfilters.cli.main import main
+from captum_classfilters.cli.model_sources import ModelSource, places_of
 from tests.models import images, pool_linear
 
 
@@ -118,7 +119,7 @@ class TestCommands:
         ("changes", "message"),
         [
             ({"--layer": None}, "`captum-classfilters layers --model resnet18`"),
-            ({"--model": "resnet19"}, "no classifier 'resnet19'; the nearest names: resnet18"),
+            ({"--model": "resnet19"}, "have no classifier 'resnet19'; the nearest names: resnet18"),
             ({"--layer": "layer5"}, "no layer 'layer5'. Did you mean 'layer4'"),
             ({"--model": "resnet34"}, "not one of resnet34: missing layer1.2.conv1.weight"),
             ({"--checkpoint": "nowhere.pth"}, "There is no checkpoint"),
@@ -164,10 +165,13 @@ class TestCommands:
 
     def test_folders_called_like_torchvisions_categories(self):
         folders = ["goldfish", "tench"]
-        names = _categories("resnet18", 1000, folders)
+        source = ModelSource("resnet18")
+        names, places = _categories(source, 1000, folders)
         assert [names.index(folder) for folder in folders] == [1, 0]
-        assert _categories("resnet18", 1000, ["goldfish", "a friend"]) == []
-        assert _categories("resnet18", 12, ["goldfish"]) == []
+        assert [places[folder] for folder in folders] == [1, 0]
+        assert _categories(source, 1000, ["goldfish", "a friend"]) == ([], {})
+        assert _categories(source, 12, ["goldfish"]) == ([], {})
+        assert places_of(["crane", "tench", "crane"]) == {"tench": 1}  # a bird and a machine
 
     def test_a_first_word_that_two_classes_share_finds_neither(self):
         places = _places(["great white shark", "great grey owl", "n01 tench", "great"])
