@@ -7,13 +7,17 @@ PYTEST_WORKERS ?= 2
 # Threads of each worker: more of them than cores wait for each other.
 TEST_THREADS ?= 1
 
-.PHONY: demo test lint types docs benchmarks figures format clean
+.PHONY: demo test attack lint types docs benchmarks figures format clean
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/captum-classfilters demo --output $(DEMO_OUTPUT)
 
 test: $(VENV)/.installed-test
 	OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile
+
+# Damaged files, killed runs, threads and failing processes; within 20 minutes on two cores.
+attack: $(VENV)/.installed-test
+	OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python -m benchmarks.attack
 
 lint: $(VENV)/.installed-lint
 	$(BIN)/ruff format --check .

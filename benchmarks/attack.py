@@ -3,6 +3,7 @@ r"""Attacks on what must not get lost or go wrong unseen: damaged files, killed 
     python -m benchmarks.attack                # all parts
     python -m benchmarks.attack --part files   # 10,000 damaged and forged files of every kind
     python -m benchmarks.attack --part kills   # 200 kills of runs that are started again
+    python -m benchmarks.attack --part threads # 300 calls of threads on one model, and from its hooks
     python -m benchmarks.attack --part ranks   # under torchrun, with 2, 3 and 4 processes
 
 A damaged file survives if reading it raises ValueError, or gives exactly what was saved; a damaged cache,
@@ -54,9 +55,10 @@ def main(given: Sequence[str] | None = None) -> None:
     options.add_argument("--part", choices=list(PARTS), help="by default all")
     options.add_argument("--files", type=int, default=10_000, help="how many files")
     options.add_argument("--kills", type=int, default=200, help="how many kills")
+    options.add_argument("--threads", type=int, default=100, help="how often three at once")
     options.add_argument("--ranks", type=int, nargs="*", default=[2, 3, 4], help="processes")
     options.add_argument("--seed", type=int, default=0)
-    arguments = parsed(options, given, files=60, kills=5, ranks=[])
+    arguments = parsed(options, given, files=60, kills=5, threads=3, ranks=[])
     failures: list[str] = []
     table = Table("attack", "tried", "survived", "seconds")
     for name in [arguments.part] if arguments.part else PARTS:
@@ -511,6 +513,12 @@ def attack_by_kills(arguments: argparse.Namespace) -> Iterator[Outcome]:
         yield Outcome(name, tried, tried - len(failures), failures)
 
 
+def attack_by_threads(arguments: argparse.Namespace) -> Iterator[Outcome]:
+    """Call the package from several threads, and from hooks of a running call."""
+    for name, tried, failures in attack_runs.threads(arguments.threads, arguments.seed):
+        yield Outcome(name, tried, max(0, tried - len(failures)), failures)
+
+
 def attack_ranks(arguments: argparse.Namespace) -> Iterator[Outcome]:
     """Let one of several processes fail, die, or do something else."""
     for name, tried, failures in attack_runs.ranks(tuple(arguments.ranks)):
@@ -520,6 +528,7 @@ def attack_ranks(arguments: argparse.Namespace) -> Iterator[Outcome]:
 PARTS: dict[str, Callable[[argparse.Namespace], Iterable[Outcome]]] = {
     "files": attack_files,
     "kills": attack_by_kills,
+    "threads": attack_by_threads,
     "ranks": attack_ranks,
 }
 

@@ -1,6 +1,7 @@
 r"""What :mod:`benchmarks.attack` does to runs: kills them, and spreads them over processes.
 
     python -m benchmarks.attack --part kills    # killed at random moments, and started again
+    python -m benchmarks.attack --part threads  # several at once on one model, and from its hooks
     python -m benchmarks.attack --part ranks    # under torchrun, with 2, 3 and 4 processes
 
 A killed run survives if the run that goes on from its state gives the result of one that was never killed,
@@ -17,6 +18,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -64,8 +66,8 @@ def small_data(number: int = 30) -> Data:
 # -- kills ------------------------------------------------------------------------------------------
 
 
-def _tables(data: Data, **options: Any) -> object:
-    net = small_net()
+def _tables(data: Data, net: nn.Module | None = None, **options: Any) -> object:
+    net = net or small_net()
     methods = {
         "votes": LayerFilterFrequency(net, "2", top_k=2),
         "head": LayerFilterContribution(net, "4"),
@@ -74,25 +76,27 @@ def _tables(data: Data, **options: Any) -> object:
     return identify_class_filters(methods, data, num_filters=3, **QUIET, **options)
 
 
-def _significance(data: Data, **options: Any) -> object:
+def _significance(data: Data, net: nn.Module | None = None, **options: Any) -> object:
     test = LabelPermutation(permutations=19)
-    return LayerFilterContribution(small_net(), "4").identify(
+    return LayerFilterContribution(net or small_net(), "4").identify(
         data, significance=test, **QUIET, **options
     )
 
 
-def _accuracy(data: Data, **options: Any) -> object:
-    return LayerFilterAblation(small_net(), "2").identify(
+def _accuracy(data: Data, net: nn.Module | None = None, **options: Any) -> object:
+    return LayerFilterAblation(net or small_net(), "2").identify(
         data, metric="accuracy", **QUIET, **options
     )
 
 
-def _evidence(data: Data, **options: Any) -> object:
-    return collect_evidence(LayerFilterContribution(small_net(), "2"), data, **QUIET, **options)
+def _evidence(data: Data, net: nn.Module | None = None, **options: Any) -> object:
+    return collect_evidence(
+        LayerFilterContribution(net or small_net(), "2"), data, **QUIET, **options
+    )
 
 
-def _exemplars(data: Data, **options: Any) -> object:
-    return exemplars(small_net(), ["2", "4"], data, num_exemplars=3, **QUIET, **options)
+def _exemplars(data: Data, net: nn.Module | None = None, **options: Any) -> object:
+    return exemplars(net or small_net(), ["2", "4"], data, num_exemplars=3, **QUIET, **options)
 
 
 PASSES: dict[str, Callable[..., object]] = {
@@ -167,6 +171,77 @@ def _run_and_kill(call: Callable[..., object], data: Data, path: Path, seconds: 
     process.join()
     os.close(begun)
     os.close(pipe)
+
+
+# -- threads ----------------------------------------------------------------------------------------
+
+
+def threads(number: int, seed: int) -> Iterator[Report]:
+    """Calls of three threads at once on one model, and calls from a hook of a running call."""
+    torch.set_num_threads(1)
+    net, data, chance = small_net().train(), small_data(6), random.Random(seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected = {name: told(call(data, net)) for name, call in PASSES.items()}
+        before, failures = _as_it_is(net), []
+        for _ in range(number):
+            names = chance.choices(list(PASSES), k=3)
+            failures += _at_once(names, net, data, expected)
+            if _as_it_is(net) != before:
+                failures.append(f"{names} left the model changed")
+        yield "three threads on one model", 3 * number, failures
+        yield (
+            "calls from a hook of a running call",
+            len(PASSES) ** 2,
+            _from_hooks(net, data, expected),
+        )
+
+
+def _as_it_is(net: nn.Module) -> list[object]:
+    flags = [(module.training, len(module._forward_hooks)) for module in net.modules()]
+    return [flags, [(told(p.data), p.requires_grad) for p in net.parameters()]]
+
+
+def _at_once(
+    names: list[str], net: nn.Module, data: Data, expected: Mapping[str, object]
+) -> list[str]:
+    failures: list[str] = []
+
+    def work(name: str) -> None:
+        try:
+            if told(PASSES[name](data, net)) != expected[name]:
+                failures.append(f"{name} beside {names}: another result")
+        except Exception as error:
+            failures.append(f"{name} beside {names}: {error!r}")
+
+    running = [threading.Thread(target=work, args=(name,)) for name in names]
+    for thread in running:
+        thread.start()
+    for thread in running:
+        thread.join()
+    return failures
+
+
+def _from_hooks(net: nn.Module, data: Data, expected: Mapping[str, object]) -> list[str]:
+    failures = []
+    for outer in PASSES:
+        for inner in PASSES:
+            refusals: list[str] = []
+
+            def hook(*_: object, inner: str = inner, refusals: list[str] = refusals) -> None:
+                try:
+                    PASSES[inner](data, net)
+                except ValueError as error:
+                    refusals.append(str(error))
+
+            handle = net.get_submodule("2").register_forward_hook(hook)
+            result = PASSES[outer](data, net)
+            handle.remove()
+            if not refusals or not all("calls the package again" in text for text in refusals):
+                failures.append(f"{inner} inside {outer}: {refusals[:1]}")
+            if told(result) != expected[outer]:
+                failures.append(f"{inner} inside {outer}: another result")
+    return failures
 
 
 def told(value: Any) -> Any:
@@ -255,7 +330,7 @@ def one_rank(case: str, folder: Path) -> None:
 
     answer = "a table"
     try:
-        table = LayerFilterContribution(small_net(), "2").identify(
+        table = LayerFilterContribution(net or small_net(), "2").identify(
             batches(), num_filters=4 if case == "one differs" and rank else 3, **QUIET
         )
         table.save(folder / f"{rank}.safetensors")
