@@ -330,7 +330,7 @@ def one_rank(case: str, folder: Path) -> None:
 
     answer = "a table"
     try:
-        table = LayerFilterContribution(net or small_net(), "2").identify(
+        table = LayerFilterContribution(small_net(), "2").identify(
             batches(), num_filters=4 if case == "one differs" and rank else 3, **QUIET
         )
         table.save(folder / f"{rank}.safetensors")
