@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from math import prod
-from types import ModuleType
 
 import numpy as np
 import torch
@@ -389,17 +388,6 @@ def listed(names: Iterable[str]) -> str:
     several = list(dict.fromkeys(names))
     shown = ", ".join(map(repr, several[:6]))
     return f"{shown} and {len(several) - 6} more" if len(several) > 6 else shown
-
-
-def torch_pruning() -> ModuleType:
-    """The library, or an error that names the extra."""
-    try:
-        import torch_pruning
-    except ImportError as error:
-        raise ImportError(
-            "Torch-Pruning's pruners need it: pip install 'captum-classfilters[prune]'."
-        ) from error
-    return torch_pruning
 
 
 def as_tuple(inputs: object) -> ModelInputs:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from captum_classfilters._core.extras import extra
 from captum_classfilters._core.layers import layer_name, module_of, unwrapped
 from captum_classfilters._core.types import ForwardFunc
 
@@ -208,13 +209,7 @@ def import_pandas() -> Any:
     Raises:
         ImportError: It is not installed; the extra that has it is named.
     """
-    try:
-        import pandas
-    except ImportError as error:
-        raise ImportError(
-            "to_pandas needs pandas: pip install 'captum-classfilters[pandas]'."
-        ) from error
-    return pandas
+    return extra("pandas", "to_pandas")
 
 
 def text_table(

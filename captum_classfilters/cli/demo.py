@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from tqdm.auto import tqdm
 
 from captum_classfilters._core.batches import read_batches
+from captum_classfilters._core.extras import extra
 from captum_classfilters._core.files import check_writable_folder, write_figure, write_text
 from captum_classfilters._core.tables import text_table
 from captum_classfilters._core.types import JsonDict
@@ -64,10 +65,8 @@ def load_digits(seed: int = 0) -> Digits:
     Returns:
         *Digits*.
     """
-    from sklearn.datasets import load_digits as load
-    from sklearn.model_selection import train_test_split
-
-    digits = load()
+    digits = extra("sklearn.datasets", "load_digits", of="demo").load_digits()
+    train_test_split = extra("sklearn.model_selection", "load_digits", of="demo").train_test_split
     images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16
     labels = torch.tensor(digits.target, dtype=torch.int64)
     train_x, test_x, train_y, test_y = train_test_split(
@@ -170,7 +169,10 @@ def run_demo(
 
     Raises:
         ValueError: The folder cannot be made or written.
+        ImportError: The extra ``demo`` is not installed.
     """
+    for package in ("sklearn", "matplotlib"):
+        extra(package, "The demo", of="demo")
     folder = _writable_folder(output)
     seconds: dict[str, float] = {}
     torch.manual_seed(seed)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from captum_classfilters._core.extras import missing_extra
 from captum_classfilters.gates.class_specific_gate import ClassSpecificGate
 from captum_classfilters.gates.gated_training import GateSchedule
 
@@ -89,9 +90,7 @@ class ClassGateCallback(Callback):
         labels: Callable[[Any], Tensor] = _second,
     ) -> None:
         if _MISSING is not None:
-            raise ImportError(
-                "ClassGateCallback needs Lightning: pip install 'captum-classfilters[lightning]'"
-            ) from _MISSING
+            raise missing_extra("lightning", "ClassGateCallback", _MISSING) from _MISSING
         super().__init__()
         if not gate.attached:
             raise ValueError("The gate is not attached; call gate.attach(model, layer) first.")

@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from captum_classfilters._core.extras import extra
 from captum_classfilters._core.tables import short_repr
 from captum_classfilters.spectral.select_rank import effective_rank as effective_rank_of
 
@@ -69,12 +70,7 @@ def filter_clusters(
         >>> filter_clusters(torch.tensor([[1., 0.], [0., 1.], [2., .1]]))
         tensor([0, 1, 0])
     """
-    try:
-        from sklearn.cluster import AgglomerativeClustering
-    except ImportError as error:
-        raise ImportError(
-            "Clustering needs scikit-learn: pip install 'captum-classfilters[prune]'."
-        ) from error
+    cluster = extra("sklearn.cluster", "filter_clusters")
     distances = 1 - _similarity(vectors, similarity)
     num_filters = len(distances)
     if num_clusters is not None and not 1 <= num_clusters <= num_filters:
@@ -83,7 +79,7 @@ def filter_clusters(
         raise ValueError(f"threshold={threshold} is no similarity; choose a number in [-1, 1].")
     if num_filters == 1:
         return torch.zeros(1, dtype=torch.int64)
-    clusters = AgglomerativeClustering(
+    clusters = cluster.AgglomerativeClustering(
         n_clusters=num_clusters,
         metric="precomputed",
         linkage="average",

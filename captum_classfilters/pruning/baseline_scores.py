@@ -37,7 +37,6 @@ def incoming_weight_scores(
 
     Raises:
         ValueError: The layer's filters are not those of weighted layers.
-        ImportError: Torch-Pruning, of the extra ``prune``, is not installed.
     """
     graph = FilterGraph(model, inputs_of(model, example_inputs))
     module = graph.layer(name_of(model, layer))
@@ -71,7 +70,6 @@ def outgoing_weight_scores(
 
     Raises:
         ValueError: The layer's filters are not those of weighted layers.
-        ImportError: Torch-Pruning, of the extra ``prune``, is not installed.
     """
     graph = FilterGraph(model, inputs_of(model, example_inputs))
     module = graph.layer(name_of(model, layer))
@@ -153,7 +151,6 @@ def filter_importance_baselines(
 
     Raises:
         ValueError: As for the single scores.
-        ImportError: Torch-Pruning, of the extra ``prune``, is not installed.
 
     Examples::
 

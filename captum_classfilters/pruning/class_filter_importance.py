@@ -6,7 +6,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from captum_classfilters._core.filter_graph import FilterGraph, as_tuple, torch_pruning
+from captum_classfilters._core.extras import extra
+from captum_classfilters._core.filter_graph import FilterGraph, as_tuple
 from captum_classfilters._core.tables import described
 from captum_classfilters._core.types import ExampleInputs
 from captum_classfilters.class_filters import ClassFilters
@@ -75,7 +76,7 @@ class ClassFilterImportance:
         reduction: Literal["max", "mean", "sum"] = "max",
         normalize: bool = True,
     ) -> None:
-        torch_pruning().importance.Importance.register(type(self))
+        extra("torch_pruning", "ClassFilterImportance").importance.Importance.register(type(self))
         if reduction not in _REDUCTIONS:
             raise ValueError(f"reduction={reduction!r}; choose 'max', 'mean' or 'sum'.")
         tables = [class_filters] if isinstance(class_filters, ClassFilters) else [*class_filters]

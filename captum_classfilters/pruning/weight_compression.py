@@ -12,6 +12,7 @@ from torch.nn.utils import prune
 from captum_classfilters._core.batches import check_read_again
 from captum_classfilters._core.copies import copied
 from captum_classfilters._core.costs import before_and_after, inputs_of
+from captum_classfilters._core.extras import extra
 from captum_classfilters._core.filter_graph import name_of
 from captum_classfilters._core.guard import model_left_as_found
 from captum_classfilters._core.layers import check_runs, find_layer
@@ -214,19 +215,14 @@ def kmeans_quantize(weights: Tensor, clusters: int, seed: int = 0) -> tuple[Tens
         raise ValueError(
             f"clusters={clusters} of {weights.numel()} weights: both must be positive."
         )
-    try:
-        from sklearn.cluster import KMeans
-    except ImportError as error:
-        raise ImportError(
-            "Quantizing needs scikit-learn: pip install 'captum-classfilters[prune]'."
-        ) from error
+    cluster = extra("sklearn.cluster", "kmeans_quantize")
     flat = weights.detach().cpu().flatten()
     values, codes = flat.unique(return_inverse=True)
     if len(values) > clusters:
         start = torch.linspace(float(values[0]), float(values[-1]), clusters, dtype=torch.float64)
-        fitted = KMeans(clusters, init=start[:, None].numpy(), n_init=1, random_state=seed).fit(
-            flat[:, None].double().numpy()
-        )
+        fitted = cluster.KMeans(
+            clusters, init=start[:, None].numpy(), n_init=1, random_state=seed
+        ).fit(flat[:, None].double().numpy())
         values = torch.as_tensor(fitted.cluster_centers_[:, 0]).to(weights.dtype)
         codes = torch.as_tensor(fitted.labels_).long()
     return values, codes.reshape(weights.shape)
@@ -422,14 +418,8 @@ def _positions(model: nn.Module, name: str, example_inputs: ExampleInputs) -> in
 
 
 def _bitarray() -> ModuleType:
-    try:
-        import bitarray
-        import bitarray.util
-    except ImportError as error:
-        raise ImportError(
-            "Coding weights needs bitarray: pip install 'captum-classfilters[prune]'."
-        ) from error
-    return bitarray
+    extra("bitarray.util", "encode_weights")
+    return extra("bitarray", "encode_weights")
 
 
 def _huffman(symbols: list[int]) -> _Coder:

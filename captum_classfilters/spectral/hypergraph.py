@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 from torch import Tensor
 
+from captum_classfilters._core.extras import extra
 from captum_classfilters._core.names import short_name
 from captum_classfilters._core.tables import Table, Tabular, short_repr
 from captum_classfilters.spectral.influential import influential
@@ -118,12 +119,7 @@ class Hypergraph(Tabular):
         Raises:
             ImportError: HyperNetX is missing.
         """
-        try:
-            import hypernetx
-        except ImportError as error:
-            raise ImportError(
-                "HyperNetX is missing; install captum-classfilters[hypergraph]."
-            ) from error
+        hypernetx = extra("hypernetx", "to_hypernetx")
         return hypernetx.Hypergraph(
             {
                 edge: [self.vertices[row] for row in np.flatnonzero(self.incidence[:, column])]

@@ -2,7 +2,6 @@
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from itertools import pairwise
-from types import ModuleType
 from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
@@ -12,6 +11,7 @@ from scipy import sparse
 from torch import Tensor, nn
 
 from captum_classfilters._core.batches import Batch, Batches
+from captum_classfilters._core.extras import extra
 from captum_classfilters._core.types import Dataloader, Directions, Unpack
 from captum_classfilters._core.units import UnitTap, read_units, units_of
 from captum_classfilters.spectral.influential import influential
@@ -98,7 +98,7 @@ def profile_graph(
         >>> list(graph.edges(data="weight"))
         [(('0', 0), ('2', 0), 1.0)]
     """
-    networkx = _networkx()
+    networkx = extra("networkx", "profile_graph")
     if kind not in get_args(GraphKind):
         raise ValueError(f"kind={kind!r}; choose one of {list(get_args(GraphKind))}.")
     if (directions is not None) != (kind == "direction"):
@@ -163,7 +163,7 @@ def distance_matrix(
         >>> distance_matrix(graph)[1][0].tolist()
         [0.0, 2.0, 2.5]
     """
-    networkx = _networkx()
+    networkx = extra("networkx", "distance_matrix")
     nodes = list(graph)
     if not nodes:
         return nodes, np.zeros((0, 0))
@@ -204,10 +204,7 @@ def persistence(
             f"distances have shape {values.shape} and must be a symmetric matrix; take those of "
             "distance_matrix with directed=False."
         )
-    try:
-        from ripser import ripser
-    except ImportError as error:
-        raise ImportError("Ripser is missing; install captum-classfilters[persistence].") from error
+    ripser = extra("ripser", "persistence").ripser
     return list(ripser(values, distance_matrix=True, maxdim=max_dimension)["dgms"])
 
 
@@ -277,13 +274,3 @@ class _Link:
         for a, b in counts.nonzero().tolist():
             ends = (self.before.name, a), (self.after.name, b)
             yield *ends, int(counts[a, b]), float(totals[a, b])
-
-
-def _networkx() -> ModuleType:
-    try:
-        import networkx
-    except ImportError as error:
-        raise ImportError(
-            "networkx is missing; install captum-classfilters[hypergraph]."
-        ) from error
-    return networkx

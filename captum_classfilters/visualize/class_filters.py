@@ -13,6 +13,7 @@ from captum_classfilters.visualize.figures import (
     UNSIGNED,
     FigureAndAxes,
     axes_of,
+    drawing,
     exactness,
     set_ticks,
     short_names,
@@ -137,8 +138,6 @@ def plot_class_overlap(
     Raises:
         ValueError: A class is unknown.
     """
-    from matplotlib.ticker import MaxNLocator
-
     shared = class_filters.overlap().count.double().fill_diagonal_(float("nan"))
     most = shared.nan_to_num(nan=-1.0).amax(1)
     rows = chosen(classes, most, "classes", class_filters.class_names)
@@ -158,7 +157,7 @@ def plot_class_overlap(
     empty = "no filters are selected" if not class_filters.selected.any() else ""
     told = ["filters that two classes share", out_of(num_rows, len(shared), "classes"), empty]
     axes.set_title(title or "; ".join(filter(None, told)), loc="left")
-    ticks = MaxNLocator(integer=True)
+    ticks = drawing("ticker").MaxNLocator(integer=True)
     figure.colorbar(image, ax=axes, label="number of filters", ticks=ticks)
     return figure, axes
 

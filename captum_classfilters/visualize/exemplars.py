@@ -16,6 +16,7 @@ from captum_classfilters.visualize.figures import (
     POSITIVE,
     FigureAndGrid,
     bare,
+    drawing,
     grid_of,
     headline,
     short_name,
@@ -226,12 +227,11 @@ def _draw(
     if box is not None and patches:
         picture, (top, left) = picture[box], (box[0].start, box[1].start)
     elif box is not None:
-        from matplotlib.patches import Rectangle
-
         # Pixel i is drawn from i - 0.5 to i + 0.5.
         corner = (box[1].start - 0.5, box[0].start - 0.5)
         width, height = box[1].stop - box[1].start, box[0].stop - box[0].start
-        axes.add_patch(Rectangle(corner, width, height, fill=False, ec=color, lw=1.6))
+        frame = drawing("patches").Rectangle(corner, width, height, fill=False, ec=color, lw=1.6)
+        axes.add_patch(frame)
     show_picture(axes, picture)
     if middle is not None and min(picture.shape[:2]) >= _NARROW:
         mark: dict[str, Any] = {"color": color, "markersize": 7, "markeredgewidth": 1.2}

@@ -4,11 +4,13 @@ import sys
 import textwrap
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from captum_classfilters._core.extras import extra
 from captum_classfilters._core.names import LONGEST_NAME
 from captum_classfilters._core.names import short_name as shortened
 
@@ -34,15 +36,16 @@ _TICK_INCHES = 0.14  # a label of eight points, and a little air
 def new_figure(size: tuple[float, float]) -> "Figure":
     """A figure of its own; in IPython one of pyplot's, which a notebook shows below the cell."""
     if _in_ipython():
-        import matplotlib.pyplot as plt
-
-        return plt.figure(figsize=size, layout="constrained")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=size, layout="constrained")
-    FigureCanvasAgg(figure)
+        own: Figure = drawing("pyplot").figure(figsize=size, layout="constrained")
+        return own
+    figure = drawing("figure").Figure(figsize=size, layout="constrained")
+    drawing("backends.backend_agg").FigureCanvasAgg(figure)
     return figure
+
+
+def drawing(module: str) -> ModuleType:
+    """A module of matplotlib."""
+    return extra(f"matplotlib.{module}", "Drawing")
 
 
 def _in_ipython() -> bool:

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from captum_classfilters._core.extras import extra
 from captum_classfilters.spectral.class_separation import SeparationTest
 from captum_classfilters.spectral.hypergraph import Hypergraph
 from captum_classfilters.visualize.arrays import chosen, out_of
@@ -118,9 +119,8 @@ def plot_hypergraph(
 def _draw_bands(
     hypergraph: Hypergraph, title: str | None, plt_fig_axis: FigureAndAxes | None
 ) -> FigureAndAxes:
+    hypernetx = extra("hypernetx", "plot_hypergraph(style='bands')")
     converted = hypergraph.to_hypernetx()
-    import hypernetx
-
     figure, axes = axes_of(plt_fig_axis, (5.6, 4.0))
     hypernetx.drawing.rubber_band.draw(
         converted,

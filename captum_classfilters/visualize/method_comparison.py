@@ -13,6 +13,7 @@ from captum_classfilters.visualize.figures import (
     SIGNED,
     UNSIGNED,
     FigureAndGrid,
+    drawing,
     grid_of,
     headline,
     quiet,
@@ -84,8 +85,6 @@ def _matrix(
 
 
 def _worth(figure: "Figure", axes: "Axes", comparison: MethodComparison) -> None:
-    from matplotlib.transforms import offset_copy
-
     rows = np.arange(len(comparison.names))
     share = 100 * comparison.sufficiency.numpy()
     interval = 100 * comparison.sufficiency_interval().numpy()
@@ -98,7 +97,7 @@ def _worth(figure: "Figure", axes: "Axes", comparison: MethodComparison) -> None
         axes.axvline(place, color=color, linestyle=style, linewidth=1.2, label=name)
     axes.set_xlim(-3, 103)
     axes.set_xlabel("accuracy, each class by its filters alone, %", fontsize=8)
-    below = offset_copy(axes.transAxes, fig=figure, y=-32, units="points")
+    below = drawing("transforms").offset_copy(axes.transAxes, fig=figure, y=-32, units="points")
     axes.legend(
         frameon=False,
         fontsize=7,

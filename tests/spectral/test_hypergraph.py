@@ -341,7 +341,7 @@ def test_hypernetx():
 
 def test_without_hypernetx(monkeypatch):
     monkeypatch.setitem(sys.modules, "hypernetx", None)
-    with pytest.raises(ImportError, match=r"install captum-classfilters\[hypergraph\]"):
+    with pytest.raises(ImportError, match=r"captum-classfilters\[hypergraph\]"):
         by_hand(np.eye(2)).to_hypernetx()
 
 

@@ -157,10 +157,10 @@ def test_persistence():
 
 def test_missing_packages(monkeypatch):
     monkeypatch.setitem(sys.modules, "ripser", None)
-    with pytest.raises(ImportError, match=r"install captum-classfilters\[persistence\]"):
+    with pytest.raises(ImportError, match=r"captum-classfilters\[persistence\]"):
         persistence(np.zeros((2, 2)))
     monkeypatch.setitem(sys.modules, "networkx", None)
-    with pytest.raises(ImportError, match=r"install captum-classfilters\[hypergraph\]"):
+    with pytest.raises(ImportError, match=r"captum-classfilters\[hypergraph\]"):
         profile_graph(deep(), ["stage1", "stage2"], batches(), **QUIET)
 
 
