@@ -105,7 +105,8 @@ def fine_tune(
         ``train_accuracy`` on the batches as they were seen, and ``validation_accuracy``.
 
     Raises:
-        ValueError: A loader is empty or can be read only once, ``freeze`` is unknown, or the loss is not finite.
+        ValueError: A loader is empty or can be read only once, ``freeze`` is unknown, or the loss
+                    is not finite.
     """
     if freeze not in ("nothing", "backbone", "batch_norm_statistics"):
         raise ValueError(
