@@ -40,6 +40,7 @@ def _timed(model: nn.Module, inputs: ModelInputs) -> float:
 
 def _now() -> float:
     """The time at which everything that was asked of an accelerator is done."""
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
+    accelerator = getattr(torch, "accelerator", torch.cuda)  # of any kind since PyTorch 2.6
+    if accelerator.is_available():
+        accelerator.synchronize()
     return time.perf_counter()
