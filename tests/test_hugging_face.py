@@ -10,13 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from captum_classfilters import (
-    LayerFilterContribution,
-    LayerFilterFrequency,
-    list_filter_layers,
-)
-from captum_classfilters.layers import FilterLayers
-from tests.whole_models import (
+from benchmarks.whole_models import (
     LABELS,
     NUM_CLASSES,
     Place,
@@ -29,6 +23,12 @@ from tests.whole_models import (
     images_of,
     listed,
 )
+from captum_classfilters import (
+    LayerFilterContribution,
+    LayerFilterFrequency,
+    list_filter_layers,
+)
+from captum_classfilters.layers import FilterLayers
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings(

@@ -12,9 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from captum_classfilters import list_filter_layers
-from captum_classfilters.layers import FilterLayers
-from tests.whole_models import (
+from benchmarks.whole_models import (
     NUM_CLASSES,
     Place,
     calibrated,
@@ -25,6 +23,8 @@ from tests.whole_models import (
     images_of,
     listed,
 )
+from captum_classfilters import list_filter_layers
+from captum_classfilters.layers import FilterLayers
 
 timm = pytest.importorskip("timm")
 pytestmark = pytest.mark.filterwarnings(
