@@ -211,9 +211,9 @@ def _check_axes(case: Case) -> None:
         after = other[row.name].shape
         if row.shape is None or after is None or len(row.shape) != len(after):
             continue
-        # Where an image has one position, rows of all positions are those of the images.
-        rows = after[0] == len(images) or len(after) == 2
-        assert rows, f"axis 0 of {row.name} is not the batch: {after}"
+        # Rows of positions or windows are those of the images where each has one of them.
+        fixed = after[0] == row.shape[0] != len(images) and after[1:] != row.shape[1:]
+        assert len(after) == 2 or not fixed, f"axis 0 of {row.name} is not the batch: {after}"
         if row.name in widths or {row.name, row.name.rpartition(".")[0]} & resized:
             continue  # a mixer's filters of tokens, which are another number
         axis = row.channel_dim or 0
