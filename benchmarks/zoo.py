@@ -363,27 +363,40 @@ def _masked_at(case: Case, layer: str) -> Place:
     layer = layer.removeprefix("wrapped_model.")
     names = {module: name for name, module in inner.named_modules()}
     runs = {row.name: row.runs for row in case.layers}
-    here: list[Tensor] = []
-    point = inner.get_submodule(layer)
+    seen: list[tuple[nn.Module, Any, Any]] = []  # in the order in which they ran
 
-    def after(module: nn.Module, inputs: Any, output: Any) -> None:
-        nonlocal point
-        if names[module] == layer and isinstance(output, Tensor):
-            here[:] = [output]
-            return
-        follows = here and inputs and inputs[0] is here[0] and _changes_each(module)
-        if follows and isinstance(output, Tensor) and output.shape == here[0].shape:
-            here[0] = output
-            if runs[names[module]] == 1:
-                point = module
+    def note(module: nn.Module, inputs: Any, output: Any) -> None:
+        seen.append((module, inputs[0] if inputs else None, output))
 
-    handles = [module.register_forward_hook(after) for module in names]
+    handles = [module.register_forward_hook(note) for module in names]
     with torch.no_grad():
         case.model(case.images)
     for handle in handles:
         handle.remove()
+    point = inner.get_submodule(layer)
+    tensor = next(output for module, _, output in seen if module is point)
+    while (follower := _only_reader(seen, tensor)) is not None:
+        module, tensor = follower
+        point = module if runs[names[module]] == 1 else point
     last = isinstance(inner.get_submodule(layer), nn.Linear)
-    return Place(names[point], here[0].dim() - 1 if last else 1)
+    return Place(names[point], tensor.dim() - 1 if last else 1)
+
+
+def _only_reader(
+    seen: Sequence[tuple[nn.Module, Any, Any]], tensor: Tensor
+) -> tuple[nn.Module, Tensor] | None:
+    """The module that alone reads a tensor, with what it makes of it, if that keeps its filters."""
+    readers = [(module, output) for module, given, output in seen if given is tensor]
+    inner = [
+        (module, output)
+        for module, output in readers
+        if not any(other is not module and other in set(module.modules()) for other, _ in readers)
+    ]
+    if len(inner) != 1:
+        return None
+    module, output = inner[0]
+    same = isinstance(output, Tensor) and output.shape == tensor.shape
+    return (module, output) if same and output is not tensor and _changes_each(module) else None
 
 
 def _changes_each(module: nn.Module) -> bool:
