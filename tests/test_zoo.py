@@ -16,11 +16,8 @@ BY_NAME = {member.name: member for member in MEMBERS}
 TIED = "tied by a sum to …, whose filters would have to go as well"
 # What does not apply, and why; everything else equals the truth.
 EXPECTED: dict[str, dict[str, str]] = {
-    "small MViT": {},  # video, tokens, pooled queries
-    "small MViT v2": {},
-    "beit_base_patch16_224": {},
+    "small MViT v2": {},  # video, tokens, pooled queries
     "deepseek_vit_412m": {"prune": TIED},
-    "qwen3_vit_88m": {},
     "naflexvit_base_patch16_gap": {},
     "test_vit_relpos": {},  # its bias has as many rows as there are images
     "starnet_s050": {},  # filters multiplied by filters
