@@ -251,7 +251,9 @@ def short_repr(cls: Class) -> Class:
     return cls
 
 
-def bound_repr(method: object, forward_func: ForwardFunc, layers: object, **options: object) -> str:
+def bound_repr(
+    method: object, forward_func: ForwardFunc | None, layers: object, **options: object
+) -> str:
     """What a method is called and bound to: ``LayerFilterContribution(ResNet, layer='layer4')``.
 
     Args:
