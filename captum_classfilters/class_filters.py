@@ -21,7 +21,7 @@ from captum_classfilters._core.tables import (
     short_repr,
 )
 from captum_classfilters._core.tensor_files import Schema, read_tensors, write_tensors
-from captum_classfilters._core.types import ModelInputs
+from captum_classfilters._core.types import JsonDict, Keywords, ModelInputs
 from captum_classfilters._core.warnings import warn
 
 if TYPE_CHECKING:
@@ -243,7 +243,7 @@ class ClassFilters(Tabular):
     class_names: tuple[str, ...]
     layer: str
     method: str
-    provenance: Mapping[str, Any]
+    provenance: Keywords
 
     def __init__(
         self,
@@ -765,7 +765,7 @@ class ClassFilters(Tabular):
         """
         stored = read_tensors(path, _FILE)
         scores = stored.tensor("scores", torch.float64, (None, None))
-        parts: dict[str, Any] = {
+        parts: JsonDict = {
             name: stored.optional_tensor(name, torch.float64, scores.shape)
             for name in ("standard_errors", "p_values", "q_values")
         }
@@ -786,7 +786,7 @@ class ClassFilters(Tabular):
         tables = {name: getattr(self, f"_{name}") for name in names}
         return {name: table for name, table in tables.items() if table is not None}
 
-    def _parts(self) -> dict[str, Any]:
+    def _parts(self) -> JsonDict:
         """The arguments that make this table, in the constructor's order."""
         return {
             "scores": self._scores,
@@ -1022,7 +1022,7 @@ def _snapped(values: Tensor) -> Tensor:
     return torch.where(near, whole, values)
 
 
-def _joined_provenance(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _joined_provenance(records: Sequence[JsonDict]) -> JsonDict:
     """What all records say, the sum of their images, and apart what they say differently."""
     shares = [share for record in records for share in record.pop("merged", [record])]
     names = list(dict.fromkeys(name for record in records for name in record))

@@ -105,7 +105,7 @@ class _Runs(nn.Module):
         except AttributeError:  # a model may look at its layer's weight, say
             return getattr(super().__getattr__("0"), name)
 
-    def __getitem__(self, place: Any) -> Any:
+    def __getitem__(self, place: object) -> object:
         return self.get_submodule("0")[place]  # type: ignore[index]
 
     def __len__(self) -> int:

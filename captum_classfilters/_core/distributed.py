@@ -6,6 +6,8 @@ from typing import Any, TypeVar
 
 import torch.distributed
 
+from captum_classfilters._core.types import JsonDict, Keywords
+
 T = TypeVar("T")
 
 
@@ -63,9 +65,7 @@ class Ranks:
         self.place = ""
         self.is_settled = not is_distributed()
 
-    def agree(
-        self, facts: Callable[[], Mapping[str, Any]], seen: Mapping[str, Any] | None = None
-    ) -> None:
+    def agree(self, facts: Callable[[], Keywords], seen: Keywords | None = None) -> None:
         """Wait for all, and raise unless each succeeded and says the same of what it did.
 
         Args:
@@ -142,9 +142,9 @@ def _raise_failures(answers: list[tuple[str, Any]]) -> None:
         raise ValueError(f"{'; '.join(failures)}. No rank has a result.")
 
 
-def flattened(record: Mapping[str, Any], start: str = "") -> dict[str, Any]:
+def flattened(record: Keywords, start: str = "") -> JsonDict:
     """A record in which parts of parts have names of their own."""
-    parts: dict[str, Any] = {}
+    parts: JsonDict = {}
     for name, value in record.items():
         if isinstance(value, Mapping):
             parts |= flattened(value, f"{start}{name}.")
@@ -153,7 +153,7 @@ def flattened(record: Mapping[str, Any], start: str = "") -> dict[str, Any]:
     return parts
 
 
-def _differing(records: list[dict[str, Any]]) -> str:
+def _differing(records: list[JsonDict]) -> str:
     """What some ranks say differently, in words."""
     parts = []
     for name in dict.fromkeys(name for record in records for name in record):

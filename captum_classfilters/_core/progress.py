@@ -20,7 +20,7 @@ from torch import Tensor
 from captum_classfilters._core.distributed import flattened, rank, world_size
 from captum_classfilters._core.files import AnyPath, check_writable
 from captum_classfilters._core.tensor_files import Schema, Stored, read_tensors, write_tensors
-from captum_classfilters._core.types import JsonDict, ModelInputs
+from captum_classfilters._core.types import JsonDict, Keywords, ModelInputs
 from captum_classfilters._core.warnings import warn
 
 _SCHEMA = Schema("pass", "captum_classfilters.Pass", 1, "state", "of a pass over data")
@@ -127,7 +127,7 @@ class Progress:
         self._digests: list[bytes | Tensor] = []
         self._ends: list[int] = []  # images up to the end of each batch
         self._restored = 0
-        self._random: dict[str, Any] | None = None
+        self._random: JsonDict | None = None
         self._is_refused = True  # until the state is seen to be ours
 
     # -- from the loop ------------------------------------------------------------------------------
@@ -287,9 +287,7 @@ class Progress:
         self._cost = self._last - begin
 
 
-def differences(
-    left: Mapping[str, Any], right: Mapping[str, Any], verb: str, other_verb: str
-) -> str:
+def differences(left: Keywords, right: Keywords, verb: str, other_verb: str) -> str:
     """What two records say differently, in words; empty if nothing."""
     left, right = flattened(left), flattened(right)
     names = [name for name in {**left, **right} if left.get(name) != right.get(name)]
@@ -407,7 +405,7 @@ def _random_state() -> tuple[dict[str, Tensor], JsonDict]:
     return tensors, {"numpy": numpy_rest, "python": [version, normal]}
 
 
-def _set_random_state(state: dict[str, Any]) -> None:
+def _set_random_state(state: JsonDict) -> None:
     tensors, others = state["torch"], state["others"]
     torch.set_rng_state(tensors["random/cpu"])
     for name, tensor in tensors.items():

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from captum_classfilters._core.files import AnyPath, open_regular, write_atomically
-from captum_classfilters._core.types import JsonDict
+from captum_classfilters._core.types import JsonDict, Keywords
 
 T = TypeVar("T")
 
@@ -245,7 +245,7 @@ class Stored:
         self._taken.update(self.tensors)
         return dict(self.tensors)
 
-    def _part(self, parts: Mapping[str, Any], name: str) -> Any:
+    def _part(self, parts: Keywords, name: str) -> Any:
         if name not in parts:
             raise ValueError(f"{self.path} lacks parts of a {self.schema}: {name!r}.")
         self._taken.add(name)

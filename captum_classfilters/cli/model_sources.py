@@ -5,9 +5,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any
 
 from torch import Tensor, nn
+
+from captum_classfilters._core.types import JsonDict
 
 TIMM = "timm:"
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -49,7 +50,7 @@ class ModelSource:
         """Name of a tensor whose length is the number of outputs."""
         return list(model.state_dict())[-1]  # a file need not keep the order of the layers
 
-    def preparation(self) -> Callable[[Any], Tensor]:
+    def preparation(self) -> Callable[[object], Tensor]:
         """From an image to what the model takes: resize, centre crop, normalize."""
         from torchvision import transforms
 
@@ -80,7 +81,7 @@ class TimmSource(ModelSource):
         return self.image_size or int(self._config["input_size"][-1])
 
     @property
-    def _config(self) -> dict[str, Any]:
+    def _config(self) -> JsonDict:
         import timm
 
         config = timm.get_pretrained_cfg(self.name)
@@ -91,7 +92,7 @@ class TimmSource(ModelSource):
         import timm
 
         other = self._config.get("fixed_input_size") and self.image_size
-        options: dict[str, Any] = {"img_size": self.image_size} if other else {}
+        options: JsonDict = {"img_size": self.image_size} if other else {}
         try:
             model: nn.Module = timm.create_model(
                 self.name, pretrained=False, num_classes=num_classes, **options
@@ -110,13 +111,13 @@ class TimmSource(ModelSource):
         own = [f"{name}.weight" for name in names if f"{name}.weight" in model.state_dict()]
         return own[0] if own else super().head_tensor(model)
 
-    def preparation(self) -> Callable[[Any], Tensor]:
+    def preparation(self) -> Callable[[object], Tensor]:
         """From an image to what the model takes, as timm evaluates it."""
         from timm.data import create_transform, resolve_data_config
 
         config = resolve_data_config(pretrained_cfg=self._config)
         config["input_size"] = (config["input_size"][0], self.size, self.size)
-        prepare: Callable[[Any], Tensor] = create_transform(**config, is_training=False)
+        prepare: Callable[[object], Tensor] = create_transform(**config, is_training=False)
         return prepare
 
     def categories(self) -> Iterator[tuple[list[str], dict[str, int]]]:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from captum_classfilters._core.types import DatasetLike
+from captum_classfilters._core.types import DatasetLike, Keywords
 from captum_classfilters.identify.exemplars import Exemplars, slices_of
 from captum_classfilters.visualize.arrays import Channels, numbers_of, picture_of, show_picture
 from captum_classfilters.visualize.figures import (
@@ -234,7 +234,7 @@ def _draw(
         axes.add_patch(frame)
     show_picture(axes, picture)
     if middle is not None and min(picture.shape[:2]) >= _NARROW:
-        mark: dict[str, Any] = {"color": color, "markersize": 7, "markeredgewidth": 1.2}
+        mark: Keywords = {"color": color, "markersize": 7, "markeredgewidth": 1.2}
         axes.plot(middle[1] - left, middle[0] - top, "+", **mark)
         axes.set_xlim(-0.5, picture.shape[1] - 0.5)
         axes.set_ylim(picture.shape[0] - 0.5, -0.5)

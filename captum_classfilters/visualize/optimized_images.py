@@ -1,14 +1,14 @@
 """Sheets of optimized images."""
 
 from collections.abc import Sequence
-from typing import Any
 
+from captum_classfilters._core.types import Keywords
 from captum_classfilters.visualize.arrays import Channels, picture_of, show_picture
 from captum_classfilters.visualize.feature_visualization import FeatureVisualization
 from captum_classfilters.visualize.figures import FigureAndGrid, headline, sheet_of, short_names
 
 # Dark on bright, whatever is below.
-_NOTICE: dict[str, Any] = {
+_NOTICE: Keywords = {
     "ha": "center",
     "va": "center",
     "size": 8,
