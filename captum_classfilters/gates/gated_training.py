@@ -2,7 +2,7 @@
 
 import copy
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -181,7 +181,7 @@ class GatedTrainer:
         if gated_optimizer is None:
             gated_optimizer = optimizer
             if not _holds(optimizer, gate.weight):
-                optimizer.add_param_group({"params": [gate.weight], "weight_decay": 0.0})
+                _add_gate(optimizer, gate, (scheduler, gated_scheduler))
         if not _holds(gated_optimizer, gate.weight):
             raise ValueError("gated_optimizer does not hold the gate's parameters.")
         if any(isinstance(part, ReduceLROnPlateau) for part in (scheduler, gated_scheduler)):
@@ -489,6 +489,30 @@ def _check_epoch(record: GatedEpoch, place: int) -> None:
 def _correct(scores: Tensor, labels: Tensor) -> Tensor:
     """How many of a batch's images are recognized, where the scores are."""
     return (two_classes(scores.detach()).argmax(1) == labels.to(scores.device)).sum()
+
+
+_OF_GROUPS = ("base_lrs", "_last_lr", "lr_lambdas", "max_lrs", "base_momentums", "max_momentums")
+
+
+def _add_gate(
+    optimizer: torch.optim.Optimizer,
+    gate: ClassSpecificGate,
+    schedulers: Sequence[LRScheduler | None],
+) -> None:
+    """Give an optimizer the gate's parameters, without weight decay; schedulers that were made
+    before, and know its first group alone, treat the gate's as they do the first."""
+    first = optimizer.param_groups[0]
+    alike = {k: v for k, v in first.items() if k != "params"} if "initial_lr" in first else {}
+    optimizer.add_param_group({**alike, "params": [gate.weight], "weight_decay": 0.0})
+    waiting = [scheduler for scheduler in schedulers if scheduler is not None]
+    while waiting:
+        scheduler = waiting.pop()
+        waiting.extend(getattr(scheduler, "_schedulers", ()))
+        if scheduler.optimizer is optimizer:
+            for name in _OF_GROUPS:
+                noted = vars(scheduler).get(name)
+                if isinstance(noted, list) and len(noted) == len(optimizer.param_groups) - 1:
+                    noted.append(noted[0])
 
 
 def _holds(optimizer: torch.optim.Optimizer, parameter: Tensor) -> bool:

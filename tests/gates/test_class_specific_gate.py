@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, TensorDataset
 
 from captum_classfilters import ClassFilters, ClassSpecificGate, LayerClassGate
@@ -210,6 +211,23 @@ def loader(seed=0):
     return DataLoader(TensorDataset(x, y), batch_size=24, shuffle=True, generator=order)
 
 
+SCHEDULERS = {
+    "step": lambda o: lr_scheduler.StepLR(o, 1),
+    "linear": lr_scheduler.LinearLR,
+    "cosine": lambda o: lr_scheduler.CosineAnnealingLR(o, 5),
+    "warm restarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 3),
+    "function": lambda o: lr_scheduler.LambdaLR(o, lambda epoch: 0.9**epoch),
+    "one cycle": lambda o: lr_scheduler.OneCycleLR(o, 0.1, total_steps=50),
+    "cyclic": lambda o: lr_scheduler.CyclicLR(o, 0.01, 0.1),
+    "one after another": lambda o: lr_scheduler.SequentialLR(
+        o, [lr_scheduler.ConstantLR(o, 0.5, 2), lr_scheduler.CosineAnnealingLR(o, 5)], [2]
+    ),
+    "two at once": lambda o: lr_scheduler.ChainedScheduler(
+        [lr_scheduler.ExponentialLR(o, 0.9), lr_scheduler.LambdaLR(o, lambda epoch: 0.9**epoch)]
+    ),
+}
+
+
 class TestTraining:
     def test_learns_and_keeps_the_gate_feasible(self):
         model = deep()
@@ -355,6 +373,22 @@ class TestTraining:
         other.step(x, y, gated=False)
         for key, value in one.model.state_dict().items():
             assert torch.equal(value, other.model.state_dict()[key])
+
+    @pytest.mark.parametrize("name", SCHEDULERS)
+    def test_a_scheduler_made_before_the_gate_was_added_treats_it_alike(self, name):
+        model = deep()
+        gate = ClassSpecificGate(3, 6).attach(model, "stage2")
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
+        trainer = GatedTrainer(model, gate, optimizer, scheduler=SCHEDULERS[name](optimizer))
+        whole = torch.optim.SGD([*deep().parameters()], lr=0.1, momentum=0.9)
+        scheduler = SCHEDULERS[name](whole)
+        assert [group["weight_decay"] for group in optimizer.param_groups] == [1e-4, 0.0]
+        for epoch in range(1, 5):
+            trainer.fit([separable()], epochs=epoch, **QUIET)
+            whole.step()
+            scheduler.step()
+            rates = [group["lr"] for group in optimizer.param_groups]
+            assert rates == pytest.approx([whole.param_groups[0]["lr"]] * 2)
 
     def test_bad_input(self):
         model = deep()
