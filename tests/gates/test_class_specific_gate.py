@@ -1,6 +1,8 @@
 """The class-specific gate: projection, regularizer, hook, training, measures."""
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -211,7 +213,7 @@ def loader(seed=0):
     return DataLoader(TensorDataset(x, y), batch_size=24, shuffle=True, generator=order)
 
 
-SCHEDULERS = {
+SCHEDULERS: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
     "step": lambda o: lr_scheduler.StepLR(o, 1),
     "linear": lr_scheduler.LinearLR,
     "cosine": lambda o: lr_scheduler.CosineAnnealingLR(o, 5),
