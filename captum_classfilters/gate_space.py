@@ -19,6 +19,7 @@ from captum_classfilters._core.layers import (
 )
 from captum_classfilters._core.tables import bound_repr
 from captum_classfilters._core.taps import LayerTap, tapping
+from captum_classfilters._core.types import ForwardFunc
 
 
 class FilterGate(nn.Module):
@@ -89,7 +90,11 @@ class FilterGate(nn.Module):
         )
 
     def __repr__(self) -> str:
-        return bound_repr(self, self._function or self.model, self.layer)
+        return bound_repr(self, self._called, self.layer)
+
+    @property
+    def _called(self) -> ForwardFunc | None:
+        return self.model if self._function is None else self._function
 
     @property
     def layer(self) -> nn.Module:
@@ -156,7 +161,7 @@ class FilterGate(nn.Module):
         module = self._own_layer()
         tap = LayerTap(self.model, module, self.channel_dim, react=gate)
         with tapping([tap]):
-            result: Tensor = (self._function or self.model)(*inputs)  # type: ignore[misc]
+            result: Tensor = self._called(*inputs)  # type: ignore[misc]
         check_runs(self.layer_name, max(map(len, tap.rows.values()), default=0), module)
         return result
 

@@ -718,7 +718,9 @@ def test_two_tensors_are_not_one() -> None:
         2,
         1,
     ]
-    with pytest.raises(ValueError, match="handles a tuple, not a single tensor"):
+    with pytest.raises(
+        ValueError, match=r"handles a tuple \(Tensor, Tensor\), not a single tensor"
+    ):
         only_tensor(net(*[tokens] * 3), "attention")
 
 

@@ -354,7 +354,8 @@ class FilterTrace(TorchDispatchMode):
         return None if use is None or use.module is None or use.module._modules else use
 
     def _text(self, operation: Operation) -> str:
-        module = (self._stack[-1].module if self._stack else None) or self.model
+        module = self._stack[-1].module if self._stack else None
+        module = self.model if module is None else module
         name = (self.function or operation.name).strip("_")
         return f"{_WORDS.get(name, name)} in {self._called(module)}"
 

@@ -269,7 +269,8 @@ def bound_repr(
     names = [layer_name(model, part) if isinstance(part, nn.Module) else part for part in modules]
     told = {"layer": names if several else names[0], **options}
     parts = [f"{name}={described(value)}" for name, value in told.items()]
-    return f"{type(method).__name__}({', '.join([model_name(model or forward_func), *parts])})"
+    of = model_name(forward_func if model is None else model)
+    return f"{type(method).__name__}({', '.join([of, *parts])})"
 
 
 def model_name(model: object) -> str:

@@ -196,7 +196,7 @@ class Collector:
         """See whether the model gives the same scores again, where it has not run twice already."""
         forward_func, earlier = source.method.forward_func, reading.earlier
         batches.check_repeats(
-            source.model or forward_func,
+            forward_func if source.model is None else source.model,
             reading.output,
             (lambda: forward_func(*batch.inputs)) if earlier is None else lambda: earlier,
         )

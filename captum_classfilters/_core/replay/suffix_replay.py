@@ -317,7 +317,7 @@ class SuffixReplay(RecordedBatch):
         """From now on the whole model runs, said once."""
         self._cut = self._one_by_one = False
         self._known.forget()
-        message = f"{type(self.model or self.forward_func).__name__} at {self.name!r}"
+        message = f"{type(self.forward_func if self.model is None else self.model).__name__} at {self.name!r}"
         if message not in _reported:
             _reported.add(message)
             logger.warning("%s: the whole model runs for each filter (%s).", message, reason)
