@@ -74,6 +74,11 @@ class WithoutLength(nn.Sequential):
         return 0
 
 
+class WithoutTruth(nn.Sequential):
+    def __len__(self) -> int:  # as a compiled model that has none
+        raise TypeError("no length")
+
+
 def compiled() -> nn.Module:
     model = torch.compile(deep(), backend="eager")
     assert isinstance(model, nn.Module)
@@ -89,6 +94,12 @@ def compiled_in_place() -> nn.Module:
 def without_length() -> nn.Module:
     model: nn.Sequential = deep()
     model.__class__ = WithoutLength
+    return model
+
+
+def without_truth() -> nn.Module:
+    model: nn.Sequential = deep()
+    model.__class__ = WithoutTruth
     return model
 
 
@@ -127,6 +138,7 @@ SAME: dict[str, tuple[Callable[[], nn.Module], str, float]] = {
     "weight norm": (weight_norm, "", 1e-6),
     "a mask of ones": (mask_of_ones, "", 1e-6),
     "without length": (without_length, "", 1e-6),
+    "without truth": (without_truth, "", 1e-6),
     "float64": (lambda: deep().double(), "", 1e-6),
     "bfloat16": (lambda: deep().bfloat16(), "", 3e-2),
     "float16": (lambda: deep().half(), "", 3e-3),
