@@ -1,8 +1,11 @@
 """What one of several processes does: run by torchrun, or forked by `tests/test_distributed.py`."""
 
 import os
+import pickle
 import signal
 import sys
+import traceback
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -211,6 +214,28 @@ def main() -> None:
         table.save(f"{folder}/{rank}-{name}.safetensors")
     torch.save(vars(reduction(deep(), own)), f"{folder}/{rank}-reduction.pt")
     dist.barrier()
+    dist.destroy_process_group()
+
+
+def one_rank(rank, world, store, pipe, checks):
+    """Run some checks one after the other, and send what each returned or raised."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{store}",
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(seconds=60),
+    )
+    try:
+        for name, *arguments in checks:
+            try:
+                found = CHECKS[name](rank, world, *arguments)
+            except Exception as error:
+                found = (type(error).__name__, str(error), getattr(error, "partial", None))
+            pipe.send_bytes(pickle.dumps(found))  # tensors as they are, not as shared memory
+    except BaseException:
+        pipe.send_bytes(pickle.dumps(traceback.format_exc()))
     dist.destroy_process_group()
 
 

@@ -6,14 +6,12 @@ import pickle
 import subprocess
 import sys
 import time
-import traceback
-from datetime import timedelta
 from functools import lru_cache
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from captum_classfilters import ClassFilters
 from tests import distributed_worker as worker
@@ -23,36 +21,19 @@ ROOT = Path(__file__).parents[1]
 SIZES = [2, 3, 4]
 
 
-def one_rank(rank, world, store, pipe, checks):
-    """Run some checks one after the other, and send what each returned or raised."""
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{store}",
-        rank=rank,
-        world_size=world,
-        timeout=timedelta(seconds=60),
-    )
-    try:
-        for name, *arguments in checks:
-            try:
-                found = worker.CHECKS[name](rank, world, *arguments)
-            except Exception as error:
-                found = (type(error).__name__, str(error), getattr(error, "partial", None))
-            pipe.send_bytes(pickle.dumps(found))  # tensors as they are, not as shared memory
-    except BaseException:
-        pipe.send_bytes(pickle.dumps(traceback.format_exc()))
-    dist.destroy_process_group()
-
-
 def run(world, folder, *checks, answers=None):
-    """What each check gave on each rank; forked, since importing torch takes the longest."""
-    context = multiprocessing.get_context("fork")
+    """What each check gave on each rank. Their processes are forked from one that has imported all
+    there is and done nothing else: one that has started threads must not be forked."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([worker.__name__])
+    with pytest.MonkeyPatch.context() as patched:  # some versions leave the path out
+        patched.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
+        forkserver.ensure_running()
     pipes, processes = [], []
     for rank in range(world):
         ours, theirs = context.Pipe(duplex=False)
         process = context.Process(
-            target=one_rank, args=(rank, world, folder / "store", theirs, checks)
+            target=worker.one_rank, args=(rank, world, folder / "store", theirs, checks)
         )
         process.start()
         theirs.close()
@@ -63,7 +44,7 @@ def run(world, folder, *checks, answers=None):
         for _ in checks:
             of_all = []
             for rank in range(world) if answers is None else answers:
-                assert pipes[rank].poll(60), f"rank {rank} does not answer"
+                assert pipes[rank].poll(120), f"rank {rank} does not answer"
                 of_all.append(pickle.loads(pipes[rank].recv_bytes()))
             results.append(of_all)
     finally:
