@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from captum_classfilters._core.names import hint
+from captum_classfilters._core.names import hint, shortened
 from captum_classfilters._core.ranking import descending, highest, rank_correlation, ranks
 from captum_classfilters._core.tables import (
     Row,
@@ -950,7 +950,7 @@ def _check_shares(tables: Sequence[ClassFilters]) -> None:
         different = [name for name in own if own[name] != other[name]]
         if different:
             what = "; ".join(
-                f"{name} is {_short(own[name])} in table 0 and {_short(other[name])} in table {place}"
+                f"{name} is {shortened(own[name])} in table 0 and {shortened(other[name])} in table {place}"
                 for name in different
             )
             raise ValueError(f"The tables do not measure the same thing: {what}.")
@@ -972,11 +972,6 @@ def _measured(table: ClassFilters) -> dict[str, object]:
         **{name: table.provenance.get(name) for name in _SAME},
         "having standard errors": table._standard_errors is not None,
     }
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _same_numbers(table: ClassFilters, others: Sequence[ClassFilters]) -> bool:

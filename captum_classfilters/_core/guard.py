@@ -17,9 +17,8 @@ from torch.nn.parameter import is_lazy
 _FORWARD = nn.Module._call_impl.__code__
 _locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
 _locks_guard = threading.Lock()
-_entered = (
-    threading.local()
-)  # how deep the stack was where this thread first entered a model's lock
+# How deep the stack was where this thread first entered a model's lock.
+_entered = threading.local()
 _INSIDE = (str(Path(__file__).parent.parent), contextlib.__file__)
 
 

@@ -1,4 +1,5 @@
-"""Names of classes and layers: short ones beside pictures, and the nearest to a misspelt one."""
+"""What things are called: short names beside pictures, values in messages, the nearest names to a
+misspelt one."""
 
 import difflib
 import re
@@ -31,6 +32,22 @@ def short_name(name: object, length: int = LONGEST_NAME) -> str:
         words = cut.rpartition(" ")[0]  # whole words, where they are most of it
         text = f"{words if len(words) > length // 2 else cut.rstrip()}…"
     return text
+
+
+def shortened(value: object, most: int = 80) -> str:
+    """A value as messages show it, cut where it is longer.
+
+    Examples::
+
+        >>> from captum_classfilters._core.names import shortened
+        >>> shortened("abcdefgh", 8), shortened("abc", 8)
+        ("'abcd...", "'abc'")
+    """
+    try:
+        text = repr(value)
+    except RecursionError:
+        text = "nested too deeply"
+    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def close_names(name: str, names: Sequence[str], most: int = 3) -> list[str]:

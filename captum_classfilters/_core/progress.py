@@ -19,6 +19,7 @@ from torch import Tensor
 
 from captum_classfilters._core.distributed import flattened, rank, world_size
 from captum_classfilters._core.files import AnyPath, check_writable
+from captum_classfilters._core.names import shortened
 from captum_classfilters._core.tensor_files import Schema, Stored, read_tensors, write_tensors
 from captum_classfilters._core.types import JsonDict, Keywords, ModelInputs
 from captum_classfilters._core.warnings import warn
@@ -292,14 +293,9 @@ def differences(left: Keywords, right: Keywords, verb: str, other_verb: str) -> 
     left, right = flattened(left), flattened(right)
     names = [name for name in {**left, **right} if left.get(name) != right.get(name)]
     return "; ".join(
-        f"{name} {verb} {_short(left.get(name))} and {other_verb} {_short(right.get(name))}"
+        f"{name} {verb} {shortened(left.get(name), 120)} and {other_verb} {shortened(right.get(name), 120)}"
         for name in names
     )
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 120 else f"{text[:117]}..."
 
 
 def described_options(value: object) -> Any:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from captum_classfilters._core.files import AnyPath, open_regular, write_atomically
+from captum_classfilters._core.names import shortened
 from captum_classfilters._core.types import JsonDict, Keywords
 
 T = TypeVar("T")
@@ -209,7 +210,7 @@ class Stored:
             return default
         value = self._part(self.details, name)
         if not _is(value, kind):
-            self.refuse(f"{name} is {_short(value)}; expected a value of type {kind.__name__}.")
+            self.refuse(f"{name} is {shortened(value)}; expected a value of type {kind.__name__}.")
         return value
 
     def values(self, name: str, kind: type[T], default: Any = _REQUIRED) -> list[T]:
@@ -217,7 +218,9 @@ class Stored:
         values = self.value(name, list, default)
         for value in values:
             if not _is(value, kind):
-                self.refuse(f"{name} holds {_short(value)}; expected type {kind.__name__} alone.")
+                self.refuse(
+                    f"{name} holds {shortened(value)}; expected type {kind.__name__} alone."
+                )
         return values
 
     def tensor(self, name: str, dtype: torch.dtype, shape: Sequence[int | None]) -> Tensor:
@@ -277,7 +280,7 @@ def read_tensors(path: AnyPath, schema: Schema) -> Stored:
         except ValueError as error:
             raise ValueError(f"{path} is not a complete {schema.kind} file: {error}") from error
     if text is None:
-        held = _short(list(metadata)) if metadata else "nothing"
+        held = shortened(list(metadata)) if metadata else "nothing"
         raise ValueError(
             f"{path} is a safetensors file, but does not hold a {schema}: its metadata name {held}."
         )
@@ -353,14 +356,14 @@ def _header(file: io.BufferedReader) -> tuple[list[_Entry], dict[str, str]]:
 
 def _entry(name: str, entry: object) -> _Entry:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise ValueError(f"the tensor {name!r} is described by {_short(entry)}.")
+        raise ValueError(f"the tensor {name!r} is described by {shortened(entry)}.")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise ValueError(
-            f"the tensor {name!r} is of type {_short(dtype)}; known are {', '.join(DTYPES)}."
+            f"the tensor {name!r} is of type {shortened(dtype)}; known are {', '.join(DTYPES)}."
         )
     if not _sizes(shape) or not _sizes(offsets) or len(offsets) != 2:
-        raise ValueError(f"the tensor {name!r} is described by {_short(entry)}.")
+        raise ValueError(f"the tensor {name!r} is described by {shortened(entry)}.")
     start, end = offsets
     needed = math.prod(shape) * DTYPES[dtype].itemsize
     if end - start != needed:
@@ -418,7 +421,7 @@ def _parsed(text: str) -> JsonDict:
     except RecursionError as error:
         raise ValueError("its JSON is nested too deeply.") from error
     if not isinstance(value, dict):
-        raise ValueError(f"its JSON is {_short(value)}; expected an object.")
+        raise ValueError(f"its JSON is {shortened(value)}; expected an object.")
     return value
 
 
@@ -432,7 +435,7 @@ def _verify(
     """Compare the checksum, where there is or was one."""
     key = schema.key
     if unknown := [name for name in metadata if name not in (key, _CHECKSUM)]:
-        raise ValueError(f"its metadata hold {_short(unknown[0])} beside {key!r}.")
+        raise ValueError(f"its metadata hold {shortened(unknown[0])} beside {key!r}.")
     announced = details.pop(_CHECKSUM, None)
     if _CHECKSUM not in metadata and announced is None and version < schema.checked_from:
         return
@@ -446,12 +449,12 @@ def _version(path: AnyPath, schema: Schema, details: JsonDict) -> int:
     name, version = details.pop("schema", None), details.pop("schema_version", 1)
     if name != schema.name and not (schema.nameless and name is None and version == 1):
         raise ValueError(
-            f"{path} is a safetensors file, but does not hold a {schema}: it says {_short(name)} and not "
+            f"{path} is a safetensors file, but does not hold a {schema}: it says {shortened(name)} and not "
             f"{schema.name!r}."
         )
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
         raise ValueError(
-            f"{path} is not a complete {schema.kind} file: its schema version is {_short(version)}."
+            f"{path} is not a complete {schema.kind} file: its schema version is {shortened(version)}."
         )
     if version > schema.version:
         raise ValueError(
@@ -466,12 +469,3 @@ def _is(value: object, kind: type) -> bool:
     if isinstance(value, bool):
         return kind is bool
     return isinstance(value, (int, float) if kind is float else kind)
-
-
-def _short(value: object) -> str:
-    """A value from a file in a message."""
-    try:
-        text = repr(value)
-    except RecursionError:
-        text = "nested too deeply"
-    return text if len(text) <= 80 else f"{text[:77]}..."

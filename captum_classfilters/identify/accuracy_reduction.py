@@ -1,9 +1,9 @@
 """Abbasi-Asl and Yu: the accuracy that a network loses when a filter is removed."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from statistics import NormalDist
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
@@ -521,7 +521,7 @@ def paired_interval(
     """
     if not 0 < confidence < 1:
         raise ValueError(f"confidence={confidence} must lie between 0 and 1.")
-    z = math.sqrt(2) * float(torch.erfinv(torch.tensor(confidence, dtype=torch.float64)))
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
     upper = _upper_end(lost.double(), gained.double(), counts.expand_as(lost).double(), z)
     lower = -_upper_end(gained.double(), lost.double(), counts.expand_as(lost).double(), z)
     return torch.stack([lower, upper], -1)

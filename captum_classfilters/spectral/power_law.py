@@ -148,7 +148,7 @@ def random_exponents(
 def _random_eigenvalues(few: int, many: int, generator: np.random.Generator) -> np.ndarray:
     """Of the product of a Gaussian matrix with its transpose."""
     diagonal = np.sqrt(generator.chisquare(many - np.arange(few)))
-    below = np.sqrt(generator.chisquare(few - 1 - np.arange(few - 1))) if few > 1 else np.zeros(0)
+    below = np.sqrt(generator.chisquare(few - 1 - np.arange(few - 1)))
     squares = diagonal**2
     squares[1:] += below**2
     values = eigvalsh_tridiagonal(squares, diagonal[:-1] * below)
