@@ -209,10 +209,10 @@ def _new_file(folder: str, prefix: str) -> tuple[int, str]:
             handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         except FileExistsError:
             continue
-        _locked(handle)
-        if os.fstat(handle).st_nlink:
+        # Another writer may take it for a leftover before it is locked: it has it locked, or gone.
+        if _locked(handle) is not False and os.fstat(handle).st_nlink:
             return handle, path
-        os.close(handle)  # taken for a leftover before it was locked
+        os.close(handle)
 
 
 def _locked(handle: int) -> bool | None:

@@ -243,6 +243,36 @@ def test_where_there_are_no_locks_at_all(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["file"]
 
 
+@pytest.mark.parametrize("gone", ["before it is locked", "after"])
+def test_a_new_file_taken_for_a_leftover(tmp_path, monkeypatch, gone):
+    """Another writer finds a file that has just been made, not yet locked, and removes it."""
+    real_open, real_sync = os.open, os.fsync
+    taken: list[tuple[int, str]] = []
+
+    def taking_open(path, flags, *rest):
+        handle = real_open(path, flags, *rest)
+        if flags & os.O_EXCL and not taken:
+            other = real_open(path, os.O_RDWR)
+            assert files._locked(other)
+            taken.append((other, path))
+            if gone == "before it is locked":
+                os.unlink(path)
+                os.close(other)
+        return handle
+
+    def removing_sync(handle):
+        if os.path.exists(taken[0][1]):
+            os.unlink(taken[0][1])
+            os.close(taken[0][0])
+        real_sync(handle)
+
+    monkeypatch.setattr(os, "open", taking_open)
+    monkeypatch.setattr(os, "fsync", removing_sync)
+    write_atomically(tmp_path / "file", b"new")
+    assert (tmp_path / "file").read_bytes() == b"new"
+    assert os.listdir(tmp_path) == ["file"]
+
+
 def test_threads_that_write_one_file(tmp_path):
     """Each time it is one of them that is there, whole."""
     path = tmp_path / "file"
