@@ -131,8 +131,9 @@ def localization(
         rule (str): What of a map is kept: ``"share"`` this share of the image's pixels, the highest
                     ones; ``"level"`` what is above this level between the map's minimum and
                     maximum; ``"value"`` what is above this value, a number or (n,) numbers, one for
-                    each of the n maps. Pixels equal to the threshold are kept, all pixels of a
-                    constant map therefore, unless the rule is ``"value"``.
+                    each of the n maps. A share is one to a pixel: of equal pixels at its end, some
+                    are kept, drawn by a fixed seed. Of a level or value, pixels equal to it are
+                    kept, so that a level keeps all of a constant map.
                     Default: "share"
         value (float or Tensor): The share, level or value.
                     Default: 0.3
@@ -276,42 +277,57 @@ def _checked(maps: Tensor, objects: Tensor) -> tuple[Tensor, Tensor]:
     return stacked, masks
 
 
-def _limits(flat: Tensor, rule: Rule, values: Sequence[float | Tensor]) -> Tensor:
-    """The lowest value kept of each map, for each threshold (n, thresholds); maps fall (n, P)."""
+def _falling(maps: Tensor) -> tuple[Tensor, Tensor]:
+    """Values of an image's maps (n, P) from the highest on, and their pixels; equal ones in mixed order.
+
+    In the order of the pixels, a share of a constant map would be its upper part.
+    """
+    flat = maps.flatten(1)
+    mixed = torch.randperm(flat.shape[1], generator=torch.Generator().manual_seed(0))
+    falling, places = flat[:, mixed].sort(dim=1, descending=True, stable=True)
+    return falling, mixed[places]
+
+
+def _numbers_kept(falling: Tensor, rule: Rule, values: Sequence[float | Tensor]) -> Tensor:
+    """How many pixels of each map are kept at each threshold (n, thresholds)."""
     if rule == "value":
-        columns = [torch.as_tensor(value, dtype=flat.dtype).reshape(-1, 1) for value in values]
+        columns = [torch.as_tensor(value, dtype=falling.dtype).reshape(-1, 1) for value in values]
         for column in columns:
-            if len(column) not in (1, len(flat)):
+            if len(column) not in (1, len(falling)):
                 raise ValueError(
-                    f"value holds {len(column)} numbers for {len(flat)} maps an image."
+                    f"value holds {len(column)} numbers for {len(falling)} maps an image."
                 )
-        return torch.cat([column.expand(len(flat), 1) for column in columns], 1)
+        limits = torch.cat([column.expand(len(falling), 1) for column in columns], 1)
+        return _at_or_above(falling, limits)
     for value in values:
         if isinstance(value, Tensor) or not 0 < value < 1:
             raise ValueError(f"value={value!r} must be a number between 0 and 1 for rule={rule!r}.")
     wanted = torch.tensor([float(value) for value in values], dtype=torch.float64)
     if rule == "share":
-        places = (wanted * flat.shape[1]).round().long().clamp(min=1) - 1
-        return flat[:, places]
+        number = (wanted * falling.shape[1]).round().long().clamp(min=1)
+        return number.expand(len(falling), -1)
     if rule == "level":
-        low, high = flat[:, -1:], flat[:, :1]
-        return low + wanted.to(flat.dtype) * (high - low)
+        low, high = falling[:, -1:], falling[:, :1]
+        return _at_or_above(falling, low + wanted.to(falling.dtype) * (high - low))
     raise ValueError(f"rule={rule!r}; choose 'share', 'level' or 'value'.")
+
+
+def _at_or_above(falling: Tensor, limits: Tensor) -> Tensor:
+    return torch.searchsorted(-falling, -limits, right=True)
 
 
 def _kept(maps: Tensor, rule: Rule, value: float | Tensor) -> Tensor:
     """What is above the threshold in each of an image's maps (n, H, W)."""
-    flat = maps.flatten(1)
-    falling = flat.sort(1, descending=True).values
-    return (flat >= _limits(falling, rule, [value])).reshape(maps.shape)
+    falling, pixels = _falling(maps)
+    first = torch.arange(falling.shape[1]) < _numbers_kept(falling, rule, [value])
+    return torch.empty_like(first).scatter_(1, pixels, first).reshape(maps.shape)
 
 
 def _overlaps(maps: Tensor, mask: Tensor, rule: Rule, values: Sequence[float]) -> Tensor:
     """Mean overlap of an image's maps (n, H, W) at each of many thresholds, from one sort."""
-    falling, order = maps.flatten(1).sort(1, descending=True)
-    inside = mask.flatten()[order].double().cumsum(1)
-    limits = _limits(falling, rule, values)
-    number = torch.searchsorted(-falling, -limits, right=True)  # pixels at or above the limit
+    falling, pixels = _falling(maps)
+    inside = mask.flatten()[pixels].double().cumsum(1)
+    number = _numbers_kept(falling, rule, values)
     both = torch.where(number > 0, inside.gather(1, (number - 1).clamp(min=0)), 0.0)
     return (both / (number + mask.sum() - both)).mean(0)
 

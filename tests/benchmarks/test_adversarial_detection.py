@@ -59,14 +59,15 @@ def test_an_image_and_its_attacked_version_share_a_fold():
             return super().fit(X, y)
 
     model = nn.Sequential(nn.Identity(), nn.Flatten(), nn.Linear(1, 2))
-    x = torch.arange(20.0)[:, None]
-    data = [(x, torch.zeros(20, dtype=torch.int64))]
+    # 22 images in 5 folds: were they of one size, each kind's own folds would have the same images.
+    x = torch.arange(22.0)[:, None]
+    data = [(x, torch.zeros(22, dtype=torch.int64))]
     adversarial_detection(model, "0", data, lambda x, y: x + 100, detector=Spy(), **QUIET)
     assert len(seen) == 5
     for values in seen:
         clean = {value for value in values if value < 50}
         assert {value - 100 for value in values if value > 50} == clean
-        assert len(clean) == 16
+        assert len(clean) in (17, 18)
 
 
 @pytest.mark.parametrize("kind", ["fgsm", "pgd"])

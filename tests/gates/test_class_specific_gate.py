@@ -468,6 +468,7 @@ class TestMeasures:
         assert gate_similarity(self.gate) == pytest.approx(2 * cosine)
         assert density_interval(10, 64).tolist() == pytest.approx([0.1, 0.1])
         assert density_interval(6, 10, limit=12).tolist() == pytest.approx([1 / 6, 0.2])
+        assert density_interval(6, 10, limit=3).tolist() == pytest.approx([1 / 6, 1 / 6])
 
     def test_correlation_and_assignment(self):
         weight = torch.tensor([[1.0, 0.0], [-2.0, 0.0], [0.0, 3.0]])

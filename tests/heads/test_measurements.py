@@ -305,6 +305,21 @@ class TestEssentiality:
             difference = (results[0].at_complement - results[1].at_complement).abs()
             assert difference.max() < 0.15
 
+    def test_scaled_noise_has_each_features_mean_and_deviation(self):
+        generator = torch.Generator().manual_seed(0)
+        features = 10 + 2 * torch.randn(4000, 1, generator=generator)
+        labels, weight = torch.zeros(4000, dtype=torch.int64), torch.tensor([[1.0], [0.0]])
+        found = essentiality(
+            features,
+            labels,
+            weight,
+            torch.tensor([0.0, 8.0]),
+            torch.tensor([[True], [False]]),
+            replacement="scaled_noise",
+        )
+        # Right where 10 + 2 z > 8: with the probability that a normal deviate is above -1.
+        assert float(found.at_set[0]) == pytest.approx(0.8413, abs=0.02)
+
     def test_a_loader_that_cannot_be_read_twice(self):
         model = HOLDING["a temperature in place"]()
         with pytest.raises(ValueError, match="read only once"):

@@ -145,12 +145,28 @@ class TestLocalization:
         found = localization(torch.ones(2, 4, 4), objects)
         assert found.hit.tolist() == [0.25, 0.5]
 
-    def test_a_constant_map_keeps_everything(self):
+    def test_a_level_keeps_all_of_a_constant_map(self):
         objects = torch.tensor([[0, 0, 2, 2]])
-        for rule in ("share", "level"):
-            found = localization(torch.ones(1, 4, 4), objects, rule=rule, value=0.5)
-            assert found.iou.tolist() == found.box_iou.tolist() == [0.25]
-            assert choose_threshold(torch.ones(1, 4, 4), objects, rule=rule)[1] == 0.25
+        found = localization(torch.ones(1, 4, 4), objects, rule="level", value=0.5)
+        assert found.iou.tolist() == found.box_iou.tolist() == [0.25]
+        assert choose_threshold(torch.ones(1, 4, 4), objects, rule="level")[1] == 0.25
+
+    def test_a_share_of_a_constant_map_is_drawn_at_random(self):
+        """As many pixels as are asked for, of no part of the image in particular."""
+        upper = boxes_to_masks(torch.tensor([[0, 0, 50, 20]]), (40, 50))
+        for objects in (upper, ~upper):
+            found = localization(torch.ones(1, 40, 50), objects, value=0.3)
+            # 600 of 2,000 pixels, half of which lie in the object's 1,000: 300 of 1,300 in common.
+            assert found.iou.tolist() == pytest.approx([300 / 1300], abs=0.02)
+            assert found.iou.tolist() == localization(torch.ones(1, 40, 50), objects).iou.tolist()
+
+    def test_of_equal_pixels_a_share_takes_what_is_missing(self):
+        maps = torch.zeros(1, 4, 5)
+        maps[0, 0, :3] = 1
+        for value, overlap in ((3 / 20, 1.0), (2 / 20, 2 / 3), (8 / 20, 3 / 8), (1e-9, 1 / 3)):
+            found = localization(maps, maps > 0, value=value)
+            assert found.iou.tolist() == pytest.approx([overlap])
+        assert choose_threshold(maps, maps > 0, candidates=[0.4, 0.15, 0.1]) == (0.15, 1.0)
 
     def test_tolerance(self):
         maps = torch.zeros(1, 5, 5)
