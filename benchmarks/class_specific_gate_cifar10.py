@@ -120,14 +120,20 @@ def second_stage(split: str, count: int, views: int = 0) -> TensorDataset:
 
 
 def augmented(x: Tensor, random: torch.Generator) -> Tensor:
-    """Images shifted by up to four pixels and flipped half the time."""
-    padded = torch.nn.functional.pad(x, (4, 4, 4, 4))
-    rows, columns = torch.randint(0, 9, (2, len(x)), generator=random).tolist()
-    shifted = torch.stack(
-        [padded[one, :, rows[one] :, columns[one] :][:, :32, :32] for one in range(len(x))]
-    )
+    """Images shifted by up to four pixels and flipped half the time, where they are."""
+    padded = torch.nn.functional.pad(x, (4, 4, 4, 4)).movedim(1, 3)
+    shifts = torch.randint(0, 9, (2, len(x)), generator=random)
     flip = torch.rand(len(x), generator=random) < 0.5
-    return torch.where(flip[:, None, None, None], shifted.flip(3), shifted)
+    pixels = torch.arange(32)
+    across = torch.where(flip[:, None], pixels.flip(0), pixels)
+    rows, columns = (
+        (shifts[0, :, None] + pixels).to(x.device),
+        (shifts[1, :, None] + across).to(x.device),
+    )
+    images = torch.arange(len(x), device=x.device)
+    return (
+        padded[images[:, None, None], rows[:, :, None], columns[:, None]].movedim(3, 1).contiguous()
+    )
 
 
 def fine_tune(arguments: argparse.Namespace) -> None:

@@ -131,8 +131,7 @@ _random = False
 
 def prepare(small: bool, *files: str) -> None:
     """Have data read from the public files or, if small, made up; say so, or that files are absent."""
-    global _random
-    _random = small
+    make_up(small)
     if small:
         print("Images and weights are random: this run is small, and its numbers mean nothing.")
         return
@@ -141,6 +140,12 @@ def prepare(small: bool, *files: str) -> None:
             raise SystemExit(
                 f"{file} is absent; CLASSFILTERS_DATA must name the folder that has it."
             )
+
+
+def make_up(data: bool) -> None:
+    """Have data made up, or not, in this process."""
+    global _random
+    _random = data
 
 
 def made_up() -> bool:
