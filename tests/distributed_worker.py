@@ -8,6 +8,7 @@ import traceback
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -20,7 +21,8 @@ from captum_classfilters import (
     LayerFilterFrequency,
     identify_class_filters,
 )
-from captum_classfilters.identify import collect_evidence
+from captum_classfilters.identify import ClassFilterSums, collect_evidence
+from captum_classfilters.identify.accuracy_sums import AccuracySums
 from captum_classfilters.metrics import evaluate_classifier
 from tests.models import QUIET, batches, deep, joined
 from tests.test_every_loader import ENTRIES as EVERY_ENTRY
@@ -184,6 +186,28 @@ def interrupted(rank, world, folder):
         "tables": again,
         "then": sorted(file.name for file in Path(folder).iterdir()),
     }
+
+
+def merging(rank, world, num_filters=(5, 5)):
+    """What merging sums says to the others: bytes of each call, by what is merged."""
+    said: dict[str, list[int]] = {}
+
+    def all_reduce(tensor, **options):
+        said[name].append(tensor.numel() * tensor.element_size())
+        own(tensor, **options)
+
+    sums = {
+        "means": ClassFilterSums(3, num_filters[rank > 0]),
+        "votes": ClassFilterSums(3, num_filters[rank > 0], integer=True),
+        "accuracy": AccuracySums(3, num_filters[rank > 0]),
+    }
+    own = dist.all_reduce
+    gathered = mock.patch.object(dist, "all_gather", side_effect=AssertionError)
+    with gathered, mock.patch.object(dist, "all_reduce", all_reduce):
+        for name, metric in sums.items():
+            said[name] = []
+            metric.compute()
+    return said
 
 
 def survey(rank, world):

@@ -5,7 +5,6 @@ import os
 import pickle
 import subprocess
 import sys
-import time
 from functools import lru_cache
 from multiprocessing import forkserver
 from pathlib import Path
@@ -71,7 +70,9 @@ def one_process():
 
 @pytest.mark.parametrize("world", SIZES)
 def test_uneven_and_empty_shares_give_the_results_of_one_process(world, tmp_path):
-    (of_ranks,) = run(world, tmp_path, ("all_results",))
+    of_ranks, said, shapes = run(
+        world, tmp_path, ("all_results",), ("merging",), ("merging", (5, 6))
+    )
     whole = one_process()
     assert sum(len(worker.share(rank, world)) for rank in range(world)) == 12
     for found in of_ranks:
@@ -88,6 +89,15 @@ def test_uneven_and_empty_shares_give_the_results_of_one_process(world, tmp_path
             found["reduction"].log_probability_drop, whole["reduction"].log_probability_drop
         )
         assert found["classifier"].accuracy == whole["classifier"].accuracy
+    table, classes = 3 * 5 * 8, 3 * 8  # bytes, however many ranks there are
+    means, whole_numbers = [table + classes, table], [2 * table + classes]
+    accuracy = [2 * table + 2 * classes, 2 * table]
+    assert said == [{"means": means, "votes": whole_numbers, "accuracy": accuracy}] * world
+    places = ", ".join(map(str, range(1, world)))
+    differing = f"(3, 5) on rank 0 and (3, 6) on rank{'s' if world > 2 else ''} {places}"
+    for kind, message, _ in shapes:
+        assert kind == "ValueError"
+        assert f"do not measure the same thing: the shape of 'mean' is {differing}" in message
 
 
 @pytest.mark.slow
@@ -172,13 +182,12 @@ def test_what_differs_is_named_on_all_ranks(tmp_path):
 
 
 def test_a_killed_rank_does_not_leave_the_others_waiting(tmp_path):
-    begin = time.monotonic()
     ((found,),) = run(2, tmp_path, ("killed",), answers=[0])
     kind, message, partial = found
     assert kind == "ValueError"
     assert "got no answer from the others" in message
     assert int(partial["inner contribution"].counts.sum()) == 24
-    assert time.monotonic() - begin < 30
+    assert "imed out" not in message  # after the minute that `worker.one_rank` gives the others
 
 
 def test_images_that_a_sampler_repeats_count_once(tmp_path):

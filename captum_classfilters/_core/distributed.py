@@ -1,10 +1,11 @@
 """What ranks tell each other besides what torchmetrics merges, and what they refuse together."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch.distributed
+from torch import Tensor
 
 from captum_classfilters._core.types import JsonDict, Keywords
 
@@ -20,13 +21,22 @@ def is_distributed() -> bool:
     )
 
 
-def gather(value: T) -> list[T]:
-    """One object from every rank, in order of rank."""
+def gather(value: T, group: Any = None) -> list[T]:
+    """One object from every rank, in order of rank; of the ranks of a group, if one is given."""
     if not is_distributed():
         return [value]
-    values: list[T] = [value] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(values, value)
+    values: list[T] = [value] * torch.distributed.get_world_size(group)
+    torch.distributed.all_gather_object(values, value, group)
     return values
+
+
+def added_up(tensors: Sequence[Tensor], group: Any = None) -> list[Tensor]:
+    """Tensors of one type, summed over ranks by a single call; what a rank holds and is sent does not
+    grow with the number of ranks."""
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    torch.distributed.all_reduce(flat, group=group)
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
 
 
 def rank() -> int:
@@ -87,10 +97,7 @@ class Ranks:
         records = [answer[1][0] for answer in answers]
         names = dict.fromkeys(name for record in records for name in record)
         complete = [dict.fromkeys(names) | record for record in records]
-        different = [_differing(complete), _differing([answer[1][1] for answer in answers])]
-        differing = "; ".join(part for part in different if part)
-        if differing:
-            raise ValueError(f"The ranks do not measure the same thing: {differing}.")
+        check_alike(complete, [answer[1][1] for answer in answers])
 
     def fail(self, error: Exception) -> None:
         """Tell the others of an error and raise the one that all of them raise."""
@@ -142,6 +149,17 @@ def _raise_failures(answers: list[tuple[str, Any]]) -> None:
         raise ValueError(f"{'; '.join(failures)}. No rank has a result.")
 
 
+def check_alike(*records: Sequence[Keywords]) -> None:
+    """Raise, on all alike, unless all ranks have the same records, of which each may lack some names.
+
+    Raises:
+        ValueError: The same one wherever the records are, with the ranks and what differs.
+    """
+    differing = "; ".join(part for part in map(_differing, records) if part)
+    if differing:
+        raise ValueError(f"The ranks do not measure the same thing: {differing}.")
+
+
 def flattened(record: Keywords, start: str = "") -> JsonDict:
     """A record in which parts of parts have names of their own."""
     parts: JsonDict = {}
@@ -153,7 +171,7 @@ def flattened(record: Keywords, start: str = "") -> JsonDict:
     return parts
 
 
-def _differing(records: list[JsonDict]) -> str:
+def _differing(records: Sequence[Keywords]) -> str:
     """What some ranks say differently, in words."""
     parts = []
     for name in dict.fromkeys(name for record in records for name in record):

@@ -5,16 +5,15 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
 from captum_classfilters._core.outputs import are_probabilities, as_rows, log_probabilities
 from captum_classfilters._core.replay.suffix_replay import SuffixReplay
+from captum_classfilters.identify.summed_metric import SummedMetric
 
 
-class AccuracySums(Metric):
+class AccuracySums(SummedMetric):
     """Whole-number counts and sums, so that the order of the batches does not matter."""
 
-    full_state_update = False
     counts: Tensor
     correct: Tensor
     lost: Tensor
@@ -46,10 +45,6 @@ class AccuracySums(Metric):
             rows = getattr(changes, name).to(state.device, state.dtype)
             state += torch.zeros_like(state).index_add_(0, place, rows)
 
-    def state(self) -> dict[str, Tensor]:
-        """What has been added so far, as it is."""
-        return {name: getattr(self, name) for name in self._defaults}
-
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Go on from such a state."""
         for name, value in self.state().items():
@@ -58,10 +53,6 @@ class AccuracySums(Metric):
         table = torch.zeros(0, self.lost.shape[1], device=self.counts.device)
         # torchmetrics counts updates
         self.update(Changes(nothing, *[table] * 4), nothing)
-
-    def of_this_process(self) -> dict[str, Tensor]:
-        """The states, without waiting for other processes."""
-        return AccuracySums.compute(self)
 
     def compute(self) -> dict[str, Tensor]:
         """The states, summed over processes."""

@@ -5,17 +5,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
+
+from captum_classfilters._core.distributed import added_up
+from captum_classfilters.identify.summed_metric import SummedMetric
 
 
-class ClassFilterSums(Metric):
+class ClassFilterSums(SummedMetric):
     r"""
     Streaming statistics of per-image filter scores, class by class: count, mean and M2.
 
     M2 is the sum of squared deviations from the mean (Welford; merged as by Chan, Golub and LeVeque,
     1983), so that a spread far smaller than the scores is not cancelled away. Memory is O(C K)
     whatever the number of images. Merging across processes leaves counts bitwise those of one
-    process; means and M2 differ by rounding in float64 only.
+    process; means and M2 differ by rounding in float64 only. It takes two all-reduces, one for whole
+    numbers, so that neither memory nor bytes depend on the number of processes.
 
     Args:
 
@@ -35,7 +38,6 @@ class ClassFilterSums(Metric):
         tensor([2., 0., 1.], dtype=torch.float64)
     """
 
-    full_state_update = False
     higher_is_better = None
     is_differentiable = False
 
@@ -57,7 +59,7 @@ class ClassFilterSums(Metric):
             self.add_state("total", table, dist_reduce_fx="sum")
             self.add_state("squares", table.clone(), dist_reduce_fx="sum")
         else:
-            # Without a reduction, what is merged comes stacked, and `compute` joins it.
+            # Without a reduction, what `merge_state` merges comes stacked, and `compute` joins it.
             table = torch.zeros(num_classes, num_filters, dtype=torch.float64)
             self.add_state("count", counts, dist_reduce_fx=None)
             self.add_state("mean", table, dist_reduce_fx=None)
@@ -89,11 +91,6 @@ class ClassFilterSums(Metric):
         joined = _joined(own, _moments(values, places, len(rows)))
         self.count[rows], self.mean[rows], self.m2[rows] = joined
 
-    def state(self) -> dict[str, Tensor]:
-        """What has been added so far, as it is."""
-        names = ("count", "total", "squares") if self.integer else ("count", "mean", "m2")
-        return {name: getattr(self, name) for name in names}
-
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Go on from such a state."""
         for name, value in self.state().items():
@@ -119,9 +116,16 @@ class ClassFilterSums(Metric):
             "standard_error": error.masked_fill_(number < 2, float("nan")),
         }
 
-    def of_this_process(self) -> dict[str, Tensor]:
-        """The same, without waiting for other processes."""
-        return ClassFilterSums.compute(self)
+    def _over_ranks(self, group: Any) -> Mapping[str, Tensor]:
+        """Whole numbers are added up; else the means first, and then M2 around the mean of all."""
+        if self.integer:
+            return super()._over_ranks(group)
+        own = self.count.to(torch.float64)[:, None]  # exact to 2**53
+        number, total = added_up([own, self.mean * own], group)
+        mean = total.div_(number.clamp(min=1))
+        spread = (self.mean - mean).square_().mul_(own).add_(self.m2)
+        (m2,) = added_up([spread], group)
+        return {"count": number[:, 0].to(self.count.dtype), "mean": mean, "m2": m2}
 
     def _merged(self) -> tuple[Tensor, Tensor, Tensor]:
         """Count, mean and M2 of all that was merged."""
