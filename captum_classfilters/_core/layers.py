@@ -109,6 +109,16 @@ def plain_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPED)
 
 
+def module_named(model: nn.Module, name: str) -> Any:
+    """The module of a plain name that is known to be one; the model itself is ``""``."""
+    module: Any = unwrapped(model)
+    for part in filter(None, name.split(".")):
+        module = module._modules[part]
+        while "_orig_mod" in module._modules:
+            module = module._modules["_orig_mod"]
+    return module
+
+
 def find_layer(model: nn.Module | None, name: str) -> nn.Module:
     """The submodule with this dotted name; the error names the nearest ones."""
     if model is None:
