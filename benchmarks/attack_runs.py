@@ -165,12 +165,13 @@ def _run_and_kill(call: Callable[..., object], data: Data, path: Path, seconds: 
 
     process = multiprocessing.get_context("fork").Process(target=run)
     process.start()
-    os.read(begun, 1)
+    os.close(pipe)  # so that the other end is told if the process dies by itself
+    if not os.read(begun, 1):
+        raise SystemExit("A run ended before it was killed.")
     time.sleep(seconds)
     process.kill()
     process.join()
     os.close(begun)
-    os.close(pipe)
 
 
 # -- threads ----------------------------------------------------------------------------------------
@@ -286,7 +287,7 @@ def _launched(case: str, size: int, folder: Path, expected: ClassFilters) -> str
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     try:
         result = subprocess.run(
-            command, cwd=_ROOT, env=environment, capture_output=True, text=True, timeout=120
+            command, cwd=_ROOT, env=environment, capture_output=True, text=True, timeout=300
         )
     except subprocess.TimeoutExpired:
         return "they wait for each other"

@@ -83,19 +83,25 @@ class Costs:
 
     @property
     def merging(self) -> int:
-        """At the peak of merging: the sums, their start, their backup, and what all ranks sent, of
-        one sum in a list and stacked, and of the other in one of the two."""
-        return self.made if self.ranks == 1 else (6 + 3 * self.ranks) * self.table
+        """At the peak of merging: the sums, their start, their backup, and means and errors, each as
+        it is made and as it is returned."""
+        return self.computed if self.ranks == 1 else self.computed + 2 * self.table
 
     @property
-    def received(self) -> int:
-        """What one rank is sent: both sums and the counts of all the others."""
-        return (self.ranks - 1) * (2 * self.table + 8 * self.num_classes)
+    def added_up(self) -> int:
+        """What one rank gives to all-reduce: both sums and the counts."""
+        return 0 if self.ranks == 1 else 2 * self.table + 8 * self.num_classes
 
     @property
     def collectives(self) -> int:
-        """A barrier, shapes and values of three sums."""
-        return 0 if self.ranks == 1 else 9
+        """Means with counts, and M2."""
+        return 0 if self.ranks == 1 else 2
+
+    @property
+    def objects(self) -> int:
+        """Small objects gathered in a pass for one table: what is measured; shapes and notes of all
+        tables; the shapes of one."""
+        return 0 if self.ranks == 1 else 4
 
 
 def host_waits(batches: int, batch_bytes: int) -> int:
@@ -186,7 +192,7 @@ def whole_pass(method: str, num_classes: int, num_filters: int) -> dict[str, flo
 
 @dataclass
 class Messages:
-    """Collective calls of this process, and the bytes of tensors in them."""
+    """Collective calls of this process, and the bytes of tensors that they add up."""
 
     calls: int = 0
     bytes: int = 0
@@ -197,7 +203,7 @@ class Messages:
     def counting(self) -> Iterator[None]:
         """Count the calls in the block."""
         with ExitStack() as stack:
-            for name in ("all_gather", "barrier", "all_gather_object"):
+            for name in ("all_reduce", "all_gather", "barrier", "all_gather_object"):
                 self._own[name] = getattr(torch.distributed, name)
                 stack.enter_context(
                     mock.patch.object(torch.distributed, name, partial(self._call, name))
@@ -209,8 +215,8 @@ class Messages:
             self.objects += 1
         else:
             self.calls += 1
-            if name == "all_gather":
-                self.bytes += sum(part.numel() * part.element_size() for part in arguments[0][1:])
+            if name == "all_reduce":
+                self.bytes += arguments[0].numel() * arguments[0].element_size()
         return self._own[name](*arguments, **options)
 
 
@@ -249,7 +255,7 @@ def one_rank(rank: int, ranks: int, file: str, num_classes: int, num_filters: in
     found = {
         "merge_peak": peak,
         "merge_seconds": seconds,
-        "received": messages.bytes,
+        "added_up": messages.bytes,
         "collectives": messages.calls,
         "objects": whole.objects,
     }
@@ -324,11 +330,12 @@ def compare_ranks(ranks: Sequence[int], classes: int, filters: int) -> None:
         "ranks",
         "peak of merging, predicted MiB",
         "measured MiB",
-        "received by a rank, predicted MiB",
+        "added up by a rank, predicted MiB",
         "measured MiB",
         "collective calls, predicted",
         "measured",
-        "objects gathered in a pass",
+        "objects gathered in a pass, predicted",
+        "measured",
         "merging, seconds",
     )
     for number in ranks:
@@ -337,10 +344,11 @@ def compare_ranks(ranks: Sequence[int], classes: int, filters: int) -> None:
             number,
             mib(costs.merging),
             mib(found["merge_peak"]),
-            mib(costs.received),
-            mib(found["received"]),
+            mib(costs.added_up),
+            mib(found["added_up"]),
             costs.collectives,
             found["collectives"],
+            costs.objects,
             found["objects"],
             f"{found['merge_seconds']:.2f}",
         )
@@ -350,13 +358,13 @@ def compute(classes: int, filters: int, ranks: Sequence[int]) -> None:
     """Print what the model says of sizes that were not run."""
     print(f"\nComputed, not measured: C = {classes:,}, K = {filters:,}")
     table = Table(
-        "ranks", "peak of merging, GiB per rank", "received by a rank, GiB", "waits of its host"
+        "ranks", "peak of merging, GiB per rank", "added up by a rank, GiB", "waits of its host"
     )
     for number in ranks:
         costs = Costs(classes, filters, number)
         waits = host_waits(-(-IMAGENET_21K // (256 * number)), 256 * 3 * 224 * 224 * 4)
         table.row(
-            number, f"{costs.merging / 2**30:,.1f}", f"{costs.received / 2**30:,.1f}", f"{waits:,}"
+            number, f"{costs.merging / 2**30:,.1f}", f"{costs.added_up / 2**30:,.1f}", f"{waits:,}"
         )
 
 

@@ -85,11 +85,9 @@ class Case:
 
     @property
     def feeding(self) -> Place | None:
-        """The last block that feeds the head; the head's own input where none does. A detector's last
-        layer sees a part of an image, so that its backbone takes its place."""
+        """The last block that feeds the head; the head's own input where none does."""
         if self.detector:
-            backbone = [row for row in self._with_maps if row.name.startswith("backbone")]
-            return _place(backbone[len(backbone) * 3 // 4])  # the last ones may see no box
+            return self._in_backbone(4, 2)
         rows = [row for row in self.layers.feeding_head if _positions(row) > 1]
         if rows or self.layers.feeding_head:
             return _place((rows or self.layers.feeding_head)[-1])
@@ -98,11 +96,20 @@ class Case:
     @property
     def middle(self) -> Place | None:
         """The middle one of the blocks with maps; of the other layers with maps if there is none."""
+        if self.detector:
+            return self._in_backbone(8, 4)
         with_maps = [row for row in self._with_maps if not row.feeds_head]
         weighted = [row for row in with_maps if any(True for _ in _part(self, row).parameters())]
         blocks = [row for row in weighted if any(True for _ in _part(self, row).children())]
         rows = blocks or weighted or with_maps
         return _place(rows[len(rows) // 2]) if rows else None
+
+    def _in_backbone(self, first: int, last: int) -> Place:
+        """A layer with few filters in a part of a detector's backbone: its last layers see parts of an
+        image, and may see no box; and the whole model runs for each filter."""
+        rows = [row for row in self._with_maps if row.name.startswith("backbone")]
+        part = rows[len(rows) // first : len(rows) // last]
+        return _place(min(part, key=lambda row: row.num_filters or 0))
 
     @property
     def _with_maps(self) -> list[FilterLayer]:
@@ -347,7 +354,9 @@ def check_prune(case: Case) -> None:
         check_pruned(case.model, case.images, row.name, place, None, gone)
     others = [row for row in layers if not row.prunable and row.num_filters > 1]
     for row in others[:: max(1, len(others) // 2)][:2]:
-        check_pruned(case.model, case.images, row.name, Place(row.name, 1), "", [0])
+        some = re.search(r" filters \((\d+)", row.reason)
+        gone = [int(some[1]) if some else 0]
+        check_pruned(case.model, case.images, row.name, Place(row.name, 1), "", gone)
     if not rows:
         reasons = Counter(shortened(row.reason) for row in others)
         raise DoesNotApplyError(reasons.most_common(1)[0][0] if reasons else "no weighted layers")
@@ -360,7 +369,6 @@ def _masked_at(case: Case, layer: str) -> Place:
     """A weighted layer, or the last of the normalizations and activations that follow it and run
     once."""
     inner = part_of(case.model, "")
-    layer = layer.removeprefix("wrapped_model.")
     names = {module: name for name, module in inner.named_modules()}
     runs = {row.name: row.runs for row in case.layers}
     seen: list[tuple[nn.Module, Any, Any]] = []  # in the order in which they ran

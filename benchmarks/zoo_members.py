@@ -2,13 +2,33 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 import torchvision
 from torch import Tensor, nn
+from torchvision.models._utils import IntermediateLayerGetter
+from torchvision.models.convnext import CNBlockConfig
+from torchvision.models.detection import FCOS, KeypointRCNN, MaskRCNN, RetinaNet
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.models.efficientnet import FusedMBConvConfig, MBConvConfig
 from torchvision.models.maxvit import MaxVit
+from torchvision.models.segmentation.fcn import FCN, FCNHead
+from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformerBlockV2
 from torchvision.models.video.mvit import MSBlockConfig, MViT
+from torchvision.models.video.resnet import (
+    BasicBlock,
+    BasicStem,
+    Conv2Plus1D,
+    Conv3DNoTemporal,
+    Conv3DSimple,
+    R2Plus1dStem,
+    VideoResNet,
+)
+from torchvision.models.video.swin_transformer import SwinTransformer3d
+from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from benchmarks.whole_models import NUM_CLASSES
 from captum_classfilters import ClassScores
@@ -94,6 +114,64 @@ def _maxvit(**options: Any) -> nn.Module:
     )
 
 
+def _swin(**options: Any) -> nn.Module:
+    sizes = {"patch_size": [4, 4], "window_size": [4, 4], "mlp_ratio": 2.0}
+    return torchvision.models.SwinTransformer(
+        **sizes, embed_dim=24, depths=[1, 2], num_heads=[2, 4], num_classes=NUM_CLASSES, **options
+    )
+
+
+def _swin_3d(**options: Any) -> nn.Module:
+    sizes = {"patch_size": [2, 4, 4], "window_size": [2, 4, 4], "mlp_ratio": 2.0}
+    return SwinTransformer3d(
+        **sizes, embed_dim=24, depths=[1, 2], num_heads=[2, 4], num_classes=NUM_CLASSES
+    )
+
+
+def _convnext(**options: Any) -> nn.Module:
+    blocks = [CNBlockConfig(16, 32, 1), CNBlockConfig(32, 48, 2), CNBlockConfig(48, None, 1)]
+    return torchvision.models.ConvNeXt(blocks, num_classes=NUM_CLASSES)
+
+
+def _efficientnet_v2(**options: Any) -> nn.Module:
+    blocks = [
+        FusedMBConvConfig(1, 3, 1, 16, 16, 1),
+        FusedMBConvConfig(4, 3, 2, 16, 24, 2),
+        MBConvConfig(4, 3, 2, 24, 32, 2),
+    ]
+    return torchvision.models.EfficientNet(
+        blocks,
+        0.2,
+        last_channel=96,
+        norm_layer=partial(nn.BatchNorm2d, eps=1e-3),
+        num_classes=NUM_CLASSES,
+    )
+
+
+def _video_resnet(*convolutions: Any, **options: Any) -> nn.Module:
+    stem = R2Plus1dStem if convolutions[0] is Conv2Plus1D else BasicStem
+    return VideoResNet(BasicBlock, convolutions, [1, 1, 1, 1], stem, num_classes=NUM_CLASSES)
+
+
+def _fcn(**options: Any) -> nn.Module:
+    backbone = IntermediateLayerGetter(torchvision.models.resnet18(), {"layer4": "out"})
+    return ClassScores(FCN(backbone, FCNHead(512, NUM_CLASSES), None), mean_over_pixels)
+
+
+def _on_pyramid(detector: Callable[..., nn.Module], **options: Any) -> nn.Module:
+    """A detector on the maps of a small residual network."""
+    backbone = resnet_fpn_backbone(backbone_name="resnet18", weights=None, **options)
+    if detector in (FCOS, RetinaNet):
+        sizes: dict[str, Any] = _ONE_STAGE
+        anchors = AnchorGenerator(tuple((16 * 2**at,) for at in range(5)), ((1.0,),) * 5)
+        sizes = {**sizes, "anchor_generator": anchors}
+    else:
+        sizes = _TWO_STAGES
+    if detector is KeypointRCNN:
+        sizes = {**sizes, "num_keypoints": 3}
+    return ClassScores(detector(backbone, num_classes=NUM_CLASSES, **sizes), best_boxes)
+
+
 def _s3d(**options: Any) -> nn.Module:
     model = torchvision.models.video.s3d(num_classes=NUM_CLASSES)
     model.avgpool = nn.AdaptiveAvgPool3d(1)  # its own wants 16 images of 224 pixels
@@ -120,7 +198,8 @@ def _mvit(**options: Any) -> nn.Module:
 CLASSIFIERS, VIDEO = "torchvision: classification", "torchvision: video"
 SEGMENTATION, DETECTION = "torchvision: segmentation", "torchvision: detection"
 _SMALL = {"min_size": 96, "max_size": 96}
-_TWO_STAGES = {**_SMALL, "box_detections_per_img": 10}
+_FEW_BOXES = {"rpn_pre_nms_top_n_test": 50, "rpn_post_nms_top_n_test": 20}
+_TWO_STAGES = {**_SMALL, **_FEW_BOXES, "box_detections_per_img": 4}
 _ONE_STAGE = {**_SMALL, "score_thresh": 0.0, "detections_per_img": 10}
 TORCHVISION = [
     Member(CLASSIFIERS, "alexnet", (96,)),
@@ -136,17 +215,27 @@ TORCHVISION = [
     Member(CLASSIFIERS, "shufflenet_v2_x0_5"),
     Member(CLASSIFIERS, "mnasnet0_5"),
     Member(CLASSIFIERS, "efficientnet_b0"),
-    Member(CLASSIFIERS, "efficientnet_v2_s"),
+    Member(CLASSIFIERS, "small EfficientNetV2", maker=_efficientnet_v2),
     Member(CLASSIFIERS, "regnet_x_400mf"),
     Member(CLASSIFIERS, "regnet_y_400mf"),
-    Member(CLASSIFIERS, "convnext_tiny"),
+    Member(CLASSIFIERS, "small ConvNeXt", maker=_convnext),
     Member(CLASSIFIERS, "small VisionTransformer", (32,), maker=_vit),
-    Member(CLASSIFIERS, "swin_t"),
-    Member(CLASSIFIERS, "swin_v2_t"),
+    Member(CLASSIFIERS, "small Swin", maker=_swin),
+    Member(
+        CLASSIFIERS,
+        "small Swin v2",
+        options={"block": SwinTransformerBlockV2, "downsample_layer": PatchMergingV2},
+        maker=_swin,
+    ),
     Member(CLASSIFIERS, "small MaxVit", maker=_maxvit),
-    Member(VIDEO, "r3d_18", (4, 48, 48)),
-    Member(VIDEO, "mc3_18", (4, 48, 48)),
-    Member(VIDEO, "r2plus1d_18", (4, 48, 48)),
+    Member(VIDEO, "small R3D", (4, 32, 32), maker=partial(_video_resnet, *[Conv3DSimple] * 4)),
+    Member(
+        VIDEO,
+        "small MC3",
+        (4, 32, 32),
+        maker=partial(_video_resnet, Conv3DSimple, *[Conv3DNoTemporal] * 3),
+    ),
+    Member(VIDEO, "small R(2+1)D", (4, 32, 32), maker=partial(_video_resnet, *[Conv2Plus1D] * 4)),
     Member(VIDEO, "s3d", (16, 64, 64), maker=_s3d),
     Member(
         VIDEO,
@@ -172,15 +261,29 @@ TORCHVISION = [
         },
         maker=_mvit,
     ),
-    Member(VIDEO, "swin3d_t", (4, 64, 64)),
-    Member(SEGMENTATION, "fcn_resnet50"),
+    Member(VIDEO, "small Swin3D", (4, 32, 32), maker=_swin_3d),
+    Member(SEGMENTATION, "small FCN", maker=_fcn),
     Member(SEGMENTATION, "deeplabv3_mobilenet_v3_large"),
     Member(SEGMENTATION, "lraspp_mobilenet_v3_large"),
     Member(DETECTION, "fasterrcnn_mobilenet_v3_large_320_fpn", (96,), _TWO_STAGES),
-    Member(DETECTION, "maskrcnn_resnet50_fpn", (96,), _TWO_STAGES),
-    Member(DETECTION, "keypointrcnn_resnet50_fpn", (96,), {**_TWO_STAGES, "num_keypoints": 3}),
-    Member(DETECTION, "fcos_resnet50_fpn", (96,), _ONE_STAGE),
-    Member(DETECTION, "retinanet_resnet50_fpn", (96,), _ONE_STAGE),
+    Member(DETECTION, "small Mask R-CNN", (96,), maker=partial(_on_pyramid, MaskRCNN)),
+    Member(DETECTION, "small Keypoint R-CNN", (96,), maker=partial(_on_pyramid, KeypointRCNN)),
+    Member(
+        DETECTION,
+        "small FCOS",
+        (96,),
+        maker=partial(
+            _on_pyramid, FCOS, returned_layers=[2, 3, 4], extra_blocks=LastLevelP6P7(256, 256)
+        ),
+    ),
+    Member(
+        DETECTION,
+        "small RetinaNet",
+        (96,),
+        maker=partial(
+            _on_pyramid, RetinaNet, returned_layers=[2, 3, 4], extra_blocks=LastLevelP6P7(256, 256)
+        ),
+    ),
     Member(DETECTION, "ssdlite320_mobilenet_v3_large", (96,), {"detections_per_img": 10}),
     Member(DETECTION, "ssd300_vgg16", (96,), {"detections_per_img": 10}, 2),
 ]

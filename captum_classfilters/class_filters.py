@@ -378,6 +378,33 @@ class ClassFilters(Tabular):
         order = descending(self._scores[row])
         return order[self._selected[row][order]]
 
+    def interval(self, confidence: float = 0.95) -> Tensor:
+        r"""
+        Intervals of the mean scores, by Student's distribution, each by itself.
+
+        Args:
+
+            confidence (float): Coverage, between 0 and 1.
+                        Default: 0.95
+
+        Returns:
+            *Tensor* of shape (C, K, 2); NaN for classes with fewer than two images, and where there
+            are no standard errors.
+
+        Raises:
+            ValueError: ``confidence`` is out of range.
+        """
+        from scipy.stats import t
+
+        if not 0 < confidence < 1:
+            raise ValueError(f"confidence={confidence} must lie between 0 and 1.")
+        freedom = (self._counts.double() - 1)[:, None]
+        errors = torch.full_like(self._scores, torch.nan)
+        if self._standard_errors is not None:
+            errors = self._standard_errors.where(freedom > 0, errors)
+        reach = torch.as_tensor(t.isf((1 - confidence) / 2, freedom.clamp(min=1).numpy())) * errors
+        return torch.stack([self._scores - reach, self._scores + reach], dim=2)
+
     def classes_of(self, filter_: int) -> list[str]:
         """Names of the classes that a filter is selected for.
 

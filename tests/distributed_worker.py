@@ -249,7 +249,7 @@ def one_rank(rank, world, store, pipe, checks):
         init_method=f"file://{store}",
         rank=rank,
         world_size=world,
-        timeout=timedelta(seconds=60),
+        timeout=timedelta(seconds=240),
     )
     try:
         for name, *arguments in checks:

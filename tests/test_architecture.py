@@ -26,11 +26,13 @@ FLOORS = (
     {"gates", "heads"},
     {"pruning"},
     {"visualize"},
+    {"atlas"},
     {"cli", "__main__"},
 )
 FLOOR_OF = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
 PUBLIC_ROOMS = (
     "",
+    "atlas",
     "attr",
     "gates",
     "heads",
@@ -388,7 +390,16 @@ def test_names_at_the_top_are_imported_when_asked_for():
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = {name.split(".")[1] for name in ast.literal_eval(run.stdout)}
     assert "attr" in loaded
-    assert not loaded & {"metrics", "spectral", "heads", "gates", "pruning", "visualize", "cli"}
+    assert not loaded & {
+        "metrics",
+        "spectral",
+        "heads",
+        "gates",
+        "pruning",
+        "visualize",
+        "atlas",
+        "cli",
+    }
 
 
 def test_a_name_stands_for_one_thing():

@@ -333,3 +333,23 @@ def test_warnings_point_at_the_users_line():
         method.identify(few, **QUIET).select(num_filters=2)
     assert len(caught) >= 2
     assert {Path(warning.filename).name for warning in caught} == {Path(__file__).name}
+
+
+def test_intervals_of_scores_are_students():
+    """As SciPy has them for the mean of a sample; unknown for a single image."""
+    from scipy import stats
+
+    sample = torch.tensor([1.0, 2.0, 4.0, 7.0], dtype=torch.float64)
+    error = sample.std() / 2
+    table = ClassFilters(
+        torch.stack([sample.mean(), sample.mean()])[:, None],
+        counts=torch.tensor([4, 1]),
+        standard_errors=torch.stack([error, error])[:, None],
+    )
+    low, high = stats.t.interval(0.9, 3, float(sample.mean()), float(error))
+    assert torch.allclose(table.interval(0.9)[0, 0], torch.tensor([low, high]).double())
+    assert bool(table.interval()[1].isnan().all())
+    with pytest.raises(ValueError, match=r"confidence=1.0 must lie between"):
+        table.interval(1.0)
+    bare = ClassFilters(torch.ones(1, 1), counts=torch.tensor([4]))
+    assert bool(bare.interval().isnan().all())

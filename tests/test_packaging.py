@@ -15,6 +15,7 @@ import captum_classfilters
 from captum_classfilters import LayerFilterContribution, list_filter_layers
 from captum_classfilters._core import extras
 from captum_classfilters._core.extras import extra, missing_extra
+from captum_classfilters.atlas.site import Site
 from captum_classfilters.cli.main import main as command
 from captum_classfilters.gates import ClassSpecificGate
 from captum_classfilters.heads import filter_clusters
@@ -142,7 +143,7 @@ def test_extras_that_errors_name_have_the_package():
 
 
 def test_every_use_of_an_extra_names_a_known_package():
-    pattern = re.compile(r"\b(?:missing_)?extra\(\s*\"([a-z_]+)")
+    pattern = re.compile(r"\b(?:missing_)?extra\(\s*\"([a-z0-9_]+)")
     used = {
         name for path in PACKAGE.rglob("*.py") for name in pattern.findall(path.read_text("utf-8"))
     }
@@ -183,6 +184,7 @@ CASES = {
         "pandas",
         lambda: list_filter_layers(network(), IMAGES).to_pandas(),
     ),
+    "The atlas": ("jinja2", "atlas", lambda: Site(Path("nowhere"), overwrite=False)),
     "filter_clusters": ("sklearn", "prune", lambda: filter_clusters(torch.rand(4, 3))),
     "kmeans_quantize": ("sklearn", "prune", lambda: kmeans_quantize(torch.rand(9), 2)),
     "compress_layer": (

@@ -1,6 +1,7 @@
 """One entry at a time works on a model: threads wait, and calls from its own hooks are refused."""
 
 import gc
+import os
 import threading
 import weakref
 
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 from captum_classfilters import LayerFilterContribution, LayerFilterFrequency
+from captum_classfilters._core import guard
 from captum_classfilters.metrics import evaluate_classifier
 from tests.models import QUIET
 from tests.test_model_left_as_found import ENTRIES, batches, make_model, snapshot
@@ -119,6 +121,34 @@ def test_what_is_no_forward_pass_of_a_running_call_may_call():
             return self.step(x)
 
     assert torch.equal(Whole()(torch.rand(1)), expected)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are not forked here")
+def test_a_forked_process_does_not_wait_for_threads_that_are_not_in_it():
+    """A worker of a loader, say, that is started while another thread works on a model."""
+    model, started, done = make_model(), threading.Event(), threading.Event()
+
+    def hold():
+        with guard.held(model):
+            started.set()
+            done.wait()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    started.wait()
+    free = guard._lock_of(model).acquire(blocking=False)  # of another thread
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            code = 1 - guard._lock_of(model).acquire(blocking=False)
+        finally:
+            os._exit(code)
+    _, status = os.waitpid(child, 0)
+    done.set()
+    thread.join()
+    assert not free
+    assert os.waitstatus_to_exitcode(status) == 0
 
 
 def test_the_guard_keeps_no_model_alive():

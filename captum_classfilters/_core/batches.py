@@ -18,7 +18,7 @@ from captum_classfilters._core.distributed import (
     is_main_process,
     refuse_ranks,
 )
-from captum_classfilters._core.guard import model_left_as_found
+from captum_classfilters._core.guard import held, model_left_as_found
 from captum_classfilters._core.labels import Memberships, class_labels, joined, memberships
 from captum_classfilters._core.progress import Progress
 from captum_classfilters._core.repeats import difference_of_runs
@@ -27,6 +27,7 @@ from captum_classfilters._core.warnings import warn
 
 _LABELS = ("labels", "label", "targets", "target", "y")
 _IMAGES = ("pixel_values", "images", "image", "inputs", "input", "x")
+FEW_IMAGES = 4  # that run twice, to see whether a model repeats itself
 BATCHES_AHEAD = 8  # of an accelerator, before the host asks it how they went
 BYTES_AHEAD = 256 * 2**20  # of inputs that must be kept meanwhile
 
@@ -143,28 +144,45 @@ class Batches:
         left = size if self._most is None else max(0, self._most - self.num_images)
         if left >= size:
             return inputs, labels
-        own = tuple(
-            part[:left] if isinstance(part, Tensor) and part.dim() and len(part) == size else part
-            for part in inputs
-        )
+        own = _first_images(inputs, size, left)
         whole = isinstance(labels, (Tensor, list, tuple)) and len(labels) == size
         return own, labels[:left] if whole else labels
 
-    def check_repeats(self, model: object, output: object, run: Callable[[], object]) -> None:
+    def check_repeats(
+        self,
+        model: Callable[..., object],
+        batch: Batch,
+        output: object,
+        *,
+        earlier: object = None,
+        owner: object = None,
+    ) -> None:
         r"""
-        Warn, once, if a model gives other scores for the first batch when it runs again.
+        Warn, once, if a model gives other scores for the same images of the first batch again.
+
+        On a CPU a few of the images run again, and all only if these differ: a model may compute
+        otherwise in other batches. An accelerator, which need not be waited for, runs all.
 
         Args:
 
-            model (object): Which model it is; each is run again once.
-            output (object): What it returned for the first batch.
-            run (Callable): Runs it again on that batch.
+            model (Callable): What was run, a model or a function of its inputs.
+            batch (Batch): Any batch; all but the first are passed over.
+            output (object): What was returned for it.
+            earlier (object, optional): What was returned for it in a run before: there is none more.
+                        Default: None
+            owner (object, optional): Which model it is, where several functions run it.
+                        Default: None
         """
-        if id(model) in self._repeated:
+        key = id(model if owner is None else owner)
+        if batch.first_image or key in self._repeated:
             return
-        self._repeated.add(id(model))
+        self._repeated.add(key)
         with torch.no_grad(), model_left_as_found(None):  # the random state only
-            differences = difference_of_runs(output, run)
+            if earlier is None and batch.device.type == "cpu" and _few_repeat(model, batch, output):
+                return
+            differences = difference_of_runs(
+                output, (lambda: model(*batch.inputs)) if earlier is None else lambda: earlier
+            )
         if differences is None:
             return
 
@@ -280,7 +298,8 @@ def read_batches(
         gradients (bool): Record gradients in the block; the model's parameters stay out of them.
                     Default: False
         training (bool): The block trains the models: gradients are recorded, and modes, parameters
-                    and the random state are left to it.
+                    and the random state are left to it; other threads wait for the models all the
+                    same.
                     Default: False
         may_be_empty (bool): Allow a loader without an image.
                     Default: False
@@ -303,6 +322,10 @@ def read_batches(
         refuse_ranks(description)
     models = [model] if model is None or isinstance(model, nn.Module) else list(model)
     where = next((d for d in (device, *map(device_of, models)) if d is not None), None)
+    if unpack is not None and not callable(unpack):
+        raise ValueError(
+            f"unpack={unpack!r}; expected a function from a batch to (inputs, labels)."
+        )
     bar = tqdm(
         total=len(dataloader)
         if isinstance(dataloader, Sized) and _has_length(dataloader)
@@ -313,14 +336,17 @@ def read_batches(
     )
     with ExitStack() as stack:
         stack.enter_context(bar)
-        for module in {id(module): module for module in models}.values() if not training else ():
-            stack.enter_context(model_left_as_found(module, evaluation=True, freeze=True))
+        for module in {id(module): module for module in models}.values():
+            if not training:
+                stack.enter_context(model_left_as_found(module, evaluation=True, freeze=True))
+            elif module is not None:
+                stack.enter_context(held(module))
         # Whatever the caller switched off around the call, Lightning's hooks for example.
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.set_grad_enabled(gradients or training))
         batches = Batches(
             dataloader,
-            None if where is None else torch.device(where),
+            None if where is None else _device(where),
             unpack,
             labeled,
             bar,
@@ -392,6 +418,26 @@ def _facts_of(models: Sequence[nn.Module | None]) -> dict[str, object]:
 def num_bytes(tensors: Sequence[object]) -> int:
     """Bytes of the tensors among some values."""
     return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
+
+
+def _first_images(inputs: ModelInputs, size: int, number: int) -> ModelInputs:
+    """The inputs for so many of a batch's images."""
+    return tuple(
+        part[:number] if isinstance(part, Tensor) and part.dim() and len(part) == size else part
+        for part in inputs
+    )
+
+
+def _few_repeat(model: Callable[..., object], batch: Batch, output: object) -> bool:
+    """Whether a few images alone have the scores that they have in their batch."""
+    if batch.size <= FEW_IMAGES:
+        return False
+    few = _first_images(batch.inputs, batch.size, FEW_IMAGES)
+    try:
+        differences = difference_of_runs(output, lambda: model(*few), FEW_IMAGES)
+    except Exception:  # it may take batches of one size only
+        return False
+    return differences is not None and bool(differences[0])
 
 
 def num_images(inputs: Sequence[object]) -> int:
@@ -491,6 +537,15 @@ def _ordinary(inputs: ModelInputs) -> ModelInputs:
         part.clone() if isinstance(part, Tensor) and part.is_inference() else part
         for part in inputs
     )
+
+
+def _device(where: torch.device | str) -> torch.device:
+    try:
+        return torch.device(where)
+    except RuntimeError as error:
+        raise ValueError(
+            f"device={where!r} is no device; expected 'cpu' or 'cuda:0', for example."
+        ) from error
 
 
 def _has_length(dataloader: Sized) -> bool:

@@ -32,8 +32,9 @@ def gather(value: T, group: Any = None) -> list[T]:
 
 def added_up(tensors: Sequence[Tensor], group: Any = None) -> list[Tensor]:
     """Tensors of one type, summed over ranks by a single call; what a rank holds and is sent does not
-    grow with the number of ranks."""
-    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    grow with the number of ranks. One tensor alone is overwritten."""
+    flats = [tensor.reshape(-1) for tensor in tensors]
+    flat = flats[0] if len(flats) == 1 else torch.cat(flats)
     torch.distributed.all_reduce(flat, group=group)
     parts = flat.split([tensor.numel() for tensor in tensors])
     return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]

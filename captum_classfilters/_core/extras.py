@@ -7,6 +7,7 @@ from types import ModuleType
 EXTRAS = {
     "bitarray": ("bitarray", "prune"),
     "hypernetx": ("HyperNetX", "hypergraph"),
+    "jinja2": ("Jinja", "atlas"),
     "lightning": ("Lightning", "lightning"),
     "matplotlib": ("matplotlib", "plot"),
     "networkx": ("networkx", "hypergraph"),

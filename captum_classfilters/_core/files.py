@@ -76,12 +76,25 @@ def read_text(path: AnyPath) -> str:
         ) from error
 
 
+def identity(path: AnyPath) -> tuple[int, ...] | None:
+    """What another file under this name would not have in common with the one there; None if there is
+    none."""
+    try:
+        return _identity(os.stat(path))
+    except FileNotFoundError:
+        return None
+
+
+def _identity(status: os.stat_result) -> tuple[int, ...]:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
 # -- writing ---------------------------------------------------------------------------------------
 
 
 def write_atomically(
     path: AnyPath, data: bytes | Iterable[bytes | memoryview], overwrite: bool = True
-) -> None:
+) -> tuple[int, ...]:
     r"""
     Write a file so that a kill or a full disk at any moment leaves the old one in place.
 
@@ -98,6 +111,9 @@ def write_atomically(
         data (bytes, or an iterable of them): Its contents.
         overwrite (bool): Replace a file that is there, also one that came while this was written.
                     Default: True
+
+    Returns:
+        *tuple*: The new file's :func:`identity`.
 
     Raises:
         FileExistsError: There is one, and it is not to be replaced.
@@ -118,6 +134,7 @@ def write_atomically(
                     file.write(part)
                 file.flush()
                 os.fsync(handle)
+                written = _identity(os.fstat(handle))
                 if fcntl is None:
                     file.close()  # where there are no locks, open files cannot be moved either
                 (os.replace if overwrite else _move_to_free_name)(temporary, target)
@@ -128,6 +145,7 @@ def write_atomically(
     except OSError as error:
         raise _explained(error, path) from error
     _sync_folder(folder)
+    return written
 
 
 def write_text(path: AnyPath, text: str) -> None:

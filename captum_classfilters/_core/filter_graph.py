@@ -13,15 +13,8 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from captum_classfilters._core.filter_operations import Numbers, axes_of
-from captum_classfilters._core.filter_trace import (
-    FIRST_PARAMETER,
-    KINDS,
-    PER_FILTER,
-    WEIGHTED,
-    FilterTrace,
-    Record,
-    Use,
-)
+from captum_classfilters._core.filter_ties import Gone, Ties
+from captum_classfilters._core.filter_trace import KINDS, PER_FILTER, WEIGHTED, FilterTrace, Use
 from captum_classfilters._core.guard import check_sizes, model_left_as_found
 from captum_classfilters._core.layers import check_runs, find_layer, layer_axis, layer_name
 from captum_classfilters._core.types import ModelInputs
@@ -89,22 +82,13 @@ class FilterGraph:
         self.names = self.trace.names
         self.runs = self.trace.runs
         self._modules = {name: module for module, name in self.names.items()}
-        self._neighbors = self._meetings()
+        self._ties = Ties(self.trace.meetings)
+        self._reached: dict[tuple[nn.Module, tuple[int, ...]], Reach] = {}
         self._holders: dict[int, list[str]] = {}
         for module, name in self.names.items():
             for parameter in module._parameters.values():
                 self._holders.setdefault(id(parameter), []).append(name)
         self._holders.pop(id(None), None)
-
-    def _meetings(self) -> dict[int, list[tuple[int, bool]]]:
-        """For each filter those that it is combined with, and whether by a product."""
-        neighbors: dict[int, list[tuple[int, bool]]] = {}
-        for meeting in self.trace.meetings:
-            pairs = zip(meeting.left.tolist(), meeting.right.tolist(), strict=True)
-            for left, right in pairs:
-                neighbors.setdefault(left, []).append((right, meeting.product))
-                neighbors.setdefault(right, []).append((left, meeting.product))
-        return neighbors
 
     # -- weighted layers -------------------------------------------------------------------------
 
@@ -119,10 +103,17 @@ class FilterGraph:
 
     def reach(self, module: nn.Module, filters: Iterable[int] | None = None) -> Reach:
         """What loses inputs or filters together with a weighted layer, and why it cannot, if so."""
-        filters = range(self.num_filters(module)) if filters is None else filters
+        filters = tuple(range(self.num_filters(module)) if filters is None else filters)
+        known = self._reached.get((module, filters))
+        if known is None:
+            known = self._reached[module, filters] = self._follow(module, filters)
+        return known
+
+    def _follow(self, module: nn.Module, filters: Sequence[int]) -> Reach:
         start = self.trace.starts[self.trace.sources.index(module)]
-        first = {start + own: own for own in filters}
-        gone, summed = self._closure(first)
+        own = start + np.array(filters, np.int64)
+        numbers, which, summed = self._ties.with_them(own, filters)
+        gone = Gone(numbers, which, self.trace.owners_of(numbers))
         reach = Reach()
         others = self._lose_filters(reach, gone, module)
         self._lose_inputs(reach, gone)
@@ -135,51 +126,34 @@ class FilterGraph:
         )
         return reach
 
-    def _closure(self, first: dict[int, int]) -> tuple[dict[int, int], bool]:
-        """All that goes with some filters, each with the filter it goes with; whether by a sum."""
-        gone, open_, summed = dict(first), list(first), False
-        while open_:
-            number = open_.pop()
-            for other, product in self._neighbors.get(number, ()):
-                summed = summed or not (product or max(number, other) >= FIRST_PARAMETER)
-                if other not in gone:
-                    gone[other] = gone[number]
-                    open_.append(other)
-        return gone, summed
-
-    def _lose_filters(self, reach: Reach, gone: dict[int, int], module: nn.Module) -> list[str]:
+    def _lose_filters(self, reach: Reach, gone: Gone, module: nn.Module) -> list[str]:
         """Note the layers that lose filters; the names of the weighted ones beside this one."""
-        numbers = np.array(sorted(gone))
-        owners = self.trace.owners_of(numbers)
-        for owner in sorted(owners):
+        for owner in sorted(gone.owners):
             start, end = self.trace.starts[owner : owner + 2]
-            own = numbers[(numbers >= start) & (numbers < end)] - start
+            own = gone.between(start, end) - start
             reach.removed[self.names[self.trace.sources[owner]]] = own.tolist()
         others = [name for name in reach.removed if name != self.names[module]]
         for follower, record in self.trace.followed.items():
-            places = _places(record, numbers, owners)
+            places = gone.places(record)
             if places:
                 reach.removed[self.names[follower]] = places
         reach.removed_with = [name for name in reach.removed if name != self.names[module]]
         return others
 
-    def _lose_inputs(self, reach: Reach, gone: dict[int, int]) -> None:
+    def _lose_inputs(self, reach: Reach, gone: Gone) -> None:
         """Note the layers that lose inputs."""
-        numbers = np.array(sorted(gone))
-        owners = self.trace.owners_of(numbers)
         for reader, record in self.trace.read.items():
-            places = _places(record, numbers, owners)
+            places = gone.places(record)
             if places:
                 name = self.names[reader]
                 reach.consumers[name] = places
-                reach.read_filters[name] = [gone[int(record.numbers[place])] for place in places]
+                reach.read_filters[name] = gone.goes_with(record.numbers[places])
 
-    def _lose_parameters(self, reach: Reach, gone: dict[int, int]) -> str:
+    def _lose_parameters(self, reach: Reach, gone: Gone) -> str:
         """Note the parameters of no layer that lose filters; why they cannot, if so."""
-        elements = sorted(number for number in gone if number >= FIRST_PARAMETER)
         for name, (start, shape) in self.trace.parameters.items():
-            own = [number - start for number in elements if 0 <= number - start < prod(shape)]
-            if not own:
+            own = gone.between(start, start + prod(shape)) - start
+            if not len(own):
                 continue
             lost = np.zeros(prod(shape), bool)
             lost[own] = True
@@ -200,18 +174,16 @@ class FilterGraph:
             f"they are combined with other filters of the layer, {more}, which would have to go too"
         )
 
-    def _reason(self, reach: Reach, gone: dict[int, int]) -> str:
+    def _reason(self, reach: Reach, gone: Gone) -> str:
         """Why filters cannot be removed; empty if they can."""
-        numbers = np.array(sorted(gone))
-        owners = self.trace.owners_of(numbers)
-        lost = [one for one in self.trace.lost if _places(one, numbers, owners)]
-        where = {kind: [one.text for one in lost if one.kind == kind] for kind in KINDS}
-        touched = [*reach.removed, *reach.consumers]
-        repeated = [name for name in touched if self.runs[self._modules[name]] > 1]
         if reach.tied_to:
             return (
                 f"tied by a sum to {listed(reach.tied_to)}, whose filters would have to go as well"
             )
+        lost = [record for record in self.trace.lost if gone.touch(record)]
+        where = {kind: [one.text for one in lost if one.kind == kind] for kind in KINDS}
+        touched = [*reach.removed, *reach.consumers]
+        repeated = [name for name in touched if self.runs[self._modules[name]] > 1]
         if where["outputs"]:
             return "its filters are the model's outputs"
         if where["groups"]:
@@ -222,7 +194,7 @@ class FilterGraph:
             return f"its filters cannot be followed through {_joined(where['operation'])}"
         if where["repeats"] or repeated:
             return f"{listed([*where['repeats'], *repeated])} runs more than once in a forward pass"
-        if not reach.consumers and not any(_places(r, numbers, owners) for r in self.trace.summed):
+        if not reach.consumers and not any(map(gone.touch, self.trace.summed)):
             return "no weighted layer reads its filters"
         return self._not_plain(touched)
 
@@ -237,7 +209,7 @@ class FilterGraph:
         """Why a weight cannot be made smaller; empty if all can."""
         for name in touched:
             module = self._modules[name]
-            reason = computed_weight(module, name)
+            reason = computed_weight(self.model, module, name)
             if reason:
                 return reason
             for parameter in module._parameters.values():
@@ -328,9 +300,10 @@ def check_model(model: nn.Module) -> None:
     check_sizes(model)
 
 
-def computed_weight(module: nn.Module, name: str) -> str:
+def computed_weight(model: nn.Module, module: nn.Module, name: str) -> str:
     """Why a module's tensors are not parameters of its own; empty if they are."""
-    here = f"model.get_submodule({name!r})"
+    path = next(own for own, other in model.named_modules() if other is module)
+    here = f"model.get_submodule({path!r})"  # which knows wrappers by their names
     ways = []
     if parametrize.is_parametrized(module):
         call = "torch.nn.utils.parametrize.remove_parametrizations"
@@ -359,13 +332,6 @@ def _changes_each(use: Use) -> bool:
     if use.ruled:
         return isinstance(use.module, PER_FILTER)
     return use.pointwise and not any(True for _ in use.module.parameters())
-
-
-def _places(record: Record, numbers: Numbers, owners: frozenset[int]) -> list[int]:
-    """Where a record holds some of these filters."""
-    if not record.owners & owners:
-        return []
-    return np.isin(record.numbers.ravel(), numbers).nonzero()[0].tolist()
 
 
 def _axis_of(lost: NDArray[np.bool_]) -> int | None:

@@ -6,8 +6,7 @@ compared with the masked one: what they put out, what the layers that lose input
 these make of it, on the example inputs and on random ones. A network that differs is refused.
 """
 
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -24,12 +23,14 @@ from captum_classfilters._core.filter_cuts import (
     restored,
 )
 from captum_classfilters._core.filter_graph import FilterGraph, listed
+from captum_classfilters._core.layers import module_named
 from captum_classfilters._core.masked_network import (
     Batch,
     Mask,
     Seen,
     channel_axis,
     difference,
+    first_images,
     has_several_images,
     masked,
     observe,
@@ -87,14 +88,10 @@ class Removal:
                 raise NotRemovableError(list(self.masks), f"{name!r} holds them along several axes")
             self.parameters[name] = axis, own_places | places
 
-    def losses(self) -> list[tuple[str, int]]:
-        """Each filter that goes, with its module."""
-        return [(module, place) for module, places in self.removed.items() for place in places]
-
     def check(self, model: nn.Module) -> None:
         """Raise if a layer would lose every filter."""
         for module, places in self.removed.items():
-            number = num_filters(model.get_submodule(module))
+            number = num_filters(module_named(model, module))
             if len(places) == number:
                 raise ValueError(
                     f"Every one of the {number} filters of {module!r} would go; keep at least one."
@@ -105,7 +102,7 @@ class Removal:
         masks = list(self.masks.values())
         if constants == "drop":
             for name, places in self.read.items():
-                axis = channel_axis(model.get_submodule(name))
+                axis = channel_axis(module_named(model, name))
                 masks.append(Mask(name, axis, sorted(places), at_input=True))
         return masked(model, masks)
 
@@ -113,19 +110,19 @@ class Removal:
         """A block after which the network has these filters again."""
         owners = (name.rpartition(".")[0] for name in self.parameters)
         names = {*self.removed, *self.read, *owners}
-        return restored([model.get_submodule(name) for name in names])
+        return restored([module_named(model, name) for name in names])
 
     def cut(self, model: nn.Module, changes: Mapping[str, Tensor]) -> None:
         """Take these filters, and what goes with them, out of a model, and change some biases."""
         for name, change in changes.items():
-            add_to_bias(model.get_submodule(name), change)
+            add_to_bias(module_named(model, name), change)
         for name, places in self.removed.items():
-            cut_filters(model.get_submodule(name), places)
+            cut_filters(module_named(model, name), places)
         for name, places in self.read.items():
-            cut_inputs(model.get_submodule(name), places)
+            cut_inputs(module_named(model, name), places)
         for name, (axis, places) in self.parameters.items():
             owner, _, key = name.rpartition(".")
-            cut_tensor(model.get_submodule(owner), key, axis, places)
+            cut_tensor(module_named(model, owner), key, axis, places)
 
     def difference(self, model: nn.Module, seen: Sequence[Seen]) -> str:
         """How a model without these filters differs from the masked one; empty if it does not."""
@@ -193,25 +190,28 @@ def _seen_masked(
 
 def _folded(
     model: nn.Module, removal: Removal, seen: Sequence[Seen]
-) -> tuple[dict[str, Tensor], list[str]]:
+) -> tuple[dict[str, Tensor], dict[str, set[int]]]:
     """What the removed filters, being zero, add to the outputs of the layers that read them, and
-    the layers to which they add something that is no constant."""
+    for each layer to which some add what is no constant, where it reads these."""
     changes: dict[str, Tensor] = {}
-    unfolded = []
+    unfolded: dict[str, set[int]] = {}
     for name, gone in removal.read.items():
-        module: Any = model.get_submodule(name)
+        module: Any = module_named(model, name)
         places = sorted(gone)
         spreads = torch.stack([one.spread[name] for one in seen])
         size = max(1.0, float(spreads.abs().max()))
         low, high = spreads[:, 0, places].amin(0), spreads[:, 1, places].amax(0)
-        if float(torch.maximum(low.abs(), high.abs()).max()) <= 1e-7 * size:
+        read = torch.maximum(low.abs(), high.abs()) > 1e-7 * size
+        if not bool(read.any()):
             continue
-        if not float((high - low).max()) <= 1e-5 * size or not _spreads_evenly(module):
-            unfolded.append(name)
+        constant = (high - low <= 1e-5 * size) & _spreads_evenly(module)
+        if bool((read & ~constant).any()):
+            others = (read & ~constant).tolist()
+            unfolded[name] = {place for place, other in zip(places, others, strict=True) if other}
             continue
-        constant = spreads[:, 2, places].mean(0)
+        constants = spreads[:, 2, places].mean(0)
         weight = module.weight.detach()[:, places]
-        changes[name] = (weight.flatten(2).sum(2) if weight.dim() > 2 else weight) @ constant
+        changes[name] = (weight.flatten(2).sum(2) if weight.dim() > 2 else weight) @ constants
     return changes, unfolded
 
 
@@ -229,11 +229,17 @@ def _spreads_evenly(module: nn.Module) -> bool:
     return none or single or module.padding_mode != "zeros"
 
 
-def _why_not_folded(readers: Sequence[str]) -> str:
+def _why_not_folded(readers: Iterable[str], zero: str = "them") -> str:
     return (
-        f"with them zero, {listed(readers)} still reads values from them that no bias can stand for: "
-        "they vary over images or positions, or zero padding cuts them at the border"
+        f"with {zero} zero, {listed(readers)} still reads values from them that no bias can stand "
+        "for: they vary over images or positions, or zero padding cuts them at the border"
     )
+
+
+_ADVICE = (
+    ". constants='drop' {} the filters all the same; the result then equals zeroing them in "
+    "the inputs of the layers that read them, too"
+)
 
 
 def _advice(graph: FilterGraph, removal: Removal, inputs: Batch) -> str:
@@ -243,60 +249,152 @@ def _advice(graph: FilterGraph, removal: Removal, inputs: Batch) -> str:
             remove_filters(graph, removal, inputs, "drop")
     except NotRemovableError:
         return ""
-    return (
-        ". constants='drop' removes the filters all the same; the result then equals zeroing them in "
-        "the inputs of the layers that read them, too"
-    )
+    return _ADVICE.format("removes")
+
+
+# -- many layers at once --------------------------------------------------------------------------
 
 
 def refused(
     graph: FilterGraph,
-    filters: Mapping[str, list[int]],
+    parts: Mapping[str, Sequence[list[int]]],
     inputs: Batch,
     tried: Callable[[int], object],
 ) -> dict[str, str]:
     r"""
-    The layers of which some filters cannot be removed by themselves, and why.
+    The layers of which some filters cannot be removed, and why.
 
-    All layers lose their filters at once; only if that is not the masked network, or where layers
-    lose filters of each other or constants cannot be folded, is a layer tried alone. The model,
-    which must be in evaluation mode, is left as found. ``tried`` is told of how many it is known.
+    All layers lose a part of their filters at once, and then another; only where the network is then
+    not the masked one are they tried by halves.
+
+    Args:
+
+        graph (FilterGraph): The traced model, in evaluation mode; it is left as found.
+        parts (dict): For each layer that can be followed, its filters in parts.
+        inputs (tuple): Inputs of the model.
+        tried (Callable): Told of how many layers it is known.
     """
-    plans = {name: planned(graph, name, places) for name, places in filters.items()}
-    together = _equal_together(graph.model, plans, inputs)
-    alone = [name for name in plans if name not in together]
-    reasons = {}
-    tried(len(together))
-    for name in alone:
-        try:
-            with plans[name].undone(graph.model):
-                remove_filters(graph, plans[name], inputs, "fold")
-        except NotRemovableError as error:
-            reasons[name] = error.reason
-        tried(1)
+    plans = {
+        name: [planned(graph, name, places) for places in of_layer]
+        for name, of_layer in parts.items()
+    }
+    reasons: dict[str, str] = {}
+    for names in _apart(plans):
+        together = _Together(graph, {name: plans[name] for name in names}, inputs)
+        reasons.update(together.refused())
+        tried(len(names))
     return reasons
 
 
-def _equal_together(model: nn.Module, plans: Mapping[str, Removal], inputs: Batch) -> list[str]:
-    """Layers that can lose their filters at once; the network is then the masked one."""
-    losses = Counter(loss for plan in plans.values() for loss in plan.losses())
-    names = [
-        name for name, plan in plans.items() if all(losses[loss] == 1 for loss in plan.losses())
-    ]
-    random = random_like(inputs)
-    batches = [random] if has_several_images(random) else [inputs, random]
-    while names:
+def _apart(plans: Mapping[str, Sequence[Removal]]) -> list[list[str]]:
+    """The layers in as few groups as it takes for none to lose what another of its group loses."""
+    groups: list[tuple[list[str], set[str]]] = []
+    for name, removals in plans.items():
+        touched: set[str] = set()
+        for removal in removals:
+            points = {mask.module for mask in removal.masks.values()}
+            touched |= points | removal.removed.keys() | removal.parameters.keys()
+        free = (group for group in groups if not touched & group[1])
+        group = next(free, None)
+        if group is None:
+            group = ([], set())
+            groups.append(group)
+        group[0].append(name)
+        group[1].update(touched)
+    return [names for names, _ in groups]
+
+
+class _Together:
+    """Layers that lose filters at once, each in parts, none what another loses."""
+
+    def __init__(
+        self, graph: FilterGraph, plans: Mapping[str, Sequence[Removal]], inputs: Batch
+    ) -> None:
+        self.graph, self.plans, self.inputs = graph, plans, inputs
+
+    def refused(self) -> dict[str, str]:
+        """The layers of which some filters cannot be removed, and why."""
+        number = max(map(len, self.plans.values()))
+        seen = [self._seen(self._part(place, self.plans)) for place in range(number)]
+        reasons = self._unfolded(seen)
+        stay = [name for name in self.plans if name not in reasons]
+        if stay and not self._equal(stay, list(reasons), seen[0]):
+            reasons.update(self._by_halves(stay))
+        return reasons
+
+    def _part(self, place: int, names: Iterable[str]) -> Removal:
+        """One part of the filters of each layer, as far as it has as many."""
         removal = Removal()
         for name in names:
-            removal.join(plans[name])
-        try:
-            seen = _seen_masked(model, removal, batches, "fold")
-        except Exception:  # a model need not take random inputs
-            seen = _seen_masked(model, removal, [inputs], "fold")
-        changes, unfolded = _folded(model, removal, seen)
-        if not unfolded:
-            with removal.undone(model):
-                removal.cut(model, changes)
-                return [] if removal.difference(model, seen) else names
-        names = [name for name in names if not plans[name].read.keys() & set(unfolded)]
-    return []
+            for one in self.plans[name][place : place + 1]:
+                removal.join(one)
+        return removal
+
+    def _seen(self, removal: Removal, constants: Constants = "fold") -> list[Seen]:
+        """The masked network on two random images; on others if the model does not take them."""
+        few = first_images(self.inputs, 2)
+        random = random_like(few)
+        for batches in ([random] if has_several_images(random) else [few, random], [few]):
+            try:
+                return _seen_masked(self.graph.model, removal, batches, constants)
+            except Exception:  # a model need not take random inputs, nor fewer images
+                continue
+        return _seen_masked(self.graph.model, removal, [self.inputs], constants)
+
+    def _unfolded(self, seen: Sequence[Sequence[Seen]]) -> dict[str, str]:
+        """The layers of which some filters, being zero, leave what is no constant."""
+        model = self.graph.model
+        readers: dict[str, list[str]] = {}
+        filters: dict[str, set[int]] = {}
+        for place, of_part in enumerate(seen):
+            unfolded = _folded(model, self._part(place, self.plans), of_part)[1]
+            for name, removals in self.plans.items():
+                for removal in removals[place : place + 1]:
+                    for reader, places in unfolded.items():
+                        own = places & removal.read.get(reader, set())
+                        if own:
+                            readers.setdefault(name, []).append(reader)
+                            filters.setdefault(name, set()).update(self._filters(name, reader, own))
+        return {
+            name: _why_not_folded(of_layer, self._which(name, filters[name]))
+            + _ADVICE.format("may remove")
+            for name, of_layer in readers.items()
+        }
+
+    def _filters(self, name: str, reader: str, places: set[int]) -> set[int]:
+        """A layer's filters that a reader reads at some places."""
+        reach = self.graph.reach(self.graph.layer(name))
+        pairs = zip(reach.consumers[reader], reach.read_filters[reader], strict=True)
+        return {own for place, own in pairs if place in places}
+
+    def _which(self, name: str, filters: set[int]) -> str:
+        """Some filters in words."""
+        number = self.graph.num_filters(self.graph.layer(name))
+        if len(filters) == number:
+            return "them"
+        shown = ", ".join(map(str, sorted(filters)[:3])) + (", ..." if len(filters) > 3 else "")
+        return f"{len(filters)} of its {number} filters ({shown})"
+
+    def _equal(self, names: Sequence[str], masked: Sequence[str], seen: Sequence[Seen]) -> bool:
+        """Whether the network without a part of some layers' filters, with that of others masked, is
+        the masked one."""
+        model, removal = self.graph.model, self._part(0, names)
+        with removal.undone(model), self._part(0, masked).masked(model, "fold"):
+            removal.cut(model, _folded(model, removal, seen)[0])
+            return not removal.difference(model, seen)
+
+    def _by_halves(self, names: Sequence[str]) -> dict[str, str]:
+        """The layers among some without which the network would not be the masked one."""
+        if len(names) == 1:
+            removal = self.plans[names[0]][0]
+            try:
+                with removal.undone(self.graph.model):
+                    remove_filters(self.graph, removal, self.inputs, "fold")
+            except NotRemovableError as error:
+                return {names[0]: error.reason}
+            return {}
+        reasons = {}
+        for half in (names[: len(names) // 2], names[len(names) // 2 :]):
+            plans = {name: self.plans[name][:1] for name in half}
+            reasons.update(_Together(self.graph, plans, self.inputs).refused())
+        return reasons

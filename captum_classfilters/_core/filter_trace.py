@@ -31,8 +31,8 @@ from captum_classfilters._core.filter_operations import (
     tensors,
     tensors_in,
 )
-from captum_classfilters._core.layers import layer_tensors
-from captum_classfilters._core.taps import hooked, tapped
+from captum_classfilters._core.layers import layer_tensors, plain_name, unwrapped
+from captum_classfilters._core.taps import entered, hooked
 from captum_classfilters._core.types import Arguments, Keywords, ModelInputs
 
 WEIGHTED = (nn.modules.conv._ConvNd, nn.Linear)
@@ -44,7 +44,7 @@ _RULED = (*WEIGHTED, *PER_FILTER, *_MIXING)
 
 T = TypeVar("T")
 
-FIRST_PARAMETER = 1 << 40  # numbers from here on are elements of parameters
+FIRST_PARAMETER = 1 << 30  # numbers from here on are elements of parameters
 _MOST_ELEMENTS = 1 << 20  # larger parameters are not one value for each filter
 
 _WORDS = {"getitem": "indexing", "setitem": "assigning to parts"}
@@ -127,8 +127,8 @@ class FilterTrace(TorchDispatchMode):
         super().__init__()
         self.model = model
         self.names = {
-            module: name
-            for name, module in model.named_modules()
+            module: plain_name(name)
+            for name, module in unwrapped(model).named_modules()
             if not isinstance(module, torch.jit.ScriptModule)  # these take no hooks
         }
         self.sources: list[nn.Module] = []
@@ -152,8 +152,7 @@ class FilterTrace(TorchDispatchMode):
         """The forward pass."""
         self._number_parameters()
         with torch.no_grad(), _Called(self), ExitStack() as stack:
-            for module in self.names:
-                stack.enter_context(tapped(module, self._entering(module), at_input=True))
+            stack.enter_context(entered(self.names, self._enter))
             stack.enter_context(hooked(self.names, self._leave))
             stack.enter_context(self)
             outputs = self.model(*inputs)
@@ -217,20 +216,15 @@ class FilterTrace(TorchDispatchMode):
 
     # -- modules -----------------------------------------------------------------------------------
 
-    def _entering(self, module: nn.Module) -> Callable[[ModelInputs], None]:
-        has_rule = isinstance(module, _RULED)
-
-        def enter(inputs: ModelInputs) -> None:
-            known = [one for leaf in tensors(inputs) if (one := self._of(leaf)) is not None]
-            ruled = has_rule and bool(inputs) and isinstance(inputs[0], Tensor)
-            use = Use(module, len(known), ruled=ruled)
-            if ruled and not self._ruled:
-                for one in known:
-                    one.uses.append(use)
-            self._stack.append(use)
-            self._ruled += ruled
-
-        return enter
+    def _enter(self, module: nn.Module, inputs: ModelInputs) -> None:
+        known = [one for leaf in tensors(inputs) if (one := self._of(leaf)) is not None]
+        ruled = isinstance(module, _RULED) and bool(inputs) and isinstance(inputs[0], Tensor)
+        use = Use(module, len(known), ruled=ruled)
+        if ruled and not self._ruled:
+            for one in known:
+                one.uses.append(use)
+        self._stack.append(use)
+        self._ruled += ruled
 
     def _leave(self, module: nn.Module, inputs: ModelInputs, output: object) -> None:
         while True:

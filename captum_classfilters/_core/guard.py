@@ -1,6 +1,7 @@
 """The model comes back exactly as found, and one thread at a time works on it."""
 
 import contextlib
+import os
 import sys
 import threading
 from collections.abc import Iterator
@@ -129,6 +130,17 @@ def _random_state() -> Iterator[None]:
         torch.set_rng_state(state)
         if cuda_states is not None:
             torch.cuda.set_rng_state_all(cuda_states)
+
+
+def _forget_locks() -> None:
+    """Locks of a process that was forked, a loader's worker for example: other threads that had them
+    are not in it, and would never give them back."""
+    global _locks, _locks_guard
+    _locks, _locks_guard = WeakKeyDictionary(), threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_forget_locks)
 
 
 def _lock_of(model: nn.Module) -> threading.RLock:

@@ -1,6 +1,5 @@
 """Finding layers, their names and the axis that holds their filters."""
 
-import difflib
 import functools
 import types
 from collections.abc import Iterator, Sequence
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from captum_classfilters._core.names import hint
 from captum_classfilters._core.types import ForwardFunc
 
 _CHANNELS_FIRST = (
@@ -109,6 +109,16 @@ def plain_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPED)
 
 
+def module_named(model: nn.Module, name: str) -> Any:
+    """The module of a plain name that is known to be one; the model itself is ``""``."""
+    module: Any = unwrapped(model)
+    for part in filter(None, name.split(".")):
+        module = module._modules[part]
+        while "_orig_mod" in module._modules:
+            module = module._modules["_orig_mod"]
+    return module
+
+
 def find_layer(model: nn.Module | None, name: str) -> nn.Module:
     """The submodule with this dotted name; the error names the nearest ones."""
     if model is None:
@@ -122,12 +132,9 @@ def find_layer(model: nn.Module | None, name: str) -> nn.Module:
     for known in (names, own):
         if name and name in known:
             return known[name]
+    own_name = type(unwrapped(model)).__name__
     keys = [key for key in names if key]
-    near = difflib.get_close_matches(name, keys, n=3, cutoff=0.3)
-    some = ", ".join(map(repr, near or keys[:8]))
-    more = " and others" if not near and len(keys) > 8 else ""
-    hint = f"Did you mean {some}?" if near else f"It has {some or 'no submodules'}{more}."
-    raise ValueError(f"The model {type(unwrapped(model)).__name__} has no layer {name!r}. {hint}")
+    raise ValueError(f"The model {own_name} has no layer {name!r}. {hint(name, keys, 'layers')}")
 
 
 def layer_name(model: nn.Module | None, layer: nn.Module | None) -> str:

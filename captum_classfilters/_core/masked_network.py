@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from captum_classfilters._core.layers import layer_tensors, with_tensors
+from captum_classfilters._core.layers import layer_tensors, module_named, with_tensors
 from captum_classfilters._core.taps import tapped
 from captum_classfilters._core.types import ModelInputs
 
@@ -41,7 +41,7 @@ def masked(model: nn.Module, masks: Iterable[Mask]) -> Iterator[None]:
 
     with ExitStack() as stack:
         for mask in masks:
-            module = model.get_submodule(mask.module)
+            module = module_named(model, mask.module)
             stack.enter_context(tapped(module, partial(zeroed, mask), at_input=mask.at_input))
         yield
 
@@ -100,7 +100,7 @@ def _watched(model: nn.Module, readers: Iterable[str], seen: Seen, spreads: bool
 
     with ExitStack() as stack:
         for name in readers:
-            module = model.get_submodule(name)
+            module = module_named(model, name)
             axis = channel_axis(module)
             stack.enter_context(tapped(module, partial(reads, name, axis), at_input=True))
             stack.enter_context(tapped(module, partial(makes, name, axis)))
@@ -136,6 +136,14 @@ def random_like(batch: Batch) -> Batch:
         return (low + noise * ((high - low) or 1.0)).to(value)
 
     return tuple(tree_map_only(Tensor, other, batch))
+
+
+def first_images(batch: Batch, number: int) -> Batch:
+    """The first images of a batch; all of it where its tensors are not equally many."""
+    leaves = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
+    if len({len(leaf) if leaf.dim() else 0 for leaf in leaves}) != 1:
+        return batch
+    return tuple(tree_map_only(Tensor, lambda tensor: tensor[:number], batch))
 
 
 def has_several_images(batch: Batch) -> bool:

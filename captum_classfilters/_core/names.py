@@ -69,15 +69,15 @@ def close_names(name: str, names: Sequence[str], most: int = 3) -> list[str]:
     return list(near)[:most]
 
 
-def hint(name: str, names: Sequence[str]) -> str:
+def hint(name: str, names: Sequence[str], what: str = "names") -> str:
     """What to say of a name that is not there: "Did you mean ...?", or which names there are."""
     near = close_names(name, names)
     if near:
         return f"Did you mean {', '.join(map(repr, near))}?"
     if not len(names):
-        return "There are no names."
+        return f"There are no {what}."
     more = ", ..." if len(names) > _MOST_SHOWN else ""
-    return f"The names are {', '.join(map(repr, names[:_MOST_SHOWN]))}{more}."
+    return f"The {what} are {', '.join(map(repr, names[:_MOST_SHOWN]))}{more}."
 
 
 def _plain(text: str) -> str:

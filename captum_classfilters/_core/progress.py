@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from captum_classfilters._core.distributed import flattened, rank, world_size
-from captum_classfilters._core.files import AnyPath, check_writable
+from captum_classfilters._core.files import AnyPath, check_writable, identity
 from captum_classfilters._core.names import shortened
 from captum_classfilters._core.tensor_files import Schema, Stored, read_tensors, write_tensors
 from captum_classfilters._core.types import JsonDict, Keywords, ModelInputs
@@ -29,6 +29,10 @@ _LEAST = 60.0  # seconds from save to save, if nothing is said
 _SHARE = 100  # times as long as a save takes
 _SAMPLE = 4096  # numbers of each input of a batch that are looked at one by one
 _DIGEST = 8  # bytes for each batch
+
+
+class SharedStateError(Exception):
+    """Two runs that go on at once have been given one file for their states."""
 
 
 class Count:
@@ -130,6 +134,7 @@ class Progress:
         self._restored = 0
         self._random: JsonDict | None = None
         self._is_refused = True  # until the state is seen to be ours
+        self._own: tuple[int, ...] | None = None  # which file we have read or written last
 
     # -- from the loop ------------------------------------------------------------------------------
 
@@ -139,7 +144,8 @@ class Progress:
         if self._path is None:
             return
         check_writable(self._path)
-        if self._path.exists():
+        self._own = identity(self._path)
+        if self._own is not None:
             self._take_up(read_tensors(self._path, _SCHEMA))
         self._is_refused = False
 
@@ -185,7 +191,7 @@ class Progress:
         settle()
         try:
             self._save()
-        except OSError as error:
+        except (OSError, SharedStateError) as error:
             self._last = time.monotonic()
             warn(f"The state of the pass could not be saved; it goes on without: {error}")
 
@@ -226,7 +232,7 @@ class Progress:
 
     def finished(self) -> None:
         """Remove the state: the result is there."""
-        if self._path is not None:
+        if self._path is not None and not self._is_shared:
             self._path.unlink(missing_ok=True)
 
     # -- how ----------------------------------------------------------------------------------------
@@ -237,6 +243,12 @@ class Progress:
         counts = self._counted.counts()
         known = counts and all(count.is_known for count in counts)
         return min(count.images for count in counts) if known else None
+
+    @property
+    def _is_shared(self) -> bool:
+        """Whether another run has put its state in the place of ours."""
+        assert self._path is not None
+        return identity(self._path) not in (None, self._own)
 
     @property
     def _pause(self) -> float:
@@ -270,6 +282,10 @@ class Progress:
         images = self.images
         if images is None or images <= self._restored:
             return
+        if self._is_shared:
+            raise SharedStateError(
+                f"another run keeps its state in {self._path}, too; each needs a state_path of its own"
+            )
         begin = time.monotonic()
         tensors, notes = self._counted.state()
         self._digests = [_as_bytes(digest) for digest in self._digests]
@@ -283,7 +299,7 @@ class Progress:
         own = {**tensors, **drawn, "digests": _joined(digests)}
         record = {"facts": self.facts(), "notes": notes, "random": others}
         assert self._path is not None
-        write_tensors(self._path, _SCHEMA, own, record)
+        self._own = write_tensors(self._path, _SCHEMA, own, record)
         self._last = time.monotonic()
         self._cost = self._last - begin
 

@@ -40,6 +40,23 @@ def hooked(
 
 
 @contextmanager
+def entered(
+    modules: Iterable[nn.Module], react: Callable[[nn.Module, tuple[Any, ...]], None]
+) -> Iterator[None]:
+    """Call a function with each of these modules and its inputs whenever it is about to run in the
+    block. Inputs given by their names come last."""
+
+    def call(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        react(module, (*inputs, *named.values()))
+
+    with ExitStack() as stack:
+        stack.enter_context(_running_eagerly())
+        for module in modules:
+            stack.callback(module.register_forward_pre_hook(call, with_kwargs=True).remove)
+        yield
+
+
+@contextmanager
 def tapped(
     module: nn.Module, react: Callable[[Any], object], *, at_input: bool = False
 ) -> Iterator[None]:

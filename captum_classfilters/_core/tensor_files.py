@@ -79,7 +79,7 @@ def write_tensors(
     details: JsonDict,
     version: int | None = None,
     overwrite: bool = True,
-) -> None:
+) -> tuple[int, ...]:
     r"""
     Write tensors and a record, whole or not at all.
 
@@ -92,6 +92,9 @@ def write_tensors(
         version (int, optional): The oldest version that can hold it; by default the schema's.
         overwrite (bool): Replace a file that is there.
                     Default: True
+
+    Returns:
+        *tuple*: The new file's identity, as of ``files.identity``.
 
     Raises:
         FileExistsError: There is one, and it is not to be replaced.
@@ -134,7 +137,7 @@ def write_tensors(
             f"The record has {len(encoded):,} bytes; a safetensors file holds {_LONGEST_HEADER:,}."
         )
     start_of_file = [_LENGTH.pack(len(encoded)), encoded]
-    write_atomically(path, chain(start_of_file, map(_bytes, plain.values())), overwrite)
+    return write_atomically(path, chain(start_of_file, map(_bytes, plain.values())), overwrite)
 
 
 def _plain(name: str, tensor: Tensor) -> Tensor:

@@ -246,8 +246,7 @@ def read_units(
                     tap.check(batch.size)
                     check_finite(batches, batch, tap.name, tap.finite())
                 take(batches, batch, output)
-            if batch.first_image == 0:
-                batches.check_repeats(model, output, partial(model, *batch.inputs))
+            batches.check_repeats(model, batch, output)
     return batches.num_images
 
 

@@ -237,6 +237,7 @@ class _Trials:
         answers: list[Tensor] = []
         react = None if self.reported else partial(self._answer, answers)
         run = run_head(self.model, self.head, batch.inputs, react)
+        self.batches.check_repeats(self.model, batch, run.output)
         full = self.reader.scores(batch, run.output)
         labels = self.batches.class_labels(batch, full.shape[1])
         own = full.argmax(1)

@@ -76,6 +76,7 @@ class _Seen:
 
     def add(self, batch: Batch, run: HeadRun) -> None:
         """See one batch."""
+        self._batches.check_repeats(self.reader.model, batch, run.output)
         scores = self.reader.scores(batch, run.output)
         self.labels = self._batches.class_labels(batch, scores.shape[1])
         model_says = self.reader.log_probabilities(batch, run.output).exp()

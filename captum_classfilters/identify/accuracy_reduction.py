@@ -13,7 +13,7 @@ from captum_classfilters._core.batches import Batch, Batches, dataset_names, rea
 from captum_classfilters._core.devices import sums_device
 from captum_classfilters._core.distributed import Ranks, gather, ranks_together
 from captum_classfilters._core.files import AnyPath
-from captum_classfilters._core.labels import labels_of_scores
+from captum_classfilters._core.labels import check_num_classes, labels_of_scores
 from captum_classfilters._core.layers import layer_name, module_of
 from captum_classfilters._core.outputs import (
     two_classes,
@@ -266,6 +266,7 @@ def accuracy_reduction(
     """
     names = class_names or dataset_names(dataloader)
     with ranks_together() as ranks:
+        check_num_classes(num_classes)
         check_class_names(class_names, num_classes)
         layer, layer_name_ = _only_layer(method)
         model = module_of(method.forward_func, [layer])
@@ -471,10 +472,7 @@ def _reading(
 def _replay(method: Ablation, batches: Batches, batch: Batch, at_input: bool) -> SuffixReplay:
     """A batch, run once and ready to run without filters."""
     replay = method.replay(_only_layer(method)[0], batch.inputs, at_input=at_input)
-    if batch.first_image == 0:
-        batches.check_repeats(
-            method.forward_func, replay.output, lambda: method.forward_func(*batch.inputs)
-        )
+    batches.check_repeats(method.forward_func, batch, replay.output)
     return replay
 
 

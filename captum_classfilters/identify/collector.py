@@ -187,19 +187,9 @@ class Collector:
             group.shared.keep_maps()
             self._look_closely(group, batches, batch)
             return
-        if batch.first_image == 0:
-            self._run_again(group.tallies[0].source, batches, batch, reading)
+        source = group.tallies[0].source
+        _check_repeats(source, batches, batch, reading.output, reading.earlier)
         self._settle_later(group, batches, [batch], scores, wanted, reading.holds)
-
-    @staticmethod
-    def _run_again(source: Source, batches: Batches, batch: Batch, reading: BatchReading) -> None:
-        """See whether the model gives the same scores again, where it has not run twice already."""
-        forward_func, earlier = source.method.forward_func, reading.earlier
-        batches.check_repeats(
-            forward_func if source.model is None else source.model,
-            reading.output,
-            (lambda: forward_func(*batch.inputs)) if earlier is None else lambda: earlier,
-        )
 
     def _look_at_block(self, group: _Group, batches: Batches) -> None:
         """Add the batches that were glimpsed at."""
@@ -297,12 +287,11 @@ class Collector:
     def _add_attributed(self, tally: Tally, batches: Batches, batch: Batch) -> None:
         source = tally.source
         output = None
-        if tally.sums is None and (self.num_classes is None or source.rule is None):
+        if tally.sums is None and batch.first_image == 0:
             with torch.no_grad():
                 output = source.method.forward_func(*batch.inputs)
+            _check_repeats(source, batches, batch, output)
             source.adapt_to(output)
-        if output is not None and batch.first_image == 0:
-            self._run_again(source, batches, batch, BatchReading(output, [], [], []))
         wanted = self._targets(batches, [batch], output)
         own = self._of_pairs(source, wanted.pairs, lambda t: source.attributed(batch.inputs, t))
         others = [source.attributed(batch.inputs, t) for t in _foreign(tally, wanted)]
@@ -473,6 +462,14 @@ def _groups(tallies: Sequence[Tally]) -> list[_Group]:
         order = list(needs)
         groups.append(_Group(members, shared, [order.index(key) for key in keys]))
     return groups
+
+
+def _check_repeats(
+    source: Source, batches: Batches, batch: Batch, output: object, earlier: object = None
+) -> None:
+    """See whether a source's model gives its scores for the first batch again."""
+    function = source.method.forward_func
+    batches.check_repeats(function, batch, output, earlier=earlier, owner=source.model)
 
 
 def _replays(source: Source) -> Confirmed:

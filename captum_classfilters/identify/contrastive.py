@@ -453,7 +453,9 @@ class _Pass:
             show_progress=show_progress,
         ) as batches:
             for batch in batches:
-                outputs = scores_per_class(self.source.method.forward_func(*batch.inputs))
+                returned = self.source.method.forward_func(*batch.inputs)
+                batches.check_repeats(self.source.method.forward_func, batch, returned)
+                outputs = scores_per_class(returned)
                 labels = batch.class_labels(outputs.shape[1])
                 yield batch, labels.cpu(), outputs.cpu()
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from captum_classfilters._core.batches import dataset_names
 from captum_classfilters._core.distributed import ranks_together
 from captum_classfilters._core.files import AnyPath
+from captum_classfilters._core.labels import check_num_classes
 from captum_classfilters._core.progress import Progress
 from captum_classfilters._core.provenance import Provenance
 from captum_classfilters._core.tables import Table, Tabular, short_repr
@@ -331,6 +332,7 @@ def collect_evidence(
     """
     names = class_names if class_names is not None else dataset_names(dataloader)
     with ranks_together() as ranks:
+        check_num_classes(num_classes)
         check_class_names(class_names, num_classes)
         sources = sources_of(methods, attribute_kwargs, attribute_to_layer_input, reduction)
         collector = Collector(sources, num_classes, record_all=True)

@@ -11,6 +11,7 @@ from torch import Tensor
 from captum_classfilters._core.batches import dataset_names, read_batches
 from captum_classfilters._core.distributed import Ranks, ranks_together
 from captum_classfilters._core.files import AnyPath
+from captum_classfilters._core.labels import check_num_classes
 from captum_classfilters._core.progress import Progress
 from captum_classfilters._core.provenance import Provenance
 from captum_classfilters._core.types import Dataloader, JsonDict, LayerMethod, Unpack
@@ -280,6 +281,7 @@ def number_of_groups(
     target: int | None, class_names: Sequence[str] | None, num_classes: int | None
 ) -> int | None:
     """How many rows a table has, as far as it is said; with a target, labels are groups."""
+    check_num_classes(num_classes, target)
     if target is None or num_classes is not None:
         return num_classes
     if class_names is None:

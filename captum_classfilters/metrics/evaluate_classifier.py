@@ -115,7 +115,9 @@ def evaluate_classifier(
     ) as batches:
         reader = ScoreReader(model, batches)
         for batch in batches:
-            scores = reader.scores(batch, model(*batch.inputs))
+            output = model(*batch.inputs)
+            batches.check_repeats(model, batch, output)
+            scores = reader.scores(batch, output)
             counts = counts or _Counts(scores.shape[1], scores.device)
             counts.update(scores, batches.class_labels(batch, scores.shape[1]))
     num_classes = next((c for c in gather(counts and counts.num_classes) if c), None)

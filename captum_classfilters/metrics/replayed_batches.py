@@ -125,6 +125,7 @@ def replaying(
             one_probability: bool | None = None
             for batch in batches:
                 replay = ablation.replay(layer, batch.inputs)
+                batches.check_repeats(ablation.forward_func, batch, replay.output)
                 if one_probability is None:
                     one_probability = _is_one_probability(ablation.forward_func, batch, replay)
                 num_classes = _classes(replay.output[None], one_probability).shape[2]

@@ -6,7 +6,7 @@ from captum_classfilters.pruning.class_interpretation import (
     class_interpretation,
     interpretation_table,
 )
-from captum_classfilters.pruning.color import grayed, response_chroma, weight_chroma
+from captum_classfilters.pruning.color import response_chroma, weight_chroma
 from captum_classfilters.pruning.compare_networks import compare_networks, multiply_adds
 from captum_classfilters.pruning.greedy_filter_pruning import GreedyFilterPruning
 from captum_classfilters.pruning.layerwise_fine_tuning import LayerwiseFineTuning
@@ -29,7 +29,6 @@ __all__ = [
     "compare_networks",
     "compress_layer",
     "filter_importance_baselines",
-    "grayed",
     "interpretation_table",
     "magnitude_prune",
     "masked_filters",

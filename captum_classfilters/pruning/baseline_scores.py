@@ -7,6 +7,7 @@ from captum_classfilters._core.batches import check_read_again, first_batch
 from captum_classfilters._core.costs import inputs_of
 from captum_classfilters._core.filter_graph import FilterGraph, name_of
 from captum_classfilters._core.filter_weights import filter_weights, reading_weights
+from captum_classfilters._core.layers import module_named
 from captum_classfilters._core.types import Dataloader, ExampleInputs, Unpack
 from captum_classfilters.identify import activation_scores
 
@@ -79,7 +80,7 @@ def outgoing_weight_scores(
         place_of = dict(zip(source.filters, source.places, strict=True))
         reach = graph.reach(source.module)
         for name, inputs in reach.consumers.items():
-            sizes = _sizes(reading_weights(model.get_submodule(name)))[inputs]
+            sizes = _sizes(reading_weights(module_named(model, name)))[inputs]
             at = torch.tensor([place_of[own] for own in reach.read_filters[name]])
             total.index_add_(0, at, sizes.sum(1))
             weights.index_add_(0, at, torch.full_like(sizes[:, 0], sizes.shape[1]))

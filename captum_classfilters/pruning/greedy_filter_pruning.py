@@ -178,6 +178,7 @@ class GreedyFilterPruning:
         """
         if num_filters is None and ratio is None and min_accuracy is None:
             raise ValueError("Give at least one of num_filters, ratio and min_accuracy.")
+        _check_bounds(num_filters, ratio)
         self._check_options(schedule, fine_tune, error_probability, fine_tune_every)
         options: JsonDict = {
             "schedule": schedule,
@@ -282,6 +283,7 @@ class _Network:
         ) as batches:
             for batch in batches:
                 replay = self._replay(self._recorded_at, batch.inputs)
+                batches.check_repeats(self.forward_func, batch, replay.output)
                 labels = checked_labels(batches, batch, replay.output)
                 if self._probabilities is None:
                     self._probabilities = are_probabilities(class_scores(replay.output))
@@ -609,6 +611,20 @@ def _continued(
 
 def _left(result: PruningOrder, group: Sequence[str]) -> int:
     return sum(int(result.kept(layer=name).sum()) for name in group)
+
+
+def _check_bounds(num_filters: int | Mapping[str, int] | None, ratio: float | None) -> None:
+    """Raise, before any image is read, for bounds that no layer can have."""
+    numbers = num_filters.values() if isinstance(num_filters, Mapping) else [num_filters]
+    for number in numbers:
+        whole = isinstance(number, Integral) and not isinstance(number, bool)
+        if number is not None and not (whole and number >= 1):
+            raise ValueError(
+                f"num_filters={number!r}: expected a whole number of at least 1; a layer cannot lose "
+                "every filter."
+            )
+    if ratio is not None and not ratio >= 1:
+        raise ValueError(f"ratio={ratio}: expected 1 or more; filters before, for each one after.")
 
 
 def _groups(

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 
+import torch
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -87,9 +88,11 @@ def prunable_layers(
     The filters are followed through one forward pass in evaluation mode. Filters that a shortcut
     adds to other layers' are tied to these; filters of grouped convolutions, those that layer or
     group normalization mixes with others, and those that go through an operation that would do
-    something else with fewer of them, a channel shuffle for example, cannot go either. Some filters
-    of each other layer are then removed for a moment, and the network is compared with the masked
-    one. Depthwise convolutions are not listed: their filters go with those they read.
+    something else with fewer of them, a channel shuffle for example, cannot go either. About half of
+    the filters of all other layers are then zero for a moment, and then the other half: a layer is
+    listed if what each of its filters leaves behind is a constant that a bias can hold. One half is
+    removed as well, and the network is compared with the masked one. Depthwise convolutions are not
+    listed: their filters go with those they read.
 
     Args:
 
@@ -121,9 +124,9 @@ def prunable_layers(
     ):
         graph = FilterGraph(model, inputs)
         layers = [_followed(graph, module) for module in graph.weighted_layers()]
-        filters = {layer.name: _some(layer.num_filters) for layer in layers if layer.prunable}
-        progress.reset(len(filters))
-        reasons = refused(graph, filters, inputs, progress.update)
+        parts = {layer.name: _parts(layer.num_filters) for layer in layers if layer.prunable}
+        progress.reset(len(parts))
+        reasons = refused(graph, parts, inputs, progress.update)
     return PrunableLayers(
         [replace(layer, reason=reasons.get(layer.name, layer.reason)) for layer in layers]
     )
@@ -132,7 +135,8 @@ def prunable_layers(
 def _followed(graph: FilterGraph, module: nn.Module) -> PrunableLayer:
     """A layer as the forward pass shows it."""
     number = graph.num_filters(module)
-    reach = graph.reach(module, _some(number) or [0])
+    reach = graph.reach(module)
+    alone = (graph.reach(module, part).reason for part in _parts(number))
     return PrunableLayer(
         name=graph.names[module],
         type=type(module).__name__,
@@ -141,10 +145,19 @@ def _followed(graph: FilterGraph, module: nn.Module) -> PrunableLayer:
         consumers=tuple(reach.consumers),
         removed_with=tuple(reach.removed_with),
         tied_to=tuple(reach.tied_to),
-        reason=reach.reason or ("it has a single filter" if number == 1 else ""),
+        reason=reach.reason or next(filter(None, alone), "") or _too_few(number),
     )
 
 
-def _some(number: int) -> list[int]:
-    """Filters whose removal shows whether the others are still where they belong."""
-    return sorted({0, number // 3, number - 1})[: number - 1]
+def _too_few(number: int) -> str:
+    return "it has a single filter" if number == 1 else ""
+
+
+def _parts(number: int) -> list[list[int]]:
+    """All filters in two parts that no rule describes; an even number becomes two odd ones, which
+    filters that go in pairs cannot fill."""
+    if number < 2:
+        return []
+    first = number // 2 - (number % 4 == 0)
+    order = torch.randperm(number, generator=torch.Generator().manual_seed(number)).tolist()
+    return [sorted(order[:first]), sorted(order[first:])]

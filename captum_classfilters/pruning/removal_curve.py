@@ -192,6 +192,7 @@ def accuracy_after_removal(
     ) as batches:
         for batch in batches:
             replay = SuffixReplay(forward_func, module, batch.inputs, channel_dim=channel_dim)
+            batches.check_repeats(forward_func, batch, replay.output)
             ways.add(replay.way)
             labels = checked_labels(batches, batch, replay.output)
             if sets is None:

@@ -228,7 +228,7 @@ def _with_rows(model: nn.Module, name: str, rows: Sequence[int]) -> nn.Module:
             f"The head {name!r} is a {type(head).__name__}; expected an nn.Linear or an ungrouped "
             "1x1 convolution, whose rows are classes."
         )
-    reason = computed_weight(head, name)
+    reason = computed_weight(model, head, name)
     if reason:
         raise ValueError(f"The head {name!r} cannot be cut to some classes: {reason}.")
     shorter = copy.deepcopy(head)

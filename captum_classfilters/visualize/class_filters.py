@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import torch
+import numpy as np
+from torch import Tensor
 
 from captum_classfilters.class_filters import ClassFilters
 from captum_classfilters.visualize.arrays import by_class, chosen, out_of
@@ -73,17 +74,10 @@ def plot_class_filters(
     shown = scores[rows][:, columns]
     size = (min(16.0, 3.0 + 0.12 * len(columns)), min(12.0, 1.6 + 0.26 * len(rows)))
     figure, axes = axes_of(plt_fig_axis, (max(size[0], 6.0), max(size[1], 2.6)))
-    known = shown[~shown.isnan()].abs()
-    limit = (float(torch.quantile(known, 0.995)) if len(known) else 0.0) or 1.0
-    signed = bool((shown < 0).any())
+    low, high, colors = color_scale(shown)
     axes.set_facecolor(MISSING)
     image = axes.imshow(
-        shown.numpy(),
-        aspect="auto",
-        interpolation="nearest",
-        cmap=SIGNED if signed else UNSIGNED,
-        vmin=-limit if signed else 0.0,
-        vmax=limit,
+        shown.numpy(), aspect="auto", interpolation="nearest", cmap=colors, vmin=low, vmax=high
     )
     if mark_selected:
         marked = class_filters.selected[rows][:, columns].nonzero(as_tuple=True)
@@ -93,8 +87,8 @@ def plot_class_filters(
             marked[0],
             s=dot,
             linewidths=0.4 if dot > 8 else 0,
-            c="black" if signed else "white",
-            edgecolors="white" if signed else None,
+            c="black" if low else "white",
+            edgecolors="white" if low else None,
         )
     names = short_names(class_filters.class_names)
     set_ticks(axes, "y", [names[row] for row in rows.tolist()])
@@ -111,6 +105,16 @@ def plot_class_filters(
     axes.set_title(title or ", ".join(filter(None, told)), loc="left")
     figure.colorbar(image, ax=axes, label=_unit(class_filters), pad=0.01)
     return figure, axes
+
+
+def color_scale(scores: Tensor) -> tuple[float, float, str]:
+    """The lowest and highest score that colors tell apart, and the color map: diverging, centered at
+    zero, where scores are of both signs. It ends at the 99.5th percentile of sizes, so that one filter
+    does not hide the rest."""
+    known = scores[~scores.isnan()].abs()
+    limit = (float(np.quantile(known.numpy(), 0.995)) if len(known) else 0.0) or 1.0
+    signed = bool((scores < 0).any())
+    return (-limit, limit, SIGNED) if signed else (0.0, limit, UNSIGNED)
 
 
 def plot_class_overlap(
@@ -162,7 +166,7 @@ def plot_class_overlap(
     return figure, axes
 
 
-def write_cells(axes: "Axes", values: torch.Tensor, form: str, top: float) -> None:
+def write_cells(axes: "Axes", values: Tensor, form: str, top: float) -> None:
     """Write what is known of a square of numbers into its cells, dark on bright."""
     for row, column in (~values.isnan()).nonzero().tolist():
         value = float(values[row, column])
@@ -176,7 +180,7 @@ def check_order(order: str) -> None:
         raise ValueError(f"order={order!r}; choose 'class' or 'index'.")
 
 
-def _largest(scores: torch.Tensor, axis: int) -> torch.Tensor:
+def _largest(scores: Tensor, axis: int) -> Tensor:
     """The largest size of the scores along an axis; unknown ones are smallest."""
     return scores.abs().nan_to_num(nan=-1.0).amax(axis)
 

@@ -1,5 +1,7 @@
 """What a batch is, when it is refused, and what a device is asked."""
 
+import threading
+
 import pytest
 import torch
 from torch import nn
@@ -36,6 +38,36 @@ def test_what_a_batch_may_be(batch):
     assert len(inputs) == 1
     assert torch.equal(inputs[0], images(3))
     assert torch.equal(labels, LABELS)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"unpack": 5}, "unpack=5; expected a function"), ({"device": "gpu0"}, "'gpu0' is no device")],
+)
+def test_what_needs_no_data_is_checked_without(options, message):
+    def data():
+        raise AssertionError("read")
+        yield
+
+    with pytest.raises(ValueError, match=message):
+        read(data(), **options)
+
+
+def test_other_threads_wait_for_a_model_that_is_trained():
+    model = deep()
+    said: list[str] = []
+
+    def other():
+        read([(images(3), LABELS)], model=model)
+        said.append("the other")
+
+    thread = threading.Thread(target=other)
+    with read_batches(model, [], "test", training=True, may_be_empty=True, show_progress=False):
+        thread.start()
+        thread.join(0.1)  # it has not the time to end, or waits
+        said.append("training")
+    thread.join()
+    assert said == ["training", "the other"]
 
 
 def test_several_inputs_and_tokens():

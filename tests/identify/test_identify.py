@@ -19,11 +19,12 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from captum_classfilters import (
     ClassScores,
+    LayerFilterAblation,
     LayerFilterContribution,
     LayerFilterFrequency,
     identify_class_filters,
 )
-from captum_classfilters.identify import ClassFilterSums, collect_features
+from captum_classfilters.identify import ClassFilterSums, collect_evidence, collect_features
 from tests.models import (
     QUIET,
     ChannelsLast,
@@ -142,6 +143,27 @@ class TestExactness:
         assert found.provenance["feeds_head"] == {"name": "3", "by": "flatten"}
         each = method.filter_scores(method.attribute(x, target=y)).double()
         assert torch.allclose(found.scores[1], each[y == 1].mean(0), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"num_classes": value} for value in (0, -2, 1.5, True, "3")]
+    + [{"target": value, "num_classes": 3} for value in (-1, "dog", 0.0)],
+)
+def test_numbers_that_cannot_be_meant_cost_no_pass(options):
+    def data():
+        raise AssertionError("read")
+        yield
+
+    model = pool_linear()
+    name = "target" if "target" in options else "num_classes"
+    with pytest.raises(ValueError, match=f"{name}=.*; expected a whole number"):
+        LayerFilterContribution(model, "1").identify(data(), **options, **QUIET)
+    if name == "num_classes":
+        with pytest.raises(ValueError, match="expected a whole number of at least 1"):
+            collect_evidence(LayerFilterContribution(model, "1"), data(), **options, **QUIET)
+        with pytest.raises(ValueError, match="expected a whole number of at least 1"):
+            LayerFilterAblation(model, "1").identify(data(), metric="accuracy", **options, **QUIET)
 
 
 class TestOnePass:

@@ -214,6 +214,29 @@ def state_of(path, call=inside, at=14, **options):
     return path.read_bytes()
 
 
+def test_two_runs_at_once_with_one_path(tmp_path):
+    """The state is that of the run which wrote last; the other one leaves it alone, and says so."""
+    data, path = batches(**MANY), tmp_path / "state"
+
+    def with_another():
+        for number, batch in enumerate(data):
+            if number == 3:  # the first run has saved its state, which the other takes up
+                with pytest.raises(StopError):
+                    inside(deep(), Interrupted(data, 7), state_path=path, save_every=0)
+            yield batch
+
+    with pytest.warns(UserWarning, match="another run keeps its state in .*, too"):
+        first = inside(deep(), with_another(), state_path=path, save_every=0)
+    assert plain(first) == plain(inside(deep(), data))
+    model = deep()
+    seen, handle = counting(model)
+    other = inside(model, data, state_path=path)
+    handle.remove()
+    assert float(data[6][0].sum()) not in seen
+    assert plain(other) == plain(first)
+    assert not path.exists()
+
+
 class TestAnotherRunIsRefused:
     def refused(self, path, match, call):
         before = path.read_bytes()
@@ -467,12 +490,12 @@ def test_killed_at_any_moment(tmp_path):
                 target=killed_run, args=(path, data, pipe)
             )
             process.start()
-            os.read(begun, 1)
+            os.close(pipe)  # so that the other end is told if the process dies by itself
+            assert os.read(begun, 1) == b"."
             time.sleep(0.15 * moments.random())
             process.kill()
             process.join()
             os.close(begun)
-            os.close(pipe)
         went_on += path.exists()
         again = identify_class_filters(ways, data, num_filters=2, state_path=path, **QUIET)
         assert plain(again) == plain(whole)

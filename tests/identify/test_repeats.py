@@ -1,6 +1,7 @@
 """A model that gives other scores for the same images is told from one that does not."""
 
 import warnings
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -11,17 +12,24 @@ from captum.attr import LayerActivation, LayerGradCam
 from torch import nn
 
 from captum_classfilters import (
+    GreedyFilterPruning,
     LayerFilterAblation,
     LayerFilterContribution,
     LayerFilterFrequency,
+    accuracy_curve,
     identify_class_filters,
 )
+from captum_classfilters._core.batches import FEW_IMAGES
 from captum_classfilters._core.repeats import difference_of_runs
 from captum_classfilters.identify import (
     collect_evidence,
+    confusion_filters,
+    contrast_classes,
     exemplars,
     unit_scores,
 )
+from captum_classfilters.metrics import class_curves, evaluate_classifier
+from captum_classfilters.pruning import accuracy_after_removal
 from tests.models import QUIET, batches, deep, known
 from tests.pretend_device import pretend
 
@@ -56,7 +64,14 @@ def frequency(model, data):
     return LayerFilterFrequency(model, "net.stage1", top_k=2).identify(data, **QUIET)
 
 
-CALLS = {
+def table(model):
+    """Filters at the head, found without a word."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return LayerFilterContribution(model, "net.stage2").identify(batches(), **QUIET)
+
+
+CALLS: dict[str, Callable[[Any, Any], object]] = {
     "votes": frequency,
     "contributions": lambda m, d: LayerFilterContribution(m, "net.stage2").identify(d, **QUIET),
     "inside": lambda m, d: LayerFilterContribution(m, "net.stage1").identify(d, **QUIET),
@@ -81,6 +96,22 @@ CALLS = {
     ),
     "evidence": lambda m, d: collect_evidence(
         LayerFilterFrequency(m, "net.stage1", top_k=2), d, **QUIET
+    ),
+    "another package's, classes known": lambda m, d: identify_class_filters(
+        LayerGradCam(m, m.net.stage2), d, num_classes=3, **QUIET
+    ),
+    "contrast": lambda m, d: contrast_classes(
+        LayerFilterContribution(m, "net.stage2"), d, 0, 1, **QUIET
+    ),
+    "confusions": lambda m, d: confusion_filters(
+        LayerFilterContribution(m, "net.stage2"), d, **QUIET
+    ),
+    "accuracy of the model": lambda m, d: evaluate_classifier(m, d, **QUIET),
+    "curves of classes": lambda m, d: class_curves(m, "net.stage2", table(m), d, **QUIET),
+    "curves of accuracy": lambda m, d: accuracy_curve(m, table(m), d, head="net.head", **QUIET),
+    "removal": lambda m, d: accuracy_after_removal(m, "net.stage1", [1, 0], d, **QUIET),
+    "greedy pruning": lambda m, d: GreedyFilterPruning(m, "net.stage1").run(
+        d, num_filters=1, **QUIET
     ),
     "exemplars": lambda m, d: exemplars(m, "net.stage1", d, **QUIET),
     "unit scores": lambda m, d: unit_scores(m, "net.stage1", d, **QUIET),
@@ -133,15 +164,40 @@ def test_the_numbers_are_those_of_a_run_that_was_not_looked_at():
     assert torch.equal(table.scores, again.scores)
 
 
-def test_the_first_batch_runs_once_more_and_no_other():
-    model, data, sizes = deep(), batches(), []
-    handle = model.register_forward_hook(lambda _, inputs, __: sizes.append(float(inputs[0].sum())))
+def test_a_few_images_of_the_first_batch_run_once_more_and_no_others():
+    model, data, runs = deep(), batches(batch_size=6), []
+    handle = model.register_forward_hook(lambda _, inputs, __: runs.append(inputs[0]))
     LayerFilterFrequency(model, "stage1", top_k=2).identify(
         [(data[0][0][:0], data[0][1][:0]), *data], **QUIET
     )
     handle.remove()
-    first, *others = [float(images.sum()) for images, _ in data]
-    assert sizes == [first, first, *others]
+    first, *others = [images for images, _ in data]
+    expected = [first, first[:FEW_IMAGES], *others]
+    assert len(runs) == len(expected)
+    assert all(map(torch.equal, runs, expected))
+
+
+class OfOneSize(nn.Module):
+    """A model whose batches have six images, or whose scores depend on how many there are."""
+
+    def __init__(self, refuses, noisy=False):
+        super().__init__()
+        self.net, self.refuses, self.noisy, self.sizes = deep(), refuses, noisy, []
+
+    def forward(self, images):
+        self.sizes.append(len(images))
+        if self.refuses and len(images) != 6:
+            raise RuntimeError("made for six images")
+        scores = self.net(images) * len(images)
+        return scores + torch.rand(1) if self.noisy else scores
+
+
+@pytest.mark.parametrize("refuses", [True, False])
+@pytest.mark.parametrize("noisy", [True, False])
+def test_batches_of_one_size(refuses, noisy):
+    model, data = OfOneSize(refuses, noisy), batches(18, batch_size=6)
+    assert bool(about_noise(CALLS["accuracy of the model"], model, data)) == noisy
+    assert model.sizes == [6, FEW_IMAGES, 6, 6, 6]
 
 
 def test_a_device_is_not_waited_for():

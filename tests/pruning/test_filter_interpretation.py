@@ -15,12 +15,12 @@ from captum_classfilters.identify.accuracy_reduction import AccuracyReduction
 from captum_classfilters.pruning import (
     PruningOrder,
     class_interpretation,
-    grayed,
     interpretation_table,
     response_chroma,
     selectivity_test,
     weight_chroma,
 )
+from captum_classfilters.pruning.color import grayed
 from tests.models import QUIET, batches, deep, hooks_of
 from tests.pretend_device import host_reads, pretend
 

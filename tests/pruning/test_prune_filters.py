@@ -404,7 +404,7 @@ def test_bad_input():
         (model, x, "bn2", {"remove": [0]}, r"made by 'conv2'\) .* tied by a sum to 'stem'"),
         (model, x, "head", {"remove": [0]}, "the model's outputs"),
         (model, x, "conv3", {"remove": [0]}, "has no layer 'conv3'. Did you mean"),
-        (model, x, "zzz", {"remove": [0]}, "has no layer 'zzz'. It has '"),
+        (model, x, "zzz", {"remove": [0]}, "has no layer 'zzz'. The layers are '"),
         (model, x, "conv1", {"keep": torch.ones(5, dtype=torch.bool)}, r"\(5,\); expected \(6,\)"),
         (model, x, "conv1", {"remove": [6]}, "Filter 6 of 'conv1' is out of range"),
         (model, x, "conv1", {"remove": [-1]}, "Filter -1"),

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 from torch.utils._pytree import tree_leaves
 
-from captum_classfilters import prune_filters
+from captum_classfilters import ClassScores, prune_filters
 from captum_classfilters.pruning import prunable_layers
 from tests.models import conv_at, hooks_of
 
@@ -408,6 +408,28 @@ def test_computed_weights_are_refused_until_the_advice_is_followed(wrap, place):
     assert torch.allclose(outputs, expected, atol=1e-6)
 
 
+def test_layers_keep_their_names_in_a_wrapper():
+    class Headed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net
+
+        def forward(self, x):
+            return {"scores": self.net(x)}
+
+    net = normed()
+    model, x = ClassScores(Headed().eval(), lambda output: output["scores"]), images()
+    names = [layer.name for layer in prunable_layers(model, x, show_progress=False)]
+    assert names == [layer.name for layer in prunable_layers(model.wrapped_model, x)]
+    smaller = prune_filters(model, "net.0", x, remove=[1, 4])
+    assert conv_at(smaller, "wrapped_model.net.0").out_channels == 4
+    parametrizations.weight_norm(net[0])
+    with pytest.raises(ValueError, match=r"weight of 'net\.0' is computed") as caught:
+        prune_filters(model, "net.0", x, remove=[1, 4])
+    eval(str(caught.value).split("first: ")[1].removesuffix("."))  # what the message says
+    assert prunable_layers(model, x, show_progress=False)["net.0"].prunable
+
+
 def test_a_shared_weight_is_refused():
     torch.manual_seed(0)
     first, second = nn.Conv2d(6, 6, 3, padding=1), nn.Conv2d(6, 6, 3, padding=1)
@@ -482,6 +504,75 @@ def test_what_one_image_shows_as_a_constant_may_vary():
     with pytest.raises(ValueError, match="'reader' still reads values"):
         prune_filters(model, "conv", one, remove=[1])
     assert not prunable_layers(model, one, show_progress=False)["conv"].prunable
+
+
+class Gated(nn.Module):
+    """Blocks of convolution, batch normalization and ReLU that a depthwise convolution and a gate
+    follow; what the normalizations make of zeros is a constant times the gate, or zero."""
+
+    class Block(nn.Module):
+        def __init__(self, shift):
+            super().__init__()
+            self.conv, self.depthwise = nn.Conv2d(4, 6, 1), nn.Conv2d(6, 6, 1, groups=6)
+            self.gate, self.reader = nn.Conv2d(6, 6, 1), nn.Conv2d(6, 4, 1)
+            self.depthwise.weight.data.fill_(1)
+            self.depthwise.bias = nn.Parameter(shift)
+
+        def forward(self, maps):
+            wide = F.relu(self.depthwise(F.relu(self.conv(maps))))
+            gate = torch.sigmoid(self.gate(wide.mean((2, 3), keepdim=True)))
+            return maps + self.reader(wide * gate)
+
+    def __init__(self, *shifts):
+        super().__init__()
+        self.blocks = nn.Sequential(*map(self.Block, shifts))
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, maps):
+        return self.head(self.blocks(maps).mean((2, 3)))
+
+
+def test_layers_are_listed_where_all_of_their_filters_can_go():
+    torch.manual_seed(0)
+    one = torch.tensor([0, 0, 1.0, 0, 0, 0])
+    shifts = [torch.zeros(6), one, torch.ones(6)]
+    model, x = Gated(*shifts).eval(), torch.rand(4, 4, 5, 5)
+    layers = prunable_layers(model, x, show_progress=False)
+    assert [layers[f"blocks.{place}.conv"].prunable for place in range(3)] == [True, False, False]
+    assert "with 1 of its 6 filters (2) zero, 'blocks.1.reader'" in layers["blocks.1.conv"].reason
+    assert "with them zero, 'blocks.2.reader'" in layers["blocks.2.conv"].reason
+    prune_filters(model, "blocks.1.conv", x, remove=[0, 1, 3, 4])
+    for filters in ([2], range(5)):
+        with pytest.raises(ValueError, match=r"'blocks\.1\.reader' still reads values"):
+            prune_filters(model, "blocks.1.conv", x, remove=filters)
+    for place in range(6):
+        prune_filters(model, "blocks.0.conv", x, remove=[place])
+
+
+def test_the_list_takes_few_forward_passes():
+    torch.manual_seed(0)
+    model, runs = Gated(*[torch.zeros(6), torch.ones(6)] * 6).eval(), []
+    model.register_forward_hook(lambda *_: runs.append(1))
+    layers = prunable_layers(model, torch.rand(4, 4, 5, 5), show_progress=False)
+    assert len(layers.prunable) == 6
+    assert len(runs) == 4  # one to follow the filters, two masked ones and a smaller one
+
+
+@pytest.mark.parametrize("images_of_each", [1, 2, 5])
+def test_layers_that_do_not_equal_their_masks_are_found_among_the_others(images_of_each):
+    def counted(net, maps, x):  # knows how many filters there are
+        return maps * (maps.shape[1] / 6)
+
+    torch.manual_seed(0)
+    between = [nn.Identity(), nn.Identity(), counted, nn.Identity(), nn.Identity()]
+    parts = [built(lambda way=way: Between(way, conv(6, 3))) for way in between]
+    model, x = nn.Sequential(*parts), torch.rand(images_of_each, 3, 6, 6)
+    layers = prunable_layers(model, x, show_progress=False)
+    refused = [at for at in range(5) if not layers[f"{at}.conv"].prunable]
+    assert refused == [2]
+    assert "would" in layers["2.conv"].reason
+    with pytest.raises(ValueError, match=r"would (put out|read) other values"):
+        prune_filters(model, "2.conv", x, remove=[1, 4])
 
 
 # -- what models put out and are given ------------------------------------------------------------

@@ -1,0 +1,258 @@
+"""What an atlas tells of a model: measured here by the library's own functions, and nowhere else."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from captum.attr import LayerAttribution
+from torch import Tensor, nn
+from torch.utils.data import RandomSampler
+
+from captum_classfilters._core.batches import check_read_again, read_batches
+from captum_classfilters._core.layers import find_layer
+from captum_classfilters._core.types import Dataloader
+from captum_classfilters.attr import LayerFilterContribution, LayerFilterFrequency
+from captum_classfilters.class_filters import ClassFilters
+from captum_classfilters.heads import accuracy_curve
+from captum_classfilters.heads.accuracy_curve import AccuracyCurve
+from captum_classfilters.identify import (
+    LabelPermutation,
+    collect_evidence,
+    confusion_filters,
+    exemplars,
+    identify_class_filters,
+)
+from captum_classfilters.identify.contrastive import ConfusionFilters
+from captum_classfilters.identify.evidence import Evidence, Stability
+from captum_classfilters.identify.exemplars import Exemplars
+from captum_classfilters.metrics import class_curves, evaluate_classifier
+from captum_classfilters.metrics.class_curves import ClassCurves
+from captum_classfilters.metrics.evaluate_classifier import ClassifierScores, ScoreReader
+from captum_classfilters.metrics.removals import weight_magnitudes
+
+CONTRIBUTION, FREQUENCY = "contribution", "frequency"
+
+
+@dataclass(frozen=True)
+class Answers:
+    r"""
+    What a model says of each image of a loader.
+
+    Args:
+
+        labels (Tensor): Shape (N,).
+        predicted (Tensor): Shape (N,).
+        probability (Tensor): Shape (N,), of the predicted class.
+    """
+
+    labels: Tensor
+    predicted: Tensor
+    probability: Tensor
+
+    def of_class(self, index: int, right: bool, most: int) -> list[int]:
+        """The images of a class that are right, or wrong, the surest first."""
+        chosen = (self.labels == index) & ((self.predicted == index) == right)
+        return self._surest(chosen, most)
+
+    def of_cell(self, true: int, predicted: int, most: int) -> list[int]:
+        """The images of one class that are taken for another, the surest first."""
+        return self._surest((self.labels == true) & (self.predicted == predicted), most)
+
+    def _surest(self, chosen: Tensor, most: int) -> list[int]:
+        places = chosen.nonzero()[:, 0]
+        order = self.probability[places].sort(descending=True, stable=True).indices
+        return [int(place) for place in places[order][:most]]
+
+
+@dataclass(frozen=True)
+class LayerFindings:
+    r"""
+    What was found at one layer.
+
+    Args:
+
+        table (ClassFilters): Contributions, with a selection, standard errors and q-values.
+        curve (AccuracyCurve or None): None where the layer does not feed a linear head.
+        class_curves (ClassCurves or None): None where the filters' weights are not found.
+        stability (Stability or None): None where a class has a single image.
+        errors (ConfusionFilters): The filters behind the errors.
+        exemplars (Exemplars): The images that drive each filter furthest.
+        weight_norms (Tensor or None): Shape (K,).
+        notes (tuple of str): Why something is missing.
+    """
+
+    table: ClassFilters
+    curve: AccuracyCurve | None
+    class_curves: ClassCurves | None
+    stability: Stability | None
+    errors: ConfusionFilters
+    exemplars: Exemplars
+    weight_norms: Tensor | None
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Another model beside the one of the atlas; the tables of layers that it has, too."""
+
+    scores: ClassifierScores
+    num_parameters: int
+    tables: dict[str, ClassFilters]
+
+
+@dataclass(frozen=True)
+class Survey:
+    r"""
+    How an atlas reads its model and its data.
+
+    Args:
+
+        model (nn.Module): The model.
+        dataloader (iterable): Where the filters are found.
+        test_dataloader (iterable): Where they are measured, and what is drawn.
+        options (mapping): ``unpack`` and ``show_progress`` of every pass.
+        seed (int): Of everything random.
+    """
+
+    model: nn.Module
+    dataloader: Dataloader
+    test_dataloader: Dataloader
+    options: Mapping[str, Any]
+    seed: int
+
+    def __post_init__(self) -> None:
+        check_read_again(self.dataloader)
+        check_read_again(self.test_dataloader)
+        if isinstance(getattr(self.test_dataloader, "sampler", None), RandomSampler):
+            raise ValueError(
+                "The loader whose images the atlas shows shuffles, so that they cannot be found again; "
+                "pass one made with shuffle=False as test_dataloader."
+            )
+
+    def layers(
+        self,
+        names: Sequence[str],
+        *,
+        num_filters: int,
+        num_exemplars: int,
+        class_names: Sequence[str] | None,
+        significance: bool | LabelPermutation,
+    ) -> dict[str, LayerFindings]:
+        """All that is told of each layer."""
+        found = self._tables(self.model, names, num_filters, class_names, significance)
+        methods = {name: LayerFilterContribution(self.model, name) for name in names}
+        evidence = collect_evidence(
+            methods,
+            self.dataloader,
+            class_names=class_names,
+            **self.options,
+        )
+        strongest = exemplars(
+            self.model,
+            list(names),
+            self.test_dataloader,
+            num_exemplars=num_exemplars,
+            **self.options,
+        )
+        return {
+            name: self._layer(name, found[name], evidence[name], strongest[name]) for name in names
+        }
+
+    def _tables(
+        self,
+        model: nn.Module,
+        names: Sequence[str],
+        num_filters: int,
+        class_names: Sequence[str] | None,
+        significance: bool | LabelPermutation,
+    ) -> dict[str, dict[str, ClassFilters]]:
+        """Of each layer the tables of both rules, in one pass."""
+        methods: dict[str, LayerAttribution] = {}
+        for name in names:
+            methods[f"{name} {CONTRIBUTION}"] = LayerFilterContribution(model, name)
+            methods[f"{name} {FREQUENCY}"] = LayerFilterFrequency(model, name, top_k=num_filters)
+        tables = identify_class_filters(
+            methods,
+            self.dataloader,
+            num_filters=num_filters,
+            class_names=class_names,
+            significance=significance,
+            **self.options,
+        )
+        rules = (CONTRIBUTION, FREQUENCY)
+        return {name: {rule: tables[f"{name} {rule}"] for rule in rules} for name in names}
+
+    def _layer(
+        self, name: str, tables: dict[str, ClassFilters], evidence: Evidence, strongest: Exemplars
+    ) -> LayerFindings:
+        table, notes = tables[CONTRIBUTION], list[str]()
+
+        def unless_refused(what: str, measure: Any) -> Any:
+            try:
+                return measure()
+            except ValueError as error:
+                notes.append(f"{what} is missing: {error}")
+                return None
+
+        sizes = sorted({k for k in (1, 2, 3, 5, 8, 13, 21, 34, 55, 89) if k < table.num_filters})
+        loader, num_filters = self.test_dataloader, int(table.selected.sum(1).max())
+        curve = unless_refused(
+            "Accuracy against the number of filters",
+            lambda: accuracy_curve(
+                self.model, tables, loader, num_filters=[*sizes, table.num_filters], **self.options
+            ),
+        )
+        few = sorted({1, num_filters, min(4 * num_filters, table.num_filters)})
+        curves = unless_refused(
+            "Necessity and sufficiency",
+            lambda: class_curves(
+                self.model,
+                name,
+                {CONTRIBUTION: table},
+                loader,
+                num_filters=few,
+                seed=self.seed,
+                **self.options,
+            ),
+        )
+        stability = unless_refused(
+            "Stability", lambda: evidence.stability(num_filters, seed=self.seed)
+        )
+        errors = confusion_filters(
+            LayerFilterContribution(self.model, name),
+            loader,
+            class_names=table.class_names,
+            **self.options,
+        )
+        norms = weight_magnitudes(self.model, find_layer(self.model, name), table.num_filters)
+        return LayerFindings(
+            table, curve, curves, stability, errors, strongest, norms, tuple(notes)
+        )
+
+    def answers(self) -> Answers:
+        """What the model says of each image that may be shown."""
+        parts: list[tuple[Tensor, Tensor, Tensor]] = []
+        with read_batches(self.model, self.test_dataloader, "answers", **self.options) as batches:
+            reader = ScoreReader(self.model, batches)
+            for batch in batches:
+                scores = reader.log_probabilities(batch, self.model(*batch.inputs))
+                reader.check_finite(batch, scores)
+                best, predicted = scores.max(1)
+                labels = batch.class_labels(scores.shape[1])
+                parts.append((labels.cpu(), predicted.cpu(), best.exp().cpu()))
+        return Answers(*(torch.cat(part) for part in zip(*parts, strict=True)))
+
+    def compared(
+        self, model: nn.Module, tables: Mapping[str, ClassFilters], num_filters: int
+    ) -> Compared:
+        """Another model on the same images, and its filters at the layers that it has, too."""
+        own = dict(model.named_modules())
+        names = [name for name in tables if name in own]
+        class_names = next(iter(tables.values())).class_names
+        found = self._tables(model, names, num_filters, class_names, False) if names else {}
+        return Compared(
+            evaluate_classifier(model, self.test_dataloader, **self.options),
+            sum(parameter.numel() for parameter in model.parameters()),
+            {name: found[name][CONTRIBUTION] for name in names},
+        )
