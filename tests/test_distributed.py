@@ -1,13 +1,10 @@
 """Several processes, with uneven, empty, failing, killed and mismatched shares of the data."""
 
-import multiprocessing
 import os
 import pickle
 import subprocess
 import sys
 from functools import lru_cache
-from multiprocessing import forkserver
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,19 +12,14 @@ import torch
 from captum_classfilters import ClassFilters
 from tests import distributed_worker as worker
 from tests.models import batches, deep, joined, known
+from tests.processes import ROOT, clean_context
 
-ROOT = Path(__file__).parents[1]
 SIZES = [2, 3, 4]
 
 
 def run(world, folder, *checks, answers=None):
-    """What each check gave on each rank. Their processes are forked from one that has imported all
-    there is and done nothing else: one that has started threads must not be forked."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([worker.__name__])
-    with pytest.MonkeyPatch.context() as patched:  # some versions leave the path out
-        patched.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
-        forkserver.ensure_running()
+    """What each check gave on each rank."""
+    context = clean_context()
     pipes, processes = [], []
     for rank in range(world):
         ours, theirs = context.Pipe(duplex=False)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import errno
-import multiprocessing
 import os
 import random
 import signal
@@ -15,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 from captum.attr import LayerActivation, LayerGradientShap
-from torch import nn
 
 from captum_classfilters import (
     ClassFilters,
@@ -27,7 +25,9 @@ from captum_classfilters import (
 )
 from captum_classfilters._core.files import write_atomically
 from captum_classfilters.identify import collect_evidence, exemplars
+from tests.killed_worker import killed_pass, slow_pass
 from tests.models import QUIET, batches, deep, joined, pool_linear
+from tests.processes import clean_context
 
 MANY = {"number": 115, "batch_size": 5}  # 23 batches: blocks of eight do not divide them
 
@@ -436,67 +436,22 @@ def test_ctrl_c_does_not_cut_sums_in_two():
     assert not count.is_known
 
 
-class Slow(nn.Module):
-    """A model that gives a kill time to arrive."""
-
-    def __init__(self):
-        super().__init__()
-        self.net = deep()
-
-    def forward(self, images):
-        time.sleep(0.002)
-        return self.net(images)
-
-
-class Beginning:
-    """A loader that says when it has begun."""
-
-    def __init__(self, data, pipe):
-        self.data, self.pipe = data, pipe
-
-    def __iter__(self):
-        for number, batch in enumerate(self.data):
-            if number == 1:
-                os.write(self.pipe, b".")
-            yield batch
-
-
-def killed_run(path, data, pipe):
-    torch.set_num_threads(1)
-    model = Slow().eval()
-    identify_class_filters(
-        [LayerFilterContribution(model, "net.stage1"), LayerFilterFrequency(model, "net.stage2")],
-        Beginning(data, pipe),
-        num_filters=2,
-        state_path=path,
-        save_every=0,
-        **QUIET,
-    )
-    os.write(pipe, b".")
-
-
 def test_killed_at_any_moment(tmp_path):
     """With a seed of its own; benchmarks/attack.py kills more often."""
     data, moments = batches(**MANY), random.Random(5)
-    model = Slow().eval()
-    ways = [LayerFilterContribution(model, "net.stage1"), LayerFilterFrequency(model, "net.stage2")]
-    whole = identify_class_filters(ways, data, num_filters=2, **QUIET)
-    went_on = 0
+    whole, context = slow_pass(data), clean_context()
     for number in range(6):
         path = tmp_path / str(number)
         for _ in range(2):  # killed twice
-            begun, pipe = os.pipe()
-            process = multiprocessing.get_context("fork").Process(
-                target=killed_run, args=(path, data, pipe)
-            )
+            pipe, theirs = context.Pipe(duplex=False)
+            process = context.Process(target=killed_pass, args=(path, data, theirs))
             process.start()
-            os.close(pipe)  # so that the other end is told if the process dies by itself
-            assert os.read(begun, 1) == b"."
-            time.sleep(0.15 * moments.random())
+            theirs.close()
+            assert pipe.recv() == "begun"
+            while number < 3 and process.is_alive() and not path.exists():  # a state is there
+                time.sleep(0.001)
+            time.sleep(0.15 * moments.random() if number else 0)
             process.kill()
             process.join()
-            os.close(begun)
-        went_on += path.exists()
-        again = identify_class_filters(ways, data, num_filters=2, state_path=path, **QUIET)
-        assert plain(again) == plain(whole)
-    assert went_on
+            pipe.close()
+        assert plain(slow_pass(data, state_path=path)) == plain(whole)
