@@ -203,6 +203,8 @@ def _check_kind(status: os.stat_result, path: AnyPath) -> None:
 def _target(path: AnyPath) -> tuple[str, os.stat_result | None]:
     """Where a path leads through symbolic links, and what is there."""
     path = os.fspath(path)
+    if not os.path.basename(path):  # as realpath would not tell any more
+        raise ValueError(f"{path!r} ends with no name; expected a file.")
     try:
         status = os.stat(path)
     except FileNotFoundError:

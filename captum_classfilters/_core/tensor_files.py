@@ -98,7 +98,7 @@ def write_tensors(
 
     Raises:
         FileExistsError: There is one, and it is not to be replaced.
-        ValueError: A tensor or a name is none that the format has.
+        ValueError: A tensor, a name or a detail is none that the format has.
         OSError: The file cannot be written; nothing has changed.
     """
     # That there is a checksum is said in what the checksum covers, so that it cannot get lost.
@@ -112,6 +112,8 @@ def write_tensors(
         text = json.dumps(record)
     except RecursionError as error:
         raise ValueError("The record is nested too deeply for JSON.") from error
+    except TypeError as error:
+        raise ValueError(f"The record holds what JSON cannot: {error}.") from error
     # Large items first, so that every tensor lies at a multiple of its own size.
     plain = {
         name: _plain(name, tensor)

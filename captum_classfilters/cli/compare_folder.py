@@ -1,8 +1,5 @@
 """Attributions compared on the user's own model and images."""
 
-import csv
-import io
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +21,7 @@ from torch.utils.data import DataLoader, Subset
 
 from captum_classfilters._core.files import write_figure, write_text
 from captum_classfilters._core.layers import find_layer
+from captum_classfilters._core.names import short_name
 from captum_classfilters._core.outputs import scores_per_class
 from captum_classfilters._core.types import Keywords
 from captum_classfilters.attr import (
@@ -32,17 +30,12 @@ from captum_classfilters.attr import (
     LayerFilterContribution,
     LayerFilterFrequency,
 )
-from captum_classfilters.cli.folder_classes import assign_outputs, short_name
-from captum_classfilters.cli.identify_folder import (
-    SCHEMA_VERSION,
+from captum_classfilters.cli.folder_job import (
     FolderJob,
-    evenly_spread,
-    image_folder,
-    load_model,
-    named_layer,
-    prepared_output,
+    open_folder,
+    write_manifest,
+    write_rows,
 )
-from captum_classfilters.cli.model_sources import model_source
 from captum_classfilters.gate_space import FilterGate
 from captum_classfilters.identify import identify_class_filters
 from captum_classfilters.metrics import compare_attributions
@@ -130,16 +123,15 @@ def run_compare(job: FolderJob, write: Callable[[str], None] = print) -> Attribu
     Raises:
         ValueError, OSError: With what was wrong, and what would be right.
     """
-    layer_name = named_layer(job)
-    output = prepared_output(job, (*COMPARED, CLASS_FILTERS))
-    source = model_source(job.model, job.image_size)
-    dataset = image_folder(job.data, source.preparation())
-    model = load_model(
-        source, job.checkpoint, job.num_classes or None, len(dataset.classes), job.random_weights
-    ).to(job.device)
-    layer = find_layer(model, layer_name)
-    names = assign_outputs(dataset, model, source, job.class_names)
-    chosen = evenly_spread(dataset, job.limit)
+    opened = open_folder(job, (*COMPARED, CLASS_FILTERS), write)
+    model, dataset, names, output = (
+        opened.model,
+        opened.dataset,
+        opened.class_names,
+        opened.output,
+    )
+    layer = find_layer(model, opened.layer)
+    chosen = opened.images
     images = torch.stack([chosen[place][0] for place in range(len(chosen))]).to(job.device)
     with torch.no_grad():
         scores = [scores_per_class(model(part)) for part in images.split(job.batch_size)]
@@ -218,20 +210,6 @@ def _write_results(
     for name, table in tables.items():
         if table is None:
             continue
-        rows = table.rows()
-        columns = list(dict.fromkeys(column for row in rows for column in row))
-        text = io.StringIO()
-        writer = csv.DictWriter(text, columns)
-        writer.writeheader()
-        writer.writerows(rows)
-        write_text(output / f"{name}.csv", text.getvalue())
+        write_rows(output / f"{name}.csv", table.rows())
     write_text(output / "comparison.txt", f"{comparison}\n")
-    manifest = {
-        "schema_version": SCHEMA_VERSION,
-        "model": job.model,
-        "layer": job.layer,
-        "methods": list(job.methods),
-        "num_images": num_images,
-        "files": sorted(path.name for path in output.iterdir() if path.name != "manifest.json"),
-    }
-    write_text(output / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+    write_manifest(output, job, num_images)

@@ -112,8 +112,3 @@ def _places(names: Sequence[str]) -> dict[str, int]:
     counts = Counter(words)
     places = {word: place for place, word in enumerate(words) if counts[word] == 1}
     return {**places, **places_of(names)}
-
-
-def short_name(name: str, length: int = 24) -> str:
-    """A class's name for a table's column or beside a picture."""
-    return name if len(name) <= length else f"{name[: length - 1]}…"

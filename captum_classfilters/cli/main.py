@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from captum_classfilters._version import __version__
 
 if TYPE_CHECKING:
-    from captum_classfilters.cli.identify_folder import FolderJob
+    from captum_classfilters.cli.folder_job import FolderJob
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="captum-classfilters",
-        description="Find the filters of a CNN that decide each class.",
+        description="Find the filters of a CNN that decide each class, in your own model and image folder.",
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
@@ -45,22 +45,19 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     _common(demo, _demo)
 
-    identify = commands.add_parser("identify", help="your own model and image folder")
-    _model_and_images(identify)
+    identify = _on_a_folder(commands, "identify", "the filters of each class", _identify)
     identify.add_argument(
         "--method",
         nargs="+",
         default=["frequency", "contribution"],
         help="frequency, contribution (default: both, in one pass)",
     )
-    identify.add_argument("--limit", type=int, help="use this many images at most")
-    identify.add_argument(
-        "--explain", type=int, default=0, help="images to explain beside Integrated Gradients"
-    )
-    _common(identify, _identify)
+    _images(identify, explain=0, what="images to explain beside Integrated Gradients")
 
-    compare = commands.add_parser("compare", help="attributions side by side, on your own images")
-    _model_and_images(compare)
+    explain = _on_a_folder(commands, "explain", "where images' class filters look", _explain)
+    _images(explain, explain=4, what="images to explain")
+
+    compare = _on_a_folder(commands, "compare", "attributions side by side", _compare)
     compare.add_argument(
         "--method",
         nargs="+",
@@ -68,9 +65,41 @@ def _parser() -> argparse.ArgumentParser:
         "grad_cam, class_filters; contribution, ablation, frequency, conductance, "
         "gate_integrated_gradients (default: seven of them)",
     )
-    compare.add_argument("--limit", type=int, default=50, help="images (default: %(default)s)")
-    compare.add_argument("--explain", type=int, default=4, help="to draw (default: %(default)s)")
-    _common(compare, _compare)
+    _images(compare, limit=50, explain=4, what="to draw")
+
+    decompose = _on_a_folder(
+        commands,
+        "decompose",
+        "each class with its own filters only, and what that costs",
+        _decompose,
+    )
+    _images(decompose)
+
+    prune = _on_a_folder(
+        commands, "prune", "a smaller network, without a layer's weakest filters", _prune
+    )
+    prune.add_argument(
+        "--share",
+        type=float,
+        default=0.25,
+        help="of the filters to remove (default: %(default)s)",
+    )
+    _images(prune)
+
+    atlas = _on_a_folder(commands, "atlas", "a site about all of it that opens from disk", _atlas)
+    atlas.add_argument("--title", help="of the site (default: model and folder)")
+    atlas.add_argument("--labels", help="CSV file of filter and text, by another tool")
+    atlas.add_argument(
+        "--compare",
+        nargs="+",
+        default=[],
+        metavar="NAME=CHECKPOINT",
+        help="other weights of the same model to set beside it",
+    )
+    atlas.add_argument(
+        "--optimize", type=int, default=0, help="filters that get an optimized image (default: 0)"
+    )
+    _images(atlas, explain=2, what="right, and wrong, images of each class to explain")
 
     layers = commands.add_parser("layers", help="which layers of a model qualify")
     layers.add_argument("--model", required=True, help="of torchvision, or timm:NAME")
@@ -79,11 +108,19 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _model_and_images(parser: argparse.ArgumentParser) -> None:
+def _on_a_folder(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
+    name: str,
+    what: str,
+    run: object,
+) -> argparse.ArgumentParser:
+    """A command on a model and an image folder, with the options that all of these have."""
+    parser = commands.add_parser(name, help=what)
     parser.add_argument(
         "--model",
         required=True,
-        help="any classifier of torchvision, resnet18 say, or of timm, timm:resnet18 say",
+        help="any classifier of torchvision, resnet18 say, or of timm, timm:resnet18 say, or your own "
+        "module:function that returns one with its weights",
     )
     parser.add_argument("--checkpoint", help="safetensors file or PyTorch state dict")
     parser.add_argument("--random-weights", action="store_true", help="go on without a checkpoint")
@@ -96,7 +133,40 @@ def _model_and_images(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=32, help="(default: %(default)s)")
     parser.add_argument("--image-size", type=int, help="in pixels (default: the model's own)")
     parser.add_argument("--device", default="cpu", help="(default: %(default)s)")
+    parser.add_argument(
+        "--dtype",
+        default="float32",
+        help="float32, float64, bfloat16 or float16 (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--num-workers",
+        type=int,
+        default=0,
+        help="processes that read images (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--skip-broken", action="store_true", help="go on without files that are no images"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace results")
+    _common(parser, run)
+    return parser
+
+
+def _images(
+    parser: argparse.ArgumentParser,
+    limit: int | None = None,
+    explain: int | None = None,
+    what: str = "",
+) -> None:
+    """How many images to use, and to draw."""
+    told = "all" if limit is None else limit
+    parser.add_argument(
+        "--limit", type=int, default=limit, help=f"use this many images at most (default: {told})"
+    )
+    if explain is not None:
+        parser.add_argument(
+            "--explain", type=int, default=explain, help=f"{what} (default: %(default)s)"
+        )
 
 
 def _common(parser: argparse.ArgumentParser, run: object) -> None:
@@ -132,8 +202,42 @@ def _compare(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _explain(arguments: argparse.Namespace) -> int:
+    from captum_classfilters.cli.explain_folder import run_explain
+
+    run_explain(_folder_job(arguments))
+    return 0
+
+
+def _decompose(arguments: argparse.Namespace) -> int:
+    from captum_classfilters.cli.smaller_folder import run_decompose
+
+    run_decompose(_folder_job(arguments))
+    return 0
+
+
+def _prune(arguments: argparse.Namespace) -> int:
+    from captum_classfilters.cli.smaller_folder import run_prune
+
+    run_prune(_folder_job(arguments), arguments.share)
+    return 0
+
+
+def _atlas(arguments: argparse.Namespace) -> int:
+    from captum_classfilters.cli.atlas_folder import run_atlas
+
+    run_atlas(
+        _folder_job(arguments),
+        arguments.labels,
+        arguments.compare,
+        arguments.optimize,
+        arguments.title,
+    )
+    return 0
+
+
 def _folder_job(arguments: argparse.Namespace) -> "FolderJob":
-    from captum_classfilters.cli.identify_folder import FolderJob
+    from captum_classfilters.cli.folder_job import FolderJob
 
     return FolderJob(
         model=arguments.model,
@@ -142,15 +246,18 @@ def _folder_job(arguments: argparse.Namespace) -> "FolderJob":
         output=arguments.output,
         checkpoint=arguments.checkpoint,
         random_weights=arguments.random_weights,
-        methods=tuple(arguments.method),
+        methods=tuple(getattr(arguments, "method", ())),
         num_filters=arguments.num_filters,
         num_classes=arguments.num_classes,
         class_names=arguments.class_names,
         batch_size=arguments.batch_size,
         image_size=arguments.image_size,
         limit=arguments.limit,
-        explain=arguments.explain,
+        explain=getattr(arguments, "explain", 0),
         device=arguments.device,
+        dtype=arguments.dtype,
+        num_workers=arguments.num_workers,
+        skip_broken=arguments.skip_broken,
         overwrite=arguments.overwrite,
         show_progress=not arguments.quiet,
     )

@@ -1,9 +1,11 @@
 """The models that the command line knows by name: torchvision's, and timm's where it is installed."""
 
 import difflib
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.util import find_spec
 
 from torch import Tensor, nn
@@ -28,6 +30,11 @@ class ModelSource:
 
     name: str
     image_size: int | None = None
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether models are built with weights that are worth using."""
+        return False
 
     @property
     def size(self) -> int:
@@ -137,6 +144,35 @@ class TimmSource(ModelSource):
             yield names, {**places_of(short), **places_of(names), **places_of(labels)}
 
 
+class FunctionSource(ModelSource):
+    """The user's own: ``module:function``, called without arguments, returns a classifier with its weights;
+    images are prepared as torchvision's models take them."""
+
+    @property
+    def has_weights(self) -> bool:
+        """What the function returns is taken as it is."""
+        return True
+
+    def build(self, num_classes: int) -> nn.Module:
+        """What the function returns."""
+        module, _, function = self.name.partition(":")
+        if "" not in sys.path:
+            sys.path.insert(0, "")  # modules beside which the command is run
+        try:
+            model: object = getattr(import_module(module), function)()
+        except (ImportError, AttributeError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"--model {self.name} is no function of no arguments that returns a model: {error}"
+            ) from error
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"--model {self.name} returned a {type(model).__name__}, not a model.")
+        return model
+
+    def categories(self) -> Iterator[tuple[list[str], dict[str, int]]]:
+        """None are known."""
+        return iter(())
+
+
 def places_of(names: Iterable[str]) -> dict[str, int]:
     """The output of each name that no two outputs have."""
     names = list(names)
@@ -145,7 +181,8 @@ def places_of(names: Iterable[str]) -> dict[str, int]:
 
 
 def model_source(name: str, image_size: int | None = None) -> ModelSource:
-    """The library that has a model of this name: torchvision, or else timm; ``timm:NAME`` is timm's.
+    """The library that has a model of this name: torchvision, or else timm; ``timm:NAME`` is timm's, and any
+    other ``module:function`` the user's own.
 
     Args:
 
@@ -161,6 +198,8 @@ def model_source(name: str, image_size: int | None = None) -> ModelSource:
     """
     from torchvision import models
 
+    if ":" in name and not name.startswith(TIMM):
+        return FunctionSource(name, image_size)
     known = list(models.list_models(module=models))
     if name in known:
         return ModelSource(name, image_size)

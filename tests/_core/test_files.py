@@ -68,6 +68,16 @@ def test_absent_files_are_called_absent(tmp_path):
         open_regular(0)  # type: ignore[arg-type]  # not the standard input
 
 
+@pytest.mark.parametrize("end", ["name/", "", "folder/"])
+def test_a_path_without_a_name_is_none_of_a_file(tmp_path, monkeypatch, end):
+    (tmp_path / "folder").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for use in (check_writable, lambda path: write_atomically(path, b"x")):
+        with pytest.raises(ValueError, match="ends with no name; expected a file"):
+            use(end)
+    assert os.listdir(tmp_path) == ["folder"]
+
+
 def test_text(tmp_path):
     path = tmp_path / "names.txt"
     write_text(path, "größer\nhalf \ud800")

@@ -99,6 +99,8 @@ def test_what_no_file_holds_is_refused_before_anything_is_written(tmp_path, tens
         deep = [deep]
     with pytest.raises(ValueError, match="nested too deeply"):
         write_tensors(tmp_path / "file", THING, {}, {"deep": deep})
+    with pytest.raises(ValueError, match="holds what JSON cannot: Object of type Tensor"):
+        write_tensors(tmp_path / "file", THING, {}, {"origin": torch.zeros(2)})
     assert os.listdir(tmp_path) == []
 
 

@@ -73,8 +73,7 @@ def test_places_that_cannot_be_written_are_told_before_the_images_are_read(
         raise OSError(errno.EROFS, "Read-only file system")
 
     monkeypatch.setattr(os, "fsync", readonly)
-    monkeypatch.setattr("captum_classfilters.cli.identify_folder.image_folder", None)
-    monkeypatch.setattr("captum_classfilters.cli.compare_folder.image_folder", None)
+    monkeypatch.setattr("captum_classfilters.cli.folder_job.image_folder", None)
     monkeypatch.setattr("captum_classfilters.cli.demo.load_digits", None)
     for command in ("identify", "compare"):
         options = arguments(folder, checkpoint, tmp_path / "new" / "out")[1:]

@@ -1,0 +1,165 @@
+"""The commands on an image folder that explain, shrink and show; a model of the user's own; broken files."""
+
+import csv
+import json
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+
+from captum_classfilters.cli.main import main
+from tests.cli.test_commands import checkpoint, folder
+
+__all__ = ["checkpoint", "folder"]  # fixtures
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+MODULE = """
+import torch
+
+def network():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(
+        torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1),
+        torch.nn.Flatten(), torch.nn.Linear(8, 3))
+
+def nothing():
+    return 3
+"""
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """A module beside which the command is run."""
+    (tmp_path / "own_networks.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(tmp_path)
+    return "own_networks:network"
+
+
+def run(command, model, folder, output, *options):
+    given = ["--model", model, "--data", str(folder), "--layer", "1", "--output", str(output)]
+    given += ["--image-size", "32", "--num-filters", "2", "--batch-size", "4", "--quiet"]
+    return main([command, *given, *map(str, options)])
+
+
+def rows(path):
+    with open(path) as file:
+        return list(csv.DictReader(file))
+
+
+def test_explain(own, folder, tmp_path, capsys):
+    output = tmp_path / "out"
+    assert run("explain", own, folder, output, "--explain", 2) == 0
+    found = rows(output / "explanations.csv")
+    assert {row["class"] for row in found} <= {"cat", "dog", "fox"}
+    for picture in {row["picture"] for row in found}:
+        assert Image.open(output / picture).size[0] > 300
+    assert json.loads((output / "manifest.json").read_text())["num_images"] == 9
+    assert "contribution" in capsys.readouterr().out
+    assert run("explain", own, folder, output) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert run("explain", own, folder, tmp_path / "other", "--explain", 0) == 2
+    assert "--explain 0 must be at least 1" in capsys.readouterr().err
+
+
+def test_decompose(own, folder, tmp_path, capsys):
+    output = tmp_path / "out"
+    assert run("decompose", own, folder, output) == 0
+    found = rows(output / "accuracy_curve.csv")
+    assert [int(row["num_filters"]) for row in found][-1] == 8
+    assert set(found[0]) == {"num_filters", "frequency", "contribution", "random"}
+    assert (output / "weights.safetensors").stat().st_size > 100
+    assert (output / "accuracy_curve.png").exists()
+    assert run("decompose", own, folder, tmp_path / "other", "--limit", 1) == 2
+    assert "1 images are too few" in capsys.readouterr().err
+
+
+def test_prune(own, folder, tmp_path, capsys):
+    output = tmp_path / "out"
+    assert run("prune", own, folder, output, "--share", 0.5) == 0
+    assert len(rows(output / "removed.csv")) == 4
+    assert [row["network"] for row in rows(output / "accuracy.csv")] == ["before", "after"]
+    assert "4 of 8 filters of 1 were removed" in capsys.readouterr().out
+    for share in (0, 1, -2):
+        assert run("prune", own, folder, tmp_path / "other", "--share", share) == 2
+        assert f"--share {float(share)} must lie between 0 and 1" in capsys.readouterr().err
+
+
+def test_weights_of_a_pruned_network_are_read_elsewhere(own, folder, tmp_path):
+    from safetensors.torch import load_file
+
+    assert run("prune", own, folder, tmp_path / "out", "--share", 0.5) == 0
+    weights = load_file(tmp_path / "out" / "weights.safetensors")
+    assert weights["0.weight"].shape == (4, 3, 3, 3)
+    assert weights["4.weight"].shape == (3, 4)
+
+
+def test_atlas(own, folder, tmp_path, capsys):
+    labels = tmp_path / "labels.csv"
+    labels.write_text("filter,label\n2,fur & whiskers\n")
+    output = tmp_path / "out"
+    options = ["--labels", labels, "--explain", 1, "--title", "my <animals>"]
+    assert run("atlas", own, folder, output, *options) == 0
+    text = (output / "index.html").read_text()
+    assert "my &lt;animals&gt;" in text
+    assert "fur &amp; whiskers" in (output / "filters" / "0002.html").read_text()
+    assert len(list(output.glob("classes/*.html"))) == 3
+    assert f"Open {output / 'index.html'}" in capsys.readouterr().out
+    assert run("atlas", own, folder, output) == 2
+    assert "holds an atlas already" in capsys.readouterr().err
+    assert run("atlas", own, folder, output, "--overwrite", "--compare", "other") == 2
+    assert "NAME=CHECKPOINT" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+def test_types_and_workers(own, folder, tmp_path, dtype):
+    output = tmp_path / "out"
+    assert run("identify", own, folder, output, "--dtype", dtype, "--num-workers", 1) == 0
+    assert (output / "contribution.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "message"),
+    [
+        ("own_networks:nothing", [], "returned a int, not a model"),
+        ("own_networks:absent", [], "is no function of no arguments that returns a model"),
+        ("no_such_module:network", [], "is no function of no arguments that returns a model"),
+        (None, ["--dtype", "int8"], "--dtype int8 is unknown; choose from float32"),
+        (None, ["--num-workers", "-1"], "--num-workers -1 must be at least 0"),
+    ],
+)
+def test_errors_are_one_line(own, folder, tmp_path, capsys, model, options, message):
+    assert run("identify", model or own, folder, tmp_path / "out", *options) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error
+    assert len(error.splitlines()) == 1
+
+
+def test_broken_images_are_skipped_on_request(own, folder, tmp_path, capsys):
+    mine = shutil.copytree(folder, tmp_path / "images")
+    (mine / "dog" / "1.png").write_bytes(b"no image")
+    assert run("identify", own, mine, tmp_path / "out") == 2
+    assert "--skip-broken goes on without such files" in capsys.readouterr().err
+    assert run("identify", own, mine, tmp_path / "out", "--skip-broken") == 0
+    printed = capsys.readouterr().out
+    assert f"skipped: {mine / 'dog' / '1.png'} is no image that can be read" in printed
+    assert "1 of 9 files are broken and skipped" in printed
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["num_images"] == 8
+    for path in mine.rglob("*.png"):
+        path.write_bytes(b"no image")
+    assert run("identify", own, mine, tmp_path / "other", "--skip-broken") == 2
+    assert "All 9 files" in capsys.readouterr().err
+
+
+def test_a_networks_own_weights_are_taken(own, folder, tmp_path):
+    """No checkpoint is asked for; the same function gives the same table."""
+    from captum_classfilters import ClassFilters
+
+    for name in ("one", "two"):
+        assert run("identify", own, folder, tmp_path / name) == 0
+    one, two = (
+        ClassFilters.load(tmp_path / name / "contribution.safetensors") for name in ("one", "two")
+    )
+    assert torch.equal(one.scores, two.scores)
