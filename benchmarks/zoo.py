@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 import captum_classfilters
-from benchmarks.shared import Table, medians, parsed, parser, timed
+from benchmarks.shared import Table, count_processor_time, medians, parsed, parser, timed
 from benchmarks.whole_models import (
     LABELS,
     NUM_CLASSES,
@@ -74,7 +74,6 @@ class Case:
     larger: "Callable[[], tuple[nn.Module, Tensor]] | None" = None
     detector: bool = False
     layers: FilterLayers = field(default_factory=lambda: FilterLayers([], None))
-    listing: float = 0.0  # seconds that `prunable_layers` takes
 
     @property
     def places(self) -> list[Place]:
@@ -345,8 +344,7 @@ def check_decompose(case: Case) -> None:
 
 def check_prune(case: Case) -> None:
     """Three layers of those that can be pruned, and two of the others."""
-    listing = partial(prunable_layers, case.model, case.images, show_progress=False)
-    case.listing, layers = timed(listing)
+    layers = prunable_layers(case.model, case.images, show_progress=False)
     rows = layers.prunable
     for row in list(dict.fromkeys(rows[place] for place in (0, len(rows) // 2, -1) if rows)):
         gone = sorted({0, row.num_filters // 2})[: row.num_filters - 1]
@@ -471,17 +469,32 @@ def run(member: Member) -> dict[str, Any]:
         cells, seconds = {}, {}
         for name, check in CHECKS.items():
             seconds[name], cells[name] = timed(partial(outcome, check, case))
-        forward = medians({"": lambda: _forward(model, images)}, 3)[""]
+        costs = passes(model, images)
     gc.collect()
     return {
         "member": member.name,
         "kind": member.kind,
         "cells": cells,
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
-        "forward": round(forward, 4),
-        "prunable": round(case.listing, 3),
+        **costs,
         "places": [str(place) for place in case.places],
     }
+
+
+def passes(model: nn.Module, images: Tensor) -> dict[str, float]:
+    """Seconds of a forward pass and of the list of layers that can be pruned, once both are warm."""
+    forward = medians({"": partial(_forward, model, images)}, 5)[""]
+    listing = medians({"": partial(prunable_layers, model, images, show_progress=False)}, 2)[""]
+    return {"forward": round(forward, 4), "prunable": round(listing, 4)}
+
+
+def passes_again(member: Member) -> dict[str, float]:
+    """The same of a member alone."""
+    torch.manual_seed(0)
+    images = images_of(*member.size, number=member.number)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return passes(calibrated(member.build(), images, member.kind != DETECTION), images)
 
 
 def _forward(model: nn.Module, images: Tensor) -> None:
@@ -526,8 +539,8 @@ def _rows(results: Sequence[dict[str, Any]], notes: list[str]) -> Iterator[list[
                 notes.append(cell)
             cells.append(cell if cell == OK else f"[{notes.index(cell) + 1}]")
         total = sum(result["seconds"].values())
-        passes = result["prunable"] / result["forward"]
-        yield [f"`{result['member']}`", *cells, f"{total:.1f}", f"{passes:.0f}"]
+        number = result["prunable"] / result["forward"]
+        yield [f"`{result['member']}`", *cells, f"{total:.1f}", f"{number:.0f}"]
 
 
 TITLES = ("member", *OPERATIONS, "seconds", "passes")
@@ -539,14 +552,14 @@ def summary(results: Sequence[dict[str, Any]]) -> list[str]:
     wrong = sum(cell.startswith(WRONG) for cell in cells)
     crashed = sum(cell.startswith(CRASH) for cell in cells)
     right = cells.count(OK)
-    passes = [result["prunable"] / result["forward"] for result in results]
-    quick = sum(value <= 10 for value in passes)
+    numbers = sorted(result["prunable"] / result["forward"] for result in results)
+    quick = sum(number <= 10 for number in numbers)
     return [
         f"{len(results)} members, {len(cells)} operations: {right} equal the truth, "
         f"{len(cells) - right - wrong - crashed} do not apply and say why, {wrong} are silently wrong, "
         f"{crashed} crash.",
         f"`prunable_layers` takes at most 10 forward passes for {quick} of {len(results)} members "
-        f"(median {sorted(passes)[len(passes) // 2]:.0f}).",
+        f"(median {numbers[len(numbers) // 2]:.0f}).",
     ]
 
 
@@ -586,8 +599,8 @@ autograd:
 - **prune**: three layers that `prunable_layers` lists give the masked network's logits, two others are
   refused
 
-Numbers are notes [below](#why-an-operation-does-not-apply). *Seconds* are those of all six with their
-truths; *passes* is what `prunable_layers` takes, in forward passes."""
+Numbers are notes [below](#why-an-operation-does-not-apply). *Seconds* are processor seconds of all
+six with their truths; *passes* is what `prunable_layers` takes, in forward passes of the same images."""
 
 
 def _read(file: Path | None) -> dict[str, dict[str, Any]]:
@@ -602,6 +615,7 @@ def main(given: Sequence[str] | None = None) -> None:
     options = parser(__doc__)
     options.add_argument("--results", type=Path, help="file to go on with; a line for each member")
     options.add_argument("--members", nargs="+", help="only these, in this order")
+    options.add_argument("--passes", action="store_true", help="measure the passes again")
     options.add_argument("--page", action="store_true", help="write docs/zoo.md")
     arguments = parsed(options, given, members=["resnet18", "pvt_v2_b0"])
     torch.set_num_threads(1)
@@ -612,11 +626,15 @@ def main(given: Sequence[str] | None = None) -> None:
     members = {member.name: member for member in MEMBERS}
     for name in arguments.members or members:
         member = members[name]
-        if member.name not in known:
-            known[member.name] = run(member)
-            if arguments.results is not None:
-                with arguments.results.open("a") as file:
-                    file.write(json.dumps(known[member.name]) + "\n")
+        measured = known.get(member.name)
+        if measured is None:
+            measured = run(member)
+        elif arguments.passes:
+            measured = {**measured, **passes_again(member)}
+        if measured is not known.get(member.name) and arguments.results is not None:
+            with arguments.results.open("a") as file:
+                file.write(json.dumps(measured) + "\n")
+        known[member.name] = measured
         results.append(known[member.name])
         table.row(*next(_rows(results[-1:], notes)))
     print()
@@ -628,4 +646,5 @@ def main(given: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    count_processor_time()
     main()

@@ -21,9 +21,11 @@ from captum_classfilters import (
     LayerFilterFrequency,
     identify_class_filters,
 )
+from captum_classfilters.heads.hits import Hits
 from captum_classfilters.identify import ClassFilterSums, collect_evidence
 from captum_classfilters.identify.accuracy_sums import AccuracySums
 from captum_classfilters.metrics import evaluate_classifier
+from captum_classfilters.metrics.confusion_counts import ConfusionCounts
 from tests.models import QUIET, batches, deep, joined
 from tests.test_every_loader import ENTRIES as EVERY_ENTRY
 
@@ -200,6 +202,8 @@ def merging(rank, world, num_filters=(5, 5)):
         "means": ClassFilterSums(3, num_filters[rank > 0]),
         "votes": ClassFilterSums(3, num_filters[rank > 0], integer=True),
         "accuracy": AccuracySums(3, num_filters[rank > 0]),
+        "confusion": ConfusionCounts(3),
+        "curves": Hits(4, 3),
     }
     own = dist.all_reduce
     gathered = mock.patch.object(dist, "all_gather", side_effect=AssertionError)

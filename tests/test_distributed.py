@@ -84,7 +84,9 @@ def test_uneven_and_empty_shares_give_the_results_of_one_process(world, tmp_path
     table, classes = 3 * 5 * 8, 3 * 8  # bytes, however many ranks there are
     means, whole_numbers = [table + classes, table], [2 * table + classes]
     accuracy = [2 * table + 2 * classes, 2 * table]
-    assert said == [{"means": means, "votes": whole_numbers, "accuracy": accuracy}] * world
+    others = {"confusion": [3 * 3 * 8], "curves": [5 * classes + classes]}
+    expected = {"means": means, "votes": whole_numbers, "accuracy": accuracy, **others}
+    assert said == [expected] * world
     places = ", ".join(map(str, range(1, world)))
     differing = f"(3, 5) on rank 0 and (3, 6) on rank{'s' if world > 2 else ''} {places}"
     for kind, message, _ in shapes:

@@ -136,6 +136,39 @@ def test_concatenated_branches_are_read_on_axis_1(size: tuple) -> None:
     assert _axis(_Branches(4, 6), torch.rand(2, 3, *size)) == 1
 
 
+class _Swish(nn.Module):
+    def forward(self, tensor: Tensor) -> Tensor:
+        return tensor * tensor.sigmoid()
+
+
+@pytest.mark.parametrize(
+    ("module", "axis"),
+    [
+        (nn.GELU(), 1),
+        (nn.Sequential(nn.ReLU(), nn.MaxPool2d(3, 1, 1)), 1),
+        (_Swish(), 1),
+        (_Permute(0, 2, 3, 1), None),
+        (nn.Sequential(nn.ReLU(), _Permute(0, 3, 1, 2)), None),
+    ],
+)
+def test_behind_maps_as_wide_as_there_are_filters_axes_are_kept_or_asked_for(
+    module: nn.Module, axis: int | None
+) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 6, 1), module).eval()
+    images = torch.rand(2, 3, 6, 6)
+    votes = LayerFilterFrequency(model, "1", top_k=1)
+    data = [(images, torch.tensor([0, 1]))]
+    row = list_filter_layers(model, images)["1"]
+    if axis is None:
+        assert "needs channel_dim" in row.reason or "filters on axis 1 or" in row.reason
+        with pytest.raises(ValueError, match="channel_dim=1 or channel_dim=-1"):
+            votes.identify(data, num_classes=6, show_progress=False)
+    else:
+        assert row.reason in ("", "puts out the logits")
+        assert row.channel_dim == axis
+        votes.identify(data, num_classes=6, show_progress=False)
+
+
 @pytest.mark.parametrize("size", [(4, 4), (6, 6), (6, 5), (8, 16)])
 def test_linear_and_layer_norm_are_read_on_the_last_axis(size: tuple) -> None:
     tensor = torch.rand(2, *size, 6)

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-DOCS = Path(__file__).parent.parent / "docs"
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
 
 
 def sections(page, first, last):
@@ -51,6 +52,22 @@ def test_any_model():
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_readme(tmp_path, monkeypatch, capsys):
+    """As a newcomer copies it, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    names: dict[str, Any] = {}
+    exec(compile(code_of(ROOT / "README.md"), "README.md", "exec"), names)
+    printed = capsys.readouterr().out
+    assert printed.startswith("3: 110 images, 5 of 64 filters selected")
+    full, small = (float(line) for line in printed.splitlines()[-2:])
+    assert full > 0.9
+    assert small > 0.7
+    assert names["maps"].shape == (4, 1, 8, 8)
+    assert (tmp_path / "digits.safetensors").exists()
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_identify():
     text = (DOCS / "identify.md").read_text(encoding="utf-8")
     names: dict[str, Any] = {}
@@ -87,7 +104,6 @@ def test_hugging_face_and_timm():
     assert names["at_head"].provenance["exact"] is True
 
 
-ROOT = DOCS.parent
 # Scripts that still use parameters by names that they had.
 OUTDATED = {
     "class_specific_gate_cifar10.py",

@@ -133,10 +133,17 @@ class Batches:
                 self.settle()
             if self._progress is not None:
                 self._progress.after(self.settle)
-            self._bar.update()
+            self._tell()
         if self._progress is not None:
             self._progress.end_of_loader()
         self.settle()
+
+    def _tell(self) -> None:
+        """A batch more on the bar, and how many images a second that makes."""
+        if not self._bar.disable:
+            rate = self.num_images / max(self._bar.format_dict["elapsed"], 1e-9)
+            self._bar.set_postfix_str(f"{rate:.3g} images/s", refresh=False)
+        self._bar.update()
 
     def _own(self, inputs: ModelInputs, labels: Any) -> tuple[ModelInputs, Any]:
         """A batch without the images that a sampler repeats to give all processes as many."""

@@ -302,23 +302,24 @@ def check_model(model: nn.Module) -> None:
 
 def computed_weight(model: nn.Module, module: nn.Module, name: str) -> str:
     """Why a module's tensors are not parameters of its own; empty if they are."""
-    path = next(own for own, other in model.named_modules() if other is module)
-    here = f"model.get_submodule({path!r})"  # which knows wrappers by their names
-    ways = []
+    calls: list[tuple[str, str]] = []
     if parametrize.is_parametrized(module):
-        call = "torch.nn.utils.parametrize.remove_parametrizations"
-        ways += [f"{call}({here}, {key!r})" for key in module.parametrizations]  # type: ignore
+        keys: Iterable[str] = module.parametrizations  # type: ignore[assignment]
+        calls += [("parametrize.remove_parametrizations", key) for key in keys]
     for hook in module._forward_pre_hooks.values():
         if isinstance(hook, prune.BasePruningMethod):
-            ways.append(f"torch.nn.utils.prune.remove({here}, {hook._tensor_name!r})")
+            calls.append(("prune.remove", hook._tensor_name))
         elif isinstance(hook, WeightNorm):
-            ways.append(f"torch.nn.utils.remove_weight_norm({here}, {hook.name!r})")
+            calls.append(("remove_weight_norm", hook.name))
         elif isinstance(hook, SpectralNorm):
-            ways.append(f"torch.nn.utils.remove_spectral_norm({here}, {hook.name!r})")
-    if ways:
+            calls.append(("remove_spectral_norm", hook.name))
+    if calls:
+        path = next(own for own, other in model.named_modules() if other is module)
+        here = f"model.get_submodule({path!r})"  # which knows wrappers by their names
+        ways = "; ".join(f"torch.nn.utils.{call}({here}, {key!r})" for call, key in calls)
         return (
             f"the weight of {name!r} is computed in each forward pass, by a parametrization, a norm "
-            f"or a mask; make it a plain parameter first: {'; '.join(ways)}"
+            f"or a mask; make it a plain parameter first: {ways}"
         )
     plain = "weight" in module._parameters or getattr(module, "weight", None) is None
     return "" if plain else f"the weight of {name!r} is not a parameter of its own"

@@ -25,15 +25,15 @@ class Gone:
 
     def places(self, record: Record) -> list[int]:
         """Where a record holds some of them."""
+        if record.owners.isdisjoint(self.owners):
+            return []
         return self._among(record).nonzero()[0].tolist()
 
     def touch(self, record: Record) -> bool:
         """Whether a record holds some of them."""
-        return bool(self._among(record).any())
+        return not record.owners.isdisjoint(self.owners) and bool(self._among(record).any())
 
     def _among(self, record: Record) -> NDArray[np.bool_]:
-        if not record.owners & self.owners:
-            return np.zeros(0, bool)
         numbers = record.numbers.ravel()
         nearest = np.minimum(np.searchsorted(self.numbers, numbers), len(self.numbers) - 1)
         return self.numbers[nearest] == numbers

@@ -347,6 +347,8 @@ def _axis_after(before: nn.Module | None, layer: nn.Module, tensor: Tensor) -> i
     if stays and (first_fits or not isinstance(before, nn.BatchNorm1d)):
         if last_fits and not first_fits:
             raise _unknown_axis(layer, tensor, f"the last has {of}, or a map is as wide by chance")
+        if last_fits and not _keeps_axes(layer, tensor.dim()):
+            raise _unknown_axis(layer, tensor, f"both have {of}")
         return 1  # maps of a convolution stay maps; other widths come from concatenation
     if first_fits == last_fits:
         raise _unknown_axis(layer, tensor, f"{'both have' if first_fits else 'neither has'} {of}")
@@ -354,6 +356,20 @@ def _axis_after(before: nn.Module | None, layer: nn.Module, tensor: Tensor) -> i
         # It may have mixed tokens, whose number is then no number of filters.
         raise _unknown_axis(layer, tensor, f"axis 1 has {of}, which puts them on its last axis")
     return 1 if first_fits else last
+
+
+def _keeps_axes(layer: nn.Module, dimensions: int) -> bool:
+    """Whether a module without weights leaves filters on axis 1: PyTorch's do; a foreign one is
+    tried on a few numbers."""
+    if type(layer).__module__.startswith("torch.nn.modules."):
+        return all(_keeps_axes(child, dimensions) for child in layer.children())
+    if list(layer.children()):  # these may be hooked
+        return False
+    sizes = (1, 2, 3, 5, 7, 11)[:dimensions]
+    with torch.no_grad(), suppress(Exception):  # whatever a foreign forward raises
+        made = type(layer).forward(layer, torch.zeros(sizes))
+        return isinstance(made, Tensor) and made.dim() == dimensions and made.shape[1] == sizes[1]
+    return False
 
 
 def _dimensions(leaf: nn.Module, tensor: Tensor) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from captum_classfilters._core.layers import layer_tensors, module_named, with_tensors
-from captum_classfilters._core.taps import tapped
+from captum_classfilters._core.taps import entered, hooked, tapped
 from captum_classfilters._core.types import ModelInputs
 
 _MOST_POSITIONS = 512  # of what a layer reads or makes that are kept to be compared
@@ -87,23 +87,20 @@ def observe(model: nn.Module, batch: Batch, readers: Iterable[str], spreads: boo
 
 @contextmanager
 def _watched(model: nn.Module, readers: Iterable[str], seen: Seen, spreads: bool) -> Iterator[None]:
-    def reads(name: str, axis: int, value: tuple[Tensor, ...]) -> None:
-        tensor = value[0].detach()
-        seen.read[name] = _some(tensor, axis)
+    names = {module_named(model, name): name for name in readers}
+
+    def reads(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        tensor, axis = inputs[0].detach(), channel_axis(module)
+        seen.read[names[module]] = _some(tensor, axis)
         if spreads:
             others = [other for other in range(tensor.dim()) if other != axis % tensor.dim()]
             bounds = [tensor.amin(others), tensor.amax(others), tensor.mean(others)]
-            seen.spread[name] = torch.stack(bounds)
+            seen.spread[names[module]] = torch.stack(bounds)
 
-    def makes(name: str, axis: int, value: Tensor) -> None:
-        seen.made[name] = _some(value.detach(), axis)
+    def makes(module: nn.Module, _inputs: object, output: Tensor) -> None:
+        seen.made[names[module]] = _some(output.detach(), channel_axis(module))
 
-    with ExitStack() as stack:
-        for name in readers:
-            module = module_named(model, name)
-            axis = channel_axis(module)
-            stack.enter_context(tapped(module, partial(reads, name, axis), at_input=True))
-            stack.enter_context(tapped(module, partial(makes, name, axis)))
+    with entered(names, reads), hooked(names, makes):
         yield
 
 

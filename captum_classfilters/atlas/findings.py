@@ -32,6 +32,7 @@ from captum_classfilters.metrics.evaluate_classifier import ClassifierScores, Sc
 from captum_classfilters.metrics.removals import weight_magnitudes
 
 CONTRIBUTION, FREQUENCY = "contribution", "frequency"
+_REPETITIONS = 3  # of random filters; each may cost a pass over the data
 
 
 @dataclass(frozen=True)
@@ -195,12 +196,17 @@ class Survey:
                 notes.append(f"{what} is missing: {error}")
                 return None
 
-        sizes = sorted({k for k in (1, 2, 3, 5, 8, 13, 21, 34, 55, 89) if k < table.num_filters})
+        sizes = sorted({k for k in (1, 2, 5, 10, 20, 50) if k < table.num_filters})
         loader, num_filters = self.test_dataloader, int(table.selected.sum(1).max())
         curve = unless_refused(
             "Accuracy against the number of filters",
             lambda: accuracy_curve(
-                self.model, tables, loader, num_filters=[*sizes, table.num_filters], **self.options
+                self.model,
+                tables,
+                loader,
+                num_filters=[*sizes, table.num_filters],
+                repetitions=_REPETITIONS,
+                **self.options,
             ),
         )
         few = sorted({1, num_filters, min(4 * num_filters, table.num_filters)})
@@ -212,6 +218,7 @@ class Survey:
                 {CONTRIBUTION: table},
                 loader,
                 num_filters=few,
+                repetitions=_REPETITIONS,
                 seed=self.seed,
                 **self.options,
             ),

@@ -34,6 +34,7 @@ Entry: TypeAlias = dict[str, Any]
 
 _CONTRIBUTIONS = 8  # filters of an explained image
 _NEIGHBORS = 6
+_ERRORS_OF_A_CLASS = 5
 _CLASSES_OF_A_FILTER = 12  # besides those that select it
 _AT_ONCE = 16  # images that are explained in one batch
 _MOST_EXACT_ORDER = 300  # classes whose order is worth a cubic search
@@ -172,10 +173,11 @@ class LayerPages:
         self.strips[index] = write_strip(place, self.findings.exemplars, self.shown.images, index)
 
     def _filter_page(self, index: int) -> None:
-        scores = self.scores[:, index].nan_to_num(nan=-torch.inf)
+        scores = self.scores[self.classes, index]
         order = scores.sort(descending=True, stable=True).indices.tolist()
-        chosen = [row for row in order if self.selected[row, index]]
-        others = [row for row in order if self.counts[row] and not self.selected[row, index]]
+        users = set(self._users(index))
+        chosen = [self.classes[place] for place in order if self.classes[place] in users]
+        others = [self.classes[place] for place in order if self.classes[place] not in users]
         rows = [
             {**self._class(row), **self._cell(row, index)}
             for row in chosen + others[:_CLASSES_OF_A_FILTER]
@@ -197,6 +199,10 @@ class LayerPages:
             before=f"{index - 1:04d}.html" if index else "",
             after=f"{index + 1:04d}.html" if index + 1 < self.table.num_filters else "",
         )
+
+    def _users(self, index: int) -> list[int]:
+        """The classes that select a filter."""
+        return [int(row) for row in self.selected[:, index].nonzero()[:, 0]]
 
     def _captions(self, index: int) -> list[Entry]:
         side = self.findings.exemplars.highest
@@ -432,10 +438,10 @@ class LayerPages:
             }
 
     def _errors_of(self, index: int) -> list[Entry]:
-        confusion = self.findings.errors.confusion
-        cells = [(index, other) for other in range(len(confusion)) if other != index]
-        cells = [cell for cell in cells if int(confusion[cell])]
-        return [self._error(cell) for cell in sorted(cells, key=lambda c: -int(confusion[c]))[:5]]
+        row = self.findings.errors.confusion[index].clone()
+        row[index] = 0
+        order = row.sort(descending=True, stable=True).indices[:_ERRORS_OF_A_CLASS]
+        return [self._error((index, int(other))) for other in order if row[other]]
 
     # -- overviews ------------------------------------------------------------------------------
 
@@ -522,13 +528,12 @@ class LayerPages:
         }
 
     def _filter_row(self, index: int) -> Entry:
-        users = [row for row in self.classes if self.selected[row, index]]
         scores = self.scores[:, index].nan_to_num(nan=-torch.inf)
         best = int(scores.argmax())
         norms, q_values = self.findings.weight_norms, self.q_values
         return {
             **self._filter(index),
-            "users": len(users),
+            "users": len(self._users(index)),
             "best": self._class(best),
             "score": float(scores[best]),
             "q": None if q_values is None else float(q_values[best, index]),

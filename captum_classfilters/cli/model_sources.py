@@ -1,6 +1,5 @@
 """The models that the command line knows by name: torchvision's, and timm's where it is installed."""
 
-import difflib
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -10,6 +9,7 @@ from importlib.util import find_spec
 
 from torch import Tensor, nn
 
+from captum_classfilters._core.names import close_names
 from captum_classfilters._core.types import JsonDict
 
 TIMM = "timm:"
@@ -229,4 +229,4 @@ def model_source(name: str, image_size: int | None = None) -> ModelSource:
 
 
 def _near(name: str, known: Sequence[str]) -> str:
-    return ", ".join(difflib.get_close_matches(name, known, n=3, cutoff=0.3)) or "none"
+    return ", ".join(close_names(name, known)) or "none"

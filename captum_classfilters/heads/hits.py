@@ -2,10 +2,11 @@
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
+
+from captum_classfilters.identify.summed_metric import SummedMetric
 
 
-class Hits(Metric):
+class Hits(SummedMetric):
     """Right answers by class, of the model and of each trial, and images by class."""
 
     right: Tensor

@@ -4,8 +4,10 @@ import torch
 from torch import Tensor
 from torchmetrics.classification import MulticlassConfusionMatrix
 
+from captum_classfilters.identify.summed_metric import SummedMetric
 
-class ConfusionCounts(MulticlassConfusionMatrix):
+
+class ConfusionCounts(SummedMetric, MulticlassConfusionMatrix):
     """A confusion matrix that is counted without waiting for a device, as torchmetrics' own does to
     learn how large its counts became."""
 

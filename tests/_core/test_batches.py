@@ -242,3 +242,16 @@ class TestLabels:
     def test_one_class_per_image_where_it_must_be(self):
         with pytest.raises(ValueError, match="multi-hot, several classes"):
             class_labels(torch.ones(3, 3), 3, 3, 0)
+
+
+def test_the_bar_tells_images_per_second(capsys):
+    with read_batches(None, [(torch.rand(3, 2), torch.arange(3))], "reading") as batches:
+        assert len(list(batches)) == 1
+    shown = capsys.readouterr().err
+    assert "reading: 100%" in shown
+    assert "images/s" in shown
+    with read_batches(
+        None, [(torch.rand(3, 2), torch.arange(3))], "reading", show_progress=False
+    ) as batches:
+        assert len(list(batches)) == 1
+    assert not capsys.readouterr().err

@@ -414,6 +414,15 @@ def test_saving_is_rare_by_default(tmp_path, monkeypatch):
     assert len(saves) >= 2
 
 
+@pytest.fixture
+def ctrl_c():
+    """Ctrl-C as at a terminal; in the background of a shell it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_does_not_cut_sums_in_two():
     """A signal that arrives while a batch is added is raised when it has been."""
     from captum_classfilters._core.progress import Count
