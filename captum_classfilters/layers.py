@@ -14,6 +14,7 @@ from captum_classfilters._core.devices import device_of, on_device
 from captum_classfilters._core.guard import model_left_as_found
 from captum_classfilters._core.heads import how_layer_feeds, record_head
 from captum_classfilters._core.layers import (
+    check_module,
     declared_filters,
     filter_axis,
     layer_name,
@@ -121,7 +122,7 @@ def list_filter_layers(
         *FilterLayers*: A sequence of :class:`FilterLayer` that prints as a table.
 
     Raises:
-        ValueError: There are no example inputs.
+        ValueError: There are no example inputs, or the model is no module.
 
     Examples::
 
@@ -138,6 +139,7 @@ def list_filter_layers(
         3      Flatten            2x8      8        identical
         4      Linear             2x2      2                    puts out the logits
     """
+    check_module(model)
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     if num_images(inputs) < 1:
         raise ValueError("example_inputs must hold at least one example.")

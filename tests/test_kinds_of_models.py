@@ -1,6 +1,8 @@
 """Models of every make: the tables are those of the plain model, or the refusal works when followed."""
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +16,10 @@ from captum_classfilters import (
     LayerFilterContribution,
     LayerFilterFrequency,
     decompose,
+    list_filter_layers,
+    prune_filters,
 )
+from captum_classfilters.pruning import prunable_layers
 from tests.models import QUIET, batches, deep
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -218,6 +223,48 @@ def test_models_whose_layers_are_gone_are_refused(make, method):
     build, message = GONE[make]
     with pytest.raises(ValueError, match=message):
         METHODS[method](build(), "stage1")
+
+
+NEED_A_MODULE: dict[str, Callable[[Any, Tensor], object]] = {
+    "list": lambda model, x: list_filter_layers(model, x),
+    "prunable": lambda model, x: prunable_layers(model, x, **QUIET),
+    "prune": lambda model, x: prune_filters(model, "stage1.0", x, remove=[0]),
+    "decompose": lambda model, x: decompose(model, METHODS["contribution"](deep(), "stage2")),
+}
+
+
+@pytest.mark.parametrize("task", NEED_A_MODULE)
+@pytest.mark.parametrize(
+    "kind", ["scripted", "traced", "exported", "function", "partial", "method"]
+)
+def test_what_needs_a_module_says_so(kind, task):
+    plain, (x, _) = deep(), batches(21)[0]
+    functions = {"function": lambda x: plain(x), "partial": partial(plain), "method": plain.forward}
+    if kind in functions:
+        model, message = functions[kind], "give the module inside it"
+    else:
+        build, message = GONE[kind]
+        model = build()
+    with pytest.raises(ValueError, match=message):
+        NEED_A_MODULE[task](model, x)
+    NEED_A_MODULE[task](plain, x)
+
+
+def test_quantized_activations_are_no_numbers_to_weigh():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        torch.ao.quantization.QuantStub(), *deep().children(), torch.ao.quantization.DeQuantStub()
+    ).eval()
+    backend = torch.backends.quantized.engine
+    if backend == "none":
+        pytest.skip("PyTorch was built without quantized operations")
+    model.qconfig = torch.ao.quantization.get_default_qconfig(backend)
+    prepared = torch.ao.quantization.prepare(model)
+    prepared(batches(21)[0][0])
+    quantized = torch.ao.quantization.convert(prepared)
+    for name in METHODS:
+        with pytest.raises(ValueError, match=r"handles torch\.quint8, not floating-point"):
+            METHODS[name](quantized, "1.0")
 
 
 def test_lazy_modules_run_once_first():

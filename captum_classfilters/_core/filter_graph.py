@@ -16,7 +16,13 @@ from captum_classfilters._core.filter_operations import Numbers, axes_of
 from captum_classfilters._core.filter_ties import Gone, Ties
 from captum_classfilters._core.filter_trace import KINDS, PER_FILTER, WEIGHTED, FilterTrace, Use
 from captum_classfilters._core.guard import check_sizes, model_left_as_found
-from captum_classfilters._core.layers import check_runs, find_layer, layer_axis, layer_name
+from captum_classfilters._core.layers import (
+    check_module,
+    check_runs,
+    find_layer,
+    layer_axis,
+    layer_name,
+)
 from captum_classfilters._core.types import ModelInputs
 
 
@@ -291,12 +297,8 @@ class FilterGraph:
 
 
 def check_model(model: nn.Module) -> None:
-    """Raise if a model cannot be run with hooks or has parameters without a size."""
-    if isinstance(model, torch.jit.ScriptModule):
-        raise ValueError(
-            f"The model is compiled by TorchScript ({type(model).__name__}), whose layers cannot be "
-            "followed; give the module that it was made from."
-        )
+    """Raise if a model has no layers that can be cut, or parameters without a size."""
+    check_module(model)
     check_sizes(model)
 
 

@@ -18,6 +18,7 @@ from captum_classfilters._core.heads import (
     record_head,
 )
 from captum_classfilters._core.layers import (
+    check_numbers,
     layer_name,
     layer_tensors,
     module_of,
@@ -123,11 +124,7 @@ class _Reading(LayerTap):
         return tensors if self.several and tensors else [only_tensor(value, self.name)]
 
     def _read(self, tensor: Tensor) -> _Part:
-        if not tensor.is_floating_point():
-            raise ValueError(
-                f"The layer {self.name!r} handles {tensor.dtype}, not floating-point numbers; "
-                "choose a layer whose activations are, one behind an embedding for example."
-            )
+        check_numbers(self.name, tensor)
         leaf = None
         if self.differentiable:
             leaf = tensor if tensor.requires_grad else tensor.detach().requires_grad_()

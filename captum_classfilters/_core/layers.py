@@ -30,15 +30,34 @@ def module_of(forward_func: ForwardFunc | None, layers: Sequence[object] = ()) -
     """
     if forward_func is None or isinstance(forward_func, nn.Module):
         return forward_func
-    if type(forward_func).__name__ == "ExportedProgram":
-        raise ValueError(
-            "An ExportedProgram has no layers any more; give the module that it was exported from."
-        )
+    _check_not_exported(forward_func)
     modules = [layer for layer in layers if isinstance(layer, nn.Module)]
     for value in _referred_to(forward_func):
         if isinstance(value, nn.Module) and _contains(value, modules):
             return value
     return None
+
+
+def check_module(model: object) -> None:
+    """Raise if a model is a function around a module, or compiled to what has no layers any more."""
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError(
+            f"The model is compiled by TorchScript ({type(model).__name__}), whose layers cannot be "
+            "followed; give the module that it was made from."
+        )
+    if not isinstance(model, nn.Module):
+        _check_not_exported(model)
+        raise ValueError(
+            f"The model is a {type(model).__name__}, in which layers cannot be listed, replaced or cut; "
+            "give the module inside it. A module for another output is ClassScores(model, scores)."
+        )
+
+
+def _check_not_exported(model: object) -> None:
+    if type(model).__name__ == "ExportedProgram":
+        raise ValueError(
+            "An ExportedProgram has no layers any more; give the module that it was exported from."
+        )
 
 
 def _referred_to(function: Any) -> Iterator[Any]:
@@ -404,6 +423,15 @@ def _moved_last(leaf: nn.Module, tensor: Tensor) -> bool:
     if width is None or tensor.shape[-1] != width or tensor.shape[1] == width:
         return False
     return tensor.shape[1] < width or tensor.dim() < _dimensions(leaf, tensor)
+
+
+def check_numbers(name: str, tensor: Tensor) -> None:
+    """Raise if a layer's tensor holds integers, booleans or quantized numbers."""
+    if not tensor.is_floating_point():
+        raise ValueError(
+            f"The layer {name!r} handles {tensor.dtype}, not floating-point numbers; choose a layer "
+            "whose activations are, one behind an embedding for example."
+        )
 
 
 def check_batch(name: str, rows: int, num_images: int) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from captum_classfilters._core.layers import (
     check_batch,
+    check_numbers,
     check_runs,
     filter_axis,
     layer_name,
@@ -157,7 +158,9 @@ class LayerTap:
         return None if self.react is None else self.react(tensor, self.axis_of(tensor))
 
     def count(self, tensor: Tensor) -> None:
-        """Count a run; replicas of a data-parallel model run once on each device."""
+        """Count a run, of numbers that can be weighed; replicas of a data-parallel model run once on
+        each device."""
+        check_numbers(self.name, tensor)
         self.rows.setdefault(tensor.device, []).append(tensor.shape[0] if tensor.dim() else 0)
 
     def check(self, num_images: int) -> None:

@@ -105,11 +105,6 @@ class UnitTap(LayerTap):
         """Keep what matters of the layer's value."""
         tensor = only_tensor(value, self.name)
         self.count(tensor)
-        if not tensor.is_floating_point():
-            raise ValueError(
-                f"The layer {self.name!r} handles {tensor.dtype}, not floating-point numbers; "
-                "choose a layer whose activations are, one behind an embedding for example."
-            )
         if self.differentiable and not tensor.requires_grad:
             tensor = tensor.detach().requires_grad_()
         self.seen = self.reduce(self.maps(tensor))

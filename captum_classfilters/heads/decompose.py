@@ -8,7 +8,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from captum_classfilters._core.heads import alike, how_layer_feeds, is_linear
-from captum_classfilters._core.layers import find_layer, layer_axis, layer_name
+from captum_classfilters._core.layers import check_module, find_layer, layer_axis, layer_name
 from captum_classfilters._core.outputs import class_scores
 from captum_classfilters._core.taps import hooked, tapped
 from captum_classfilters._core.types import ExampleInputs
@@ -181,6 +181,7 @@ def fit_to_head(
     example_inputs: ExampleInputs | None = None,
 ) -> HeadFit:
     """The head that a table belongs to, seen to be linear; raises if they do not fit."""
+    check_module(model)
     name = head or head_name(model, class_filters, example_inputs)
     linear = linear_head(find_layer(model, name), name)
     feed = class_filters.provenance.get("feeds_head") or {}

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map_only
 from captum_classfilters._core.heads import HeadRecord, record_head
 from captum_classfilters._core.layers import (
     check_batch,
+    check_numbers,
     check_runs,
     layer_axis,
     layer_name,
@@ -76,6 +77,7 @@ class RecordedBatch:
             self.head = self._first_run(cut)
             self.axis = layer_axis(self.model, layer, self.activation, channel_dim, at_input)
             check_batch(self.name, len(self.activation), num_images)
+            check_numbers(self.name, self.activation)
             zero = self.activation.new_zeros(())
             stands_in = replacement(self.activation) if replacement else zero
             self.stands_in = stands_in.to(self.activation).expand_as(self.activation)
