@@ -163,6 +163,8 @@ def follow(operation: Operation, numbers_of: NumbersOf) -> Followed:
         pass
     elif name in _VIEWS:
         moved = _viewed(numbers, source.shape, operation.output.shape)
+    elif name.startswith("as_strided"):
+        moved = _restrided(operation, numbers)
     elif name in _ALONG:
         moved = _along(operation, numbers, numbers_of)
     elif name == "constant_pad_nd":
@@ -287,6 +289,15 @@ def _viewed(numbers: Numbers, before: Sequence[int], after: Sequence[int]) -> Mo
     if before[:1] == after[:1] and 0 not in axes:  # every image has the same
         before, after = (1, *before[1:]), (1, *after[1:])
     return [np.broadcast_to(numbers, before).reshape(after)]
+
+
+def _restrided(operation: Operation, numbers: Numbers) -> Moved:
+    """Maps of one position may be given the strides of another memory format."""
+    output = operation.output
+    same = output.shape == operation.args[0].shape and output.storage_offset() == 0
+    dense, one_axis = output.is_contiguous(), len(axes_of(numbers)) == 1
+    axes = [axis for axis in range(1, output.dim()) if output.shape[axis] > 1]
+    return [numbers] if same and dense and one_axis and axes == axes_of(numbers) else None
 
 
 def _groups(before: Sequence[int], after: Sequence[int]) -> Iterator[tuple[list[int], list[int]]]:

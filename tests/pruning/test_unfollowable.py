@@ -594,6 +594,18 @@ def test_other_precisions(dtype):
     assert torch.allclose(small(x), without(model, x, [1, 4]), rtol=0.05, atol=0.02)
 
 
+def test_other_memory_formats():
+    for make in (FOLLOWED["gate"], FOLLOWED["flatten"], normed):
+        model = built(make).to(memory_format=torch.channels_last)
+        x = images().contiguous(memory_format=torch.channels_last)
+        layer = "conv" if hasattr(model, "conv") else "0"
+        small = prune_filters(model, layer, x, remove=[1, 4])
+        assert torch.allclose(
+            small(x), prune_filters(built(make), layer, x, remove=[1, 4])(x), atol=1e-6
+        )
+        assert prunable_layers(model, x, show_progress=False)[layer].prunable
+
+
 def test_tokens():
     class Text(nn.Module):
         def __init__(self):
