@@ -67,6 +67,22 @@ def test_readme(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "digits.safetensors").exists()
 
 
+def test_messages_of_troubleshooting_are_ours():
+    """What the page quotes stands in the code, word by word up to what is filled in."""
+    text = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
+    quoted = [
+        part.strip()
+        for row in re.findall(r"^\| `([A-Z][^`]*)`", text, re.MULTILINE)
+        for part in row.split("...")
+        if len(part.strip()) > 8
+    ]
+    assert len(quoted) >= 5
+    package = ROOT / "captum_classfilters"
+    code = " ".join(path.read_text("utf-8") for path in package.rglob("*.py"))
+    code = re.sub(r'"\s+f?"', "", code)  # lines that are joined
+    assert not [part for part in quoted if part not in code]
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_identify():
     text = (DOCS / "identify.md").read_text(encoding="utf-8")
