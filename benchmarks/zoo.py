@@ -508,7 +508,7 @@ def _larger(
     """The model, or one built for it, with images of another size, if there is one."""
     *rest, height, width = member.size if len(member.size) > 1 else member.size * 2
     for size in ((height * 3 // 2, width * 3 // 2), (height * 2, width * 2)):
-        larger = images_of(*rest, *size, number=1)
+        larger = images_of(*rest, *size, number=3)  # rows of 4 windows are not 4 images
         try:
             _forward(model, larger)
         except Exception:  # whatever a model raises, it does not take this size
