@@ -539,8 +539,14 @@ def _rows(results: Sequence[dict[str, Any]], notes: list[str]) -> Iterator[list[
                 notes.append(cell)
             cells.append(cell if cell == OK else f"[{notes.index(cell) + 1}]")
         total = sum(result["seconds"].values())
-        number = result["prunable"] / result["forward"]
-        yield [f"`{result['member']}`", *cells, f"{total:.1f}", f"{number:.0f}"]
+        number = _passes(result)
+        shown = "" if number is None else f"{number:.0f}"
+        yield [f"`{result['member']}`", *cells, f"{total:.1f}", shown]
+
+
+def _passes(result: dict[str, Any]) -> float | None:
+    """What the list of layers that can be pruned takes, in forward passes, if that was measured."""
+    return result["prunable"] / result["forward"] if "prunable" in result else None
 
 
 TITLES = ("member", *OPERATIONS, "seconds", "passes")
@@ -552,14 +558,15 @@ def summary(results: Sequence[dict[str, Any]]) -> list[str]:
     wrong = sum(cell.startswith(WRONG) for cell in cells)
     crashed = sum(cell.startswith(CRASH) for cell in cells)
     right = cells.count(OK)
-    numbers = sorted(result["prunable"] / result["forward"] for result in results)
+    numbers = sorted(number for result in results if (number := _passes(result)) is not None)
     quick = sum(number <= 10 for number in numbers)
+    median = f" (median {numbers[len(numbers) // 2]:.0f})" if numbers else ""
     return [
         f"{len(results)} members, {len(cells)} operations: {right} equal the truth, "
         f"{len(cells) - right - wrong - crashed} do not apply and say why, {wrong} are silently wrong, "
         f"{crashed} crash.",
-        f"`prunable_layers` takes at most 10 forward passes for {quick} of {len(results)} members "
-        f"(median {numbers[len(numbers) // 2]:.0f}).",
+        f"`prunable_layers` takes at most 10 forward passes for {quick} of {len(numbers)} "
+        f"members{median}.",
     ]
 
 
@@ -599,8 +606,10 @@ autograd:
 - **prune**: three layers that `prunable_layers` lists give the masked network's logits, two others are
   refused
 
-Numbers are notes [below](#why-an-operation-does-not-apply). *Seconds* are processor seconds of all
-six with their truths; *passes* is what `prunable_layers` takes, in forward passes of the same images."""
+Numbers are notes [below](#why-an-operation-does-not-apply). *Seconds* are those of all six with their
+truths, many of them on a busy machine; *passes* is the processor time of `prunable_layers` in forward
+passes of the same images. It runs the model four times or a few more; the rest is Python, which weighs
+most where a forward pass takes a few milliseconds."""
 
 
 def _read(file: Path | None) -> dict[str, dict[str, Any]]:
@@ -615,7 +624,7 @@ def main(given: Sequence[str] | None = None) -> None:
     options = parser(__doc__)
     options.add_argument("--results", type=Path, help="file to go on with; a line for each member")
     options.add_argument("--members", nargs="+", help="only these, in this order")
-    options.add_argument("--passes", action="store_true", help="measure the passes again")
+    options.add_argument("--passes", action="store_true", help="measure missing passes")
     options.add_argument("--page", action="store_true", help="write docs/zoo.md")
     arguments = parsed(options, given, members=["resnet18", "pvt_v2_b0"])
     torch.set_num_threads(1)
@@ -629,7 +638,7 @@ def main(given: Sequence[str] | None = None) -> None:
         measured = known.get(member.name)
         if measured is None:
             measured = run(member)
-        elif arguments.passes:
+        elif arguments.passes and "prunable" not in measured:
             measured = {**measured, **passes_again(member)}
         if measured is not known.get(member.name) and arguments.results is not None:
             with arguments.results.open("a") as file:
