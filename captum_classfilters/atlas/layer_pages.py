@@ -27,7 +27,7 @@ from captum_classfilters.atlas.site import Site, slug
 from captum_classfilters.identify.contrastive import FilterContrast
 from captum_classfilters.metrics.removals import RANDOM
 from captum_classfilters.visualize import plot_accuracy_curve, plot_filter_contrast
-from captum_classfilters.visualize.arrays import by_class
+from captum_classfilters.visualize.arrays import by_class, chosen
 
 #: What a template is given of one thing.
 Entry: TypeAlias = dict[str, Any]
@@ -37,6 +37,7 @@ _NEIGHBORS = 6
 _ERRORS_OF_A_CLASS = 5
 _CLASSES_OF_A_FILTER = 12  # besides those that select it
 _AT_ONCE = 16  # images that are explained in one batch
+_MOST_CELLS, _FEWEST_COLUMNS = 300_000, 64  # of the overview's map, whose file stays small
 _MOST_EXACT_ORDER = 300  # classes whose order is worth a cubic search
 _DISCOVERY = 0.05
 
@@ -176,11 +177,11 @@ class LayerPages:
         scores = self.scores[self.classes, index]
         order = scores.sort(descending=True, stable=True).indices.tolist()
         users = set(self._users(index))
-        chosen = [self.classes[place] for place in order if self.classes[place] in users]
+        own = [self.classes[place] for place in order if self.classes[place] in users]
         others = [self.classes[place] for place in order if self.classes[place] not in users]
         rows = [
             {**self._class(row), **self._cell(row, index)}
-            for row in chosen + others[:_CLASSES_OF_A_FILTER]
+            for row in own + others[:_CLASSES_OF_A_FILTER]
         ]
         norms = self.findings.weight_norms
         self._page(
@@ -189,12 +190,12 @@ class LayerPages:
             filter=self._filter(index),
             captions=self._captions(index),
             classes=rows,
-            users=len(chosen),
+            users=len(own),
             left_out=max(0, len(others) - _CLASSES_OF_A_FILTER),
             norm=None if norms is None else float(norms[index]),
             norm_rank=None if norms is None else int((norms > norms[index]).sum()) + 1,
             num_filters=self.table.num_filters,
-            verdict=self._verdict(index, chosen),
+            verdict=self._verdict(index, own),
             optimized=self._optimized_image(index),
             before=f"{index - 1:04d}.html" if index else "",
             after=f"{index + 1:04d}.html" if index + 1 < self.table.num_filters else "",
@@ -215,21 +216,21 @@ class LayerPages:
             for place in range(num_patches(self.findings.exemplars, index))
         ]
 
-    def _verdict(self, index: int, chosen: Sequence[int]) -> str:
+    def _verdict(self, index: int, classes: Sequence[int]) -> str:
         """Whether the filter is more than chance for the classes that select it, in a sentence."""
-        if not chosen:
+        if not classes:
             return "No class selects this filter."
         parts = []
         if self.q_values is not None:
-            found = int((self.q_values[chosen, index] <= _DISCOVERY).sum())
+            found = int((self.q_values[classes, index] <= _DISCOVERY).sum())
             parts.append(
                 f"it scores more than permuted labels explain (q at most {_DISCOVERY}) for {found} of the "
-                f"{len(chosen)} classes that select it"
+                f"{len(classes)} classes that select it"
             )
         if self.findings.stability is not None:
-            share = self.findings.stability.selection_share[chosen, index]
+            share = self.findings.stability.selection_share[classes, index]
             parts.append(
-                f"both halves of the images select it for {int((share == 1).sum())} of {len(chosen)}"
+                f"both halves of the images select it for {int((share == 1).sum())} of {len(classes)}"
             )
         text = "; ".join(parts)
         return f"{text[:1].upper()}{text[1:]}." if text else ""
@@ -254,16 +255,16 @@ class LayerPages:
         """Right and wrong answers of each class, and those of the largest cells; only images whose
         predicted class has filters can be explained by them."""
         answers, most = self.shown.answers, self.shown.num_images
-        chosen = [
+        images = [
             image
             for index in self.classes
             for right in (True, False)
             for image in answers.of_class(index, right, most)
         ]
         for true, predicted in self._cells:
-            chosen += answers.of_cell(true, predicted, most)
+            images += answers.of_cell(true, predicted, most)
         known = self.selected.any(1)
-        return [image for image in dict.fromkeys(chosen) if known[int(answers.predicted[image])]]
+        return [image for image in dict.fromkeys(images) if known[int(answers.predicted[image])]]
 
     def _explain(self, start: int) -> None:
         answers = self.shown.answers
@@ -479,7 +480,10 @@ class LayerPages:
         """Classes by filters, both in an order that brings alike ones together."""
         rows = clustered(self.scores[self.classes])
         classes = [self.classes[row] for row in rows]
-        columns = by_class(self.scores[classes])
+        scores = self.scores[classes]
+        most = max(_FEWEST_COLUMNS, _MOST_CELLS // len(classes))
+        columns = chosen(most, scores.abs().amax(0), "filters")
+        columns = columns[by_class(scores[:, columns])]
         cells = self.scores[classes][:, columns]
         name = write_map(
             self.site.place(f"{self.folder}pictures/scores.png"),

@@ -9,7 +9,6 @@ from typing import Any
 
 from captum_classfilters._core.extras import extra
 from captum_classfilters._core.files import check_writable_folder, read_text, write_text
-from captum_classfilters._core.names import short_name
 
 MANIFEST = "atlas.json"
 _SCHEMA_VERSION = 1
@@ -42,7 +41,11 @@ class Site:
             trim_blocks=True,
             lstrip_blocks=True,
         )
-        self._environment.filters |= {"number": number, "percent": percent, "short": short_name}
+        self._environment.filters |= {
+            "interval": interval,
+            "number": number,
+            "percent": percent,
+        }
         check_writable_folder(folder)
         if (folder / MANIFEST).exists():
             if not overwrite:
@@ -111,6 +114,12 @@ def number(value: object, digits: int = 3) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     return f"{value:.{digits}g}".replace("e-0", "e-").replace("-", _MINUS)
+
+
+def interval(row: Mapping[str, float]) -> str:
+    """From where to where a score may lie; a dash where that is not known."""
+    low, high = row["low"], row["high"]
+    return _UNKNOWN if low != low else f"{number(low)} to {number(high)}"
 
 
 def percent(value: float | None) -> str:
