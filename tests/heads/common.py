@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from captum_classfilters import ClassFilters, ClassScores, LayerFilterContribution
 from tests.models import batches, images, pool_linear
@@ -180,9 +181,7 @@ HOLDING = {
     "a hook that only looks": lambda: with_hook(lambda *_: None),
     "weight norm": lambda: of_head(torch.nn.utils.parametrizations.weight_norm),
     "weight norm by a hook": lambda: of_head(torch.nn.utils.weight_norm),
-    "a pruned weight": lambda: of_head(
-        lambda head: torch.nn.utils.prune.random_unstructured(head, "weight", 0.3)
-    ),
+    "a pruned weight": lambda: of_head(lambda head: prune.random_unstructured(head, "weight", 0.3)),
     "a head used twice": AtTwoScales,
     "a convolution": convolutional,
 }
