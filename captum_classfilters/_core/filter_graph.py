@@ -186,7 +186,7 @@ class FilterGraph:
             return (
                 f"tied by a sum to {listed(reach.tied_to)}, whose filters would have to go as well"
             )
-        lost = [record for record in self.trace.lost if gone.touch(record)]
+        lost = [record for record in self.trace.lost if gone.meet(record)]
         where = {kind: [one.text for one in lost if one.kind == kind] for kind in KINDS}
         touched = [*reach.removed, *reach.consumers]
         repeated = [name for name in touched if self.runs[self._modules[name]] > 1]
@@ -200,7 +200,7 @@ class FilterGraph:
             return f"its filters cannot be followed through {_joined(where['operation'])}"
         if where["repeats"] or repeated:
             return f"{listed([*where['repeats'], *repeated])} runs more than once in a forward pass"
-        if not reach.consumers and not any(map(gone.touch, self.trace.summed)):
+        if not reach.consumers and not any(map(gone.meet, self.trace.summed)):
             return "no weighted layer reads its filters"
         return self._not_plain(touched)
 

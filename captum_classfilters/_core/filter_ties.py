@@ -29,7 +29,7 @@ class Gone:
             return []
         return self._among(record).nonzero()[0].tolist()
 
-    def touch(self, record: Record) -> bool:
+    def meet(self, record: Record) -> bool:
         """Whether a record holds some of them."""
         return not record.owners.isdisjoint(self.owners) and bool(self._among(record).any())
 
