@@ -75,7 +75,7 @@ class LayerFindings:
 
         table (ClassFilters): Contributions, with a selection, standard errors and q-values.
         curve (AccuracyCurve or None): None where the layer does not feed a linear head.
-        class_curves (ClassCurves or None): None where the filters' weights are not found.
+        class_curves (ClassCurves or None): None where the filters cannot be removed.
         stability (Stability or None): None where a class has a single image.
         errors (ConfusionFilters): The filters behind the errors.
         exemplars (Exemplars): The images that drive each filter furthest.
@@ -189,6 +189,8 @@ class Survey:
     ) -> LayerFindings:
         table, notes = tables[CONTRIBUTION], list[str]()
 
+        norms = weight_magnitudes(self.model, find_layer(self.model, name), table.num_filters)
+
         def unless_refused(what: str, measure: Any) -> Any:
             try:
                 return measure()
@@ -219,6 +221,8 @@ class Survey:
                 loader,
                 num_filters=few,
                 repetitions=_REPETITIONS,
+                # A control that the pages do not show, of layers that have it.
+                weight_magnitude=torch.zeros(table.num_filters) if norms is None else norms,
                 seed=self.seed,
                 **self.options,
             ),
@@ -232,7 +236,6 @@ class Survey:
             class_names=table.class_names,
             **self.options,
         )
-        norms = weight_magnitudes(self.model, find_layer(self.model, name), table.num_filters)
         return LayerFindings(
             table, curve, curves, stability, errors, strongest, norms, tuple(notes)
         )

@@ -252,8 +252,7 @@ class LayerPages:
 
     @cached_property
     def _to_explain(self) -> list[int]:
-        """Right and wrong answers of each class, and those of the largest cells; only images whose
-        predicted class has filters can be explained by them."""
+        """Right and wrong answers of each class, and those of the largest cells."""
         answers, most = self.shown.answers, self.shown.num_images
         images = [
             image
@@ -263,13 +262,18 @@ class LayerPages:
         ]
         for true, predicted in self._cells:
             images += answers.of_cell(true, predicted, most)
-        known = self.selected.any(1)
-        return [image for image in dict.fromkeys(images) if known[int(answers.predicted[image])]]
+        return [image for image in dict.fromkeys(images) if self._targets(image)]
+
+    def _targets(self, image: int) -> list[int]:
+        """The classes that an image can be explained for, those with filters: the model's answer, then the
+        image's own."""
+        answers = self.shown.answers
+        classes = (int(answers.predicted[image]), int(answers.labels[image]))
+        return [index for index in classes if bool(self.selected[index].any())]
 
     def _explain(self, start: int) -> None:
-        answers = self.shown.answers
         indices = self._to_explain[start : start + _AT_ONCE]
-        targets = [int(answers.predicted[image]) for image in indices]
+        targets = [self._targets(image)[0] for image in indices]
         self.site.place(f"{self.folder}pictures/image")
         scores = write_explained(
             self.site.folder / f"{self.folder}pictures",
@@ -285,6 +289,7 @@ class LayerPages:
     def _explained_image(self, image: int, scores: Tensor) -> Entry:
         answers = self.shown.answers
         true, predicted = int(answers.labels[image]), int(answers.predicted[image])
+        target = self._targets(image)[0]
         order = scores.sort(descending=True, stable=True).indices[:_CONTRIBUTIONS].tolist()
         largest = float(scores.abs().max()) or 1.0
         return {
@@ -293,6 +298,7 @@ class LayerPages:
             "src": f"pictures/{image}.png",
             "true": self._class(true),
             "predicted": self._class(predicted),
+            "target": self._class(target),
             "right": true == predicted,
             "probability": float(answers.probability[image]),
             "filters": [
@@ -300,7 +306,7 @@ class LayerPages:
                     **self._filter(index),
                     "contribution": float(scores[index]),
                     "share": round(100 * abs(float(scores[index])) / largest, 1),
-                    "own": bool(self.selected[predicted, index]),
+                    "own": bool(self.selected[target, index]),
                 }
                 for index in order
             ],

@@ -6,6 +6,7 @@ from collections import Counter
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -266,6 +267,23 @@ def test_images_of_a_list(tmp_path):
     first = small(tmp_path, loader=[IMAGES[:]], dataset=IMAGES[:][0], num_images=1)
     assert len(list(tmp_path.glob("images/*.html"))) >= 3
     assert first == tmp_path / "index.html"
+
+
+def test_answers_without_filters_are_explained_for_the_own_class(tmp_path):
+    """Images of two of three classes: what is taken for the third is shown all the same."""
+    torch.manual_seed(0)
+    model = pool_linear()
+    model[-1].bias.data = torch.tensor([0.0, 0.0, 100.0])
+    data = TensorDataset(torch.rand(8, 2, 8, 8), torch.arange(8) % 2)
+    options: dict[str, Any] = {"num_filters": 2, "num_images": 1, "show_progress": False}
+    atlas(model, "1", DataLoader(data, batch_size=4), tmp_path, **options)
+    (first, *_) = sorted(tmp_path.glob("classes/0000*.html"))
+    text = " ".join(Page(first).text.split())
+    assert "wrong 0 taken for 2" in text
+    assert "explained for 0, since the answer's class has no filters here" in text
+    assert "1 class without images has its bias alone" in " ".join(
+        Page(tmp_path / "index.html").text.split()
+    )
 
 
 def test_names_of_files():
