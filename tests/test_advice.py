@@ -456,6 +456,17 @@ CASES |= {
             for missing in ("dense", "bias")
         ],
     ),
+    "accuracy of several classes for an image": Case(
+        lambda: LayerFilterAblation(FLAT, "1").identify(
+            [(X, torch.ones(len(X), 3))], metric="accuracy", **QUIET
+        ),
+        r"LayerFilterAblation\(model, layer\)\.identify\(loader, metric=function\)",
+        lambda _: LayerFilterAblation(FLAT, "1").identify(
+            [(X, torch.ones(len(X), 3))],
+            metric=lambda scores, labels: ((scores > 0) == (labels > 0)).float().mean(),
+            **QUIET,
+        ),
+    ),
     "a lazy model": Case(
         lambda: tables_of(lazy(), "1"),
         "run the model once on a batch",

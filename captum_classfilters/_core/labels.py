@@ -96,7 +96,9 @@ def class_labels(labels: object, num_images: int, num_classes: int, batch: int) 
     if found.images is not None:
         raise ValueError(
             f"The labels of batch {batch} are multi-hot, several classes for one image; this "
-            f"function needs one class index for each image, shape ({num_images},)."
+            f"function needs one class index for each image, shape ({num_images},). With several "
+            "classes for an image, use a metric of all scores and labels: "
+            "LayerFilterAblation(model, layer).identify(loader, metric=function)."
         )
     return found.classes
 
