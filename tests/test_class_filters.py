@@ -145,6 +145,7 @@ class TestReading:
             ({"standard_errors": torch.ones(2, 4)}, "standard_errors has shape"),
             ({"class_names": ["a", "b"]}, "different names"),
             ({"class_names": ["a", "b", "a"]}, "different names"),
+            ({"class_names": "abc"}, "class_names='abc' is one name; expected a sequence"),
             ({"scores": torch.ones(3)}, "expected .C, K."),
             ({"scores": torch.full((3, 4), float("inf"))}, "NaN or Inf"),
         ],

@@ -386,6 +386,8 @@ class TestBadInput:
             identify_class_filters({"a": self.method()}, data, attribute_kwargs={"b": {}})
         with pytest.raises(ValueError, match="3 different names"):
             self.method().identify(data, class_names=["one"], **QUIET)
+        with pytest.raises(ValueError, match="'abc' is one name"):
+            self.method().identify(data, class_names="abc", **QUIET)
 
     def test_layers(self):
         data = batches()
