@@ -49,8 +49,8 @@ digits = load_digits()
 model = train_classifier(small_cnn(), digits.train, epochs=15, show_progress=False)
 x, y = digits.test_images, digits.test_labels
 half = len(x) // 2
-choose = list(zip(x[:half].split(64), y[:half].split(64), strict=True))
-report = list(zip(x[half:].split(64), y[half:].split(64), strict=True))
+choose = list(zip(x[:half].split(180), y[:half].split(180), strict=True))
+report = list(zip(x[half:].split(180), y[half:].split(180), strict=True))
 
 # %% [markdown]
 # ## What a filter is worth, to whom
