@@ -2,12 +2,15 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch.distributed
 from torch import Tensor
 
 from captum_classfilters._core.types import JsonDict, Keywords
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 T = TypeVar("T")
 
@@ -21,7 +24,7 @@ def is_distributed() -> bool:
     )
 
 
-def gather(value: T, group: Any = None) -> list[T]:
+def gather(value: T, group: "ProcessGroup | None" = None) -> list[T]:
     """One object from every rank, in order of rank; of the ranks of a group, if one is given."""
     if not is_distributed():
         return [value]
@@ -30,7 +33,7 @@ def gather(value: T, group: Any = None) -> list[T]:
     return values
 
 
-def added_up(tensors: Sequence[Tensor], group: Any = None) -> list[Tensor]:
+def added_up(tensors: Sequence[Tensor], group: "ProcessGroup | None" = None) -> list[Tensor]:
     """Tensors of one type, summed over ranks by a single call; what a rank holds and is sent does not
     grow with the number of ranks. One tensor alone is overwritten."""
     flats = [tensor.reshape(-1) for tensor in tensors]

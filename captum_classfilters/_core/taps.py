@@ -19,6 +19,7 @@ from captum_classfilters._core.layers import (
     weighted_before,
     with_tensors,
 )
+from captum_classfilters._core.types import Arguments, Keywords
 
 
 @contextmanager
@@ -29,7 +30,7 @@ def hooked(
     the block; what it returns, if not None, takes the output's place. Inputs given by their names
     come after those that are not."""
 
-    def call(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> Any:
+    def call(module: nn.Module, inputs: Arguments, named: Keywords, output: Any) -> Any:
         return hook(module, (*inputs, *named.values()), output)
 
     with ExitStack() as stack:
@@ -42,12 +43,12 @@ def hooked(
 
 @contextmanager
 def entered(
-    modules: Iterable[nn.Module], react: Callable[[nn.Module, tuple[Any, ...]], None]
+    modules: Iterable[nn.Module], react: Callable[[nn.Module, Arguments], None]
 ) -> Iterator[None]:
     """Call a function with each of these modules and its inputs whenever it is about to run in the
     block. Inputs given by their names come last."""
 
-    def call(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+    def call(module: nn.Module, inputs: Arguments, named: Keywords) -> None:
         react(module, (*inputs, *named.values()))
 
     with ExitStack() as stack:
@@ -74,7 +75,7 @@ def tapped(
                     Default: False
     """
 
-    def pre_hook(_module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
+    def pre_hook(_module: nn.Module, inputs: Arguments, named: Keywords) -> Any:
         given = (*inputs, *named.values())
         taken: Any = _in_the_form_of(given, react(given))
         if taken is None:

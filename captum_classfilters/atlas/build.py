@@ -5,12 +5,11 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, nn
 
 from captum_classfilters._core.files import AnyPath, read_text
-from captum_classfilters._core.types import Dataloader, DatasetLike, Unpack
+from captum_classfilters._core.types import Dataloader, DatasetLike, Keywords, Unpack
 from captum_classfilters.atlas.findings import Survey
 from captum_classfilters.atlas.layer_pages import LayerPages, Optimized, Shown
 from captum_classfilters.atlas.pictures import ShownImages
@@ -228,7 +227,7 @@ def _optimized(
     table: ClassFilters,
     image: Tensor,
     number: int,
-    options: Mapping[str, Any],
+    options: Keywords,
 ) -> dict[int, Optimized]:
     """Optimized images of the filters that most classes select, or that score highest of these."""
     if not number:

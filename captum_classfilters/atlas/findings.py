@@ -1,8 +1,8 @@
 """What an atlas tells of a model: measured here by the library's own functions, and nowhere else."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
 import torch
 from captum.attr import LayerAttribution
@@ -11,7 +11,7 @@ from torch.utils.data import RandomSampler
 
 from captum_classfilters._core.batches import check_read_again, read_batches
 from captum_classfilters._core.layers import find_layer
-from captum_classfilters._core.types import Dataloader
+from captum_classfilters._core.types import Dataloader, Keywords
 from captum_classfilters.attr import LayerFilterContribution, LayerFilterFrequency
 from captum_classfilters.class_filters import ClassFilters
 from captum_classfilters.heads import accuracy_curve
@@ -31,6 +31,7 @@ from captum_classfilters.metrics.class_curves import ClassCurves
 from captum_classfilters.metrics.evaluate_classifier import ClassifierScores, ScoreReader
 from captum_classfilters.metrics.removals import weight_magnitudes
 
+Measured = TypeVar("Measured")
 CONTRIBUTION, FREQUENCY = "contribution", "frequency"
 _REPETITIONS = 3  # of random filters; each may cost a pass over the data
 
@@ -119,7 +120,7 @@ class Survey:
     model: nn.Module
     dataloader: Dataloader
     test_dataloader: Dataloader
-    options: Mapping[str, Any]
+    options: Keywords
     seed: int
 
     def __post_init__(self) -> None:
@@ -191,7 +192,7 @@ class Survey:
 
         norms = weight_magnitudes(self.model, find_layer(self.model, name), table.num_filters)
 
-        def unless_refused(what: str, measure: Any) -> Any:
+        def unless_refused(what: str, measure: Callable[[], Measured]) -> Measured | None:
             try:
                 return measure()
             except ValueError as error:

@@ -1,9 +1,9 @@
 """The pages about one layer: what they say, in the words and numbers that the templates place."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 
 from captum_classfilters._core.files import write_figure
 from captum_classfilters._core.names import short_name
+from captum_classfilters._core.types import JsonDict
 from captum_classfilters.atlas.findings import CONTRIBUTION, Answers, Compared, LayerFindings
 from captum_classfilters.atlas.pictures import (
     GAP,
@@ -30,7 +31,7 @@ from captum_classfilters.visualize import plot_accuracy_curve, plot_filter_contr
 from captum_classfilters.visualize.arrays import by_class, chosen
 
 #: What a template is given of one thing.
-Entry: TypeAlias = dict[str, Any]
+Entry: TypeAlias = JsonDict
 
 _CONTRIBUTIONS = 8  # filters of an explained image
 _NEIGHBORS = 6
@@ -100,7 +101,7 @@ class LayerPages:
     def write(self, show_progress: bool) -> None:
         """Write all pages of the layer."""
         num_filters = self.table.num_filters
-        todo: list[tuple[str, Iterable[int], Any]] = [
+        todo: list[tuple[str, Iterable[int], Callable[[int], None]]] = [
             ("patches", range(num_filters), self._strip),
             ("explained images", range(0, len(self._to_explain), _AT_ONCE), self._explain),
             ("pages of filters", range(num_filters), self._filter_page),
@@ -115,7 +116,7 @@ class LayerPages:
 
     # -- what is linked -------------------------------------------------------------------------
 
-    def _page(self, name: str, template: str, **values: Any) -> None:
+    def _page(self, name: str, template: str, **values: object) -> None:
         root = "../" * name.count("/")
         shared = {
             "title": self.shown.title,

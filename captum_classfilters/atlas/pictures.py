@@ -4,7 +4,7 @@ import io
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -24,6 +24,9 @@ from captum_classfilters.visualize import plot_explanations
 from captum_classfilters.visualize.arrays import picture_of
 from captum_classfilters.visualize.class_filters import color_scale
 from captum_classfilters.visualize.figures import drawing
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 PATCH, GAP = 96, 4  # pixels of a patch in a strip, and between two of them
 _STEPS = 20  # of Integrated Gradients
@@ -87,7 +90,7 @@ def write_strip(path: Path, strongest: Exemplars, images: ShownImages, unit: int
     for place, patch in enumerate(patches):
         picture = _pil(patch.movedim(0, -1).numpy())
         scale = PATCH / max(picture.size)
-        size = tuple(max(1, round(scale * side)) for side in picture.size)
+        size = [max(1, round(scale * side)) for side in picture.size]
         how = Image.Resampling.NEAREST if max(picture.size) < _COARSE else Image.Resampling.BICUBIC
         left, top = ((PATCH - side) // 2 for side in size)
         strip.paste(picture.resize(size, how), (place * (PATCH + GAP) + left, top))
@@ -182,7 +185,7 @@ def _maps(
     return maps
 
 
-def _pil(picture: NDArray[Any]) -> Any:
+def _pil(picture: NDArray[np.floating]) -> "Image":
     """A picture (H, W), (H, W, 1) or (H, W, 3) in [0, 1] as one of Pillow's."""
     from PIL import Image
 
@@ -191,7 +194,7 @@ def _pil(picture: NDArray[Any]) -> Any:
     return Image.fromarray(values).convert("RGB")
 
 
-def _write_image(path: Path, picture: Any) -> str:
+def _write_image(path: Path, picture: "Image") -> str:
     buffer = io.BytesIO()
     kind = path.suffix[1:].upper().replace("JPG", "JPEG")
     picture.save(buffer, format=kind, optimize=True, quality=85)

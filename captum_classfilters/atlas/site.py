@@ -5,7 +5,6 @@ import re
 import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from captum_classfilters._core.extras import extra
 from captum_classfilters._core.files import check_writable_folder, read_text, write_text
@@ -72,7 +71,7 @@ class Site:
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
-    def write(self, name: str, template: str, **values: Any) -> None:
+    def write(self, name: str, template: str, **values: object) -> None:
         """Write a page; in it ``top`` leads to the site's first folder."""
         top = "../" * name.count("/")
         text = self._environment.get_template(template).render(top=top, **values)

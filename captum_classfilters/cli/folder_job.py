@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -165,7 +165,7 @@ def open_folder(
 class Prepared:
     """From an image to what the model takes, of the model's type."""
 
-    prepare: Callable[[Any], Tensor]
+    prepare: Callable[..., Tensor]
     dtype: torch.dtype
 
     def __call__(self, image: object) -> Tensor:
@@ -248,7 +248,7 @@ def load_model(
     return model.eval()
 
 
-def image_folder(path: str | os.PathLike[str], prepare: Callable[[Any], Tensor]) -> "ImageFolder":
+def image_folder(path: str | os.PathLike[str], prepare: Callable[..., Tensor]) -> "ImageFolder":
     """An image folder.
 
     Args:

@@ -1,13 +1,16 @@
 """Per-class sums as a torchmetrics Metric, which adds, merges, synchronizes and saves them."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from captum_classfilters._core.distributed import added_up
 from captum_classfilters.identify.summed_metric import SummedMetric
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class ClassFilterSums(SummedMetric):
@@ -116,7 +119,7 @@ class ClassFilterSums(SummedMetric):
             "standard_error": error.masked_fill_(number < 2, float("nan")),
         }
 
-    def _over_ranks(self, group: Any) -> Mapping[str, Tensor]:
+    def _over_ranks(self, group: "ProcessGroup | None") -> Mapping[str, Tensor]:
         """Whole numbers are added up; else the means first, and then M2 around the mean of all."""
         if self.integer:
             return super()._over_ranks(group)

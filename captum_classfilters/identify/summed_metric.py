@@ -1,13 +1,16 @@
 """Sums that processes add up, whatever their number, in the memory of a few tables."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from captum_classfilters._core.distributed import added_up, check_alike, gather
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class SummedMetric(Metric):
@@ -26,7 +29,9 @@ class SummedMetric(Metric):
         return found
 
     def _sync_dist(
-        self, dist_sync_fn: Callable[..., Any] = gather_all_tensors, process_group: Any = None
+        self,
+        dist_sync_fn: Callable[..., object] = gather_all_tensors,
+        process_group: "ProcessGroup | None" = None,
     ) -> None:
         """What torchmetrics calls to put the sums of all processes in the place of the own ones."""
         if dist_sync_fn is not gather_all_tensors:  # the caller has another way
@@ -40,7 +45,7 @@ class SummedMetric(Metric):
         for name, value in self._over_ranks(group).items():
             setattr(self, name, value)
 
-    def _over_ranks(self, group: Any) -> Mapping[str, Tensor]:
+    def _over_ranks(self, group: "ProcessGroup | None") -> Mapping[str, Tensor]:
         """The states of all processes together: their sums, one call for each type of numbers."""
         own = self.state()
         whole: dict[str, Tensor] = {}
