@@ -265,9 +265,8 @@ class ClassFilters(Tabular):
             selected = torch.zeros(scores.shape, dtype=torch.bool)
         if class_names is None:
             class_names = [str(index) for index in range(num_classes)]
-        check_class_names(class_names, num_classes)
         # As files have them: two halves of a character, side by side, are one.
-        class_names = json.loads(json.dumps([str(name) for name in class_names]))
+        class_names = json.loads(json.dumps(_listed(class_names)))
         layer, method = json.loads(json.dumps([str(layer), str(method)]))
         tables = {
             "selected": selected,
@@ -908,9 +907,7 @@ def check_class_names(class_names: Sequence[str] | None, num_classes: int | None
     """Raise if names are given twice, or are not as many as there are classes."""
     if class_names is None:
         return
-    if isinstance(class_names, str):  # a sequence of its letters
-        raise ValueError(f"class_names={class_names!r} is one name; expected a sequence of names.")
-    names = [str(name) for name in class_names]
+    names = _listed(class_names)
     twice = (
         sorted({name for name in names if names.count(name) > 1})
         if len(set(names)) < len(names)
@@ -924,6 +921,13 @@ def check_class_names(class_names: Sequence[str] | None, num_classes: int | None
         raise ValueError(
             f"class_names has {len(names)} names; expected {num_classes} different names."
         )
+
+
+def _listed(class_names: Sequence[str]) -> list[str]:
+    """Names as a list; one name is not taken for a sequence of its letters."""
+    if isinstance(class_names, str):
+        raise ValueError(f"class_names={class_names!r} is one name; expected a sequence of names.")
+    return [str(name) for name in class_names]
 
 
 def names_of_classes(names: Sequence[str] | None, num_classes: int) -> tuple[str, ...]:

@@ -25,7 +25,7 @@ Numbers = NDArray[np.int64]
 NumbersOf = Callable[[object], Numbers | None]
 Moved = Sequence[Numbers | None] | None  # in each output; None where filters are lost
 
-_BITS = 31  # of a number: two of them are one of 64 bits
+BITS = 31  # of a number: two of them are one of 64 bits
 
 # Pointwise, beside what PyTorch itself tags as such.
 _POINTWISE = {
@@ -255,9 +255,9 @@ def _meet(operation: Operation, followed: Followed, left: Numbers, right: Number
         followed.lost.append(np.maximum(left, right)[alone])
     different = ~alone & (left != right)
     if different.any():
-        pairs = np.unique(left[different] << _BITS | right[different])
+        pairs = np.unique(left[different] << BITS | right[different])
         product = operation.name.startswith("mul")
-        followed.meetings.append(Meeting(pairs >> _BITS, pairs & ((1 << _BITS) - 1), product))
+        followed.meetings.append(Meeting(pairs >> BITS, pairs & ((1 << BITS) - 1), product))
     return np.where(alone, np.maximum(left, right), np.minimum(left, right))
 
 

@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from captum_classfilters._core.filter_operations import (
+    BITS,
     Followed,
     Meeting,
     Numbers,
@@ -179,6 +180,8 @@ class FilterTrace(TorchDispatchMode):
                 continue
             for key, tensor in {**module._parameters, **module._buffers}.items():
                 if tensor is None or not 1 < tensor.numel() <= _MOST_ELEMENTS:
+                    continue
+                if start + tensor.numel() > 1 << BITS:  # hundreds of large ones
                     continue
                 if self._numbers(tensor) is None:
                     self.parameters[f"{name}.{key}" if name else key] = (start, tensor.shape)

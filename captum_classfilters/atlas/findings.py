@@ -264,6 +264,11 @@ class Survey:
         found = self._tables(model, names, num_filters, class_names, False) if names else {}
         return Compared(
             evaluate_classifier(model, self.test_dataloader, **self.options),
-            sum(parameter.numel() for parameter in model.parameters()),
+            num_parameters(model),
             {name: found[name][CONTRIBUTION] for name in names},
         )
+
+
+def num_parameters(model: nn.Module) -> int:
+    """How many numbers a model has learnt."""
+    return sum(parameter.numel() for parameter in model.parameters())

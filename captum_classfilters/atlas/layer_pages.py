@@ -13,7 +13,13 @@ from tqdm.auto import tqdm
 from captum_classfilters._core.files import write_figure
 from captum_classfilters._core.names import short_name
 from captum_classfilters._core.types import JsonDict
-from captum_classfilters.atlas.findings import CONTRIBUTION, Answers, Compared, LayerFindings
+from captum_classfilters.atlas.findings import (
+    CONTRIBUTION,
+    Answers,
+    Compared,
+    LayerFindings,
+    num_parameters,
+)
 from captum_classfilters.atlas.pictures import (
     GAP,
     PATCH,
@@ -151,10 +157,9 @@ class LayerPages:
         score = float(self.scores[row, column])
         stability = self.findings.stability
         low, high = self._intervals[row, column].tolist()
-        largest = float(self.scores[row].abs().max()) or 1.0
         return {
             "score": score,
-            "share": round(100 * abs(score) / largest, 1),
+            "share": _share(score, self.scores[row]),
             "low": low,
             "high": high,
             "q": None if self.q_values is None else float(self.q_values[row, column]),
@@ -292,7 +297,6 @@ class LayerPages:
         true, predicted = int(answers.labels[image]), int(answers.predicted[image])
         target = self._targets(image)[0]
         order = scores.sort(descending=True, stable=True).indices[:_CONTRIBUTIONS].tolist()
-        largest = float(scores.abs().max()) or 1.0
         return {
             "image": image,
             "href": f"images/{image:06d}.html",
@@ -306,7 +310,7 @@ class LayerPages:
                 {
                     **self._filter(index),
                     "contribution": float(scores[index]),
-                    "share": round(100 * abs(float(scores[index])) / largest, 1),
+                    "share": _share(float(scores[index]), scores),
                     "own": bool(self.selected[target, index]),
                 }
                 for index in order
@@ -361,12 +365,12 @@ class LayerPages:
         )
 
     def _contrasted(self, contrast: FilterContrast, filters: Tensor) -> list[Entry]:
-        interval, largest = contrast.interval(), float(contrast.scores.abs().max()) or 1.0
+        interval = contrast.interval()
         return [
             {
                 **self._filter(index),
                 "score": float(contrast.scores[index]),
-                "share": round(100 * abs(float(contrast.scores[index])) / largest, 1),
+                "share": _share(float(contrast.scores[index]), contrast.scores),
                 "low": float(interval[index, 0]),
                 "high": float(interval[index, 1]),
             }
@@ -404,6 +408,11 @@ class LayerPages:
         if not 0 <= place < len(self.classes):
             return ""
         return str(self._class(self.classes[place])["href"]).partition("/")[2]
+
+    @property
+    def _accuracy(self) -> float:
+        confusion = self.findings.errors.confusion
+        return float(confusion.diagonal().sum() / confusion.sum())
 
     def _recall(self, index: int) -> float | None:
         row = self.findings.errors.confusion[index]
@@ -458,7 +467,7 @@ class LayerPages:
         self._page(
             "index.html",
             "overview.html",
-            accuracy=float(confusion.diagonal().sum() / confusion.sum()),
+            accuracy=self._accuracy,
             num_tested=int(confusion.sum()),
             num_found=sum(self.counts),
             num_filters=self.table.num_filters,
@@ -552,14 +561,12 @@ class LayerPages:
         }
 
     def _models_page(self) -> None:
-        confusion, tables = self.findings.errors.confusion, {}
-        own = confusion.diagonal() / confusion.sum(1)
-        size = sum(parameter.numel() for parameter in self.shown.model.parameters())
+        tables = {}
         models = [
             {
                 "name": "this model",
-                "accuracy": float(confusion.diagonal().sum() / confusion.sum()),
-                "size": size,
+                "accuracy": self._accuracy,
+                "size": num_parameters(self.shown.model),
                 "shared": None,
             }
         ]
@@ -581,7 +588,7 @@ class LayerPages:
         rows = [
             {
                 **self._class(index),
-                "recall": float(own[index]),
+                "recall": self._recall(index),
                 "others": [
                     {
                         "recall": float(other.scores.recall[index]),
@@ -595,6 +602,11 @@ class LayerPages:
             for index in self.classes
         ]
         self._page("models.html", "models.html", models=models, classes=rows)
+
+
+def _share(score: float, scores: Tensor) -> float:
+    """How large a score is in per cent of the largest among some: the length of its bar."""
+    return round(100 * abs(score) / (float(scores.abs().max()) or 1.0), 1)
 
 
 def clustered(scores: Tensor) -> list[int]:

@@ -34,7 +34,8 @@ class FolderJob:
 
     Args:
 
-        model (str): Name of a classifier of torchvision, or of timm.
+        model (str): Name of a classifier of torchvision, or of timm; or ``module:function``, which
+                    returns one.
         data (path): An image folder, one subfolder for each class.
         layer (str): Dotted name of the layer.
         output (path): Folder for the results; it must not hold any yet.

@@ -1,13 +1,12 @@
 """Smaller networks for the user's folder: the decomposed head, and a layer without its weakest filters."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from captum_classfilters._core.batches import first_batch
 from captum_classfilters._core.files import write_figure, write_text
-from captum_classfilters._core.tables import Tabular
 from captum_classfilters._core.tensor_files import Schema, write_tensors
 from captum_classfilters.attr import LayerFilterContribution, LayerFilterFrequency
 from captum_classfilters.class_filters import ClassFilters
@@ -120,7 +119,7 @@ def run_prune(
         show_progress=job.show_progress,
     )
     weakest = _weakest(table, share)
-    images = next(iter(opened.loader(test)))[0].to(job.device)
+    images = first_batch(opened.model, opened.loader(test)).inputs[0]
     small = prune_filters(opened.model, opened.layer, images, remove=weakest)
     comparison = compare_networks(opened.model, small, images, repetitions=_TIMED)
     scores = {
@@ -135,7 +134,7 @@ def run_prune(
         f"after {len(weakest)} of {table.num_filters} filters of {opened.layer} were removed"
     )
     opened.output.mkdir(parents=True, exist_ok=True)
-    _write_report(opened.output, comparison)
+    write_text(opened.output / "networks.txt", f"{comparison}\n")
     rows = [{"network": name, "accuracy": accuracy} for name, accuracy in scores.items()]
     write_rows(opened.output / "accuracy.csv", rows)
     write_rows(
@@ -151,10 +150,6 @@ def _weakest(table: ClassFilters, share: float) -> Tensor:
     best = table.scores.nan_to_num(nan=-torch.inf).amax(0)
     number = min(max(1, round(share * table.num_filters)), table.num_filters - 1)
     return best.sort(stable=True).indices[:number]
-
-
-def _write_report(output: Path, comparison: Tabular) -> None:
-    write_text(output / "networks.txt", f"{comparison}\n")
 
 
 def _finish(

@@ -12,6 +12,7 @@ from torch.nn.utils import parametrizations, prune
 from torch.utils._pytree import tree_leaves
 
 from captum_classfilters import ClassScores, prune_filters
+from captum_classfilters._core import filter_trace
 from captum_classfilters.pruning import prunable_layers
 from tests.models import conv_at, hooks_of
 
@@ -634,3 +635,25 @@ def test_a_model_that_refuses_random_inputs_is_seen_on_the_example():
     assert prunable_layers(model, x, show_progress=False)["conv"].prunable
     with pytest.raises(RuntimeError, match="maximum of 1"):  # the model's own error passes
         prune_filters(model, "conv", 3 * x, remove=[1])
+
+
+def test_more_parameters_than_there_are_numbers(monkeypatch):
+    """Pairs of numbers are kept in 64 bits; what has no number is not taken for another's."""
+
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Parameter(torch.ones(6)), nn.Parameter(torch.ones(6))
+            self.conv = nn.Conv2d(3, 6, 1)
+
+        def forward(self, x):
+            return self.conv(x).mean((2, 3)) * self.first * self.second
+
+    def numbered():
+        trace = filter_trace.FilterTrace(Scaled().eval())
+        trace.run((torch.rand(2, 3, 4, 4),))
+        return list(trace.parameters)
+
+    assert numbered() == ["first", "second"]
+    monkeypatch.setattr(filter_trace, "FIRST_PARAMETER", (1 << filter_trace.BITS) - 7)
+    assert numbered() == ["first"]
