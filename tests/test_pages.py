@@ -1,35 +1,55 @@
-"""Pages of the documentation whose code is meant to run as it stands."""
+"""The code of README and documentation runs as it stands, and its commands exist."""
 
 import ast
 import importlib
 import inspect
 import re
+import shlex
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import pytest
 import torch
 
+from captum_classfilters.cli.main import _parser
+
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
+Names: TypeAlias = dict[str, Any]
 
 
-def sections(page, first, last):
-    """The code of a page from one heading up to another."""
-    text = (DOCS / page).read_text(encoding="utf-8")
-    part = text[text.index(f"\n## {first}\n") : text.index(f"\n## {last}\n")]
-    return re.findall(r"```python\n(.*?)```", part, re.DOTALL)
+def blocks_of(path: Path, language: str) -> Iterator[tuple[int, str]]:
+    """The blocks of a page in one language, each with the number of its first line."""
+    text = path.read_text(encoding="utf-8")
+    for found in re.finditer(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE):
+        yield text.count("\n", 0, found.start(1)) + 1, found.group(1)
 
 
-@pytest.mark.filterwarnings("ignore:Fewer filters", "ignore:Filters that lower")
-def test_any_model():
-    """Outputs, labels, batches and wrapped models, with the values that the comments promise."""
-    torch.manual_seed(0)
-    blocks = sections("any_model.md", "What the model returns", "torchvision's families")
-    assert len(blocks) == 11
-    names: dict[str, Any] = {}
-    for block in blocks:
-        exec(compile(block, "any_model.md", "exec"), names)
+def pages_with(language: str) -> list[str]:
+    """The pages that have blocks in a language, from the root of the project."""
+    pages = [*ROOT.glob("*.md"), *DOCS.glob("**/*.md")]
+    return sorted(
+        path.relative_to(ROOT).as_posix()
+        for path in pages
+        if "_build" not in path.parts and any(blocks_of(path, language))
+    )
+
+
+# -- Python -----------------------------------------------------------------------------------------
+
+
+def readme(names: Names, printed: str) -> None:
+    assert printed.startswith("3: 110 images, 5 of 64 filters selected")
+    full, small = (float(line) for line in printed.splitlines()[-2:])
+    assert full > 0.9
+    assert small > 0.7
+    assert names["maps"].shape == (4, 1, 8, 8)
+    assert Path("digits.safetensors").exists()
+
+
+def any_model(names: Names, _: str) -> None:
+    """With the values that the comments promise."""
     method, images, binary = names["method"], names["images"], names["binary"]
     assert method.identify([(images, names["several"])]).counts.tolist() == [4, 5, 5]
     on_one_logit = type(method)(binary, "1")
@@ -51,20 +71,118 @@ def test_any_model():
     ).scores.shape == (3, 8)
 
 
+def architecture(names: Names, _: str) -> None:
+    """The metric of the page, beside margins by hand."""
+    planted = names["planted"]
+    batches = list(planted.loader(100))
+    with torch.no_grad():
+        scores = torch.cat([planted.model(images) for images, _ in batches])
+    labels = torch.cat([labels for _, labels in batches])
+    found = names["margins"](planted.model, batches, show_progress=False)
+    for index in range(scores.shape[1]):
+        own = scores[labels == index]
+        others = torch.cat([own[:, :index], own[:, index + 1 :]], 1)
+        expected = (own[:, index] - others.max(1).values).double().mean()
+        assert torch.allclose(found.by_class[index], expected, atol=1e-5)
+    assert "margin" in str(found)
+    wrong = [(torch.full_like(batches[0][0], torch.nan), batches[0][1])]
+    with pytest.raises(ValueError, match="batch 0 are not finite"):
+        names["margins"](planted.model, wrong, show_progress=False)
+
+
+def identify(names: Names, _: str) -> None:
+    assert names["tables"].keys() == {"frequency", "contribution", "conductance"}
+    assert names["tables"]["contribution"].scores.shape == (2, 8)
+    assert names["table"].scores.shape == (3, 8)
+
+
+def decomposed_head(names: Names, _: str) -> None:
+    assert int(names["fewest"].selected.sum(1).max()) < 64
+
+
+def hugging_face_and_timm(names: Names, _: str) -> None:
+    layers, row = names["layers"], names["row"]
+    assert (layers.head, layers.feeding_head[-3].name) == ("classifier.1", "resnet.encoder")
+    assert names["table"].class_names == ("ant", "bee", "crab")
+    assert names["table"].provenance["exact"] is True
+    assert type(names["small"]) is type(names["model"])
+    assert (names["found"].head, row.channel_dim, row.num_filters) == ("head.fc", 3, 288)
+    assert names["at_head"].provenance["exact"] is True
+
+
+def long_runs(names: Names, _: str) -> None:
+    assert names["merged"].provenance["num_images"] == 480
+
+
+# What else holds once a page has run: of its names, and of what it printed.
+CHECKS = {
+    "README.md": readme,
+    "docs/any_model.md": any_model,
+    "docs/architecture.md": architecture,
+    "docs/decomposed_head.md": decomposed_head,
+    "docs/hugging_face_and_timm.md": hugging_face_and_timm,
+    "docs/identify.md": identify,
+    "docs/long_runs.md": long_runs,
+}
+NEEDS = {
+    "docs/hugging_face_and_timm.md": ["transformers", "timm"],
+    "docs/methods/class_specific_gate.md": ["lightning"],
+    "docs/methods/pruning.md": ["torch_pruning"],
+}
+
+
 @pytest.mark.filterwarnings("ignore")
-def test_readme(tmp_path, monkeypatch, capsys):
-    """As a newcomer copies it, in an empty folder."""
+@pytest.mark.parametrize("page", pages_with("python"))
+def test_python_runs_block_by_block(page, tmp_path, monkeypatch, capsys):
+    """As a newcomer copies it into an empty folder, from the first block to the last."""
+    for module in NEEDS.get(page, []):
+        pytest.importorskip(module)
     monkeypatch.chdir(tmp_path)
-    torch.manual_seed(0)
-    names: dict[str, Any] = {}
-    exec(compile(code_of(ROOT / "README.md"), "README.md", "exec"), names)
-    printed = capsys.readouterr().out
-    assert printed.startswith("3: 110 images, 5 of 64 filters selected")
-    full, small = (float(line) for line in printed.splitlines()[-2:])
-    assert full > 0.9
-    assert small > 0.7
-    assert names["maps"].shape == (4, 1, 8, 8)
-    assert (tmp_path / "digits.safetensors").exists()
+    names: Names = {}
+    for line, code in blocks_of(ROOT / page, "python"):
+        exec(compile("\n" * (line - 1) + code, page, "exec"), names)  # errors tell the page's line
+    CHECKS.get(page, lambda *_: None)(names, capsys.readouterr().out)
+
+
+def test_blocks_are_in_a_language_that_is_checked():
+    """A block that nothing runs or reads says so by being text."""
+    known = {"", "python", "bash", "text", "{toctree}", "{include} ../CHANGELOG.md"}
+    known.add("{include} ../CONTRIBUTING.md")
+    for path in [*ROOT.glob("*.md"), *DOCS.glob("**/*.md")]:
+        if "_build" not in path.parts:
+            fences = re.findall(r"^```(.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+            assert set(fences) <= known, path
+            assert fences[1::2] == [""] * (len(fences) // 2), path
+
+
+# -- shell ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", pages_with("bash"))
+def test_shell_commands_exist(page):
+    """Commands, their options, extras and targets of make; nothing is run."""
+    extras = re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text("utf-8"), re.MULTILINE)
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE)
+    for _, block in blocks_of(ROOT / page, "bash"):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            match words:
+                case ["captum-classfilters", *rest]:
+                    _parser().parse_args(rest)  # leaves with an error if an option is unknown
+                case ["pip", "install", wanted]:
+                    (extra,) = re.fullmatch(r"captum-classfilters\[(\w+)\]", wanted).groups()
+                    assert extra in extras
+                case ["make", target]:
+                    assert target in targets
+                case ["python", "-m", module, *_] if module.startswith("benchmarks."):
+                    pass  # tests/test_benchmarks.py knows their options
+                case []:
+                    pass
+                case _:
+                    pytest.fail(f"{page}: nothing checks `{line}`")
+
+
+# -- messages and calls -----------------------------------------------------------------------------
 
 
 def test_messages_of_troubleshooting_are_ours():
@@ -81,43 +199,6 @@ def test_messages_of_troubleshooting_are_ours():
     code = " ".join(path.read_text("utf-8") for path in package.rglob("*.py"))
     code = re.sub(r'"\s+f?"', "", code)  # lines that are joined
     assert not [part for part in quoted if part not in code]
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_identify():
-    text = (DOCS / "identify.md").read_text(encoding="utf-8")
-    names: dict[str, Any] = {}
-    for block in re.findall(
-        r"```python\n(.*?)```", text.split("## Several processes")[0], re.DOTALL
-    ):
-        exec(compile(block, "identify.md", "exec"), names)
-    assert names["table"].scores.shape == (3, 8)
-    assert names["tables"].keys() == {"frequency", "contribution", "conductance"}
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_class_filters():
-    exec(compile(code_of(DOCS / "class_filters.md"), "class_filters.md", "exec"), {})
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_hugging_face_and_timm():
-    pytest.importorskip("transformers")
-    pytest.importorskip("timm")
-    torch.manual_seed(0)
-    text = (DOCS / "hugging_face_and_timm.md").read_text(encoding="utf-8")
-    first, second = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    names: dict[str, Any] = {}
-    exec(compile(first, "hugging_face_and_timm.md", "exec"), names)
-    layers, table = names["layers"], names["table"]
-    assert (layers.head, layers.feeding_head[-3].name) == ("classifier.1", "resnet.encoder")
-    assert table.class_names == ("ant", "bee", "crab")
-    assert table.provenance["exact"] is True
-    assert type(names["small"]) is type(names["model"])
-    exec(compile(second, "hugging_face_and_timm.md", "exec"), names)
-    row = names["row"]
-    assert (names["layers"].head, row.channel_dim, row.num_filters) == ("head.fc", 3, 288)
-    assert names["at_head"].provenance["exact"] is True
 
 
 # Scripts that still use parameters by names that they had.
@@ -176,14 +257,3 @@ def test_code_calls_what_is_there(path):
             bind(*given, **words)
         except TypeError as error:
             pytest.fail(f"{path.name}: {ast.unparse(node)[:100]}: {error}")
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_long_runs():
-    text = (DOCS / "long_runs.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert len(blocks) == 5
-    names: dict[str, Any] = {}
-    for block in blocks:
-        exec(compile(block, "long_runs.md", "exec"), names)
-    assert names["merged"].provenance["num_images"] == 480
