@@ -1,4 +1,4 @@
-"""Generate the table of torchvision families in docs/any_model.md by running every method on each.
+"""Generate the table of torchvision families in docs/families.md by running every method on each.
 
 python docs/generate_layer_table.py            # writes the table between its markers
 python docs/generate_layer_table.py --check    # only says whether the page is up to date
@@ -27,7 +27,7 @@ from captum_classfilters import (
 from captum_classfilters._core.layers import find_layer
 from captum_classfilters.layers import FilterLayer, FilterLayers
 
-PAGE = Path(__file__).with_name("any_model.md")
+PAGE = Path(__file__).with_name("families.md")
 BEGIN = "<!-- table: python docs/generate_layer_table.py -->"
 END = "<!-- end of table -->"
 NUM_CLASSES = 6
@@ -271,7 +271,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     lines = generate()
     if options.check:
-        print("up to date" if committed() == lines else "docs/any_model.md is out of date")
+        print("up to date" if committed() == lines else "docs/families.md is out of date")
         return int(committed() != lines)
     before, rest = PAGE.read_text().split(BEGIN)
     PAGE.write_text(f"{before}{BEGIN}\n\n" + "\n".join(lines) + f"\n\n{END}{rest.split(END)[1]}")

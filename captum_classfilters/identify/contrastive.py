@@ -314,7 +314,7 @@ def contrast_classes(
             f"The loader has {counts[0]} images of class {names[pair[0]]!r} and {counts[1]} of "
             f"{names[pair[1]]!r}; two of each are needed at least."
         )
-    values = sums.compute()
+    values = sums.tables()
     scores = values["mean"][0] - values["mean"][1]
     variances = values["standard_error"] ** 2
     freedom = variances.sum(0) ** 2 / (variances**2 / (values["count"][:, None] - 1)).sum(0)
@@ -409,7 +409,7 @@ def confusion_filters(
         rows = torch.cat(kept)
         sums = new_sums(len(values), rows.shape[1])
         sums.update(rows, place)
-        means = sums.compute()
+        means = sums.tables()
         for position, key_ in enumerate(values.tolist()):
             true, other = divmod(key_, len(confusion))
             cells[true, other] = _cell(means, position, names[other], names[true], pass_)
@@ -477,7 +477,7 @@ def _cell(
     values: dict[str, Tensor], position: int, favored: str, against: str, pass_: _Pass
 ) -> FilterContrast:
     mean = values["mean"][position]
-    number = int(values["count"].reshape(-1)[position])
+    number = int(values["count"][position])
     return FilterContrast(
         favored=favored,
         against=against,

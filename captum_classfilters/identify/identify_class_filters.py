@@ -352,7 +352,7 @@ def _table(
     """The table of one source; if not of the whole, then of what this process has counted."""
     assert tally.sums is not None
     source, test = tally.source, test if whole else None
-    sums = tally.sums.compute() if whole else tally.sums.of_this_process()
+    sums = tally.sums.tables() if whole else tally.sums.of_this_process()
     p_values = None if test is None else _p_values(tally, sums, test)
     details: JsonDict = {"signed": source.depends_on_target}
     if not whole:

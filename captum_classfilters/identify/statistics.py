@@ -119,6 +119,14 @@ class ClassFilterSums(SummedMetric):
             "standard_error": error.masked_fill_(number < 2, float("nan")),
         }
 
+    def tables(self) -> dict[str, Tensor]:
+        """What ``compute`` returns, with its axes: torchmetrics takes them off tables of one number."""
+        shape = (self.num_classes, self.num_filters)
+        return {
+            name: value.reshape(shape[:1] if name == "count" else shape)
+            for name, value in self.compute().items()
+        }
+
     def _over_ranks(self, group: "ProcessGroup | None") -> Mapping[str, Tensor]:
         """Whole numbers are added up; else the means first, and then M2 around the mean of all."""
         if self.integer:

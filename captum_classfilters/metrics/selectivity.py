@@ -74,7 +74,7 @@ def class_means(features: Tensor, labels: Tensor, num_classes: int | None = None
     features, labels, num_classes = checked_features(features, labels, num_classes)
     sums = new_sums(num_classes, features.shape[1], sync_on_compute=False)
     sums.update(features, labels)
-    return sums.compute()["mean"]
+    return sums.tables()["mean"]
 
 
 def selectivity_regularizer(activations: Tensor | Sequence[Tensor], labels: Tensor) -> Tensor:

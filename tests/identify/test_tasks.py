@@ -180,3 +180,28 @@ def test_groups_that_are_not_the_outputs():
     assert torch.allclose(captum.scores, table.scores, atol=1e-6)
     with pytest.raises(ValueError, match="pass class_names or num_classes"):
         method.identify(grouped, target=2, **QUIET)
+
+
+@pytest.mark.parametrize("votes", [False, True])
+def test_one_group_of_all_images(votes):
+    """The plain mean; torchmetrics takes the axes off a table of one number."""
+    data = batches()
+    x, y = joined(data)
+    for model, width in ((pool_linear(classes=1), 6), (one_filter(), 1)):
+        method = LayerFilterContribution(model, "1")
+        found = LayerFilterFrequency(model, "1", top_k=1) if votes else method
+        table = found.identify(
+            [(x, torch.zeros_like(y))], target=1, class_names=["all"], num_filters=1, **QUIET
+        )
+        assert table.counts.tolist() == [24]
+        assert table.scores.shape == (1, width)
+        assert known(table.standard_errors).shape == (1, width)
+        if not votes:
+            each = method.filter_scores(method.attribute(x, target=1))
+            assert torch.allclose(table.scores[0], each.double().mean(0), atol=1e-6)
+
+
+def one_filter():
+    return nn.Sequential(
+        nn.Conv2d(2, 1, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(1, 1)
+    )
