@@ -85,6 +85,7 @@ _MODULES = {
     "spectral": ("LayerSingularDirection",),
 }
 _ROOMS = (
+    "answers",
     "atlas",
     "attr",
     "gates",

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import captum_classfilters as ccf
-from captum_classfilters import gates, heads, identify, metrics, pruning, spectral, testing
+from captum_classfilters import answers, gates, heads, identify, metrics, pruning, spectral, testing
 from captum_classfilters.identify.evidence import Evidence
 from captum_classfilters.visualize import FeatureObjective, RandomTransform, visualize_features
 from tests.models import QUIET
@@ -110,6 +110,22 @@ def compressed() -> Any:
 def specialist() -> Any:
     options: dict[str, Any] = {"dataloader": loader(), **QUIET}
     return pruning.specialize(network(), table(), [0, NAMES[3]], data()[0][:2], **options)
+
+
+def bright(images: torch.Tensor) -> torch.Tensor:
+    """With something, of which the network's last filters make something else."""
+    return images + 2.0
+
+
+@functools.cache
+def shortcuts() -> Any:
+    options: dict[str, Any] = {"class_names": NAMES, "least": 0.0, "permutations": 1999, **QUIET}
+    return answers.find_shortcuts(network(), loader(), bright, **options)
+
+
+def repaired() -> Any:
+    other = [(data()[0].flip(-1), data()[1])]
+    return answers.repair(network(), shortcuts(), other, bright, outputs=[NAMES[0]], **QUIET)
 
 
 def masks() -> tuple[torch.Tensor, torch.Tensor]:
@@ -284,6 +300,9 @@ RESULTS: dict[str, Any] = {
         pruning.compare_networks(network(), decomposed(), data()[0][:2], repetitions=1).before
     ),
     "LayerwiseFineTuning": lambda: pruning.LayerwiseFineTuning(loader(), 0.1),
+    # answers
+    "Shortcuts": shortcuts,
+    "Repair": repaired,
     # spectral
     "LayerSVD": svd,
     "ModelSVD": lambda: spectral.model_svd(network()),

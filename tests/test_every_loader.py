@@ -22,6 +22,7 @@ from captum_classfilters import (
     refit_head,
     select_by_accuracy,
 )
+from captum_classfilters.answers import find_shortcuts
 from captum_classfilters.gates import masking_test
 from captum_classfilters.heads import layer_sweep, model_essentiality
 from captum_classfilters.identify import (
@@ -135,6 +136,9 @@ ENTRIES = {
         lambda m, d, **o: contrast_classes(
             LayerFilterContribution(m, "stage1"), d, 0, num_classes(m) - 1, **o
         )
+    ),
+    "shortcuts": Entry(
+        lambda m, d, **o: find_shortcuts(m, d, lambda x: x + 1, least=0, permutations=199, **o)
     ),
     "confusion": Entry(
         lambda m, d, **o: confusion_filters(LayerFilterContribution(m, "stage1"), d, **o)
@@ -364,10 +368,11 @@ def test_an_accelerator_gives_the_cpus_numbers(name, where, expected):
 
 
 def test_every_entry_with_a_loader_is_here():
-    rooms = ("attr", "identify", "heads", "gates", "pruning", "spectral", "metrics")
+    rooms = ("answers", "attr", "identify", "heads", "gates", "pruning", "spectral", "metrics")
     covered = inspect.getsource(sys.modules[__name__])
     elsewhere = {
         "compare_methods",  # reads a second loader: its own tests
+        "repair",  # judges find_shortcuts on other images: its own tests
         "fine_tune",
         "accuracy_reduction",  # identify(metric="accuracy")
         "metric_reduction",

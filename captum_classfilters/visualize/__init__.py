@@ -26,6 +26,7 @@ from captum_classfilters.visualize.pruning import (
     plot_filter_grid,
     plot_removal_curves,
 )
+from captum_classfilters.visualize.shortcuts import plot_shortcuts
 from captum_classfilters.visualize.spectra import plot_exponents, plot_spectrum
 
 __all__ = [
@@ -52,6 +53,7 @@ __all__ = [
     "plot_mutual_information",
     "plot_profile_similarity",
     "plot_removal_curves",
+    "plot_shortcuts",
     "plot_spectrum",
     "visualize_features",
 ]

@@ -13,6 +13,8 @@ from matplotlib.text import Text
 from torch.utils.data import TensorDataset
 
 from captum_classfilters import ClassFilters, visualize
+from captum_classfilters.answers.shortcuts import Shortcuts
+from captum_classfilters.answers.sides import Side
 from captum_classfilters.heads.accuracy_curve import AccuracyCurve
 from captum_classfilters.identify.contrastive import FilterContrast
 from captum_classfilters.identify.exemplars import Exemplars, ExemplarSide
@@ -123,6 +125,27 @@ class Data:
         orders = {name: torch.zeros(len(a), steps - 1).long() for name, a in accuracy.items()}
         return RemovalCurves("layer4", self.filters, orders, accuracy, 1000)
 
+    def shortcuts(self):
+        count = torch.full((self.classes,), 9)
+        side = Side(*[torch.zeros(1)] * 5)
+        return Shortcuts(
+            filter_change=self(self.filters).cpu().double(),
+            filter_spread=self.uniform(self.filters).cpu().double(),
+            filter_q=torch.zeros(self.filters).double(),
+            output_change=self(self.classes).cpu().double(),
+            output_spread=self.uniform(self.classes).cpu().double(),
+            output_q=torch.zeros(self.classes).double(),
+            predicted=torch.stack([count, count + 3], 1),
+            weight=self(self.classes, self.filters).cpu().double(),
+            without=side,
+            with_=side,
+            paired=True,
+            class_names=tuple(self.names),
+            head="head",
+            least=0.8,
+            fdr=0.05,
+        )
+
     def spectra(self):
         widths = [9] * (self.layers + 1)
         torch.manual_seed(0)
@@ -206,6 +229,7 @@ CALLS = {
         d.uniform(d.classes, d.classes), d.names, **o
     ),
     "plot_removal_curves": lambda d, v, **o: v.plot_removal_curves(d.curves(), **o),
+    "plot_shortcuts": lambda d, v, **o: v.plot_shortcuts(d.shortcuts(), **o),
     "plot_spectrum": lambda d, v, **o: v.plot_spectrum(next(iter(d.spectra())), **o),
 }
 SIZES: dict[str, dict[str, Any]] = {

@@ -1,0 +1,393 @@
+"""A small edit of a head against a shortcut, judged on other images."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias, get_args
+
+import torch
+from torch import Tensor, nn
+
+from captum_classfilters._core.ranking import descending, random_sets
+from captum_classfilters._core.tables import Row, Table, Tabular, short_repr
+from captum_classfilters._core.types import Dataloader, Unpack
+from captum_classfilters.answers.head_edits import EditedHeads, HeadEdit, check_editable
+from captum_classfilters.answers.shortcuts import Shortcuts, head_to_edit
+from captum_classfilters.answers.sides import Marked, SeenBatch, see_sides
+from captum_classfilters.class_filters import index_of_class
+from captum_classfilters.heads import replace_head
+from captum_classfilters.heads.linear_head import LinearHead
+from captum_classfilters.identify.accuracy_reduction import paired_interval
+from captum_classfilters.identify.significance import image_keys
+
+Edit: TypeAlias = Literal["weights", "filters", "directions"]
+
+_SHARE_OF_FILTERS = 0.05
+_DIRECTIONS = 16
+
+
+@short_repr
+@dataclass(frozen=True)
+class Repair(Tabular):
+    r"""
+    An edited model and what the edit does to images it was not made from; prints as a table.
+
+    The first axis of the counts is for images without it and with it; the last for the model, the
+    edited model, and each random edit of the same size.
+
+    Args:
+
+        model (nn.Module): A copy of the model with the edited head.
+        edit (str): What was edited: ``"weights"``, ``"filters"`` or ``"directions"``.
+        removed (Tensor or None): Shape (C, F), bool. Entries of the head's weight that see a filter's
+                    mean in its place; None for directions.
+        directions (Tensor or None): Shape (F, r). What the head does not see any more.
+        outputs (tuple of str): Names of the outputs that the edit is about.
+        right (Tensor): Shape (2, 2 + R). Images that are classified correctly.
+        taken (Tensor): Shape (2, 2 + R). Images of other classes that are taken for ``outputs``.
+        lost, gained (Tensor): Shape (2, 2). Images that are right, or taken, only before the edit
+                    and only after it; rows as of ``right``, columns right and taken.
+        counts (Tensor): Shape (2, 2). Images of all classes, and of classes other than ``outputs``.
+    """
+
+    model: nn.Module = field(repr=False)
+    edit: str
+    removed: Tensor | None
+    directions: Tensor | None
+    outputs: tuple[str, ...]
+    right: Tensor
+    taken: Tensor
+    lost: Tensor
+    gained: Tensor
+    counts: Tensor
+
+    @property
+    def size(self) -> int:
+        """Entries of the weight, filters or directions that were edited."""
+        if self.directions is not None:
+            return self.directions.shape[1]
+        assert self.removed is not None
+        return int(self.removed.sum() if self.edit == "weights" else self.removed.any(0).sum())
+
+    @property
+    def accuracy(self) -> Tensor:
+        """Shares of images that are right, (2, 2 + R)."""
+        return self.right.double() / self.counts[:, :1]
+
+    @property
+    def taken_rate(self) -> Tensor:
+        """Shares of images of other classes that are taken for the outputs, (2, 2 + R)."""
+        return self.taken.double() / self.counts[:, 1:]
+
+    @property
+    def gap_closed(self) -> Tensor:
+        """Share of the accuracy that it costs which the edit, and each random one, gives back,
+        (1 + R,); NaN where it costs none."""
+        without, with_ = self.accuracy
+        gap = without[0] - with_[0]
+        return (with_[1:] - with_[0]) / gap if gap > 0 else torch.full_like(with_[1:], torch.nan)
+
+    def interval(self, confidence: float = 0.95) -> Tensor:
+        """Tango's intervals of what the edit changes, in shares of images.
+
+        Args:
+
+            confidence (float): Coverage, between 0 and 1.
+                        Default: 0.95
+
+        Returns:
+            *Tensor* of shape (2, 2, 2): without it and with it; accuracy and ``taken_rate``; ends.
+
+        Raises:
+            ValueError: ``confidence`` is out of range.
+        """
+        return paired_interval(self.gained, self.lost, self.counts, confidence)
+
+    def _tables(self) -> list[Table]:
+        interval = self.interval()
+        told = self.outputs[0] if len(self.outputs) == 1 else f"{len(self.outputs)} outputs"
+        measures = ((self.accuracy, "accuracy"), (self.taken_rate, f"taken for {told}"))
+        rows: list[Row] = []
+        for place, (shares, name) in enumerate(measures):
+            for kind, where in ((0, "without it"), (1, "with it")):
+                before, after, *random = shares[kind].tolist()
+                rows.append(
+                    {
+                        "": f"{name}, {where}",
+                        "before": before,
+                        "after": after,
+                        "change": after - before,
+                        "low": interval[kind, place, 0],
+                        "high": interval[kind, place, 1],
+                        "random edits": sum(random) / len(random) if random else float("nan"),
+                    }
+                )
+        formats = dict.fromkeys(("before", "after", "random edits"), ".4f")
+        formats |= dict.fromkeys(("change", "low", "high"), "+.4f")
+        closed = float(self.gap_closed[0])
+        title = (
+            f"{self.size:,} {_unit(self.edit)} edited, judged on {int(self.counts[0, 0]):,} other images "
+            f"without it and {int(self.counts[1, 0]):,} with it"
+        )
+        notes = [] if closed != closed else [f"{closed:.0%} of the accuracy that it costs is back"]
+        return [Table(rows, formats, title, notes=notes, bars=("change",))]
+
+
+def repair(
+    model: nn.Module,
+    shortcuts: Shortcuts,
+    dataloader: Dataloader,
+    marked: Marked = None,
+    *,
+    edit: Edit = "directions",
+    size: int | None = None,
+    outputs: Sequence[int | str] | None = None,
+    repetitions: int = 20,
+    seed: int = 0,
+    unpack: Unpack | None = None,
+    show_progress: bool = True,
+) -> Repair:
+    r"""
+    Edit a model's head so that a shortcut loses its effect, and judge that on other images.
+
+    What is edited sees the means :math:`\mu` of the images without it, in place of what a filter does:
+
+    - ``"weights"``: in the rows of the outputs, the entries that carry most of it, as many as take
+      the mean rise of the output back. The fewest numbers, for one output that wins too often.
+    - ``"filters"``: whole filters, those whose change moves the outputs most,
+      :math:`|d_k| \, \lVert w_k - \bar w \rVert`.
+    - ``"directions"``: the main directions :math:`U` of the pairs' differences, taken out of the
+      features, :math:`W (z - U U^\top (z - \mu))`; of groups only the mean difference is known.
+
+    All three are another weight and bias for the head: nothing is trained, the model is left alone and
+    its copy is as fast and exports as before. As a control, as many entries of the same rows, filters
+    or directions are drawn at random.
+
+    Source: taking what is spurious out of a last layer by directions in its features follows Neuhaus
+    et al.: *Spurious Features Everywhere -- Large-Scale Detection of Harmful Spurious Features in
+    ImageNet*, ICCV 2023, whose directions are principal components of a class's images without pairs.
+
+    Args:
+
+        model (nn.Module): The model that the shortcuts were found in.
+        shortcuts (Shortcuts): From :func:`find_shortcuts`.
+        dataloader (iterable): Batches of (inputs, labels) without it, of *other* images; or of pairs
+                    ((without, with), labels).
+        marked (iterable or Callable, optional): The same with it, as for :func:`find_shortcuts`.
+                    Default: None
+        edit (str): ``"weights"``, ``"filters"`` or ``"directions"``.
+                    Default: "directions"
+        size (int, optional): Entries for each output, filters, or directions. By default what takes
+                    the mean rise back, 5 per cent of the filters, and 16 directions.
+                    Default: None
+        outputs (sequence, optional): Outputs that the edit is about, by index or name. By default
+                    those found that win images.
+                    Default: None
+        repetitions (int): Random edits of the control.
+                    Default: 20
+        seed (int): Of these.
+                    Default: 0
+        unpack (Callable, optional): From a batch of another kind to the pair (inputs, labels).
+                    Default: None
+        show_progress (bool): Show a progress bar.
+                    Default: True
+
+    Returns:
+        *Repair*: the edited ``model``; accuracy without it and with it and how often the outputs win
+        images of other classes, before and after, with paired intervals and the control.
+
+    Raises:
+        ValueError: Nothing was found and no outputs are named, the images were used to find, the
+            model's head is another one, or a number is out of range.
+
+    Examples::
+
+        >>> import torch
+        >>> from captum_classfilters.answers import find_shortcuts, repair
+        >>> net = torch.nn.Sequential(
+        ...     torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(3, 2))
+        >>> with torch.no_grad():
+        ...     _ = net[2].weight.copy_(torch.tensor([[1., 0., 0.], [0., 1., 4.]]))
+        >>> images, labels = torch.rand(80, 3, 8, 8), torch.arange(80) % 2
+        >>> def stamp(images):  # a bright corner in the third channel
+        ...     images = images.clone()
+        ...     images[:, 2, :4, :4] = 1
+        ...     return images
+        >>> quiet = {"show_progress": False}
+        >>> found = find_shortcuts(net, [(images[:40], labels[:40])], stamp, **quiet)
+        >>> repaired = repair(
+        ...     net, found, [(images[40:], labels[40:])], stamp, edit="weights", **quiet)
+        >>> repaired.size, repaired.removed.nonzero().tolist()
+        (1, [[1, 2]])
+        >>> repaired.model[2].weight[1]
+        tensor([0., 1., 0.], grad_fn=<SelectBackward0>)
+    """
+    if edit not in get_args(Edit):
+        raise ValueError(f"edit={edit!r}; choose one of {', '.join(map(repr, get_args(Edit)))}.")
+    if repetitions < 0:
+        raise ValueError(f"repetitions={repetitions} must not be negative.")
+    head = head_to_edit(model, shortcuts.head)
+    check_editable(head)
+    _check_same_head(head, shortcuts)
+    chosen = _outputs(shortcuts, outputs)
+    made = _edit(shortcuts, head, edit, size, chosen)
+    edits = [made, *_random_edits(made, edit, repetitions, seed)]
+    judged = _judged(
+        model, shortcuts, EditedHeads(model, head, edits), dataloader, marked, chosen,
+        unpack=unpack, show_progress=show_progress,
+    )  # fmt: skip
+    return Repair(
+        replace_head(model, head.name, made.module(head)),
+        edit,
+        made.removed,
+        made.directions,
+        tuple(shortcuts.class_names[output] for output in chosen),
+        *judged,
+    )
+
+
+# -- what is edited --------------------------------------------------------------------------------
+
+
+def _edit(
+    shortcuts: Shortcuts, head: LinearHead, edit: Edit, size: int | None, outputs: list[int]
+) -> HeadEdit:
+    num_filters = head.weight.shape[1]
+    most = num_filters if edit != "directions" else _most_directions(shortcuts)
+    if size is not None and not 1 <= size <= most:
+        raise ValueError(f"size={size} is out of range; choose 1 to {most} {_unit(edit)}.")
+    means = shortcuts.without.features.double().mean(0)
+    if edit == "directions":
+        number = min(_DIRECTIONS, most) if size is None else size
+        return HeadEdit(means, directions=_directions(shortcuts, number))
+    removed = torch.zeros(head.weight.shape, dtype=torch.bool)
+    if edit == "filters":
+        number = max(1, round(_SHARE_OF_FILTERS * num_filters)) if size is None else size
+        apart = (shortcuts.weight - shortcuts.weight.mean(0)).norm(dim=0)
+        removed[:, descending(shortcuts.filter_change.abs() * apart)[:number]] = True
+        return HeadEdit(means, removed)
+    for output in outputs:  # the one row of a binary classifier is that of its second output
+        carried = shortcuts.weight[output] * shortcuts.filter_change
+        order = descending(carried)
+        order = order[carried[order] > 0]
+        number = _enough(carried[order], float(shortcuts.output_change[output]))
+        removed[output % len(removed), order[: number if size is None else size]] = True
+    return HeadEdit(means, removed)
+
+
+def _enough(carried: Tensor, rise: float) -> int:
+    """How many of the largest entries take a rise back; all, if they do not."""
+    reached = (carried.cumsum(0) >= rise).nonzero()[:, 0]
+    return int(reached[0]) + 1 if len(reached) else len(carried)
+
+
+def _most_directions(shortcuts: Shortcuts) -> int:
+    return min(shortcuts.without.features.shape) if shortcuts.paired else 1
+
+
+def _directions(shortcuts: Shortcuts, number: int) -> Tensor:
+    """Orthonormal directions (F, r) of what it does to the features."""
+    if not shortcuts.paired:
+        change = shortcuts.filter_change
+        return (change / change.norm())[:, None]
+    differences = shortcuts.with_.features.double() - shortcuts.without.features.double()
+    return torch.linalg.svd(differences, full_matrices=False).Vh[:number].T.contiguous()
+
+
+def _random_edits(made: HeadEdit, edit: Edit, repetitions: int, seed: int) -> list[HeadEdit]:
+    """As many entries of the same rows, filters or directions at random."""
+    generator = torch.Generator().manual_seed(seed)
+    if made.directions is not None:
+        shape = (repetitions, *made.directions.shape)
+        drawn = torch.randn(shape, generator=generator, dtype=torch.float64)
+        return [HeadEdit(made.means, directions=torch.linalg.qr(one).Q) for one in drawn]
+    assert made.removed is not None
+    if edit == "filters":
+        sets = random_sets(made.removed[:1], repetitions, seed).expand(-1, len(made.removed), -1)
+    else:
+        sets = random_sets(made.removed, repetitions, seed)
+    return [HeadEdit(made.means, removed) for removed in sets]
+
+
+# -- how it is judged ------------------------------------------------------------------------------
+
+
+def _judged(
+    model: nn.Module,
+    shortcuts: Shortcuts,
+    heads: EditedHeads,
+    dataloader: Dataloader,
+    marked: Marked,
+    outputs: list[int],
+    *,
+    unpack: Unpack | None,
+    show_progress: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Counts right and taken (2, 2 + R), lost and gained (2, 2), and images (2, 2)."""
+    edits = 1 + len(heads.heads)
+    right, taken = torch.zeros(2, 2, edits, dtype=torch.int64)
+    lost, gained, counts = torch.zeros(3, 2, 2, dtype=torch.int64)
+    used = set(shortcuts.without.fingerprints.tolist()) | set(shortcuts.with_.fingerprints.tolist())
+    wanted = torch.tensor(outputs, dtype=torch.int64)
+
+    def take(seen: SeenBatch) -> None:
+        _check_new(seen, used)
+        kind, labels = seen.kind, seen.labels.cpu()
+        answers = heads.answers(seen)
+        is_right = answers == labels
+        others = ~torch.isin(labels, wanted)
+        is_taken = torch.isin(answers, wanted) & others
+        right[kind] += is_right.sum(1)
+        taken[kind] += is_taken.sum(1)
+        for place, holds in enumerate((is_right, is_taken)):
+            lost[kind, place] += (holds[0] & ~holds[1]).sum()
+            gained[kind, place] += (holds[1] & ~holds[0]).sum()
+        counts[kind] += torch.stack([torch.tensor(len(labels)), others.sum()])
+
+    see_sides(
+        model, heads.head, dataloader, marked, take,
+        paired=shortcuts.paired, unpack=unpack, show_progress=show_progress,
+    )  # fmt: skip
+    return right, taken, lost, gained, counts
+
+
+def _outputs(shortcuts: Shortcuts, outputs: Sequence[int | str] | None) -> list[int]:
+    if outputs is not None:
+        chosen = [index_of_class(output, shortcuts.class_names) for output in outputs]
+        if not chosen:
+            raise ValueError("outputs is empty; name at least one, or leave it out.")
+        return list(dict.fromkeys(chosen))
+    found = shortcuts.outputs
+    wins = shortcuts.predicted[found, 1] > shortcuts.predicted[found, 0]
+    if not len(found):
+        raise ValueError(
+            f"Nothing was found to repair: no output rises by more than {shortcuts.least} standard "
+            f"deviations at fdr={shortcuts.fdr}. To edit all the same, name outputs."
+        )
+    return list((found[wins] if bool(wins.any()) else found[:1]).tolist())
+
+
+def _check_same_head(head: LinearHead, shortcuts: Shortcuts) -> None:
+    own = head.weight.cpu().double()
+    if own.shape[1] != shortcuts.weight.shape[1] or not torch.equal(
+        own, shortcuts.weight[-len(own) :]
+    ):
+        raise ValueError(
+            f"The head {head.name!r} of this model has another weight than the one that the shortcuts "
+            "were found in; find them in this model."
+        )
+
+
+def _check_new(seen: SeenBatch, used: set[int]) -> None:
+    keys = image_keys(seen.inputs).tolist()
+    known = sum(key in used for key in keys)
+    if known:
+        raise ValueError(
+            f"{known} of the {len(keys)} images of batch {seen.batch.number} were used to find the "
+            "shortcuts; judge the repair on others."
+        )
+
+
+def _unit(edit: str) -> str:
+    return {"weights": "weights of the head", "filters": "filters", "directions": "directions"}[
+        edit
+    ]
