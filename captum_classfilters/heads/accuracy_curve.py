@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from captum_classfilters._core.batches import Batch, Batches, read_batches
 from captum_classfilters._core.outputs import two_classes
 from captum_classfilters._core.ranking import random_orders, ranks
+from captum_classfilters._core.replay.recorded_batch import plain_mode
+from captum_classfilters._core.replay.suffix_replay import SuffixReplay
 from captum_classfilters._core.tables import Table, Tabular, short_repr
 from captum_classfilters._core.taps import hooked
 from captum_classfilters._core.types import Dataloader, ModelInputs, Unpack
@@ -98,7 +100,8 @@ def accuracy_curve(
     The result equals :func:`~captum_classfilters.metrics.evaluate_classifier` of
     ``decompose(model, table.select(k), missing="bias")`` for every k. The data are read once. Where
     a batch's scores are seen to be the head's own, each point is one masked matrix product more in
-    the same forward pass; otherwise the model runs once for each point, and the log says so.
+    the same forward pass; otherwise what follows the head, or the model where that cannot run by
+    itself, runs once for each point, and the log says so.
 
     Args:
 
@@ -265,17 +268,49 @@ class _Trials:
             answers.append(two_classes(self.head.outputs(features, weight)).argmax(1))
 
     def _one_by_one(self, batch: Batch) -> list[Tensor]:
-        """Answers of the model itself, run once for each head."""
-        if not self.reported:
+        """Answers of the model itself, run once for each head: from the head on where that holds."""
+        first = not self.reported
+        if first:
             self.reported = True
             check_scores_follow(self.model, self.head, batch.inputs)
+        answers = self._behind_the_head(batch)
+        if first:
             logger.warning(
-                "The model's scores are not the very output of its head %r: it runs once for each of "
+                "The model's scores are not the very output of its head %r: %s runs once for each of "
                 "%d heads on every batch.",
                 self.head.name,
+                "it" if answers is None else "what follows it",
                 len(self.trials),
             )
-        return [self._with_head(batch, trial) for trial in self.trials]
+        if answers is None:
+            return [self._with_head(batch, trial) for trial in self.trials]
+        return answers
+
+    def _behind_the_head(self, batch: Batch) -> list[Tensor] | None:
+        """The same without running again what comes before the head; None where it cannot be left out,
+        or the first answers are not those of the whole model."""
+        features: list[Tensor] = []
+
+        def take(_module: nn.Module, inputs: ModelInputs, _output: object) -> None:
+            if not features:
+                features.append(inputs[0].clone())
+
+        try:
+            with hooked([self.head.module], take):
+                replay = SuffixReplay(self.model, self.head.module, batch.inputs, closed_form=False)
+            if replay.way != "replay":
+                return None
+            answers = []
+            for trial in self.trials:
+                weight = trial.weight(self.head, features[0].device)
+                logits = self.head.outputs(features[0], weight)
+                with plain_mode():
+                    scores = replay.replay(logits.to(replay.activation), 1)[0]
+                answers.append(self.reader.scores(batch, scores).argmax(1))
+        except (RuntimeError, ValueError):  # the plain way raises what is the model's own
+            return None
+        whole = self._with_head(batch, self.trials[0])
+        return answers if torch.equal(answers[0], whole) else None
 
     def _with_head(self, batch: Batch, trial: _Trial) -> Tensor:
         """Answers (N,) of the model with another head in the place of its own."""

@@ -100,6 +100,29 @@ def test_curves_equal_the_decomposed_models(name, caplog):
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_what_follows_the_head_runs_by_itself(caplog):
+    """The convolution does not run for each of 60 heads."""
+    runs: list[int] = []
+
+    class Counted(nn.Conv2d):
+        def forward(self, x):
+            runs.append(1)
+            return super().forward(x)
+
+    model = Net(after=torch.relu)
+    model.conv = Counted(2, 6, 3)
+    data = data_for(model)
+    curve = accuracy_curve(
+        model, table_for(), data, num_filters=range(1, 7), repetitions=9, **QUIET
+    )
+    assert "what follows it runs once for each of 60 heads" in caplog.text
+    assert len(runs) < 20 * len(data)
+    for number, accuracy in zip(curve.num_filters, curve.accuracy["class filters"], strict=True):
+        small = decompose(model, table_for(number=number))
+        assert evaluate_classifier(small, data, **QUIET).accuracy == accuracy
+
+
 @pytest.mark.parametrize("always", [True, False])  # a new tensor, or the head's own where it can be
 def test_a_clip_that_only_a_decomposed_head_reaches(always):
     class Clipped(nn.Module):
