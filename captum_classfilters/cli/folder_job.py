@@ -365,8 +365,13 @@ def write_manifest(output: Path, job: FolderJob, num_images: int) -> None:
 def write_rows(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
     """Write rows as CSV, under the columns that any of them has."""
     columns = list(dict.fromkeys(column for row in rows for column in row))
+    write_csv(path, columns, ([row.get(column, "") for column in columns] for row in rows))
+
+
+def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Write cells as CSV, under the titles of their columns."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, columns)
-    writer.writeheader()
+    writer = csv.writer(text)
+    writer.writerow(columns)
     writer.writerows(rows)
     write_text(path, text.getvalue())

@@ -22,8 +22,8 @@ from captum_classfilters.cli.folder_job import (
     FolderJob,
     load_model,
     open_folder,
+    write_csv,
     write_manifest,
-    write_rows,
 )
 from captum_classfilters.cli.model_sources import model_source
 from captum_classfilters.identify import identify_class_filters
@@ -97,20 +97,22 @@ def write_table(output: Path, name: str, table: ClassFilters) -> None:
     from captum_classfilters.visualize import plot_class_filters
 
     table.save(output / f"{name}.safetensors", overwrite=True)
-    scores, errors, selected = table.scores, table.standard_errors, table.selected
-    rows = [
-        {
-            "class": class_name,
-            "filter": column,
-            "score": float(scores[row, column]),
-            "standard_error": float("nan") if errors is None else float(errors[row, column]),
-            "selected": int(selected[row, column]),
-            "images": int(table.counts[row]),
-        }
-        for row, class_name in enumerate(table.class_names)
-        for column in range(table.num_filters)
-    ]
-    write_rows(output / f"{name}.csv", rows)
+    errors = table.standard_errors
+    # Lists, not tensors: a thousand classes by hundreds of filters are a million cells.
+    scores, selected = table.scores.tolist(), table.selected.int().tolist()
+    spread = torch.full_like(table.scores, torch.nan) if errors is None else errors
+    cells = zip(
+        table.class_names, scores, spread.tolist(), selected, table.counts.tolist(), strict=True
+    )
+    rows = (
+        (class_name, column, score, error, chosen, count)
+        for class_name, own, own_errors, own_selected, count in cells
+        for column, (score, error, chosen) in enumerate(
+            zip(own, own_errors, own_selected, strict=True)
+        )
+    )
+    columns = ("class", "filter", "score", "standard_error", "selected", "images")
+    write_csv(output / f"{name}.csv", columns, rows)
     figure, _ = plot_class_filters(table)
     write_figure(output / f"{name}.png", figure)
 
