@@ -1,12 +1,28 @@
-"""Draw the figures of the README and the documentation: ``python docs/make_figures.py``."""
+"""Draw the figures of the README and the documentation.
 
+    python docs/make_figures.py               # all of them
+    python docs/make_figures.py photograph    # some
+
+The photograph and its model's weights lie in `shared/data` beside the checkout, or where CLASSFILTERS_DATA
+points; without them that figure stays as it is.
+"""
+
+import csv
+import os
 import shutil
+import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from captum.attr import LayerAttribution
 from matplotlib.figure import Figure
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
 from torch.utils.data import DataLoader, Subset
+from torchvision import models, transforms
 
 from captum_classfilters import (
     ClassSpecificGate,
@@ -45,6 +61,10 @@ from captum_classfilters.visualize import (
     plot_spectrum,
 )
 
+DATA = Path(
+    os.environ.get("CLASSFILTERS_DATA", Path(__file__).resolve().parents[2] / "shared" / "data")
+)
+PHOTOGRAPH = "ILSVRC2012_val_00012557.JPEG"
 FIGURES = Path(__file__).parent / "figures"
 NAMES = {
     "class_filters_contribution.png": "class_filters.png",
@@ -84,17 +104,69 @@ def directions() -> None:
     figure.savefig(FIGURES / "class_separation.png", dpi=110)
 
 
-def main() -> None:
-    """Run the demo and keep its pictures; draw those that it has not."""
-    FIGURES.mkdir(exist_ok=True)
+def photograph() -> None:
+    """A photograph, and where the filters of its class look; they were found on others of the class."""
+    weights, folder = DATA / "squeezenet1_1_imagenet_fp16.safetensors", DATA / "imagenet_val1300"
+    if not weights.exists() or not folder.exists():
+        print(f"No photograph is drawn: {weights} or {folder} is not there.")
+        return
+    model = models.squeezenet1_1()
+    model.load_state_dict({name: value.float() for name, value in load_file(weights).items()})
+    with (folder / "labels.csv").open() as file:
+        labels = {row["file"]: int(row["class_index"]) for row in csv.DictReader(file)}
+    target, crop = labels[PHOTOGRAPH], transforms.CenterCrop(224)
+    names = models.SqueezeNet1_1_Weights.IMAGENET1K_V1.meta["categories"]
+    normalize = transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+    def opened(name: str) -> Tensor:
+        picture = crop(Image.open(folder / name).convert("RGB"))
+        return transforms.functional.to_tensor(picture)
+
+    others = [name for name, label in labels.items() if label == target and name != PHOTOGRAPH]
+    inputs = normalize(torch.stack([opened(name) for name in others]))
+    method = LayerFilterContribution(model.eval(), "features")
+    table = method.identify([(inputs, [target] * len(others))], num_filters=4, show_progress=False)
+    image = opened(PHOTOGRAPH)
+    maps = method.attribute(normalize(image)[None], target=target)[0].detach()
+    with torch.no_grad():
+        probability = float(model(normalize(image)[None]).softmax(1)[0, target])
+    columns = {f"filter {index}": maps[index] for index in table.filters_of(target).tolist()}
+    columns = {f"all {len(maps)} filters": maps.sum(0), **columns}
+    figure = overlaid(image, f"{names[target]}, {probability:.0%}", columns)
+    figure.savefig(FIGURES / "photograph.png", dpi=100)
+
+
+def overlaid(image: Tensor, title: str, maps: dict[str, Tensor]) -> Figure:
+    """An image (3, H, W), and beside it maps (h, w) that glow on it where they are positive."""
+    figure = Figure(figsize=(11, 2.4), layout="constrained")
+    axes, *places = figure.subplots(1, 1 + len(maps))
+    axes.imshow(image.movedim(0, -1))
+    axes.set_title(title, size=11, weight="bold")
+    pale = 0.25 + 0.5 * image.mean(0)
+    for place, (name, values) in zip(places, maps.items(), strict=True):
+        shape = tuple(image.shape[1:])
+        large = LayerAttribution.interpolate(values[None, None], shape, interpolate_mode="bicubic")
+        strength = (large[0, 0] / large.max()).clamp(0, 1)
+        place.imshow(pale, cmap="gray", vmin=0, vmax=1)
+        place.imshow(strength, cmap="inferno", alpha=(1.4 * strength).clamp(0, 0.85).numpy())
+        place.set_title(name, size=10)
+        place.set_xlabel(f"adds {float(values.sum()):+.1f}", size=10)
+    for axes in figure.axes:
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set_visible(False)
+    return figure
+
+
+def demo() -> None:
+    """The demo's pictures."""
     with tempfile.TemporaryDirectory() as folder:
         run_demo(folder)
         for source, name in NAMES.items():
             shutil.copy(Path(folder) / source, FIGURES / name)
-    spectra()
-    directions()
-    draw_comparisons()
-    draw_gates()
+
+
+def pruning() -> None:
+    """What pruning does to the digits network."""
     for name, figure in pruning_figures().items():
         figure.savefig(FIGURES / name, dpi=110)
 
@@ -192,5 +264,26 @@ def draw_comparisons() -> None:
     figure.savefig(FIGURES / "filter_contrast.png", dpi=110)
 
 
+DRAWN: dict[str, Callable[[], None]] = {
+    "photograph": photograph,
+    "demo": demo,
+    "spectra": spectra,
+    "directions": directions,
+    "comparisons": draw_comparisons,
+    "gates": draw_gates,
+    "pruning": pruning,
+}
+
+
+def main(names: list[str]) -> None:
+    """Draw the figures named, or all."""
+    unknown = [name for name in names if name not in DRAWN]
+    if unknown:
+        raise SystemExit(f"No figure is called {unknown[0]}; choose from {', '.join(DRAWN)}.")
+    FIGURES.mkdir(exist_ok=True)
+    for name in names or DRAWN:
+        DRAWN[name]()
+
+
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
