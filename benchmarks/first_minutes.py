@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from functools import wraps
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,8 +67,10 @@ def job(command: str, model: str, folder: Path, output: Path, small: bool) -> li
 
 def timed_run(started: float, arguments: Sequence[str]) -> dict[str, float]:
     """Run a command in this process, begun at a time; seconds of its parts."""
-    from captum_classfilters.cli import explain_folder, identify_folder
     from captum_classfilters.cli.main import main as command_line
+
+    module = import_module(f"captum_classfilters.cli.{arguments[0]}_folder")
+    run = getattr(module, f"run_{arguments[0]}")
 
     imported = time.time()
     reading, said = [0.0], list[tuple[float, float]]()
@@ -88,10 +91,6 @@ def timed_run(started: float, arguments: Sequence[str]) -> dict[str, float]:
     from torchvision.datasets import ImageFolder
 
     ImageFolder.__getitem__ = counted(ImageFolder.__getitem__)
-    module, run = {
-        "identify": (identify_folder, identify_folder.run_identify),
-        "explain": (explain_folder, explain_folder.run_explain),
-    }[arguments[0]]
     setattr(module, run.__name__, lambda opened: run(opened, write=says))
     left = command_line(arguments)
     ended, (stated, computed) = time.time(), said[0]
