@@ -128,6 +128,16 @@ def repaired() -> Any:
     return answers.repair(network(), shortcuts(), other, bright, outputs=[NAMES[0]], **QUIET)
 
 
+def unconfused() -> Any:
+    images, labels = data()
+    predicted = network()(images).argmax(1)
+    wrong = int((predicted != labels).nonzero()[0])
+    true, other = int(labels[wrong]), int(predicted[wrong])
+    judged = [(images.flip(-1), labels)]
+    options: dict[str, Any] = {"class_names": NAMES, "repetitions": 2, **QUIET}
+    return answers.repair_confusion(network(), loader(), judged, true, other, **options)
+
+
 def masks() -> tuple[torch.Tensor, torch.Tensor]:
     activations = torch.rand(IMAGES, FILTERS, 4, 4, generator=torch.Generator().manual_seed(2))
     return activations, metrics.center_box_maps(IMAGES, (4, 4)) > 0
@@ -303,6 +313,7 @@ RESULTS: dict[str, Any] = {
     # answers
     "Shortcuts": shortcuts,
     "Repair": repaired,
+    "ConfusionRepair": unconfused,
     # spectral
     "LayerSVD": svd,
     "ModelSVD": lambda: spectral.model_svd(network()),

@@ -372,6 +372,7 @@ def test_every_entry_with_a_loader_is_here():
     covered = inspect.getsource(sys.modules[__name__])
     elsewhere = {
         "compare_methods",  # reads a second loader: its own tests
+        "repair_confusion",  # reads a second loader: its own tests
         "repair",  # judges find_shortcuts on other images: its own tests
         "fine_tune",
         "accuracy_reduction",  # identify(metric="accuracy")

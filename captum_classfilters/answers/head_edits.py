@@ -29,11 +29,13 @@ class HeadEdit:
         means (Tensor): Shape (F,), the mean features.
         removed (Tensor, optional): Shape (C, F), bool. Entries of the weight that see the mean only.
         directions (Tensor, optional): Shape (F, r), orthonormal. What no output sees.
+        shift (Tensor, optional): Shape (C,). Added to the bias.
     """
 
     means: Tensor
     removed: Tensor | None = None
     directions: Tensor | None = None
+    shift: Tensor | None = None
 
     def weight_and_bias(self, head: LinearHead) -> tuple[Tensor, Tensor]:
         """The edited weight (C, F) and bias (C,), where the head is and of its type."""
@@ -47,6 +49,8 @@ class HeadEdit:
             lost = (weight @ directions) @ directions.T
         bias = torch.zeros(len(weight)) if head.bias is None else head.bias.detach().cpu()
         moved = bias.double() + lost @ self.means.double()
+        if self.shift is not None:
+            moved = moved + self.shift
         return (weight - lost).to(own), moved.to(own)
 
     def module(self, head: LinearHead) -> nn.Module:

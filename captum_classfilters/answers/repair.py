@@ -330,7 +330,7 @@ def _judged(
     wanted = torch.tensor(outputs, dtype=torch.int64)
 
     def take(seen: SeenBatch) -> None:
-        _check_new(seen, used)
+        check_new(seen, used)
         kind, labels = seen.kind, seen.labels.cpu()
         answers = heads.answers(seen)
         is_right = answers == labels
@@ -377,13 +377,13 @@ def _check_same_head(head: LinearHead, shortcuts: Shortcuts) -> None:
         )
 
 
-def _check_new(seen: SeenBatch, used: set[int]) -> None:
+def check_new(seen: SeenBatch, used: set[int]) -> None:
     keys = image_keys(seen.inputs).tolist()
     known = sum(key in used for key in keys)
     if known:
         raise ValueError(
-            f"{known} of the {len(keys)} images of batch {seen.batch.number} were used to find the "
-            "shortcuts; judge the repair on others."
+            f"{known} of the {len(keys)} images of batch {seen.batch.number} were used to find "
+            "what to edit; judge the repair on others."
         )
 
 

@@ -50,7 +50,7 @@ class Side:
 
 
 @dataclass
-class _Kept:
+class Kept:
     """Rows of one kind of images, batch by batch."""
 
     features: Rows = field(default_factory=Rows)
@@ -58,6 +58,15 @@ class _Kept:
     scores: Rows = field(default_factory=Rows)
     labels: Rows = field(default_factory=Rows)
     fingerprints: Rows = field(default_factory=Rows)
+
+    def add(self, seen: "SeenBatch") -> None:
+        """Add a batch."""
+        features = seen.run.features
+        self.features.add(features.flatten(2).mean(2) if features.dim() > 2 else features)
+        self.log_probabilities.add(seen.reader.log_probabilities(seen.batch, seen.run.output))
+        self.scores.add(seen.scores)
+        self.labels.add(seen.labels)
+        self.fingerprints.add(image_keys(seen.inputs))
 
     def side(self) -> Side:
         """All of them."""
@@ -102,15 +111,10 @@ def read_sides(
     show_progress: bool,
 ) -> tuple[Side, Side]:
     """What the head makes of images without something and with it, image by image."""
-    kept = (_Kept(), _Kept())
+    kept = (Kept(), Kept())
 
     def take(seen: SeenBatch) -> None:
-        features, own = seen.run.features, kept[seen.kind]
-        own.features.add(features.flatten(2).mean(2) if features.dim() > 2 else features)
-        own.log_probabilities.add(seen.reader.log_probabilities(seen.batch, seen.run.output))
-        own.scores.add(seen.scores)
-        own.labels.add(seen.labels)
-        own.fingerprints.add(image_keys(seen.inputs))
+        kept[seen.kind].add(seen)
 
     see_sides(
         model,
@@ -164,6 +168,21 @@ def see_sides(
                 run(kind, batches, reader, batch, *batch.inputs)
     if paired:
         check_pairs(*map(torch.cat, labels))
+
+
+def see_loader(
+    model: nn.Module,
+    head: LinearHead,
+    dataloader: Dataloader,
+    take: Callable[[SeenBatch], None],
+    *,
+    unpack: Unpack | None,
+    show_progress: bool,
+) -> None:
+    """Run every batch of one loader once, and call a function with it."""
+    with _reading(model, dataloader, "images", unpack, show_progress) as (batches, reader):
+        for batch in batches:
+            take(_seen(model, head, 0, batches, reader, batch, batch.inputs))
 
 
 def check_order(dataloader: Dataloader, name: str) -> None:
