@@ -138,6 +138,17 @@ def unconfused() -> Any:
     return answers.repair_confusion(network(), loader(), judged, true, other, **options)
 
 
+def reasons() -> Any:
+    detector = answers.ClassFilterOOD(network(), table())
+    return detector.fit(loader(), **QUIET).reasons(data()[0][:2])
+
+
+def forgetting_audit() -> Any:
+    forgotten = answers.forget_class(network(), loader(), 1, erase="probe", **QUIET)
+    models = {"original": network(), "forgotten": forgotten}
+    return answers.audit_forgetting(models, 1, loader(), loader(), **QUIET)
+
+
 def masks() -> tuple[torch.Tensor, torch.Tensor]:
     activations = torch.rand(IMAGES, FILTERS, 4, 4, generator=torch.Generator().manual_seed(2))
     return activations, metrics.center_box_maps(IMAGES, (4, 4)) > 0
@@ -314,6 +325,8 @@ RESULTS: dict[str, Any] = {
     "Shortcuts": shortcuts,
     "Repair": repaired,
     "ConfusionRepair": unconfused,
+    "UnknownReasons": reasons,
+    "ForgettingAudit": forgetting_audit,
     # spectral
     "LayerSVD": svd,
     "ModelSVD": lambda: spectral.model_svd(network()),

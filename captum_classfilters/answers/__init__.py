@@ -1,7 +1,17 @@
 """Answers: one call for each question, with what it rests on, its control and its cost."""
 
+from captum_classfilters.answers.audit_forgetting import audit_forgetting
 from captum_classfilters.answers.confusion import repair_confusion
+from captum_classfilters.answers.forget_class import forget_class
 from captum_classfilters.answers.repair import repair
 from captum_classfilters.answers.shortcuts import find_shortcuts
+from captum_classfilters.answers.unknown_inputs import ClassFilterOOD
 
-__all__ = ["find_shortcuts", "repair", "repair_confusion"]
+__all__ = [
+    "ClassFilterOOD",
+    "audit_forgetting",
+    "find_shortcuts",
+    "forget_class",
+    "repair",
+    "repair_confusion",
+]

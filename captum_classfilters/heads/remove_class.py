@@ -35,6 +35,9 @@ def remove_class(head: nn.Module, class_index: int) -> RemovedClass:
     do not change, and the filters that it alone used can go. (The use that Badola et al. name in
     their abstract.)
 
+    The features are as before: a linear probe on them tells the class as well as it did. To take it out of
+    the features, see ``captum_classfilters.answers.forget_class``.
+
     Args:
 
         head (nn.Module): The head, an ``nn.Linear``, an ungrouped 1x1 convolution or a

@@ -1,0 +1,221 @@
+"""A class forgotten in the representation, in closed form."""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from captum_classfilters._core.batches import Batch, Batches
+from captum_classfilters._core.copies import copied
+from captum_classfilters._core.layers import find_layer, find_layers
+from captum_classfilters._core.outputs import scores_per_class
+from captum_classfilters._core.types import Dataloader, Unpack
+from captum_classfilters._core.units import Rows, UnitTap, aggregated, read_units
+from captum_classfilters.heads.decomposed_linear import linear_layer
+from captum_classfilters.heads.linear_head import find_head, linear_head, replace_head
+
+#: What is taken out of the representation.
+Erase = Literal["prototype", "probe"]
+
+_SMALLEST = 1e-4  # of a prototype that must be left once the others are taken out
+_RIDGE = 1e-3  # of the mean variance, added to each
+
+
+def forget_class(
+    model: nn.Module,
+    dataloader: Dataloader,
+    class_index: int,
+    *,
+    erase: Erase = "prototype",
+    layers: str | nn.Module | Sequence[str | nn.Module] = (),
+    head: str | None = None,
+    unpack: Unpack | None = None,
+    show_progress: bool = True,
+) -> nn.Module:
+    r"""
+    A copy of the model whose features no longer tell one class, without training.
+
+    :func:`~captum_classfilters.heads.remove_class` takes the class's row out of the head; features
+    still tell it. Here a linear layer before the head takes one direction out of them, so that
+    nothing behind it has the class:
+
+    - ``"prototype"``: the part *u* of the class's mean features that no mixture of the other classes'
+      means has, :math:`z \mapsto z - u u^\top z` with *u* of length 1. The other classes' means stay
+      where they are (the projection against retained prototypes that DAMP is built on, at one
+      layer);
+    - ``"probe"``: what a linear probe reads. With *d* from the mean *g* of the other classes' images
+      to the class's mean and *S* their covariance, :math:`z \mapsto z - d \, n^\top (z - g)`,
+      :math:`n \propto S^{-1} d`, :math:`n^\top d = 1`. The class's mean goes to *g*. This
+      forgets more than a network does that never saw the class: the class may stand out by being
+      less distinct than it should.
+
+    What lies before the layer still knows the class; ``layers`` names layers further down where the
+    same is done, first to last, each on the network as changed so far. Singular directions are
+    channels of a factored layer, which may be named, too.
+
+    Args:
+
+        model (nn.Module): The model, which is not changed. It ends in a linear head.
+        dataloader (iterable): Batches of (inputs, labels), images of all classes; read once for each
+                    layer.
+        class_index (int): The class.
+        erase (str): One of the above.
+                    Default: "prototype"
+        layers (str, nn.Module or sequence of these): Layers further down, in the order in which they
+                    run.
+                    Default: ()
+        head (str, optional): The head's dotted name. By default the last linear layer.
+                    Default: None
+        unpack (Callable, optional): From a batch of another kind to the pair (inputs, labels).
+                    Default: None
+        show_progress (bool): Show a progress bar.
+                    Default: True
+
+    Returns:
+        *nn.Module*: The copy. In the place of the head stands an ``nn.Sequential`` of ``forget``, an
+        ``nn.Linear`` (F, F), and ``head``, as it was; in the place of each layer one of ``layer`` and
+        ``forget``, a 1x1 convolution where it has maps.
+
+    Raises:
+        ValueError: There is no such class, a class has no images, the head is not linear, or the
+                    other classes' means leave nothing of the class's.
+
+    Examples::
+
+        >>> from captum_classfilters.answers import forget_class
+        >>> from captum_classfilters.testing import planted_network
+        >>> planted = planted_network()
+        >>> data = planted.loader(100)
+        >>> forgotten = forget_class(planted.model, data, 1, show_progress=False)
+        >>> images, labels = next(iter(data))
+        >>> bool((forgotten(images).argmax(1) == 1).any())
+        False
+    """
+    if erase not in get_args(Erase):
+        raise ValueError(f"erase={erase!r}; choose 'prototype' or 'probe'.")
+    name = head or find_head(model)[0]
+    linear = linear_head(find_layer(model, name), name)
+    if not 0 <= class_index < len(linear.weight):
+        raise ValueError(
+            f"Class {class_index} is out of range: the head has {len(linear.weight)} outputs."
+        )
+    inner = list(find_layers(model, layers)) if layers or isinstance(layers, nn.Module) else []
+    changed = model
+    for place in [*inner, name]:
+        at_head = place == name
+        seen = _seen(changed, place, at_head, dataloader, unpack, show_progress)
+        own = copied(find_layer(changed, place))
+        eraser = _eraser(seen, class_index, erase).to(linear.weight.device)
+        parts = (
+            [("forget", eraser), ("head", own)] if at_head else [("layer", own), ("forget", eraser)]
+        )
+        around = nn.Sequential(OrderedDict(parts)).train(own.training)
+        changed = replace_head(changed, place, around)
+    return changed
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """A layer's means (N, K) for images and their labels (N,), and the form of its tensor."""
+
+    name: str
+    means: Tensor
+    labels: Tensor
+    num_classes: int
+    convolution_dims: int
+
+
+class _Reader(UnitTap):
+    """Notes the form of the layer's tensor."""
+
+    form = (0, 0)
+
+    def projected(self, tensor: Tensor) -> Tensor:
+        """The maps, as ever."""
+        self.form = self.axis_of(tensor), tensor.dim()
+        return super().projected(tensor)
+
+
+def _seen(
+    model: nn.Module,
+    name: str,
+    at_input: bool,
+    dataloader: Dataloader,
+    unpack: Unpack | None,
+    show_progress: bool,
+) -> _Seen:
+    """Read a layer on all images."""
+    tap = _Reader(model, find_layer(model, name), at_input=at_input)
+    tap.reduce = lambda maps: (aggregated(maps, "mean"),)
+    means, labels, classes = Rows(), Rows(), [0]
+
+    def take(batches: Batches, batch: Batch, output: object) -> None:
+        classes[0] = scores_per_class(output).shape[1]
+        means.add(tap.seen[0])
+        labels.add(batches.class_labels(batch, classes[0]))
+
+    read_units(model, [tap], dataloader, "forget", take, unpack=unpack, show_progress=show_progress)
+    axis, dims = tap.form
+    if axis not in (1, dims - 1):
+        raise ValueError(
+            f"The layer {name!r} has its filters on axis {axis} of {dims}; expected the axis after "
+            "the images, or the last."
+        )
+    convolution_dims = 0 if axis == dims - 1 else dims - 2
+    return _Seen(
+        name,
+        torch.cat(means.pieces()).double(),
+        torch.cat(labels.pieces()),
+        classes[0],
+        convolution_dims,
+    )
+
+
+def _eraser(seen: _Seen, class_index: int, erase: Erase) -> nn.Module:
+    """The layer z -> z - d n^T (z - g) that takes the class out."""
+    counts = torch.bincount(seen.labels, minlength=seen.num_classes)
+    if not bool((counts > 0).all()):
+        missing = int((counts == 0).nonzero()[0, 0])
+        raise ValueError(f"No image of class {missing}; images of all classes are needed.")
+    z = seen.means
+    sums = z.new_zeros(len(counts), z.shape[1]).index_add_(0, seen.labels, z)
+    prototypes = sums / counts[:, None]
+    if erase == "prototype":
+        toward = read = _residual(seen, prototypes, class_index)
+        center = torch.zeros_like(toward)
+    else:
+        others = z[seen.labels != class_index]
+        center = others.mean(0)
+        toward = prototypes[class_index] - center
+        read = _fisher(others - center, toward)
+    weight = torch.eye(len(toward), dtype=z.dtype) - torch.outer(toward, read)
+    bias = toward * (read @ center)
+    return linear_layer(weight.float(), bias.float(), seen.convolution_dims)
+
+
+def _residual(seen: _Seen, prototypes: Tensor, class_index: int) -> Tensor:
+    """The direction of a prototype that the others do not span."""
+    own = prototypes[class_index]
+    others = prototypes[torch.arange(len(prototypes)) != class_index]
+    rest = (
+        own - others.T @ torch.linalg.lstsq(others.T, own[:, None], driver="gelsd").solution[:, 0]
+    )
+    if float(rest.norm()) <= _SMALLEST * float(own.norm()):
+        raise ValueError(
+            f"The other classes' mean features span class {class_index}'s at {seen.name!r}, which has "
+            f"{len(own)} filters for {len(prototypes)} classes: no direction is its own. Choose "
+            "erase='probe', or a wider layer."
+        )
+    return rest / rest.norm()
+
+
+def _fisher(centered: Tensor, toward: Tensor) -> Tensor:
+    """What a linear probe would read, with a product of 1 with the class's mean."""
+    covariance = centered.T @ centered / len(centered)
+    ridge = _RIDGE * covariance.diagonal().mean().clamp(min=1e-12)
+    covariance.diagonal().add_(ridge)
+    read = torch.linalg.solve(covariance, toward)
+    return read / (read @ toward).clamp(min=1e-30)
