@@ -22,7 +22,7 @@ from captum_classfilters.identify.significance import image_keys
 Edit: TypeAlias = Literal["weights", "filters", "directions"]
 
 _SHARE_OF_FILTERS = 0.05
-_DIRECTIONS = 16
+_FILTERS_PER_DIRECTION = 80  # few filters have no directions to spare
 
 
 @short_repr
@@ -177,7 +177,7 @@ def repair(
         edit (str): ``"weights"``, ``"filters"`` or ``"directions"``.
                     Default: "directions"
         size (int, optional): Entries for each output, filters, or directions. By default what takes
-                    the mean rise back, 5 per cent of the filters, and 16 directions.
+                    the mean rise back, 5 per cent of the filters, and a direction for every 80 filters.
                     Default: None
         outputs (sequence, optional): Outputs that the edit is about, by index or name. By default
                     those found that win images.
@@ -257,7 +257,8 @@ def _edit(
         raise ValueError(f"size={size} is out of range; choose 1 to {most} {_unit(edit)}.")
     means = shortcuts.without.features.double().mean(0)
     if edit == "directions":
-        number = min(_DIRECTIONS, most) if size is None else size
+        default = min(most, max(1, num_filters // _FILTERS_PER_DIRECTION))
+        number = default if size is None else size
         return HeadEdit(means, directions=_directions(shortcuts, number))
     removed = torch.zeros(head.weight.shape, dtype=torch.bool)
     if edit == "filters":

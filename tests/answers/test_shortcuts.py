@@ -357,6 +357,10 @@ class TestRepair:
         with pytest.raises(ValueError, match="is decomposed"):
             repair(sparse, found, data(1), stamp, outputs=[2], **QUIET)
 
+    def test_few_filters_lose_one_direction(self, found):
+        """More would take the classes with them."""
+        assert repair(net(), found, data(1), stamp, repetitions=0, **QUIET).size == 1
+
     def test_without_controls(self, found):
         fixed = repair(net(), found, data(1), stamp, repetitions=0, **QUIET)
         assert fixed.right.shape == (2, 2)
