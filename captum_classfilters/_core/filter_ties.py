@@ -68,7 +68,7 @@ class Ties:
         sums = ~np.concatenate([np.ones(1, bool), *product])
         sums &= np.maximum(left, right) < FIRST_PARAMETER
         self._numbers, ends = np.unique(np.stack([left, right]), return_inverse=True)
-        ends = ends.reshape(2, -1)
+        ends = ends.reshape(2, -1).astype(np.int32)  # SciPy's graphs took no others before 1.12
         links = coo_array((np.ones(len(left), bool), (ends[0], ends[1])), (len(self._numbers),) * 2)
         number, self._groups = connected_components(links, directed=False)
         self._summed = np.zeros(number, bool)
