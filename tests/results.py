@@ -246,6 +246,11 @@ RESULTS: dict[str, Any] = {
     "FilterCurves": lambda: metrics.filter_curves(
         network(), "3", data()[0], {HOSTILE: scores()}, target=data()[1], num_filters=[2, 7]
     ),
+    "Validity": lambda: metrics.validate(
+        lambda loader: metrics.correlation_filters(*next(iter(loader))),
+        [features()],
+        num_filters=2,
+    ),
     "ClassCurves": lambda: metrics.class_curves(
         network(), "3", {HOSTILE: table()}, loader(), num_filters=[2, 7], **QUIET
     ),

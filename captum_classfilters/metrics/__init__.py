@@ -7,6 +7,7 @@ from captum_classfilters.metrics.compare_attributions import compare_attribution
 from captum_classfilters.metrics.compare_methods import compare_methods, standard_methods
 from captum_classfilters.metrics.evaluate_classifier import evaluate_classifier
 from captum_classfilters.metrics.feature_tables import (
+    correlation_filters,
     mutual_information_filters,
     selectivity_filters,
 )
@@ -36,6 +37,7 @@ from captum_classfilters.metrics.selectivity import (
     class_selectivity_index,
     selectivity_regularizer,
 )
+from captum_classfilters.metrics.validate import validate
 
 __all__ = [
     "assign_filters",
@@ -49,6 +51,7 @@ __all__ = [
     "collateral_damage",
     "compare_attributions",
     "compare_methods",
+    "correlation_filters",
     "evaluate_classifier",
     "explanation_for_sensitivity",
     "filter_curves",
@@ -66,6 +69,7 @@ __all__ = [
     "selectivity_filters",
     "selectivity_regularizer",
     "standard_methods",
+    "validate",
 ]
 
 # Their spelling in the first release.

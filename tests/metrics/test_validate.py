@@ -1,0 +1,222 @@
+"""Correlation with the label, and the card that says whether scores speak of it."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from captum_classfilters import ClassFilters, LayerFilterContribution
+from captum_classfilters.identify import collect_features
+from captum_classfilters.metrics import correlation_filters, validate
+
+QUIET = {"show_progress": False}
+pytestmark = pytest.mark.filterwarnings("ignore:.*are selected for")
+
+
+def telling(num_images: int = 300, num_classes: int = 5) -> tuple[Tensor, Tensor]:
+    """Filters c and c + C answer to class c, the latter weakly; two answer to nothing."""
+    labels = torch.arange(num_images) % num_classes
+    hot = nn.functional.one_hot(labels, num_classes).float()
+    noise = torch.rand(num_images, 2 * num_classes + 2)
+    return torch.cat([hot, 0.5 * hot, torch.zeros(num_images, 2)], 1) + 0.1 * noise, labels
+
+
+def joined(loader):
+    features, labels = zip(*loader, strict=True)
+    return torch.cat(features), torch.cat(labels)
+
+
+def correlation(loader) -> ClassFilters:
+    return correlation_filters(*joined(loader))
+
+
+def by_class(loader, divided: bool) -> ClassFilters:
+    """Sums, or means, of the responses to each class."""
+    features, labels = joined(loader)
+    counts = labels.bincount(minlength=5)
+    sums = torch.zeros(5, features.shape[1]).index_add_(0, labels, features)
+    scores = sums / counts[:, None] if divided else sums
+    return ClassFilters(scores, counts=counts, method="means" if divided else "sums")
+
+
+class TestCorrelation:
+    def test_it_is_pearsons(self):
+        features, labels = torch.randn(37, 4), torch.randint(0, 3, (37,))
+        scores = correlation_filters(features, labels).scores
+        for class_ in range(3):
+            for index in range(4):
+                pair = torch.stack([features[:, index], (labels == class_).float()])
+                expected = torch.corrcoef(pair)[0, 1]
+                torch.testing.assert_close(scores[class_, index].float(), expected)
+
+    def test_of_contributions_it_is_their_covariance_in_units_of_the_label(self):
+        features, labels, weight = torch.randn(37, 4), torch.randint(0, 3, (37,)), torch.randn(3, 4)
+        scores = correlation_filters(features, labels, weight).scores
+        for class_ in range(3):
+            label = (labels == class_).double()
+            for index in range(4):
+                contribution = (weight[class_, index] * features[:, index]).double()
+                pair = torch.stack([contribution, label])
+                expected = torch.cov(pair, correction=0)[0, 1] / label.std(correction=0)
+                torch.testing.assert_close(scores[class_, index], expected, rtol=1e-5, atol=1e-7)
+
+    def test_constant_filters_score_nothing(self):
+        features = torch.full((7, 2), 0.1)  # whose mean is not 0.1 in floating point
+        features[0, 1] = 3
+        scores = correlation_filters(features, torch.arange(7) % 2).scores
+        assert scores[:, 0].tolist() == [0, 0]
+        assert scores[0, 1] > 0
+
+    def test_classes_without_images_and_a_selection(self):
+        table = correlation_filters(
+            torch.tensor([[1.0, 0.0], [0.0, 1.0]]),
+            torch.tensor([2, 0]),
+            num_classes=4,
+            num_filters=1,
+            class_names=["a", "b", "c", "d"],
+            layer="conv",
+        )
+        assert table.classes_without_images == ["b", "d"]
+        assert table.filters_of("c").tolist() == [0]
+        assert table.filters_of("a").tolist() == [1]
+        assert table.layer == "conv"
+
+    @pytest.mark.parametrize(
+        ("change", "words"),
+        [
+            ({"labels": torch.zeros(6, dtype=torch.int64)}, "two classes with images"),
+            ({"weight": torch.ones(4, 2)}, r"\(4, 2\); expected \(2, 4\)"),
+            ({"features": torch.full((6, 4), math.nan)}, "NaN"),
+        ],
+    )
+    def test_what_is_refused(self, change, words):
+        given = {"features": torch.rand(6, 4), "labels": torch.arange(6) % 2} | change
+        with pytest.raises(ValueError, match=words):
+            correlation_filters(**given)
+
+
+class TestValidate:
+    def test_correlation_falls_in_both(self):
+        features, labels = telling()
+        card = validate(correlation, [(features, labels)], num_filters=2, features=features)
+        assert card.passes
+        assert bool((card.missing < -0.2).all())
+        assert bool((card.extra < -0.2).all())
+        assert card.stability.tolist() == [1.0] * 5
+        assert card.purity.tolist() == [1.0] * 5
+        assert card.chance == pytest.approx(2 / 12)
+        assert "speak of the label" in card.verdict
+        assert "does not fall" not in str(card)
+
+    def test_means_do_not_see_what_they_lack(self):
+        features, labels = telling()
+        card = validate(lambda loader: by_class(loader, True), [(features, labels)], num_filters=1)
+        assert not card.falls_with_missing_labels
+        assert card.falls_with_extra_labels
+        # As many others come, who answer with about .05 of noise in place of 1.05.
+        assert card.missing.abs().max() < 0.05
+        assert float(card.extra.mean()) == pytest.approx(-0.5 / 1.05, abs=0.12)
+        assert "lack it are not noticed" in card.verdict
+        assert card.purity is None
+
+    def test_sums_do_not_see_what_they_have_too_much(self):
+        features, labels = telling()
+        card = validate(lambda loader: by_class(loader, False), [(features, labels)], num_filters=1)
+        assert card.falls_with_missing_labels
+        assert card.missing.tolist() == pytest.approx([-0.5] * 5, abs=0.03)
+        assert not card.falls_with_extra_labels
+        assert "wrong labels are not noticed" in card.verdict
+
+    def test_scores_that_do_not_look(self):
+        def constant(loader):
+            counts = joined(loader)[1].bincount(minlength=5)
+            return ClassFilters(torch.arange(60.0).reshape(5, 12), counts=counts)
+
+        card = validate(constant, [telling()])
+        assert not card.passes
+        assert "neither test" in card.verdict
+        assert card.shuffled.tolist() == [1.0] * 5
+
+    def test_few_noisy_images_are_unstable(self):
+        data = [(torch.rand(20, 40), torch.arange(20) % 5)]
+        card = validate(correlation, data)
+        assert card.stability.mean() < 0.6
+        assert "take more images" in card.verdict
+
+    def test_batches_do_not_matter_nor_does_a_class_without_images(self):
+        features, labels = telling(305)
+        labels = torch.where(labels == 3, 4, labels)
+
+        def padded(loader):
+            return correlation_filters(*joined(loader), num_classes=6)
+
+        whole = validate(padded, [(features, labels)], features=features)
+        parts = validate(padded, list(zip(features.split(64), labels.split(64), strict=True)))
+        torch.testing.assert_close(parts.missing, whole.missing, equal_nan=True)
+        torch.testing.assert_close(parts.stability, whole.stability, equal_nan=True)
+        assert whole.missing.isnan().tolist() == [False, False, False, True, False, True]
+
+    def test_two_classes(self):
+        card = validate(correlation, [telling(num_classes=2)], num_filters=1)
+        assert card.missing.isfinite().all()
+        assert card.extra.isfinite().all()
+        assert card.passes
+
+    def test_a_method_over_a_model_left_as_found(self):
+        net = nn.Sequential(
+            nn.Conv2d(3, 7, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(7, 4)
+        ).train()
+        loader = [(torch.rand(22, 3, 6, 5), torch.arange(22) % 4) for _ in range(2)]
+        features, _ = collect_features(net, "1", loader, **QUIET)
+        method = LayerFilterContribution(net, "1")
+        card = validate(
+            lambda data: method.identify(data, **QUIET), loader, num_filters=2, features=features
+        )
+        assert card.method == "LayerFilterContribution"
+        assert net.training
+        assert card.to_pandas().shape[0] == 5
+
+    def test_another_pair_from_unpack(self):
+        features, labels = telling()
+        odd = [{"a": features, "b": labels}]
+        card = validate(
+            correlation, odd, num_filters=2, unpack=lambda batch: (batch["a"], batch["b"])
+        )
+        assert card.passes
+
+    @pytest.mark.parametrize(
+        ("options", "words"),
+        [
+            ({"identify": "contribution"}, "expected a function from a loader to a table"),
+            ({"identify": len}, "has no len|int; expected ClassFilters"),
+            ({"num_filters": 13}, "13"),
+            ({"features": torch.rand(3, 12)}, "do not fit"),
+            ({"dataloader": []}, "empty"),
+            ({"dataloader": [(torch.rand(4, 12), torch.rand(4))]}, "expected class indices"),
+        ],
+    )
+    def test_what_is_refused(self, options, words):
+        given = {"identify": correlation, "dataloader": [telling()]} | options
+        with pytest.raises((ValueError, TypeError), match=words):
+            validate(given.pop("identify"), given.pop("dataloader"), **given)
+
+    def test_a_shuffling_loader_is_refused(self):
+        class Shuffling:
+            generator = torch.Generator()  # of its own: the package puts the global one back
+
+            def __iter__(self):
+                features, labels = telling()
+                order = torch.randperm(len(labels), generator=self.generator)
+                yield features[order], labels[order]
+
+        with pytest.raises(ValueError, match="shuffle=False"):
+            validate(correlation, Shuffling())
+
+    def test_one_class_is_refused(self):
+        def means(loader):
+            features, labels = joined(loader)
+            return ClassFilters(features.mean(0)[None], counts=torch.tensor([len(labels)]))
+
+        with pytest.raises(ValueError, match="two classes"):
+            validate(means, [(torch.rand(6, 7), torch.zeros(6, dtype=torch.int64))])
