@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from copy import copy
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import torch
 from scipy import stats
@@ -16,6 +17,9 @@ from captum_classfilters._core.tables import Table, Tabular, short_repr
 from captum_classfilters._core.types import Dataloader, ModelInputs, Unpack
 from captum_classfilters.class_filters import ClassFilters
 from captum_classfilters.metrics.features import checked_features, checked_labels
+
+#: From a loader of pairs (inputs, labels) to a table.
+Identify: TypeAlias = Callable[[Any], ClassFilters]
 
 _FOLDS = 3  # of classes: two lose labels, the third gains as many as it has
 _FALLS = 0.05  # of the score: less is not told from no change
@@ -115,7 +119,7 @@ class Validity(Tabular):
 
 
 def validate(
-    identify: Callable[[Dataloader], ClassFilters],
+    identify: Identify,
     dataloader: Dataloader,
     *,
     num_filters: int = 5,
@@ -213,7 +217,7 @@ def validate(
     )
 
 
-def _identified(identify: Callable[[Dataloader], ClassFilters], data: Dataloader) -> ClassFilters:
+def _identified(identify: Identify, data: Dataloader) -> ClassFilters:
     table = identify(data)
     if not isinstance(table, ClassFilters):
         raise ValueError(f"identify returns a {type(table).__name__}; expected ClassFilters.")
@@ -221,7 +225,7 @@ def _identified(identify: Callable[[Dataloader], ClassFilters], data: Dataloader
 
 
 def _changes(
-    identify: Callable[[Dataloader], ClassFilters],
+    identify: Identify,
     data: "_Relabeled",
     chosen: ClassFilters,
     generator: torch.Generator,

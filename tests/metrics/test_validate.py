@@ -1,6 +1,7 @@
 """Correlation with the label, and the card that says whether scores speak of it."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from captum_classfilters import ClassFilters, LayerFilterContribution
 from captum_classfilters.identify import collect_features
 from captum_classfilters.metrics import correlation_filters, validate
 
-QUIET = {"show_progress": False}
+QUIET: dict[str, Any] = {"show_progress": False}
 pytestmark = pytest.mark.filterwarnings("ignore:.*are selected for")
 
 
@@ -104,6 +105,7 @@ class TestValidate:
         assert bool((card.missing < -0.2).all())
         assert bool((card.extra < -0.2).all())
         assert card.stability.tolist() == [1.0] * 5
+        assert card.purity is not None
         assert card.purity.tolist() == [1.0] * 5
         assert card.chance == pytest.approx(2 / 12)
         assert "speak of the label" in card.verdict
