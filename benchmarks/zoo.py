@@ -36,6 +36,7 @@ from benchmarks.shared import Table, count_processor_time, medians, parsed, pars
 from benchmarks.whole_models import (
     LABELS,
     NUM_CLASSES,
+    NothingToCompareError,
     Place,
     calibrated,
     check_decomposed,
@@ -87,9 +88,10 @@ class Case:
         """The last block that feeds the head; the head's own input where none does."""
         if self.detector:
             return self._in_backbone(4, 2)
-        rows = [row for row in self.layers.feeding_head if _positions(row) > 1]
-        if rows or self.layers.feeding_head:
-            return _place((rows or self.layers.feeding_head)[-1])
+        feeding = [row for row in self.layers.feeding_head if (row.num_filters or 0) >= FEWEST]
+        rows = [row for row in feeding if _positions(row) > 1] or feeding
+        if rows:
+            return _place(rows[-1])
         return None if self.layers.head is None else Place(self.layers.head, 1, at_input=True)
 
     @property
@@ -430,7 +432,7 @@ def outcome(check: Callable[[Case], None], case: Case) -> str:
     """``ok``, why an operation does not apply, or what is wrong."""
     try:
         check(case)
-    except DoesNotApplyError as reason:
+    except (DoesNotApplyError, NothingToCompareError) as reason:
         return str(reason)
     except Exception as error:
         return _told(error)

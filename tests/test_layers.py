@@ -203,11 +203,36 @@ def test_blocks_that_leave_their_last_module_behind() -> None:
     assert _axis(_Tokens(6), torch.rand(2, 3, 8, 8)) == 2  # sixteen: more tokens than filters
 
 
+class _NormFirst(nn.Module):
+    """Maps become tokens behind a convolution, and a normalization is registered after it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.projection, self.norm = nn.Conv2d(4, 6, 2, stride=2), _ChannelsFirstNorm(4)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.projection(self.norm(images)).flatten(2).transpose(1, 2)
+
+
+def test_the_last_registered_module_is_not_the_last_that_runs() -> None:
+    block = _NormFirst()
+    with pytest.raises(ValueError, match="both have the size of 6 filters inside"):
+        _axis(block, torch.rand(2, 4, 4, 6))  # (2, 6, 6)
+    assert _axis(block, torch.rand(2, 4, 6, 6)) == 2  # (2, 9, 6)
+    assert _axis(nn.Sequential(block, nn.Dropout(0.0)), torch.rand(2, 4, 6, 6)) == 2
+    # Behind the normalization of four, maps of which are tokens by now, nothing tells the axis.
+    with pytest.raises(ValueError, match="neither has the size of the 4 filters"):
+        filter_axis(nn.Dropout(), torch.rand(2, 9, 6), before=block.norm)
+    assert filter_axis(nn.Dropout(), torch.rand(2, 4, 3, 6), before=block.norm) == 1
+
+
 def test_blocks_that_reshape_what_their_last_module_puts_out() -> None:
     images = torch.rand(2, 3, 2, 3)
     moved = nn.Sequential(nn.Conv2d(3, 6, 1), _Permute(0, 2, 3, 1))
     assert _axis(moved, images) == 3
-    assert _axis(nn.Sequential(nn.Conv2d(3, 6, 1), nn.Flatten(2)), images) == 1  # six positions
+    with pytest.raises(ValueError, match="both have the size of 6 filters inside"):
+        _axis(nn.Sequential(nn.Conv2d(3, 6, 1), nn.Flatten(2)), images)  # of six positions
+    assert _axis(nn.Sequential(nn.Conv2d(3, 6, 1), nn.Flatten(2)), torch.rand(2, 3, 2, 4)) == 1
     doubled = nn.Sequential(nn.Linear(3, 6), nn.ZeroPad1d((0, 6)))  # wider than any module says
     assert _axis(doubled, torch.rand(2, 5, 3)) == 2
 

@@ -313,7 +313,7 @@ def filter_axis(
     if leaves == [layer] and layouts:
         return 1 if layouts == {"first"} else last
     if layouts == {"first"}:
-        return last if _moved_last(leaves[-1], tensor) else 1
+        return last if _moved_last(leaves[-1], tensor) or _flattened(leaves, layer, tensor) else 1
     return _axis_of_leaves(leaves, layer, tensor, mixed=layouts != {"last"})
 
 
@@ -398,6 +398,8 @@ def _dimensions(leaf: nn.Module, tensor: Tensor) -> int:
     for kind, axes in ((nn.BatchNorm1d, 3), (nn.BatchNorm2d, 4), (nn.BatchNorm3d, 5)):
         if isinstance(leaf, kind):
             return axes
+    if isinstance(leaf, nn.LayerNorm) and layer_layout(leaf) == "first":
+        return 4  # the form in which it was tried
     return tensor.dim()
 
 
@@ -423,6 +425,19 @@ def _moved_last(leaf: nn.Module, tensor: Tensor) -> bool:
     if width is None or tensor.shape[-1] != width or tensor.shape[1] == width:
         return False
     return tensor.shape[1] < width or tensor.dim() < _dimensions(leaf, tensor)
+
+
+def _flattened(leaves: Sequence[nn.Module], layer: nn.Module, tensor: Tensor) -> bool:
+    """Whether maps of a block of convolutions became tokens, whose last axis has the filters of one of
+    its modules where no module has the size of axis 1."""
+    if tensor.dim() >= max(_dimensions(leaf, tensor) for leaf in leaves):
+        return False
+    widths = {_width(leaf) for leaf in leaves}
+    if tensor.shape[1] == tensor.shape[-1] and tensor.shape[1] in widths:
+        raise _unknown_axis(
+            layer, tensor, f"both have the size of {tensor.shape[1]} filters inside"
+        )
+    return tensor.shape[-1] in widths and tensor.shape[1] not in widths
 
 
 def check_numbers(name: str, tensor: Tensor) -> None:
