@@ -288,7 +288,10 @@ class _Trials:
 
     def _behind_the_head(self, batch: Batch) -> list[Tensor] | None:
         """The same without running again what comes before the head; None where it cannot be left out,
-        or the first answers are not those of the whole model."""
+        or the first answers are not those of the whole model. An accelerator, whose host would wait
+        for these checks on every batch, runs the model."""
+        if batch.device.type != "cpu":
+            return None
         features: list[Tensor] = []
 
         def take(_module: nn.Module, inputs: ModelInputs, _output: object) -> None:
