@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from captum_classfilters._core.tables import Row, Table, Tabular, short_repr
 from captum_classfilters._core.types import Dataloader, Unpack
+from captum_classfilters.answers.head_edits import head_of
 from captum_classfilters.heads.head_features import HeadFeatures, head_features
-from captum_classfilters.heads.linear_head import LinearHead, find_head, linear_head
+from captum_classfilters.heads.linear_head import LinearHead
 
 _NEIGHBORS = 20
 _RIDGE = 1e-4
@@ -116,8 +117,7 @@ def audit_forgetting(
         raise ValueError("There is no model to audit.")
     measured = []
     for name, model in models.items():
-        path, module = find_head(model)
-        head = linear_head(module, path)
+        head = head_of(model, None)
         if not 0 <= class_index < len(head.weight):
             raise ValueError(
                 f"Class {class_index} is out of range: the head of {name!r} has "

@@ -10,9 +10,8 @@ from captum_classfilters._core.batches import dataset_names
 from captum_classfilters._core.ranking import descending, random_sets
 from captum_classfilters._core.tables import Table, Tabular, short_repr
 from captum_classfilters._core.types import Dataloader, Unpack
-from captum_classfilters.answers.head_edits import EditedHeads, HeadEdit, check_editable
+from captum_classfilters.answers.head_edits import EditedHeads, HeadEdit, check_editable, head_of
 from captum_classfilters.answers.repair import check_new
-from captum_classfilters.answers.shortcuts import head_to_edit
 from captum_classfilters.answers.sides import Kept, SeenBatch, Side, see_loader
 from captum_classfilters.class_filters import index_of_class, names_of_classes
 from captum_classfilters.heads import replace_head
@@ -174,7 +173,7 @@ def repair_confusion(
         >>> fixed.removed.tolist()
         [[False, False, False], [False, False, True]]
     """
-    own = head_to_edit(model, head)
+    own = head_of(model, head)
     check_editable(own)
     if len(own.weight) < 2:
         raise ValueError("The head has one output, whose threshold decides; move its bias instead.")

@@ -14,8 +14,10 @@ from captum_classfilters._core.layers import find_layer, find_layers
 from captum_classfilters._core.outputs import scores_per_class
 from captum_classfilters._core.types import Dataloader, Unpack
 from captum_classfilters._core.units import Rows, UnitTap, aggregated, read_units
+from captum_classfilters.answers.head_edits import head_of
 from captum_classfilters.heads.decomposed_linear import linear_layer
-from captum_classfilters.heads.linear_head import find_head, linear_head, replace_head
+from captum_classfilters.heads.linear_head import replace_head
+from captum_classfilters.metrics.selectivity import class_means
 
 #: What is taken out of the representation.
 Erase = Literal["prototype", "probe"]
@@ -96,8 +98,8 @@ def forget_class(
     """
     if erase not in get_args(Erase):
         raise ValueError(f"erase={erase!r}; choose 'prototype' or 'probe'.")
-    name = head or find_head(model)[0]
-    linear = linear_head(find_layer(model, name), name)
+    linear = head_of(model, head)
+    name = linear.name
     if not 0 <= class_index < len(linear.weight):
         raise ValueError(
             f"Class {class_index} is out of range: the head has {len(linear.weight)} outputs."
@@ -181,8 +183,7 @@ def _eraser(seen: _Seen, class_index: int, erase: Erase) -> nn.Module:
         missing = int((counts == 0).nonzero()[0, 0])
         raise ValueError(f"No image of class {missing}; images of all classes are needed.")
     z = seen.means
-    sums = z.new_zeros(len(counts), z.shape[1]).index_add_(0, seen.labels, z)
-    prototypes = sums / counts[:, None]
+    prototypes = class_means(z, seen.labels, seen.num_classes)
     if erase == "prototype":
         toward = read = _residual(seen, prototypes, class_index)
         center = torch.zeros_like(toward)

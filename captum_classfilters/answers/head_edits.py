@@ -8,12 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from captum_classfilters._core.heads import alike
+from captum_classfilters._core.layers import find_layer
 from captum_classfilters._core.outputs import class_scores, two_classes
 from captum_classfilters._core.taps import hooked
 from captum_classfilters._core.types import ModelInputs
 from captum_classfilters.answers.sides import SeenBatch
 from captum_classfilters.heads.decomposed_linear import DecomposedLinear, linear_layer, linear_map
-from captum_classfilters.heads.linear_head import LinearHead
+from captum_classfilters.heads.linear_head import LinearHead, find_head, linear_head
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,14 @@ class HeadEdit:
         return layer.train(head.module.training).requires_grad_(trains)
 
 
+def head_of(model: nn.Module, name: str | None) -> LinearHead:
+    """The head of that name, by default the last linear layer."""
+    if name is None:
+        name, module = find_head(model)
+        return linear_head(module, name)
+    return linear_head(find_layer(model, name), name)
+
+
 def check_editable(head: LinearHead) -> None:
     """Refuse a head whose entries mean something else."""
     if isinstance(head.module, DecomposedLinear):
@@ -88,7 +97,7 @@ class EditedHeads:
     A model's answers with other heads in the place of its own.
 
     Where the answers are seen to follow from the head's output, each head costs a product of matrices;
-    the first head is tried once against the model itself. Otherwise the model runs once for each.
+    the first head is tried against the model itself. Otherwise the model runs once for each.
 
     Args:
 
@@ -100,17 +109,14 @@ class EditedHeads:
     def __init__(self, model: nn.Module, head: LinearHead, edits: list[HeadEdit]) -> None:
         self.model, self.head = model, head
         self.heads = [edit.weight_and_bias(head) for edit in edits]
-        self._tried: set[int] = set()
+        self._holds: dict[int, bool] = {}  # the short cut, for each kind of images
 
     def answers(self, seen: SeenBatch) -> Tensor:
         """Classes (1 + E, N) that the model and each edited one predict, on the CPU."""
         own = seen.scores.argmax(1)
-        follow = self._follows(seen, own)
-        if follow is not None and seen.kind not in self._tried:
-            self._tried.add(seen.kind)
-            tried = self._after(follow, seen, 0)
-            if not torch.equal(tried.argmax(1), self._in_model(seen, 0)):
-                follow = None
+        follow, exact = self._follows(seen, own)
+        if follow is not None and not self._held(follow, exact, seen):
+            follow = None
         rows = [own]
         for place in range(len(self.heads)):
             if follow is None:
@@ -119,16 +125,28 @@ class EditedHeads:
                 rows.append(self._after(follow, seen, place).argmax(1))
         return torch.stack(rows).cpu()
 
-    def _follows(self, seen: SeenBatch, own: Tensor) -> Callable[[Tensor], Tensor] | None:
-        """How scores follow from the head's output, if that is seen on a batch."""
+    def _follows(
+        self, seen: SeenBatch, own: Tensor
+    ) -> tuple[Callable[[Tensor], Tensor] | None, bool]:
+        """How scores follow from the head's output, if that is seen on a batch; and whether that is in
+        the scores themselves, and not only in which is the largest."""
         logits = seen.run.logits
         for follow in _SCORES if logits.dim() == 2 else _MAPS:
             scores = two_classes(follow(logits))
-            if scores.shape == seen.scores.shape and (
-                bool(alike(scores, seen.scores)) or bool((scores.argmax(1) == own).all())
-            ):
-                return follow
-        return None
+            if scores.shape != seen.scores.shape:
+                continue
+            exact = bool(alike(scores, seen.scores))
+            if exact or bool((scores.argmax(1) == own).all()):
+                return follow, exact
+        return None, False
+
+    def _held(self, follow: Callable[[Tensor], Tensor], exact: bool, seen: SeenBatch) -> bool:
+        """Whether the first edited head answers as in the model: on this batch, or, where scores were
+        seen to follow, on the first of these images."""
+        if not exact or seen.kind not in self._holds:
+            tried = self._after(follow, seen, 0).argmax(1)
+            self._holds[seen.kind] = torch.equal(tried, self._in_model(seen, 0))
+        return self._holds[seen.kind]
 
     def _output(self, features: Tensor, place: int) -> Tensor:
         weight, bias = (part.to(features.device) for part in self.heads[place])

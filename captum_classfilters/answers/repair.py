@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from captum_classfilters._core.ranking import descending, random_sets
 from captum_classfilters._core.tables import Row, Table, Tabular, short_repr
 from captum_classfilters._core.types import Dataloader, Unpack
-from captum_classfilters.answers.head_edits import EditedHeads, HeadEdit, check_editable
-from captum_classfilters.answers.shortcuts import Shortcuts, head_to_edit
+from captum_classfilters.answers.head_edits import EditedHeads, HeadEdit, check_editable, head_of
+from captum_classfilters.answers.shortcuts import Shortcuts
 from captum_classfilters.answers.sides import Marked, SeenBatch, see_sides
 from captum_classfilters.class_filters import index_of_class
 from captum_classfilters.heads import replace_head
@@ -225,7 +225,7 @@ def repair(
         raise ValueError(f"edit={edit!r}; choose one of {', '.join(map(repr, get_args(Edit)))}.")
     if repetitions < 0:
         raise ValueError(f"repetitions={repetitions} must not be negative.")
-    head = head_to_edit(model, shortcuts.head)
+    head = head_of(model, shortcuts.head)
     check_editable(head)
     _check_same_head(head, shortcuts)
     chosen = _outputs(shortcuts, outputs)

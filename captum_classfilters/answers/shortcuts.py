@@ -9,16 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from captum_classfilters._core.batches import dataset_names
-from captum_classfilters._core.layers import find_layer
 from captum_classfilters._core.provenance import provenance
 from captum_classfilters._core.ranking import descending
 from captum_classfilters._core.tables import Table, Tabular, short_repr
 from captum_classfilters._core.types import Dataloader, JsonDict, Unpack
+from captum_classfilters.answers.head_edits import head_of
 from captum_classfilters.answers.relabelling import Relabelling
 from captum_classfilters.answers.sides import Marked, Side, read_sides
 from captum_classfilters.class_filters import index_of_class, names_of_classes
-from captum_classfilters.heads import find_head
-from captum_classfilters.heads.linear_head import LinearHead, linear_head
+from captum_classfilters.heads.linear_head import LinearHead
 from captum_classfilters.identify import false_discovery_adjusted
 
 _SHOWN = 5  # filters and outputs that are printed
@@ -231,7 +230,7 @@ def find_shortcuts(
         (tensor([2]), tensor([1]))
     """
     _check_options(fdr, least, permutations)
-    own = head_to_edit(model, head)
+    own = head_of(model, head)
     names = class_names if class_names is not None else dataset_names(dataloader)
     without, with_ = read_sides(
         model,
@@ -274,14 +273,6 @@ def find_shortcuts(
         fdr=fdr,
         provenance=provenance(model, options={"least": least, "fdr": fdr, "paired": paired}),
     )
-
-
-def head_to_edit(model: nn.Module, name: str | None) -> LinearHead:
-    """The head that can be edited."""
-    if name is None:
-        name, module = find_head(model)
-        return linear_head(module, name)
-    return linear_head(find_layer(model, name), name)
 
 
 def _signed_weight(head: LinearHead) -> Tensor:

@@ -1,6 +1,6 @@
 """Unknown inputs: told by the class filters, with the filters that say so."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import numpy as np
@@ -17,6 +17,7 @@ from captum_classfilters._core.units import Rows, UnitTap, aggregated
 from captum_classfilters.class_filters import ClassFilters
 from captum_classfilters.heads.decompose import fit_to_head
 from captum_classfilters.heads.linear_head import run_head
+from captum_classfilters.metrics.selectivity import class_means
 
 #: What the score is made of.
 Score = Literal["combined", "energy", "dice", "react", "line", "likeness"]
@@ -292,8 +293,8 @@ class ClassFilterOOD:
         z = seen.features
         known = _Known(
             float(np.quantile(z.numpy(), self.percentile)),
-            _class_means(z, seen.labels, counts),
-            _class_means(_root(z), seen.labels, counts),
+            class_means(z, seen.labels, len(counts)).float(),
+            class_means(_root(z), seen.labels, len(counts)).float(),
             {},
             {},
         )
@@ -308,18 +309,18 @@ class ClassFilterOOD:
             self._known = known
         scores = self._scores(z, predicted) + self._surprise(seen.earlier, predicted)
         threshold = float(np.quantile(scores.numpy(), self.known_rate))
-        return _Known(**{**vars(known), "threshold": threshold})
+        return replace(known, threshold=threshold)
 
     def _with_earlier(self, known: _Known, seen: _Seen, counts: Tensor) -> _Known:
         """The same with what an earlier layer has of known images."""
         assert seen.earlier is not None
-        means = _class_means(seen.earlier, seen.labels, counts)
+        means = class_means(seen.earlier, seen.labels, len(counts)).float()
         spread = (seen.earlier - means[seen.labels]).pow(2).mean(0).sqrt()
         spread = spread.clamp(min=float(spread.mean().clamp(min=1e-12)) * 1e-2)
         far = _distance(seen.earlier, means[seen.logits.argmax(1)], spread).double()
         known.location["earlier"] = float(np.quantile(far.numpy(), _RARE))
         known.scale["earlier"] = max(float(far.std(correction=0)), 1e-12)
-        return _Known(**{**vars(known), "earlier_means": means, "earlier_scale": spread})
+        return replace(known, earlier_means=means, earlier_scale=spread)
 
     # -- scores ----------------------------------------------------------------------------------
 
@@ -532,9 +533,3 @@ def _root(features: Tensor) -> Tensor:
 def _distance(means: Tensor, expected: Tensor, spread: Tensor) -> Tensor:
     """How far filters' means (N, K) are from what is expected, in squares of their spread."""
     return ((means - expected) / spread).pow(2).mean(1)
-
-
-def _class_means(rows: Tensor, labels: Tensor, counts: Tensor) -> Tensor:
-    """Means (C, F) of rows (N, F) over the images of each class."""
-    sums = rows.new_zeros(len(counts), rows.shape[1]).index_add_(0, labels, rows)
-    return sums / counts[:, None]

@@ -189,11 +189,8 @@ def correlation_filters(
     _check_two_classes(counts, "Correlation")
     constant = values.amax(0) == values.amin(0)
     centered = (values - values.mean(0)).masked_fill(constant, 0)
-    sums = torch.zeros(number, values.shape[1], dtype=torch.float64)
-    sums.index_add_(0, classes, centered)
-    share = counts.double() / len(values)
-    # In units of the label's deviation; 0 / 0, and so NaN, for a class without images.
-    scores = sums / len(values) / (share * (1 - share)).sqrt()[:, None]
+    odds = counts.double() / (len(values) - counts)
+    scores = odds.sqrt()[:, None] * class_means(centered, classes, number)
     if weight is None:
         scores = scores / centered.square().mean(0).sqrt().masked_fill(constant, 1)
     else:

@@ -4,13 +4,15 @@ import itertools
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from captum_classfilters.answers import find_shortcuts, repair
+from captum_classfilters.answers.head_edits import EditedHeads, HeadEdit, head_of
 from captum_classfilters.answers.relabelling import Relabelling
 from captum_classfilters.answers.repair import Edit
-from captum_classfilters.heads import decompose
+from captum_classfilters.answers.sides import see_loader
+from captum_classfilters.heads import decompose, replace_head
 from captum_classfilters.identify import false_discovery_adjusted
 from captum_classfilters.identify.accuracy_reduction import paired_interval
 from tests.models import QUIET, known
@@ -370,3 +372,41 @@ class TestRepair:
 def test_q_values_are_those_of_the_package(found):
     p = torch.tensor([1.0, 1.0, 1.0, 1 / 5000]).double()
     assert torch.allclose(found.filter_q, false_discovery_adjusted(p))
+
+
+class _Echo(nn.Module):
+    """Adds to the head's output, ten times, what its weight was; the largest score is the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(3, 2, bias=False)
+        self.echo = nn.Parameter(self.head.weight.detach().clone())
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.head(features) + 10 * nn.functional.linear(features, self.echo)
+
+
+def test_a_short_cut_that_did_not_hold_is_not_taken_later() -> None:
+    model = _Echo()
+    head = head_of(model, None)
+    removed = torch.tensor([[False] * 3, [True] * 3])
+    edit = HeadEdit(torch.zeros(3), removed)
+    heads = EditedHeads(model, head, [edit])
+    answers: list[Tensor] = []
+    features = torch.randn(36, 3)
+    data = [(part, torch.zeros(len(part), dtype=torch.int64)) for part in features.split(12)]
+    see_loader(
+        model,
+        head,
+        data,
+        lambda seen: answers.append(heads.answers(seen)),
+        unpack=None,
+        show_progress=False,
+    )
+    edited = replace_head(model, "head", edit.module(head))
+    expected = torch.stack([model(features).argmax(1), edited(features).argmax(1)])
+    head_alone = edit.module(head)(features).argmax(1)
+    differ = head_alone != expected[1]  # where the short cut would be wrong
+    assert not differ[:12].any()  # it seems to hold first
+    assert differ[12:].any()
+    assert torch.equal(torch.cat(answers, 1), expected)

@@ -179,6 +179,26 @@ class TestValidate:
         assert net.training
         assert card.to_pandas().shape[0] == 5
 
+    def test_methods_that_need_gradients(self):
+        """A loader that is read inside the pass does not switch them off."""
+        net = nn.Sequential(
+            nn.Conv2d(3, 7, 3), nn.Sigmoid(), nn.Conv2d(7, 5, 2), nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(), nn.Sigmoid(), nn.Linear(5, 4),
+        )  # fmt: skip
+        loader = [(torch.rand(22, 3, 6, 5), torch.arange(22) % 4) for _ in range(3)]
+        method = LayerFilterContribution(net, "1")
+        expected = method.identify(loader, **QUIET)
+        seen = []
+
+        def identify(data):
+            seen.append(method.identify(data, **QUIET))
+            return seen[-1]
+
+        with torch.no_grad():
+            validate(identify, loader, num_filters=2)
+        assert len(seen) == 7
+        assert torch.equal(seen[0].scores, expected.scores)
+
     def test_another_pair_from_unpack(self):
         features, labels = telling()
         odd = [{"a": features, "b": labels}]
