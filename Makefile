@@ -7,7 +7,7 @@ PYTEST_WORKERS ?= 2
 # Threads of each worker: more of them than cores wait for each other.
 TEST_THREADS ?= 1
 
-.PHONY: demo test attack lint types docs benchmarks figures format clean
+.PHONY: demo test attack lint types docs check-site benchmarks figures format clean
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/captum-classfilters demo --output $(DEMO_OUTPUT)
@@ -28,6 +28,10 @@ types: $(VENV)/.installed-lint $(VENV)/.installed-test
 
 docs: $(VENV)/.installed-docs
 	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html
+
+# The built pages in a browser: dead links and anchors, pictures, widths, accessibility.
+check-site: docs $(VENV)/.installed-test
+	CLASSFILTERS_SITE=docs/_build/html $(BIN)/python -m pytest -q tests/browser/test_browse_site.py
 
 format: $(VENV)/.installed-lint
 	$(BIN)/ruff format .

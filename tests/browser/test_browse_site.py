@@ -1,0 +1,60 @@
+"""The built documentation in a browser; `make check-site` builds it and runs this.
+
+Only with CLASSFILTERS_SITE, the folder of its pages: what an older build holds says nothing of the sources.
+"""
+
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+pytest.importorskip("axe_playwright_python", reason="needs axe-playwright-python")
+pytest.importorskip("playwright", reason="needs playwright")
+from tests.browser.browsing import complaints, dead_links, opened, untold_pictures
+
+if TYPE_CHECKING:
+    from playwright.sync_api import BrowserContext
+
+FOLDER = os.environ.get("CLASSFILTERS_SITE", "")
+pytestmark = pytest.mark.skipif(not FOLDER, reason="needs CLASSFILTERS_SITE, a built documentation")
+#: Start page, a tutorial, a page of the API, a how-to, and a page of pictures.
+PAGES = (
+    "index.html",
+    "tutorials/01_class_filters_in_five_minutes.html",
+    "api/index.html",
+    "atlas.html",
+    "pictures.html",
+)
+#: What axe finds in what Sphinx and its theme write around our pages, and why it stays.
+KNOWN = {
+    "aria-required-attr": "Sphinx writes captions of the sidebar as headings without a level",
+    "landmark-unique": "furo's two drawers, contents and navigation, are landmarks without names",
+    "region": "furo's link to a page's source lies beside all landmarks",
+    "scrollable-region-focusable": "wide code; browsers since 2024 let keys scroll it unasked",
+}
+
+
+@pytest.fixture(scope="module")
+def site() -> Path:
+    """The folder of the built pages."""
+    return Path(FOLDER).resolve()
+
+
+def test_nothing_is_dead(site: Path) -> None:
+    assert len(list(site.rglob("*.html"))) > 30
+    # Sphinx links sources back to an entry for each of their names, also those without one.
+    dead = [link for link in dead_links(site) if not re.match(r"_modules/.*: .*/api/", link)]
+    assert dead == []
+
+
+def test_every_picture_is_told(site: Path) -> None:
+    assert untold_pictures(site) == []
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page(browser: "BrowserContext", site: Path, name: str) -> None:
+    """At both widths, light and dark."""
+    with opened(browser, site / name) as page:
+        assert complaints(page, KNOWN) == []
