@@ -110,7 +110,8 @@ def accuracy_curve(
         dataloader (iterable): Batches of (inputs, labels).
         num_filters (sequence of int, optional): Numbers of filters for each class; by default 1, 2,
                     3, 5, 8, ... up to K.
-        repetitions (int): Number of random sets of filters in the control.
+        repetitions (int): Number of random sets of filters in the control. Classes for which no table
+                    has filters, those without images say, have none there either.
                     Default: 5
         head (str, optional): Dotted name of the head, as for :func:`decompose`.
                     Default: None
@@ -137,16 +138,19 @@ def accuracy_curve(
     fits = [fit_to_head(model, table, head) for table in tables.values()]
     if len({id(fit.head.module) for fit in fits}) > 1:
         raise ValueError("The tables belong to different heads; name one with head=.")
+    selections = [_selections(table, numbers) for table in tables.values()]
     trials = [
         trial
-        for fit, table in zip(fits, tables.values(), strict=True)
-        for trial in _trials(fit, _selections(table, numbers), numbers)
+        for fit, comes_in in zip(fits, selections, strict=True)
+        for trial in _trials(fit, comes_in, numbers)
     ]
-    shape = next(iter(tables.values())).scores.shape
+    first = selections[0]
+    nothing = torch.stack([(comes_in > first.shape[1]).all(1) for comes_in in selections]).all(0)
     generator = torch.Generator().manual_seed(0)
     if repetitions:
-        for order in random_orders(shape, repetitions, generator):
-            trials += _trials(fits[0], 1 + ranks(order), numbers)
+        for order in random_orders(first.shape, repetitions, generator):
+            drawn = (1 + ranks(order)).masked_fill(nothing[:, None], first.shape[1] + 1)
+            trials += _trials(fits[0], drawn, numbers)
     hits = _count(model, fits[0].head, trials, dataloader, unpack, show_progress)
     return _curve(hits, list(tables), numbers)
 
@@ -306,7 +310,7 @@ class _Trials:
             answers = []
             for trial in self.trials:
                 weight = trial.weight(self.head, features[0].device)
-                logits = self.head.outputs(features[0], weight)
+                logits = self.head.outputs_of_few(features[0], weight)
                 with plain_mode():
                     scores = replay.replay(logits.to(replay.activation), 1)[0]
                 answers.append(self.reader.scores(batch, scores).argmax(1))

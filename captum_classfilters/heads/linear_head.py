@@ -127,6 +127,22 @@ class LinearHead:
         bias = None if self.bias is None else self.bias.to(features.device)
         return linear_map(features, own, bias, self.convolution_dims)
 
+    def outputs_of_few(self, features: Tensor, weight: Tensor) -> Tensor:
+        """The same where most rows of a weight (C, F) are zero: these classes put out their bias."""
+        rows = weight.to(features.device).any(1).nonzero()[:, 0]
+        if 2 * len(rows) > len(weight):
+            return self.outputs(features, weight)
+        axis = 1 if self.convolution_dims else features.dim() - 1
+        bias = weight.new_zeros(len(weight)) if self.bias is None else self.bias
+        bias = bias.to(features.device)
+        own = linear_map(
+            features, weight.to(features.device)[rows], bias[rows], self.convolution_dims
+        )
+        shape = [*own.shape[:axis], len(weight), *own.shape[axis + 1 :]]
+        along = [-1 if place == axis else 1 for place in range(own.dim())]
+        everywhere = bias.to(own).reshape(along).expand(shape)
+        return everywhere.index_copy(axis, rows, own)
+
     def is_this(self, features: object, output: object) -> Tensor:
         """Whether an output of the module is :meth:`outputs` of its input, as a bool of no axes."""
         if not isinstance(features, Tensor) or not isinstance(output, Tensor):

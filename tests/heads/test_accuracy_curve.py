@@ -91,6 +91,19 @@ class TestCurve:
             assert curve.accuracy["t"][place] == accuracy
         assert curve.smallest(0.0001, "t") == 1
 
+    def test_random_filters_have_the_task_of_the_tables(self):
+        """A class without filters has its bias alone in the control, too: all filters of the others
+        are then the same head."""
+        model, data = Net(), data_for(Net(), number=60)
+        scores = torch.rand(3, 6, generator=torch.Generator().manual_seed(3)) + 0.1
+        table = ClassFilters(
+            scores, torch.tensor([4, 4, 0]), layer="relu", provenance=table_for().provenance
+        )
+        curve = accuracy_curve(model, table, data, num_filters=(2, 6), repetitions=4, **QUIET)
+        assert curve.random_standard_deviation[1] == 0
+        assert curve.random_mean[1] == next(iter(curve.accuracy.values()))[1]
+        assert curve.random_mean[1] != pytest.approx(curve.full_accuracy)
+
     def test_random_filters_differ_by_repetition(self):
         model, data = Net(), data_for(Net(), number=60)
         curve = accuracy_curve(model, table_for(), data, num_filters=(2, 6), repetitions=8, **QUIET)

@@ -23,6 +23,7 @@ from captum_classfilters.heads import (
     remove_class,
     replace_head,
 )
+from captum_classfilters.heads.linear_head import linear_head
 from captum_classfilters.metrics import evaluate_classifier
 from tests.heads.common import (
     HOLDING,
@@ -372,3 +373,20 @@ def test_hooks_of_the_model_go_with_the_copy():
     model.conv.register_forward_hook(lambda _module, _inputs, output: 2 * output)
     decomposed = decompose(model, table_for(number=6))
     assert torch.allclose(decomposed(images()), model(images()), atol=1e-5)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kept", [[], [4], [1, 5], [0, 1, 2, 3, 4, 5]])
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [(nn.Linear, (5, 3)), (nn.Linear, (5, 2, 3)), (nn.Conv2d, (5, 3, 4, 2))],
+)
+def test_rows_that_are_zero_put_out_the_bias(layer, shape, kept, bias):
+    options = {"kernel_size": 1} if layer is nn.Conv2d else {}
+    head = linear_head(layer(3, 6, bias=bias, **options))
+    weight = torch.zeros_like(head.weight)
+    weight[kept] = head.weight[kept]
+    features = torch.rand(shape)
+    outputs = head.outputs_of_few(features, weight)
+    assert outputs.shape == head.outputs(features, weight).shape
+    assert torch.allclose(outputs, head.outputs(features, weight), atol=1e-6)
