@@ -172,7 +172,7 @@ def check_writable(path: AnyPath) -> None:
         target, _ = _target(path)
         _probe(*_temporary_names(target))
     except OSError as error:
-        raise ValueError(_explained(error, path).strerror or str(error)) from error
+        raise _refusal(error, path) from error
 
 
 def check_writable_folder(path: AnyPath) -> None:
@@ -188,10 +188,18 @@ def check_writable_folder(path: AnyPath) -> None:
         raise ValueError(
             f"{folder} cannot be written: it is a file; expected a folder for the results."
         )
-    check_writable(os.path.join(folder, "results"))
+    result = os.path.join(folder, "results")  # whatever has that name already is no obstacle
+    try:
+        _probe(*_temporary_names(result))
+    except OSError as error:
+        raise _refusal(error, result) from error
 
 
 # -- how -------------------------------------------------------------------------------------------
+
+
+def _refusal(error: OSError, path: AnyPath) -> ValueError:
+    return ValueError(_explained(error, path).strerror or str(error))
 
 
 def _check_kind(status: os.stat_result, path: AnyPath) -> None:

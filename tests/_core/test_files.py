@@ -369,6 +369,13 @@ def test_paths_that_cannot_be_written_are_told_before(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["file"]
 
 
+def test_a_folder_for_results_may_have_a_neighbor_of_any_name(tmp_path):
+    (tmp_path / "results").mkdir()
+    check_writable_folder(tmp_path / "atlas")
+    check_writable_folder(tmp_path)
+    assert os.listdir(tmp_path) == ["results"]
+
+
 def test_folders_for_results_may_be_new(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     check_writable_folder(tmp_path)
