@@ -874,12 +874,12 @@ class ClassFilters(Tabular):
         order = descending(self._scores)
         title = "filters, best first" if some else "best filters, none of them selected"
         rows: list[Row] = []
-        for row, name in enumerate(self.class_names):
+        for row in self._counts.eq(0).sort(stable=True).indices.tolist():  # those with images first
             kept = order[row][self._selected[row][order[row]]] if some else order[row]
             shown = ", ".join(map(str, kept[:_SHOWN].tolist())) if self._counts[row] else ""
             rows.append(
                 {
-                    "class": name,
+                    "class": self.class_names[row],
                     "images": int(self._counts[row]),
                     "selected": chosen[row],
                     title: shown + (", …" if shown and len(kept) > _SHOWN else ""),

@@ -38,6 +38,16 @@ def full_table():
     ).select(2)
 
 
+def test_classes_with_images_are_printed_first():
+    scores = torch.full((50, 3), torch.nan)
+    scores[[44, 7]] = torch.tensor([[1.0, 2.0, 0.0], [5.0, 4.0, 3.0]])
+    counts = torch.zeros(50).scatter(0, torch.tensor([44, 7]), 3.0)
+    rows = str(table(scores, counts)).splitlines()[2:]
+    assert [row.split()[0] for row in rows[:4]] == ["7", "44", "0", "1"]
+    assert rows[0].split()[1] == rows[1].split()[1] == "3"
+    assert len(table(scores, counts).to_pandas()) == 150
+
+
 class TestSelect:
     def test_by_number_with_ties_to_the_lower_filter(self):
         chosen = table().select(num_filters=2)

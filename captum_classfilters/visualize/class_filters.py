@@ -39,7 +39,7 @@ def plot_class_filters(
 
     Scores of both signs get a diverging color map centered at zero, others a sequential one; colors
     saturate at the 99.5th percentile, so that one filter does not hide the rest. Classes without
-    images are gray.
+    images are gray, or left out of a table of more classes than are drawn.
 
     Args:
 
@@ -67,7 +67,10 @@ def plot_class_filters(
     """
     check_order(order)
     scores = class_filters.scores
-    rows = chosen(classes, _largest(scores, 1), "classes", class_filters.class_names)
+    sizes = _largest(scores, 1)
+    rows = chosen(classes, sizes, "classes", class_filters.class_names)
+    if isinstance(classes, int) and len(rows) < len(scores) and (sizes >= 0).any():
+        rows = rows[sizes[rows] >= 0]
     columns = chosen(filters, _largest(scores[rows], 0), "filters")
     if order == "class":
         columns = columns[by_class(scores[rows][:, columns])]

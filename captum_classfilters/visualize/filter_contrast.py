@@ -14,6 +14,8 @@ from captum_classfilters.visualize.figures import (
     short_names,
 )
 
+_REACH = 4  # times the largest score: what an interval has room for
+
 
 def plot_filter_contrast(
     contrast: FilterContrast,
@@ -25,6 +27,8 @@ def plot_filter_contrast(
 ) -> FigureAndAxes:
     r"""
     The filters that speak most for and most against a class, as bars with intervals.
+
+    Of few images intervals are many times as long as the bars; the picture then cuts them, and says so.
 
     Args:
 
@@ -51,6 +55,10 @@ def plot_filter_contrast(
     axes.barh(rows, scores, color=colors, alpha=0.75)
     axes.hlines(rows, interval[:, 0], interval[:, 1], color="black", linewidth=1)
     axes.axvline(0, color="black", linewidth=0.8)
+    reach = _REACH * float(abs(scores).max())
+    cut = reach > 0 and bool((abs(interval) > reach).any())
+    if cut:
+        axes.set_xlim(-reach, reach)
     axes.set_yticks(rows, [f"filter {index}" for index in shown.tolist()], fontsize=8)
     axes.invert_yaxis()
     favored, against = short_names([contrast.favored, contrast.against])
@@ -59,6 +67,7 @@ def plot_filter_contrast(
         f"{contrast.method} at {contrast.layer}",
         exactness(contrast.provenance),
         f"{contrast.num_images:,} images",
+        "intervals cut" if cut else "",
     ]
     axes.set_title(title or ", ".join(filter(None, told)), loc="left", fontsize=10)
     axes.grid(axis="x", color="0.9")

@@ -1,5 +1,7 @@
 """Methods against methods: every number against its definition, and the picture."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -247,6 +249,19 @@ def test_picture_of_a_contrast():
     np.testing.assert_allclose([[a[0], b[0]] for a, b in segments], expected.numpy())
     _, axes = plot_filter_contrast(contrast, num_filters=99)
     assert len(axes.patches) == 4
+    assert "cut" not in axes.get_title(loc="left")
+
+
+def test_long_intervals_of_a_contrast_leave_its_bars_visible():
+    scores, errors, freedom = torch.tensor([0.5, -0.25]), torch.ones(2), torch.full((2,), 2.0)
+    contrast = FilterContrast("cat", "dog", scores, errors, freedom, 0.0, 3)
+    assert contrast.interval(simultaneous=True).abs().max() > 4
+    _, axes = plot_filter_contrast(contrast)
+    assert axes.get_xlim() == (-2, 2)
+    assert axes.get_title(loc="left").endswith("3 images, intervals cut")
+    assert len(axes.patches) == 2
+    _, axes = plot_filter_contrast(dataclasses.replace(contrast, scores=torch.zeros(2)))
+    assert "cut" not in axes.get_title(loc="left")
 
 
 def test_singular_directions_are_compared_where_they_are_the_filters():

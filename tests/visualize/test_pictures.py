@@ -67,6 +67,20 @@ class TestPictures:
         best = one.scores.argmax(0)[order].tolist()
         assert best == sorted(best)
 
+    def test_heat_map_of_few_classes_with_images_among_many(self):
+        scores, counts = torch.full((60, 5), torch.nan), torch.zeros(60)
+        scores[[7, 50]], counts[[7, 50]] = torch.rand(2, 5), torch.ones(2)
+        one = ClassFilters(scores, counts)
+        _, axes = plot_class_filters(one)
+        assert [label.get_text() for label in axes.get_yticklabels()] == ["7", "50"]
+        assert "2 of 60 classes" in axes.get_xlabel()
+        _, axes = plot_class_filters(one, classes=[3, 7])  # as asked for
+        assert [label.get_text() for label in axes.get_yticklabels()] == ["3", "7"]
+        _, axes = plot_class_filters(one, classes=60)
+        assert axes.images[0].get_array().shape == (60, 5)
+        _, axes = plot_class_filters(ClassFilters(scores.fill_(torch.nan), 0 * counts))
+        assert len(axes.images[0].get_array()) == 40
+
     def test_heat_map_of_votes_and_of_many_classes(self):
         _, axes = plot_class_filters(table(signed=False))
         assert axes.images[0].norm.vmin == 0
