@@ -1,10 +1,12 @@
 """Sphinx configuration. Tutorials are executed while the documentation is built."""
 
+import sys
 from pathlib import Path
 
-import jupytext
-
 from captum_classfilters import __version__
+
+sys.path.insert(0, str(Path(__file__).parent))
+from make_notebooks import page, scripts
 
 project = "captum_classfilters"
 author = "The captum_classfilters developers"
@@ -40,11 +42,9 @@ nb_merge_streams = True
 nb_execution_show_tb = True
 
 # The tutorials are plain scripts with cells (jupytext's percent format); here they are notebooks.
-_here = Path(__file__).parent
-_notebooks = _here / "tutorials"
+_notebooks = Path(__file__).parent / "tutorials"
 _notebooks.mkdir(exist_ok=True)
-for script in sorted((_here.parent / "tutorials").glob("*.py")):
-    notebook = _notebooks / f"{script.stem}.ipynb"
-    text = jupytext.writes(jupytext.read(script), fmt="ipynb")
-    if not notebook.exists() or notebook.read_text() != text:
-        notebook.write_text(text)
+for script in scripts():
+    notebook, text = _notebooks / f"{script.stem}.ipynb", page(script)
+    if not notebook.exists() or notebook.read_text(encoding="utf-8") != text:
+        notebook.write_text(text, encoding="utf-8")
