@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, Subset, TensorDataset
 from torchvision import models, transforms
 
 from captum_classfilters import (
@@ -29,9 +29,23 @@ from captum_classfilters import (
     LayerFilterAblation,
     LayerFilterContribution,
 )
+from captum_classfilters.answers import (
+    ClassFilterOOD,
+    audit_forgetting,
+    find_shortcuts,
+    forget_class,
+    repair,
+    repair_confusion,
+)
 from captum_classfilters.cli.demo import load_digits, run_demo, small_cnn, train_classifier
 from captum_classfilters.gates import GatedTrainer, GateSchedule
-from captum_classfilters.identify import collect_features, contrast_classes, exemplars, unit_scores
+from captum_classfilters.identify import (
+    collect_features,
+    confusion_filters,
+    contrast_classes,
+    exemplars,
+    unit_scores,
+)
 from captum_classfilters.metrics import (
     compare_methods,
     mutual_information_bound,
@@ -48,17 +62,21 @@ from captum_classfilters.spectral import compare_with_random, model_svd, separat
 from captum_classfilters.visualize import (
     plot_class_bars,
     plot_class_separation,
+    plot_confusion_repair,
     plot_exemplars,
     plot_exponents,
     plot_filter_contrast,
     plot_filter_correlation,
     plot_filter_grid,
+    plot_forgetting,
     plot_gate_and_weight,
     plot_hypergraph,
     plot_method_comparison,
     plot_mutual_information,
     plot_removal_curves,
+    plot_shortcuts,
     plot_spectrum,
+    plot_unknown_reasons,
 )
 
 DATA = Path(
@@ -264,12 +282,88 @@ def draw_comparisons() -> None:
     figure.savefig(FIGURES / "filter_contrast.png", dpi=110)
 
 
+def draw_answers() -> None:
+    """A patch that stands for a digit, digits of unknown classes, and a digit forgotten."""
+    digits = load_digits()
+    (x, y), test = digits.train.dataset.tensors, (digits.test_images, digits.test_labels)  # type: ignore[attr-defined]
+    find, judge = ([(test[0][part], test[1][part])] for part in HALVES)
+    quiet = {"show_progress": False}
+    generator = torch.Generator().manual_seed(0)
+    patched = (y == 3) & (torch.rand(len(y), generator=generator) < 0.95)
+    model = trained_on(torch.where(patched[:, None, None, None], stamped(x), x), y)
+    found = find_shortcuts(model, find, stamped, **quiet)
+    save(plot_shortcuts(found), "shortcuts")
+    repaired = repair(model, found, judge, stamped, edit="filters", size=10, **quiet)
+    save(plot_shortcuts(repaired), "repair")
+    find, judge = ([(stamped(images), labels) for images, labels in part] for part in (find, judge))
+    method = LayerFilterContribution(model, "filters")
+    errors = confusion_filters(method, find, **quiet)
+    fixed = repair_confusion(model, find, judge, *errors.largest()[0], **quiet)
+    save(plot_confusion_repair(fixed), "confusion_repair")
+    draw_unknown_digits(x, y, *test)
+    draw_forgetting(x, y, *test)
+
+
+def draw_unknown_digits(x: Tensor, y: Tensor, test_x: Tensor, test_y: Tensor) -> None:
+    """Why a network that knows zero to seven takes eights and nines for neither."""
+    known = [(x[y < 8], y[y < 8])]
+    model = trained_on(*known[0], classes=8)
+    table = LayerFilterContribution(model, "filters").identify(
+        known, num_filters=10, show_progress=False
+    )
+    detector = ClassFilterOOD(model, table).fit(known, show_progress=False)
+    reasons = detector.reasons(test_x[test_y >= 8][:8], num_filters=8)
+    save(plot_unknown_reasons(reasons), "unknown_reasons")
+
+
+def draw_forgetting(x: Tensor, y: Tensor, test_x: Tensor, test_y: Tensor) -> None:
+    """What is left of the threes, in three ways to forget them."""
+    model, data = trained_on(x, y), [(x, y)]
+    quiet = {"show_progress": False}
+    models = {
+        "the network": model,
+        "forgotten by prototype": forget_class(model, data, 3, **quiet),
+        "forgotten by probe": forget_class(model, data, 3, erase="probe", **quiet),
+        "trained without": trained_on(x[y != 3], y[y != 3]),
+    }
+    audit = audit_forgetting(models, 3, data, [(test_x, test_y)], **quiet)
+    print(audit)
+    save(plot_forgetting(audit, title="What is still known of the digit 3"), "forgetting")
+
+
+HALVES = (slice(360), slice(360, None))
+
+
+def stamped(images: Tensor) -> Tensor:
+    """A white patch in a corner."""
+    images = images.clone()
+    images[:, :, :2, :2] = 1
+    return images
+
+
+def trained_on(x: Tensor, y: Tensor, classes: int = 10) -> torch.nn.Module:
+    """The digits network, trained on these."""
+    torch.manual_seed(0)
+    model = small_cnn()
+    model.head = torch.nn.Linear(64, classes)
+    loader = DataLoader(
+        TensorDataset(x, y), 64, shuffle=True, generator=torch.Generator().manual_seed(0)
+    )
+    return train_classifier(model, loader, epochs=15, show_progress=False)
+
+
+def save(drawn: tuple[Figure, object], name: str) -> None:
+    """Keep a picture."""
+    drawn[0].savefig(FIGURES / f"{name}.png", dpi=110)
+
+
 DRAWN: dict[str, Callable[[], None]] = {
     "photograph": photograph,
     "demo": demo,
     "spectra": spectra,
     "directions": directions,
     "comparisons": draw_comparisons,
+    "answers": draw_answers,
     "gates": draw_gates,
     "pruning": pruning,
 }

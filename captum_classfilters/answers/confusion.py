@@ -33,7 +33,8 @@ class ConfusionRepair(Tabular):
 
     Args:
 
-        model (nn.Module): A copy of the model with the edited head.
+        model (nn.Module): A copy of the model with the edited head; with its own head, and nothing in
+                    ``removed``, where no edit was found.
         removed (Tensor): Shape (C, F), bool. Entries of the head's weight that see a filter's mean in
                     its place.
         true, predicted (str): The classes.
@@ -98,7 +99,17 @@ class ConfusionRepair(Tabular):
         formats = dict.fromkeys(("before", "after", "bias instead", "random edits"), ".4f")
         formats |= dict.fromkeys(("change", "low", "high"), "+.4f")
         title = f"{int(self.removed.sum()):,} weights of the head edited, judged on other images"
-        return [Table(rows, formats, title, bars=("change",))]
+        if not bool(self.removed.any()):
+            title = (
+                "The model is unchanged: of the edits that were tried, none turns more of the cell's images "
+                "right than it turns others wrong"
+            )
+        notes = []
+        if bool(self.removed.any()) and self.gained[4] <= self.lost[4]:
+            notes = [
+                f"no gain on other images: {int(self.gained[4]):,} turn right, {int(self.lost[4]):,} wrong"
+            ]
+        return [Table(rows, formats, title, notes=notes, bars=("change",))]
 
 
 def repair_confusion(
@@ -140,7 +151,7 @@ def repair_confusion(
         head (str, optional): Dotted name of the head; by default the last linear layer.
                     Default: None
         class_names (sequence of str, optional): C names. By default those of the data set.
-        size (int, optional): How many entries to edit.
+        size (int, optional): How many entries to edit, also where that turns more wrong than right.
                     Default: None
         repetitions (int): Random edits of the control.
                     Default: 20
@@ -228,13 +239,13 @@ class _Search:
         self.saved = saved[0] + saved[1].clamp(max=0)
 
     def edit(self, size: int | None) -> HeadEdit:
-        """The edit of so many entries, or of the number that turns most right."""
+        """The edit of so many entries, or of the number that turns most right; of none without gain."""
         order = descending(self.saved.flatten())
         if size is None:
             most = max(1, round(_LARGEST_SHARE * len(order)))
             sizes = sorted({round(1.3**step) for step in range(64) if 1.3**step <= most})
             nets = torch.stack([self._net(self._without(order[:number])) for number in sizes])
-            size = sizes[int(nets.argmax())]
+            size = sizes[int(nets.argmax())] if bool((nets > 0).any()) else 0
         removed = torch.zeros(self.weight.shape, dtype=torch.bool)
         rows = torch.zeros(2, self.weight.shape[1], dtype=torch.bool)
         rows.view(-1)[order[:size]] = True

@@ -17,6 +17,7 @@ from captum_classfilters.visualize.feature_visualization import (
     visualize_features,
 )
 from captum_classfilters.visualize.filter_contrast import plot_filter_contrast
+from captum_classfilters.visualize.forgetting import plot_forgetting
 from captum_classfilters.visualize.hypergraph import plot_class_separation, plot_hypergraph
 from captum_classfilters.visualize.method_comparison import plot_method_comparison
 from captum_classfilters.visualize.optimized_images import plot_features
@@ -26,8 +27,9 @@ from captum_classfilters.visualize.pruning import (
     plot_filter_grid,
     plot_removal_curves,
 )
-from captum_classfilters.visualize.shortcuts import plot_shortcuts
+from captum_classfilters.visualize.shortcuts import plot_confusion_repair, plot_shortcuts
 from captum_classfilters.visualize.spectra import plot_exponents, plot_spectrum
+from captum_classfilters.visualize.unknown_inputs import plot_unknown_reasons
 
 __all__ = [
     "FeatureObjective",
@@ -39,6 +41,7 @@ __all__ = [
     "plot_class_overlap",
     "plot_class_separation",
     "plot_comparison",
+    "plot_confusion_repair",
     "plot_exemplars",
     "plot_explanations",
     "plot_exponents",
@@ -47,6 +50,7 @@ __all__ = [
     "plot_filter_correlation",
     "plot_filter_grid",
     "plot_filter_maps",
+    "plot_forgetting",
     "plot_gate_and_weight",
     "plot_hypergraph",
     "plot_method_comparison",
@@ -55,5 +59,6 @@ __all__ = [
     "plot_removal_curves",
     "plot_shortcuts",
     "plot_spectrum",
+    "plot_unknown_reasons",
     "visualize_features",
 ]

@@ -1,7 +1,8 @@
-"""Outputs that a shortcut raises, and what a repair changes."""
+"""Outputs that a shortcut raises, and what repairs change."""
 
 import torch
 
+from captum_classfilters.answers.confusion import ConfusionRepair
 from captum_classfilters.answers.repair import Repair
 from captum_classfilters.answers.shortcuts import Shortcuts
 from captum_classfilters.visualize.arrays import out_of
@@ -51,6 +52,68 @@ def plot_shortcuts(
     if isinstance(result, Repair):
         return _draw_repair(result, title, plt_fig_axis)
     return _draw_shortcuts(result, most, title, plt_fig_axis)
+
+
+def plot_confusion_repair(
+    repair: ConfusionRepair,
+    *,
+    title: str | None = None,
+    plt_fig_axis: FigureAndAxes | None = None,
+) -> FigureAndAxes:
+    r"""
+    What a repair of a confusion changes: the cell, and what it costs elsewhere.
+
+    Dots are changes in points of each row's images, with Tango's paired intervals; beside them stand a
+    lowered bias and random edits of the same size. Shares before and after stand beside the rows.
+
+    Args:
+
+        repair (ConfusionRepair): From :func:`captum_classfilters.answers.repair_confusion`.
+        title (str, optional): Title.
+        plt_fig_axis (tuple, optional): Figure and axes to draw on; new ones by default.
+
+    Returns:
+        *tuple* of figure and axes.
+    """
+    figure, axes = axes_of(plt_fig_axis, (7.2, 3.2))
+    rows, shares = range(len(repair.counts)), 100 * repair.shares
+    changes, interval = shares - shares[:, :1], 100 * repair.interval()
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.hlines(rows, interval[:, 0].numpy(), interval[:, 1].numpy(), color=COLORS[0], linewidth=1)
+    if shares.shape[1] > 3:
+        random = changes[:, 3:].mean(1)
+        axes.plot(random.numpy(), rows, "x", color=GRAY, label="random edits, mean")
+    bias = changes[:, 2].numpy()
+    axes.plot(bias, rows, "s", color=COLORS[1], fillstyle="none", label="a lowered bias")
+    axes.plot(changes[:, 1].numpy(), rows, "o", color=COLORS[0], label="the edit")
+    true, predicted = short_names([repair.true, repair.predicted])
+    names = (
+        f"{true}, taken for\n{predicted}",
+        f"{true}, right",
+        f"{predicted}, right",
+        "other classes, right",
+        "all, right",
+    )
+    told = [
+        f"{name}\n{before:.1f} → {after:.1f} %" if count else f"{name}\nno image"
+        for name, (before, after), count in zip(
+            names, shares[:, :2].tolist(), repair.counts.tolist(), strict=True
+        )
+    ]
+    axes.set_yticks(rows, told, fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel("change, points of these images")
+    size = int(repair.removed.sum())
+    edited = (
+        f"{size:,} of the head's {repair.removed.numel():,} weights edited"
+        if size
+        else "No edit was found: model unchanged"
+    )
+    axes.set_title(title or edited, loc="left", fontsize=10)
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8)
+    axes.grid(axis="x", color="0.9")
+    quiet(axes)
+    return figure, axes
 
 
 def _draw_shortcuts(

@@ -66,6 +66,35 @@ class TestRepairConfusion:
         assert fixed.hits[0, 2] <= fixed.hits[0, 0]
         assert fixed.hits.shape == (5, 3)
 
+    def test_without_gain_the_model_is_unchanged(self):
+        """Each image of the cell looks as one of the other class does; the other class has more."""
+        x = torch.rand(4, 4, 1, 1, generator=torch.Generator().manual_seed(0))
+        x[:, 1] += 1
+        images = (
+            x.repeat(3, 1, 1, 1)
+            + torch.arange(3)[:, None].repeat_interleave(4, 0)[..., None, None] * 1e-4
+        )
+        labels = torch.ones(12, dtype=torch.int64)
+        labels[:4] = 0
+        find = [(images, labels)]
+        fixed = repair_confusion(net(), find, data(1), 0, 1, repetitions=3, **QUIET)
+        assert not fixed.removed.any()
+        assert "The model is unchanged" in str(fixed)
+        for name, own in net().state_dict().items():
+            assert torch.equal(fixed.model.state_dict()[name], own)
+        assert torch.equal(fixed.hits[:, 0], fixed.hits[:, 1])
+        assert int(fixed.lost.sum() + fixed.gained.sum()) == 0
+        assert fixed.hits.shape == (5, 6)
+        forced = repair_confusion(net(), find, data(1), 0, 1, size=2, repetitions=0, **QUIET)
+        assert int(forced.removed.sum()) == 2  # a size that is asked for is edited
+        assert "2 weights of the head edited" in str(forced)
+
+    def test_no_gain_on_other_images_is_said(self):
+        fixed = repair_confusion(net(), data(0), data(1), 0, 1, size=8, repetitions=0, **QUIET)
+        assert fixed.hits[4, 1] < fixed.hits[4, 0]
+        turned = f"{int(fixed.gained[4])} turn right, {int(fixed.lost[4])} wrong"
+        assert f"no gain on other images: {turned}" in str(fixed)
+
     def test_refusals(self):
         with pytest.raises(ValueError, match="Both classes are"):
             repair_confusion(net(), data(0), data(1), 1, 1, **QUIET)

@@ -13,8 +13,11 @@ from matplotlib.text import Text
 from torch.utils.data import TensorDataset
 
 from captum_classfilters import ClassFilters, visualize
+from captum_classfilters.answers.audit_forgetting import ForgettingAudit
+from captum_classfilters.answers.confusion import ConfusionRepair
 from captum_classfilters.answers.shortcuts import Shortcuts
 from captum_classfilters.answers.sides import Side
+from captum_classfilters.answers.unknown_inputs import UnknownReasons
 from captum_classfilters.heads.accuracy_curve import AccuracyCurve
 from captum_classfilters.identify.contrastive import FilterContrast
 from captum_classfilters.identify.exemplars import Exemplars, ExemplarSide
@@ -146,6 +149,33 @@ class Data:
             fdr=0.05,
         )
 
+    def confusion_repair(self):
+        removed = torch.zeros(self.classes, self.filters, dtype=torch.bool)
+        removed[0, 0] = self.kind != "zero"
+        counts = torch.tensor([20, 20, 30, 0, 50])  # of two classes, none is another
+        hits = torch.tensor([5, 15, 27, 0, 42])[:, None].expand(5, 6)
+        change = torch.tensor([-2, 1, -1, 0, 0])
+        moved = torch.stack([0 * change, change, -change, *[0 * change] * 3], 1)
+        lost, gained = (-change).clamp(min=0), change.clamp(min=0)
+        names = self.names[0], self.names[1]
+        return ConfusionRepair(
+            torch.nn.Identity(), removed, *names, hits + moved, lost, gained, counts
+        )
+
+    def reasons(self, images=20):
+        named = min(self.filters, 7)
+        scores = self(images).cpu()
+        after = scores[:, None] - self.uniform(images, named).cpu().cumsum(1)
+        filters = torch.arange(named).expand(images, -1)
+        values, predicted = self.uniform(images, named).cpu(), torch.arange(images) % self.classes
+        return UnknownReasons(
+            scores, predicted, filters, values, 1 - values, after, 0.5, tuple(self.names)
+        )
+
+    def audit(self):
+        models = self.methods if self.classes < 1000 else [f"model {m}" for m in range(20)]
+        return ForgettingAudit(tuple(models), *self.uniform(5, len(models)).cpu().double())
+
     def spectra(self):
         widths = [9] * (self.layers + 1)
         torch.manual_seed(0)
@@ -180,6 +210,7 @@ CALLS = {
     "plot_comparison": lambda d, v, **o: v.plot_comparison(
         d.comparison(), class_names=d.names, **o
     ),
+    "plot_confusion_repair": lambda d, v, **o: v.plot_confusion_repair(d.confusion_repair(), **o),
     "plot_exemplars": lambda d, v, **o: v.plot_exemplars(
         d.exemplars(), TensorDataset(d.uniform(3, 3, 8, 8)), [0], class_names=d.names, **o
     ),
@@ -205,6 +236,7 @@ CALLS = {
     "plot_filter_maps": lambda d, v, **o: v.plot_filter_maps(
         d.uniform(3, 8, 8), d(d.filters, 4, 4), d.table(), 1, **o
     ),
+    "plot_forgetting": lambda d, v, **o: v.plot_forgetting(d.audit(), **o),
     "plot_gate_and_weight": lambda d, v, **o: v.plot_gate_and_weight(
         d.uniform(d.classes, d.filters),
         d(d.classes, d.filters),
@@ -231,6 +263,7 @@ CALLS = {
     "plot_removal_curves": lambda d, v, **o: v.plot_removal_curves(d.curves(), **o),
     "plot_shortcuts": lambda d, v, **o: v.plot_shortcuts(d.shortcuts(), **o),
     "plot_spectrum": lambda d, v, **o: v.plot_spectrum(next(iter(d.spectra())), **o),
+    "plot_unknown_reasons": lambda d, v, **o: v.plot_unknown_reasons(d.reasons(), **o),
 }
 SIZES: dict[str, dict[str, Any]] = {
     "many": {"classes": 60, "filters": 300, "layers": 30, "long": True},
@@ -303,6 +336,50 @@ def test_draws_on_the_callers_axes(name):
         drawn(name, "plain", plt_fig_axis=(own, [own.axes[0]] * 81))
     with pytest.raises(ValueError, match="pair of figure and axes"):
         drawn(name, "plain", plt_fig_axis=own)
+
+
+def test_a_confusion_repair_shows_changes_in_points():
+    _, axes = drawn("plot_confusion_repair", "plain")
+    dots = {line.get_label(): np.asarray(line.get_xdata()) for line in axes.get_lines()}
+    cell, true, predicted, other, every = dots["the edit"]
+    assert (cell, true, every) == pytest.approx((-10, 5, 0))
+    assert predicted == pytest.approx(-100 / 30)
+    assert np.isnan(other)
+    assert dots["a lowered bias"][0] == pytest.approx(10)
+    assert dots["random edits, mean"][0] == 0
+    assert labels(axes, "y")[:1] == ["class 0, taken for\nclass 1\n25.0 → 15.0 %"]
+    assert labels(axes, "y")[3] == "other classes, right\nno image"
+    assert axes.get_title(loc="left") == "1 of the head's 24 weights edited"
+    _, axes = drawn("plot_confusion_repair", "zero")
+    assert "model unchanged" in axes.get_title(loc="left")
+
+
+def test_reasons_show_the_most_unknown_images_and_where_they_pass():
+    data = Data(**SIZES["plain"])
+    found = data.reasons()
+    _, axes = visualize.plot_unknown_reasons(found, most=3)
+    order = found.scores.argsort(descending=True)[:3].tolist()
+    rings = [line for line in axes.get_lines() if line.get_fillstyle() == "none"]
+    assert [float(np.asarray(line.get_xdata())[0]) for line in rings] == pytest.approx(
+        found.scores[order].tolist()
+    )
+    assert labels(axes, "y") == [f"image {i}, as class {i % 4}" for i in order]
+    assert [text.get_text() for text in axes.texts] == ["filters 0, 1, 2, 3, 4, …"] * 3
+    assert "the 3 of 20 images, the most unknown" in axes.get_title(loc="left")
+    with pytest.raises(ValueError, match="most=0"):
+        visualize.plot_unknown_reasons(found, most=0)
+
+
+def test_bars_of_an_audit_are_its_numbers():
+    audit = Data(**SIZES["plain"]).audit()
+    _, axes = visualize.plot_forgetting(audit)
+    heights = [[bar.get_height() for bar in bars] for bars in axes.containers]
+    columns = [audit.forget_accuracy, audit.retain_accuracy, audit.linear_probe]
+    columns += [audit.neighbor_probe, audit.other_classes_probe]
+    torch.testing.assert_close(torch.tensor(heights).T, torch.stack(columns), check_dtype=False)
+    legend = axes.get_legend()
+    assert legend is not None
+    assert [text.get_text() for text in legend.get_texts()] == list(audit.models)
 
 
 def labels(axes, side):
