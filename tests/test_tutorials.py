@@ -32,9 +32,9 @@ RUN = """
 import runpy, sys
 from captum_classfilters._core import extras
 asked, plain = set(), extras.extra
-def recording(module, *rest):
+def recording(module, *rest, **options):
     asked.add(module.partition(".")[0])
-    return plain(module, *rest)
+    return plain(module, *rest, **options)
 extras.extra = recording
 runpy.run_path(sys.argv[1], run_name="__main__")
 print("\\nasked for", *sorted(asked))
@@ -81,6 +81,7 @@ def test_there_are_tutorials():
         "05_train_class_specific_filters",
         "06_spectral_view",
         "07_your_model_and_folder",
+        "08_from_shortcut_to_repair",
     }
 
 
