@@ -46,11 +46,13 @@ class Answers:
         labels (Tensor): Shape (N,).
         predicted (Tensor): Shape (N,).
         probability (Tensor): Shape (N,), of the predicted class.
+        channels_last (bool): Whether all batches of images lay in memory that way.
     """
 
     labels: Tensor
     predicted: Tensor
     probability: Tensor
+    channels_last: bool = False
 
     def of_class(self, index: int, right: bool, most: int) -> list[int]:
         """The images of a class that are right, or wrong, the surest first."""
@@ -244,6 +246,7 @@ class Survey:
     def answers(self) -> Answers:
         """What the model says of each image that may be shown."""
         parts: list[tuple[Tensor, Tensor, Tensor]] = []
+        channels_last = True
         with read_batches(self.model, self.test_dataloader, "answers", **self.options) as batches:
             reader = ScoreReader(self.model, batches)
             for batch in batches:
@@ -252,7 +255,9 @@ class Survey:
                 best, predicted = scores.max(1)
                 labels = batch.class_labels(scores.shape[1])
                 parts.append((labels.cpu(), predicted.cpu(), best.exp().cpu()))
-        return Answers(*(torch.cat(part) for part in zip(*parts, strict=True)))
+                channels_last &= _in_channels_last(batch.inputs[0])
+        labels, predicted, probability = (torch.cat(part) for part in zip(*parts, strict=True))
+        return Answers(labels, predicted, probability, channels_last)
 
     def compared(
         self, model: nn.Module, tables: Mapping[str, ClassFilters], num_filters: int
@@ -267,6 +272,10 @@ class Survey:
             num_parameters(model),
             {name: found[name][CONTRIBUTION] for name in names},
         )
+
+
+def _in_channels_last(images: Tensor) -> bool:
+    return images.dim() == 4 and images.is_contiguous(memory_format=torch.channels_last)
 
 
 def num_parameters(model: nn.Module) -> int:

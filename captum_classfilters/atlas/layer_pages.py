@@ -288,6 +288,7 @@ class LayerPages:
             self.shown.images,
             indices,
             targets,
+            channels_last=self.shown.answers.channels_last,
         )
         for place, image in enumerate(indices):
             self.explained[image] = self._explained_image(image, scores[place])

@@ -136,6 +136,8 @@ def write_explained(
     images: ShownImages,
     indices: Sequence[int],
     targets: Sequence[int],
+    *,
+    channels_last: bool = False,
 ) -> Tensor:
     r"""
     Draw some images beside Integrated Gradients, Grad-CAM and the maps of their class's filters.
@@ -148,11 +150,15 @@ def write_explained(
         images (ShownImages): All images.
         indices (sequence of int): Those to draw.
         targets (sequence of int): The class that each is explained for.
+        channels_last (bool): How the model takes its images in memory.
 
     Returns:
         *Tensor* of shape (N, K): what each filter contributes to the target's score.
     """
-    inputs = on_device(images.inputs(indices), device_of(model))
+    inputs = images.inputs(indices)
+    if channels_last:
+        inputs = inputs.contiguous(memory_format=torch.channels_last)
+    inputs = on_device(inputs, device_of(model))
     target = torch.tensor(list(targets), device=inputs.device)
     with model_left_as_found(model, evaluation=True, freeze=True):
         maps = _maps(model, table, inputs, target)

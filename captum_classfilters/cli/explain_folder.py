@@ -59,7 +59,13 @@ def run_explain(job: FolderJob, write: Callable[[str], None] = print) -> list[di
     places, answers = places[known], answers[known]
     opened.output.mkdir(parents=True, exist_ok=True)
     scores = write_explained(
-        opened.output, opened.model, table, shown, places.tolist(), answers.tolist()
+        opened.output,
+        opened.model,
+        table,
+        shown,
+        places.tolist(),
+        answers.tolist(),
+        channels_last=opened.takes_channels_last,
     )
     rows: list[dict[str, object]] = []
     for place, answer, contributions in zip(places.tolist(), answers.tolist(), scores, strict=True):

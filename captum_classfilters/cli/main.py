@@ -3,7 +3,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from captum_classfilters._version import __version__
 
@@ -31,8 +31,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
 
 
+class _Parser(argparse.ArgumentParser):
+    """Errors take a line, as those of the commands do."""
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong, and end the process."""
+        self.exit(2, f"{self.prog}: {message}; --help lists the options.\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="captum-classfilters",
         description="Find the filters of a CNN that decide each class, in your own model and image folder.",
     )
@@ -109,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _on_a_folder(
-    commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
+    commands: "argparse._SubParsersAction[_Parser]",
     name: str,
     what: str,
     run: object,
@@ -178,6 +186,8 @@ def _common(parser: argparse.ArgumentParser, run: object) -> None:
 def _demo(arguments: argparse.Namespace) -> int:
     from captum_classfilters.cli.demo import run_demo
 
+    if arguments.epochs < 1:
+        raise ValueError(f"--epochs {arguments.epochs} must be at least 1.")
     run_demo(
         arguments.output,
         epochs=arguments.epochs,

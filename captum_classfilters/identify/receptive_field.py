@@ -83,6 +83,8 @@ def receptive_field(
         )
     num_images = batch_size or (len(example_input) if len(example_input) > 1 else _IMAGES_AT_ONCE)
     blank = torch.zeros_like(example_input[:1]).repeat(num_images, *[1] * (dims - 1))
+    if dims == 4 and example_input.is_contiguous(memory_format=torch.channels_last):
+        blank = blank.contiguous(memory_format=torch.channels_last)
     blank = on_device(blank, device_of(model))
     probe = _Probe(model, units_of(model, layers, channel_dim))
     # Convolutions by transformed tiles would spread a NaN to positions that do not depend on it.

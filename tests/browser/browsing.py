@@ -31,10 +31,10 @@ _WIDE = """() => {
   if (document.documentElement.scrollWidth > width) found.push("the page scrolls sideways");
   return found;
 }"""
-# The first rows of a long table stand for all; of an API page, the first entries of a section.
-_SHORTEN = """() => {
-  const more = "tbody tr:nth-child(n+9), dl.py ~ dl.py ~ dl.py, li li:nth-child(n+9)";
-  for (const node of document.querySelectorAll(more)) node.remove();
+# The first rows of a long table, and the first entries of a list, stand for all.
+_ALIKE = "tbody tr:nth-child(n+9), li li:nth-child(n+9)"
+_LEAVE_OUT = """(alike) => {
+  for (const node of document.querySelectorAll(alike)) node.remove();
 }"""
 _BROKEN = """async () => {
   const broken = [];
@@ -63,11 +63,11 @@ def opened(browser: BrowserContext, path: Path) -> Iterator[Page]:
         page.close()
 
 
-def complaints(page: Page, known: Collection[str] = ()) -> list[str]:
+def complaints(page: Page, known: Collection[str] = (), alike: str = "") -> list[str]:
     """What is wrong with a page at both widths, light and dark: pictures that do not load, what sticks out
-    of the window, and what axe finds, but for rules that are known."""
+    of the window, and what axe finds, but for rules that are known, and without elements that are alike."""
     found = [f"no picture: {source}" for source in page.evaluate(_BROKEN)]
-    page.evaluate(_SHORTEN)
+    page.evaluate(_LEAVE_OUT, f"{_ALIKE}, {alike}" if alike else _ALIKE)
     page.evaluate(AXE_SCRIPT)
     for width, height, scheme, everything in WINDOWS:
         page.set_viewport_size({"width": width, "height": height})

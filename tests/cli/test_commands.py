@@ -89,6 +89,82 @@ def arguments(folder, checkpoint, output, **changes):
     return ["identify", *flat, "--quiet"]
 
 
+ON_A_FOLDER = ("identify", "explain", "compare", "decompose", "prune", "atlas")
+
+
+def empty(place):
+    place.mkdir()
+    return place
+
+
+def of_texts(place):
+    for name in ("cat", "dog"):
+        (place / name).mkdir(parents=True)
+        (place / name / "notes.txt").write_text("no image")
+    return place
+
+
+def renamed_texts(place):
+    of_texts(place)
+    for path in place.rglob("*.txt"):
+        path.rename(path.with_suffix(".png"))
+    return place
+
+
+class TestEveryCommand:
+    """What a newcomer gets wrong: exit code 2, and a line that says so."""
+
+    @pytest.mark.parametrize("command", ON_A_FOLDER)
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"--data": empty}, "is not an image folder, one subfolder for each class"),
+            ({"--data": of_texts}, "Found no valid file for the classes cat, dog"),
+            (
+                {"--data": renamed_texts},
+                "cat/notes.png is no image that can be read: cannot identify image file; --skip-broken",
+            ),
+            ({"--checkpoint": of_texts}, "is a folder; expected a file"),
+            ({"--model": "resnet81"}, "the nearest names: resnet18"),
+            ({"--layer": "layer44"}, "no layer 'layer44'. Did you mean 'layer4'"),
+            ({"--image-size": "large"}, "argument --image-size: invalid int value: 'large'"),
+            ({"--image-size": -8}, "--image-size -8 must be at least 1"),
+        ],
+    )
+    def test_on_a_folder(self, folder, checkpoint, tmp_path, capsys, command, changes, message):
+        (option, value), *_ = changes.items()
+        value = value(tmp_path / "given") if callable(value) else value
+        line = arguments(folder, checkpoint, tmp_path / "out", **{option: value})
+        self.refused([command, *line[1:]], message, capsys)
+
+    @pytest.mark.parametrize(
+        ("line", "message"),
+        [
+            (["layers", "--model", "resnet81"], "the nearest names: resnet18"),
+            (["layers", "--model", "resnet18", "--image-size", "x"], "invalid int value: 'x'"),
+            (["layers", "--model", "resnet18", "--image-size", "-8"], "--image-size -8 must be"),
+            (["demo", "--epochs", "many"], "invalid int value: 'many'"),
+            (["demo", "--epochs", "0"], "--epochs 0 must be at least 1"),
+            (["demo", "--output", __file__], "cannot be written: it is a file; expected a folder"),
+            (["identfy"], "invalid choice: 'identfy'"),
+            ([], "the following arguments are required: COMMAND"),
+        ],
+    )
+    def test_on_no_folder(self, capsys, line, message):
+        self.refused(line, message, capsys)
+
+    def refused(self, line, message, capsys):
+        code: object
+        try:
+            code = main(line)
+        except SystemExit as ended:  # as argparse ends a process
+            code = ended.code
+        error = capsys.readouterr().err.strip()
+        assert code == 2
+        assert message in error
+        assert "\n" not in error
+
+
 class TestCommands:
     def test_identify_on_a_folder(self, folder, checkpoint, tmp_path, capsys):
         output = tmp_path / "out"

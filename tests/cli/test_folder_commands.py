@@ -7,7 +7,10 @@ import shutil
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader
 
+from captum_classfilters import LayerFilterContribution
+from captum_classfilters.cli.folder_job import FolderJob, open_folder
 from captum_classfilters.cli.main import main
 from tests.cli.test_commands import checkpoint, folder
 
@@ -26,6 +29,20 @@ def network():
 
 def nothing():
     return 3
+
+class Neighbors(torch.nn.Module):  # needs its maps in memory channel after channel
+    def __init__(self):
+        super().__init__()
+        self.maps, self.relu, self.head = (
+            torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+
+    def forward(self, images):
+        maps = self.relu(self.maps(images))
+        return self.head(maps.view(len(maps), 8, -1).view(len(maps) * 8, -1).mean(1).view(-1, 8))
+
+def neighbors():
+    torch.manual_seed(0)
+    return Neighbors()
 """
 
 
@@ -46,6 +63,38 @@ def run(command, model, folder, output, *options):
 def rows(path):
     with open(path) as file:
         return list(csv.DictReader(file))
+
+
+def opened_with(function, folder, tmp_path, **options):
+    options = {"image_size": 32, "batch_size": 4, **options}
+    return open_folder(FolderJob(f"own_networks:{function}", folder, "1", tmp_path, **options))
+
+
+def test_images_lie_channels_last_where_the_model_takes_them_so(own, folder, tmp_path):
+    """And the table is the same."""
+    opened = opened_with("network", folder, tmp_path)
+    batches = list(opened.loader(opened.images))
+    for images, _ in batches:
+        assert images.is_contiguous(memory_format=torch.channels_last)
+        assert not images.is_contiguous()
+    plain = DataLoader(opened.images, batch_size=4)
+    method = LayerFilterContribution(opened.model, "1")
+    ours, others = [
+        method.identify(loader, num_classes=3, show_progress=False).scores
+        for loader in (opened.loader(opened.images), plain)
+    ]
+    assert torch.allclose(ours, others, atol=1e-6)
+
+
+def test_a_model_that_counts_on_neighbors_in_memory_gets_them(own, folder, tmp_path):
+    opened = opened_with("neighbors", folder, tmp_path)
+    with pytest.raises(RuntimeError, match="view size is not compatible"):
+        opened.model(torch.rand(2, 3, 32, 32).contiguous(memory_format=torch.channels_last))
+    assert all(images.is_contiguous() for images, _ in opened.loader(opened.images))
+    function = own.partition(":")[0] + ":neighbors"
+    for command in ("identify", "explain", "atlas"):
+        options = ["--layer", "relu"]
+        assert run(command, function, folder, tmp_path / command, *options) == 0
 
 
 def test_explain(own, folder, tmp_path, capsys):

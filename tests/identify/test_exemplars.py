@@ -279,7 +279,8 @@ def arithmetic(layers, size):
         [(7, 2, 3, 1), (3, 2, 1, 1), (3, 1, 1, 1), (3, 2, 1, 1), (3, 1, 1, 1)],
     ],
 )
-def test_receptive_field_of_stacked_windows(layers):
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_receptive_field_of_stacked_windows(layers, layout):
     rows, columns = 33, 40
     modules: list[nn.Module] = []
     for at, (kernel, stride, padding, dilation) in enumerate(layers):
@@ -292,7 +293,8 @@ def test_receptive_field_of_stacked_windows(layers):
         if isinstance(module, nn.Conv2d):
             nn.init.zeros_(module.weight)  # the architecture decides, not the weights
     last = str(len(modules) - 1)
-    boxes = receptive_field(model, last, torch.zeros(1, 2, rows, columns), batch_size=7)[last]
+    example = torch.zeros(2, 2, rows, columns).contiguous(memory_format=layout)
+    boxes = receptive_field(model, last, example, batch_size=7)[last]
     for i, (top, bottom) in enumerate(arithmetic(layers, rows)):
         for j, (left, right) in enumerate(arithmetic(layers, columns)):
             assert boxes[i, j].tolist() == [left, top, right, bottom]
