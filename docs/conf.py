@@ -1,5 +1,6 @@
 """Sphinx configuration. Tutorials are executed while the documentation is built."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -16,14 +17,29 @@ version = release = __version__
 extensions = [
     "myst_nb",
     "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
     "sphinx.ext.napoleon",
     "sphinx.ext.mathjax",
     "sphinx-mathjax-offline",
     "sphinx.ext.viewcode",
+    "sphinx_design",
+    "sphinx_sitemap",
+    "sphinxcontrib.bibtex",
 ]
 html_theme = "furo"
 html_title = f"captum_classfilters {__version__}"
-exclude_patterns = ["_build", "jupyter_execute"]
+exclude_patterns = ["_build", "_templates", "jupyter_execute"]
+templates_path = ["_templates"]
+# Where the pages are read, for the site map; by default a server on this machine.
+html_baseurl = os.environ.get("READTHEDOCS_CANONICAL_URL", "http://localhost:8000/")
+sitemap_url_scheme = "{link}"
+bibtex_bibfiles = ["references.bib"]
+bibtex_reference_style = "author_year"
+
+# A page for each object; what Captum's and Python's own classes define is documented there.
+autosummary_context = {
+    "not_ours": "Attribution, LayerAttribution, Module, Callback, Tabular, Mapping, Sequence, Enum, tuple, object"
+}
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # the docstrings give types with shapes
