@@ -38,7 +38,8 @@ bibtex_reference_style = "author_year"
 
 # A page for each object; what Captum's and Python's own classes define is documented there.
 autosummary_context = {
-    "not_ours": "Attribution, LayerAttribution, Module, Callback, Tabular, Mapping, Sequence, Enum, tuple, object"
+    "not_ours": "Attribution, LayerAttribution, Module, Callback, Tabular, Mapping, Sequence, Enum, "
+    "tuple, object"
 }
 
 autodoc_member_order = "bysource"

@@ -37,7 +37,9 @@ def test_what_was_measured_is_short(path):
     if named(path).startswith("results"):
         return
     for section in re.split(r"^#+ ", without_code(path), flags=re.MULTILINE)[1:]:
-        if not re.search(r"measured|results|ResNet|watermark", section.split("\n")[0], re.IGNORECASE):
+        if not re.search(
+            r"measured|results|ResNet|watermark", section.split("\n")[0], re.IGNORECASE
+        ):
             continue
         for table in re.findall(r"(?:^\|.*\n)+", section, re.MULTILINE):
             assert table.count("\n") - 2 <= MOST_ROWS, section.split("\n")[0]
@@ -56,7 +58,9 @@ def test_every_page_has_its_place():
     assert len(places) == len(set(places))
     pages = {named(path) for path in [*PAGES, *DOCS.glob("api/*.rst")]} - {"index"}
     assert not pages - set(places)
-    assert re.findall(r"^(tutorials|how_to|explanation|reference)$", (DOCS / "index.md").read_text(), re.M) == [
+    assert re.findall(
+        r"^(tutorials|how_to|explanation|reference)$", (DOCS / "index.md").read_text(), re.M
+    ) == [
         "tutorials",
         "how_to",
         "explanation",
@@ -68,7 +72,9 @@ def listed():
     """The objects that have a page, by the names under which they stand in the reference."""
     found = []
     for room in ROOMS:
-        found += re.findall(r"^   ~(captum_classfilters\S+)$", (DOCS / f"api/{room}.rst").read_text(), re.M)
+        found += re.findall(
+            r"^   ~(captum_classfilters\S+)$", (DOCS / f"api/{room}.rst").read_text(), re.M
+        )
     return found
 
 

@@ -3,8 +3,11 @@
 import ast
 import importlib
 import inspect
+import os
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -12,6 +15,8 @@ from typing import Any, TypeAlias
 import pytest
 import torch
 
+from captum_classfilters import ClassFilters, LayerFilterContribution
+from captum_classfilters.cli.demo import load_digits, small_cnn
 from captum_classfilters.cli.main import _parser
 
 ROOT = Path(__file__).parent.parent
@@ -143,9 +148,9 @@ CHECKS = {
     "docs/long_runs.md": long_runs,
 }
 NEEDS = {
-    "docs/any_model.md": ["transformers", "lightning"],
+    "docs/any_model.md": ["transformers"],
     "docs/hugging_face_and_timm.md": ["transformers", "timm"],
-    "docs/methods/class_specific_gate.md": ["lightning"],
+    "docs/lightning.md": ["lightning"],
     "docs/methods/pruning.md": ["torch_pruning"],
 }
 
@@ -165,8 +170,8 @@ def test_python_runs_block_by_block(page, tmp_path, monkeypatch, capsys):
 
 def test_blocks_are_in_a_language_that_is_checked():
     """A block that nothing runs or reads says so by being text."""
-    known = {"", "python", "bash", "text", "{toctree}", "{include} ../CHANGELOG.md"}
-    known.add("{include} ../CONTRIBUTING.md")
+    known = {"", "python", "bash", "text", "{toctree}", "{bibliography}", SCRIPT}
+    known |= {"{include} ../CHANGELOG.md", "{include} ../CONTRIBUTING.md"}
     for path in [*ROOT.glob("*.md"), *DOCS.glob("**/*.md")]:
         if "_build" not in path.parts:
             fences = re.findall(r"^```(.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
@@ -193,12 +198,47 @@ def test_shell_commands_exist(page):
                     assert extra in extras
                 case ["make", target]:
                     assert target in targets
+                case ["torchrun", "--nproc-per-node=2", "share.py"]:
+                    pass  # test_script_under_torchrun
                 case ["python", "-m", module, *_] if module.startswith("benchmarks."):
                     pass  # tests/test_benchmarks.py knows their options
                 case []:
                     pass
                 case _:
                     pytest.fail(f"{page}: nothing checks `{line}`")
+
+
+# -- scripts ----------------------------------------------------------------------------------------
+
+SCRIPT = "{code-block} python"
+
+
+def test_script_under_torchrun(tmp_path):
+    """The page's script, by the page's command, gives the table of all images."""
+    page = (DOCS / "torchrun.md").read_text(encoding="utf-8")
+    code = page.split(f"```{SCRIPT}\n:caption: share.py\n")[1].split("```")[0]
+    (tmp_path / "share.py").write_text(code, encoding="utf-8")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*torchrun, "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "share.py"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "1078 images" in done.stdout
+    torch.manual_seed(0)
+    model = small_cnn().eval()
+    alone = LayerFilterContribution(model, "filters").identify(
+        load_digits().train, num_filters=5, show_progress=False
+    )
+    table = ClassFilters.load(tmp_path / "table.safetensors")
+    assert torch.equal(table.counts, alone.counts)
+    assert torch.allclose(table.scores, alone.scores, atol=1e-6)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["share.py", "table.safetensors"]
 
 
 # -- messages and calls -----------------------------------------------------------------------------
