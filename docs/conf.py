@@ -8,6 +8,7 @@ from captum_classfilters import __version__
 
 sys.path.insert(0, str(Path(__file__).parent))
 from make_notebooks import page, scripts
+from make_reference import object_pages
 
 project = "captum_classfilters"
 author = "The captum_classfilters developers"
@@ -28,19 +29,12 @@ extensions = [
 ]
 html_theme = "furo"
 html_title = f"captum_classfilters {__version__}"
-exclude_patterns = ["_build", "_templates", "jupyter_execute"]
-templates_path = ["_templates"]
+exclude_patterns = ["_build", "jupyter_execute"]
 # Where the pages are read, for the site map; by default a server on this machine.
 html_baseurl = os.environ.get("READTHEDOCS_CANONICAL_URL", "http://localhost:8000/")
 sitemap_url_scheme = "{link}"
 bibtex_bibfiles = ["references.bib"]
 bibtex_reference_style = "author_year"
-
-# A page for each object; what Captum's and Python's own classes define is documented there.
-autosummary_context = {
-    "not_ours": "Attribution, LayerAttribution, Module, Callback, Tabular, Mapping, Sequence, Enum, "
-    "tuple, object"
-}
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # the docstrings give types with shapes
@@ -59,9 +53,13 @@ nb_merge_streams = True
 nb_execution_show_tb = True
 
 # The tutorials are plain scripts with cells (jupytext's percent format); here they are notebooks.
-_notebooks = Path(__file__).parent / "tutorials"
-_notebooks.mkdir(exist_ok=True)
-for script in scripts():
-    notebook, text = _notebooks / f"{script.stem}.ipynb", page(script)
-    if not notebook.exists() or notebook.read_text(encoding="utf-8") != text:
-        notebook.write_text(text, encoding="utf-8")
+# Objects have a page each, which the tables of their room lead to: in the side bar of every page so
+# many would take two thirds of the build.
+_here = Path(__file__).parent
+_pages = {f"tutorials/{script.stem}.ipynb": page(script) for script in scripts()}
+_pages |= {f"api/objects/{name}.rst": text for name, text in object_pages()}
+for name, text in _pages.items():
+    path = _here / name
+    path.parent.mkdir(exist_ok=True)
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        path.write_text(text, encoding="utf-8")
