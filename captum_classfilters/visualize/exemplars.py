@@ -20,6 +20,7 @@ from captum_classfilters.visualize.figures import (
     grid_of,
     headline,
     short_name,
+    short_number,
 )
 
 if TYPE_CHECKING:
@@ -123,7 +124,7 @@ def plot_exemplars(
             color = POSITIVE if side == "highest" else NEGATIVE
             image = _image(dataset, found.index, to_display)
             _draw(axes, image, found, exemplars.positions, patches, channels, color)
-            told = [f"{found.score:.2g}"]
+            told = [short_number(found.score)]
             if class_names is not None and found.label is not None:
                 told = [short_name(class_names[found.label], 17), *told]
             axes.set_title("\n".join(told), size=7, pad=2, color=color)

@@ -129,6 +129,11 @@ def bare(axes: "Axes") -> None:
         side.set_color("0.8")
 
 
+def short_number(value: float) -> str:
+    """A number of two digits, or whole where it has more before its point."""
+    return f"{value:,.0f}" if abs(value) >= 10 else f"{value:.2g}"
+
+
 def short_name(name: object, length: int = LONGEST_NAME) -> str:
     """A name that fits beside a picture, of so many characters, and is no mathematics."""
     return shortened(name, length).replace("$", r"\$")

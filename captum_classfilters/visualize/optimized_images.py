@@ -5,7 +5,13 @@ from collections.abc import Sequence
 from captum_classfilters._core.types import Keywords
 from captum_classfilters.visualize.arrays import Channels, picture_of, show_picture
 from captum_classfilters.visualize.feature_visualization import FeatureVisualization
-from captum_classfilters.visualize.figures import FigureAndGrid, headline, sheet_of, short_names
+from captum_classfilters.visualize.figures import (
+    FigureAndGrid,
+    headline,
+    sheet_of,
+    short_names,
+    short_number,
+)
 
 # Dark on bright, whatever is below.
 _NOTICE: Keywords = {
@@ -67,7 +73,7 @@ def plot_features(
         axes.set_axis_off()
         show_picture(axes, picture_of(features.images[index], channels, f"image {index}"))
         value, optimized = float(features.values[index]) + 0.0, bool(features.optimized[index])
-        reached = f"{value:.2g}" if optimized else "not optimized"
+        reached = short_number(value) if optimized else "not optimized"
         axes.set_title(f"{labels[index]}\n{reached}", size=8, pad=2)
         if not optimized:
             axes.text(0.5, 0.5, "nothing was\noptimized", transform=axes.transAxes, **_NOTICE)

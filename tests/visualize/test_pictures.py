@@ -32,6 +32,21 @@ def table(classes=3, filters=7, signed=True):
     ).with_selection(torch.zeros(classes, filters).bool().scatter(1, scores.topk(2).indices, True))
 
 
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (294.2, "294"),
+        (-1234.5, "-1,234"),
+        (99.6, "100"),
+        (9.96, "10"),
+        (0.0123, "0.012"),
+        (0.0, "0"),
+    ],
+)
+def test_numbers_above_images_have_two_digits_or_are_whole(value, shown):
+    assert _figures.short_number(value) == shown
+
+
 class TestPictures:
     def test_only_a_notebook_finds_them_among_the_figures_of_pyplot(self, monkeypatch):
         """There the figure shows below the cell; elsewhere nothing piles up."""
