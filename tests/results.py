@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import warnings
 from typing import Any
 
 import torch
@@ -110,6 +111,17 @@ def compressed() -> Any:
 def specialist() -> Any:
     options: dict[str, Any] = {"dataloader": loader(), **QUIET}
     return pruning.specialize(network(), table(), [0, NAMES[3]], data()[0][:2], **options)
+
+
+def class_specialist() -> Any:
+    x = torch.cat([data()[0]] * 40)
+    x = x + torch.randn(x.shape, generator=torch.Generator().manual_seed(0)) * 0.1
+    some = [(x, data()[1].repeat(40))]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the network has not learned
+        return answers.build_specialist(
+            network(), [0, NAMES[3]], some, class_names=NAMES, budget=0.9, **QUIET
+        )
 
 
 def bright(images: torch.Tensor) -> torch.Tensor:
@@ -328,6 +340,7 @@ RESULTS: dict[str, Any] = {
     "LayerwiseFineTuning": lambda: pruning.LayerwiseFineTuning(loader(), 0.1),
     # answers
     "Shortcuts": shortcuts,
+    "ClassSpecialist": class_specialist,
     "Repair": repaired,
     "ConfusionRepair": unconfused,
     "UnknownReasons": reasons,

@@ -21,6 +21,7 @@ from captum_classfilters import (
     prune_filters,
     select_by_accuracy,
 )
+from captum_classfilters.answers import build_specialist
 from captum_classfilters.attr import filter_activation_maps, filter_gradient_maps
 from captum_classfilters.heads import compare_heads, layer_sweep, model_essentiality
 from captum_classfilters.identify import (
@@ -198,6 +199,9 @@ ENTRIES = {
     "accuracy_after_removal": lambda m: accuracy_after_removal(m, "2", [1, 0], batches(), **QUIET),
     "compress_layer": lambda m: compress_layer(m, "0", images()),
     "specialize": lambda m: specialize(m, table(), [0, 2], images(), dataloader=batches(), **QUIET),
+    "build_specialist": lambda m: build_specialist(
+        m, [0, 2], batches(120, batch_size=50), budget=0.8, epochs=1, **QUIET
+    ),
     "response_chroma": lambda m: response_chroma(
         nn.Sequential(TwoOfThree(), m), "1.2", [torch.ones(4, 3, 6, 6)] * 2, **QUIET
     ),

@@ -5,11 +5,13 @@ from captum_classfilters.answers.confusion import repair_confusion
 from captum_classfilters.answers.forget_class import forget_class
 from captum_classfilters.answers.repair import repair
 from captum_classfilters.answers.shortcuts import find_shortcuts
+from captum_classfilters.answers.specialist import build_specialist
 from captum_classfilters.answers.unknown_inputs import ClassFilterOOD
 
 __all__ = [
     "ClassFilterOOD",
     "audit_forgetting",
+    "build_specialist",
     "find_shortcuts",
     "forget_class",
     "repair",

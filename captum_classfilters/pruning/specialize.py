@@ -166,8 +166,8 @@ def specialize(
     inputs = as_tuple(example_inputs)
     name = head if head is not None else find_head(model, inputs)[0]
     pruned = prune_filters(model, kept, inputs)
-    smaller = _with_rows(pruned, name, rows)
-    _check_outputs(pruned, smaller, rows, inputs, name)
+    smaller = with_rows(pruned, name, rows)
+    check_rows(pruned, smaller, rows, inputs, name)
     accuracy = None
     if dataloader is not None:
         options = {"unpack": unpack, "device": device, "show_progress": show_progress}
@@ -220,7 +220,7 @@ def _needed(table: ClassFilters, rows: Sequence[int]) -> Tensor:
     return chosen.any(0)
 
 
-def _with_rows(model: nn.Module, name: str, rows: Sequence[int]) -> nn.Module:
+def with_rows(model: nn.Module, name: str, rows: Sequence[int]) -> nn.Module:
     """The model with only some outputs of its head."""
     head: Any = find_layer(model, name)
     if not is_linear(head):
@@ -242,7 +242,7 @@ def _with_rows(model: nn.Module, name: str, rows: Sequence[int]) -> nn.Module:
     return replace_head(model, name, shorter)
 
 
-def _check_outputs(
+def check_rows(
     pruned: nn.Module,
     smaller: nn.Module,
     rows: Sequence[int],

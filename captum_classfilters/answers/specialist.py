@@ -1,0 +1,465 @@
+"""A smaller network for some classes, found from images of them alone."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from captum_classfilters._core.batches import dataset_names, read_batches
+from captum_classfilters._core.copies import copied
+from captum_classfilters._core.devices import device_of
+from captum_classfilters._core.layers import find_layer
+from captum_classfilters._core.outputs import scores_per_class
+from captum_classfilters._core.ranking import random_sets
+from captum_classfilters._core.tables import Row, Table, Tabular, short_repr
+from captum_classfilters._core.types import Dataloader, Unpack
+from captum_classfilters._core.warnings import warn
+from captum_classfilters.class_filters import index_of_class
+from captum_classfilters.heads.decompose import find_head
+from captum_classfilters.heads.fine_tune import fine_tune
+from captum_classfilters.identify.accuracy_reduction import binomial_interval, paired_interval
+from captum_classfilters.pruning.compare_networks import NetworkComparison, compare_networks
+from captum_classfilters.pruning.filter_budget import ParameterCount, allocate
+from captum_classfilters.pruning.prunable_layers import prunable_layers
+from captum_classfilters.pruning.prune_filters import prune_filters
+from captum_classfilters.pruning.reconstruction import Reconstruction, scores_of
+from captum_classfilters.pruning.specialize import check_rows, with_rows
+
+_LEAST_IMAGES = 20  # of each class
+_MOST_FITTED = 768  # images whose positions are enough for the least squares
+_FEW = 96  # images on which single layers are tried
+_BATCH = 64
+
+Images = list[tuple[Tensor, Tensor]]
+
+
+@short_repr
+@dataclass(frozen=True)
+class ClassSpecialist(Tabular):
+    r"""
+    A smaller network for some classes, and what it costs; prints as a table.
+
+    Args:
+
+        model (nn.Module): The network; output *s* is class ``classes[s]`` of the full one.
+        classes (tuple of int): The S classes, as indices of the full network's outputs.
+        class_names (tuple of str): Their names.
+        kept (dict): For each layer that lost filters which of its (K,) stayed, bool.
+        right (Tensor): Shape (2 + R, S), int64. Images of each class that are right: by the full
+                    network, choosing among these classes only, by the specialist, and by
+                    networks of the same size with random filters, made in the same way.
+        lost, gained (int): Images that only the full network, and only the specialist, has right.
+        counts (Tensor): Shape (S,), int64. Images of each class that were judged.
+        costs (dict): By batch size, a comparison of the networks' parameters, multiply-adds and
+                    measured times.
+    """
+
+    model: nn.Module = field(repr=False)
+    classes: tuple[int, ...]
+    class_names: tuple[str, ...]
+    kept: dict[str, Tensor]
+    right: Tensor
+    lost: int
+    gained: int
+    counts: Tensor
+    costs: dict[int, NetworkComparison]
+
+    @property
+    def accuracy(self) -> Tensor:
+        """Shares of all images that are right, (2 + R,): full, specialist, random filters."""
+        return self.right.sum(1).double() / self.counts.sum()
+
+    @property
+    def parameters_kept(self) -> float:
+        """Parameters of the specialist over those of the full network."""
+        cost = next(iter(self.costs.values()))
+        return cost.after.parameters / cost.before.parameters
+
+    def interval(self, confidence: float = 0.95) -> Tensor:
+        """Tango's interval of what the specialist changes in the accuracy, paired by images.
+
+        Args:
+
+            confidence (float): Coverage, between 0 and 1.
+                        Default: 0.95
+
+        Returns:
+            *Tensor* of shape (2,).
+
+        Raises:
+            ValueError: ``confidence`` is out of range.
+        """
+        gained, lost = torch.tensor(self.gained), torch.tensor(self.lost)
+        return paired_interval(gained, lost, self.counts.sum(), confidence)
+
+    def _tables(self) -> list[Table]:
+        low, high = self.interval().tolist()
+        full, own, *random = self.accuracy.tolist()
+        rows: list[Row] = [
+            {"": name, "images": count, "full": before / count, "specialist": after / count}
+            for name, count, before, after in zip(
+                self.class_names, self.counts, self.right[0], self.right[1], strict=True
+            )
+        ]
+        rows.append({"": "together", "images": self.counts.sum(), "full": full, "specialist": own})
+        notes = [f"change {own - full:+.4f}, from {low:+.4f} to {high:+.4f}"]
+        if random:
+            notes.append(f"random filters, as many in each layer: {sum(random) / len(random):.4f}")
+        cost = next(iter(self.costs.values()))
+        for size, each in self.costs.items():
+            notes.append(
+                f"batches of {size}: {1000 * each.before.seconds:.2f} ms before, "
+                f"{1000 * each.after.seconds:.2f} ms after, {each.speed_up:.2f} times as fast"
+            )
+        title = (
+            f"{self.parameters_kept:.1%} of {cost.before.parameters:,} parameters, "
+            f"{cost.after.multiply_adds / cost.before.multiply_adds:.1%} of the multiply-adds"
+        )
+        return [Table(rows, dict.fromkeys(("full", "specialist"), ".4f"), title, notes=notes)]
+
+
+def build_specialist(
+    model: nn.Module,
+    classes: Sequence[int | str],
+    dataloader: Dataloader,
+    report_dataloader: Dataloader | None = None,
+    *,
+    budget: float = 0.25,
+    epochs: int = 0,
+    learning_rate: float = 2e-3,
+    head: str | None = None,
+    class_names: Sequence[str] | None = None,
+    repetitions: int = 1,
+    seed: int = 0,
+    unpack: Unpack | None = None,
+    device: torch.device | str | None = None,
+    show_progress: bool = True,
+) -> ClassSpecialist:
+    r"""
+    Build a smaller network that tells some classes apart, from images of these classes.
+
+    The head keeps the rows of the classes. Each layer that :func:`prunable_layers` lists is tried by
+    itself: its filters go one after another, those first without which the layers that read it can do
+    best, by least squares, where an error of a reader's outputs counts as much as it moves the
+    scores of the classes. How far the scores move at four sizes is measured, and each layer gets as
+    many filters as leave the least sum of that for the ``budget``. Then the layers lose their filters
+    in the order in which they run, every reader's weights fitted anew, in closed form, to what it
+    made in the full network. At last so is the head, and batch normalizations have their statistics
+    measured anew if that lowers the cross-entropy on images held back. Nothing is trained
+    unless ``epochs`` says so; then :func:`~captum_classfilters.heads.fine_tune` has the full network
+    as its teacher.
+
+    Source: the removal is the optimal brain surgeon's, for filters (Hassibi and Stork, NIPS 1992); the
+    refitting one layer after another as in He et al.: *Channel pruning for accelerating very deep
+    neural networks*, ICCV 2017, https://arxiv.org/abs/1707.06168.
+
+    Images of the classes are held in memory. Layers that a shortcut ties to others keep their filters.
+
+    Args:
+
+        model (nn.Module): The model, whose output is its head's, maybe averaged over positions.
+        classes (sequence of int or str): The classes, in the order of the new outputs; by name where
+                    names are known.
+        dataloader (iterable): Batches of (inputs, labels) with the labels of the full network; images
+                    of other classes are passed over. A fifth is held back for choices.
+        report_dataloader (iterable, optional): Other batches to judge on. By default a fifth of the
+                    images is set aside for it.
+        budget (float): Share of the model's parameters that may stay, above 0 and at most 1.
+                    Default: 0.25
+        epochs (int): Epochs of training afterwards.
+                    Default: 0
+        learning_rate (float): Of this training.
+                    Default: 2e-3
+        head (str, optional): Dotted name of the head. By default the linear layer that runs last.
+        class_names (sequence of str, optional): C names. By default those of the data set.
+        repetitions (int): Networks of the same size with random filters to build beside it.
+                    Default: 1
+        seed (int): Splits the images, draws positions and random filters, and orders the training.
+                    Default: 0
+        unpack (Callable, optional): From a batch of another kind to the pair (inputs, labels).
+                    Default: None
+        device (torch.device or str, optional): Where the batches go; by default where the model is.
+        show_progress (bool): Show progress bars.
+                    Default: True
+
+    Returns:
+        *ClassSpecialist*.
+
+    Raises:
+        ValueError: Fewer than two classes, one given twice, unknown or with fewer than 20 images;
+                    the budget is no share or cannot be reached; no layer can lose filters; there is
+                    no linear head that ends the model.
+
+    Examples::
+
+        >>> import torch
+        >>> from captum_classfilters.answers import build_specialist
+        >>> from captum_classfilters.testing import planted_network
+        >>> planted = planted_network()
+        >>> data = planted.loader(200)
+        >>> specialist = build_specialist(
+        ...     planted.model, [0, 2], data, budget=0.5, show_progress=False)
+        >>> specialist.parameters_kept <= 0.5, bool(specialist.accuracy[1] > 0.9)
+        (True, True)
+    """
+    if not 0 < budget <= 1:
+        raise ValueError(
+            f"budget={budget} is no share of the parameters; expected above 0 and at most 1, 0.25 "
+            "for a quarter."
+        )
+    if epochs < 0 or repetitions < 0:
+        raise ValueError(f"epochs={epochs}, repetitions={repetitions}: expected 0 or more.")
+    name = head if head is not None else find_head(model)[0]
+    reading = {"unpack": unpack, "device": device, "show_progress": show_progress}
+    number = len(getattr(find_layer(model, name), "weight", ()))
+    known = class_names if class_names is not None else dataset_names(dataloader)
+    names = [str(index) for index in range(number)] if known is None else [*map(str, known)]
+    rows = [index_of_class(label, names) for label in classes]
+    if len(rows) < 2 or len(set(rows)) != len(rows):
+        raise ValueError(f"classes={list(classes)}: expected two or more different classes.")
+    own = tuple(names[row] for row in rows)
+    split = partial(_split, rows=rows, names=own, num_classes=number, seed=seed, reading=reading)
+    if report_dataloader is None:
+        fitted, held, judged = split(model, dataloader, (0.6, 0.2, 0.2))
+    else:
+        fitted, held = split(model, dataloader, (0.8, 0.2))
+        (judged,) = split(model, report_dataloader, (1.0,))
+    example = (fitted[0][0][:4].to(device_of(model)),)
+    full = with_rows(model, name, rows)
+    check_rows(model, full, rows, example, name)
+    builder = _Builder(model, full, name, fitted, held, example, seed, show_progress)
+    sizes = builder.sizes(budget)
+    masks: list[Callable[[str], Tensor] | None] = [None]
+    masks += [partial(builder.random, sizes, seed + 1 + draw) for draw in range(repetitions)]
+    smaller = [builder.build(sizes, mask, epochs, learning_rate) for mask in masks]
+    networks = [full, *(network for network, _ in smaller)]
+    hits = torch.stack([_hits(network, judged) for network in networks])
+    labels = torch.cat([y for _, y in judged])
+    counts = torch.bincount(labels, minlength=len(rows))
+    right = torch.stack([torch.bincount(labels[hit], minlength=len(rows)) for hit in hits])
+    result = ClassSpecialist(
+        smaller[0][0], tuple(rows), own, smaller[0][1], right,
+        int((hits[0] & ~hits[1]).sum()), int((hits[1] & ~hits[0]).sum()), counts,
+        _costs(model, smaller[0][0], judged),
+    )  # fmt: skip
+    _warn_near_chance(result)
+    return result
+
+
+# -- images -----------------------------------------------------------------------------------------
+
+
+def _split(
+    model: nn.Module,
+    dataloader: Dataloader,
+    shares: Sequence[float],
+    *,
+    rows: Sequence[int],
+    names: Sequence[str],
+    num_classes: int,
+    seed: int,
+    reading: dict[str, Any],
+) -> list[Images]:
+    """The images of some classes, each class's in random parts, with their places as labels."""
+    found, places = [], []
+    with read_batches(model, dataloader, "images", **reading) as batches:
+        for batch in batches:
+            if len(batch.inputs) != 1:
+                raise ValueError(
+                    f"Batch {batch.number} has {len(batch.inputs)} inputs; a specialist is built for "
+                    "a model of one tensor of images."
+                )
+            labels = batches.class_labels(batch, num_classes)
+            belongs, which = (labels[:, None] == torch.tensor(rows).to(labels)).long().max(1)
+            found.append(batch.inputs[0][belongs.bool()].cpu())
+            places.append(which[belongs.bool()].cpu())
+    x, y = torch.cat(found), torch.cat(places)
+    counts = torch.bincount(y, minlength=len(rows)).tolist()
+    few = [f"{count} of {name}" for name, count in zip(names, counts, strict=True) if not count]
+    if few:
+        raise ValueError(
+            f"The data loader holds {', '.join(few)} images; are its labels those of the model, "
+            f"{', '.join(f'{row} for {name}' for row, name in zip(rows, names, strict=True))}?"
+        )
+    if min(counts) < _LEAST_IMAGES:
+        worst = counts.index(min(counts))
+        raise ValueError(
+            f"The data loader holds {counts[worst]} images of {names[worst]}; a specialist and its "
+            f"accuracy need at least {_LEAST_IMAGES} of each class."
+        )
+    generator = torch.Generator().manual_seed(seed)
+    parts: list[list[Tensor]] = [[] for _ in shares]
+    for place in range(len(rows)):
+        index = (y == place).nonzero()[:, 0]
+        index = index[torch.randperm(len(index), generator=generator)]
+        ends = (torch.tensor(shares).cumsum(0) * len(index)).round().long().tolist()
+        for part, start, end in zip(parts, [0, *ends], ends, strict=False):
+            part.append(index[start:end])
+    orders = [torch.cat(part) for part in parts]
+    orders = [order[torch.randperm(len(order), generator=generator)] for order in orders]
+    return [
+        list(zip(x[order].split(_BATCH), y[order].split(_BATCH), strict=True)) for order in orders
+    ]
+
+
+def _hits(model: nn.Module, data: Images) -> Tensor:
+    """Which images are right, (N,)."""
+    return scores_of(model, data).argmax(1).cpu() == torch.cat([y for _, y in data])
+
+
+def _loss(model: nn.Module, data: Images) -> float:
+    """Mean cross-entropy."""
+    return float(F.cross_entropy(scores_of(model, data).cpu(), torch.cat([y for _, y in data])))
+
+
+# -- the network ------------------------------------------------------------------------------------
+
+
+class _Builder:
+    """Specialists of one network for some classes.
+
+    Args:
+
+        model (nn.Module): The model, all classes in its head.
+        full (nn.Module): The same with the classes' outputs only.
+        head (str): Its head.
+        fitted (list): Images to fit to ...
+        held (list): ... and to choose by.
+        example (tuple): Inputs to trace the network with.
+        seed (int): Of what is drawn.
+        show_progress (bool): Show progress bars.
+    """
+
+    def __init__(
+        self, model: nn.Module, full: nn.Module, head: str, fitted: Images, held: Images,
+        example: tuple[Tensor], seed: int, show_progress: bool,
+    ) -> None:  # fmt: skip
+        self.full, self.fitted, self.held, self.example = full, fitted, held, example
+        self.seed, self.show_progress = seed, show_progress
+        self.most = sum(parameter.numel() for parameter in model.parameters())
+        found = prunable_layers(full, example, show_progress=show_progress)
+        layers = [layer.name for layer in found.prunable]
+        some = fitted[: max(1, _MOST_FITTED // _BATCH)]
+        self.network = Reconstruction(full, head, layers, some, example, seed)
+        if not self.network.readers:
+            reasons = "; ".join(f"{one.name}: {one.reason}" for one in found if one.reason)
+            raise ValueError(f"No layer of the model can lose filters. {reasons[:300]}")
+        self.count = ParameterCount(full, self.network.graph, self.network.readers)
+
+    def sizes(self, budget: float) -> dict[str, int]:
+        """The number of filters of each layer."""
+        most = budget * self.most
+        least = self.count.total - self.count.saved(dict.fromkeys(self.count.widths, 1))
+        if least > most:
+            raise ValueError(
+                f"budget={budget}: with one filter in each layer that can lose some, "
+                f"{least / self.most:.1%} of the parameters are left; give at least "
+                f"{least / self.most + 0.0005:.3f}."
+            )
+        few = self.fitted[: max(1, _FEW // _BATCH)]
+        damage = {name: self.network.damage(name, few) for name in self.network.readers}
+        return allocate(self.count, damage, most)
+
+    def random(self, sizes: dict[str, int], seed: int, name: str) -> Tensor:
+        """As many random filters of a layer, (K,)."""
+        kept = torch.arange(self.count.widths[name]) < sizes[name]
+        return random_sets(kept, 1, seed + list(sizes).index(name))[0]
+
+    def build(
+        self,
+        sizes: dict[str, int],
+        mask: Callable[[str], Tensor] | None,
+        epochs: int,
+        learning_rate: float,
+    ) -> tuple[nn.Module, dict[str, Tensor]]:
+        """A network of this size, with the best filters or others, and which these are."""
+        network = copied(self.full)
+        kept = self.network.without(network, sizes, mask)
+        if kept:
+            network = prune_filters(network, kept, self.example)
+        again = copied(network)
+        recalibrate(again, self.fitted)
+        network = min((network, again), key=lambda one: _loss(one, self.held))
+        if epochs:
+            tune(network, self.full, self.fitted, self.held, epochs, learning_rate, self.seed)
+        return network, kept
+
+
+def tune(
+    network: nn.Module, teacher: nn.Module, fitted: Images, held: Images,
+    epochs: int, learning_rate: float, seed: int,
+) -> None:  # fmt: skip
+    """Train a network in place after its teacher, the best epoch on images held back kept."""
+    images = TensorDataset(*(torch.cat(part) for part in zip(*fitted, strict=True)))
+    with _drawing(seed):
+        loader = DataLoader(images, batch_size=_BATCH // 2, shuffle=True)
+        optimizer = torch.optim.Adam(network.parameters(), lr=learning_rate)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, learning_rate, total_steps=epochs * len(loader) + 1
+        )
+        fine_tune(
+            network, loader, held, epochs=epochs, optimizer=optimizer, scheduler=schedule,
+            teacher=teacher, show_progress=False,
+        )  # fmt: skip
+
+
+@contextmanager
+def _drawing(seed: int) -> Iterator[None]:
+    """A block that draws from a random state of its own."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
+def recalibrate(model: nn.Module, data: Images) -> None:
+    """Give batch normalizations the statistics of some images."""
+    norms = [one for one in model.modules() if isinstance(one, nn.modules.batchnorm._BatchNorm)]
+    norms = [one for one in norms if one.track_running_stats]
+    if not norms:
+        return
+    before = [(one, one.training, one.momentum) for one in norms]
+    with read_batches(model, data, "statistics", training=True, show_progress=False) as batches:
+        modes = [(module, module.training) for module in model.modules()]
+        model.eval()
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.train()
+            norm.momentum = None  # the mean over batches
+        with torch.no_grad():
+            for batch in batches:
+                scores_per_class(model(*batch.inputs))
+        for module, mode in modes:
+            module.training = mode
+    for norm, mode, momentum in before:
+        norm.training, norm.momentum = mode, momentum
+
+
+def _costs(model: nn.Module, smaller: nn.Module, data: Images) -> dict[int, NetworkComparison]:
+    """What the networks cost, for single images and for batches."""
+    images = torch.cat([x for x, _ in data])
+    images = images[torch.arange(_BATCH) % len(images)]
+    repetitions = {1: 30, _BATCH: 5}
+    return {
+        size: compare_networks(model, smaller, images[:size], repetitions=times)
+        for size, times in repetitions.items()
+    }
+
+
+def _warn_near_chance(result: ClassSpecialist) -> None:
+    """Warn if a specialist may tell its classes hardly better apart than a guess does."""
+    number, right = result.counts.sum(), result.right[1].sum()
+    chance = float(result.counts.max() / number)
+    low, high = binomial_interval(right, number).tolist()
+    if low < chance + 0.1 * (1 - chance):
+        full, own = result.accuracy[:2].tolist()
+        warn(
+            f"The specialist for {', '.join(result.class_names)} has an accuracy of {own:.3f} "
+            f"(95 % interval {low:.3f} to {high:.3f}), near the {chance:.3f} of a guess; the full "
+            f"network has {full:.3f}. Give a larger budget, epochs=1, or more images."
+        )

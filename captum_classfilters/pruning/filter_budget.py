@@ -1,0 +1,90 @@
+"""How many filters each layer keeps, for a number of parameters in all."""
+
+from collections.abc import Iterable, Mapping
+
+from torch import Tensor, nn
+
+from captum_classfilters._core.filter_graph import FilterGraph
+
+
+class ParameterCount:
+    r"""
+    The parameters that are left once layers have lost filters.
+
+    Args:
+
+        model (nn.Module): The network.
+        graph (FilterGraph): Which of its layers read which.
+        layers (iterable of str): The layers that lose filters.
+    """
+
+    def __init__(self, model: nn.Module, graph: FilterGraph, layers: Iterable[str]) -> None:
+        self.total = sum(parameter.numel() for parameter in model.parameters())
+        self.widths = {name: graph.num_filters(graph.layer(name)) for name in layers}
+        self._touched: dict[str, set[str]] = {}
+        self._made: dict[str, dict[str, float]] = {}  # module: layer: values lost with a filter
+        self._read: dict[str, dict[str, float]] = {}
+        for name, width in self.widths.items():
+            reach = graph.reach(graph.layer(name))
+            self._touched[name] = {*reach.removed, *reach.consumers}
+            for kind, places in ((self._made, reach.removed), (self._read, reach.consumers)):
+                for module, lost in places.items():
+                    kind.setdefault(module, {})[name] = len(lost) / width
+        touched = {module for modules in self._touched.values() for module in modules}
+        self._modules = {module: model.get_submodule(module) for module in touched}
+
+    def saved(self, sizes: Mapping[str, int], layer: str | None = None) -> float:
+        """Parameters saved by keeping so many filters; of the modules that one layer touches only."""
+        modules = self._modules if layer is None else self._touched[layer]
+        return sum(self._saved_in(module, sizes) for module in modules)
+
+    def _saved_in(self, name: str, sizes: Mapping[str, int]) -> float:
+        made, read = (
+            sum(
+                each * (self.widths[layer] - sizes[layer])
+                for layer, each in kind.get(name, {}).items()
+            )
+            for kind in (self._made, self._read)
+        )
+        module, saved = self._modules[name], 0.0
+        transposed = bool(getattr(module, "transposed", False))
+        for parameter in module.parameters(recurse=False):
+            first = parameter.shape[0]
+            if parameter.dim() == 1 or parameter.shape[1] == 1:  # of a norm, or depthwise
+                saved += parameter.numel() * made / first
+                continue
+            out, into = (parameter.shape[1], first) if transposed else (first, parameter.shape[1])
+            saved += parameter.numel() * (1 - (1 - made / out) * (1 - read / into))
+        return saved
+
+
+def allocate(count: ParameterCount, damage: Mapping[str, Tensor], most: float) -> dict[str, int]:
+    r"""
+    The number of filters of each layer, so that at most so many parameters are left.
+
+    Again and again some filters go from the layer in which they cost least for each parameter saved.
+
+    Args:
+
+        count (ParameterCount): Parameters that are left.
+        damage (mapping): For each layer, what it costs that so many of its filters are gone, (K,).
+        most (float): Parameters that may be left.
+
+    Returns:
+        *dict* from layers to numbers of filters; one in each layer where that is still too many.
+    """
+    sizes = dict(count.widths)
+    while count.total - count.saved(sizes) > most and max(sizes.values(), default=1) > 1:
+        best: tuple[float, str, int] | None = None
+        for name, size in sizes.items():
+            width, before = count.widths[name], count.saved(sizes, name)
+            for fewer in {max(1, size - max(1, width // part)) for part in (8, 16, width)}:
+                if fewer == size:
+                    continue
+                saved = count.saved({**sizes, name: fewer}, name) - before
+                rise = float(damage[name][width - fewer] - damage[name][width - size])
+                if best is None or rise / saved < best[0]:
+                    best = (rise / saved, name, fewer)
+        assert best is not None
+        sizes[best[1]] = best[2]
+    return sizes

@@ -1,0 +1,388 @@
+"""Specialists: least squares by hand, counts against real networks, and the whole call."""
+
+import copy
+import warnings
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from benchmarks import cifar10
+from captum_classfilters._core.filter_graph import FilterGraph
+from captum_classfilters.answers import build_specialist
+from captum_classfilters.answers.specialist import recalibrate
+from captum_classfilters.pruning import prunable_layers, prune_filters
+from captum_classfilters.pruning.filter_budget import ParameterCount, allocate
+from captum_classfilters.pruning.reconstruction import (
+    Fit,
+    Seen,
+    _patches,
+    _positions,
+    matrix_of,
+    put_matrix,
+    remove_least,
+)
+from captum_classfilters.testing import planted_network
+from tests.models import QUIET, deep, layer_at
+
+# -- least squares ----------------------------------------------------------------------------------
+
+
+def fit_of(read, matrix, columns, root=None):
+    seen = Seen()
+    rows = torch.cat([read, torch.ones(len(read), 1)], 1).double()
+    seen.see(rows, rows @ matrix.T)
+    root = torch.eye(len(matrix)).double() if root is None else root
+    return Fit(seen, matrix, root, torch.tensor(columns))
+
+
+def test_what_goes_is_made_up_for():
+    """Input 2 is twice input 0, input 3 is always 5: their weights go to input 0 and to the bias."""
+    read = torch.randn(200, 2, generator=torch.Generator().manual_seed(0))
+    read = torch.stack([read[:, 0], read[:, 1], 2 * read[:, 0], torch.full((200,), 5.0)], 1)
+    matrix = torch.tensor([[1.0, 2.0, 3.0, 4.0, 0.5], [0.0, -1.0, 2.0, 1.0, 0.0]]).double()
+    fit = fit_of(read, matrix, [[0], [1], [2], [3]])
+    fit.remove(torch.tensor([2, 3]))
+    expected = torch.tensor([[7.0, 2.0, 0.0, 0.0, 20.5], [4.0, -1.0, 0.0, 0.0, 5.0]]).double()
+    assert torch.allclose(fit.matrix, expected, atol=0.02)
+
+
+def test_costs_are_the_errors_of_least_squares():
+    """Of independent inputs, what goes costs its variance times its weight squared; outputs count."""
+    generator = torch.Generator().manual_seed(1)
+    read = torch.randn(20000, 3, generator=generator) * torch.tensor([1.0, 2.0, 3.0])
+    matrix = torch.tensor([[3.0, 2.0, 0.5, 1.0], [0.0, 0.0, 9.0, 0.0]]).double()
+    root = torch.diag(torch.tensor([1.0, 0.0])).double()  # the second output does not count
+    fit = fit_of(read, matrix, [[0], [1], [2]], root)
+    costs = fit.costs(torch.arange(3))
+    assert torch.allclose(costs, torch.tensor([9.0, 16.0, 2.25]).double(), rtol=0.05)
+    errors = remove_least([fit], 1)
+    assert torch.allclose(errors, torch.tensor([0.0, 2.25, 11.25]).double(), rtol=0.05)
+    assert (fit.matrix[:, [0, 2]] == 0).all()
+
+
+def test_filters_go_with_all_their_columns():
+    read = torch.randn(100, 6, generator=torch.Generator().manual_seed(2))
+    matrix = torch.randn(3, 7, generator=torch.Generator().manual_seed(3)).double()
+    fit = fit_of(read, matrix, [[0, 1], [2, 3]])
+    stopped = []
+    remove_least([fit], 1, {1: lambda: stopped.append(fit.matrix.clone())})
+    zero = (fit.matrix == 0).all(0).tolist()
+    assert zero in ([True, True, *[False] * 5], [False, False, True, True, *[False] * 3])
+    assert len(stopped) == 1
+    assert torch.equal(stopped[0], fit.matrix)
+    rows = torch.cat([read, torch.ones(100, 1)], 1).double()
+    left = [place for place in range(7) if not zero[place]]
+    best = torch.linalg.lstsq(rows[:, left], rows @ matrix.T).solution.T
+    assert torch.allclose(fit.matrix[:, left], best, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kernel_size": 3},
+        {"kernel_size": (3, 2), "stride": (2, 1), "padding": (0, 2), "dilation": (1, 2)},
+        {"kernel_size": (5, 3), "padding": "same"},
+        {"kernel_size": 1, "stride": 2, "padding": "valid"},
+    ],
+)
+def test_patches_are_what_a_convolution_reads(options):
+    torch.manual_seed(0)
+    conv, x = nn.Conv2d(3, 4, **options), torch.randn(2, 3, 9, 7)
+    with torch.no_grad():
+        output = conv(x)
+        where = _positions(conv, output, 0)
+        patches = _patches(conv, x, where).flatten(2)
+        rows = torch.cat([patches, torch.ones(*patches.shape[:2], 1)], 2).double()
+        made = (rows @ matrix_of(conv).T).float()
+    expected = output.flatten(2).transpose(1, 2).gather(1, where[..., None].expand(-1, -1, 4))
+    assert torch.allclose(made, expected, atol=1e-5)
+    assert all(len(set(row)) == len(row) for row in where.tolist())
+
+
+def test_a_matrix_put_back_changes_nothing():
+    torch.manual_seed(0)
+    for layer, x in (
+        (nn.Conv2d(3, 4, 2, bias=False), torch.randn(2, 3, 5, 5)),
+        (nn.Linear(3, 4), torch.randn(2, 3)),
+    ):
+        before = layer(x)
+        put_matrix(layer, matrix_of(layer))
+        assert torch.allclose(layer(x), before, atol=1e-6)
+        assert layer.bias is not None
+
+
+# -- budgets ----------------------------------------------------------------------------------------
+
+
+class Depthwise(nn.Sequential):
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        super().__init__(
+            nn.Conv2d(3, 6, 1), nn.BatchNorm2d(6), nn.ReLU(),
+            nn.Conv2d(6, 6, 3, groups=6, padding=1, bias=False), nn.BatchNorm2d(6), nn.ReLU(),
+            nn.Conv2d(6, 5, 3), nn.ReLU(), nn.Flatten(), nn.Linear(5 * 4, 3),
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("model", "sizes"),
+    [(deep(), {"stage1.0": 3, "stage2.0": 2}), (Depthwise().eval(), {"0": 4, "6": 2})],
+)
+def test_parameters_are_those_of_the_pruned_network(model, sizes):
+    x = torch.rand(2, 2 if "stage1.0" in sizes else 3, *([8, 8] if "stage1.0" in sizes else [4, 4]))
+    found = prunable_layers(model, x, **QUIET)
+    assert {layer.name for layer in found.prunable} == sizes.keys()
+    count = ParameterCount(model, FilterGraph(model, (x,)), sizes)
+    smaller = prune_filters(
+        model, {name: range(size) for name, size in sizes.items()}, x, constants="drop"
+    )
+    real = sum(parameter.numel() for parameter in smaller.parameters())
+    assert count.total - count.saved(sizes) == pytest.approx(real)
+    whole = dict(count.widths)
+    assert count.saved(whole) == 0
+    for name, size in sizes.items():
+        alone = {**whole, name: size}
+        assert count.saved(alone, name) == pytest.approx(count.saved(alone))
+
+
+def test_filters_go_where_they_cost_least_for_each_parameter():
+    model, x = deep(), torch.rand(2, 2, 8, 8)
+    count = ParameterCount(model, FilterGraph(model, (x,)), ["stage1.0", "stage2.0"])
+    free = torch.zeros(4)
+    dear = torch.arange(6.0) * 1000
+    sizes = allocate(count, {"stage1.0": free, "stage2.0": dear}, count.total - 1)
+    assert sizes["stage2.0"] == 6
+    assert sizes["stage1.0"] < 4
+    sizes = allocate(count, {"stage1.0": torch.arange(4.0) * 1000, "stage2.0": dear * 0}, 200)
+    assert sizes["stage2.0"] < 6
+    assert count.total - count.saved(sizes) <= 200
+    assert allocate(count, {"stage1.0": free, "stage2.0": dear}, 0) == {
+        "stage1.0": 1,
+        "stage2.0": 1,
+    }
+
+
+# -- the whole call ---------------------------------------------------------------------------------
+
+
+def doubled():
+    """Eight filters of which the last four are the first four again."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(2, 8, 3), nn.ReLU(), nn.Conv2d(8, 5, 3), nn.BatchNorm2d(5), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 4),
+    )  # fmt: skip
+    conv = layer_at(model, "0", nn.Conv2d)
+    with torch.no_grad():
+        conv.weight[4:] = conv.weight[:4]
+        assert conv.bias is not None
+        conv.bias[4:] = conv.bias[:4]
+    return model.eval()
+
+
+def labeled(model, number=160, seed=0):
+    """Images, and what the model says of them as labels."""
+    x = torch.randn(number, 2, 9, 8, generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        scores = model(x)
+        y = torch.where(scores[:, 3] > scores[:, 1], 3, 1)
+    return [(x[:70], y[:70]), (x[70:], y[70:])]
+
+
+def balanced(model):
+    """The same model, its outputs 1 and 3 each the larger for half of the images."""
+    x = labeled(model)[0][0]
+    head = layer_at(model, "7", nn.Linear)
+    with torch.no_grad():
+        scores = model(x)
+        assert head.bias is not None
+        head.bias[3] -= (scores[:, 3] - scores[:, 1]).median()
+    return model
+
+
+def test_filters_that_are_there_twice_go_without_a_loss():
+    model = balanced(doubled())
+    data = labeled(model)
+    before = copy.deepcopy(model.state_dict())
+    full = sum(parameter.numel() for parameter in model.parameters())
+    # Half of the first layer, its inputs, and two rows of the head.
+    after = full - 4 * 19 - 4 * 9 * 5 - 2 * 6
+    result = build_specialist(model, [3, 1], data, budget=(after + 20) / full, **QUIET)
+    assert int(result.kept["0"].sum()) == 4
+    assert set(result.kept) == {"0"}
+    assert len({place % 4 for place in result.kept["0"].nonzero()[:, 0].tolist()}) == 4
+    with torch.no_grad():
+        x = torch.cat([x for x, _ in data])
+        expected, found = model(x)[:, [3, 1]], result.model(x)
+    gap = expected[:, 0] - expected[:, 1]
+    assert torch.allclose(found[:, 0] - found[:, 1], gap, atol=0.05 * float(gap.std()))
+    assert result.classes == (3, 1)
+    assert result.right[0].tolist() == result.counts.tolist()
+    assert result.accuracy[1] >= 0.9
+    assert result.right.shape == (3, 2)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_numbers_are_those_of_the_networks():
+    planted = planted_network()
+    data, other = planted.loader(200), planted.loader(100, seed=1)
+    result = build_specialist(
+        planted.model, [2, 0], data, other, budget=0.4, repetitions=2, **QUIET
+    )
+    x, y = (torch.cat(part) for part in zip(*other, strict=True))
+    of = (y == 2) | (y == 0)
+    x, place = x[of], (y[of] == 0).long()
+    with torch.no_grad():
+        full = planted.model(x)[:, [2, 0]].argmax(1) == place
+        own = result.model(x).argmax(1) == place
+    assert result.counts.tolist() == [int((place == 0).sum()), int((place == 1).sum())]
+    assert result.right[0].sum() == full.sum()
+    assert result.right[1].sum() == own.sum()
+    assert result.lost == int((full & ~own).sum())
+    assert result.gained == int((own & ~full).sum())
+    parameters = [
+        sum(parameter.numel() for parameter in network.parameters())
+        for network in (planted.model, result.model)
+    ]
+    assert result.parameters_kept == parameters[1] / parameters[0] <= 0.4
+    assert result.right.shape == (4, 2)
+    assert list(result.costs) == [1, 64]
+    again = build_specialist(planted.model, [2, 0], data, other, budget=0.4, repetitions=2, **QUIET)
+    assert torch.equal(again.right, result.right)
+    assert "together" in str(result)
+    assert "<table" in result._repr_html_()
+    low, high = result.interval().tolist()
+    assert low <= (result.gained - result.lost) / len(x) <= high
+
+
+def test_training_helps_a_very_small_one():
+    planted = planted_network()
+    data, other = planted.loader(300), planted.loader(150, seed=1)
+    options: dict[str, Any] = {"budget": 0.12, "repetitions": 0, **QUIET}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        plain = build_specialist(planted.model, [0, 1, 2], data, other, **options)
+        tuned = build_specialist(planted.model, [0, 1, 2], data, other, epochs=5, **options)
+    assert {name: int(mask.sum()) for name, mask in plain.kept.items()} == {
+        name: int(mask.sum()) for name, mask in tuned.kept.items()
+    }
+    assert tuned.accuracy[1] >= plain.accuracy[1]
+    assert not any(module.training for module in tuned.model.modules())
+
+
+def test_statistics_are_those_of_the_images():
+    model = deep(seed=1)
+    layer_at(model, "stage2.1", nn.BatchNorm2d).eval()
+    x = torch.rand(40, 2, 8, 8)
+    recalibrate(model, [(x, torch.zeros(40).long())])
+    norm = layer_at(model, "stage1.1", nn.BatchNorm2d)
+    with torch.no_grad():
+        maps = model.get_submodule("stage1.0")(x)
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    assert torch.allclose(norm.running_mean, maps.mean((0, 2, 3)), atol=1e-6)
+    assert torch.allclose(norm.running_var, maps.var((0, 2, 3)), atol=1e-6)
+    assert norm.momentum == 0.1
+    assert not any(module.training for module in model.modules())
+
+
+def test_onnx(tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    planted = planted_network()
+    result = build_specialist(planted.model, [1, 2], planted.loader(200), budget=0.5, **QUIET)
+    x = next(iter(planted.loader(10)))[0][:5]
+    program = torch.onnx.export(result.model, (x,), dynamo=True, verbose=False)
+    assert program is not None
+    program.save(tmp_path / "specialist.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "specialist.onnx")
+    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    with torch.no_grad():
+        assert torch.allclose(torch.from_numpy(found), result.model(x), atol=1e-4)
+
+
+def test_one_that_guesses_is_told():
+    torch.manual_seed(0)
+    model = doubled()
+    x = torch.randn(200, 2, 9, 8)
+    y = torch.randint(0, 2, (200,))
+    with pytest.warns(UserWarning, match=r"accuracy of 0\.\d+ \(95 % interval .* of a guess"):
+        build_specialist(model, [0, 1], [(x, y)], budget=0.9, **QUIET)
+
+
+def test_bad_input():
+    model = balanced(doubled())
+    data = labeled(model)
+    names = ["cat", "dog", "horse", "ship"]
+    cases: list[tuple[Any, dict[str, Any], str]] = [
+        (["cat"], {}, "two or more different"),
+        (["cat", 0], {}, "two or more different"),
+        (["dog", "hors"], {}, "Did you mean 'horse'"),
+        ([0, 4], {}, "Class 4 is out of range; there are 4"),
+        ([0, 1], {}, "holds 0 of cat images.*0 for cat, 1 for dog"),
+        ([1, 3], {"budget": 0.0}, "budget=0.0 is no share"),
+        ([1, 3], {"budget": 1.5}, "budget=1.5 is no share"),
+        ([1, 3], {"budget": 0.01}, "give at least 0"),
+        ([1, 3], {"epochs": -1}, "epochs=-1"),
+    ]
+    for classes, options, message in cases:
+        with pytest.raises(ValueError, match=message):
+            build_specialist(model, classes, data, class_names=names, **options, **QUIET)
+    few = [(data[0][0][:30], data[0][1][:30])]
+    with pytest.raises(ValueError, match="at least 20 of each class"):
+        build_specialist(model, [1, 3], few, **QUIET)
+    two = [((x, x), y) for x, y in data]
+    with pytest.raises(ValueError, match="one tensor of images"):
+        build_specialist(model, [1, 3], two, **QUIET)
+    flat = nn.Sequential(nn.Flatten(), nn.Linear(144, 4)).eval()
+    with pytest.raises(ValueError, match="No layer of the model can lose filters"):
+        build_specialist(flat, [1, 3], data, **QUIET)
+    with pytest.raises(ValueError, match="no linear head"):
+        build_specialist(nn.Sequential(nn.Conv2d(2, 4, 3), nn.Flatten()), [1, 3], data, **QUIET)
+
+
+def test_the_least_budget_that_the_error_names_works():
+    model = balanced(doubled())
+    with pytest.raises(ValueError, match="give at least") as caught:
+        build_specialist(model, [1, 3], labeled(model), budget=0.001, **QUIET)
+    least = float(str(caught.value).rpartition(" ")[2].removesuffix("."))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        result = build_specialist(model, [1, 3], labeled(model), budget=least, **QUIET)
+    assert {int(mask.sum()) for mask in result.kept.values()} == {1}
+
+
+def test_a_head_that_ends_in_a_loss_of_its_own_is_fitted():
+    """Cross-entropy on held images chooses the statistics; a network without norms has none."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 42, 4)).eval()
+    x = torch.randn(200, 2, 9, 8)
+    with torch.no_grad():
+        y = model(x)[:, :2].argmax(1)
+    result = build_specialist(model, [0, 1], [(x, y)], budget=0.4, repetitions=1, **QUIET)
+    assert int(result.kept["0"].sum()) < 6
+    with torch.no_grad():
+        loss = F.cross_entropy(result.model(x), y)
+    assert loss < 0.69
+
+
+@pytest.mark.reference
+@pytest.mark.skipif(not cifar10.available(), reason="the public CIFAR-10 files are absent")
+def test_cats_and_dogs_at_a_quarter_of_the_parameters():
+    """Without training; a table's eight filters a class in all inner layers were a guess."""
+    x, y = cifar10.images("train")
+    some = torch.cat([(y == row).nonzero()[:500, 0] for row in (3, 5)])
+    other, labels = cifar10.images("test")
+    judged = torch.cat([(labels == row).nonzero()[:400, 0] for row in (3, 5)])
+    result = build_specialist(
+        cifar10.pretrained(), ["cat", "dog"], [(x[some], y[some])],
+        [(other[judged], labels[judged])], class_names=cifar10.CLASSES, **QUIET,
+    )  # fmt: skip
+    print(result)
+    assert result.parameters_kept <= 0.25
+    full, own, random = result.accuracy.tolist()
+    assert own > max(random, full - 0.1)
