@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from benchmarks import cifar10
 from captum_classfilters._core.filter_graph import FilterGraph
 from captum_classfilters.answers import build_specialist
 from captum_classfilters.answers.specialist import recalibrate
@@ -368,21 +367,3 @@ def test_a_head_that_ends_in_a_loss_of_its_own_is_fitted():
     with torch.no_grad():
         loss = F.cross_entropy(result.model(x), y)
     assert loss < 0.69
-
-
-@pytest.mark.reference
-@pytest.mark.skipif(not cifar10.available(), reason="the public CIFAR-10 files are absent")
-def test_cats_and_dogs_at_a_quarter_of_the_parameters():
-    """Without training; a table's eight filters a class in all inner layers were a guess."""
-    x, y = cifar10.images("train")
-    some = torch.cat([(y == row).nonzero()[:500, 0] for row in (3, 5)])
-    other, labels = cifar10.images("test")
-    judged = torch.cat([(labels == row).nonzero()[:400, 0] for row in (3, 5)])
-    result = build_specialist(
-        cifar10.pretrained(), ["cat", "dog"], [(x[some], y[some])],
-        [(other[judged], labels[judged])], class_names=cifar10.CLASSES, **QUIET,
-    )  # fmt: skip
-    print(result)
-    assert result.parameters_kept <= 0.25
-    full, own, random = result.accuracy.tolist()
-    assert own > max(random, full - 0.1)
