@@ -28,6 +28,7 @@ types: $(VENV)/.installed-lint $(VENV)/.installed-test
 
 docs: $(VENV)/.installed-docs
 	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html
+	$(BIN)/python docs/make_atlases.py docs/_build/html/_static/atlas
 
 # The built pages in a browser: dead links and anchors, pictures, widths, accessibility.
 check-site: docs $(VENV)/.installed-test

@@ -357,6 +357,29 @@ def save(drawn: tuple[Figure, object], name: str) -> None:
     drawn[0].savefig(FIGURES / f"{name}.png", dpi=110)
 
 
+def atlas_pages() -> None:
+    """Pages of the digits' atlas as a browser shows them; needs Chromium and the extra `test`."""
+    from make_atlases import digits
+    from playwright.sync_api import sync_playwright
+
+    pages = {
+        "atlas": ("index.html", 900),
+        "atlas_class": ("classes/0008-digit-8.html", 900),
+        "atlas_filter": ("filters/0001.html", 640),
+        "atlas_image": ("images/*.html", 640),
+        "atlas_error": ("errors/*.html", 900),
+    }
+    with tempfile.TemporaryDirectory() as place, sync_playwright() as driver:
+        folder = digits(Path(place)).parent
+        browser = driver.chromium.launch(executable_path=shutil.which("chromium"))
+        for name, (pattern, height) in pages.items():
+            page = browser.new_page(viewport={"width": 1000, "height": height})
+            page.goto(min(folder.glob(pattern)).as_uri())
+            page.wait_for_load_state("networkidle")
+            page.screenshot(path=FIGURES / f"{name}.png")
+        browser.close()
+
+
 DRAWN: dict[str, Callable[[], None]] = {
     "photograph": photograph,
     "demo": demo,
@@ -366,6 +389,7 @@ DRAWN: dict[str, Callable[[], None]] = {
     "answers": draw_answers,
     "gates": draw_gates,
     "pruning": pruning,
+    "atlas_pages": atlas_pages,
 }
 
 
