@@ -2,15 +2,14 @@
 
 import importlib
 import re
-import sys
+import runpy
 from pathlib import Path
 
 import pytest
 
 DOCS = Path(__file__).parent.parent / "docs"
-sys.path.insert(0, str(DOCS))
-from make_reference import ROOMS, listed, named  # noqa: E402
-
+REFERENCE = runpy.run_path(str(DOCS / "make_reference.py"))
+ROOMS, listed, named = (REFERENCE[name] for name in ("ROOMS", "listed", "named"))
 PAGES = sorted(path for path in DOCS.glob("**/*.md") if "_build" not in path.parts)
 MOST_WORDS, MOST_ROWS = 1200, 8
 
