@@ -1,13 +1,15 @@
-"""How long an atlas takes and how large its pages are: the digits, and 1,000 classes by 2,048 filters.
+"""How long an atlas takes, and how large its pages are.
 
     python -m benchmarks.atlas                # about ten minutes
     python -m benchmarks.atlas --only digits
 
-The digits' atlas has the demo's network, trained as there; two images of each class are explained. The
-large one has a network with random weights and random images, two of each class, none explained: its size is
-what is measured.
+The digits' atlas has the demo's network, trained as there; two images of each class are explained.
+That of photographs is the command's, as ``make docs`` calls it: SqueezeNet and the 55 public photographs
+of ten frequent classes. The large one, 1,000 classes by 2,048 filters, has a network with random weights
+and random images, two of each class, none explained: its size is what is measured.
 """
 
+import runpy
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
@@ -17,7 +19,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from benchmarks.shared import QUIET, Table, parsed, parser, timed
+from benchmarks.shared import QUIET, Table, parsed, parser, prepare, timed
 from captum_classfilters.atlas import atlas
 from captum_classfilters.cli.demo import load_digits, small_cnn, train_classifier
 
@@ -38,6 +40,13 @@ def digits(output: Path) -> Path:
         overwrite=True,
         **QUIET,
     )
+
+
+def photographs(output: Path) -> Path:
+    """SqueezeNet on photographs, as the documentation's is made."""
+    script = Path(__file__).parents[1] / "docs" / "make_atlases.py"
+    first: Path = runpy.run_path(str(script))["photographs"](output)
+    return first
 
 
 def large(output: Path, num_classes: int, num_filters: int) -> Path:
@@ -82,16 +91,18 @@ def main(given: Sequence[str] | None = None) -> None:
     """Build and measure."""
     known = parser(__doc__)
     known.add_argument("--output", help="folder to keep the atlases in")
-    known.add_argument(
-        "--only", nargs="+", choices=["digits", "large"], default=["digits", "large"]
-    )
+    names = ["digits", "photographs", "large"]
+    known.add_argument("--only", nargs="+", choices=names, default=names)
     known.add_argument("--classes", type=int, default=1000, help="of the large one")
     known.add_argument("--filters", type=int, default=2048)
     options = parsed(known, given, only=["large"], classes=6, filters=10)
     builds: dict[str, Callable[[Path], Path]] = {
         "digits": digits,
+        "photographs": photographs,
         "large": lambda output: large(output, options.classes, options.filters),
     }
+    public = ["imagenet_val1300", "squeezenet1_1_imagenet_fp16.safetensors"]
+    prepare(options.small, *(public if "photographs" in options.only else []))
     table = Table(
         *("atlas", "seconds", "pages", "first page, kB", "with map, style and script, kB"),
         *("largest other page, kB", "all files, kB"),

@@ -60,8 +60,9 @@ def digits(folder: Path) -> Path:
     )
 
 
-def photographs(folder: Path) -> None:
-    """SqueezeNet on photographs of its most frequent classes, by the command line as a reader would."""
+def photographs(folder: Path) -> Path:
+    """SqueezeNet on photographs of their most frequent classes, by the command line as a reader would; its
+    first page."""
     names = SqueezeNet1_1_Weights.IMAGENET1K_V1.meta["categories"]
     with (PHOTOGRAPHS / "labels.csv").open() as file:
         labels = {row["file"]: int(row["class_index"]) for row in csv.DictReader(file)}
@@ -76,6 +77,7 @@ def photographs(folder: Path) -> None:
         line += ["--layer", "features", "--data", place, "--output", str(folder), "--overwrite"]
         if command_line([*line, "--title", "SqueezeNet on photographs", "--quiet"]):
             raise SystemExit(1)
+    return folder / "index.html"
 
 
 def main(folder: Path) -> None:
