@@ -28,7 +28,7 @@ extensions = [
     "sphinxcontrib.bibtex",
 ]
 html_theme = "furo"
-html_title = f"captum_classfilters {__version__}"
+html_title = f"captum-classfilters {__version__}"  # a hyphen lets a narrow side bar break it
 exclude_patterns = ["_build", "jupyter_execute"]
 # Where the pages are read, for the site map; by default a server on this machine.
 html_baseurl = os.environ.get("READTHEDOCS_CANONICAL_URL", "http://localhost:8000/")
