@@ -28,6 +28,8 @@ extensions = [
     "sphinxcontrib.bibtex",
 ]
 html_theme = "furo"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 html_title = f"captum-classfilters {__version__}"  # a hyphen lets a narrow side bar break it
 exclude_patterns = ["_build", "jupyter_execute"]
 # Where the pages are read, for the site map; by default a server on this machine.
