@@ -18,8 +18,9 @@ TUTORIALS = Path(__file__).resolve().parents[1] / "tutorials"
 NOTEBOOKS = TUTORIALS / "notebooks"
 # What a tutorial needs beyond the extra `demo`.
 EXTRAS = {
+    "02_compare_with_integrated_gradients": ["pandas"],
     "04_prune_with_car": ["prune"],
-    "06_spectral_view": ["hypergraph"],
+    "06_spectral_view": ["hypergraph", "pandas"],
     "07_your_model_and_folder": ["photographs"],
 }
 _LINK = re.compile(r"\]\(([\w./-]+)\)")
