@@ -1,7 +1,6 @@
 """A smaller network for some classes, found from images of them alone."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -21,8 +20,8 @@ from captum_classfilters._core.tables import Row, Table, Tabular, short_repr
 from captum_classfilters._core.types import Dataloader, Unpack
 from captum_classfilters._core.warnings import warn
 from captum_classfilters.class_filters import index_of_class
-from captum_classfilters.heads.decompose import find_head
 from captum_classfilters.heads.fine_tune import fine_tune
+from captum_classfilters.heads.linear_head import find_head
 from captum_classfilters.identify.accuracy_reduction import binomial_interval, paired_interval
 from captum_classfilters.pruning.compare_networks import NetworkComparison, compare_networks
 from captum_classfilters.pruning.filter_budget import ParameterCount, allocate
@@ -348,7 +347,7 @@ class _Builder:
         some = fitted[: max(1, _MOST_FITTED // _BATCH)]
         self.network = Reconstruction(full, head, layers, some, example, seed)
         if not self.network.readers:
-            reasons = "; ".join(f"{one.name}: {one.reason}" for one in found if one.reason)
+            reasons = "; ".join(f"{layer.name}: {layer.reason}" for layer in found if layer.reason)
             raise ValueError(f"No layer of the model can lose filters. {reasons[:300]}")
         self.count = ParameterCount(full, self.network.graph, self.network.readers)
 
@@ -385,7 +384,7 @@ class _Builder:
             network = prune_filters(network, kept, self.example)
         again = copied(network)
         recalibrate(again, self.fitted)
-        network = min((network, again), key=lambda one: _loss(one, self.held))
+        network = min((network, again), key=lambda candidate: _loss(candidate, self.held))
         if epochs:
             tune(network, self.full, self.fitted, self.held, epochs, learning_rate, self.seed)
         return network, kept
@@ -397,7 +396,8 @@ def tune(
 ) -> None:  # fmt: skip
     """Train a network in place after its teacher, the best epoch on images held back kept."""
     images = TensorDataset(*(torch.cat(part) for part in zip(*fitted, strict=True)))
-    with _drawing(seed):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
         loader = DataLoader(images, batch_size=_BATCH // 2, shuffle=True)
         optimizer = torch.optim.Adam(network.parameters(), lr=learning_rate)
         schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -409,21 +409,16 @@ def tune(
         )  # fmt: skip
 
 
-@contextmanager
-def _drawing(seed: int) -> Iterator[None]:
-    """A block that draws from a random state of its own."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        yield
-
-
 def recalibrate(model: nn.Module, data: Images) -> None:
     """Give batch normalizations the statistics of some images."""
-    norms = [one for one in model.modules() if isinstance(one, nn.modules.batchnorm._BatchNorm)]
-    norms = [one for one in norms if one.track_running_stats]
+    norms = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats
+    ]
     if not norms:
         return
-    before = [(one, one.training, one.momentum) for one in norms]
+    before = [(norm, norm.training, norm.momentum) for norm in norms]
     with read_batches(model, data, "statistics", training=True, show_progress=False) as batches:
         modes = [(module, module.training) for module in model.modules()]
         model.eval()

@@ -44,7 +44,7 @@ class Reader:
         """Which columns of the layer's matrix belong to each of K filters, (K, columns of each)."""
         weight: Any = module.weight
         which = self.places.repeat_interleave(int(weight[0, 0].numel()))
-        return torch.stack([(which == one).nonzero()[:, 0] for one in range(number)])
+        return torch.stack([(which == index).nonzero()[:, 0] for index in range(number)])
 
 
 def matrix_of(module: Any) -> Tensor:
