@@ -95,7 +95,7 @@ def measured(pair: tuple[int, int], budget: float, epochs: int) -> list[float]:
     for network in (magnitude(full, least), torch_pruning(full, least, places[number:])):
         recalibrate(network, places[number:])
         if epochs:
-            tune(network, full, places[number:], places[:number], epochs, RATE, 0)
+            tune(network, full, places[number:], places[:number], epochs, RATE, 0, "nothing")
         judged = [(x, (y == rows[1]).long()) for x, y in test]
         shares.append(cifar10.accuracy(network.eval(), judged))
     return [found.parameters_kept, *shares]

@@ -20,7 +20,7 @@ from captum_classfilters._core.tables import Row, Table, Tabular, short_repr
 from captum_classfilters._core.types import Dataloader, Unpack
 from captum_classfilters._core.warnings import warn
 from captum_classfilters.class_filters import index_of_class
-from captum_classfilters.heads.fine_tune import fine_tune
+from captum_classfilters.heads.fine_tune import Freeze, fine_tune
 from captum_classfilters.heads.linear_head import find_head
 from captum_classfilters.identify.accuracy_reduction import binomial_interval, paired_interval
 from captum_classfilters.pruning.compare_networks import NetworkComparison, compare_networks
@@ -392,9 +392,13 @@ class _Builder:
 
 def tune(
     network: nn.Module, teacher: nn.Module, fitted: Images, held: Images,
-    epochs: int, learning_rate: float, seed: int,
+    epochs: int, learning_rate: float, seed: int, freeze: Freeze = "batch_norm_statistics",
 ) -> None:  # fmt: skip
-    """Train a network in place after its teacher, the best epoch on images held back kept."""
+    """Train a network in place after its teacher, the best epoch on images held back kept.
+
+    Statistics of batch normalizations stay: weights fitted by least squares make less variance than
+    those before them, and statistics of batches would undo that, layer after layer.
+    """
     images = TensorDataset(*(torch.cat(part) for part in zip(*fitted, strict=True)))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -405,7 +409,7 @@ def tune(
         )
         fine_tune(
             network, loader, held, epochs=epochs, optimizer=optimizer, scheduler=schedule,
-            teacher=teacher, show_progress=False,
+            freeze=freeze, teacher=teacher, show_progress=False,
         )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from captum_classfilters._core.filter_graph import FilterGraph
 from captum_classfilters.answers import build_specialist
-from captum_classfilters.answers.specialist import recalibrate
+from captum_classfilters.answers.specialist import recalibrate, tune
 from captum_classfilters.pruning import prunable_layers, prune_filters
 from captum_classfilters.pruning.filter_budget import ParameterCount, allocate
 from captum_classfilters.pruning.reconstruction import (
@@ -271,6 +271,25 @@ def test_training_helps_a_very_small_one():
     }
     assert tuned.accuracy[1] >= plain.accuracy[1]
     assert not any(module.training for module in tuned.model.modules())
+
+
+def test_training_starts_from_what_was_fitted():
+    """Statistics of batches would undo the fit, so those of the network stay."""
+    teacher = doubled()
+    student = copy.deepcopy(teacher)
+    head, norm = layer_at(student, "7", nn.Linear), layer_at(student, "3", nn.BatchNorm2d)
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.neg_()
+    x = torch.randn(96, 2, 9, 8, generator=torch.Generator().manual_seed(0))
+    data = [(x, teacher(x).argmax(1))]
+    before, mean = head.weight.clone(), norm.running_mean
+    assert mean is not None
+    mean = mean.clone()
+    tune(student, teacher, data, data, epochs=20, learning_rate=0.05, seed=0)
+    assert not torch.equal(head.weight, before)
+    assert norm.running_mean is not None
+    assert torch.equal(norm.running_mean, mean)
 
 
 def test_statistics_are_those_of_the_images():
