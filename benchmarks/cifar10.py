@@ -1,12 +1,13 @@
 """CIFAR-10 and the public CIFAR ResNets, for benchmarks and reference tests."""
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -120,6 +121,52 @@ def loader(
     """Batches of (images, labels)."""
     dataset = TensorDataset(*images(split, count))
     return DataLoader(dataset, batch_size=batch_size, shuffle=shuffle)
+
+
+@torch.no_grad()
+def early_maps(x: Tensor, file: Path | None = None) -> Tensor:
+    """What the public ResNet-20's first two stages make of images, (N, 32, 16, 16) in half precision;
+    kept in a file if one is named, and taken from it if it is there."""
+    if file is not None and file.is_file():
+        return load_file(file)["maps"]
+    model = pretrained()
+    early = nn.Sequential(model.conv1, model.bn1, nn.ReLU(), model.layer1, model.layer2)
+    maps = torch.cat([early(images).half() for images in x.split(250)]).contiguous()
+    if file is not None:
+        save_file({"maps": maps}, file)
+    return maps
+
+
+def last_stage_trained(
+    maps: Tensor, y: Tensor, epochs: int, file: Path | None = None
+) -> CifarResNet:
+    """The public ResNet-20 whose last stage and head are drawn anew and trained on what comes before
+    them: SGD of one cycle, batches of 128, no augmentation. Kept in a file if one is named (its name
+    ends in .safetensors), and taken from it if it is there."""
+    model, size = pretrained(), min(128, len(y))
+    torch.manual_seed(0)
+    fresh = CifarResNet(20)
+    model.layer3, model.linear = fresh.layer3, fresh.linear
+    if file is not None and file.is_file():
+        model.load_state_dict(load_file(file))
+        return model.eval()
+    last = nn.ModuleList([model.layer3, model.linear]).to(memory_format=torch.channels_last).train()
+    optimizer = torch.optim.SGD(
+        last.parameters(), 0.05, momentum=0.9, weight_decay=5e-4, nesterov=True
+    )
+    steps = epochs * (len(y) // size)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.2, total_steps=steps)
+    for epoch in range(epochs):
+        order = torch.randperm(len(y), generator=torch.Generator().manual_seed(epoch))
+        for rows in order[: len(y) // size * size].split(size):
+            own = maps[rows].float().contiguous(memory_format=torch.channels_last)
+            optimizer.zero_grad()
+            F.cross_entropy(model.linear(model.layer3(own).mean((2, 3))), y[rows]).backward()
+            optimizer.step()
+            schedule.step()
+    if file is not None:
+        save_file({name: value.contiguous() for name, value in model.state_dict().items()}, file)
+    return model.eval()
 
 
 @torch.no_grad()

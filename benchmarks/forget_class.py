@@ -3,9 +3,10 @@
     python -m benchmarks.forget_class
 
 CIFAR-10's public ResNet-20. For each class: the head without its row, whose features are as before, and
-the features without the class's own prototype, or without what a linear probe reads. For one class
-also forgetting further down, and with --epochs 10 beside them a ResNet-20 trained from scratch on the 18,000
-training images without the class; its weights are kept in a file, if --retrained names one.
+the features without the class's own prototype, or without what a linear probe reads. For one class also
+forgetting further down. Retrained, for some classes: networks that never saw the class in training their
+last stage. The public network's first two stages are kept, its last stage and head drawn anew and trained
+on those of 10,000 images that are of other classes, and alike on all for a network to forget in.
 """
 
 import argparse
@@ -17,8 +18,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from benchmarks import cifar10
@@ -29,50 +28,6 @@ from captum_classfilters.identify import unit_scores
 INNER = ["layer3.1"]
 Forgetting = Callable[..., nn.Module]
 COLUMNS = ("forget", "retain", "linear probe", "neighbors", "by other classes")
-
-
-def trained_without(class_index: int, epochs: int, x: Tensor, y: Tensor) -> cifar10.CifarResNet:
-    """A ResNet-20 that never saw a class: SGD of one cycle, flips and shifts of whole batches."""
-    torch.manual_seed(0)
-    keep, size = y != class_index, 128
-    x, y = x[keep], y[keep]
-    model = cifar10.CifarResNet(20)
-    steps = max(1, len(x) // size)
-    optimizer = torch.optim.SGD(
-        model.parameters(), 0.1, momentum=0.9, weight_decay=5e-4, nesterov=True
-    )
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, 0.4, total_steps=epochs * steps, pct_start=0.25
-    )
-    for _ in range(epochs):
-        model.train()
-        order = torch.randperm(len(x))
-        for step in range(steps):
-            chosen = order[step * size : (step + 1) * size]
-            flipped = (torch.rand(len(chosen)) < 0.5)[:, None, None, None]
-            images = F.pad(torch.where(flipped, x[chosen].flip(3), x[chosen]), (4,) * 4)
-            right, down = torch.randint(0, 9, (2,)).tolist()
-            images = images[:, :, down : down + 32, right : right + 32]
-            loss = F.cross_entropy(model(images), y[chosen])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-    return model.eval()
-
-
-def retrained(
-    class_index: int, epochs: int, file: str | None, x: Tensor, y: Tensor
-) -> cifar10.CifarResNet:
-    """The same, from a file if there is one."""
-    if file is not None and Path(file).is_file():
-        model = cifar10.CifarResNet(20)
-        model.load_state_dict(load_file(file))
-        return model.eval()
-    model = trained_without(class_index, epochs, x, y)
-    if file is not None:
-        save_file(model.state_dict(), file)
-    return model
 
 
 def features(model: nn.Module, x: Tensor, y: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -88,6 +43,19 @@ def without_row(model: nn.Module, head: str, class_index: int) -> nn.Module:
     with torch.no_grad():
         changed.get_parameter(f"{head}.bias")[class_index] = -1e4
     return changed
+
+
+class Late(nn.Module):
+    """The last stage and the head of a ResNet-20, for what comes before them."""
+
+    def __init__(self, network: cifar10.CifarResNet) -> None:
+        super().__init__()
+        self.layer3, self.linear = network.layer3, network.linear
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """Logits of maps (N, 32, 16, 16)."""
+        scores: Tensor = self.linear(self.layer3(maps).mean((2, 3)))
+        return scores
 
 
 def audited(
@@ -108,28 +76,14 @@ def audited(
     return dict(zip(audit.models, columns.tolist(), strict=True))
 
 
-def main(given: Sequence[str] | None = None) -> None:
-    """Print the tables."""
-    options: argparse.ArgumentParser = parser(__doc__)
-    options.add_argument("--images", type=int, default=2000, help="images that forgetting reads")
-    options.add_argument("--train", type=int, default=4000, help="images that probes learn from")
-    options.add_argument("--test", type=int, default=4000, help="images to judge by")
-    options.add_argument("--classes", type=int, default=10, help="classes to forget, one by one")
-    options.add_argument("--last", type=int, default=3, help="the class forgotten further down")
-    options.add_argument(
-        "--epochs", type=int, default=0, help="of the network trained without it; 0: none"
-    )
-    options.add_argument("--retrained", help="file of that network's weights")
-    args = parsed(options, given, images=30, train=30, test=30, classes=1, epochs=1)
-    prepare(args.small, cifar10.TEST, cifar10.TRAIN)
-    torch.set_num_threads(1)
+def each_class(args: argparse.Namespace) -> None:
+    """The head's features without each class."""
     network = cifar10.pretrained(20)
-    read = in_batches(*cifar10.images("train", args.images), 250)
-    own, test_own = cifar10.images("train", args.train), cifar10.images("test", args.test)
     end = nn.Sequential(nn.Identity(), network.linear).eval()
-    few = features(network, *cifar10.images("train", args.images))
-    train, test = features(network, *own), features(network, *test_own)
-
+    few, train, test = (
+        features(network, *cifar10.images(split, number))
+        for split, number in (("train", args.images), ("train", args.train), ("test", args.test))
+    )
     table = Table("class", "network", *COLUMNS)
     sums: dict[str, list[list[float]]] = {}
     for class_index in range(args.classes):
@@ -146,8 +100,15 @@ def main(given: Sequence[str] | None = None) -> None:
         means = torch.tensor(all_numbers).mean(0).tolist()
         table.row("mean", name, *_cells(means))
 
-    last = args.last
-    models = {"row removed (features as before)": without_row(network, "linear", last)}
+
+def whole_network(args: argparse.Namespace) -> None:
+    """One class, forgotten at the head and further down, and the time that takes."""
+    network, last = cifar10.pretrained(20), args.last
+    read = in_batches(*cifar10.images("train", args.images), 250)
+    own, test_own = cifar10.images("train", args.train), cifar10.images("test", args.test)
+    models: dict[str, nn.Module] = {
+        "row removed (features as before)": without_row(network, "linear", last)
+    }
     seconds = {}
     ways: dict[str, Forgetting] = {
         "prototype": partial(forget_class, erase="prototype"),
@@ -157,14 +118,74 @@ def main(given: Sequence[str] | None = None) -> None:
     for name, way in ways.items():
         task = partial(way, network, read, last, **QUIET)
         seconds[name], models[name] = timed(task, clock=time.process_time)
-    if args.epochs:
-        x, y = cifar10.images("train")
-        models["trained without"] = retrained(last, args.epochs, args.retrained, x, y)
     table = Table(f"{cifar10.CLASSES[last]} forgotten by", *COLUMNS, "seconds of one processor")
     found = audited(models, last, in_batches(*own, 250), in_batches(*test_own, 250))
     for name, numbers in found.items():
         took = f"{seconds[name]:.1f}" if name in seconds else ""
         table.row(name, *_cells(numbers), took)
+
+
+def beside_retrained(args: argparse.Namespace) -> None:
+    """Networks with and without a class, trained alike, and what can be told of it in both."""
+    x, y = cifar10.images("train", args.trained)
+    maps = cifar10.early_maps(x, _kept(args, "maps"))
+    test_x, test_y = cifar10.images("test", 2 * args.test)
+    test_maps = cifar10.early_maps(test_x, _kept(args, f"maps-test-{len(test_x)}")).float()
+    half = len(test_y) // 2
+    judge = in_batches(test_maps[half:], test_y[half:], 250)
+    some = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
+    learned = {
+        "test images": in_batches(test_maps[:half], test_y[:half], 250),
+        "training images": in_batches(maps[some[: args.train]].float(), y[some[: args.train]], 250),
+    }
+    few = some[: args.images]
+    read = in_batches(maps[few].float(), y[few], 250)
+    full = Late(cifar10.last_stage_trained(maps, y, args.epochs, _kept(args, "trained"))).eval()
+    table = Table("class", "probes learn from", "network", *COLUMNS)
+    for class_index in args.retrained:
+        rest, file = y != class_index, _kept(args, f"trained-without-{class_index}")
+        without = cifar10.last_stage_trained(maps[rest], y[rest], args.epochs, file)
+        models: dict[str, nn.Module] = {
+            "row removed (features as before)": without_row(full, "linear", class_index),
+            "prototype": forget_class(full, read, class_index, **QUIET),
+            "probe": forget_class(full, read, class_index, erase="probe", **QUIET),
+            f"prototype, also at {', '.join(INNER)}": forget_class(
+                full, read, class_index, layers=INNER, **QUIET
+            ),
+            "retrained without": Late(without).eval(),
+        }
+        for source, train in learned.items():
+            for name, numbers in audited(models, class_index, train, judge).items():
+                table.row(cifar10.CLASSES[class_index], source, name, *_cells(numbers))
+
+
+def _kept(args: argparse.Namespace, name: str) -> Path | None:
+    return None if args.cache is None else args.cache / f"{name}.safetensors"
+
+
+PARTS = {"classes": each_class, "network": whole_network, "retrained": beside_retrained}
+
+
+def main(given: Sequence[str] | None = None) -> None:
+    """Print a table for each part."""
+    options: argparse.ArgumentParser = parser(__doc__)
+    options.add_argument("--part", choices=list(PARTS), help="by default all")
+    options.add_argument("--images", type=int, default=2000, help="images that forgetting reads")
+    options.add_argument("--train", type=int, default=4000, help="images that probes learn from")
+    options.add_argument("--test", type=int, default=4000, help="images to judge by")
+    options.add_argument("--classes", type=int, default=10, help="classes to forget, one by one")
+    options.add_argument("--last", type=int, default=3, help="the class forgotten further down")
+    options.add_argument("--trained", type=int, default=10000, help="images to retrain with")
+    options.add_argument("--epochs", type=int, default=4, help="of networks that are retrained")
+    options.add_argument(
+        "--retrained", type=int, nargs="*", default=[3], help="classes that these never saw"
+    )
+    options.add_argument("--cache", type=Path, help="folder where maps and weights are kept")
+    args = parsed(options, given, images=30, train=30, test=15, classes=1, epochs=1, retrained=[3])
+    prepare(args.small, cifar10.TEST, cifar10.TRAIN)
+    torch.set_num_threads(1)
+    for part in [args.part] if args.part else PARTS:
+        PARTS[part](args)
 
 
 def _cells(numbers: list[float]) -> list[str]:
