@@ -470,9 +470,9 @@ class ClassFilters(Tabular):
 
         Ties go to the filter with the lower index. Classes without images select nothing. A score of
         exactly zero is no evidence: such a filter is not selected, unless all K are asked for, so a
-        class may get fewer filters than asked, and none at a dead layer. A warning names the
-        classes in each case, and those that get filters with a negative score, which lower the
-        class's logit.
+        class may get fewer filters than asked, and none where every score is zero. A warning names
+        the classes in each case, and those that get filters with a negative score, which lower the
+        class's logit, though not where all K are asked for.
 
         Args:
 
@@ -565,8 +565,7 @@ class ClassFilters(Tabular):
         nothing = seen & (self._scores == 0).all(1) & (sizes < self.num_filters)
         self._warn_of(
             nothing,
-            f"The layer {self.layer!r} is dead for {{}}, every score is zero, and no filters are "
-            "selected: {}.",
+            f"Every score at the layer {self.layer!r} is zero for {{}}, so no filters are selected: {{}}.",
         )
         fewer = seen & ~nothing & (selected.sum(1) < wanted.sum(1))
         self._warn_of(
@@ -576,7 +575,7 @@ class ClassFilters(Tabular):
         )
         if self.provenance.get("signed", True):
             self._warn_of(
-                (selected & (self._scores < 0)).any(1),
+                (selected & (self._scores < 0)).any(1) & (sizes < self.num_filters),
                 "Filters that lower the class's logit (negative scores) are selected for {}: {}. "
                 "select(..., positive_only=True) leaves them out.",
             )

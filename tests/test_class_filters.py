@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,17 @@ class TestSelect:
             assert empty.select(mass=0.5).filters_of(1).tolist() == []
         with pytest.raises(ValueError, match="without images"):
             empty.with_selection(torch.ones(3, 4, dtype=torch.bool))
+
+    def test_zero_and_negative_scores_are_told_unless_all_are_asked_for(self):
+        found = table(torch.tensor([[0.0, 0, 0, 0], [1, -2, -1, 3]]), counts=torch.tensor([4, 4]))
+        with pytest.warns(UserWarning, match="Every score .* zero for 1 class, so .*: 0"):
+            chosen = found.select(2)
+        assert chosen.selected.tolist() == [[False] * 4, [True, False, False, True]]
+        with pytest.warns(UserWarning, match="negative scores.* 1 class: 1"):
+            found.select(3)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert found.select(4).selected.all()
 
     @pytest.mark.parametrize(
         ("options", "message"),

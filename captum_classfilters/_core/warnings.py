@@ -1,8 +1,10 @@
 """Warnings that point at the user's own line."""
 
 import contextlib
+import re
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import captum
@@ -22,3 +24,12 @@ def warn(message: str) -> None:
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_INSIDE):
         level, frame = level + 1, frame.f_back
     warnings.warn(message, stacklevel=level)
+
+
+@contextlib.contextmanager
+def unsaid(*beginnings: str) -> Iterator[None]:
+    """No warnings that begin like this: for what a result tells by itself."""
+    with warnings.catch_warnings():
+        for beginning in beginnings:
+            warnings.filterwarnings("ignore", re.escape(beginning), UserWarning)
+        yield

@@ -18,7 +18,7 @@ from captum_classfilters._core.outputs import scores_per_class
 from captum_classfilters._core.ranking import random_sets
 from captum_classfilters._core.tables import Row, Table, Tabular, short_repr
 from captum_classfilters._core.types import Dataloader, Keywords, Unpack
-from captum_classfilters._core.warnings import warn
+from captum_classfilters._core.warnings import unsaid, warn
 from captum_classfilters.attr import (
     LayerClassGate,
     LayerFilterAblation,
@@ -33,6 +33,9 @@ from captum_classfilters.metrics.feature_tables import (
 )
 from captum_classfilters.metrics.removals import resolved_layer
 from captum_classfilters.metrics.replayed_batches import replaying
+
+# The table of methods has each one's number of filters.
+_SHOWN = ("Every score at the layer", "Fewer filters than asked", "Filters that lower")
 
 Method: TypeAlias = ClassFilters | LayerAttribution | Callable[[], ClassFilters]
 
@@ -357,7 +360,8 @@ def _tables(
     for name, method in tqdm(methods.items(), desc="methods", disable=quiet):
         started = time.perf_counter()
         try:
-            table = _table(name, method, dataloader, reading)
+            with unsaid(*_SHOWN):
+                table = _table(name, method, dataloader, reading)
         except ValueError as error:
             if asked:
                 raise
@@ -365,7 +369,8 @@ def _tables(
             continue
         ready_made = isinstance(method, ClassFilters)
         seconds[name] = float("nan") if ready_made else time.perf_counter() - started
-        tables[name] = table.select(num_filters=num_filters)
+        with unsaid(*_SHOWN):
+            tables[name] = table.select(num_filters=num_filters)
     if not tables:
         reasons = "; ".join(dict.fromkeys(skipped.values()))
         raise ValueError(f"No method of the standard set applies: {reasons}")

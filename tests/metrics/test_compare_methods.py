@@ -1,6 +1,7 @@
 """Methods against methods: every number against its definition, and the picture."""
 
 import dataclasses
+import warnings
 
 import numpy as np
 import pytest
@@ -46,6 +47,29 @@ def test_at_the_head_sufficiency_is_the_accuracy_of_the_decomposed_head():
         assert torch.allclose(recall, scores.recall)
     assert found.accuracy == pytest.approx(evaluate_classifier(model, test, **QUIET).accuracy)
     assert found.counts.tolist() == torch.bincount(joined(test)[1]).tolist()
+
+
+def test_filters_that_no_image_needs_are_told_by_the_table_alone():
+    """No single filter decides an image, so that the accuracy without it stays, and none is selected."""
+    model, data = pool_linear(), batches(24)
+    head = model[-1]
+    assert isinstance(head, torch.nn.Linear)
+    head.weight.data *= 1e-3  # the bias decides
+    head.bias.data = torch.tensor([9.0, 0.0, 0.0])
+    answers = [(x, torch.zeros_like(y)) for x, y in data]
+    standard = standard_methods(model, "1", answers, num_filters=2)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Every score")
+        found = compare_methods(
+            model,
+            "1",
+            answers,
+            batches(30),
+            methods={"CAR per class": standard["CAR per class"]},
+            num_filters=2,
+            **QUIET,
+        )
+    assert not found.tables["CAR per class"].selected.any()
 
 
 @pytest.mark.parametrize("replacement", ["zero", "mean"])
