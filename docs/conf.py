@@ -4,11 +4,13 @@ import os
 import sys
 from pathlib import Path
 
+from sphinx.application import Sphinx
+
 from captum_classfilters import __version__
 
 sys.path.insert(0, str(Path(__file__).parent))
 from make_notebooks import page, scripts
-from make_reference import object_pages
+from make_reference import lead_back, object_pages
 
 project = "captum_classfilters"
 author = "The captum_classfilters developers"
@@ -30,6 +32,8 @@ extensions = [
 html_theme = "furo"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
+html_js_files = ["site.js"]
+html_theme_options = {"top_of_page_buttons": []}  # pages are read, not their sources
 html_title = f"captum-classfilters {__version__}"  # a hyphen lets a narrow side bar break it
 exclude_patterns = ["_build", "jupyter_execute"]
 # Where the pages are read, for the site map; by default a server on this machine.
@@ -65,3 +69,8 @@ for name, text in _pages.items():
     path.parent.mkdir(exist_ok=True)
     if not path.exists() or path.read_text(encoding="utf-8") != text:
         path.write_text(text, encoding="utf-8")
+
+
+def setup(app: Sphinx) -> None:
+    """What Sphinx calls once this file is read."""
+    app.connect("html-page-context", lead_back)

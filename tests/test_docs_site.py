@@ -79,6 +79,41 @@ def test_every_public_object_has_one_page():
         assert not missing, f"docs/api{room.replace('.', '/') or '/index'}.rst lacks {missing}"
 
 
+def test_an_object_leads_to_the_pages_whose_code_uses_it():
+    pages = dict(REFERENCE["object_pages"]())
+    shortcuts = pages["captum_classfilters.answers.find_shortcuts"]
+    assert "**Tutorials**: :doc:`/tutorials/08_from_shortcut_to_repair`\n" in shortcuts
+    assert "**How-to**: :doc:`/shortcuts`\n" in shortcuts
+    first = pages["captum_classfilters.LayerFilterContribution"].split(".. rubric:: Used in")[1]
+    assert first.index("01_class_filters") < first.index("How-to") < first.index("/identify`")
+    for link in re.findall(r":doc:`/([^`]+)`", first):
+        path = DOCS / f"{link}.md"
+        path = path if path.exists() else DOCS.parent / f"{link}.py"
+        assert "LayerFilterContribution(" in path.read_text("utf-8"), link
+    assert "/glossary" not in "".join(pages.values())
+
+
+def test_names_are_used_where_their_import_stands_above():
+    code = "```python\nfrom captum_classfilters.heads import psi, decompose as cut\n```\n"
+    page = f"{code}(named)=\n\n## Section\n\n```python\ncut(model)\n```\n```text\npsi(x)\n```\n"
+    imported: dict[str, object] = {}
+    heads = importlib.import_module("captum_classfilters.heads")
+    parts = {
+        link: REFERENCE["used"](text, imported)
+        for link, text in REFERENCE["passages"](DOCS / "page.md", page)
+    }
+    assert parts == {":doc:`/page`": [], ":ref:`named`": [heads.decompose]}
+
+
+def test_a_source_leads_back_to_the_page_of_each_object():
+    back = (
+        '<div class="viewcode-block" id="Table.of">\n<a class="viewcode-back" href="../api/objects/'
+    )
+    context = {"body": f'{back}ours.Table.html#ours.tables.other.Table.of">[docs]</a>'}
+    REFERENCE["lead_back"](None, "_modules/ours/tables", "", context, None)
+    assert context["body"] == f'{back}ours.Table.html#ours.Table.of">[docs]</a>'
+
+
 def test_the_first_objects_are_25_of_these():
     first = listed(DOCS / "api/index.rst")
     assert len(set(first)) == len(first) == 25
