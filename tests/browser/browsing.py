@@ -1,6 +1,6 @@
 """Pages in a browser: what is asked of every one of them, and links followed on disk."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from html.parser import HTMLParser
 from pathlib import Path
@@ -63,9 +63,9 @@ def opened(browser: BrowserContext, path: Path) -> Iterator[Page]:
         page.close()
 
 
-def complaints(page: Page, known: Collection[str] = (), alike: str = "") -> list[str]:
+def complaints(page: Page, alike: str = "") -> list[str]:
     """What is wrong with a page at both widths, light and dark: pictures that do not load, what sticks out
-    of the window, and what axe finds, but for rules that are known, and without elements that are alike."""
+    of the window, and what axe finds, without elements that are alike."""
     found = [f"no picture: {source}" for source in page.evaluate(_BROKEN)]
     page.evaluate(_LEAVE_OUT, f"{_ALIKE}, {alike}" if alike else _ALIKE)
     page.evaluate(AXE_SCRIPT)
@@ -79,7 +79,6 @@ def complaints(page: Page, known: Collection[str] = (), alike: str = "") -> list
         found += [
             f"{where}, {violation['id']}: {node['html'][:200]} {node['failureSummary']}"
             for violation in told
-            if violation["id"] not in known
             for node in violation["nodes"]
         ]
     return found
