@@ -71,7 +71,7 @@ class CifarResNet(nn.Module):
         return nn.Sequential(first, *(BasicBlock(channels, channels) for _ in range(blocks - 1)))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits (N, 10) of normalised images (N, 3, 32, 32)."""
+        """Logits (N, 10) of normalized images (N, 3, 32, 32)."""
         x = F.relu(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.layer1(x)))
         return self.linear(x.mean((2, 3)))
@@ -102,7 +102,7 @@ def gated() -> tuple[CifarResNet, Tensor]:
 
 
 def images(split: str = "test", count: int | None = None) -> tuple[Tensor, Tensor]:
-    """Normalised images and labels of the test split or of the 20,000 training images."""
+    """Normalized images and labels of the test split or of the 20,000 training images."""
     if made_up():
         return random_images(count, 3, 32)
     file = DATA / (TEST if split == "test" else TRAIN)

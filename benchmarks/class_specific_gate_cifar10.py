@@ -48,7 +48,7 @@ TRAININGS = ("as found", "plain", "gated, constant start", "gated, started from 
 
 
 def public() -> None:
-    """The gate's five highest filters a class beside what the same network's images say."""
+    """The gate's five highest filters per class beside what the same network's images say."""
     model, gate = cifar10.gated()
     train, test = cifar10.loader("train", 10000), cifar10.loader("test")
     methods = {
@@ -65,7 +65,7 @@ def public() -> None:
     full = evaluate_classifier(model, test, **QUIET).accuracy
     print(f"Public gated ResNet-20, layer3, all filters: test accuracy {full:.4f}")
     rows = Table(
-        *("5 filters a class", "recall, noise at the set", "noise at the complement"),
+        *("5 filters per class", "recall, noise at the set", "noise at the complement"),
         *("shared with the gate's sets", "Jaccard between classes", "distinct filters"),
         "decomposed accuracy",
     )
@@ -161,7 +161,7 @@ def tuned(
     """One row of the table.
 
     A trained network's gated loss is small from the first step on, and a uniform shrinkage of the
-    gates, which is what the regulariser asks for, is undone by the rescaling projection; hence the
+    gates, which is what the regularizer asks for, is undone by the rescaling projection; hence the
     last way: gates that start from the head's positive weights, and the Euclidean projection.
     """
     epochs = arguments.epochs
@@ -201,7 +201,7 @@ def tuned(
 
 
 def overhead(repetitions: int) -> None:
-    """Time of a gated step over a plain one, in turn; median of the ratios of neighbours."""
+    """Time of a gated step over a plain one, in turn; median of the ratios of neighbors."""
     x, y = cifar10.images("train", 256)
     table = Table("images a step", "plain step, ms", "gated over plain, median", "quartiles")
     for size in (32, 128):

@@ -76,7 +76,7 @@ def trained(training: str, seed: int, settings: argparse.Namespace) -> list[floa
     x, y = (t.to(device) for t in cifar10.images("train", settings.train_images))
     model: Any = cifar10.CifarResNet().to(device)
     gate = ClassSpecificGate(10, 64).to(device).attach(model, "layer3")
-    penalised = training == PENALTY
+    penalized = training == PENALTY
     trainer = GatedTrainer(
         model,
         gate,
@@ -86,7 +86,7 @@ def trained(training: str, seed: int, settings: argparse.Namespace) -> list[floa
         scheduler=torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.epochs),
         regularization=0.05,
         schedule=SCHEDULES.get(training, GateSchedule(warmup=settings.epochs)),
-        criterion=orthogonality(model, settings.penalty) if penalised else F.cross_entropy,
+        criterion=orthogonality(model, settings.penalty) if penalized else F.cross_entropy,
     )
     batches = Augmented(x, y, 128, torch.Generator().manual_seed(seed))
     seconds, _ = timed(lambda: trainer.fit(batches, epochs=settings.epochs, **QUIET))

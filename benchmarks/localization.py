@@ -1,7 +1,7 @@
 """Do the maps find the object? SqueezeNet 1.1 on boxes of Tiny-ImageNet's validation images.
 
     python -m benchmarks.localization               # about ten minutes on one core
-    python -m benchmarks.localization --images 2    # images a class to score on; the default is 10
+    python -m benchmarks.localization --images 2    # images of each class to score on; the default is 10
     python -m benchmarks.localization --filters     # all filters one by one, about a minute
 
 Class filters, thresholds and blurs are chosen on 10 images of each of the 20 classes; the table is of
@@ -125,7 +125,7 @@ def methods(model: nn.Module, table: ClassFilters) -> dict[str, tuple[Explain, b
     gradient = saliency(20, "input_gradient")
     integrated = IntegratedGradients(model)
     return {
-        "centre box": (lambda x, y: center_box_maps(len(x), (SIZE, SIZE)), False),
+        "center box": (lambda x, y: center_box_maps(len(x), (SIZE, SIZE)), False),
         "class filters' activation map, 20 filters": (class_map(20), False),
         "class filters' activation map, all 512 (CAM)": (class_map(512), False),
         "10 class filters' activations, one by one": (

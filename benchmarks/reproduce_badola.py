@@ -179,7 +179,7 @@ def main_table(data: Data, quick: bool) -> None:
             accuracy = tuned(model, table, data, taught)
             rows.append((f"whole network tuned, 2 epochs, {name}", "91.3-91.6", goal, accuracy))
     shown = Table(
-        "ResNet-20, CIFAR-10 test, 5 of 64 filters a class", "published", "goal", "measured"
+        "ResNet-20, CIFAR-10 test, 5 of 64 filters per class", "published", "goal", "measured"
     )
     for name, published, goal, measured in rows:
         shown.row(name, published, goal, f"{measured:.2f}")
@@ -227,7 +227,7 @@ def draw_depth_claim(curves: dict[int, AccuracyCurve]) -> None:
     axes.set_ylim(-0.5, 12)
     axes.set_xlabel("filters kept for each class, of 64")
     axes.set_ylabel("accuracy lost, points")
-    axes.set_title("Do deeper networks need fewer filters a class?", loc="left")
+    axes.set_title("Do deeper networks need fewer filters per class?", loc="left")
     axes.legend(frameon=False, fontsize=8)
     quiet(axes)
     path = Path(__file__).parents[1] / "docs" / "figures" / "depth_claim.png"

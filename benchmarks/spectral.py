@@ -129,12 +129,12 @@ def directions(num_train: int, num_test: int, rotations: int) -> None:
 
 def specificity(signals: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Share of each direction's variance that lies between classes, and between one class and the rest."""
-    centred = (signals - signals.mean(0)).double()
-    total = centred.square().sum(0)
+    centered = (signals - signals.mean(0)).double()
+    total = centered.square().sum(0)
     one_class = []
     between = torch.zeros_like(total)
     for label in labels.unique():
-        rows = centred[labels == label]
+        rows = centered[labels == label]
         part = len(rows) * rows.mean(0).square()
         between += part
         one_class.append(part * len(labels) / (len(labels) - len(rows)))

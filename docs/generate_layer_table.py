@@ -44,7 +44,7 @@ _COLUMNS = (
 
 @dataclass(frozen=True)
 class Member:
-    """One member of a family, randomly initialised, and the images it accepts."""
+    """One member of a family, randomly initialized, and the images it accepts."""
 
     name: str
     size: int = 64
@@ -66,7 +66,7 @@ class Member:
 
 
 def _without_slow_start(name: str) -> Callable[[], nn.Module]:
-    """A member whose own initialisation takes long; PyTorch's default serves as well."""
+    """A member whose own initialization takes long; PyTorch's default serves as well."""
     return lambda: torchvision.models.get_model(
         name, weights=None, num_classes=NUM_CLASSES, init_weights=False
     )

@@ -67,7 +67,7 @@ def pool_linear(
 
 
 def deep(seed: int = 0) -> Deep:
-    """Two stages with batch normalisation and in-place ReLU; "stage1" is an inner layer."""
+    """Two stages with batch normalization and in-place ReLU; "stage1" is an inner layer."""
     torch.manual_seed(seed)
     model = Deep()
     model.add_module(

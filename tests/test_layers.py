@@ -49,7 +49,7 @@ class _EitherNorm(_FastNorm):
 
 
 class _ChannelsFirstNorm(nn.LayerNorm):
-    """Normalises axis 1 of (N, K, H, W), as ConvNeXt's does."""
+    """Normalizes axis 1 of (N, K, H, W), as ConvNeXt's does."""
 
     def forward(self, tensor: Tensor) -> Tensor:
         return super().forward(tensor.movedim(1, -1)).movedim(-1, 1)

@@ -88,7 +88,7 @@ class Alarm(nn.Module):
 
 
 class TwoOfThree(nn.Module):
-    """Red and green, for a model that reads two colours."""
+    """Red and green, for a model that reads two colors."""
 
     def forward(self, x):
         return x[:, :2]

@@ -108,7 +108,7 @@ def test_high_gates_of_the_public_gated_network_are_its_class_filters():
         found[descending] = model_essentiality(
             gated, method.class_filters(num_filters=5), test, head="linear", **QUIET
         )
-    # Read the right way round, five filters a class are nearly all that the network needs.
+    # Read the right way round, five filters per class are nearly all that the network needs.
     assert found[True].at_set.mean() < 0.4
     assert found[True].at_complement.mean() > 0.85
     assert found[False].at_set.mean() > 0.8

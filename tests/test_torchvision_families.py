@@ -51,11 +51,11 @@ FEEDS = {
     "EfficientNet": "mean",
     "EfficientNet V2": "mean",
     "RegNet": "mean",
-    "ConvNeXt": None,  # layer normalisation after pooling
+    "ConvNeXt": None,  # layer normalization after pooling
     "ViT": None,  # the class token alone
     "Swin": "mean",
     "Swin V2": "mean",
-    "MaxViT": None,  # layer normalisation and a hidden linear layer
+    "MaxViT": None,  # layer normalization and a hidden linear layer
 }
 CHANNELS_LAST = {"ViT", "Swin", "Swin V2"}
 

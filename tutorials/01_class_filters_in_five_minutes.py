@@ -107,7 +107,7 @@ print(decomposed[-1])
 before = accuracy(decomposed)
 refit_head(decomposed, digits.train, show_progress=False)
 print(
-    f"full {accuracy(model):.3f}, five filters a class {before:.3f}, refitted {accuracy(decomposed):.3f}"
+    f"full {accuracy(model):.3f}, five filters per class {before:.3f}, refitted {accuracy(decomposed):.3f}"
 )
 
 # %% [markdown]

@@ -183,7 +183,7 @@ print(filter_curves(model, layer, x, exact, target=y))
 
 # %% [markdown]
 # And a class's, over the test images: is the class lost without its first filters (necessity, low is
-# good), is it recognised by them alone (sufficiency, high is good), and whom else does it hurt?
+# good), is it recognized by them alone (sufficiency, high is good), and whom else does it hurt?
 
 # %%
 print(class_curves(model, layer, class_filters, digits.test, show_progress=False))

@@ -137,7 +137,7 @@ figure, _ = plot_filter_grid(model.first[0].weight.detach(), both.order_of("firs
 # %% [markdown]
 # ## Make the network smaller
 #
-# A mask saves nothing. `prune_filters` removes the filters, their normalisation and what later layers
+# A mask saves nothing. `prune_filters` removes the filters, their normalization and what later layers
 # read of them, and checks that the smaller network puts out what the masked one does.
 
 # %%

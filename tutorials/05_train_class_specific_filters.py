@@ -142,7 +142,7 @@ figure, _ = plot_filter_correlation(gated.filters[0].weight, gate.weight)
 # %% [markdown]
 # ## Mask a class's filters
 #
-# With class-specific filters, a class whose filters are masked is no longer recognised and the
+# With class-specific filters, a class whose filters are masked is no longer recognized and the
 # others hardly notice. For the plain network, the filters that contribute most are masked.
 
 # %%

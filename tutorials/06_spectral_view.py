@@ -101,7 +101,7 @@ spectra = model_spectra(model)
 figure, _ = plot_spectrum(spectra[name])
 
 # %% [markdown]
-# The same layers, initialised again, are the control: no outliers, and steeper tails where there are
+# The same layers, initialized again, are the control: no outliers, and steeper tails where there are
 # enough eigenvalues to tell. The first layer has nine and the head ten: random matrices of these shapes
 # have as heavy tails, so both are judged untrained whatever their exponents.
 
@@ -124,7 +124,7 @@ for rule in [*rules, "effective_rank", "stable_rank"]:
 
 # %% [markdown]
 # Four rules that look for what noise cannot make agree on nine: with ten classes the logits span nine
-# dimensions, up to a constant, and the last convolution has learnt one strong direction for each.
+# dimensions, up to a constant, and the last convolution has learned one strong direction for each.
 
 # %% [markdown]
 # ## Directions as evidence
@@ -148,7 +148,7 @@ figure, _ = plot_class_filters(tables["directions"])
 #
 # `factor_layer` copies the model with the layer in two steps, to the directions and back. The copy puts
 # out the same, but its directions *are* filters of a layer, so gates, ablation and every measurement
-# work on them. How well is each class recognised if only its k best features are kept at this layer?
+# work on them. How well is each class recognized if only its k best features are kept at this layer?
 
 # %%
 factored = factor_layer(model, name)
@@ -173,10 +173,10 @@ for k in (1, 2, 3, 5, 8):
 
 # %%
 values = direction_signals(model, x, [name])[name]
-centred = values - values.mean(0)
+centered = values - values.mean(0)
 between = sum(
-    (y == label).sum() * centred[y == label].mean(0).square() for label in y.unique()
-) / centred.square().sum(0)
+    (y == label).sum() * centered[y == label].mean(0).square() for label in y.unique()
+) / centered.square().sum(0)
 energy = svd.values.square() / svd.values.square().sum()
 print("share of the variance between classes")
 print(f"first direction, with {energy[0]:.0%} of the energy: {between[0]:.2f}")
@@ -196,8 +196,8 @@ seen = exemplars(model, "second.0", digits.test, directions=svds, show_progress=
 figure, _ = plot_exemplars(seen["second.0"], digits.test.dataset, [0, 1, 2], num_images=4)
 
 # %% [markdown]
-# `visualize_features` asks the network instead of the data: it optimises an image until it drives a
-# direction as far as it can at the centre of the map, up or down. The numbers say how far, on the scale
+# `visualize_features` asks the network instead of the data: it optimizes an image until it drives a
+# direction as far as it can at the center of the map, up or down. The numbers say how far, on the scale
 # of the sheet above: an image made for the purpose goes further than any test image.
 
 # %%
@@ -207,9 +207,9 @@ objectives = [
     for unit in range(3)
     for sign in (-1, 1)
 ]
-optimised = visualize_features(model, objectives, (1, 8, 8), steps=128, show_progress=False)
+optimized = visualize_features(model, objectives, (1, 8, 8), steps=128, show_progress=False)
 names = [f"u{unit} {way}" for unit in range(3) for way in ("down", "up")]
-figure, _ = plot_features(optimised, names)
+figure, _ = plot_features(optimized, names)
 
 # %% [markdown]
 # ## Do classes use different directions?

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_ENTRIES_AT_ONCE = 2**22  # of the matrix relabellings x images
+_ENTRIES_AT_ONCE = 2**22  # of the matrix relabelings x images
 _ROUNDING = 1e-6  # of a sum in float32, relative to the sum of absolute values
 
 
 @dataclass(frozen=True)
-class Relabelling:
+class Relabeling:
     r"""
     A mean difference as a weighted sum over rows, and the sums that other labels would give.
 
@@ -32,13 +32,13 @@ class Relabelling:
     blocks: Tensor | None = None
 
     @classmethod
-    def of_pairs(cls, number: int) -> "Relabelling":
+    def of_pairs(cls, number: int) -> "Relabeling":
         """Of so many pairs."""
         ones = torch.ones(number, dtype=torch.float64)
         return cls(ones / number, ones)
 
     @classmethod
-    def of_groups(cls, has: Tensor, classes: Tensor) -> "Relabelling":
+    def of_groups(cls, has: Tensor, classes: Tensor) -> "Relabeling":
         """Of images that have it or not, (N,), compared within their classes (N,)."""
         blocks = classes.unique(return_inverse=True)[1]
         count = torch.bincount(blocks).double()
@@ -54,7 +54,7 @@ class Relabelling:
 
     @property
     def bits(self) -> float:
-        """Binary logarithm of how many relabellings there are."""
+        """Binary logarithm of how many relabelings there are."""
         if self.blocks is None:
             return float(len(self.weights))
         logarithm = 0.0
@@ -71,14 +71,14 @@ class Relabelling:
         r"""
         Whether differences exceed margins by more than chance.
 
-        With the margin taken off the rows that have it, a relabelling counts against a column if its
+        With the margin taken off the rows that have it, a relabeling counts against a column if its
         difference, of either sign, is as large. Without a margin that is the two-sided test.
 
         Args:
 
             values (Tensor): Shape (N, U).
             margins (Tensor): Shape (U,), not negative.
-            permutations (int): Number of relabellings to draw.
+            permutations (int): Number of relabelings to draw.
             seed (int): Of these.
 
         Returns:

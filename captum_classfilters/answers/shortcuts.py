@@ -14,7 +14,7 @@ from captum_classfilters._core.ranking import descending
 from captum_classfilters._core.tables import Table, Tabular, short_repr
 from captum_classfilters._core.types import Dataloader, JsonDict, Unpack
 from captum_classfilters.answers.head_edits import head_of
-from captum_classfilters.answers.relabelling import Relabelling
+from captum_classfilters.answers.relabeling import Relabeling
 from captum_classfilters.answers.sides import Marked, Side, read_sides
 from captum_classfilters.class_filters import index_of_class, names_of_classes
 from captum_classfilters.heads.linear_head import LinearHead
@@ -195,7 +195,7 @@ def find_shortcuts(
                     Default: 0.05
         least (float): Changes of so many standard deviations are passed over.
                     Default: 0.8
-        permutations (int): Number of relabellings to draw.
+        permutations (int): Number of relabelings to draw.
                     Default: 49,999
         seed (int): Of these.
                     Default: 0
@@ -241,16 +241,16 @@ def find_shortcuts(
         unpack=unpack,
         show_progress=show_progress,
     )
-    relabelling = _relabelling(without, with_, paired)
+    relabeling = _relabeling(without, with_, paired)
     num_classes = without.scores.shape[1]
-    _check_enough(relabelling, max(num_classes, without.features.shape[1]), fdr, permutations)
+    _check_enough(relabeling, max(num_classes, without.features.shape[1]), fdr, permutations)
 
     def compared(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Changes, spreads and adjusted p-values."""
         values = high.double() - low.double() if paired else torch.cat([low, high])
         spread = low.double().std(0)
-        p_values = relabelling.p_values(values, least * spread, permutations, seed)
-        return relabelling.differences(values), spread, false_discovery_adjusted(p_values)
+        p_values = relabeling.p_values(values, least * spread, permutations, seed)
+        return relabeling.differences(values), spread, false_discovery_adjusted(p_values)
 
     filters = compared(without.features, with_.features)
     outputs = compared(_relative(without.scores), _relative(with_.scores))
@@ -285,11 +285,11 @@ def _relative(scores: Tensor) -> Tensor:
     return scores.double() - scores.double().mean(1, keepdim=True)
 
 
-def _relabelling(without: Side, with_: Side, paired: bool) -> Relabelling:
+def _relabeling(without: Side, with_: Side, paired: bool) -> Relabeling:
     if paired:
-        return Relabelling.of_pairs(len(without.labels))
+        return Relabeling.of_pairs(len(without.labels))
     has = torch.cat([torch.zeros(len(without.labels)), torch.ones(len(with_.labels))])
-    return Relabelling.of_groups(has, torch.cat([without.labels, with_.labels]))
+    return Relabeling.of_groups(has, torch.cat([without.labels, with_.labels]))
 
 
 def _check_options(fdr: float, least: float, permutations: int) -> None:
@@ -301,14 +301,14 @@ def _check_options(fdr: float, least: float, permutations: int) -> None:
         raise ValueError(f"permutations={permutations!r} must be a whole number of at least 1.")
 
 
-def _check_enough(relabelling: Relabelling, tests: int, fdr: float, permutations: int) -> None:
+def _check_enough(relabeling: Relabeling, tests: int, fdr: float, permutations: int) -> None:
     """Refuse what could find nothing, whatever the images show."""
     needed = math.log2(tests / fdr) + 1
-    if relabelling.bits < needed:
+    if relabeling.bits < needed:
         raise ValueError(
-            f"There are too few images: {len(relabelling.weights)} "
-            + ("pairs" if relabelling.blocks is None else "images")
-            + f" have 2^{relabelling.bits:.1f} relabellings, and a single finding among {tests:,} "
+            f"There are too few images: {len(relabeling.weights)} "
+            + ("pairs" if relabeling.blocks is None else "images")
+            + f" have 2^{relabeling.bits:.1f} relabelings, and a single finding among {tests:,} "
             f"filters or outputs at fdr={fdr} needs 2^{needed:.1f}: give at least "
             f"{math.ceil(needed)} pairs, or more images of classes that have both kinds."
         )

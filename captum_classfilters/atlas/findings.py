@@ -279,5 +279,5 @@ def _in_channels_last(images: Tensor) -> bool:
 
 
 def num_parameters(model: nn.Module) -> int:
-    """How many numbers a model has learnt."""
+    """How many numbers a model has learned."""
     return sum(parameter.numel() for parameter in model.parameters())

@@ -55,7 +55,7 @@ class ClassFilterSaliency(GradientAttribution):
     :class:`LayerFilterContribution`), and interpolates them to the input's size: Grad-CAM
     (Selvaraju et al. 2017) for the class filters, without averaging the gradients over positions.
     It costs one forward pass at a pool + linear head. Every input channel gets an equal part, so
-    that summing over channels, as Captum's visualiser does, gives the map.
+    that summing over channels, as Captum's visualizer does, gives the map.
 
     Args:
 

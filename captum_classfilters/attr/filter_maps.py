@@ -75,7 +75,7 @@ def filter_gradient_maps(
     r"""
     How strongly each pixel moves a filter's mean activation, for chosen filters of all images.
 
-    .. math:: g_k(p) = \Big( \sum_{\text{colours } i}
+    .. math:: g_k(p) = \Big( \sum_{\text{colors } i}
               \big( \partial \bar a_k / \partial x_{ip} \big)^2 \Big)^{1/2}
 
     divided by its root mean square over the pixels, then blurred: Liang et al.'s *GradMaps*
@@ -86,7 +86,7 @@ def filter_gradient_maps(
 
         model (nn.Module): The model.
         layer (nn.Module or str): The layer, or its dotted name.
-        images (Tensor): Shape (N, colours, H, W), the model's input.
+        images (Tensor): Shape (N, colors, H, W), the model's input.
         filters (Tensor): Indices of filters, shape (n,) for all images alike, or (N, n).
         blur (float, optional): Standard deviation of a Gaussian blur, in pixels; the authors take
                     30 at 128 pixels.
@@ -102,7 +102,7 @@ def filter_gradient_maps(
                     filter, or ``blur`` is not positive.
     """
     if images.dim() != 4:
-        raise ValueError(f"images have shape {tuple(images.shape)}; expected (N, colours, H, W).")
+        raise ValueError(f"images have shape {tuple(images.shape)}; expected (N, colors, H, W).")
     if blur is not None and not blur > 0:
         raise ValueError(f"blur={blur} must be positive, in pixels; None leaves the maps sharp.")
     points = on_device(images.detach(), device_of(model)).clone().requires_grad_()

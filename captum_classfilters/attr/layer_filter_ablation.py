@@ -102,7 +102,7 @@ class LayerFilterAblation(LayerFilterAttribution, PerturbationAttribution):
     .. math:: s_k = f_c(x) - f_c(x_{-k})
 
     The filter is replaced in the layer's output, after whatever the layer does, so a bias or a
-    batch normalisation inside the layer does not survive. This is the per-image form of the
+    batch normalization inside the layer does not survive. This is the per-image form of the
     structural removal of Abbasi-Asl and Yu: *Structural Compression of Convolutional Neural
     Networks with Applications in Interpretability*, Frontiers in Big Data 4 (2021),
     https://arxiv.org/abs/1705.07356, whose index over a data set, classification accuracy reduction

@@ -27,7 +27,7 @@ class LayerFilterContribution(WeightedFilterAttribution, GradientAttribution):
 
     Where the rest of the network is pooling and a linear layer with weight *W* and bias *b* this is
     :math:`\bar a_k W_{ck}`, and it is **exact**: the contributions sum to the logit minus the
-    logit with every filter removed, :math:`F_c - b_c`. That case is recognised on the numbers of
+    logit with every filter removed, :math:`F_c - b_c`. That case is recognized on the numbers of
     the batch and needs neither a backward pass nor a graph: the explanation costs one forward
     pass.
 

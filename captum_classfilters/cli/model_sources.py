@@ -58,7 +58,7 @@ class ModelSource:
         return list(model.state_dict())[-1]  # a file need not keep the order of the layers
 
     def preparation(self) -> Callable[[object], Tensor]:
-        """From an image to what the model takes: resize, centre crop, normalize."""
+        """From an image to what the model takes: resize, center crop, normalize."""
         from torchvision import transforms
 
         return transforms.Compose(

@@ -235,7 +235,7 @@ class ClassSpecificGate(nn.Module):
     @torch.no_grad()
     def project(self, *, check: bool = True) -> None:
         r"""
-        Bring the gates back into V_G, in place; call it after every step of the gate's optimiser.
+        Bring the gates back into V_G, in place; call it after every step of the gate's optimizer.
 
         ``"rescale"``: each column is divided by its largest entry (signed, not absolute) and clipped
         to [0, 1]. The released formula gives NaN for a column of zeros and opens a column of

@@ -38,13 +38,13 @@ class ClassGateCallback(Callback):
     Lightning callback that trains a class-specific gate beside any ``training_step``.
 
     In the steps that the schedule says, ``training_step`` runs with the gate on; its loss is that of the
-    gated path. The regularizer's gradient is added before the optimiser steps, and the gate is
-    projected afterwards. Nothing in the ``LightningModule`` changes, but that one of its optimisers
+    gated path. The regularizer's gradient is added before the optimizer steps, and the gate is
+    projected afterwards. Nothing in the ``LightningModule`` changes, but that one of its optimizers
     must hold the gate's parameters; the simplest way is to make the gate an attribute of the module.
     Lightning's checkpoints hold the gate, and a run that is resumed from one goes on exactly.
 
-    With automatic optimisation this is :class:`GatedTrainer`, step for step, with a
-    ``gated_weight`` of 1 and one optimiser. Several processes have not been tested.
+    With automatic optimization this is :class:`GatedTrainer`, step for step, with a
+    ``gated_weight`` of 1 and one optimizer. Several processes have not been tested.
 
     Args:
 
@@ -111,7 +111,7 @@ class ClassGateCallback(Callback):
         """Check that the gate is trained.
 
         Raises:
-            ValueError: No optimiser holds the gate's parameters.
+            ValueError: No optimizer holds the gate's parameters.
         """
         self.gate.to(pl_module.device)
         if not any(self._holds(optimizer) for optimizer in trainer.optimizers):

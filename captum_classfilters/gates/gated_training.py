@@ -119,10 +119,10 @@ class GatedTrainer:
     r"""
     Train a network together with its class-specific gate.
 
-    A plain step minimises the cross-entropy of the ungated path with ``optimizer``. A gated step
-    minimises :math:`\lambda_1` times the cross-entropy of the gated path plus :math:`\lambda_2` times
+    A plain step minimizes the cross-entropy of the ungated path with ``optimizer``. A gated step
+    minimizes :math:`\lambda_1` times the cross-entropy of the gated path plus :math:`\lambda_2` times
     the gate's regularizer with ``gated_optimizer``, and projects the gate. In a joint step the plain
-    cross-entropy is added. Schedulers advance at the end of an epoch in which their optimiser stepped.
+    cross-entropy is added. Schedulers advance at the end of an epoch in which their optimizer stepped.
 
     Args:
 
@@ -387,7 +387,7 @@ class GatedTrainer:
         """Everything that a resumed run needs to go on exactly as this one would have.
 
         Returns:
-            *dict*: Model, gate, optimisers, schedulers, history and torch's random state on the
+            *dict*: Model, gate, optimizers, schedulers, history and torch's random state on the
             CPU; :meth:`save` writes it to a file. A loader that shuffles with a generator of its own
             is not part of it.
         """

@@ -63,7 +63,7 @@ def fine_tune(
     r"""
     Fine-tune a model, a decomposed one for example, in place; it ends in its best state.
 
-    Adam without weight decay minimises the cross-entropy, as the authors of the decomposed head do.
+    Adam without weight decay minimizes the cross-entropy, as the authors of the decomposed head do.
     After each epoch the model is measured on the validation images, and the state that did best
     is kept, the one before training included. An interruption, too, leaves the best state so far.
     Logits, probabilities, their logarithms and the one output of a binary classifier are each

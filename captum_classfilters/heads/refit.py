@@ -33,7 +33,7 @@ def refit_head(
     .. math:: \frac{1}{N} \sum_n \mathrm{CE}(y_n, V z_n + b)
               + \frac{\lambda}{2} \, \lVert V - V_0 \rVert^2
 
-    pulls towards the weights found, and is minimised by full-batch L-BFGS, which is deterministic.
+    pulls towards the weights found, and is minimized by full-batch L-BFGS, which is deterministic.
     Of a binary classifier's one logit, CE is the binary cross-entropy. The model must return the
     head's output, or its softmax or log-softmax: the logits are then those of the model.
 

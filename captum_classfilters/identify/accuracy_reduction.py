@@ -216,7 +216,7 @@ def accuracy_reduction(
 
     where :math:`N(-i, L)` is the network without filter *i* of layer *L* and :math:`\mathrm{Acc}_c`
     the top-1 accuracy on the images of class *c*. A filter is removed from the layer's output; with
-    normalisations across channels after the layer this differs from deleting it.
+    normalizations across channels after the layer this differs from deleting it.
 
     Under ``torchrun`` each process measures its share of the images, and every process gets the sum.
 

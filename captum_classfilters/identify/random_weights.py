@@ -31,7 +31,7 @@ class RandomWeightsNull(Tabular):
                     against random weights.
         random (list of ClassFilters): The tables of the networks with random weights.
         rank_correlation (Tensor): Shape (R,). Mean rank correlation of each with the table: near
-                    zero if the table depends on what was learnt.
+                    zero if the table depends on what was learned.
         overlap (Tensor): Shape (R,). Mean overlap of the selected filters.
         chance (float): The overlap expected of random selections.
     """
@@ -76,7 +76,7 @@ def random_weights_null(
     r"""
     Compare a method's table with those of re-initialized copies of the model.
 
-    **The null.** What was learnt does not matter: the row of a class is drawn from the same
+    **The null.** What was learned does not matter: the row of a class is drawn from the same
     distribution as rows under random weights, in which filters are exchangeable. Logits of random
     networks have another scale, so each row is divided by the sum of its absolute values first. The
     p-value of a cell is the share of all R K cells of its class under random weights that are as

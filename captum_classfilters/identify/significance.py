@@ -25,7 +25,7 @@ class LabelPermutation:
     **The null.** Labels say nothing about the images: every pairing of the images with the labels
     at hand is equally likely. The model is taken as it is. What is exchangeable then is an image's
     evidence *for one fixed class*, so each cell (c, k) compares the mean evidence of the images
-    labelled *c* with the means of equally many images drawn at random without replacement from a
+    labeled *c* with the means of equally many images drawn at random without replacement from a
     pool that holds evidence for *c*:
 
     - Where evidence does not depend on the target, the pool is all images, and the labels are
@@ -33,7 +33,7 @@ class LabelPermutation:
       permutation distribution is hypergeometric, and its exact tail is used.
     - Where it does (a contribution to the logit of *c*), evidence for the image's own label would
       not be exchangeable between classes. Each image is therefore also asked for its evidence for
-      ``foreign_targets`` other classes, drawn at random, and the pool of *c* is the images labelled
+      ``foreign_targets`` other classes, drawn at random, and the pool of *c* is the images labeled
       *c* and the images that drew *c*.
 
     A cell is a discovery if its filter speaks for the class more on the class's images than on
@@ -246,7 +246,7 @@ def permutation_p_values(
     values, classes = evidence.detach().cpu(), labels.cpu().long()
     counts = torch.bincount(classes, minlength=number)
     if foreign is None:
-        exceeded = _exceeded_by_relabelling(
+        exceeded = _exceeded_by_relabeling(
             values.double(), classes, number, permutations, generator
         )
     else:
@@ -342,7 +342,7 @@ def _check_pair(values: Tensor, labels: Tensor, name: str, labels_name: str) -> 
         raise ValueError(f"{name} holds NaN or Inf.")
 
 
-def _exceeded_by_relabelling(
+def _exceeded_by_relabeling(
     values: Tensor, labels: Tensor, num_classes: int, permutations: int, generator: torch.Generator
 ) -> Tensor:
     """How many permutations of all labels give each class and filter as large a total (C, K)."""

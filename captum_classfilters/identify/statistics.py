@@ -18,7 +18,7 @@ class ClassFilterSums(SummedMetric):
     Streaming statistics of per-image filter scores, class by class: count, mean and M2.
 
     M2 is the sum of squared deviations from the mean (Welford; merged as by Chan, Golub and LeVeque,
-    1983), so that a spread far smaller than the scores is not cancelled away. Memory is O(C K)
+    1983), so that a spread far smaller than the scores is not canceled away. Memory is O(C K)
     whatever the number of images. Merging across processes leaves counts bitwise those of one
     process; means and M2 differ by rounding in float64 only. It takes two all-reduces, one for whole
     numbers, so that neither memory nor bytes depend on the number of processes.

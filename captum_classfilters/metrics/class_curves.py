@@ -113,7 +113,7 @@ def class_curves(
         dataloader (iterable): Batches of (inputs, labels).
         num_filters (sequence of int, optional): Points of the curves; 0, K, and with every number j
                     also K - j are added. By default about 17, evenly spaced.
-        measure (str): ``"recall"``, the share of the class's images that are recognised, or
+        measure (str): ``"recall"``, the share of the class's images that are recognized, or
                     ``"probability"``, the mean probability of the class.
                     Default: "recall"
         replacement (str): What stands in for a removed filter, as in

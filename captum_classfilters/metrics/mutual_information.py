@@ -36,7 +36,7 @@ def mutual_information_matrix(
     .. math:: I_{ck} = \psi(N) + \langle \psi(q_i) \rangle - \langle \psi(N_{y_i}) \rangle
               - \langle \psi(m_i) \rangle ,
 
-    where the ball around image *i* reaches its *q*-th neighbour among images with the same
+    where the ball around image *i* reaches its *q*-th neighbor among images with the same
     indicator, and holds :math:`m_i` of all images. As there, responses are scaled to unit variance,
     get noise of relative size 1e-10 that decides ties, and negative estimates are set to zero.
 
@@ -278,7 +278,7 @@ def _ball_counts(
     neighbors: int,
     neighbor: Callable[[int | Integers], Integers],
 ) -> Integers:
-    """Images strictly closer than the q-th neighbour of the same group, each counting itself."""
+    """Images strictly closer than the q-th neighbor of the same group, each counting itself."""
     here = x[positions]
     within = np.minimum(neighbors, sizes - 1)
     radius = np.full(len(positions), np.inf)
@@ -295,7 +295,7 @@ def _ball_counts(
         radius = np.where(better, reach, radius)
         edge = np.where(better, np.where(to_low >= to_high, low, high), edge)
         edge_is_low = np.where(better, to_low >= to_high, edge_is_low)
-    # On the neighbour's own side positions count exactly; only the other side is searched.
+    # On the neighbor's own side positions count exactly; only the other side is searched.
     alone = ~np.isfinite(radius)
     reach = np.where(alone, 0.0, radius)
     first_closer = np.minimum(np.searchsorted(x, here - reach, side="right"), positions)

@@ -24,8 +24,8 @@ def quantus_explanation(
     Quantus (Hedström et al., JMLR 2023, https://arxiv.org/abs/2202.06861) hands its explanation
     function the model, sometimes with other weights, and arrays of images and targets, and expects an
     array of the images' size. Layer attributions are summed over filters and interpolated to it. The
-    method is made anew for each call, so that metrics which randomise the model explain what they
-    randomised.
+    method is made anew for each call, so that metrics which randomize the model explain what they
+    randomized.
 
     Args:
 

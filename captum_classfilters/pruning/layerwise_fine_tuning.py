@@ -29,7 +29,7 @@ class LayerwiseFineTuning:
 
     Stochastic gradient descent on the cross-entropy. After a filter's removal it is mostly the layer
     itself and the one that read the filter that have to adapt, so only the layers named are trained.
-    Running statistics of batch normalisation stay as they are.
+    Running statistics of batch normalization stay as they are.
 
     Args:
 

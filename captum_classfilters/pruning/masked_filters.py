@@ -22,7 +22,7 @@ def masked_filters(
     Set filters to zero in the outputs of some layers while the block runs.
 
     The layer's output is masked, so after its bias; to remove a filter of a convolution with batch
-    normalisation or a bias after it, name the module that ends with the activation. The model can
+    normalization or a bias after it, name the module that ends with the activation. The model can
     be run, trained and explained inside the block.
 
     Args:

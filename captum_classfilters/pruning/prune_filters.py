@@ -68,7 +68,7 @@ def prune_filters(
         constants (str): ``"fold"`` as above; ``"drop"`` leaves constants out, so that the result
                     equals zeroing the filters in the inputs of the layers that read them, too.
                     Default: "fold"
-        in_place (bool): Change the model itself. Optimisers then hold parameters it no longer has.
+        in_place (bool): Change the model itself. Optimizers then hold parameters it no longer has.
                     Default: False (a copy is changed)
         channel_dim (int, optional): Axis of the filters, where it cannot be told from the layer.
                     Default: None

@@ -21,7 +21,7 @@ def influential(
     positive scores. **Ties** go to the lower index.
 
     Source: DeepDataProfiler, whose rule ``share`` is. Its weights leave the last unit accepted out
-    of their normalisation and sum to more than one; here they are shares of what was accepted and
+    of their normalization and sum to more than one; here they are shares of what was accepted and
     sum to one.
 
     Args:

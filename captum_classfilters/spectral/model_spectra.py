@@ -257,14 +257,14 @@ def compare_with_random(
     seed: int = 0,
 ) -> SpectraComparison:
     r"""
-    Compare the spectra of a model with those of a randomly initialised twin.
+    Compare the spectra of a model with those of a randomly initialized twin.
 
-    The twin is never built as a whole: one layer at a time is copied and initialised again.
+    The twin is never built as a whole: one layer at a time is copied and initialized again.
 
     Args:
 
         model (nn.Module): The model, only read.
-        twin (str or nn.Module): ``"reset"`` initialises a copy of each layer by its own
+        twin (str or nn.Module): ``"reset"`` initializes a copy of each layer by its own
                     ``reset_parameters``; ``"shuffled"`` shuffles the entries of each weight, which
                     keeps their distribution and so the scale; a model of the same layers, freshly
                     made for example, is taken as it is.
@@ -277,7 +277,7 @@ def compare_with_random(
         *SpectraComparison*.
 
     Raises:
-        ValueError: A layer cannot be initialised again, or the twin lacks one.
+        ValueError: A layer cannot be initialized again, or the twin lacks one.
     """
     svds = model_svd(model, layers)
     spectra = model_spectra(svds)

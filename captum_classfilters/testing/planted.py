@@ -171,8 +171,8 @@ def planted_network(num_classes: int = 4, leak: float = 0.0, seed: int = 0) -> P
     for name, before in (("middle", "shallow"), ("deep", "middle")):
         relay = _relay(kinds, classes, leak, generator)
         weight = _convolution(model, name).weight.data
-        centre = weight.shape[2] // 2
-        weight[order[name][:, None], order[before][None], centre, centre] = relay
+        center = weight.shape[2] // 2
+        weight[order[name][:, None], order[before][None], center, center] = relay
     head = _head(num_classes, kinds, classes, leak, generator)
     model.get_parameter("head.weight").data[:, order["deep"]] = head
     member = torch.tensor([[c in served for served in classes] for c in range(num_classes)])

@@ -427,8 +427,8 @@ def color_root(images: Tensor) -> Tensor:
 
         >>> import torch
         >>> from captum_classfilters.visualize import color_root
-        >>> grey = torch.rand(4, 1, 8, 8).expand(4, 3, 8, 8)
-        >>> color_root(grey).allclose(torch.full((3, 3), 3 ** -0.5), atol=1e-4)
+        >>> gray = torch.rand(4, 1, 8, 8).expand(4, 3, 8, 8)
+        >>> color_root(gray).allclose(torch.full((3, 3), 3 ** -0.5), atol=1e-4)
         True
     """
     if images.dim() != 4:

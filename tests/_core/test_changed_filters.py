@@ -61,7 +61,7 @@ CASES = {
     "one by one, stride": lambda: After(nn.Conv2d(4, 5, 1, (1, 2), bias=False), nn.Sigmoid()),
     "one by one, padded": lambda: After(nn.Conv2d(4, 5, 1, padding=1), nn.Sigmoid()),
     "rectangular": lambda: After(nn.Conv2d(4, 5, (1, 3), padding=(0, 1)), nn.Sigmoid()),
-    "normalised": lambda: After(norm(), nn.ReLU(inplace=True), nn.Conv2d(4, 5, 3), nn.Tanh()),
+    "normalized": lambda: After(norm(), nn.ReLU(inplace=True), nn.Conv2d(4, 5, 3), nn.Tanh()),
     "no affine": lambda: After(
         nn.BatchNorm2d(4, affine=False), nn.Conv2d(4, 5, 3, bias=False), nn.Tanh()
     ),
@@ -107,7 +107,7 @@ def test_filters_one_at_a_time_equal_whole_model(case, rows):
 
 @pytest.mark.parametrize(
     ("case", "rule"),
-    [("convolution", "_convolution"), ("normalised", "_batch_norm"), ("pooled", "_pool"),
+    [("convolution", "_convolution"), ("normalized", "_batch_norm"), ("pooled", "_pool"),
      ("flattened", "_linear"), ("concatenated", "_cat"), ("twice", "_added")],
 )  # fmt: skip
 def test_unchanged_part_is_computed_once(case, rule, monkeypatch):

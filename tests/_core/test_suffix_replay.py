@@ -234,7 +234,7 @@ def test_closed_form_equals_whole_model(flatten):
 
 def test_a_relation_that_only_the_batch_shows_is_not_used():
     class Softmaxed(nn.Module):
-        """Normalising what sums to one changes nothing until a filter goes."""
+        """Normalizing what sums to one changes nothing until a filter goes."""
 
         def __init__(self) -> None:
             super().__init__()

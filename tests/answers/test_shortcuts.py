@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from captum_classfilters.answers import find_shortcuts, repair
 from captum_classfilters.answers.head_edits import EditedHeads, HeadEdit, head_of
-from captum_classfilters.answers.relabelling import Relabelling
+from captum_classfilters.answers.relabeling import Relabeling
 from captum_classfilters.answers.repair import Edit
 from captum_classfilters.answers.sides import see_loader
 from captum_classfilters.heads import decompose, replace_head
@@ -78,7 +78,7 @@ class TestFinding:
         assert found.filters.tolist() == [3]
         assert found.outputs.tolist() == [2]
         assert found.carriers(2, 5).tolist() == [3]
-        # Every other relabelling of 60 pairs is smaller: the smallest p, of one among four.
+        # Every other relabeling of 60 pairs is smaller: the smallest p, of one among four.
         assert float(found.filter_q[3]) == pytest.approx(4 / 5000)
         assert found.filter_q[:3].tolist() == [1.0, 1.0, 1.0]
 
@@ -174,7 +174,7 @@ class TestFinding:
             find_shortcuts(nn.Sequential(nn.Conv2d(4, 3, 2), nn.Flatten()), data(), stamp, **QUIET)
 
 
-class TestRelabelling:
+class TestRelabeling:
     def test_p_values_of_few_pairs_are_the_exact_ones(self):
         values = torch.tensor([[1.0, -3.0], [2.0, 1.0], [0.5, -2.0], [-0.25, 0.5], [3.0, -1.0]])
         margins = torch.tensor([0.1, 0.0]).double()
@@ -185,24 +185,24 @@ class TestRelabelling:
                 for signs in itertools.product((-1.0, 1.0), repeat=5)
             ]
             exact = sum(total >= float(own.sum()) - 1e-6 for total in sums) / 32
-            p = Relabelling.of_pairs(5).p_values(values, margins, 40_000, 0)[column]
+            p = Relabeling.of_pairs(5).p_values(values, margins, 40_000, 0)[column]
             assert float(p) == pytest.approx(exact, abs=0.01)
 
     def test_p_values_under_the_null_are_not_too_small(self):
         """At the edge of the margin, the test holds its level."""
         generator = torch.Generator().manual_seed(0)
         values = 0.3 + torch.randn(40, 2000, generator=generator)
-        p = Relabelling.of_pairs(40).p_values(values, torch.full((2000,), 0.3).double(), 999, 0)
+        p = Relabeling.of_pairs(40).p_values(values, torch.full((2000,), 0.3).double(), 999, 0)
         assert float((p <= 0.05).double().mean()) < 0.06
         has = (torch.arange(40) % 3 == 0).float()
-        groups = Relabelling.of_groups(has, torch.arange(40) % 2)
+        groups = Relabeling.of_groups(has, torch.arange(40) % 2)
         free = torch.randn(40, 2000, generator=generator)
         q = groups.p_values(free, torch.zeros(2000).double(), 999, 0)
         assert 0.03 < float((q <= 0.05).double().mean()) < 0.07
 
     def test_shuffles_stay_in_their_block(self):
         blocks = torch.tensor([1, 0, 0, 1, 1, 0])
-        groups = Relabelling.of_groups(torch.tensor([1.0, 0, 1, 0, 0, 0]), blocks)
+        groups = Relabeling.of_groups(torch.tensor([1.0, 0, 1, 0, 0, 0]), blocks)
         assert groups.bits == pytest.approx(torch.tensor(9.0).log2().item())
         for weights in groups._draws(50, torch.Generator().manual_seed(0)):
             for block in (0, 1):

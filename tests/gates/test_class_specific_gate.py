@@ -242,7 +242,7 @@ class TestTraining:
         assert history[0].density == 0.5  # untouched in a plain epoch
         assert history[-1].density == trainer.gate.density >= 1 / 3 - 1e-6
 
-    def test_a_step_minimises_the_stated_objective(self):
+    def test_a_step_minimizes_the_stated_objective(self):
         x, y = separable()
         for unit in ("epoch", "joint"):
             trainer = trainer_of(deep(), schedule=GateSchedule(unit=unit), gated_weight=0.3)
@@ -290,7 +290,7 @@ class TestTraining:
         for key, value in second.model.state_dict().items():
             assert torch.equal(value, whole.model.state_dict()[key])
 
-    def test_resuming_restores_both_optimisers_and_schedulers(self, tmp_path):
+    def test_resuming_restores_both_optimizers_and_schedulers(self, tmp_path):
         def make(seed):
             torch.manual_seed(seed)
             model = deep(seed=seed)

@@ -30,7 +30,7 @@ from captum_classfilters.metrics import (
 from tests.heads.common import HOLDING, QUIET, data_for, table_for
 from tests.models import joined
 
-# The public index file for ResNet-20 with five filters a class (Badola et al.).
+# The public index file for ResNet-20 with five filters per class (Badola et al.).
 RELEASED = [
     (7, 22, 23, 50, 54),
     (6, 9, 40, 47, 55),
@@ -147,7 +147,7 @@ class TestSelectivity:
         index = class_selectivity_index(class_means(features, labels))
         assert float(index) == pytest.approx(1 / 3)  # sums would give (6 - 1) / 7
 
-    def test_regulariser_is_the_index_and_has_its_gradient(self):
+    def test_regularizer_is_the_index_and_has_its_gradient(self):
         labels = torch.tensor([0, 2, 0, 2])
         maps = torch.rand(4, 3, 2, 2, dtype=torch.float64, requires_grad=True)
         expected = class_selectivity_index(

@@ -41,7 +41,7 @@ def test_hand_computed_reduction():
 @pytest.fixture(scope="module")
 def deep_car():
     model = deep()
-    # Random weights give every image one class; centred logits give all three.
+    # Random weights give every image one class; centered logits give all three.
     x, _ = joined(batches(60))
     with torch.no_grad():
         model.get_parameter("head.bias").sub_(model(x).mean(0))

@@ -171,13 +171,13 @@ def test_exemplars_with_labels_of_any_kind():
             ].highest,
             found,
         )
-    for unlabelled in (
+    for unlabeled in (
         lambda x, y: x,
         lambda x, y: (x,),
         lambda x, y: (x, y.float()),
         lambda x, y: (x, F.one_hot(y)),
     ):
-        without = exemplars(model, "1", [unlabelled(*b) for b in data], num_exemplars=2, **QUIET)[
+        without = exemplars(model, "1", [unlabeled(*b) for b in data], num_exemplars=2, **QUIET)[
             "1"
         ]
         assert without.highest.label is None

@@ -46,7 +46,7 @@ class TestPermutationPValues:
                 expected = scipy.stats.fisher_exact(table, alternative="greater").pvalue
                 assert found[class_, k].item() == pytest.approx(expected, rel=1e-12)
 
-    def test_relabelling_approaches_the_share_of_all_relabellings(self):
+    def test_relabeling_approaches_the_share_of_all_relabelings(self):
         values = torch.tensor([[0.3], [2.0], [1.1], [-0.4], [0.9], [1.7], [0.2]])
         labels = torch.tensor([1, 0, 0, 1, 1, 0, 1])
         observed = values[labels == 0].sum()

@@ -247,7 +247,7 @@ def test_batches_only_change_the_draws():
         assert len(right.seconds[name]) == 3
 
 
-def test_localisation_where_there_are_boxes():
+def test_localization_where_there_are_boxes():
     model = deep()
     boxes = torch.tensor([[0, 0, 3, 3]] * 8)
     corner = torch.zeros(8, 2, 6, 6)

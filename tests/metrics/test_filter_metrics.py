@@ -565,7 +565,7 @@ def test_largest_confusions_name_the_classes():
     assert change == pytest.approx(float(difference.max()))
 
 
-# -- cascading randomisation ----------------------------------------------------------------------
+# -- cascading randomization ----------------------------------------------------------------------
 
 
 class Ignorant:
@@ -577,7 +577,7 @@ class Ignorant:
         return inputs
 
 
-def test_randomisation_unmasks_what_ignores_the_model():
+def test_randomization_unmasks_what_ignores_the_model():
     model, x = deep(), images()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     blind = cascading_randomization(model, lambda _: Ignorant(), x, target=0)
@@ -591,7 +591,7 @@ def test_randomisation_unmasks_what_ignores_the_model():
         assert torch.equal(before[name], value)
 
 
-def test_randomisation_of_one_map_for_all_filters():
+def test_randomization_of_one_map_for_all_filters():
     """Grad-CAM's map has as many columns as the layer has filters; it is compared as a map."""
     check = cascading_randomization(
         deep(), lambda twin: LayerGradCam(twin, twin.stage2), images(), target=0
@@ -600,7 +600,7 @@ def test_randomisation_of_one_map_for_all_filters():
     assert float(check.absolute_rank_correlation[-1].nanmean().abs()) < 0.9
 
 
-def test_randomisation_is_cumulative_from_the_output():
+def test_randomization_is_cumulative_from_the_output():
     """The first stage changes the head alone: a method that reads no head does not notice."""
     model, x = deep(), images()
 
@@ -618,7 +618,7 @@ def test_randomisation_is_cumulative_from_the_output():
     assert float(check.rank_correlation[2].mean()) < 0.9
 
 
-def test_randomisation_tells_signs_from_sizes():
+def test_randomization_tells_signs_from_sizes():
     """An explanation that only turns its sign is the opposite, and in absolute values the same."""
     model, x = deep(), images()
     before = model.get_parameter("stage1.0.weight").clone()

@@ -42,7 +42,7 @@ class TestFilterMaps:
         cam = (filter_activation_maps(model, "1", x) * weight[2][:, None, None]).sum(1)
         assert torch.allclose(maps / maps.std(), cam / cam.std(), atol=1e-4)
 
-    def test_gradients_are_the_norm_over_colours(self):
+    def test_gradients_are_the_norm_over_colors(self):
         model, x = pool_linear(), images()
         rows = torch.tensor([[0, 5], [1, 2]]).repeat(4, 1)
         maps = filter_gradient_maps(model, "1", x, rows)
@@ -89,7 +89,7 @@ class TestFilterMaps:
             filter_activation_maps(model, "4", x)
         with pytest.raises(ValueError, match="blur=0"):
             filter_gradient_maps(model, "1", x, torch.tensor([0]), blur=0)
-        with pytest.raises(ValueError, match="colours, H, W"):
+        with pytest.raises(ValueError, match="colors, H, W"):
             filter_gradient_maps(model, "1", x[0], torch.tensor([0]))
 
 
@@ -186,13 +186,13 @@ class TestLocalization:
         assert {class_: part.average_iou for class_, part in classes.items()} == {7: 0.5, 2: 1.0}
         assert classes[7].average_precision(0.5) == 0.5
 
-    def test_pixels_whose_centre_is_inside(self):
+    def test_pixels_whose_center_is_inside(self):
         mask = boxes_to_masks(torch.tensor([[0.6, 1.0, 2.5, 3.0]]), (4, 5))[0]
         assert mask.nonzero().tolist() == [[1, 1], [2, 1]]
         wider = boxes_to_masks(torch.tensor([[0.4, 1.0, 2.6, 3.0]]), (4, 5))[0]
         assert wider.nonzero().tolist() == [[1, 0], [1, 1], [1, 2], [2, 0], [2, 1], [2, 2]]
 
-    def test_centre_box_keeps_proportions(self):
+    def test_center_box_keeps_proportions(self):
         maps = center_box_maps(2, (8, 16))
         found = localization(maps, torch.tensor([[4, 2, 12, 6]] * 2), value=0.25)
         assert found.iou.tolist() == [1, 1]

@@ -91,8 +91,8 @@ def test_quantus_metrics_take_our_methods(name):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_quantus_randomises_what_is_explained():
-    """The model parameter randomisation test hands over other models: the method must follow."""
+def test_quantus_randomizes_what_is_explained():
+    """The model parameter randomization test hands over other models: the method must follow."""
     quantus = pytest.importorskip("quantus", reason="needs the extra quantus")
     model, x = deep(), images(4)
     seen: list[nn.Module] = []

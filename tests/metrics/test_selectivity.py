@@ -36,7 +36,7 @@ def test_other_means_are_named():
         class_selectivity_index(rows[:2])
 
 
-def test_the_regulariser_refuses_layers_before_a_relu():
+def test_the_regularizer_refuses_layers_before_a_relu():
     labels = torch.tensor([0, 1, 0, 1])
     maps = torch.randn(4, 3, 2, 2, generator=torch.Generator().manual_seed(0)) - 1
     with pytest.raises(ValueError, match="after its ReLU"):

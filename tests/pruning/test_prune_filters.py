@@ -26,7 +26,7 @@ torch_pruning = pytest.importorskip("torch_pruning")
 
 
 def settle(model: Layer) -> Layer:
-    """Batch normalisations with shifts, so that a zeroed convolution is not a removed filter."""
+    """Batch normalizations with shifts, so that a zeroed convolution is not a removed filter."""
     generator = torch.Generator().manual_seed(3)
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -104,12 +104,12 @@ def test_a_plain_convolution_by_its_weights():
 
 
 @pytest.mark.parametrize("named", ["stage1.0", "stage1.1", "stage1.2", "stage1"])
-def test_masking_stands_behind_normalisation_and_activation(named):
+def test_masking_stands_behind_normalization_and_activation(named):
     model, x = settle(deep()), images()
     expected = masked_outputs(model, x, {"stage1.2": [1, 2]})
     assert close(outputs_of(prune_filters(model, named, x, remove=[1, 2]), x), expected)
     zeroed = masked_outputs(model, x, {"stage1.0": [1, 2]})
-    assert not close(zeroed, expected)  # the batch normalisation's shift is alive
+    assert not close(zeroed, expected)  # the batch normalization's shift is alive
 
 
 def test_inner_convolution_of_a_residual_block():
@@ -397,7 +397,7 @@ def test_bad_input():
     grouped = nn.Sequential(
         nn.Conv2d(2, 4, 1), nn.Conv2d(4, 4, 1, groups=2), nn.Conv2d(4, 2, 1), nn.Flatten()
     )
-    normalised = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 2))
+    normalized = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 2))
     cases: list[tuple[nn.Module, torch.Tensor, Any, dict[str, Any], str]] = [
         (model, x, "conv1", {"remove": range(6)}, "Every one of the 6 filters of 'conv1'"),
         (model, x, "stem", {"remove": [0]}, "'stem' cannot be removed: tied by a sum to 'conv2'"),
@@ -419,7 +419,7 @@ def test_bad_input():
         (model, x, "conv1", {"remove": [0], "constants": "keep"}, "constants='keep'"),
         (grouped, x, "0", {"remove": [0]}, "groups of '1'"),
         (grouped, x, "1", {"remove": [0]}, "groups of '1'"),
-        (normalised, torch.rand(3, 4), "0", {"remove": [0]}, "'1' mixes its filters"),
+        (normalized, torch.rand(3, 4), "0", {"remove": [0]}, "'1' mixes its filters"),
     ]
     for network, inputs, layer, options, message in cases:
         with pytest.raises(ValueError, match=message):

@@ -829,11 +829,11 @@ def test_the_way_is_recorded(trained):
     assert str(order).splitlines()[3].split() == ["stage2", "6", "3", "closed", "form"]
     assert len(repr(order)) < 900
 
-    class Centred(nn.Module):  # a batch-dependent model cannot be replayed
+    class Centered(nn.Module):  # a batch-dependent model cannot be replayed
         def forward(self, x):
             return x - x.mean(0, keepdim=True)
 
-    whole = nn.Sequential(*model.children(), Centred()).eval()
+    whole = nn.Sequential(*model.children(), Centered()).eval()
     again = GreedyFilterPruning(whole, "0").run(data, num_filters=3, show_progress=False)
     assert again.ways == {"0": "whole model"}
 

@@ -378,12 +378,12 @@ class TestBadLayers:
         with pytest.raises(ValueError, match=r"\(0, 4\) without entries"):
             layer_svd(empty)
 
-    def test_quantised(self):
+    def test_quantized(self):
         layer = torch.ao.nn.quantized.Conv2d(3, 4, 3)
         with pytest.raises(ValueError, match="Conv2d is quantized"):
             layer_svd(layer)
 
-    def test_uninitialised(self):
+    def test_uninitialized(self):
         with pytest.raises(ValueError, match="LazyConv2d has no weight yet"):
             layer_svd(nn.LazyConv2d(4, 3))
 
@@ -419,7 +419,7 @@ class TestBadLayers:
             svd.truncate(9)
 
 
-def test_pruned_and_parametrised_layers():
+def test_pruned_and_parametrized_layers():
     layer = nn.utils.parametrizations.weight_norm(nn.Linear(6, 4))
     assert torch.allclose(
         layer_svd(layer).values, torch.linalg.svdvals(layer.weight.detach()), atol=1e-6
@@ -431,9 +431,9 @@ def test_pruned_and_parametrised_layers():
 @pytest.mark.slow
 def test_every_torchvision_classifier_is_listed_whole(monkeypatch):
     """No weight of two or more axes is missed, but tokens and tables of positions."""
-    for initialise in ("kaiming_normal_", "kaiming_uniform_", "normal_", "trunc_normal_"):
+    for initialize in ("kaiming_normal_", "kaiming_uniform_", "normal_", "trunc_normal_"):
         monkeypatch.setattr(
-            nn.init, initialise, lambda tensor, *_, **__: tensor
+            nn.init, initialize, lambda tensor, *_, **__: tensor
         )  # no values needed
     names = torchvision.models.list_models(module=torchvision.models)
     assert len(names) >= 80

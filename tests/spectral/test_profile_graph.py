@@ -149,7 +149,7 @@ def test_persistence():
     step = 2 * np.sin(np.pi / 12)
     assert len(components) == 12
     np.testing.assert_allclose(np.sort(components[:-1, 1]), step, rtol=1e-5)
-    assert len(loops) == 1  # a circle has one loop, born when neighbours meet
+    assert len(loops) == 1  # a circle has one loop, born when neighbors meet
     assert loops[0, 0] == pytest.approx(step, rel=1e-5)
     with pytest.raises(ValueError, match="directed=False"):
         persistence(distance_matrix(chain(), directed=True)[1])

@@ -142,8 +142,8 @@ def test_direction_profiles_on_a_residual_net_with_in_place_relu():
         svd, module = svds[name], model.get_submodule(name)
         output = module(layer_input).detach()
         bias = module.get_parameter("bias").detach()
-        centred = output - (bias if name == "3" else bias[:, None, None])
-        signal = torch.einsum("nk...,kr->nr...", centred, svd.left)
+        centered = output - (bias if name == "3" else bias[:, None, None])
+        signal = torch.einsum("nk...,kr->nr...", centered, svd.left)
         means = signal.flatten(2).mean(2) if name != "3" else signal
         mask, weights = influential(means.abs(), share=0.1)
         dense = torch.from_numpy(profiles.weights[name].toarray())

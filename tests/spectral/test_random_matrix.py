@@ -41,8 +41,8 @@ from captum_classfilters.spectral.power_law import random_exponents
 from captum_classfilters.visualize import plot_exponents, plot_spectrum
 from tests.models import known
 
-# Shapes of He-initialised convolutions, with their effective ranks.
-HE_INITIALISED = [
+# Shapes of He-initialized convolutions, with their effective ranks.
+HE_INITIALIZED = [
     ((64, 3, 7), 59.9),
     ((64, 64, 3), 63.1),
     ((128, 64, 3), 124.1),
@@ -51,7 +51,7 @@ HE_INITIALISED = [
 ]
 
 
-def he_initialised(filters, channels, size):
+def he_initialized(filters, channels, size):
     torch.manual_seed(0)
     layer = nn.Conv2d(channels, filters, size, bias=False)
     nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
@@ -309,9 +309,9 @@ class TestSelectRank:
         found = permutation_threshold(weight, quantile=0.75, rounds=5, seed=1)
         assert found == pytest.approx(float(sorted(largest)[3]))
 
-    @pytest.mark.parametrize(("shape", "effective"), HE_INITIALISED)
-    def test_he_initialised_convolutions_have_no_signal(self, shape, effective):
-        layer = he_initialised(*shape)
+    @pytest.mark.parametrize(("shape", "effective"), HE_INITIALIZED)
+    def test_he_initialized_convolutions_have_no_signal(self, shape, effective):
+        layer = he_initialized(*shape)
         values = layer_svd(layer, right=False).values
         matrix = weight_matrix(layer).matrices[0]
         rows, columns = matrix.shape

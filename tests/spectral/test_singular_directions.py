@@ -38,7 +38,7 @@ from tests.models import (
 
 
 def in_place():
-    """Convolutions without normalisation whose ReLU overwrites their output."""
+    """Convolutions without normalization whose ReLU overwrites their output."""
     torch.manual_seed(0)
     return nn.Sequential(
         nn.Conv2d(2, 6, 3, padding=1),

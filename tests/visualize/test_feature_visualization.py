@@ -1,4 +1,4 @@
-"""Optimised images against optima known by hand; the options; what is left behind."""
+"""Optimized images against optima known by hand; the options; what is left behind."""
 
 from typing import Any
 
@@ -116,7 +116,7 @@ def test_inside_no_grad_and_with_in_place_successors():
     assert float(seen.values) > float(seen.initial)
 
 
-def test_normalisation_is_applied():
+def test_normalization_is_applied():
     model = hand_made()
     seen = visualize_features(
         model, of_filter("0", 0), (3, 6, 6), normalize=lambda x: 2 * x - 1, steps=1, **QUIET
@@ -149,12 +149,12 @@ def test_one_channel_and_colors():
         7,
         9,
     )
-    grey = color_root(torch.rand(4, 1, 8, 8).expand(4, 3, 8, 8))
+    gray = color_root(torch.rand(4, 1, 8, 8).expand(4, 3, 8, 8))
     seen = visualize_features(
-        hand_made(), of_filter("0", 0), (3, 8, 8), steps=5, color_root=grey, **QUIET
+        hand_made(), of_filter("0", 0), (3, 8, 8), steps=5, color_root=gray, **QUIET
     )
     spread = seen.images.amax(1) - seen.images.amin(1)
-    assert float(spread.max()) < 1e-3  # colours that only vary together stay grey
+    assert float(spread.max()) < 1e-3  # colors that only vary together stay gray
     assert float(seen.images.std()) > 0.01
 
 
@@ -299,7 +299,7 @@ def disk(height=40, width=60):
     return (-(rows**2 + columns**2) / 40).exp()[None, None]
 
 
-def centre(image):
+def center(image):
     mass = image[0, 0] / image.sum()
     rows, columns = torch.meshgrid(*map(torch.arange, mass.shape), indexing="ij")
     return float((mass * rows).sum()), float((mass * columns).sum())
@@ -315,11 +315,11 @@ def test_transforms_do_what_they_say():
     generator = torch.Generator().manual_seed(1)
     for _ in range(5):
         turned = RandomTransform(0.0, (1.0, 1.0), 180.0)(disk(), generator)
-        # Round also in a rectangle; beyond 19 pixels from its centre the mirror shows.
+        # Round also in a rectangle; beyond 19 pixels from its center the mirror shows.
         torch.testing.assert_close(turned[..., 12:48], disk()[..., 12:48], atol=0.03, rtol=0)
     larger = RandomTransform(0.0, (1.5, 1.5), 0.0)(disk(), generator)
     assert float(larger.sum() / disk().sum()) == pytest.approx(1.5**2, rel=0.02)
-    moved = [centre(RandomTransform(0.1, (1.0, 1.0), 0.0)(disk(), generator)) for _ in range(30)]
+    moved = [center(RandomTransform(0.1, (1.0, 1.0), 0.0)(disk(), generator)) for _ in range(30)]
     rows = torch.tensor([row - 19.5 for row, _ in moved]).abs()
     columns = torch.tensor([column - 29.5 for _, column in moved]).abs()
     assert 2 < float(rows.max()) <= 4.1
@@ -375,7 +375,7 @@ def test_fourier_steps_move_images_of_any_size_alike(side):
     assert 0.2 < float(seen.images.logit(1e-6).std()) < 0.5
 
 
-def test_sheet_of_optimised_images():
+def test_sheet_of_optimized_images():
     seen = visualize_features(hand_made(), [of_filter("0", 0)] * 3, (3, 5, 5), steps=1, **QUIET)
     figure, axes = plot_features(seen, ["a", "b", "c"], columns=2, title="title")
     assert len(figure.axes) == 4  # two rows of two
@@ -385,7 +385,7 @@ def test_sheet_of_optimised_images():
     assert torch.equal(
         torch.as_tensor(axes[1].images[0].get_array()), seen.images[1].permute(1, 2, 0)
     )
-    assert axes[0].images[0].get_clim() == (0, 1)  # grey means the same in every picture
+    assert axes[0].images[0].get_clim() == (0, 1)  # gray means the same in every picture
     assert [one.get_title()[0] for one in plot_features(seen)[1]] == ["0", "1", "2"]
     with pytest.raises(ValueError, match="2 names and 8 columns for 3 images"):
         plot_features(seen, ["a", "b"])

@@ -20,7 +20,7 @@ def test_filter_grid_is_in_the_order_of_removal():
     weights = torch.randn(7, 3, 3, 3, generator=torch.Generator().manual_seed(0))
     marked = torch.tensor([True, False, False, False, False, True, False])
     figure, grid = plot_filter_grid(
-        weights, [5, 2], marked=marked, mark_label="colour", title="first layer"
+        weights, [5, 2], marked=marked, mark_label="color", title="first layer"
     )
     titles = [axes.get_title() for axes in grid]
     assert titles == ["5 ✕1", "2 ✕2", "0", "1", "3", "4", "6"]
@@ -31,7 +31,7 @@ def test_filter_grid_is_in_the_order_of_removal():
     assert frame(grid[0]) == frame(grid[1]) != frame(grid[2]) == frame(grid[6])
     assert [len(axes.lines) for axes in grid] == [1, 0, 1, 0, 0, 0, 0]
     assert "removed" in figure.get_suptitle()
-    assert "dot: colour" in figure.get_suptitle()
+    assert "dot: color" in figure.get_suptitle()
     order = PruningOrder({"layer": 7}, [("layer", 6), ("layer", 0)])
     _, grid = plot_filter_grid(torch.randn(7, 20, 5, 5), order, columns=3)
     assert [axes.get_title() for axes in grid][:2] == ["6 ✕1", "0 ✕2"]

@@ -63,7 +63,7 @@ class ChangedFilters(Copies):
     P copies of a batch of N, each with another value in one filter.
 
     To the model it is a tensor of P * N rows with filters on axis 1. What acts on each filter alone
-    (activations, batch normalisation, pooling, depthwise convolutions) acts on the batch once and
+    (activations, batch normalization, pooling, depthwise convolutions) acts on the batch once and
     on the changed filters. The first convolution or linear layer adds each change's share to the
     unchanged batch's output. Any other operation sees all rows.
 

@@ -121,7 +121,7 @@ class RepeatedBatch(Copies):
             return _write(func, args, kwargs, shared)
         if shared:
             result = func(*_one_copy(args), **_one_copy(kwargs))
-            # Batch normalisation also hands out empty tensors that nobody reads.
+            # Batch normalization also hands out empty tensors that nobody reads.
             return tree_map_only(
                 Tensor,
                 lambda rows: RepeatedBatch(rows, copies, func.is_view) if rows.numel() else rows,
