@@ -369,6 +369,8 @@ RESULTS: dict[str, Any] = {
     # testing, visualize
     "PlantedNetwork": testing.planted_network,
     "Recovery": lambda: testing.recovery(table(), table().selected),
+    "TrainedNetwork": lambda: testing.trained_network("shared"),
+    "Verification": lambda: testing.trained_network("shared").verify(40),
     "FeatureObjective": lambda: FeatureObjective.of_filter(network()[3], 2),
     "RandomTransform": RandomTransform,
     "FeatureVisualization": lambda: visualize_features(
