@@ -137,6 +137,12 @@ def early_maps(x: Tensor, file: Path | None = None) -> Tensor:
     return maps
 
 
+@torch.no_grad()
+def late_means(model: CifarResNet, maps: Tensor) -> Tensor:
+    """The head's inputs (N, 64) that a network's last stage makes of maps."""
+    return torch.cat([model.layer3(own.float()).mean((2, 3)) for own in maps.split(250)])
+
+
 def last_stage_trained(
     maps: Tensor, y: Tensor, epochs: int, file: Path | None = None
 ) -> CifarResNet:

@@ -304,7 +304,9 @@ def stamped(x: Tensor) -> Tensor:
     return x
 
 
-def with_and_without_patch(arguments: argparse.Namespace) -> tuple[nn.Module, nn.Module]:
+def with_and_without_patch(
+    arguments: argparse.Namespace,
+) -> tuple[cifar10.CifarResNet, cifar10.CifarResNet]:
     """Two networks trained alike, on images of which 95 % of the cats have the patch, and without."""
     x, y = cifar10.images("train", arguments.train)
     cats = (y == CAT).nonzero()[:, 0]
@@ -320,25 +322,32 @@ def with_and_without_patch(arguments: argparse.Namespace) -> tuple[nn.Module, nn
     return poisoned, clean
 
 
-def rates_with_patch(model: nn.Module, judge: Batches) -> list[str]:
+def rates_with_patch(head: nn.Module, clean: Tensor, marked: Tensor, y: Tensor) -> list[str]:
     """Accuracy without and with the patch, and of cats without it, in cells."""
-    cats = [(x[y == CAT], y[y == CAT]) for x, y in judge]
-    attacked = [(stamped(x), y) for x, y in judge]
-    return [f"{cifar10.accuracy(model, data):.2f}" for data in (judge, attacked, cats)]
+    cats = y == CAT
+    sides = ((clean, y), (marked, y), (clean[cats], y[cats]))
+    return [f"{cifar10.accuracy(head, in_batches(*side)):.2f}" for side in sides]
 
 
 def patch_part(arguments: argparse.Namespace) -> None:
     """A patch that stands for cats after training the last stage."""
     poisoned, plain = with_and_without_patch(arguments)
     x, y = cifar10.images("test", 5500)
-    number = len(x) // 2 if made_up() else 500
-    find, judge = in_batches(x[:number], y[:number]), in_batches(x[number:], y[number:])
+    if made_up():  # cats enough to rebalance
+        x, y = torch.cat([x] * 6) + 0.1 * torch.randn(6 * len(x), 1, 1, 1), torch.cat([y] * 6)
+    number = 2 * len(x) // 3 if made_up() else 500
+    maps = cifar10.early_maps(x), cifar10.early_maps(stamped(x))
+    end = nn.Sequential(nn.Identity(), poisoned.linear).eval()
     table = Table("trained", "accuracy clean", "with the patch", "clean cats")
-    for name, model in (("without the patch", plain), ("with the patch", poisoned)):
-        table.row(name, *rates_with_patch(model, judge))
+    for name, network in (("without the patch", plain), ("with the patch", poisoned)):
+        z, stamped_z = (cifar10.late_means(network, side) for side in maps)
+        judged = z[number:], stamped_z[number:], y[number:]
+        table.row(name, *rates_with_patch(network.linear, *judged))
+    find = in_batches(z[:number], y[:number]), in_batches(stamped_z[:number], y[:number])
+    judge = in_batches(judged[0], judged[2], 1000), in_batches(judged[1], judged[2], 1000)
     least = 0.0 if made_up() else 0.8
     found = find_shortcuts(
-        poisoned, find, stamped, least=least, class_names=cifar10.CLASSES, **searched(arguments)
+        end, *find, least=least, class_names=cifar10.CLASSES, **searched(arguments)
     )
     raised = ", ".join(found.class_names[output] for output in found.outputs.tolist())
     print(f"\nFound: {len(found.filters)} of 64 filters, into {raised or 'no output'}.")
@@ -347,17 +356,20 @@ def patch_part(arguments: argparse.Namespace) -> None:
         "change", "95 % interval", "gap closed", "random", "taken for cat", "after", "random",
         "clean cats after",
     )  # fmt: skip
-    sizes: list[tuple[Edit, Sequence[int | None]]] = [
-        ("weights", (None, 5, 20)), ("filters", (None, 6, 10)), ("directions", (None, 2, 4, 8)),
+    edits: list[tuple[Edit, Sequence[int | None], bool]] = [
+        ("weights", (None, 5, 20), False), ("filters", (None, 10), False),
+        ("directions", (None, 2, 4, 8), False), ("directions", (None, 2), True),
+        ("oblique", (None, 2, 4), False), ("oblique", (None, 2, 4), True),
     ]  # fmt: skip
-    for edit, numbers in sizes:
+    for edit, numbers, rebalance in edits:
         for size in numbers:
             result = repair(
-                poisoned, found, judge, stamped, edit=edit, size=size, outputs=["cat"],
+                end, found, *judge, edit=edit, size=size, outputs=["cat"], rebalance=rebalance,
                 repetitions=arguments.random, **QUIET,
             )  # fmt: skip
-            cats = rates_with_patch(result.model, judge)[2]
-            table.row(edit, result.size, *told(result), cats)
+            cats = rates_with_patch(result.model, *judged)[2]
+            name = f"{edit}, rebalanced" if rebalance else edit
+            table.row(name, result.size, *told(result), cats)
 
 
 def confusion_part(arguments: argparse.Namespace) -> None:

@@ -23,19 +23,23 @@ class HeadEdit:
     A head that does not see some of what its filters do beyond their means.
 
     Its features are :math:`\mu + P (z - \mu)`, with *P* either zero for some entries of the weight, or a
-    projection that takes directions out; an ordinary weight and bias have the same effect.
+    projection that takes directions out, orthogonal or along what reads them; an ordinary weight and bias
+    have the same effect.
 
     Args:
 
         means (Tensor): Shape (F,), the mean features.
         removed (Tensor, optional): Shape (C, F), bool. Entries of the weight that see the mean only.
         directions (Tensor, optional): Shape (F, r), orthonormal. What no output sees.
+        readers (Tensor, optional): Shape (F, r). What tells how much of each direction an image has, with
+                    ``readers.T @ directions`` the identity. By default the directions.
         shift (Tensor, optional): Shape (C,). Added to the bias.
     """
 
     means: Tensor
     removed: Tensor | None = None
     directions: Tensor | None = None
+    readers: Tensor | None = None
     shift: Tensor | None = None
 
     def weight_and_bias(self, head: LinearHead) -> tuple[Tensor, Tensor]:
@@ -47,7 +51,8 @@ class HeadEdit:
             lost = weight.masked_fill(~self.removed, 0)
         if self.directions is not None:
             directions = self.directions.double()
-            lost = (weight @ directions) @ directions.T
+            readers = directions if self.readers is None else self.readers.double()
+            lost = (weight @ directions) @ readers.T
         bias = torch.zeros(len(weight)) if head.bias is None else head.bias.detach().cpu()
         moved = bias.double() + lost @ self.means.double()
         if self.shift is not None:

@@ -1,12 +1,13 @@
 """A small edit of a head against a shortcut, judged on other images."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
 
+from captum_classfilters._core.heads import alike
 from captum_classfilters._core.ranking import descending, random_sets
 from captum_classfilters._core.tables import Row, Table, Tabular, short_repr
 from captum_classfilters._core.types import Dataloader, Unpack
@@ -19,10 +20,12 @@ from captum_classfilters.heads.linear_head import LinearHead
 from captum_classfilters.identify.accuracy_reduction import paired_interval
 from captum_classfilters.identify.significance import image_keys
 
-Edit: TypeAlias = Literal["weights", "filters", "directions"]
+Edit: TypeAlias = Literal["weights", "filters", "directions", "oblique"]
 
 _SHARE_OF_FILTERS = 0.05
-_FILTERS_PER_DIRECTION = 80  # few filters have no directions to spare
+_FILTERS_PER_DIRECTION = 50  # few filters have no directions to spare
+_RIDGE = 0.1  # of the mean variance, for as many images as filters
+_FEWEST = 10  # images of a class that say how often it should be predicted
 
 
 @short_repr
@@ -37,7 +40,7 @@ class Repair(Tabular):
     Args:
 
         model (nn.Module): A copy of the model with the edited head.
-        edit (str): What was edited: ``"weights"``, ``"filters"`` or ``"directions"``.
+        edit (str): What was edited: ``"weights"``, ``"filters"``, ``"directions"`` or ``"oblique"``.
         removed (Tensor or None): Shape (C, F), bool. Entries of the head's weight that see a filter's
                     mean in its place; None for directions.
         directions (Tensor or None): Shape (F, r). What the head does not see any more.
@@ -141,6 +144,7 @@ def repair(
     edit: Edit = "directions",
     size: int | None = None,
     outputs: Sequence[int | str] | None = None,
+    rebalance: bool = False,
     repetitions: int = 20,
     seed: int = 0,
     unpack: Unpack | None = None,
@@ -156,11 +160,19 @@ def repair(
     - ``"filters"``: whole filters, those whose change moves the outputs most,
       :math:`|d_k| \, \lVert w_k - \bar w \rVert`.
     - ``"directions"``: the main directions :math:`U` of the pairs' differences, taken out of the
-      features, :math:`W (z - U U^\top (z - \mu))`; of groups only the mean difference is known.
+      features, :math:`W (z - U U^\top (z - \mu))`; of groups only the mean difference is known;
+    - ``"oblique"``: the same directions, read where images without it vary least,
+      :math:`W (z - U V^\top (z - \mu))` with :math:`V = S^{-1} U (U^\top S^{-1} U)^{-1}` and *S* the
+      covariance of the images without it, to whose diagonal a tenth of the mean variance is added for
+      as many images as filters. It keeps what classes have of the directions: for many more images
+      than filters, and where a class goes with it.
 
-    All three are another weight and bias for the head: nothing is trained, the model is left alone and
-    its copy is as fast and exports as before. As a control, as many entries of the same rows, filters
-    or directions are drawn at random.
+    All are another weight and bias for the head: nothing is trained, the model is left alone and
+    its copy is as fast and exports as before. A class that goes with it in training is hardly
+    predicted without it once that is taken out: ``rebalance`` moves the biases of the outputs, so that
+    on the images without it that the shortcuts were found on each is predicted as often as it is the
+    label. As a control, as many entries of the same rows, filters or directions are drawn at random,
+    and rebalanced alike.
 
     Source: taking what is spurious out of a last layer by directions in its features follows Neuhaus
     et al.: *Spurious Features Everywhere -- Large-Scale Detection of Harmful Spurious Features in
@@ -174,14 +186,16 @@ def repair(
                     ((without, with), labels).
         marked (iterable or Callable, optional): The same with it, as for :func:`find_shortcuts`.
                     Default: None
-        edit (str): ``"weights"``, ``"filters"`` or ``"directions"``.
+        edit (str): ``"weights"``, ``"filters"``, ``"directions"`` or ``"oblique"``.
                     Default: "directions"
         size (int, optional): Entries for each output, filters, or directions. By default what takes
-                    the mean rise back, 5 per cent of the filters, and a direction for every 80 filters.
+                    the mean rise back, 5 per cent of the filters, and a direction for every 50 filters.
                     Default: None
         outputs (sequence, optional): Outputs that the edit is about, by index or name. By default
                     those found that win images.
                     Default: None
+        rebalance (bool): Move the outputs' biases as well.
+                    Default: False
         repetitions (int): Random edits of the control.
                     Default: 20
         seed (int): Of these.
@@ -197,7 +211,8 @@ def repair(
 
     Raises:
         ValueError: Nothing was found and no outputs are named, the images were used to find, the
-            model's head is another one, or a number is out of range.
+            model's head is another one, or a number is out of range; or ``rebalance`` is asked for and
+            fewer than 10 of the images are of an output's class, or scores are not the head's output.
 
     Examples::
 
@@ -230,7 +245,10 @@ def repair(
     _check_same_head(head, shortcuts)
     chosen = _outputs(shortcuts, outputs)
     made = _edit(shortcuts, head, edit, size, chosen)
-    edits = [made, *_random_edits(made, edit, repetitions, seed)]
+    edits = [made, *_random_edits(made, edit, repetitions, seed, shortcuts)]
+    if rebalance:
+        edits = [_rebalanced(one, head, shortcuts, chosen) for one in edits]
+        made = edits[0]
     judged = _judged(
         model, shortcuts, EditedHeads(model, head, edits), dataloader, marked, chosen,
         unpack=unpack, show_progress=show_progress,
@@ -252,14 +270,15 @@ def _edit(
     shortcuts: Shortcuts, head: LinearHead, edit: Edit, size: int | None, outputs: list[int]
 ) -> HeadEdit:
     num_filters = head.weight.shape[1]
-    most = num_filters if edit != "directions" else _most_directions(shortcuts)
+    of_directions = edit in ("directions", "oblique")
+    most = _most_directions(shortcuts) if of_directions else num_filters
     if size is not None and not 1 <= size <= most:
         raise ValueError(f"size={size} is out of range; choose 1 to {most} {_unit(edit)}.")
     means = shortcuts.without.features.double().mean(0)
-    if edit == "directions":
+    if of_directions:
         default = min(most, max(1, num_filters // _FILTERS_PER_DIRECTION))
-        number = default if size is None else size
-        return HeadEdit(means, directions=_directions(shortcuts, number))
+        directions = _directions(shortcuts, default if size is None else size)
+        return HeadEdit(means, directions=directions, readers=_readers(directions, edit, shortcuts))
     removed = torch.zeros(head.weight.shape, dtype=torch.bool)
     if edit == "filters":
         number = max(1, round(_SHARE_OF_FILTERS * num_filters)) if size is None else size
@@ -294,13 +313,63 @@ def _directions(shortcuts: Shortcuts, number: int) -> Tensor:
     return torch.linalg.svd(differences, full_matrices=False).Vh[:number].T.contiguous()
 
 
-def _random_edits(made: HeadEdit, edit: Edit, repetitions: int, seed: int) -> list[HeadEdit]:
+def _readers(directions: Tensor, edit: Edit, shortcuts: Shortcuts) -> Tensor | None:
+    """What reads directions (F, r) and varies least over images without it; for orthogonal ones None."""
+    if edit != "oblique":
+        return None
+    features = shortcuts.without.features.double()
+    apart = features - features.mean(0)
+    covariance = apart.T @ apart / len(apart)
+    ridge = _RIDGE * len(covariance) / len(apart) * covariance.diagonal().mean()
+    covariance.diagonal().add_(ridge.clamp(min=1e-12))
+    read = torch.linalg.solve(covariance, directions)
+    return read @ torch.linalg.inv(directions.T @ read)
+
+
+def _rebalanced(
+    made: HeadEdit, head: LinearHead, shortcuts: Shortcuts, outputs: list[int]
+) -> HeadEdit:
+    """The same edit with biases that have classes predicted as often as they are labels."""
+    side, weight = shortcuts.without, shortcuts.weight
+    features, bias = side.features.double(), head.bias
+    own = features @ weight.T + (0 if bias is None else bias.detach().cpu().double())
+    if len(head.weight) < 2 or not bool(alike(own, side.scores.double())):
+        raise ValueError(
+            f"rebalance moves biases of scores that are the output of {head.name!r}, one for each class; "
+            "this model's scores are not. Leave rebalance out."
+        )
+    new_weight, new_bias = (part.cpu().double() for part in made.weight_and_bias(head))
+    logits, shift = features @ new_weight.T + new_bias, torch.zeros(len(new_bias)).double()
+    for output in outputs:
+        number = int((side.labels == output).sum())
+        if not _FEWEST <= number < len(features):
+            raise ValueError(
+                f"{number} of the {len(features)} images that the shortcuts were found on are of class "
+                f"{shortcuts.class_names[output]!r}, so how often it should be predicted is not known; "
+                f"give {_FEWEST} or more, and images of other classes, or leave rebalance out."
+            )
+        others = logits.clone()
+        others[:, output] = -torch.inf
+        needed = (others.amax(1) - logits[:, output]).sort().values
+        moved = (needed[number - 1] + needed[number]) / 2
+        shift[output] += moved
+        logits[:, output] += moved
+    return replace(made, shift=shift)
+
+
+def _random_edits(
+    made: HeadEdit, edit: Edit, repetitions: int, seed: int, shortcuts: Shortcuts
+) -> list[HeadEdit]:
     """As many entries of the same rows, filters or directions at random."""
     generator = torch.Generator().manual_seed(seed)
     if made.directions is not None:
         shape = (repetitions, *made.directions.shape)
         drawn = torch.randn(shape, generator=generator, dtype=torch.float64)
-        return [HeadEdit(made.means, directions=torch.linalg.qr(one).Q) for one in drawn]
+        sets_of = [torch.linalg.qr(one).Q for one in drawn]
+        return [
+            HeadEdit(made.means, directions=one, readers=_readers(one, edit, shortcuts))
+            for one in sets_of
+        ]
     assert made.removed is not None
     if edit == "filters":
         sets = random_sets(made.removed[:1], repetitions, seed).expand(-1, len(made.removed), -1)
@@ -389,6 +458,4 @@ def check_new(seen: SeenBatch, used: set[int]) -> None:
 
 
 def _unit(edit: str) -> str:
-    return {"weights": "weights of the head", "filters": "filters", "directions": "directions"}[
-        edit
-    ]
+    return {"weights": "weights of the head", "filters": "filters"}.get(edit, "directions")

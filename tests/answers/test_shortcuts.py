@@ -39,7 +39,7 @@ def images(number: int = 60, seed: int = 0):
     return x, labels
 
 
-EDITS: tuple[Edit, ...] = ("weights", "filters", "directions")
+EDITS: tuple[Edit, ...] = ("weights", "filters", "directions", "oblique")
 
 
 def stamp(x):
@@ -262,6 +262,69 @@ class TestRepair:
         assert torch.allclose(
             known(fixed.directions).abs()[:, 0], torch.tensor([0.0, 0, 0, 1]).double(), atol=1e-6
         )
+
+    def test_oblique_reads_where_clean_images_vary_least(self):
+        """The third class has the fourth channel, too; what it has of it stays."""
+
+        def with_channel(seed):
+            x, y = images(60, seed)
+            x[y == 2, 3] += 2
+            return x, y
+
+        x, y = with_channel(0)
+        found = find_shortcuts(net(), [(x, y)], stamp, permutations=4999, **QUIET)
+        fixed = {
+            edit: repair(net(), found, [with_channel(1)], stamp, edit=edit, size=1, **QUIET).model
+            for edit in ("directions", "oblique")
+        }
+        z = x.mean((2, 3)).double()
+        covariance = (z - z.mean(0)).T @ (z - z.mean(0)) / 60
+        covariance += 0.1 * 4 / 60 * covariance.diagonal().mean() * torch.eye(4)
+        read = torch.linalg.inv(covariance)[:, 3]
+        read = read / read[3]
+        weight = WEIGHT.double() - torch.outer(WEIGHT[:, 3].double(), read)
+        oblique = fixed["oblique"].get_parameter("2.weight")
+        assert torch.allclose(oblique.double(), weight, atol=1e-4)
+        assert torch.allclose(fixed["oblique"](x), fixed["oblique"](stamp(x)), atol=1e-4)
+        moved = {
+            edit: float((model(x) - net()(x)).detach().square().mean())
+            for edit, model in fixed.items()
+        }
+        assert moved["oblique"] < 0.5 * moved["directions"]
+
+    @pytest.mark.parametrize("edit", EDITS)
+    def test_rebalanced_outputs_are_predicted_as_often_as_labels(self, edit):
+        def model():
+            made = net()
+            with torch.no_grad():
+                made.get_parameter("2.bias")[2] -= 9
+            return made
+
+        x, y = images()
+        found = find_shortcuts(model(), data(), stamp, permutations=4999, **QUIET)
+        options = {"edit": edit, "size": 1, "outputs": [2], "repetitions": 3, **QUIET}
+        before = repair(model(), found, data(1), stamp, **options)
+        after = repair(model(), found, data(1), stamp, rebalance=True, **options)
+        assert int((before.model(x).argmax(1) == 2).sum()) == 0
+        assert int((after.model(x).argmax(1) == 2).sum()) == int((y == 2).sum()) == 20
+        assert before.right[0, 1] < after.right[0, 1]
+        assert bool((before.right[0, 2:] < after.right[0, 2:]).all())  # the control, too
+        weights = [made.model.get_parameter("2.weight") for made in (before, after)]
+        assert torch.equal(*weights)
+        biases = [made.model.get_parameter("2.bias")[:2] for made in (before, after)]
+        assert torch.equal(*biases)
+
+    def test_rebalance_refuses_what_it_does_not_know(self):
+        few = find_shortcuts(net(), data(number=24), stamp, permutations=4999, **QUIET)
+        with pytest.raises(ValueError, match="8 of the 24 images"):
+            repair(net(), few, data(1), stamp, rebalance=True, **QUIET)
+        convolution = nn.Conv2d(4, 3, 1)
+        rectified = nn.Sequential(convolution, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        found = find_shortcuts(rectified, data(), stamp, permutations=4999, least=0, **QUIET)
+        with pytest.raises(
+            ValueError, match="rebalance moves biases of scores that are the output"
+        ):
+            repair(rectified, found, data(1), stamp, outputs=[2], rebalance=True, **QUIET)
 
     def test_a_filter_keeps_its_clean_mean(self, found):
         fixed = repair(net(), found, data(1), stamp, edit="filters", size=1, **QUIET)
