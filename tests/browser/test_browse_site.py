@@ -18,12 +18,14 @@ if TYPE_CHECKING:
 
 FOLDER = os.environ.get("CLASSFILTERS_SITE", "")
 pytestmark = pytest.mark.skipif(not FOLDER, reason="needs CLASSFILTERS_SITE, a built documentation")
-#: Start page, a tutorial, a page of the API, a how-to, and a page of pictures.
+#: Start page, a tutorial, a page of the API and one of an object, a how-to, and pages of pictures.
 PAGES = (
     "index.html",
     "tutorials/01_class_filters_in_five_minutes.html",
     "api/index.html",
+    "api/objects/captum_classfilters.LayerFilterContribution.html",
     "atlas.html",
+    "gallery.html",
     "pictures.html",
 )
 #: What is left out of pages that would take minutes: an API's sections and entries are alike.
