@@ -12,6 +12,7 @@ if TYPE_CHECKING:
         LayerFilterAblation,
         LayerFilterContribution,
         LayerFilterFrequency,
+        LayerFilterShapley,
     )
     from captum_classfilters.class_filters import ClassFilters
     from captum_classfilters.class_scores import ClassScores
@@ -44,6 +45,7 @@ __all__ = [
     "LayerFilterAblation",
     "LayerFilterContribution",
     "LayerFilterFrequency",
+    "LayerFilterShapley",
     "LayerSingularDirection",
     "SeparateRuns",
     "__version__",
@@ -65,6 +67,7 @@ _MODULES = {
         "LayerFilterAblation",
         "LayerFilterContribution",
         "LayerFilterFrequency",
+        "LayerFilterShapley",
     ),
     "class_filters": ("ClassFilters",),
     "class_scores": ("ClassScores",),

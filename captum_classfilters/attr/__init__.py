@@ -7,6 +7,7 @@ from captum_classfilters.attr.layer_class_gate import LayerClassGate
 from captum_classfilters.attr.layer_filter_ablation import LayerFilterAblation
 from captum_classfilters.attr.layer_filter_contribution import LayerFilterContribution
 from captum_classfilters.attr.layer_filter_frequency import LayerFilterFrequency
+from captum_classfilters.attr.layer_filter_shapley import LayerFilterShapley
 
 __all__ = [
     "ClassFilterSaliency",
@@ -15,6 +16,7 @@ __all__ = [
     "LayerFilterAttribution",
     "LayerFilterContribution",
     "LayerFilterFrequency",
+    "LayerFilterShapley",
     "WeightedFilterAttribution",
     "filter_activation_maps",
     "filter_gradient_maps",

@@ -1,39 +1,17 @@
 """Abbasi-Asl and Yu: what a target's score loses when a filter is removed."""
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
 from typing import Literal, overload
 
 import torch
-from captum.attr import PerturbationAttribution
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
-from captum_classfilters._core.captum import (
-    TargetType,
-    format_additional_forward_args,
-    format_tensor_into_tuples,
-    log_usage,
-)
+from captum_classfilters._core.captum import TargetType, log_usage
 from captum_classfilters._core.files import AnyPath
-from captum_classfilters._core.guard import model_left_as_found
-from captum_classfilters._core.layers import (
-    along_filters,
-    layer_axis,
-    module_of,
-)
-from captum_classfilters._core.outputs import are_probabilities, as_rows, log_probabilities
 from captum_classfilters._core.replay.suffix_replay import SuffixReplay
-from captum_classfilters._core.targets import class_indices, own_scores
-from captum_classfilters._core.types import (
-    Attributions,
-    Dataloader,
-    JsonDict,
-    ModelInputs,
-    Replay,
-    Unpack,
-)
-from captum_classfilters.attr.base import LayerFilterAttribution, Layers
+from captum_classfilters._core.types import Attributions, Dataloader, Unpack
+from captum_classfilters.attr.filter_removal import FilterRemovalAttribution, score_reader
 from captum_classfilters.class_filters import ClassFilters
 from captum_classfilters.identify.accuracy_reduction import (
     AccuracyReduction,
@@ -44,46 +22,6 @@ from captum_classfilters.identify.accuracy_reduction import (
 )
 from captum_classfilters.identify.significance import LabelPermutation
 
-Replacement = Literal["zero", "mean", "resample"]
-Score = Literal["logit", "probability", "log_probability"]
-SCORES: tuple[str, ...] = ("logit", "probability", "log_probability")
-
-
-def score_reader(
-    outputs: Tensor, target: TargetType, num_images: int, score: Score
-) -> Callable[[Tensor], Tensor]:
-    r"""
-    How to read each image's own score off what the model returns.
-
-    Args:
-
-        outputs (Tensor): What the full model returned; tells probabilities from logits.
-        target (int, tuple, Tensor or list): The output to read, in any of Captum's forms.
-        num_images (int): N.
-        score (str): ``"logit"``, ``"probability"`` or ``"log_probability"``.
-
-    Returns:
-        *Callable* from outputs of one run to scores (N,).
-    """
-    if score == "logit":
-        return lambda outputs: own_scores(outputs, target, num_images)
-    probabilities = are_probabilities(outputs)
-    if target is None and outputs.numel() == num_images:
-        target = 1  # of a binary classifier's one logit
-
-    def read(outputs: Tensor) -> Tensor:
-        logs = log_probabilities(as_rows(outputs), probabilities)
-        return own_scores(logs if score == "log_probability" else logs.exp(), target, num_images)
-
-    return read
-
-
-def lost_scores(replay: Replay, removed: Tensor, read: Callable[[Tensor], Tensor]) -> Tensor:
-    """What each image's own score loses without each of its sets of filters, (P, N), on the CPU."""
-    full = read(replay.output)
-    parts = [full - read(output) for _, outputs in replay.in_parts(removed) for output in outputs]
-    return torch.stack(parts).cpu().double()
-
 
 def _check_unused(what: str, **options: object) -> None:
     """Raise if an option is given that has no meaning for what is asked for."""
@@ -92,7 +30,7 @@ def _check_unused(what: str, **options: object) -> None:
         raise ValueError(f"{', '.join(given)}: not an option of {what}.")
 
 
-class LayerFilterAblation(LayerFilterAttribution, PerturbationAttribution):
+class LayerFilterAblation(FilterRemovalAttribution):
     r"""
     The drop of the target's score when a filter is removed, for every filter of a layer.
 
@@ -150,32 +88,6 @@ class LayerFilterAblation(LayerFilterAttribution, PerturbationAttribution):
         torch.Size([4, 8])
     """
 
-    def __init__(
-        self,
-        forward_func: Callable[..., Tensor],
-        layer: Layers | str | list[str] | None,
-        device_ids: list[int] | None = None,
-        score: Score = "logit",
-        replacement: Replacement = "zero",
-        seed: int = 0,
-        channel_dim: int | None = None,
-    ) -> None:
-        LayerFilterAttribution.__init__(self, forward_func, layer, device_ids, channel_dim)
-        PerturbationAttribution.__init__(self, forward_func)
-        if score not in SCORES:
-            raise ValueError(f"score={score!r}; choose one of {', '.join(SCORES)}.")
-        if replacement not in ("zero", "mean", "resample"):
-            raise ValueError(f"replacement={replacement!r}; choose one of zero, mean, resample.")
-        self.score = score
-        self.replacement = replacement
-        self.seed = seed
-
-    @property
-    def options(self) -> JsonDict:
-        """The method's own options, for the record."""
-        options = {"score": self.score, "replacement": self.replacement}
-        return {**options, "seed": self.seed} if self.replacement == "resample" else options
-
     @log_usage(part_of_slo=True)
     def attribute(
         self,
@@ -220,29 +132,14 @@ class LayerFilterAblation(LayerFilterAttribution, PerturbationAttribution):
                         of a single image.
             AssertionError: The target does not pick one output of each image.
         """
-        if perturbations_per_eval is not None and perturbations_per_eval < 1:
-            raise ValueError(f"perturbations_per_eval={perturbations_per_eval} must be at least 1.")
-        images: tuple[Tensor, ...] = format_tensor_into_tuples(inputs)
-        extra = format_additional_forward_args(additional_forward_args)
-        drops: list[tuple[Tensor, ...]] = []
-        with ExitStack() as stack:
-            model = module_of(self.forward_func, self._layers())
-            stack.enter_context(model_left_as_found(model, evaluation=True, freeze=True))
-            stack.enter_context(torch.inference_mode(False))
-            for layer in self._layers():
-                replay = self.replay(
-                    layer,
-                    images,
-                    layer_baselines=layer_baselines,
-                    additional_forward_args=extra,
-                    at_input=attribute_to_layer_input,
-                )
-                values = self.drops(replay, target, perturbations_per_eval, show_progress)
-                tensor = replay.activation
-                positions = tensor[0].numel() // tensor.shape[replay.axis]
-                spread = along_filters(values / positions, tensor, replay.axis)
-                drops.append((spread.expand_as(tensor),))
-        return self._formatted(drops)
+        return self._scored(
+            inputs,
+            layer_baselines,
+            additional_forward_args,
+            attribute_to_layer_input,
+            perturbations_per_eval,
+            lambda replay: self.drops(replay, target, perturbations_per_eval, show_progress),
+        )
 
     @overload
     def identify(
@@ -402,59 +299,6 @@ class LayerFilterAblation(LayerFilterAttribution, PerturbationAttribution):
             show_progress=show_progress,
         )
 
-    # -- shared with the data-set form -----------------------------------------------------------
-
-    def replay(
-        self,
-        layer: nn.Module,
-        inputs: ModelInputs,
-        *,
-        layer_baselines: Tensor | float | None = None,
-        additional_forward_args: ModelInputs | None = None,
-        at_input: bool = False,
-    ) -> SuffixReplay:
-        """A batch that has run once, ready to run without filters of a layer."""
-        stands_in = self._stands_in(layer, at_input)
-        if layer_baselines is not None:
-            baselines = torch.as_tensor(layer_baselines)
-            stands_in = lambda tensor: baselines.to(tensor)  # noqa: E731
-        return SuffixReplay(
-            self.forward_func,
-            layer,
-            inputs,
-            additional_forward_args,
-            at_input=at_input,
-            channel_dim=self.channel_dim,
-            replacement=stands_in,
-            # An unusual stand-in may meet a clipping that the batch's own values do not show.
-            closed_form=layer_baselines is None,
-            cut=len(self.device_ids or []) < 2,
-        )
-
-    def _stands_in(self, layer: nn.Module, at_input: bool) -> Callable[[Tensor], Tensor] | None:
-        if self.replacement == "zero":
-            return None
-        if self.replacement == "mean":
-            model = module_of(self.forward_func, [layer])
-
-            def mean(tensor: Tensor) -> Tensor:
-                axis = layer_axis(model, layer, tensor, self.channel_dim, at_input)
-                return tensor.mean([dim for dim in range(tensor.dim()) if dim != axis], True)
-
-            return mean
-
-        def resample(tensor: Tensor) -> Tensor:
-            number = len(tensor)
-            if number < 2:
-                raise ValueError("replacement='resample' needs at least two images in a batch.")
-            generator = torch.Generator().manual_seed(self.seed)
-            order = torch.randperm(number, generator=generator)
-            other = torch.empty_like(order)
-            other[order] = order.roll(1)  # nobody stands in for itself
-            return tensor[other.to(tensor.device)]
-
-        return resample
-
     def drops(
         self,
         replay: SuffixReplay,
@@ -463,14 +307,11 @@ class LayerFilterAblation(LayerFilterAttribution, PerturbationAttribution):
         show_progress: bool = False,
     ) -> Tensor:
         """Drop of the target's score for each image and filter (N, K)."""
+        exact = self._from_weights(replay, target)
+        if exact is not None:
+            return exact
         read = score_reader(replay.output, target, replay.num_images, self.score)
         full = read(replay.output)
-        one_logit = replay.output.numel() == replay.num_images
-        if self.score == "logit" and replay.way == "closed form" and not one_logit:
-            classes = class_indices(replay.output.shape[1], target, replay.num_images)
-            drops = replay.drops_of_single_filters(classes)
-            assert drops is not None
-            return drops
         parts: list[Tensor] = []
         with tqdm(
             total=replay.num_filters,

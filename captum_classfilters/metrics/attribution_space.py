@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from captum_classfilters._core.ranking import descending, random_orders
 from captum_classfilters._core.types import Replay
 from captum_classfilters.attr import LayerFilterAblation
-from captum_classfilters.attr.layer_filter_ablation import lost_scores, score_reader
+from captum_classfilters.attr.filter_removal import lost_scores, score_reader
 from captum_classfilters.metrics.explained import PIXELS, Explained, PixelRemoval
 from captum_classfilters.metrics.filter_infidelity import infidelity_of
 from captum_classfilters.metrics.filter_sensitivity import explanation_for_sensitivity

@@ -10,7 +10,7 @@ from captum_classfilters._core.ranking import descending, first_of, random_sets
 from captum_classfilters._core.tables import Table, Tabular, short_repr
 from captum_classfilters._core.types import Dataloader, ForwardFunc, Unpack
 from captum_classfilters.attr import LayerFilterAblation
-from captum_classfilters.attr.layer_filter_ablation import Replacement
+from captum_classfilters.attr.filter_removal import Replacement
 from captum_classfilters.class_filters import ClassFilters
 from captum_classfilters.metrics.removals import (
     MAGNITUDE,

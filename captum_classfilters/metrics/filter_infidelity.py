@@ -10,7 +10,7 @@ from captum_classfilters._core.captum import TargetType
 from captum_classfilters._core.ranking import random_orders
 from captum_classfilters._core.tables import Table, Tabular, short_repr
 from captum_classfilters._core.types import ForwardFunc
-from captum_classfilters.attr.layer_filter_ablation import (
+from captum_classfilters.attr.filter_removal import (
     Replacement,
     Score,
     lost_scores,

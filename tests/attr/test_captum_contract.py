@@ -18,6 +18,7 @@ from captum_classfilters import (
     LayerFilterAblation,
     LayerFilterContribution,
     LayerFilterFrequency,
+    LayerFilterShapley,
     LayerSingularDirection,
 )
 from tests.models import deep, hooks_of, images
@@ -32,7 +33,7 @@ NAMES = (
     "basic_layer_multiple_tuple_target",
 )
 ENTRIES = [entry for entry in config if entry["name"] in NAMES]
-SINGLE_TENSOR = {"ablation", "class gate", "saliency"}
+SINGLE_TENSOR = {"ablation", "Shapley", "class gate", "saliency"}
 CLASSES = {"class gate", "saliency"}  # their targets are classes, indices of a (N, C) output
 
 
@@ -67,6 +68,7 @@ METHODS = {
     "frequency": lambda model, layer, _: LayerFilterFrequency(model, layer, top_k=2),
     "contribution": lambda model, layer, _: LayerFilterContribution(model, layer),
     "ablation": lambda model, layer, _: LayerFilterAblation(model, layer),
+    "Shapley": lambda model, layer, _: LayerFilterShapley(model, layer),
     "class gate": class_gate,
     "directions": lambda model, layer, _: LayerSingularDirection(
         model, layer, evidence="contribution"
