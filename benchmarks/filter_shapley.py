@@ -14,6 +14,7 @@ alone keep.
 
 import argparse
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -150,9 +151,7 @@ def removal_part(arguments: argparse.Namespace) -> None:
         }  # fmt: skip
         seconds, tables = {}, {}
         for name, method in methods.items():
-            seconds[name], tables[name] = timed(
-                lambda method=method: method.identify(train, **QUIET)
-            )
+            seconds[name], tables[name] = timed(partial(method.identify, train, **QUIET))
         numbers = None if not made_up() else [1, 2]
         curves = class_curves(
             model, layer, tables, test, measure="probability", num_filters=numbers, **QUIET
