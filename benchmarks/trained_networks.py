@@ -14,8 +14,8 @@ networks of an axis, with half the width of their 95 % interval by Student's dis
 
 The first table has, of five times 400 images that no network was trained on, the worst share of all networks
 of an axis: see `testing.verification.Verification`. With `--train` networks of five seeds are trained anew,
-and the first three of each axis and level of which all holds are written to a file: so the package's came
-to be.
+and the first three of each axis and level of which all holds are written to a file; the package's are from
+such runs of single axes.
 """
 
 import argparse
@@ -48,6 +48,7 @@ from captum_classfilters import (
     LayerFilterAblation,
     LayerFilterContribution,
     LayerFilterFrequency,
+    LayerFilterShapley,
     LayerSingularDirection,
     identify_class_filters,
 )
@@ -66,6 +67,7 @@ from captum_classfilters.testing.trained import SCHEMA, TrainedNetwork
 from captum_classfilters.testing.verification import Verification
 
 STEPS = 20
+EVALUATIONS = 256  # of each image, for Shapley values
 SETS = 512
 APART = 0.02
 MEASURES = ("precision", "average precision", "rank correlation")
@@ -116,6 +118,9 @@ def our_methods(network: TrainedNetwork, data: Batches, epochs: int) -> Makers:
         ),
         "CAR per class": lambda: reduced(False),
         "CAR per class, soft": lambda: reduced(True),
+        "LayerFilterShapley": table(
+            LayerFilterShapley(model, layer, tolerance=None, max_evaluations=EVALUATIONS)
+        ),
         "Shapley values in gate space": lambda: in_gate_space(model, layer, x, y),
         "singular directions, by filter": lambda: directions(network, data),
         "class selectivity": lambda: selectivity_filters(*features()),

@@ -21,6 +21,8 @@ from captum_classfilters.metrics.selectivity import class_means
 
 #: What the score is made of.
 Score = Literal["combined", "energy", "dice", "react", "line", "likeness"]
+#: The class whose activations filters get.
+Toward = Literal["predicted", "nearest"]
 
 # The parts of "combined" and their weights: energy counts as much as the other two.
 _PARTS = {"energy": 1.0, "clipped dice": 0.5, "likeness": 0.5}
@@ -32,16 +34,17 @@ _MOST = 3.0  # standard deviations that it may count
 @dataclass(frozen=True)
 class UnknownReasons(Tabular):
     r"""
-    Which filters make images unknown: those that, put back to what the class predicted has of them,
-    lower the score most. Prints as a table.
+    Which filters make images unknown: those that, put back to what a class has of them, lower the
+    score most. Prints as a table.
 
     Args:
 
         scores (Tensor): Shape (N,). Scores of the images, higher is more unknown.
         predicted (Tensor): Shape (N,), int64. The classes that the model predicts.
+        toward (Tensor): Shape (N,), int64. The classes whose activations filters get.
         filters (Tensor): Shape (N, k), int64. The filters, the first named first.
         activations (Tensor): Shape (N, k). What the images have of them.
-        expected (Tensor): Shape (N, k). What images of the class predicted have in the mean.
+        expected (Tensor): Shape (N, k). What images of the class ``toward`` have in the mean.
         scores_after (Tensor): Shape (N, k). The score once the filter and those before it are put
                     back.
         threshold (float): The score above which an image is called unknown.
@@ -50,6 +53,7 @@ class UnknownReasons(Tabular):
 
     scores: Tensor
     predicted: Tensor
+    toward: Tensor
     filters: Tensor
     activations: Tensor
     expected: Tensor
@@ -72,6 +76,7 @@ class UnknownReasons(Tabular):
             {
                 "image": image,
                 "predicted": self.class_names[int(self.predicted[image])],
+                "toward": self.class_names[int(self.toward[image])],
                 "score": self.scores[image],
                 "filter": self.filters[image, place],
                 "activation": self.activations[image, place],
@@ -360,12 +365,17 @@ class ClassFilterOOD:
         return self._fitted().threshold
 
     def reasons(
-        self, inputs: ExampleInputs, *, num_filters: int = 3, threshold: float | None = None
+        self,
+        inputs: ExampleInputs,
+        *,
+        num_filters: int = 3,
+        threshold: float | None = None,
+        toward: Toward = "predicted",
     ) -> UnknownReasons:
         r"""
         Name the filters that make images unknown.
 
-        One after the other, the filter is named that lowers the score most when the image gets the
+        One after the other, the filter is named that lowers the score most when the image gets a
         class's mean of it. What an ``earlier`` layer adds to the score stays.
 
         Args:
@@ -376,13 +386,17 @@ class ClassFilterOOD:
             threshold (float, optional): The score above which an image is unknown, by default
                         :attr:`threshold`.
                         Default: None
+            toward (str): Whose activations filters get: of the class ``"predicted"``; or of the
+                        ``"nearest"``, for each image the class with which its score ends lowest,
+                        at the price of trying all.
+                        Default: "predicted"
 
         Returns:
             *UnknownReasons*: the ``filters`` (N, k), what images have of them, what is ``expected``,
             ``scores_after``, and which verdicts are ``flipped`` by them.
 
         Raises:
-            ValueError: The detector is not fitted, or has fewer filters.
+            ValueError: The detector is not fitted, or has fewer filters; ``toward`` is none of the above.
 
         Examples::
 
@@ -401,32 +415,46 @@ class ClassFilterOOD:
         known, total = self._fitted(), self._weight.shape[1]
         if not 0 < num_filters <= total:
             raise ValueError(f"num_filters={num_filters}; expected 1 to {total}.")
+        if toward not in get_args(Toward):
+            raise ValueError(f"toward={toward!r}; choose one of {', '.join(get_args(Toward))}.")
         seen = self._see(inputs)
         predicted = seen.logits.argmax(1)
-        expected = known.class_means[predicted]
         rest = self._surprise(seen.earlier, predicted)
-        current = seen.features.clone()
+        classes = predicted[None]
+        if toward == "nearest":
+            classes = torch.arange(len(known.class_means))[:, None].expand(-1, len(predicted))
+        found = [self._named(seen.features, each, num_filters) for each in classes]
+        filters, after = (torch.stack(parts) for parts in zip(*found, strict=True))  # (T, N, k)
+        best, image = after[:, :, -1].argmin(0), torch.arange(len(predicted))
+        filters, after = filters[best, image], after[best, image]
+        like = classes[best, image]
+        return UnknownReasons(
+            self._scores(seen.features, predicted) + rest,
+            predicted,
+            like,
+            filters,
+            seen.features.gather(1, filters),
+            known.class_means[like].gather(1, filters),
+            after + rest[:, None],
+            known.threshold if threshold is None else threshold,
+            self.class_filters.class_names,
+        )
+
+    def _named(self, features: Tensor, classes: Tensor, num_filters: int) -> tuple[Tensor, Tensor]:
+        """The filters that lower the score most if they are as a class's (N,), one after the other, and
+        the scores after each, (N, k)."""
+        expected, current = self._fitted().class_means[classes], features.clone()
         named: list[Tensor] = []
         after: list[Tensor] = []
         for _ in range(num_filters):
-            scores = self._scores_with_one_back(current, expected, predicted)
+            scores = self._scores_with_one_back(current, expected, classes)
             for chosen in named:
                 scores.scatter_(1, chosen[:, None], torch.inf)
             best = scores.min(1)
             named.append(best.indices)
-            after.append(best.values + rest)
+            after.append(best.values)
             current.scatter_(1, best.indices[:, None], expected.gather(1, best.indices[:, None]))
-        filters = torch.stack(named, 1)
-        return UnknownReasons(
-            self._scores(seen.features, predicted) + rest,
-            predicted,
-            filters,
-            seen.features.gather(1, filters),
-            expected.gather(1, filters),
-            torch.stack(after, 1),
-            known.threshold if threshold is None else threshold,
-            self.class_filters.class_names,
-        )
+        return torch.stack(named, 1), torch.stack(after, 1)
 
     def _scores_with_one_back(
         self, features: Tensor, expected: Tensor, predicted: Tensor

@@ -134,6 +134,40 @@ def test_reasons_name_what_lowers_the_score_most():
     assert reasons.to_pandas()["filter"].tolist() == [0, 2]
 
 
+def test_reasons_toward_the_nearest_class():
+    """Class 1 has less energy than class 0 whatever two filters do, and the class predicted is named."""
+    detector = fitted("energy")
+    images = torch.tensor([[0.0, 0.0, 0.5], [0.2, 0.3, 0.0]])
+    found = {
+        toward: detector.reasons(images, num_filters=2, toward=toward)
+        for toward in ("predicted", "nearest")
+    }
+    nearest = found["nearest"]
+    assert torch.equal(found["predicted"].toward, found["predicted"].predicted)
+    assert torch.equal(nearest.predicted, found["predicted"].predicted)
+    assert (nearest.scores_after[:, -1] <= found["predicted"].scores_after[:, -1]).all()
+    # By hand: each class's two best filters, and the lower of the ends.
+    means = torch.tensor([[6.5, 0.0, 1.0], [0.0, 2.5, 1.0]])
+    for image, row in enumerate(images):
+        ends = {}
+        for toward, mean in enumerate(means):
+            current, left = row.clone(), [0, 1, 2]
+            for _ in range(2):
+                tried = {}
+                for place in left:
+                    changed = current.clone()
+                    changed[place] = mean[place]
+                    tried[place] = energy(*(changed @ WEIGHT.T + BIAS).tolist())
+                best = min(tried, key=lambda place: tried[place])
+                current[best] = mean[best]
+                left.remove(best)
+            ends[toward] = tried[best]
+        assert int(nearest.toward[image]) == min(ends, key=lambda toward: ends[toward])
+        assert float(nearest.scores_after[image, -1]) == pytest.approx(min(ends.values()), rel=1e-5)
+    with pytest.raises(ValueError, match="toward='any'; choose one of predicted, nearest"):
+        detector.reasons(images, toward="any")  # type: ignore[arg-type]
+
+
 def test_the_same_filter_is_not_named_twice():
     reasons = fitted().reasons(KNOWN, num_filters=3)
     assert all(sorted(row) == [0, 1, 2] for row in reasons.filters.tolist())

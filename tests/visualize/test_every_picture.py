@@ -169,7 +169,7 @@ class Data:
         filters = torch.arange(named).expand(images, -1)
         values, predicted = self.uniform(images, named).cpu(), torch.arange(images) % self.classes
         return UnknownReasons(
-            scores, predicted, filters, values, 1 - values, after, 0.5, tuple(self.names)
+            scores, predicted, predicted, filters, values, 1 - values, after, 0.5, tuple(self.names)
         )
 
     def audit(self):
