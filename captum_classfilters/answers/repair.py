@@ -11,6 +11,7 @@ from captum_classfilters._core.heads import alike
 from captum_classfilters._core.ranking import descending, random_sets
 from captum_classfilters._core.tables import Row, Table, Tabular, short_repr
 from captum_classfilters._core.types import Dataloader, Unpack
+from captum_classfilters._core.warnings import warn
 from captum_classfilters.answers.head_edits import EditedHeads, HeadEdit, check_editable, head_of
 from captum_classfilters.answers.shortcuts import Shortcuts
 from captum_classfilters.answers.sides import Marked, SeenBatch, see_sides
@@ -209,6 +210,8 @@ def repair(
         *Repair*: the edited ``model``; accuracy without it and with it and how often the outputs win
         images of other classes, before and after, with paired intervals and the control.
 
+    A warning says if images without it or with it are surely right less often after the edit.
+
     Raises:
         ValueError: Nothing was found and no outputs are named, the images were used to find, the
             model's head is another one, or a number is out of range; or ``rebalance`` is asked for and
@@ -253,7 +256,7 @@ def repair(
         model, shortcuts, EditedHeads(model, head, edits), dataloader, marked, chosen,
         unpack=unpack, show_progress=show_progress,
     )  # fmt: skip
-    return Repair(
+    result = Repair(
         replace_head(model, head.name, made.module(head)),
         edit,
         made.removed,
@@ -261,6 +264,8 @@ def repair(
         tuple(shortcuts.class_names[output] for output in chosen),
         *judged,
     )
+    _warn_of_loss(result)
+    return result
 
 
 # -- what is edited --------------------------------------------------------------------------------
@@ -434,6 +439,20 @@ def _outputs(shortcuts: Shortcuts, outputs: Sequence[int | str] | None) -> list[
             f"deviations at fdr={shortcuts.fdr}. To edit all the same, name outputs."
         )
     return list((found[wins] if bool(wins.any()) else found[:1]).tolist())
+
+
+def _warn_of_loss(result: Repair) -> None:
+    """Warn if images are surely right less often after the edit than before."""
+    for accuracy, ends, where in zip(
+        result.accuracy, result.interval()[:, 0], ("without it", "with it"), strict=True
+    ):
+        (before, after), (low, high) = accuracy[:2].tolist(), ends.tolist()
+        if high < 0:
+            warn(
+                f"The edit of {result.size} {_unit(result.edit)} lowers the accuracy of images {where} from "
+                f"{before:.3f} to {after:.3f} (95 % interval of the change {low:+.3f} to {high:+.3f}); try "
+                "a smaller size or another edit."
+            )
 
 
 def _check_same_head(head: LinearHead, shortcuts: Shortcuts) -> None:

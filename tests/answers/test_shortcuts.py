@@ -255,6 +255,14 @@ class TestRepair:
         assert (float(low), float(high)) == pytest.approx(tuple(expected.tolist()))
         assert 0 < float(low) < float(fixed.accuracy[1, 1] - fixed.accuracy[1, 0]) < float(high)
 
+    def test_an_edit_that_harms_is_warned_of(self, found, recwarn):
+        """With all filters held at their means every image is of one class."""
+        repair(net(), found, data(1), stamp, edit="weights", size=1, **QUIET)
+        assert not recwarn.list
+        told = r"of 4 filters lowers the accuracy of images without it from 1\.000 to 0\.333"
+        with pytest.warns(UserWarning, match=told):
+            repair(net(), found, data(1), stamp, edit="filters", size=4, **QUIET)
+
     def test_directions_are_not_seen_any_more(self, found):
         fixed = repair(net(), found, data(1), stamp, edit="directions", size=1, **QUIET)
         x, _ = images(9, 5)
