@@ -165,7 +165,7 @@ def test_reasons_toward_the_nearest_class():
         assert int(nearest.toward[image]) == min(ends, key=lambda toward: ends[toward])
         assert float(nearest.scores_after[image, -1]) == pytest.approx(min(ends.values()), rel=1e-5)
     with pytest.raises(ValueError, match="toward='any'; choose one of predicted, nearest"):
-        detector.reasons(images, toward="any")  # type: ignore[arg-type]
+        detector.reasons(images, toward="any")
 
 
 def test_the_same_filter_is_not_named_twice():
