@@ -41,8 +41,11 @@ class _Sets:
 
     def and_those(self, other: "_Sets") -> "_Sets":
         """These sets and others."""
-        pairs = ("stays", "weights", "gaps")
-        return _Sets(*(torch.cat([getattr(self, name), getattr(other, name)]) for name in pairs))
+        return _Sets(
+            torch.cat([self.stays, other.stays]),
+            torch.cat([self.weights, other.weights]),
+            torch.cat([self.gaps, other.gaps]),
+        )
 
 
 class LayerFilterShapley(FilterRemovalAttribution):
@@ -183,7 +186,8 @@ class LayerFilterShapley(FilterRemovalAttribution):
         Raises:
             ValueError: The layer handles several tensors, has no channel dimension or does not run
                         exactly once; ``max_evaluations`` is below four times the number of filters;
-                        ``"resample"`` is asked of a single image.
+                        ``"resample"`` is asked of a single image; the score is NaN without some
+                        filters.
             AssertionError: The target does not pick one output of each image.
         """
         widths: list[Tensor] = []
@@ -224,7 +228,11 @@ class LayerFilterShapley(FilterRemovalAttribution):
         def worth(stays: Tensor) -> Tensor:
             parts = replay.in_parts(~stays, perturbations_per_eval)
             found = [read(output) for _, outputs in parts for output in outputs]
-            return torch.stack(found).cpu().double()
+            values = torch.stack(found).cpu().double()
+            for row in values.isnan().any(1).nonzero()[:1, 0].tolist():
+                removed = ~stays[row : row + 1]
+                replay.check_no_nan(removed, replay.outputs(removed))
+            return values
 
         none = torch.zeros(1, filters, dtype=torch.bool)
         total = read(replay.output).cpu().double() - worth(none)[0]
@@ -263,7 +271,8 @@ class LayerFilterShapley(FilterRemovalAttribution):
                 if self.tolerance is None:
                     return values, half
                 reached = float((half.amax(1) / values.abs().amax(1).clamp(min=1e-300)).max())
-                done, left = reached <= self.tolerance, most - len(sets.stays)
+                # What is NaN with all filters gets no closer.
+                done, left = not reached > self.tolerance, most - len(sets.stays)
                 if done or not left:
                     break
                 wanted = len(sets.stays) * ((reached / self.tolerance) ** 2 - 1)

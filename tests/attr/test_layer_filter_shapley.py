@@ -11,6 +11,7 @@ from torch import nn
 
 from captum_classfilters import FilterGate, LayerFilterContribution, LayerFilterShapley
 from tests.models import deep, images
+from tests.pretend_device import pretend
 
 
 class Game(nn.Module):
@@ -154,12 +155,40 @@ def test_a_table_over_a_data_set():
     assert table.method == "LayerFilterShapley"
 
 
+@pytest.mark.parametrize("score", ["logit", "log_probability"])
+@pytest.mark.parametrize("layer", ["stage1", "stage2"])
+def test_an_accelerator_gives_the_cpus_values(layer, score):
+    model, x = deep(), images()
+    labels = torch.arange(len(x)) % 3
+    expected = LayerFilterShapley(model, layer, score=score).attribute(x, target=labels)
+    with pretend("cuda") as device:
+        found = LayerFilterShapley(model.to(device), layer, score=score).attribute(
+            x.to(device), target=labels.to(device)
+        )
+        assert found.device == device
+        found = found.cpu()
+    assert torch.allclose(found, expected, atol=1e-5)
+
+
 def test_several_layers():
     model, x = deep(), images()
     method = LayerFilterShapley(model, ["stage1", "stage2"])
     (first, second), half = method.attribute(x, target=0, return_half_widths=True)
     assert first.shape[1] != second.shape[1] or first.shape[2] != second.shape[2]
     assert [part.shape for part in half] == [(len(x), first.shape[1]), (len(x), second.shape[1])]
+
+
+@pytest.mark.parametrize("number", [5, 12])
+def test_nan_without_filters_is_named_and_nan_with_all_of_them_is_handed_on(number):
+    model = Game(two_outputs(lambda f: f[:, 0] / f.sum(1)))
+    x = torch.ones(2, number, 1, 1)
+    method = LayerFilterShapley(model, model.layer, channel_dim=1)
+    with pytest.raises(ValueError, match=r"Without filter 0, 1, 2, 3, 4.* returns NaN for image 0"):
+        method.attribute(x, target=1)
+    model = Game(two_outputs(lambda f: f.prod(1) * torch.nan))
+    assert (
+        LayerFilterShapley(model, model.layer, channel_dim=1).attribute(x, target=1).isnan().all()
+    )
 
 
 def test_bad_input():
