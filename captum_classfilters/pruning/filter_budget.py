@@ -38,7 +38,8 @@ class ParameterCount:
         modules = self._modules if layer is None else self._touched[layer]
         return sum(self._saved_in(module, sizes) for module in modules)
 
-    def _saved_in(self, name: str, sizes: Mapping[str, int]) -> float:
+    def lost(self, name: str, sizes: Mapping[str, int]) -> tuple[float, float]:
+        """Outputs and inputs that a module has lost once so many filters are kept."""
         made, read = (
             sum(
                 each * (self.widths[layer] - sizes[layer])
@@ -46,6 +47,10 @@ class ParameterCount:
             )
             for kind in (self._made, self._read)
         )
+        return made, read
+
+    def _saved_in(self, name: str, sizes: Mapping[str, int]) -> float:
+        made, read = self.lost(name, sizes)
         module, saved = self._modules[name], 0.0
         transposed = bool(getattr(module, "transposed", False))
         for parameter in module.parameters(recurse=False):

@@ -11,10 +11,10 @@ from torch import nn
 
 from captum_classfilters._core.filter_graph import FilterGraph
 from captum_classfilters.answers import build_specialist
-from captum_classfilters.answers.specialist import recalibrate, tune
+from captum_classfilters.answers.specialist_builder import recalibrate, tune
 from captum_classfilters.pruning import prunable_layers, prune_filters
 from captum_classfilters.pruning.filter_budget import ParameterCount, allocate
-from captum_classfilters.pruning.reconstruction import (
+from captum_classfilters.pruning.least_squares import (
     Fit,
     Seen,
     _patches,
@@ -92,7 +92,7 @@ def test_patches_are_what_a_convolution_reads(options):
     conv, x = nn.Conv2d(3, 4, **options), torch.randn(2, 3, 9, 7)
     with torch.no_grad():
         output = conv(x)
-        where = _positions(conv, output, 0)
+        where = _positions(conv, output, 16, 0)
         patches = _patches(conv, x, where).flatten(2)
         rows = torch.cat([patches, torch.ones(*patches.shape[:2], 1)], 2).double()
         made = (rows @ matrix_of(conv).T).float()
@@ -191,10 +191,10 @@ def labeled(model, number=160, seed=0):
     return [(x[:70], y[:70]), (x[70:], y[70:])]
 
 
-def balanced(model):
+def balanced(model, head="7"):
     """The same model, its outputs 1 and 3 each the larger for half of the images."""
     x = labeled(model)[0][0]
-    head = layer_at(model, "7", nn.Linear)
+    head = layer_at(model, head, nn.Linear)
     with torch.no_grad():
         scores = model(x)
         assert head.bias is not None
@@ -209,7 +209,9 @@ def test_filters_that_are_there_twice_go_without_a_loss():
     full = sum(parameter.numel() for parameter in model.parameters())
     # Half of the first layer, its inputs, and two rows of the head.
     after = full - 4 * 19 - 4 * 9 * 5 - 2 * 6
-    result = build_specialist(model, [3, 1], data, budget=(after + 20) / full, **QUIET)
+    result = build_specialist(
+        model, [3, 1], data, budget=(after + 20) / full, low_rank=False, **QUIET
+    )
     assert int(result.kept["0"].sum()) == 4
     assert set(result.kept) == {"0"}
     assert len({place % 4 for place in result.kept["0"].nonzero()[:, 0].tolist()}) == 4
@@ -224,6 +226,58 @@ def test_filters_that_are_there_twice_go_without_a_loss():
     assert result.right.shape == (3, 2)
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
+
+
+class Residual(nn.Module):
+    """The second layer's outputs, tied by the sum, are two numbers in twelve combinations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem = nn.Conv2d(2, 12, 3)
+        self.first = nn.Conv2d(12, 10, 3, padding=1, bias=False)
+        self.second = nn.Conv2d(10, 12, 3, padding=1)
+        self.head = nn.Linear(12, 4)
+        with torch.no_grad():
+            weight = self.second.weight.flatten(1)
+            self.second.weight.copy_((torch.randn(12, 2) @ weight[:2]).reshape(12, 10, 3, 3))
+
+    def forward(self, x):
+        x = F.relu(self.stem(x))
+        x = F.relu(x + self.second(F.relu(self.first(x))))
+        return self.head(x.mean((2, 3)))
+
+
+def test_layers_that_cannot_lose_filters_are_split(tmp_path):
+    model = balanced(Residual().eval(), "head")
+    data = labeled(model, 300)
+    before = copy.deepcopy(model.state_dict())
+    options: dict[str, Any] = {"budget": 0.4, **QUIET}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        filters = build_specialist(model, [1, 3], data, low_rank=False, **options)
+        result = build_specialist(model, [1, 3], data, **options)
+    assert filters.ranks == {}
+    assert set(filters.kept) == {"first"}
+    assert result.ranks["second"] <= 2
+    assert result.parameters_kept <= 0.4
+    for name, rank in result.ranks.items():
+        assert len(result.model.get_parameter(f"{name}.0.weight")) == rank
+    own, other = (found.accuracy[1] for found in (result, filters))
+    assert own >= 0.9
+    assert own >= other
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    x = data[0][0][:3]
+    program = torch.onnx.export(result.model, (x,), dynamo=True, verbose=False)
+    assert program is not None
+    program.save(tmp_path / "split.onnx")
+    session = runtime.InferenceSession(tmp_path / "split.onnx")
+    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    with torch.no_grad():
+        assert torch.allclose(torch.from_numpy(found), result.model(x), atol=1e-4)
 
 
 def test_numbers_are_those_of_the_networks():

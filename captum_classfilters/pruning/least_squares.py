@@ -1,0 +1,339 @@
+"""A layer fitted, by least squares, to what it made in the full network, from fewer filters."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from captum_classfilters._core.batches import read_batches
+from captum_classfilters._core.heads import alike
+from captum_classfilters._core.outputs import scores_per_class
+from captum_classfilters._core.taps import hooked
+from captum_classfilters._core.types import Dataloader
+
+_POSITIONS = 16  # of each image at which a convolution is looked at, and more ...
+_ROWS = 12_288  # ... where images are too few for so many rows
+_RIDGE = 1e-4  # of the mean second moment, so that inputs that are always zero do no harm
+_AT_ONCE = 32  # one in so many of the filters that are left goes in a step
+
+
+Weighted = nn.Linear | nn.Conv2d
+
+
+def weighted(model: nn.Module, name: str) -> Weighted:
+    """A linear layer or convolution of a model."""
+    module = model.get_submodule(name)
+    assert isinstance(module, nn.Linear | nn.Conv2d)
+    return module
+
+
+# -- what a layer reads -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A layer that reads filters.
+
+    Args:
+
+        name (str): Its dotted name.
+        places (Tensor): For each input of the layer, the filter that it is; -1 where it is none.
+    """
+
+    name: str
+    places: Tensor
+
+    def columns(self, module: Weighted, number: int) -> Tensor:
+        """Which columns of the layer's matrix belong to each of K filters, (K, columns of each)."""
+        which = self.places.repeat_interleave(module.weight[0, 0].numel())
+        return torch.stack([(which == index).nonzero()[:, 0] for index in range(number)])
+
+
+def matrix_of(module: Weighted) -> Tensor:
+    """Weight and bias of a layer as one matrix (C, D + 1)."""
+    weight = module.weight.detach().flatten(1)
+    bias = weight.new_zeros(len(weight)) if module.bias is None else module.bias.detach()
+    return torch.cat([weight, bias[:, None]], 1).double().cpu()
+
+
+def put_matrix(module: Weighted, matrix: Tensor) -> None:
+    """Give a layer another weight and bias; a layer without a bias gets one."""
+    weight = matrix[:, :-1].reshape(module.weight.shape).to(module.weight)
+    bias = matrix[:, -1].to(module.weight)
+    module.weight = nn.Parameter(weight, requires_grad=module.weight.requires_grad)
+    module.bias = nn.Parameter(bias, requires_grad=module.weight.requires_grad)
+
+
+def positions_for(images: int) -> int:
+    """At how many positions of each of so many images a convolution is looked at."""
+    return max(_POSITIONS, -(-_ROWS // images))
+
+
+def _positions(module: nn.Module, outputs: Tensor, most: int, seed: int) -> Tensor:
+    """Positions of a convolution's output (N, P) to look at, drawn anew for each image."""
+    number = outputs[0, 0].numel() if isinstance(module, nn.Conv2d) else 1
+    if number <= most:
+        return torch.arange(number, device=outputs.device).expand(len(outputs), -1)
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.rand(len(outputs), number, generator=generator)
+    return scores.topk(most, 1).indices.to(outputs.device)
+
+
+def _rows_read(module: Weighted, inputs: Tensor, where: Tensor) -> Tensor:
+    """What a layer multiplies its weight with, (rows, D + 1), the last column one."""
+    if isinstance(module, nn.Linear):
+        rows = inputs.flatten(0, -2)
+    else:
+        rows = _patches(module, inputs, where).flatten(0, 1).flatten(1)
+    return torch.cat([rows, rows.new_ones(len(rows), 1)], 1)
+
+
+def _patches(module: nn.Conv2d, inputs: Tensor, where: Tensor) -> Tensor:
+    """What a convolution reads for some of its positions (N, P): (N, P, C, height, width)."""
+    reach = [(k - 1) * d for k, d in zip(module.kernel_size, module.dilation, strict=True)]
+    if module.padding == "same":
+        (top, bottom), (left, right) = ((whole // 2, whole - whole // 2) for whole in reach)
+    else:
+        up, aside = (0, 0) if isinstance(module.padding, str) else module.padding
+        top = bottom = int(up)
+        left = right = int(aside)
+    padded = F.pad(inputs, (left, right, top, bottom)).permute(0, 2, 3, 1)
+    width = (padded.shape[2] - reach[1] - 1) // module.stride[1] + 1
+    rows, columns = where // width * module.stride[0], where % width * module.stride[1]
+    down, along = (
+        torch.arange(k, device=where.device) * d
+        for k, d in zip(module.kernel_size, module.dilation, strict=True)
+    )
+    image = torch.arange(len(inputs), device=where.device)[:, None, None, None]
+    rows, columns = rows[:, :, None, None] + down[:, None], columns[:, :, None, None] + along
+    return padded[image, rows, columns].movedim(-1, 2)
+
+
+def _has_its_size(module: Weighted, inputs: Tensor, output: Tensor) -> bool:
+    """Whether a layer's output has the size that its class and padding say; its own forward may pad."""
+    if isinstance(module, nn.Linear):
+        return output.shape[:-1] == inputs.shape[:-1]
+    if inputs.dim() != 4 or isinstance(module.padding, str):
+        return inputs.dim() == 4
+    sizes = zip(
+        inputs.shape[2:], module.kernel_size, module.padding, module.dilation, module.stride,
+        strict=True,
+    )  # fmt: skip
+    return output.shape[2:] == tuple(
+        (size + 2 * pad - (kernel - 1) * apart - 1) // step + 1
+        for size, kernel, pad, apart, step in sizes
+    )
+
+
+def _rows_made(module: nn.Module, outputs: Tensor, where: Tensor) -> Tensor:
+    """Rows of a layer's output, or of one like it, at the same positions, (rows, C)."""
+    if isinstance(module, nn.Linear):
+        return outputs.flatten(0, -2)
+    index = where[:, None].expand(-1, outputs.shape[1], -1)
+    return outputs.flatten(2).gather(2, index).transpose(1, 2).flatten(0, 1)
+
+
+# -- one pass over the images ----------------------------------------------------------------------
+
+
+@dataclass
+class Seen:
+    """What a pass saw of one reader.
+
+    Args:
+
+        moments (Tensor): Sums of products of its inputs (D + 1, D + 1) ...
+        cross (Tensor): ... and of targets with its inputs (C, D + 1).
+        rows (int): Of how many rows.
+        made (list of Tensor): Its outputs, batch by batch, where they are asked for.
+        fisher (Tensor): Sum of the products of its outputs' gradients (C, C).
+        linear (bool): Its outputs are its matrix times its inputs.
+    """
+
+    moments: Tensor = field(default_factory=lambda: torch.zeros(()))
+    cross: Tensor = field(default_factory=lambda: torch.zeros(()))
+    rows: int = 0
+    made: list[Tensor] = field(default_factory=list)
+    fisher: Tensor = field(default_factory=lambda: torch.zeros(()))
+    linear: bool = True
+
+    def see(self, inputs: Tensor, targets: Tensor) -> None:
+        """Add rows of inputs and of targets."""
+        self.moments = self.moments + (inputs.T @ inputs).double().cpu()
+        self.cross = self.cross + (targets.T @ inputs).double().cpu()
+        self.rows += len(inputs)
+
+
+class _SeenError(Exception):
+    """The layers that are looked at have run."""
+
+
+def see_full(
+    model: nn.Module,
+    modules: Mapping[str, Weighted],
+    data: Dataloader,
+    positions: int,
+    seed: int,
+) -> dict[str, Seen]:
+    """See what layers of the full network read and make, and how its outputs depend on that.
+
+    Of the outputs, each centered over the classes, sums with random signs are differentiated: the mean
+    of the gradients' products is that over all outputs.
+    """
+    seen = {name: Seen() for name in modules}
+    names: dict[nn.Module, str] = {module: name for name, module in modules.items()}
+    outputs: dict[str, Tensor] = {}
+
+    def hook(ran: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        name = names[ran]
+        own, module = seen[name], modules[name]
+        if not _has_its_size(module, inputs[0], output):
+            own.linear = False
+            return output.clone()
+        where = _positions(module, output.detach(), positions, seed + len(own.made))
+        read = _rows_read(module, inputs[0].detach(), where)
+        made = _rows_made(module, output.detach(), where)
+        own.see(read, made)
+        own.made.append(made)
+        plain = read @ matrix_of(module).T.to(read)
+        own.linear &= len(plain) == len(made) and bool(alike(plain, made))
+        outputs[name] = output
+        return output.clone()  # what follows may write into it
+
+    generator = torch.Generator().manual_seed(seed)
+    with (
+        read_batches(model, data, "filters", gradients=True, show_progress=False) as batches,
+        hooked(modules.values(), hook),
+    ):
+        for batch in batches:
+            inputs = [part.clone().requires_grad_() for part in batch.inputs]
+            scores = scores_per_class(model(*inputs))
+            centered = scores - scores.mean(1, keepdim=True)
+            signs = torch.randint(0, 2, scores.shape, generator=generator).to(centered) * 2 - 1
+            gradients = torch.autograd.grad(
+                (centered * signs).sum(), list(outputs.values()), materialize_grads=True
+            )
+            for name, gradient in zip(outputs, gradients, strict=True):
+                rows = gradient if gradient.dim() == 2 else gradient.flatten(2).transpose(1, 2)
+                rows = rows.flatten(0, -2)
+                seen[name].fisher = seen[name].fisher + (rows.T @ rows).double().cpu()
+    return seen
+
+
+def see_again(
+    model: nn.Module,
+    modules: Mapping[str, Weighted],
+    data: Dataloader,
+    targets: Mapping[str, Sequence[Tensor]],
+    positions: int,
+    seed: int,
+) -> dict[str, Seen]:
+    """See what some layers read by now, beside what they made in the full network."""
+    seen = {name: Seen() for name in modules}
+    names: dict[nn.Module, str] = {module: name for name, module in modules.items()}
+    number = 0
+    waiting: set[str] = set()
+
+    def hook(ran: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        name = names[ran]
+        module = modules[name]
+        where = _positions(module, output, positions, seed + number)
+        seen[name].see(_rows_read(module, inputs[0], where), targets[name][number])
+        waiting.discard(name)
+        if not waiting:
+            raise _SeenError
+
+    with (
+        read_batches(model, data, "filters", show_progress=False) as batches,
+        hooked(modules.values(), hook),
+    ):
+        for batch in batches:
+            waiting.update(modules)
+            with suppress(_SeenError):
+                model(*batch.inputs)
+            number += 1
+    return seen
+
+
+# -- least squares ----------------------------------------------------------------------------------
+
+
+class Fit:
+    r"""
+    A reader's least squares, as filters leave it.
+
+    Source: Hassibi and Stork: *Second order derivatives for network pruning: Optimal brain surgeon*,
+    NIPS 1992, for whole filters.
+
+    Args:
+
+        seen (Seen): What it reads, and what it should make.
+        matrix (Tensor): Its matrix (C, D + 1), to which the ridge pulls.
+        root (Tensor, optional): (C, C). An error *e* of its outputs costs :math:`\|root \, e\|^2`;
+                    by default :math:`\|e\|^2`.
+        columns (Tensor, optional): The columns of each filter that may go (K, columns of each).
+    """
+
+    def __init__(
+        self,
+        seen: Seen,
+        matrix: Tensor,
+        root: Tensor | None = None,
+        columns: Tensor | None = None,
+    ) -> None:
+        moments = seen.moments / seen.rows
+        ridge = _RIDGE * moments.diagonal()[:-1].mean().clamp(min=1e-12)
+        self.inverse = torch.linalg.inv(moments + ridge * torch.eye(len(moments)).to(moments))
+        self.matrix = (seen.cross / seen.rows + ridge * matrix) @ self.inverse
+        nothing = torch.zeros(0, 0, dtype=torch.int64)
+        self.root = torch.eye(len(matrix)).to(matrix) if root is None else root
+        self.columns = nothing if columns is None else columns
+
+    def costs(self, left: Tensor) -> Tensor:
+        """What removing each of some filters adds to the error, the others making up for it."""
+        columns = self.columns[left]
+        blocks = self.inverse[columns[:, :, None], columns[:, None, :]]
+        weights = (self.root @ self.matrix)[:, columns].transpose(0, 1)  # (left, C, size)
+        return (torch.linalg.solve(blocks, weights, left=False) * weights).sum((1, 2))
+
+    def remove(self, filters: Tensor) -> None:
+        """Take filters out; the other weights make up for them."""
+        columns = self.columns[filters].flatten()
+        change = torch.linalg.solve(self.inverse[columns[:, None], columns], self.inverse[columns])
+        self.matrix = self.matrix - self.matrix[:, columns] @ change
+        self.inverse = self.inverse - self.inverse[:, columns] @ change
+        self.matrix[:, columns] = 0
+        self.inverse[columns] = 0
+        self.inverse[:, columns] = 0
+        self.inverse[columns, columns] = 1
+
+
+def root_of(fisher: Tensor) -> Tensor:
+    """A root of what an error of outputs costs, in which no output counts nothing."""
+    least = 1e-3 * fisher.diagonal().mean().clamp(min=1e-12)
+    return torch.linalg.cholesky(fisher + least * torch.eye(len(fisher)).to(fisher)).T
+
+
+def remove_least(
+    fits: Sequence[Fit], keep: int, stop_at: Mapping[int, Callable[[], object]] | None = None
+) -> Tensor:
+    """Remove all but so many filters, the least costly first: the error once so many are gone.
+    Functions are called when as many filters as they are named by are left."""
+    left, errors, stop_at = torch.arange(len(fits[0].columns)), [0.0], stop_at or {}
+    while len(left) > keep:
+        costs = torch.stack([fit.costs(left) for fit in fits]).sum(0).clamp(min=0)
+        nearest = max(size for size in (keep, *stop_at) if size < len(left))
+        number = min(max(1, len(left) // _AT_ONCE), len(left) - nearest)
+        lowest = costs.argsort(stable=True)[:number]
+        for fit in fits:
+            fit.remove(left[lowest])
+        errors += (errors[-1] + costs[lowest].cumsum(0)).tolist()
+        stays = torch.ones(len(left), dtype=torch.bool)
+        stays[lowest] = False
+        left = left[stays]
+        if len(left) in stop_at:
+            stop_at[len(left)]()
+    return torch.tensor(errors, dtype=torch.float64)
