@@ -319,9 +319,9 @@ def root_of(fisher: Tensor) -> Tensor:
 
 def remove_least(
     fits: Sequence[Fit], keep: int, stop_at: Mapping[int, Callable[[], object]] | None = None
-) -> Tensor:
-    """Remove all but so many filters, the least costly first: the error once so many are gone.
-    Functions are called when as many filters as they are named by are left."""
+) -> tuple[Tensor, Tensor]:
+    """Remove all but so many filters, the least costly first: those that are left, and the error
+    once so many are gone. Functions are called when as many as they are named by are left."""
     left, errors, stop_at = torch.arange(len(fits[0].columns)), [0.0], stop_at or {}
     while len(left) > keep:
         costs = torch.stack([fit.costs(left) for fit in fits]).sum(0).clamp(min=0)
@@ -336,4 +336,4 @@ def remove_least(
         left = left[stays]
         if len(left) in stop_at:
             stop_at[len(left)]()
-    return torch.tensor(errors, dtype=torch.float64)
+    return left, torch.tensor(errors, dtype=torch.float64)

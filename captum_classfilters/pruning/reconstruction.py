@@ -135,7 +135,7 @@ class Reconstruction:
             measured[size] = float(change.square().sum(1).mean())
 
         stops = {size: partial(measure, size) for size in sizes if size < number}
-        errors = remove_least(fits, 1, stops)
+        _, errors = remove_least(fits, 1, stops)
         at = torch.tensor(sorted(number - size for size in measured))
         heights = torch.tensor([measured[number - int(gone)] for gone in at]).cummax(0).values
         return torch.as_tensor(np.interp(errors.numpy(), errors[at].numpy(), heights.numpy()))
@@ -157,8 +157,8 @@ class Reconstruction:
             seen = self._seen_again(model, [reader.name for reader in readers])
             fits = self._fits(name, model, seen)
             if chosen is None:
-                remove_least(fits, sizes[name])
-                kept[name] = (fits[0].inverse.diagonal()[fits[0].columns] != 1).any(1)
+                left, _ = remove_least(fits, sizes[name])
+                kept[name] = torch.zeros(number, dtype=torch.bool).index_fill(0, left, True)
             else:
                 kept[name] = chosen(name)
                 for fit in fits:

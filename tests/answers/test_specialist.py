@@ -57,7 +57,8 @@ def test_costs_are_the_errors_of_least_squares():
     fit = fit_of(read, matrix, [[0], [1], [2]], root)
     costs = fit.costs(torch.arange(3))
     assert torch.allclose(costs, torch.tensor([9.0, 16.0, 2.25]).double(), rtol=0.05)
-    errors = remove_least([fit], 1)
+    left, errors = remove_least([fit], 1)
+    assert left.tolist() == [1]
     assert torch.allclose(errors, torch.tensor([0.0, 2.25, 11.25]).double(), rtol=0.05)
     assert (fit.matrix[:, [0, 2]] == 0).all()
 
