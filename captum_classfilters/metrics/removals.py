@@ -127,16 +127,16 @@ def check_finite(
     outputs: Tensor,
     without: Callable[[int], str],
     check: Check = check_now,
-    of_batch: str = "",
+    place: Callable[[int], str] = "image {}".format,
 ) -> None:
     """Refuse outputs (P, N, ...) of which an image's largest is NaN or infinite; ``without`` says what
-    the model of row p lacks."""
+    the model of row p lacks, ``place`` which image n is."""
     finite = outputs.reshape(*outputs.shape[:2], -1).amax(2).isfinite()
 
     def error() -> ValueError:
         row, image = (~finite).nonzero()[0].tolist()
         return ValueError(
-            f"The model returns NaN or Inf for image {image}{of_batch} with {without(row)}; it would "
+            f"The model returns NaN or Inf for {place(image)} with {without(row)}; it would "
             "count as a wrong answer."
         )
 
@@ -225,7 +225,8 @@ class OrderedRemoval:
 
     def _outputs(self, removed: Tensor) -> Tensor:
         outputs: Tensor = self.replay.outputs(removed)
-        check_finite(outputs, each_in_words(removed), self.check, self.of_batch)
+        place = f"image {{}}{self.of_batch}".format
+        check_finite(outputs, each_in_words(removed), self.check, place)
         return outputs
 
 

@@ -50,8 +50,8 @@ class ReplayedBatch:
 
     def check_finite(self, outputs: Tensor, removed: Tensor | None = None) -> None:
         """Refuse outputs (P, N, ...) without sets of filters (P, K) that are not finite."""
-        of_batch = f" of batch {self.batch.number}"
-        check_finite(outputs, each_in_words(removed), self.check, of_batch)
+        place = f"image {{}} of batch {self.batch.number}".format
+        check_finite(outputs, each_in_words(removed), self.check, place)
 
     def classes(self, outputs: Tensor) -> Tensor:
         """Class scores (P, N, C), C at least 2, of outputs (P, N, ...)."""

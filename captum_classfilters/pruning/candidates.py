@@ -1,6 +1,6 @@
 """What removing each of some sets of filters does to the accuracy."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,11 +9,17 @@ from torch import Tensor
 from captum_classfilters._core.batches import Batch, Batches
 from captum_classfilters._core.devices import sums_device
 from captum_classfilters._core.labels import labels_of_scores
-from captum_classfilters._core.outputs import log_probabilities, scores_per_class
+from captum_classfilters._core.outputs import (
+    class_scores,
+    log_probabilities,
+    scores_per_class,
+)
 from captum_classfilters._core.replay.suffix_replay import SuffixReplay
 from captum_classfilters.metrics.removals import check_finite, each_in_words
 
 Error = Callable[[], Exception]
+#: The batch of each image in its loader, and its index in that batch.
+Places = Sequence[tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -26,13 +32,23 @@ class LabeledReplay:
         replay (SuffixReplay): The replay.
         labels (Tensor): Shape (N,), checked, where the model is.
         probabilities (bool): The model returns probabilities, not logits.
-        number (int): The batch's place in its loader.
+        places (list of (int, int)): Where the loader had each image: batch, and index in it.
     """
 
     replay: SuffixReplay
     labels: Tensor
     probabilities: bool
-    number: int
+    places: Places
+
+    def place(self, image: int) -> str:
+        """Which image that is to the user."""
+        number, index = self.places[image]
+        return f"image {index} of batch {number}"
+
+
+def places_of(batch: Batch) -> Places:
+    """The places of a batch as the loader has it."""
+    return [(batch.number, index) for index in range(batch.size)]
 
 
 class Conditions:
@@ -65,7 +81,8 @@ class Candidates:
     is dropped as soon as fewer images are right without it than without the best candidate so far,
     beyond chance: of the images that only one of the two gets right, too few are the candidate's
     (one-sided sign test). The level is shared out among candidates and batches, so the best is
-    dropped with at most the stated probability.
+    dropped with at most the stated probability. :meth:`race` drops only candidates that cannot be
+    the best any more.
 
     Args:
 
@@ -95,30 +112,75 @@ class Candidates:
             self.add(batch, perturbations_per_eval)
         return self
 
+    def race(
+        self,
+        batches: Sequence[LabeledReplay],
+        expected: int,
+        perturbations_per_eval: int | None,
+    ) -> "Candidates":
+        """
+        Find the best candidate on all batches, and run others as far as that takes.
+
+        What a candidate has wrong by now, and its loss, can only grow. So the one that is best so
+        far runs on, and once it has seen all batches no other can be better. The earlier the images
+        come that are wrong, the less is run. Those that have no more wrong than is expected of the
+        best run beside it.
+        """
+        sizes = [len(batch.labels) for batch in batches]
+        self.num_images += sum(sizes)
+        self.possible_evaluations += sum(sizes) * len(self.removed)
+        seen = torch.tensor([0, *sizes]).cumsum(0)
+        place = torch.zeros(len(self.removed), dtype=torch.int64)  # of the next batch
+        rows = torch.arange(len(self.removed))
+        while len(rows):
+            self._run(batches[int(place[rows[0]])], rows, perturbations_per_eval)
+            place[rows] += 1
+            rows = self._leading(place, seen, expected, not batches[0].probabilities)
+        self.active = place == len(batches)
+        return self
+
+    def _leading(self, place: Tensor, seen: Tensor, expected: int, loss_grows: bool) -> Tensor:
+        """The candidates to run on, all from the same batch; none if the best has run on all."""
+        right, loss = self._counts()
+        wrong, over = seen[place] - right, place == len(seen) - 1
+        bound = loss if loss_grows else loss.masked_fill(~over, -torch.inf)
+        rows = zip(wrong.tolist(), bound.tolist(), over.tolist(), range(len(place)), strict=True)
+        least, _, finished, best = min(rows)
+        rivals = (place == place[best]) & (wrong <= max(least, expected)) & ~over
+        return (rivals & (not finished)).nonzero()[:, 0]
+
     def add(self, batch: LabeledReplay, perturbations_per_eval: int | None) -> None:
         """Run a batch without each candidate that has not been dropped."""
-        num_images, device = len(batch.labels), sums_device(batch.labels.device)
-        if self._right is None or self._loss is None:
-            self._right = torch.zeros(len(self.removed), dtype=torch.int64, device=device)
-            self._loss = self._right.double()
+        num_images = len(batch.labels)
         rows = self.active.nonzero()[:, 0]
-        answers = []
-        for part, outputs in batch.replay.in_parts(self.removed[rows], perturbations_per_eval):
-            without = each_in_words(self.removed[rows[part]])
-            check_finite(outputs, without, self._conditions.add, f" of batch {batch.number}")
-            right, log_probability = _right_and_log_probability(outputs, batch)
-            places = rows[part].to(device)
-            self._right.index_add_(0, places, right.sum(1).to(device))
-            self._loss.index_add_(0, places, -log_probability.sum(1))
-            answers.append(right)
+        answers = self._run(batch, rows, perturbations_per_eval)
         self.num_images += num_images
-        self.evaluations += num_images * len(rows)
         self.possible_evaluations += num_images * len(self.removed)
         if self.error_probability is not None:
             right = torch.zeros(len(self.removed), num_images, dtype=torch.bool)
             right[rows] = torch.cat(answers).cpu()
             self._answers.append(right)
             self._drop(self.error_probability)
+
+    def _run(
+        self, batch: LabeledReplay, rows: Tensor, perturbations_per_eval: int | None
+    ) -> list[Tensor]:
+        """Count what a batch adds to some candidates; which images are right, in parts (P, N)."""
+        device = sums_device(batch.labels.device)
+        if self._right is None or self._loss is None:
+            self._right = torch.zeros(len(self.removed), dtype=torch.int64, device=device)
+            self._loss = self._right.double()
+        answers = []
+        for part, outputs in batch.replay.in_parts(self.removed[rows], perturbations_per_eval):
+            without = each_in_words(self.removed[rows[part]])
+            check_finite(outputs, without, self._conditions.add, batch.place)
+            right, log_probability = _right_and_log_probability(outputs, batch)
+            places = rows[part].to(device)
+            self._right.index_add_(0, places, right.sum(1).to(device))
+            self._loss.index_add_(0, places, -log_probability.sum(1))
+            answers.append(right)
+        self.evaluations += len(batch.labels) * len(rows)
+        return answers
 
     @property
     def accuracy(self) -> Tensor:
@@ -137,6 +199,12 @@ class Candidates:
             nothing = torch.zeros(len(self.removed))
             return nothing.long(), nothing.double()
         self._conditions.settle()
+        return self._counts()
+
+    def _counts(self) -> tuple[Tensor, Tensor]:
+        """Counts and sums (P,) on the CPU."""
+        assert self._right is not None
+        assert self._loss is not None
         return self._right.cpu(), self._loss.cpu()
 
     def _drop(self, error_probability: float) -> None:
@@ -175,12 +243,25 @@ def checked_labels(batches: Batches, batch: Batch, output: object) -> Tensor:
     return batches.class_labels(batch, scores.shape[1])
 
 
+def margins(batch: LabeledReplay) -> Tensor:
+    """By how much the label's log-probability exceeds any other's, with every filter (N,)."""
+    logs = _log_probabilities(class_scores(batch.replay.output)[None], batch)[0]
+    label = batch.labels.to(logs.device)[:, None]
+    others = logs.scatter(1, label, -torch.inf).amax(1)
+    return logs.gather(1, label)[:, 0] - others
+
+
 def _right_and_log_probability(outputs: Tensor, batch: LabeledReplay) -> tuple[Tensor, Tensor]:
     """Of outputs (P, N, C), or of one logit each, whether they are right and the label's
     log-probability, (P, N), the latter in float64 where sums are kept."""
-    scores = outputs[..., None] if outputs.dim() == 2 else outputs
-    exact = scores.to(sums_device(scores.device), torch.float64)
-    logs = log_probabilities(exact, batch.probabilities)
+    logs = _log_probabilities(outputs, batch)
     index = batch.labels.to(logs.device).expand(logs.shape[:2])[..., None]
     right = logs.argmax(2) == index[..., 0]
     return right, logs.gather(2, index)[..., 0]
+
+
+def _log_probabilities(outputs: Tensor, batch: LabeledReplay) -> Tensor:
+    """Log-probabilities (P, N, C) in float64, where sums are kept."""
+    scores = outputs[..., None] if outputs.dim() == 2 else outputs
+    exact = scores.to(sums_device(scores.device), torch.float64)
+    return log_probabilities(exact, batch.probabilities)

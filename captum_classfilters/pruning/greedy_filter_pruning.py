@@ -31,13 +31,19 @@ from captum_classfilters._core.warnings import warn
 from captum_classfilters.pruning.candidates import (
     Candidates,
     LabeledReplay,
+    Places,
     accuracy_without,
     checked_labels,
+    margins,
+    places_of,
 )
 from captum_classfilters.pruning.masked_filters import masked_filters
 from captum_classfilters.pruning.pruning_order import PruningOrder
 
 Schedule = Literal["layer_by_layer", "all_layers"]
+
+# Candidates are compared after each of so many parts of the images, none smaller than this.
+_PARTS, _SMALLEST_PART = 20, 32
 
 
 class GreedyFilterPruning:
@@ -55,9 +61,11 @@ class GreedyFilterPruning:
     https://arxiv.org/abs/1705.07356.
 
     What comes before a layer runs once and is held in memory for all steps, so a step costs only
-    what follows the layer. The model is not changed: filters are masked in the layer's output, and
-    fine-tuning works on a copy. A mask leaves what later modules make of a zero, the shift of a
-    batch normalization for example, so name the module that ends with the activation.
+    what follows the layer. Candidates meet those images first that are wrong or nearly so, and none
+    runs further once it has more wrong than the best has in all; which filter goes is the same. The
+    model is not changed: filters are masked in the layer's output, and fine-tuning works on a copy.
+    A mask leaves what later modules make of a zero, the shift of a batch normalization for example,
+    so name the module that ends with the activation.
 
     Args:
 
@@ -205,6 +213,8 @@ class GreedyFilterPruning:
             groups = _groups(totals, schedule, num_filters, ratio, min_accuracy)
             plain = None if self.model is None else unwrapped(self.model)
             result = network.started(totals, options, fingerprint(plain))
+            if error_probability is None and all(len(group) == 1 for group, _ in groups):
+                network.put_hardest_first()
             if earlier is not None and state_path is not None:
                 result = _continued(earlier, result, groups, state_path)
                 network.resume(result)
@@ -264,7 +274,8 @@ class _Network:
         self.forward_func, self.layers, self.channel_dim = forward_func, layers, channel_dim
         self.model = module_of(forward_func, list(layers.values()))
         self.ways: dict[str, str] = {}
-        self.images: dict[bool, list[tuple[ModelInputs, Tensor, int]]] = {False: [], True: []}
+        self.images: dict[bool, list[tuple[ModelInputs, Tensor, Places]]] = {False: [], True: []}
+        self.hardest_first = False
         self.fingerprints: dict[bool, str | None] = {False: None, True: None}
         self._probabilities: bool | None = None
         # Batches held in memory, run up to one layer.
@@ -287,13 +298,45 @@ class _Network:
                 labels = checked_labels(batches, batch, replay.output)
                 if self._probabilities is None:
                     self._probabilities = are_probabilities(class_scores(replay.output))
-                recorded.append(LabeledReplay(replay, labels, self._probabilities, batch.number))
-                self.images[report].append((batch.inputs, labels, batch.number))
+                places = places_of(batch)
+                recorded.append(LabeledReplay(replay, labels, self._probabilities, places))
+                self.images[report].append((batch.inputs, labels, places))
                 images.add(batch.inputs, labels)
         if not recorded:
             raise ValueError(f"{name} is empty: the data loader gave no image.")
         self._recorded[report] = recorded
         self.fingerprints[report] = images.hexdigest()
+
+    def put_hardest_first(self) -> None:
+        """Have the images that are wrong, or nearly so, lead those that choose.
+
+        Candidates are then soon told apart. That needs images that do not depend on their batch,
+        and pays where they are many and more than a head runs for each candidate. An accelerator is
+        not stopped to see who leads.
+        """
+        batches, images = self._recorded[False], self.images[False]
+        num_images = sum(len(labels) for _, labels, _ in images)
+        size = max(_SMALLEST_PART, -(-num_images // _PARTS))
+        if num_images < 3 * size or any(
+            batch.replay.way != "replay" or batch.labels.device.type != "cpu" for batch in batches
+        ):
+            return
+        inputs = _joined([part for part, _, _ in images])
+        if inputs is None or any(len(part) != num_images for part in inputs):
+            return
+        order = torch.cat([margins(batch) for batch in batches]).argsort(stable=True)
+        labels = torch.cat([labels for _, labels, _ in images])
+        places = [place for _, _, some in images for place in some]
+        self.images[False] = [
+            (
+                tuple(part[some.to(part.device)] for part in inputs),
+                labels[some.to(labels.device)],
+                [places[index] for index in some.tolist()],
+            )
+            for some in order.split(size)
+        ]
+        del self._recorded[False]
+        self.hardest_first = True
 
     def check_classes(self) -> None:
         """The images to report on must hold the classes of those that choose."""
@@ -356,9 +399,9 @@ class _Network:
 
     def _run(self, name: str, report: bool) -> Iterator[LabeledReplay]:
         assert self._probabilities is not None
-        for inputs, labels, number in self.images[report]:
+        for inputs, labels, places in self.images[report]:
             replay = self._replay(name, inputs)
-            yield LabeledReplay(replay, labels, self._probabilities, number)
+            yield LabeledReplay(replay, labels, self._probabilities, places)
 
     def _replay(self, name: str, inputs: ModelInputs) -> SuffixReplay:
         layer = self.layers[name]
@@ -465,9 +508,14 @@ class _Step:
         candidates = Candidates(removed, self.error_probability, len(self.network.images[False]))
         if len(filters):
             with self.network.without_others(name, masks):
-                candidates.measure(
-                    self.network.replays(name, False, keep), self.perturbations_per_eval
-                )
+                batches = self.network.replays(name, False, keep)
+                if self.network.hardest_first:
+                    wrong = round((1 - result.accuracy[-1]) * result.num_images)
+                    wrong = round((1 - result.accuracy[-1]) * result.num_images)
+                    expected = wrong - wrong // 20
+                    candidates.race(list(batches), expected, self.perturbations_per_eval)
+                else:
+                    candidates.measure(batches, self.perturbations_per_eval)
         return filters, candidates, _norms(self.network.layers[name], filters, len(kept))
 
     def _tuned(self, result: PruningOrder, name: str, keep: bool) -> float:
@@ -481,6 +529,18 @@ class _Step:
         result.weights = _state(model)
         self.network.forget()
         return self.network.measure(name, masks, False, keep)[0]
+
+
+def _joined(batches: Sequence[ModelInputs]) -> ModelInputs | None:
+    """The inputs of all batches as those of one; None where they are not all tensors of a kind."""
+    joined = []
+    for parts in zip(*batches, strict=True):
+        if not all(isinstance(part, Tensor) and part.dim() for part in parts):
+            return None
+        if len({(part.dtype, part.device, part.shape[1:]) for part in parts}) > 1:
+            return None
+        joined.append(torch.cat(parts))
+    return tuple(joined)
 
 
 def _best(

@@ -36,7 +36,8 @@ class PruningOrder(Tabular):
         report_accuracy (list of float): The same on the images kept for reporting; empty without
                     these.
         evaluations (list of int): For each removal, how many images were run without a candidate.
-        possible_evaluations (list of int): How many there would have been without early stopping.
+        possible_evaluations (list of int): How many there would have been had every candidate seen
+                    every image.
         model_sha256 (str or None): Fingerprint of the model.
         options (dict): The options of the run, by name.
         ways (dict of str to str): How outputs without filters of each layer were found: ``"closed
@@ -102,7 +103,7 @@ class PruningOrder(Tabular):
 
     @property
     def saving(self) -> float:
-        """Share of the evaluations that early stopping spared."""
+        """Share of the evaluations that were spared, since the best candidate was known before."""
         possible = sum(self.possible_evaluations)
         return 1 - sum(self.evaluations) / possible if possible else 0.0
 

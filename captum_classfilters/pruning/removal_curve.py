@@ -12,7 +12,12 @@ from captum_classfilters._core.outputs import are_probabilities, class_scores
 from captum_classfilters._core.replay.suffix_replay import SuffixReplay
 from captum_classfilters._core.tables import Table, Tabular, short_repr
 from captum_classfilters._core.types import Dataloader, Unpack
-from captum_classfilters.pruning.candidates import Candidates, LabeledReplay, checked_labels
+from captum_classfilters.pruning.candidates import (
+    Candidates,
+    LabeledReplay,
+    checked_labels,
+    places_of,
+)
 from captum_classfilters.pruning.pruning_order import PruningOrder
 
 Order = Tensor | Sequence[int] | PruningOrder
@@ -199,7 +204,8 @@ def accuracy_after_removal(
                 sets = _Sets(named, replay.num_filters)
                 probabilities = are_probabilities(class_scores(replay.output))
             sets.counts.add(
-                LabeledReplay(replay, labels, probabilities, batch.number), perturbations_per_eval
+                LabeledReplay(replay, labels, probabilities, places_of(batch)),
+                perturbations_per_eval,
             )
     assert sets is not None  # the loader has an image
     return RemovalCurves(

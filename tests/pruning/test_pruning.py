@@ -423,6 +423,63 @@ def test_sequential_testing_saves_and_chooses_alike():
     assert early.saving == pytest.approx(1 - sum(early.evaluations) / sum(full.evaluations))
 
 
+@pytest.fixture
+def small_parts(monkeypatch: pytest.MonkeyPatch):
+    """Ten images are enough for candidates to be compared."""
+    monkeypatch.setattr(module, "_SMALLEST_PART", 10)
+
+
+def unraced(monkeypatch: pytest.MonkeyPatch, pruning: GreedyFilterPruning, data, **options):
+    """The same run with every candidate on every image."""
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_SMALLEST_PART", 10**9)
+        return pruning.run(data, show_progress=False, **options)
+
+
+@pytest.mark.parametrize("probabilities", [False, True])
+def test_candidates_that_cannot_be_best_run_no_further(
+    trained, small_parts, monkeypatch, probabilities
+):
+    model, data = copy.deepcopy(trained[0]), trained[1]
+    if probabilities:
+        model.head = torch.nn.Sequential(model.head, torch.nn.Softmax(1))
+    pruning = GreedyFilterPruning(model, "stage1")
+    full = unraced(monkeypatch, pruning, data, num_filters=1)
+    raced = pruning.run(data, num_filters=1, show_progress=False)
+    assert full.saving == 0 < raced.saving
+    assert raced.removed == full.removed
+    assert raced.accuracy == full.accuracy
+    assert raced.possible_evaluations == full.possible_evaluations
+    # Who is run on must not depend on how many run at once.
+    one = pruning.run(data, num_filters=1, perturbations_per_eval=1, show_progress=False)
+    assert (one.removed, one.evaluations) == (raced.removed, raced.evaluations)
+
+
+def test_the_race_breaks_ties_as_the_whole_run_does(small_parts, monkeypatch):
+    """Many filters cost no image, and some of them nothing at all."""
+    savings = []
+    for seed in range(6):
+        torch.manual_seed(seed)
+        first, second = torch.nn.Conv2d(2, 12, 1), torch.nn.Conv2d(12, 4, 3, padding=1)
+        head = torch.nn.Linear(4, 3)
+        model = torch.nn.Sequential(first, torch.nn.ReLU(), second, torch.nn.ReLU())
+        model += torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), head)
+        x = torch.randn(90, 2, 4, 4)
+        with torch.no_grad():
+            second.weight[:, 5:9] = 0
+            head.bias.sub_(model(x).mean(0))
+            y = model(x).argmax(1)
+        y[::5] = 0
+        data = [(x[i : i + 15], y[i : i + 15]) for i in range(0, 90, 15)]
+        pruning = GreedyFilterPruning(model, "1")
+        full = unraced(monkeypatch, pruning, data, num_filters=2)
+        raced = pruning.run(data, num_filters=2, show_progress=False)
+        assert raced.removed == full.removed
+        assert raced.accuracy == full.accuracy
+        savings.append(raced.saving)
+    assert max(savings) > 0
+
+
 def test_equal_candidates_are_not_dropped(trained):
     """Where nothing can be told apart, everything is run."""
     model, data = trained
@@ -811,6 +868,33 @@ def test_outputs_that_are_not_finite_without_a_filter_are_refused_by_name():
     for options in settings:
         with pytest.raises(ValueError, match=r"NaN or Inf for image 0 of batch 1 .* filters 2 rem"):
             pruning.run(data, num_filters=2, show_progress=False, **options)
+
+
+def test_images_put_in_another_order_keep_their_names(small_parts):
+    """The error names the loader's image, wherever it is among the hardest."""
+    torch.manual_seed(0)
+    x = 1 + torch.rand(45, 3, 2, 2)
+    only = OnlyOne(float(x[33, 2].mean()))
+    model = torch.nn.Sequential(torch.nn.Identity(), only, torch.nn.AdaptiveAvgPool2d(1))
+    model += torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3, 2))
+    with torch.no_grad():
+        y = model(x).argmax(1)
+    y[33] = 1 - y[33]
+    data = [(x[i : i + 15], y[i : i + 15]) for i in range(0, 45, 15)]
+    with pytest.raises(ValueError, match=r"NaN or Inf for image 3 of batch 2 .* filters 0 rem"):
+        GreedyFilterPruning(model, "0").run(data, num_filters=2, show_progress=False)
+
+
+class OnlyOne(nn.Module):
+    """Divides by the first filter in the one image whose last filter has this mean."""
+
+    def __init__(self, mean: float):
+        super().__init__()
+        self.mean = mean
+
+    def forward(self, x):
+        own = (x.mean((2, 3), keepdim=True)[:, 2:] - self.mean).abs() < 1e-6
+        return torch.where(own, x / x[:, :1], x)
 
 
 def test_the_way_is_recorded(trained):
