@@ -1,6 +1,5 @@
 """Mutual information between filters and classes, for every pair at once."""
 
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -13,6 +12,9 @@ from captum_classfilters.metrics.features import checked_features, checked_label
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
+
+# So many balls are counted at once that what they take stays in a processor's cache.
+_BLOCK = 8192
 
 
 def mutual_information_matrix(
@@ -85,16 +87,17 @@ def mutual_information_matrix(
     values, classes = checked.numpy(), class_of.numpy()
     noise = np.random.default_rng(seed)
     draws = _balanced_draws(classes, number, noise) if balanced else None
+    psi = _digamma(np.maximum(np.arange(len(values) + 1), 1))
     seeds = [int(noise.integers(0, 2**63)) for _ in range(values.shape[1])]
 
     def one_filter(index: int) -> Floats:
         column = _jittered(values[:, index], np.random.default_rng(seeds[index]))
         if draws is None:
-            return _all_classes(column, classes, number, num_neighbors)
+            return _all_classes(column, classes, number, num_neighbors, psi)
         row = np.zeros(number)
         for class_, chosen in draws.items():
             indicator = (classes[chosen] == class_).astype(np.int64)
-            row[class_] = _all_classes(column[chosen], indicator, 2, num_neighbors)[1]
+            row[class_] = _all_classes(column[chosen], indicator, 2, num_neighbors, psi)[1]
         return row
 
     order = range(values.shape[1])
@@ -181,129 +184,154 @@ def _balanced_draws(
     return draws
 
 
-def _all_classes(column: Floats, classes: Integers, number: int, neighbors: int) -> Floats:
+def _all_classes(
+    column: Floats, classes: Integers, number: int, neighbors: int, psi: Floats
+) -> Floats:
     """Mutual information of one response with every class's indicator (C,)."""
     order = np.argsort(column, kind="stable")
     x, y = column[order], classes[order]
     counts = np.bincount(y, minlength=number)
     total = len(x)
     others = total - counts
-    members = _Members(y, counts)
-    inside = _inside(x, y, counts, members, neighbors)
-    outside = _outside(x, y, counts, members, neighbors)
-    psi = _digamma(np.maximum(np.arange(total + 1), 1))
-    q_inside = np.minimum(neighbors, np.maximum(counts - 1, 1))
-    q_outside = np.minimum(neighbors, np.maximum(others - 1, 1))
-    within = counts * (psi[q_inside] - psi[counts]) + others * (psi[q_outside] - psi[others])
-    estimate = psi[total] + (within - inside - outside) / total
     usable = (counts > 1) & (others > 1)
-    return np.where(usable, np.maximum(estimate, 0.0), 0.0)
+    sorted_classes = _SortedClasses(x, y, counts, psi)
+    estimate = np.zeros(number)
+    for sizes, balls in ((counts, sorted_classes.inside), (others, sorted_classes.outside)):
+        reached = np.minimum(neighbors, sizes - 1)
+        for within in np.unique(reached[usable]).tolist():
+            chosen = np.flatnonzero(usable & (reached == within))
+            terms = sizes[chosen] * (psi[within] - psi[sizes[chosen]]) - balls(chosen, within)
+            estimate[chosen] += terms / total
+    return np.where(usable, np.maximum(psi[total] + estimate, 0.0), 0.0)
 
 
-class _Members:
-    """Positions of each class's members in sorted order, and of its n-th non-member."""
+class _SortedClasses:
+    """Responses in rising order, and sums over the balls around them, class by class.
 
-    def __init__(self, y: Integers, counts: Integers) -> None:
-        self.positions = np.argsort(y, kind="stable")  # grouped by class, rising within
-        self.start = np.concatenate([[0], np.cumsum(counts)])
-        grouped = y[self.positions]
-        self.rank = np.arange(len(y)) - self.start[grouped]  # of each member within its class
-        # One rising sequence serves all classes: each class has its own stretch of keys.
-        self.stride = len(y) + 1
-        self.position_keys = grouped * self.stride + self.positions
-        self.non_member_keys = grouped * self.stride + self.positions - self.rank
+    A class's images, or the others, stand one after another in a row with room between classes, so
+    that an image's neighbors of the same side are its neighbors in the row.
+    """
 
-    def before(self, classes: Integers, positions: Integers) -> Integers:
-        """Number of a class's members before a position."""
-        found = np.searchsorted(self.position_keys, classes * self.stride + positions)
-        return found - self.start[classes]
+    def __init__(self, x: Floats, y: Integers, counts: Integers, psi: Floats) -> None:
+        self.x, self.counts, self.psi = x, counts, psi
+        # Grouped by class, rising within; NumPy sorts short integers several times as fast.
+        short = y.astype(np.int16) if len(counts) <= np.iinfo(np.int16).max else y
+        self.positions = np.argsort(short, kind="stable")
+        self.start = np.cumsum(counts) - counts
 
-    def non_member(self, classes: Integers, ranks: Integers) -> Integers:
-        """Position of a class's non-member of a given rank."""
-        found = np.searchsorted(self.non_member_keys, classes * self.stride + ranks, side="right")
-        return ranks + found - self.start[classes]
+    def inside(self, chosen: Integers, neighbors: int) -> Floats:
+        """Sum of digamma(m) over the images of some classes."""
+        sizes = self.counts[chosen]
+        group, within = _numbered(sizes + 2 * neighbors)
+        rank = within - neighbors
+        real = (rank >= 0) & (rank < sizes[group])
+        positions = np.where(rank < 0, -1, len(self.x))
+        positions[real] = self.positions[self.start[chosen][group[real]] + rank[real]]
+        looked_at = np.flatnonzero(real)
+        balls = self._ball_counts(positions, looked_at, neighbors)
+        sums = np.bincount(group[looked_at], weights=self.psi[balls], minlength=len(chosen))
+        return sums.astype(np.float64)
+
+    def outside(self, chosen: Integers, neighbors: int) -> Floats:
+        """Sum of digamma(m) over the images outside of some classes.
+
+        Away from a class's members a ball holds as many images as it is told to. So of the images
+        between two members only those are put in the row that are next to one, and what their balls
+        reach: ``2 * neighbors`` at either end.
+        """
+        sizes, total, reach = self.counts[chosen], len(self.x), 2 * neighbors
+        group, gap = _numbered(sizes + 1)
+        first, last = gap == 0, gap == sizes[group]
+        member = self.start[chosen][group] + gap
+        before = np.where(first, -1, self.positions[np.maximum(member - 1, 0)])
+        after = np.where(last, total, self.positions[np.minimum(member, total - 1)])
+        wide = after - before - 1
+        # Each gap is two runs of positions, one at either end; room goes to a class's first and last.
+        head, room = np.minimum(wide, reach), neighbors * first
+        tail = np.minimum(wide - head, reach)
+        lengths = np.stack([head + room, tail + neighbors * last], 1)
+        positions = _runs(np.stack([before + 1 - room, after - tail], 1), lengths)
+        end = np.cumsum(lengths.sum(1)) - neighbors * last
+        low = np.where(first, 0, np.minimum(neighbors, wide))
+        high = np.where(last, 0, np.minimum(neighbors, wide - low))
+        looked_at = _runs(np.stack([end - head - tail, end - high], 1), np.stack([low, high], 1))
+        balls = self._ball_counts(positions.clip(-1, total), looked_at, neighbors)
+        change = self.psi[balls] - self.psi[neighbors]
+        of_class = np.repeat(group, low + high)
+        changes = np.bincount(of_class, weights=change, minlength=len(chosen))
+        result: Floats = (total - sizes) * self.psi[neighbors] + changes
+        return result
+
+    def _ball_counts(self, positions: Integers, looked_at: Integers, neighbors: int) -> Integers:
+        """Images strictly closer than the q-th neighbor of the same row, each counting itself.
+
+        Args:
+
+            positions (ndarray): The row: places among all responses, -1 and N where it has none.
+            looked_at (ndarray): Places in the row that are counted.
+            neighbors (int): q.
+        """
+        values = np.concatenate([self.x, [np.inf, -np.inf]])[positions]
+        blocks = range(0, len(looked_at), _BLOCK)
+        counted = [
+            self._ball_counts_of(values, positions, looked_at[start : start + _BLOCK], neighbors)
+            for start in blocks
+        ]
+        return np.concatenate([np.empty(0, dtype=np.int64), *counted])
+
+    def _ball_counts_of(
+        self, values: Floats, positions: Integers, looked_at: Integers, neighbors: int
+    ) -> Integers:
+        here = values[looked_at]
+        low = [here - values[looked_at - away] for away in range(neighbors + 1)]
+        high = [values[looked_at + away] - here for away in range(neighbors + 1)]
+        # The q nearest of a sorted row are a window around the image: try every window.
+        radius, left = high[neighbors], np.zeros(len(here), dtype=np.int64)
+        for taken in range(1, neighbors + 1):
+            reached = np.maximum(low[taken], high[neighbors - taken])
+            left = np.where(reached < radius, taken, left)
+            radius = np.minimum(radius, reached)
+        lowest, highest = looked_at - left, looked_at - left + neighbors
+        to_lowest = here - values[lowest]
+        edge_is_low = to_lowest == radius
+        # On the neighbor's own side positions count exactly; on the other one an image of another
+        # row may lie beyond the window.
+        edge = positions[np.where(edge_is_low, lowest, highest)]
+        inner = np.where(edge_is_low, highest, lowest)
+        beyond = inner + np.where(edge_is_low, 1, -1)
+        counted: Integers = np.abs(positions[inner] - edge)
+        border = np.where(edge_is_low, here + radius, here - radius)
+        clear = np.abs(positions[beyond] - positions[inner]) == 1
+        clear &= np.where(
+            edge_is_low,
+            (values[inner] < border) & (values[beyond] >= border),
+            (values[inner] > border) & (values[beyond] <= border),
+        )
+        for low_edge in (True, False):
+            searched = np.flatnonzero(~clear & (edge_is_low == low_edge))
+            own = positions[looked_at[searched]]
+            found = np.searchsorted(self.x, border[searched], "left" if low_edge else "right")
+            counted[searched] = (
+                np.maximum(found, own + 1) - edge[searched] - 1
+                if low_edge
+                else edge[searched] - np.minimum(found, own)
+            )
+        result: Integers = np.maximum(counted, 1)
+        return result
 
 
-def _inside(x: Floats, y: Integers, counts: Integers, members: _Members, neighbors: int) -> Floats:
-    """Sum of digamma(m) over each class's own images (C,)."""
-    here = members.positions
-    classes, ranks = y[here], members.rank
-    sizes = counts[classes]
-
-    def neighbor(offset: int | Integers) -> Integers:
-        reached = np.clip(ranks + offset, 0, sizes - 1)
-        return here[members.start[classes] + reached]
-
-    balls = _ball_counts(x, here, ranks, sizes, neighbors, neighbor)
-    sums = np.bincount(classes, weights=_digamma(balls), minlength=len(counts))
-    return sums.astype(np.float64)
-
-
-def _outside(x: Floats, y: Integers, counts: Integers, members: _Members, neighbors: int) -> Floats:
-    """Sum of digamma(m) over each class's non-members (C,)."""
-    others = len(x) - counts
-    # Away from a class's members a ball holds q images, itself included.
-    plain = _digamma(np.minimum(neighbors, np.maximum(others - 1, 1)))
-    positions, classes = _near_members(y, len(counts), neighbors)
-    ranks = positions - members.before(classes, positions)
-    sizes = others[classes]
-
-    def neighbor(offset: int | Integers) -> Integers:
-        return members.non_member(classes, np.clip(ranks + offset, 0, sizes - 1))
-
-    balls = _ball_counts(x, positions, ranks, sizes, neighbors, neighbor)
-    change = np.bincount(classes, weights=_digamma(balls) - plain[classes], minlength=len(counts))
-    result: Floats = others * plain + change
+def _runs(starts: Integers, lengths: Integers) -> Integers:
+    """Rising numbers from each start, so many of them, one run after another."""
+    sizes = lengths.ravel()
+    shift = starts.ravel() - np.cumsum(sizes) + sizes
+    result: Integers = np.repeat(shift, sizes) + np.arange(sizes.sum())
     return result
 
 
-def _near_members(y: Integers, number: int, reach: int) -> tuple[Integers, Integers]:
-    """All pairs of an image and another class that has a member within ``reach`` places."""
-    index = np.arange(len(y))
-    pairs = [np.empty(0, dtype=np.int64)]
-    for offset in range(1, min(reach, len(y) - 1) + 1):
-        low, high = index[:-offset], index[offset:]
-        different = y[low] != y[high]
-        pairs.append(low[different] * number + y[high][different])
-        pairs.append(high[different] * number + y[low][different])
-    distinct = np.unique(np.concatenate(pairs))
-    return distinct // number, distinct % number
-
-
-def _ball_counts(
-    x: Floats,
-    positions: Integers,
-    ranks: Integers,
-    sizes: Integers,
-    neighbors: int,
-    neighbor: Callable[[int | Integers], Integers],
-) -> Integers:
-    """Images strictly closer than the q-th neighbor of the same group, each counting itself."""
-    here = x[positions]
-    within = np.minimum(neighbors, sizes - 1)
-    radius = np.full(len(positions), np.inf)
-    edge, edge_is_low = positions.copy(), np.zeros(len(positions), dtype=bool)
-    # The q nearest of a sorted group are a window around the image: try every window.
-    for left in range(neighbors + 1):
-        right = np.maximum(within - left, 0)
-        valid = (left <= within) & (ranks >= left) & (ranks + right < sizes)
-        low = neighbor(-left)
-        high = neighbor(right)
-        to_low, to_high = here - x[low], x[high] - here
-        reach = np.where(valid, np.maximum(to_low, to_high), np.inf)
-        better = reach < radius
-        radius = np.where(better, reach, radius)
-        edge = np.where(better, np.where(to_low >= to_high, low, high), edge)
-        edge_is_low = np.where(better, to_low >= to_high, edge_is_low)
-    # On the neighbor's own side positions count exactly; only the other side is searched.
-    alone = ~np.isfinite(radius)
-    reach = np.where(alone, 0.0, radius)
-    first_closer = np.minimum(np.searchsorted(x, here - reach, side="right"), positions)
-    first_beyond = np.maximum(np.searchsorted(x, here + reach, side="left"), positions + 1)
-    lower = np.where(edge_is_low, edge + 1, first_closer)
-    upper = np.where(edge_is_low, first_beyond, edge)
-    counted: Integers = np.where(alone, 1, np.maximum(upper - lower, 1))
-    return counted
+def _numbered(sizes: Integers) -> tuple[Integers, Integers]:
+    """Of groups of some sizes, one after another: each entry's group, and its number in it."""
+    group = np.repeat(np.arange(len(sizes)), sizes)
+    return group, np.arange(len(group)) - (np.cumsum(sizes) - sizes)[group]
 
 
 def _digamma(values: Integers) -> Floats:

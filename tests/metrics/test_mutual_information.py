@@ -7,6 +7,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from sklearn.feature_selection import mutual_info_classif
 
+from captum_classfilters.metrics import mutual_information as module
 from captum_classfilters.metrics import (
     mutual_information_bound,
     mutual_information_matrix,
@@ -72,6 +73,33 @@ def test_equals_the_definition_on_few_images(seed, number, num_classes, neighbor
             terms.append(digamma[reach] - digamma[len(group)] - digamma[ball])
         expected = max(0.0, digamma[number] + float(np.mean(terms)))
         assert ours[class_] == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize(("num_classes", "neighbors", "block"), [(40, 3, 8192), (7, 5, 11)])
+def test_classes_together_are_each_class_by_itself(monkeypatch, num_classes, neighbors, block):
+    """Members are far apart, or many; balls are counted in one go, or a few at a time."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(num_classes, (900,), generator=generator)
+    features = torch.stack(
+        [
+            torch.randn(900, generator=generator).relu(),
+            torch.randint(5, (900,), generator=generator) + 0.0,
+            labels + torch.rand(900, generator=generator),
+        ],
+        1,
+    )
+    options = {"num_neighbors": neighbors, "seed": 3}
+    alone = torch.stack(
+        [
+            mutual_information_matrix(features, (labels == index).long(), num_classes=2, **options)[
+                1
+            ]
+            for index in range(num_classes)
+        ]
+    )
+    monkeypatch.setattr(module, "_BLOCK", block)
+    together = mutual_information_matrix(features, labels, **options)
+    assert torch.allclose(together, alone, rtol=0, atol=1e-12)
 
 
 def test_ties_agree_within_the_estimators_noise():
