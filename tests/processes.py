@@ -9,13 +9,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+WORKERS = ("distributed", "killed", "tutorial")
 
 
 def clean_context() -> ForkServerContext:
     """A process that has started threads must not be forked, and tests before may have."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.distributed_worker", "tests.killed_worker"])
+    context.set_forkserver_preload([f"tests.{name}_worker" for name in WORKERS])
     with pytest.MonkeyPatch.context() as patched:  # some versions leave the path out
         patched.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
+        patched.setenv("MPLBACKEND", "Agg")
+        patched.setenv("HF_HUB_OFFLINE", "1")
         forkserver.ensure_running()
     return context

