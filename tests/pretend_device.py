@@ -9,7 +9,7 @@ added to :data:`host_reads`, so that a test can count them. Backward passes need
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
@@ -17,9 +17,7 @@ from unittest import mock
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 DEVICES = {"cuda": torch.device("cuda", 0), "meta": torch.device("meta")}
 # What the host has read since the last block began: the operation, and the line of code it is in.
@@ -107,22 +105,17 @@ def _is_ours(types: Any) -> bool:
     return all(kind in (Tensor, nn.Parameter, DeviceTensor) for kind in types)
 
 
-class _FromNumbers(TorchFunctionMode):
-    """Sees tensors made of Python numbers, which PyTorch copies to a device by itself."""
+def _from_numbers(make: Callable[..., Tensor], in_method: bool = False) -> Callable[..., Tensor]:
+    """What makes tensors of Python numbers, which PyTorch copies to a device by itself."""
 
-    makers = (torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor)
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func not in self.makers:
-            return func(*args, **kwargs)
-        device = kwargs.get("device")
-        if device is None and func is Tensor.new_tensor:
-            device = args[0].device
-        source = args[0] if args and func is not Tensor.new_tensor else None
+    def made(*args: Any, **kwargs: Any) -> Tensor:
+        device = kwargs.get("device", args[0].device if in_method else None)
+        source = args[0] if args and not in_method else None
         if device is None or torch.device(device).type == "cpu" or isinstance(source, Tensor):
-            return func(*args, **kwargs)
-        return func(*args, **{**kwargs, "device": "cpu"}).to(device)
+            return make(*args, **kwargs)
+        return make(*args, **{**kwargs, "device": "cpu"}).to(device)
+
+    return made
 
 
 @contextmanager
@@ -142,7 +135,11 @@ def pretend(kind: str = "cuda") -> Iterator[torch.device]:
         stack.enter_context(mock.patch.object(torch.cuda, "_lazy_init"))
         stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         stack.enter_context(torch.autograd.set_multithreading_enabled(False))
-        stack.enter_context(_FromNumbers())
+        for name in ("tensor", "as_tensor", "asarray"):
+            made = _from_numbers(getattr(torch, name))
+            stack.enter_context(mock.patch.object(torch, name, made))
+        made = _from_numbers(Tensor.new_tensor, in_method=True)
+        stack.enter_context(mock.patch.object(Tensor, "new_tensor", made))
         stack.enter_context(_Pretending())
         yield DEVICES[kind]
 
@@ -156,20 +153,43 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     to_host = _goes_to_host(func, args, kwargs, device)
     _note_reads(func, args, kwargs, to_host)
     written = _written(func, args, kwargs)
-    host_args, host_kwargs = tree_map_only(DeviceTensor, lambda t: t.on_host, (args, kwargs))
+    host_kwargs = {name: _on_host(value) for name, value in kwargs.items()}
     if kwargs.get("device") is not None:
-        host_kwargs = {**host_kwargs, "device": torch.device("cpu")}
-    result = func(*host_args, **host_kwargs)
+        host_kwargs["device"] = torch.device("cpu")
+    result = func(*map(_on_host, args), **host_kwargs)
     if written:  # as in place and with `out=`: the same objects are returned
         return written[0] if isinstance(result, Tensor) else type(result)(written)
     if to_host:
         return result
-    return tree_map_only(Tensor, lambda values: DeviceTensor(values, device), result)
+    return _on_device(result, device)
+
+
+def _leaves(args: Any, kwargs: dict[str, Any]) -> Iterator[Any]:
+    """The single arguments of an operation; some are lists, none are nested deeper."""
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, (list, tuple)):
+            yield from value
+        else:
+            yield value
+
+
+def _on_host(value: Any) -> Any:
+    """An argument with the values of the device's tensors."""
+    if isinstance(value, DeviceTensor):
+        return value.on_host
+    return [*map(_on_host, value)] if isinstance(value, (list, tuple)) else value
+
+
+def _on_device(result: Any, device: torch.device) -> Any:
+    """A result with tensors of the device."""
+    if isinstance(result, (list, tuple)):
+        return type(result)(_on_device(value, device) for value in result)
+    return DeviceTensor(result, device) if isinstance(result, Tensor) else result
 
 
 def _device(args: Any, kwargs: dict[str, Any]) -> torch.device | None:
     """The pretended device, if an operation has to do with it."""
-    for leaf in tree_leaves((args, kwargs)):
+    for leaf in _leaves(args, kwargs):
         if isinstance(leaf, DeviceTensor):
             return leaf.device
     asked = kwargs.get("device")
@@ -205,10 +225,9 @@ def _refuse(func: Any, args: Any, kwargs: dict[str, Any], device: torch.device) 
         raise RuntimeError(f"{func}: the generator is on {generator.device}, not on {device}.")
     if func.overloadpacket in _COPIES:
         return
-    checked = (args, kwargs)
     if func.overloadpacket in _INDEXING and isinstance(args[0], DeviceTensor):
-        checked = ((args[0], *args[2:]), kwargs)  # an index may lie on the CPU
-    tensors = [leaf for leaf in tree_leaves(checked) if isinstance(leaf, Tensor)]
+        args = (args[0], *args[2:])  # an index may lie on the CPU
+    tensors = [leaf for leaf in _leaves(args, kwargs) if isinstance(leaf, Tensor)]
     on_host = [t for t in tensors if not isinstance(t, DeviceTensor) and t.dim()]
     if on_host and len(on_host) < len(tensors):
         raise RuntimeError(
@@ -221,10 +240,10 @@ def _note_reads(func: Any, args: Any, kwargs: dict[str, Any], to_host: bool) -> 
     packet = func.overloadpacket
     if packet in _READS:
         _note(_READS[packet])
-    elif to_host and any(isinstance(leaf, DeviceTensor) for leaf in tree_leaves((args, kwargs))):
+    elif to_host and any(isinstance(leaf, DeviceTensor) for leaf in _leaves(args, kwargs)):
         _note("copy to the host")
     elif packet in _INDEXING:
-        indices = [t for t in tree_leaves(args[1]) if isinstance(t, DeviceTensor)]
+        indices = [t for t in args[1] if isinstance(t, DeviceTensor)]
         single = len(args) > 2 and args[2].numel() == 1  # filled in without a wait
         if not single and any(t.dtype in (torch.bool, torch.uint8) for t in indices):
             _note("indexing with a mask")
