@@ -8,12 +8,7 @@ from pathlib import Path
 from unittest import mock
 
 # Once for all tutorials, and what lies behind the library's own late imports.
-import matplotlib.pyplot
-import pandas
-import sklearn.datasets
-import sklearn.model_selection
 import torch
-import torchvision.datasets
 
 import captum_classfilters.atlas
 import captum_classfilters.cli.demo
