@@ -10,8 +10,6 @@ peaks are of resident memory, above what was resident before the first table.
 import argparse
 import json
 import resource
-import subprocess
-import sys
 import tempfile
 import time
 import warnings
@@ -27,7 +25,7 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
-from benchmarks.shared import QUIET, Table, in_own_process, parsed, parser
+from benchmarks.shared import QUIET, Table, in_own_process, in_own_processes, parsed, parser
 from captum_classfilters import (
     LayerFilterContribution,
     LayerFilterFrequency,
@@ -267,15 +265,8 @@ def several_ranks(ranks: int, num_classes: int, num_filters: int) -> dict[str, f
     with tempfile.TemporaryDirectory() as folder:
         common = ["--one", "rank", "--size", str(num_classes), str(num_filters)]
         place = ["--group", str(ranks), str(Path(folder) / "group")]
-        command = [sys.executable, "-m", "benchmarks.scale", *common, *place]
-        processes = [
-            subprocess.Popen([*command, "--rank", str(rank)], stdout=subprocess.PIPE, text=True)
-            for rank in range(ranks)
-        ]
-        outputs = [process.communicate()[0] for process in processes]
-    if any(process.returncode for process in processes):
-        raise SystemExit("A rank failed.")
-    results = [json.loads(output.splitlines()[-1]) for output in outputs]
+        of_each = [[*common, *place, "--rank", str(rank)] for rank in range(ranks)]
+        results = in_own_processes("benchmarks.scale", *of_each)
     return {name: max(result[name] for result in results) for name in results[0]}
 
 

@@ -99,10 +99,22 @@ def _synchronize(device: torch.device | None) -> None:
 
 def in_own_process(module: str, *arguments: str) -> dict[str, float]:
     """What a module prints last, as JSON, when it runs by itself: its peak memory is its own."""
+    return in_own_processes(module, arguments)[0]
+
+
+def in_own_processes(module: str, *of_each: Sequence[str]) -> list[dict[str, float]]:
+    """The same of several that run at once, each with its arguments."""
+    processes = [started(module, arguments) for arguments in of_each]
+    outputs = [process.communicate()[0] for process in processes]
+    if any(process.returncode for process in processes):
+        raise SystemExit(f"{module} failed in a process of its own.")
+    return [json.loads(output.splitlines()[-1]) for output in outputs]
+
+
+def started(module: str, arguments: Sequence[str]) -> "subprocess.Popen[str]":
+    """A module that begins to run by itself."""
     command = [sys.executable, "-m", module, *arguments]
-    output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-    found: dict[str, float] = json.loads(output.splitlines()[-1])
-    return found
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
 # -- tables -----------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from captum_classfilters._core.layers import (
     layer_name,
     layer_tensors,
     named_layers,
-    weighted_before,
+    weighted_before_each,
 )
 from captum_classfilters._core.named_layers import NamedLayers
 from captum_classfilters._core.outputs import class_scores
@@ -219,6 +219,7 @@ class _Seen:
 
     def __init__(self, model: nn.Module, names: dict[nn.Module, str], inputs: ModelInputs) -> None:
         self.model, self.names, self.batch = model, names, num_images(inputs)
+        self.registered_before = weighted_before_each(model)
         self.calls: dict[nn.Module, list[object]] = {}
         self.producers: dict[nn.Module, _Producer] = {}
         producer = _Producer()
@@ -258,7 +259,7 @@ class _Seen:
             module,
             self.calls.get(module, []),
             self.producers.get(module, _Producer()),
-            weighted_before(self.model, module),
+            self.registered_before.get(module),
             self.batch,
         )
 

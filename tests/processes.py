@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-WORKERS = ("distributed", "killed", "tutorial")
+WORKERS = ("benchmark", "distributed", "killed", "tutorial")
 
 
 def clean_context() -> ForkServerContext:

@@ -17,10 +17,17 @@ from captum_classfilters import (
     identify_class_filters,
     list_filter_layers,
 )
-from captum_classfilters._core.layers import filter_axis, layer_tensors, only_tensor
+from captum_classfilters._core.layers import (
+    filter_axis,
+    find_layer,
+    layer_tensors,
+    named_layers,
+    only_tensor,
+)
 from captum_classfilters.identify import collect_features
 from captum_classfilters.metrics.filter_sensitivity import filter_scores_of
 from captum_classfilters.pruning import masked_filters
+from tests.models import deep
 
 
 class _Permute(nn.Module):
@@ -806,3 +813,20 @@ def test_all_methods_read_a_layer_without_weights_alike() -> None:
     for replacement in ("zero", "mean"):
         method = LayerFilterAblation(net, "1", replacement=replacement)
         assert method.identify(data, show_progress=False).scores.shape == (3, 6)
+
+
+def test_a_layer_is_found_by_every_name_that_it_has():
+    model: Any = deep()
+    model.stage1 = torch.compile(model.stage1)
+    model.add_module("again", model.stage2)
+    for wrapped in (model, torch.nn.DataParallel(model), torch.compile(model)):
+        names = {**dict(wrapped.named_modules(remove_duplicate=False)), **named_layers(wrapped)}
+        assert {"stage1.0", "stage1._orig_mod.0", "again.1"} <= {
+            name.removeprefix("_orig_mod.").removeprefix("module.") for name in names
+        }
+        for name, module in names.items():
+            if name:
+                assert find_layer(wrapped, name) is module
+        for wrong in ("stage1.9", "stage1.", ".stage1", "stage1..0", "", "head.weight", "forward"):
+            with pytest.raises(ValueError, match="has no layer"):
+                find_layer(wrapped, wrong)

@@ -130,10 +130,17 @@ def plain_name(name: str) -> str:
 
 def module_named(model: nn.Module, name: str) -> Any:
     """The module of a plain name that is known to be one; the model itself is ``""``."""
-    module: Any = unwrapped(model)
-    for part in filter(None, name.split(".")):
+    return _walked(unwrapped(model), name, past_wrappers=True)
+
+
+def _walked(model: nn.Module, name: str, past_wrappers: bool = False) -> nn.Module | None:
+    """The module at a dotted name if there is one; wrappers on the way may have no name."""
+    module: Any = model
+    for part in name.split(".") if name else ():
+        if module is None or part not in module._modules:  # of a scripted module, no dictionary
+            return None
         module = module._modules[part]
-        while "_orig_mod" in module._modules:
+        while past_wrappers and module is not None and "_orig_mod" in module._modules:
             module = module._modules["_orig_mod"]
     return module
 
@@ -146,13 +153,11 @@ def find_layer(model: nn.Module | None, name: str) -> nn.Module:
             "module nor a function in which a module is found; pass the layer's module instead of "
             "its name."
         )
-    names = named_layers(model)
-    own = dict(model.named_modules(remove_duplicate=False))  # with the names of wrappers
-    for known in (names, own):
-        if name and name in known:
-            return known[name]
+    for module in (module_named(model, name), _walked(model, name)):  # or with names of wrappers
+        if name and module is not None:
+            return module
     own_name = type(unwrapped(model)).__name__
-    keys = [key for key in names if key]
+    keys = [key for key in named_layers(model) if key]
     raise ValueError(f"The model {own_name} has no layer {name!r}. {hint(name, keys, 'layers')}")
 
 
@@ -185,14 +190,19 @@ def declared_filters(layer: nn.Module) -> int | None:
 
 def weighted_before(model: nn.Module | None, layer: nn.Module | None) -> nn.Module | None:
     """The weighted leaf registered before a layer, whose filters a layer without weights has."""
-    before = None
-    if model is None:
+    if model is None or layer is None:
         return None
+    return weighted_before_each(model).get(layer)
+
+
+def weighted_before_each(model: nn.Module) -> dict[nn.Module, nn.Module | None]:
+    """The same of every module of a model."""
+    before: nn.Module | None = None
+    known: dict[nn.Module, nn.Module | None] = {}
     for module in model.modules():
-        if module is layer:
-            return before
+        known[module] = before
         before = module if _width(module) else before
-    return None
+    return known
 
 
 def filters_before(model: nn.Module | None, layer: nn.Module) -> int | None:
