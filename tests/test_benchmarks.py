@@ -76,7 +76,7 @@ def test_a_small_run_prints_finite_numbers(
     module = imported(name)
     if name not in FRESH:
         said = (tmp_path / str(number) for number in itertools.count())
-        monkeypatch.setattr(shared, "started", lambda *command: Forked(*command, next(said)))
+        monkeypatch.setattr(shared, "started", lambda own, given: Forked(own, given, next(said)))
     module.main(["--small"])
     printed = capsys.readouterr().out
     tables = tables_in(printed)

@@ -819,7 +819,8 @@ def test_a_layer_is_found_by_every_name_that_it_has():
     model: Any = deep()
     model.stage1 = torch.compile(model.stage1)
     model.add_module("again", model.stage2)
-    for wrapped in (model, torch.nn.DataParallel(model), torch.compile(model)):
+    compiled: Any = torch.compile(model)
+    for wrapped in (model, torch.nn.DataParallel(model), compiled):
         names = {**dict(wrapped.named_modules(remove_duplicate=False)), **named_layers(wrapped)}
         assert {"stage1.0", "stage1._orig_mod.0", "again.1"} <= {
             name.removeprefix("_orig_mod.").removeprefix("module.") for name in names
