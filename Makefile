@@ -7,7 +7,7 @@ PYTEST_WORKERS ?= 2
 # Threads of each worker: more of them than cores wait for each other.
 TEST_THREADS ?= 1
 
-.PHONY: demo test attack lint types docs check-site benchmarks figures format clean
+.PHONY: demo test attack bench lint types docs check-site benchmarks figures format clean
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/captum-classfilters demo --output $(DEMO_OUTPUT)
@@ -18,6 +18,11 @@ test: $(VENV)/.installed-test
 # Damaged files, killed runs, threads and failing processes; within 20 minutes on two cores.
 attack: $(VENV)/.installed-test
 	OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python -m benchmarks.attack
+
+# The slow computations against the straightforward way: one table of ratios.
+BENCH_OPTIONS ?=
+bench: $(VENV)/.installed-test
+	$(BIN)/python -m benchmarks.speed_table $(BENCH_OPTIONS)
 
 lint: $(VENV)/.installed-lint
 	$(BIN)/ruff format --check .

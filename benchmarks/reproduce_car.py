@@ -1,15 +1,13 @@
 """Abbasi-Asl and Yu's experiments on LeNet (MNIST), ResNet-20 (CIFAR-10) and SqueezeNet (ImageNet).
 
-    python -m benchmarks.reproduce_car [--part lenet|seeds|compress|resnet20|colors|squeezenet|greedy|all]
+    python -m benchmarks.reproduce_car [--part lenet|seeds|compress|resnet20|colors|squeezenet|all]
 
 Needs the data folder that benchmarks/shared.py describes. LeNet is trained here, in about a minute.
 """
 
 import argparse
 import csv
-import time
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -47,7 +45,6 @@ from captum_classfilters.pruning import (
     compress_layer,
     filter_importance_baselines,
     magnitude_prune,
-    masked_filters,
     removal_order,
     selectivity_test,
     weight_chroma,
@@ -312,60 +309,6 @@ def car_of_classes(_options: Options) -> None:
         print(told[one])
 
 
-def greedy_speed(options: Options) -> None:
-    """Greedy pruning of the last block's first convolution, 64 to 32, against the plain loop."""
-    model, name = cifar10.pretrained(20), "layer3.2.bn1"
-    x, y = cifar10.images("test", options.images)
-    data = in_batches(x, y)
-    # The plain loop: one whole forward pass over the images for each candidate of each step.
-    few = in_batches(x[: options.plain_images], y[: options.plain_images])
-    left, number = options.plain_left, sum(len(labels) for _, labels in few)
-    clock = time.process_time
-    plain, order = timed(lambda: _plain_loop(model, name, few, left), clock=clock)
-    ours = GreedyFilterPruning(model, name).run(few, num_filters=left, **QUIET)
-    print(
-        f"order of removal to {left} filters on {number} images equal to the plain loop's: ", end=""
-    )
-    print(ours.order == order)
-    per_image = plain / sum(range(left + 1, 65)) / number
-    whole = per_image * len(x) * sum(range(33, 65))
-    title = f"64 to 32 filters on {len(x)} images"
-    shown = Table(title, "processor s", "speed-up", "evaluations spared", "accuracy")
-    shown.row(
-        f"plain loop, {1e3 * per_image:.2f} ms a pass and image", f"{whole:.1f}", "1x", "", ""
-    )
-    greedy = GreedyFilterPruning(model, name)
-    for way, error in (("all evaluations", None), ("sequential testing at 0.05", 0.05)):
-        seconds, run = timed(
-            partial(greedy.run, data, num_filters=32, error_probability=error, **QUIET),
-            clock=clock,
-        )
-        accuracy = f"{run.accuracy[0]:.4f} -> {run.accuracy[-1]:.4f}"
-        spared = "" if error is None else f"{run.saving:.0%}"
-        shown.row(way, f"{seconds:.1f}", f"{whole / seconds:.0f}x", spared, accuracy)
-
-
-@torch.no_grad()
-def _plain_loop(model: nn.Module, name: str, data: Batches, left: int) -> list[int]:
-    kept, order = torch.ones(64, dtype=torch.bool), []
-    while int(kept.sum()) > left:
-        best: tuple[float, float, int] | None = None
-        for candidate in kept.nonzero()[:, 0].tolist():
-            mask = kept.clone()
-            mask[candidate] = False
-            wrong, loss = 0, 0.0
-            with masked_filters(model, {name: mask}):
-                for images, labels in data:
-                    outputs = model(images).double()
-                    wrong += int((outputs.argmax(1) != labels).sum())
-                    loss += float(F.cross_entropy(outputs, labels, reduction="sum"))
-            best = min(best, (wrong, loss, candidate)) if best else (wrong, loss, candidate)
-        assert best is not None
-        kept[best[2]] = False
-        order.append(best[2])
-    return order
-
-
 def _shuffled(batches: Batches) -> DataLoader[tuple[Tensor, ...]]:
     return DataLoader(TensorDataset(*_joined(batches)), batch_size=64, shuffle=True)
 
@@ -390,7 +333,6 @@ PARTS: dict[str, tuple[Callable[[Options], None], list[str]]] = {
     "resnet20": (resnet20, [cifar10.TEST]),
     "colors": (colors, [cifar10.TEST]),
     "squeezenet": (car_of_classes, [IMAGENET]),
-    "greedy": (greedy_speed, [cifar10.TEST]),
 }
 
 
@@ -404,10 +346,8 @@ def main(given: Sequence[str] | None = None) -> None:
     known.add_argument("--layers", type=int, default=9, help="for resnet20")
     known.add_argument("--choose", type=int, default=1000, help="images, for resnet20")
     known.add_argument("--report", type=int, default=2000, help="images, for resnet20")
-    known.add_argument("--images", type=int, default=2000, help="for colors and greedy")
-    known.add_argument("--plain-images", type=int, default=200, help="for greedy's plain loop")
-    known.add_argument("--plain-left", type=int, default=32, help="for greedy's plain loop")
-    sizes = {"choose": 10, "report": 10, "images": 4, "plain_images": 2, "plain_left": 62}
+    known.add_argument("--images", type=int, default=2000, help="for colors")
+    sizes = {"choose": 10, "report": 10, "images": 4}
     options = parsed(known, given, steps=2, seeds=1, layers=1, **sizes)
     torch.set_num_threads(options.threads)
     parts = PARTS if options.part == "all" else {options.part: PARTS[options.part]}
