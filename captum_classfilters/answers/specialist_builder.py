@@ -21,7 +21,7 @@ from captum_classfilters.pruning.prunable_layers import prunable_layers
 from captum_classfilters.pruning.prune_filters import prune_filters
 from captum_classfilters.pruning.reconstruction import Reconstruction, scores_of
 
-_MOST_FITTED = 768  # images whose positions are enough for the least squares
+_MOST_FITTED = 768  # images are enough for least squares and statistics
 _FEW = 96  # images on which single layers are tried
 
 
@@ -77,8 +77,8 @@ class SpecialistBuilder:
         self.total = sum(parameter.numel() for parameter in model.parameters())
         found = prunable_layers(full, example, show_progress=show_progress)
         layers = [layer.name for layer in found.prunable]
-        some = fitted[: max(1, _MOST_FITTED // BATCH_SIZE)]
-        self.network = Reconstruction(full, head, layers, some, example, seed)
+        self.some = fitted[: max(1, _MOST_FITTED // BATCH_SIZE)]
+        self.network = Reconstruction(full, head, layers, self.some, example, seed)
         if not self.network.readers:
             reasons = "; ".join(f"{layer.name}: {layer.reason}" for layer in found if layer.reason)
             raise ValueError(f"No layer of the model can lose filters. {reasons[:300]}")
@@ -88,9 +88,7 @@ class SpecialistBuilder:
         """The network of this size that does best on images held back: by its filters alone, or by
         fewer of them gone and layers split."""
         ones = dict.fromkeys(self.count.widths, 1)
-        least = (
-            min(self._least(ones), self._parameters(ones)) if low_rank else self._parameters(ones)
-        )
+        least = self._least(ones) if low_rank else self._parameters(ones)
         if least > budget * self.total:
             share = least / self.total
             raise ValueError(
@@ -159,7 +157,7 @@ class SpecialistBuilder:
         if ranks:
             self.network.split(network, kept, ranks)
         again = copied(network)
-        recalibrate(again, self.fitted)
+        recalibrate(again, self.some)
         network = min((network, again), key=lambda candidate: loss_of(candidate, self.held))
         return Built(network, sizes, kept, dict(ranks or {}))
 

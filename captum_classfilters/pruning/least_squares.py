@@ -13,6 +13,7 @@ from captum_classfilters._core.heads import alike
 from captum_classfilters._core.outputs import scores_per_class
 from captum_classfilters._core.taps import hooked
 from captum_classfilters._core.types import Dataloader
+from captum_classfilters.pruning.resumed_runs import ResumedRuns
 
 _POSITIONS = 16  # of each image at which a convolution is looked at, and more ...
 _ROWS = 12_288  # ... where images are too few for so many rows
@@ -224,7 +225,7 @@ def see_full(
 
 
 def see_again(
-    model: nn.Module,
+    runs: ResumedRuns,
     modules: Mapping[str, Weighted],
     data: Dataloader,
     targets: Mapping[str, Sequence[Tensor]],
@@ -234,26 +235,26 @@ def see_again(
     """See what some layers read by now, beside what they made in the full network."""
     seen = {name: Seen() for name in modules}
     names: dict[nn.Module, str] = {module: name for name, module in modules.items()}
+    first = min(modules, key=runs.order.index)
     number = 0
     waiting: set[str] = set()
 
     def hook(ran: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         name = names[ran]
-        module = modules[name]
-        where = _positions(module, output, positions, seed + number)
-        seen[name].see(_rows_read(module, inputs[0], where), targets[name][number])
+        where = _positions(modules[name], output, positions, seed + number)
+        seen[name].see(_rows_read(modules[name], inputs[0], where), targets[name][number])
         waiting.discard(name)
         if not waiting:
             raise _SeenError
 
     with (
-        read_batches(model, data, "filters", show_progress=False) as batches,
+        read_batches(runs.model, data, "filters", show_progress=False) as batches,
         hooked(modules.values(), hook),
     ):
         for batch in batches:
             waiting.update(modules)
             with suppress(_SeenError):
-                model(*batch.inputs)
+                runs.run(number, batch.inputs, first)
             number += 1
     return seen
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,12 +27,21 @@ from captum_classfilters.pruning.least_squares import (
     weighted,
 )
 from captum_classfilters.pruning.low_rank import LowRank, choose_ranks, replace_module, sizes_of
+from captum_classfilters.pruning.resumed_runs import ResumedRuns
 
 
-def scores_of(model: nn.Module, data: Dataloader) -> Tensor:
-    """Scores (N, C) of a model for all images."""
+def scores_of(
+    model: nn.Module,
+    data: Dataloader,
+    run: Callable[[int, ModelInputs], Any] | None = None,
+) -> Tensor:
+    """Scores (N, C) of a model for all images; ``run`` runs it on the inputs of a batch otherwise."""
+    found = []
     with read_batches(model, data, "scores", show_progress=False) as batches:
-        return torch.cat([scores_per_class(model(*batch.inputs)).double() for batch in batches])
+        for number, batch in enumerate(batches):
+            output = model(*batch.inputs) if run is None else run(number, batch.inputs)
+            found.append(scores_per_class(output).double())
+    return torch.cat(found)
 
 
 class Reconstruction:
@@ -60,7 +70,7 @@ class Reconstruction:
         self.model, self.data, self.seed = model, data, seed
         self.positions = positions_for(sum(len(labels) for _, labels in data))
         self.graph = FilterGraph(model, example_inputs)
-        order = [self.graph.names[module] for module in self.graph.trace.sources]
+        self.order = order = [self.graph.names[module] for module in self.graph.trace.sources]
         self.readers = {name: self._readers(name) for name in sorted(layers, key=order.index)}
         read = {reader.name for readers in self.readers.values() for reader in readers}
         split = [name for name in order if name != head and self._can_be_split(name)]
@@ -114,7 +124,7 @@ class Reconstruction:
             for reader in self.readers[name]
         ]
 
-    def damage(self, name: str, few: Dataloader) -> Tensor:
+    def damage(self, name: str, few: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         """How far the outputs move, squared, once so many filters of a layer alone are gone, (K,).
 
         Measured on a few images at some sizes, the other weights making up; in between as the
@@ -124,13 +134,16 @@ class Reconstruction:
         sizes = sorted({max(1, number // 2), max(1, number // 4), max(1, number // 8), 1})
         model = copied(self.model)
         fits = self._fits(name, model, self.seen)
-        full = scores_of(model, few)
+        runs = ResumedRuns(model, self.order, len(few))
+        first = min((reader.name for reader in self.readers[name]), key=self.order.index)
+        run = partial(runs.run, layer=first)
+        full = scores_of(model, few, run)
         measured = {number: 0.0}
 
         def measure(size: int) -> None:
             for reader, fit in zip(self.readers[name], fits, strict=True):
                 put_matrix(weighted(model, reader.name), fit.matrix)
-            change = scores_of(model, few) - full
+            change = scores_of(model, few, run) - full
             change -= change.mean(1, keepdim=True)
             measured[size] = float(change.square().sum(1).mean())
 
@@ -150,11 +163,12 @@ class Reconstruction:
         after another in the order of their runs, each fitted to what it made in the full network
         from what it reads by then: what stays, (K,). ``chosen`` gives other filters that stay."""
         kept: dict[str, Tensor] = {}
+        runs = ResumedRuns(model, self.order, len(self.data))
         for name, readers in self.readers.items():
             number = self.num_filters(name)
             if sizes[name] == number:
                 continue
-            seen = self._seen_again(model, [reader.name for reader in readers])
+            seen = self._seen_again(runs, [reader.name for reader in readers])
             fits = self._fits(name, model, seen)
             if chosen is None:
                 left, _ = remove_least(fits, sizes[name])
@@ -165,12 +179,13 @@ class Reconstruction:
                     fit.remove((~kept[name]).nonzero()[:, 0])
             for reader, fit in zip(readers, fits, strict=True):
                 put_matrix(weighted(model, reader.name), fit.matrix)
-        self._fit_head(model)
+        self._fit_head(runs)
         return kept
 
     def low_rank(self, model: nn.Module, kept: Mapping[str, Tensor], most: float) -> dict[str, int]:
         """Ranks of layers of a network without some filters with which it has so many parameters."""
-        layers = self._low_rank(model, kept, self.splittable)
+        runs = ResumedRuns(model, self.order, len(self.data))
+        layers = self._low_rank(runs, kept, self.splittable)
         total = sum(parameter.numel() for parameter in model.parameters())
         others = total - sum(sizes_of(layer.module)[0] for layer in layers.values())
         return choose_ranks(layers, int(most) - others)
@@ -178,34 +193,37 @@ class Reconstruction:
     def split(self, model: nn.Module, kept: Mapping[str, Tensor], ranks: Mapping[str, int]) -> None:
         """Split layers of a network without some filters, in the order of their runs, each fitted to
         what it made in the full network from what it reads by then."""
+        runs = ResumedRuns(model, self.order, len(self.data))
         for name, rank in ranks.items():
-            layer = self._low_rank(model, kept, [name])[name]
-            replace_module(model, layer.module, layer.split(rank))
-        self._fit_head(model)
+            layer = self._low_rank(runs, kept, [name])[name]
+            both = layer.split(rank)
+            replace_module(model, layer.module, both)
+            runs.replaced(layer.module, both)
+        self._fit_head(runs)
 
     def _low_rank(
-        self, model: nn.Module, kept: Mapping[str, Tensor], names: Sequence[str]
+        self, runs: ResumedRuns, kept: Mapping[str, Tensor], names: Sequence[str]
     ) -> dict[str, LowRank]:
-        seen, layers = self._seen_again(model, names, kept), {}
+        seen, layers = self._seen_again(runs, names, kept), {}
         for name in names:
             root = self.roots[name]
             if name in kept:
                 root = root_of(self.seen[name].fisher[kept[name]][:, kept[name]])
-            layers[name] = LowRank(weighted(model, name), seen[name], root)
+            layers[name] = LowRank(weighted(runs.model, name), seen[name], root)
         return layers
 
-    def _fit_head(self, model: nn.Module) -> None:
+    def _fit_head(self, runs: ResumedRuns) -> None:
         if self.head:
-            module, own = weighted(model, self.head), self._seen_again(model, [self.head])
+            module, own = weighted(runs.model, self.head), self._seen_again(runs, [self.head])
             put_matrix(module, Fit(own[self.head], matrix_of(module)).matrix)
 
     def _seen_again(
-        self, model: nn.Module, names: Sequence[str], kept: Mapping[str, Tensor] | None = None
+        self, runs: ResumedRuns, names: Sequence[str], kept: Mapping[str, Tensor] | None = None
     ) -> dict[str, Seen]:
         """What layers read by now, beside what they, or those of their filters that are left, made."""
-        modules = {name: weighted(model, name) for name in names}
+        modules = {name: weighted(runs.model, name) for name in names}
         made = {name: self.seen[name].made for name in names}
         for name, mask in (kept or {}).items():
             if name in made:
                 made[name] = [rows[:, mask.to(rows.device)] for rows in made[name]]
-        return see_again(model, modules, self.data, made, self.positions, self.seed)
+        return see_again(runs, modules, self.data, made, self.positions, self.seed)

@@ -44,17 +44,25 @@ class ModuleCall:
             if _version(tensor) != versions[position]
         ]
 
-    def again(self, arguments: object, copies: int) -> object:
-        """What the module would return, and write, for so many copies of the batch."""
+    def again(self, arguments: object, copies: int | None) -> object:
+        """What the module would return, and write, for so many copies of the batch; plain tensors
+        for None."""
         tensors = _tensors(arguments)
         for position, rows in self.overwritten:
             batch = tensors[position]
-            if not isinstance(batch, RepeatedBatch):
+            if copies is None:
+                batch.copy_(rows)
+            elif isinstance(batch, RepeatedBatch):
+                batch.overwrite(rows, copies)
+            else:
                 raise CannotReplayError("a module before the layer changes a tensor in place")
-            batch.overwrite(rows, copies)
         if self.returned is not None:
             return tensors[self.returned]
-        return tree_map_only(Tensor, lambda rows: RepeatedBatch(rows, copies), self.result)
+        return tree_map_only(
+            Tensor,
+            lambda rows: rows.clone() if copies is None else RepeatedBatch(rows, copies),
+            self.result,
+        )
 
 
 class RecordedCalls:
@@ -72,6 +80,7 @@ class RecordedCalls:
     """
 
     def __init__(self, model: nn.Module | None, layer: nn.Module) -> None:
+        self._layer = layer
         self._watched = [] if model is None else _around(model, layer)
         self._root = ModuleCall()
 
@@ -101,13 +110,21 @@ class RecordedCalls:
             yield
 
     @contextmanager
-    def replaying(self, copies: int) -> Iterator[None]:
-        """Let modules that ended before the layer return their record in the block."""
+    def replaying(self, copies: int | None) -> Iterator[None]:
+        """Let modules that ended before the layer return their record in the block.
+
+        With copies, those after it are checked to run in the recorded order.
+        """
         stack = [(self._root, iter(self._root.calls))]
+        reached = False
 
         def run(
             module: nn.Module, forward: ForwardFunc, args: Arguments, kwargs: Keywords
         ) -> object:
+            nonlocal reached
+            if reached and copies is None:
+                return forward(*args, **kwargs)
+            reached |= module is self._layer
             call = next(stack[-1][1], None)
             if call is None or call.module is not module:
                 raise CannotReplayError("modules ran in another order than before")
@@ -124,12 +141,29 @@ class RecordedCalls:
 
     def ended_modules(self) -> Iterator[nn.Module]:
         """The modules that a replay does not run."""
+        for call in self._all_calls():
+            if call.ended and call.module is not None:
+                yield call.module
+
+    def num_bytes(self) -> int:
+        """Bytes of what is recorded."""
+        kept = ((call.result, call.overwritten) for call in self._all_calls())
+        return sum(t.numel() * t.element_size() for value in kept for t in _tensors(value))
+
+    def replaced(self, module: nn.Module, other: nn.Module) -> None:
+        """Have another module stand where this one stood."""
+        self._layer = other if self._layer is module else self._layer
+        self._watched = [other if watched is module else watched for watched in self._watched]
+        for call in self._all_calls():
+            if call.module is module:
+                call.module = other
+
+    def _all_calls(self) -> Iterator[ModuleCall]:
         pending = [self._root]
         while pending:
             call = pending.pop()
             pending.extend(call.calls)
-            if call.ended and call.module is not None:
-                yield call.module
+            yield call
 
 
 def _around(model: nn.Module, layer: nn.Module) -> list[nn.Module]:
