@@ -628,7 +628,7 @@ def main(given: Sequence[str] | None = None) -> None:
     options.add_argument("--members", nargs="+", help="only these, in this order")
     options.add_argument("--passes", action="store_true", help="measure missing passes")
     options.add_argument("--page", action="store_true", help="write docs/zoo.md")
-    arguments = parsed(options, given, members=["resnet18", "pvt_v2_b0"])
+    arguments = parsed(options, given, members=["small VisionTransformer", "deepseek_vit_412m"])
     torch.set_num_threads(1)
     known = _read(arguments.results)
     results: list[dict[str, Any]] = []
