@@ -24,6 +24,7 @@ from captum_classfilters._core.guard import model_left_as_found
 from captum_classfilters._core.layers import find_layer, layer_name, module_of, unwrapped
 from captum_classfilters._core.outputs import are_probabilities, class_scores
 from captum_classfilters._core.provenance import fingerprint
+from captum_classfilters._core.replay.checks import same_outputs
 from captum_classfilters._core.replay.suffix_replay import SuffixReplay
 from captum_classfilters._core.tables import bound_repr
 from captum_classfilters._core.types import Dataloader, JsonDict, Keywords, ModelInputs, Unpack
@@ -325,18 +326,22 @@ class _Network:
         if inputs is None or any(len(part) != num_images for part in inputs):
             return
         order = torch.cat([margins(batch) for batch in batches]).argsort(stable=True)
-        labels = torch.cat([labels for _, labels, _ in images])
-        places = [place for _, _, some in images for place in some]
-        self.images[False] = [
-            (
-                tuple(part[some.to(part.device)] for part in inputs),
-                labels[some.to(labels.device)],
-                [places[index] for index in some.tolist()],
-            )
-            for some in order.split(size)
-        ]
+        hardest = _taken(inputs, images, order.split(size))
+        outputs = torch.cat([class_scores(batch.replay.output) for batch in batches])[order]
+        parts = list(zip(hardest, outputs.split(size), strict=True))
+        if not all(self._gives(part[0], own) for part, own in (parts[0], parts[-1])):
+            return
+        self.images[False] = hardest
         del self._recorded[False]
         self.hardest_first = True
+
+    def _gives(self, inputs: ModelInputs, outputs: Tensor) -> bool:
+        """Whether images get the same outputs in another batch, if it may have this size at all."""
+        try:
+            again = self._replay(self._recorded_at, inputs).output
+        except Exception:
+            return False
+        return bool(same_outputs(class_scores(again), outputs))
 
     def check_classes(self) -> None:
         """The images to report on must hold the classes of those that choose."""
@@ -511,7 +516,6 @@ class _Step:
                 batches = self.network.replays(name, False, keep)
                 if self.network.hardest_first:
                     wrong = round((1 - result.accuracy[-1]) * result.num_images)
-                    wrong = round((1 - result.accuracy[-1]) * result.num_images)
                     expected = wrong - wrong // 20
                     candidates.race(list(batches), expected, self.perturbations_per_eval)
                 else:
@@ -541,6 +545,24 @@ def _joined(batches: Sequence[ModelInputs]) -> ModelInputs | None:
             return None
         joined.append(torch.cat(parts))
     return tuple(joined)
+
+
+def _taken(
+    inputs: ModelInputs,
+    images: Sequence[tuple[ModelInputs, Tensor, Places]],
+    parts: Sequence[Tensor],
+) -> list[tuple[ModelInputs, Tensor, Places]]:
+    """Images, their labels and their places, in other batches."""
+    labels = torch.cat([labels for _, labels, _ in images])
+    places = [place for _, _, some in images for place in some]
+    return [
+        (
+            tuple(part[index.to(part.device)] for part in inputs),
+            labels[index.to(labels.device)],
+            [places[one] for one in index.tolist()],
+        )
+        for index in parts
+    ]
 
 
 def _best(

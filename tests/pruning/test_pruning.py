@@ -885,6 +885,36 @@ def test_images_put_in_another_order_keep_their_names(small_parts):
         GreedyFilterPruning(model, "0").run(data, num_filters=2, show_progress=False)
 
 
+class InPairs(nn.Module):
+    """Gives each image what the other of its pair should get; refuses an image without another."""
+
+    def forward(self, x):
+        return x.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+
+
+@pytest.mark.parametrize("part", [10, 9])
+def test_images_that_depend_on_their_batch_stay_in_it(monkeypatch, part):
+    monkeypatch.setattr(module, "_SMALLEST_PART", part)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 6, 1), nn.ReLU(), nn.Conv2d(6, 4, 3), nn.ReLU())
+    model += nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+    x, y = torch.randn(36, 2, 4, 4), torch.arange(36) % 3
+    data = [(x[:18], y[:18]), (x[18:], y[18:])]
+    assert raced_on(monkeypatch, GreedyFilterPruning(model, "1"), data)
+    model += nn.Sequential(InPairs())
+    assert not raced_on(monkeypatch, GreedyFilterPruning(model, "1"), data)
+
+
+def raced_on(monkeypatch, pruning: GreedyFilterPruning, data) -> bool:
+    """Whether candidates race."""
+    raced = []
+    race = module.Candidates.race
+    with monkeypatch.context() as patch:
+        patch.setattr(module.Candidates, "race", lambda *args: raced.append(1) or race(*args))
+        pruning.run(data, num_filters=2, show_progress=False)
+    return bool(raced)
+
+
 class OnlyOne(nn.Module):
     """Divides by the first filter in the one image whose last filter has this mean."""
 
