@@ -907,10 +907,14 @@ def test_images_that_depend_on_their_batch_stay_in_it(monkeypatch, part):
 
 def raced_on(monkeypatch, pruning: GreedyFilterPruning, data) -> bool:
     """Whether candidates race."""
-    raced = []
-    race = module.Candidates.race
+    raced, race = [], module.Candidates.race
+
+    def recorded(*args):
+        raced.append(True)
+        return race(*args)
+
     with monkeypatch.context() as patch:
-        patch.setattr(module.Candidates, "race", lambda *args: raced.append(1) or race(*args))
+        patch.setattr(module.Candidates, "race", recorded)
         pruning.run(data, num_filters=2, show_progress=False)
     return bool(raced)
 
