@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from captum_classfilters._core.replay.recorded_batch import plain_mode
 from captum_classfilters._core.replay.recorded_calls import RecordedCalls
 from captum_classfilters._core.replay.repeated_batch import CannotReplayError
+from captum_classfilters._core.taps import entered
 
 _MOST_BYTES = 2**31  # of all records of a network
 
@@ -51,16 +52,15 @@ class ResumedRuns:
         module = self.model.get_submodule(self.order[place])
         record = RecordedCalls(self.model if self._resumes else None, module)
         started: list[bool] = []
-        handle = module.register_forward_pre_hook(lambda *_: started.append(True))
         try:
             with (
                 plain_mode(),
+                entered([module], lambda *_: started.append(True)),
                 nullcontext() if before is None else before.replaying(None),
                 record.recording(lambda: started),
             ):
                 return self.model(*inputs)
         finally:
-            handle.remove()
             self._keep(number, place, record)
 
     def _keep(self, number: int, place: int, record: RecordedCalls) -> None:
