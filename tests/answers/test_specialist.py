@@ -269,16 +269,7 @@ def test_layers_that_cannot_lose_filters_are_split(tmp_path):
     assert own >= other
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
-    pytest.importorskip("onnxscript")
-    runtime = pytest.importorskip("onnxruntime")
-    x = data[0][0][:3]
-    program = torch.onnx.export(result.model, (x,), dynamo=True, verbose=False)
-    assert program is not None
-    program.save(tmp_path / "split.onnx")
-    session = runtime.InferenceSession(tmp_path / "split.onnx")
-    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-    with torch.no_grad():
-        assert torch.allclose(torch.from_numpy(found), result.model(x), atol=1e-4)
+    same_in_onnx(result.model, data[0][0][:3], tmp_path / "split.onnx")
 
 
 def test_numbers_are_those_of_the_networks():
@@ -364,18 +355,23 @@ def test_statistics_are_those_of_the_images():
 
 
 def test_onnx(tmp_path):
-    onnxruntime = pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
     planted = planted_network()
     result = build_specialist(planted.model, [1, 2], planted.loader(200), budget=0.5, **QUIET)
     x = next(iter(planted.loader(10)))[0][:5]
-    program = torch.onnx.export(result.model, (x,), dynamo=True, verbose=False)
+    same_in_onnx(result.model, x, tmp_path / "specialist.onnx")
+
+
+def same_in_onnx(model, x, path):
+    """Written and run by another library, the network gives the same."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    program = torch.onnx.export(model, (x,), dynamo=True, verbose=False)
     assert program is not None
-    program.save(tmp_path / "specialist.onnx")
-    session = onnxruntime.InferenceSession(tmp_path / "specialist.onnx")
+    program.save(path)
+    session = onnxruntime.InferenceSession(path)
     (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     with torch.no_grad():
-        assert torch.allclose(torch.from_numpy(found), result.model(x), atol=1e-4)
+        assert torch.allclose(torch.from_numpy(found), model(x), atol=1e-4)
 
 
 def test_one_that_guesses_is_told():
