@@ -90,13 +90,16 @@ def pairs_part(arguments: argparse.Namespace) -> None:
         names = " / ".join(cifar10.CLASSES[row] for row in pair)
         kept, *shares = known[key]
         table.row(names, budget, epochs, f"{kept:.3f}", *(f"{share:.2f}" for share in shares))
-    table = Table("pairs", "parameters", "epochs", "change of", "mean, points", "worst, points")
+    table = Table(
+        "pairs", "parameters", "epochs", "change of", "mean, points", "worst, points",
+        "that lose at most 1",
+    )  # fmt: skip
     for budget in arguments.budgets:
         epochs = SETTINGS[budget]
         rows = torch.tensor([known[key_of(pair, budget, arguments)] for pair in pairs])
         for place, name in enumerate(NAMES[1:], 2):
             change = rows[:, place] - rows[:, 1]
-            numbers = f"{change.mean():+.2f}", f"{change.min():+.2f}"
+            numbers = f"{change.mean():+.2f}", f"{change.min():+.2f}", int((change > -1.001).sum())
             table.row(len(pairs), budget, epochs, name, *numbers)
 
 
