@@ -105,29 +105,6 @@ def test_filters_one_at_a_time_equal_whole_model(case, rows):
     assert not torch.allclose(expected, replay.output)
 
 
-class Viewed(nn.Module):
-    """Takes a convolution's maps for one flat axis, which a tensor with channels last is not."""
-
-    def __init__(self, kernel: int) -> None:
-        super().__init__()
-        torch.manual_seed(1)
-        self.conv, self.second = nn.Conv2d(2, 4, 3), nn.Conv2d(4, 5, kernel)
-
-    def forward(self, x: Tensor) -> Tensor:
-        maps = self.second(self.conv(x).relu())
-        return maps.view(len(maps), -1)[:, :6].sigmoid()
-
-
-@pytest.mark.parametrize("kernel", [1, 3])
-def test_rows_have_channels_last_unless_the_model_views_them_as_flat(kernel):
-    for model, last in ((Viewed(kernel), False), (CASES["convolution"](), True)):
-        replay = SuffixReplay(model.eval(), model.conv, (images(),), closed_form=False)
-        removed = torch.eye(4).bool()
-        expected = by_hand(model, model.conv, (images(),), removed)
-        torch.testing.assert_close(replay.outputs(removed), expected, rtol=1e-5, atol=1e-6)
-        assert (replay._one_by_one, replay._channels_last) == (True, last)
-
-
 @pytest.mark.parametrize(
     ("case", "rule"),
     [("convolution", "_convolution"), ("normalized", "_batch_norm"), ("pooled", "_pool"),

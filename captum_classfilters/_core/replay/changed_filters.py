@@ -36,18 +36,9 @@ _OVER_POSITIONS = {_aten.mean, _aten.amax}
 
 
 class UnchangedSteps:
-    """
-    What the unchanged batch gives step by step, computed once for any number of replays.
+    """What the unchanged batch gives step by step, computed once for any number of replays."""
 
-    Args:
-
-        channels_last (bool): On a CPU, hand rows on with channels last. The next convolution takes
-                    about a sixth less; a model that views them as something flat cannot.
-                    Default: True
-    """
-
-    def __init__(self, channels_last: bool = True) -> None:
-        self.channels_last = channels_last
+    def __init__(self) -> None:
         self._results: list[tuple[object, Any]] = []
         self._position = 0
 
@@ -340,23 +331,14 @@ def _convolution(func: OpOverload, args: Arguments, _kwargs: Keywords) -> Output
         )
         return batch.like(base, values.transpose(0, 1).contiguous())
     change, kernels = batch.change, weight[:, batch.filters].movedim(1, 0)  # (P, C, kh, kw)
-    channels_last = batch.steps.channels_last and base.device.type == "cpu"
     if weight.shape[2:].numel() == 1 and not any(padding):
         points = change[:, :, None, :: stride[0], :: stride[1]]
-        kernels = kernels[:, None]
-        if channels_last:
-            last = [t.movedim(-3, -1) for t in (base, kernels, points)]
-            return torch.addcmul(last[0].contiguous(), *last[1:]).flatten(0, 1).movedim(-1, 1)
-        return torch.addcmul(base, kernels, points).flatten(0, 1)
+        return torch.addcmul(base, kernels[:, None], points).flatten(0, 1)
     patches = F.unfold(
         change.flatten(0, 1)[:, None], weight.shape[2:], dilation, padding, stride
     )  # (P * N, kh * kw, positions)
     # As many small products as rows; each adds to the unchanged output.
     kernels = kernels.flatten(2)[:, None].expand(-1, len(base), -1, -1).flatten(0, 1)
-    if channels_last:
-        unchanged = base.flatten(2).mT.repeat(len(change), 1, 1)
-        rows = unchanged.baddbmm_(patches.mT, kernels.mT)
-        return rows.unflatten(1, base.shape[2:]).movedim(-1, 1)
     unchanged = base.flatten(2).repeat(len(change), 1, 1)
     return unchanged.baddbmm_(kernels, patches).unflatten(2, base.shape[2:])
 

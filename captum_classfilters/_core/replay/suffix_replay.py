@@ -108,7 +108,7 @@ class SuffixReplay(RecordedBatch):
         )
         self._known = confirmed(forward_func, layer, at_input)
         self._closed: ClosedForm | None = None
-        self._one_by_one, self._channels_last = False, True
+        self._one_by_one = False
         self._steps: tuple[Tensor, UnchangedSteps | None] | None = None
         with plain_mode():
             self._checks = ReplayChecks(self, self._known)
@@ -241,7 +241,7 @@ class SuffixReplay(RecordedBatch):
         """Steps of the batch that lacks these filters; None where no change can be followed."""
         if self._steps is None or not torch.equal(self._steps[0], common):
             exact = bool(self._checks.none_dwarfs_the_others(common))
-            self._steps = (common, UnchangedSteps(self._channels_last) if exact else None)
+            self._steps = (common, UnchangedSteps() if exact else None)
         return self._steps[1]
 
     def _outputs(self, removals: _Removals, rows: slice, state: ModuleState) -> Tensor:
@@ -297,11 +297,7 @@ class SuffixReplay(RecordedBatch):
         if failure is not None:
             self._fall_back(failure)
         elif self._cut and self.axis == 1:
-            self._one_by_one = self._can_follow(channels_last=True) or self._can_follow(False)
-
-    def _can_follow(self, channels_last: bool) -> bool:
-        self._channels_last, self._steps = channels_last, None
-        return self._failure(self._check_followed) is None
+            self._one_by_one = self._failure(self._check_followed) is None
 
     def _check_followed(self) -> None:
         none = torch.zeros(self.num_filters, dtype=torch.bool)
