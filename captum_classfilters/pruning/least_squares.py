@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,11 @@ _AT_ONCE = 32  # one in so many of the filters that are left goes in a step
 
 
 Weighted = nn.Linear | nn.Conv2d
+
+
+def can_be_fitted(module: nn.Module) -> TypeGuard[Weighted]:
+    """Whether a layer's outputs are one matrix times what it reads at each position."""
+    return isinstance(module, nn.Linear | nn.Conv2d) and getattr(module, "groups", 1) == 1
 
 
 def weighted(model: nn.Module, name: str) -> Weighted:

@@ -17,6 +17,7 @@ from captum_classfilters.pruning.least_squares import (
     Fit,
     Reader,
     Seen,
+    can_be_fitted,
     matrix_of,
     positions_for,
     put_matrix,
@@ -89,8 +90,8 @@ class Reconstruction:
     def _can_be_split(self, name: str) -> bool:
         """Whether two layers in a row can stand for a layer."""
         module = self.model.get_submodule(name)
-        plain = isinstance(module, nn.Linear | nn.Conv2d) and getattr(module, "groups", 1) == 1
-        return plain and self.graph.runs[module] == 1 and not self.graph.not_plain([name])
+        fits, runs = can_be_fitted(module), self.graph.runs[module]
+        return fits and runs == 1 and not self.graph.not_plain([name])
 
     def _readers(self, name: str) -> list[Reader]:
         """The layers that read a layer's filters; none if some cannot be fitted."""
@@ -98,7 +99,7 @@ class Reconstruction:
         readers = []
         for reader, inputs in reach.consumers.items():
             module = self.graph.layer(reader)
-            if not isinstance(module, nn.Linear | nn.Conv2d) or getattr(module, "groups", 1) != 1:
+            if not can_be_fitted(module):
                 return []
             places = torch.full((module.weight.shape[1],), -1)
             places[torch.tensor(inputs)] = torch.tensor(reach.read_filters[reader])
