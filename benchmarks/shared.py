@@ -136,6 +136,25 @@ class Table:
         print("| " + " | ".join(map(str, cells)) + " |", flush=True)
 
 
+class Results(dict[str, Any]):
+    """Results by name, with those that a file holds; each new one is added to the file at once.
+
+    A benchmark of hours, stopped on the way, goes on where the file ends.
+    """
+
+    def __init__(self, file: Path | None) -> None:
+        self._file = file
+        lines = file.read_text().splitlines() if file is not None and file.is_file() else []
+        super().__init__(json.loads(line) for line in lines)
+
+    def keep(self, name: str, result: Any) -> None:
+        """Add a result, or put it in the place of an older one."""
+        self[name] = result
+        if self._file is not None:
+            with self._file.open("a") as file:
+                file.write(json.dumps([name, result]) + "\n")
+
+
 # -- data -------------------------------------------------------------------------------------------
 
 _random = False

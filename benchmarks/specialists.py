@@ -32,6 +32,7 @@ from benchmarks.localization import BOXES, splits
 from benchmarks.shared import (
     QUIET,
     Batches,
+    Results,
     Table,
     efficientnet,
     efficientnet_normalized,
@@ -77,16 +78,13 @@ def main(given: Sequence[str] | None = None) -> None:
 def pairs_part(arguments: argparse.Namespace) -> None:
     """Accuracies of all pairs, their means and the worst."""
     pairs = list(dict.fromkeys([*FIRST, *itertools.combinations(range(10), 2)]))[: arguments.pairs]
-    known = read(arguments.results)
+    known = Results(arguments.results)
     table = Table("pair", "parameters", "epochs", "kept", *NAMES)
     for budget, pair in itertools.product(arguments.budgets, pairs):
         epochs = SETTINGS[budget]
         key = key_of(pair, budget, arguments)
         if key not in known:
-            known[key] = measured(pair, budget, epochs, not arguments.filters_only)
-            if arguments.results is not None:
-                with open(arguments.results, "a") as file:
-                    file.write(json.dumps([key, known[key]]) + "\n")
+            known.keep(key, measured(pair, budget, epochs, not arguments.filters_only))
         names = " / ".join(cifar10.CLASSES[row] for row in pair)
         kept, *shares = known[key]
         table.row(names, budget, epochs, f"{kept:.3f}", *(f"{share:.2f}" for share in shares))
@@ -106,13 +104,6 @@ def pairs_part(arguments: argparse.Namespace) -> None:
 def key_of(pair: tuple[int, int], budget: float, arguments: argparse.Namespace) -> str:
     """What a result is kept under."""
     return json.dumps([pair, budget, "filters" if arguments.filters_only else "filters and ranks"])
-
-
-def read(path: Path | None) -> dict[str, list[float]]:
-    """Results of an earlier run."""
-    if path is None or not path.is_file():
-        return {}
-    return dict(json.loads(line) for line in path.read_text().splitlines())
 
 
 def measured(pair: tuple[int, int], budget: float, epochs: int, low_rank: bool) -> list[float]:

@@ -16,7 +16,6 @@ does, and a block in the middle. Weights are random.
 
 import copy
 import gc
-import json
 import random
 import re
 import traceback
@@ -32,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 import captum_classfilters
-from benchmarks.shared import Table, count_processor_time, medians, parsed, parser, timed
+from benchmarks.shared import Results, Table, count_processor_time, medians, parsed, parser, timed
 from benchmarks.whole_models import (
     LABELS,
     NUM_CLASSES,
@@ -614,13 +613,6 @@ passes of the same images. It runs the model four times or a few more; the rest 
 most where a forward pass takes a few milliseconds."""
 
 
-def _read(file: Path | None) -> dict[str, dict[str, Any]]:
-    if file is None or not file.exists():
-        return {}
-    lines = map(json.loads, file.read_text().splitlines())
-    return {result["member"]: result for result in lines}
-
-
 def main(given: Sequence[str] | None = None) -> None:
     """Run the members whose results are not there yet, and print all."""
     options = parser(__doc__)
@@ -630,7 +622,7 @@ def main(given: Sequence[str] | None = None) -> None:
     options.add_argument("--page", action="store_true", help="write docs/zoo.md")
     arguments = parsed(options, given, members=["small VisionTransformer", "deepseek_vit_412m"])
     torch.set_num_threads(1)
-    known = _read(arguments.results)
+    known = Results(arguments.results)
     results: list[dict[str, Any]] = []
     notes: list[str] = []
     table = Table(*TITLES)
@@ -642,11 +634,9 @@ def main(given: Sequence[str] | None = None) -> None:
             measured = run(member)
         elif arguments.passes and "prunable" not in measured:
             measured = {**measured, **passes_again(member)}
-        if measured is not known.get(member.name) and arguments.results is not None:
-            with arguments.results.open("a") as file:
-                file.write(json.dumps(measured) + "\n")
-        known[member.name] = measured
-        results.append(known[member.name])
+        if measured is not known.get(member.name):
+            known.keep(member.name, measured)
+        results.append(measured)
         table.row(*next(_rows(results[-1:], notes)))
     print()
     for number, note in enumerate(notes, 1):

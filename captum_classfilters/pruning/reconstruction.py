@@ -28,7 +28,7 @@ from captum_classfilters.pruning.least_squares import (
     weighted,
 )
 from captum_classfilters.pruning.low_rank import LowRank, choose_ranks, replace_module, sizes_of
-from captum_classfilters.pruning.resumed_runs import ResumedRuns
+from captum_classfilters.pruning.resumed_runs import ResumedRuns, can_resume
 
 
 def scores_of(
@@ -86,6 +86,9 @@ class Reconstruction:
             if readers and linear.issuperset(reader.name for reader in readers)
         }
         self.roots = {name: root_of(seen.fisher) for name, seen in self.seen.items()}
+        # Mirrored, they are other images of the same shape.
+        pair = tuple(part[:2] for part in example_inputs)
+        self.resumes = can_resume(model, order, pair, [part.flip(-1) for part in pair])
 
     def _can_be_split(self, name: str) -> bool:
         """Whether two layers in a row can stand for a layer."""
@@ -113,6 +116,9 @@ class Reconstruction:
         """K of a layer."""
         return self.graph.num_filters(self.graph.layer(name))
 
+    def _runs(self, model: nn.Module, data: Sequence[object]) -> ResumedRuns:
+        return ResumedRuns(model, self.order, len(data), self.resumes)
+
     def _fits(self, name: str, model: nn.Module, seen: Mapping[str, Seen]) -> list[Fit]:
         number = self.num_filters(name)
         return [
@@ -135,7 +141,7 @@ class Reconstruction:
         sizes = sorted({max(1, number // 2), max(1, number // 4), max(1, number // 8), 1})
         model = copied(self.model)
         fits = self._fits(name, model, self.seen)
-        runs = ResumedRuns(model, self.order, len(few))
+        runs = self._runs(model, few)
         first = min((reader.name for reader in self.readers[name]), key=self.order.index)
         run = partial(runs.run, layer=first)
         full = scores_of(model, few, run)
@@ -164,7 +170,7 @@ class Reconstruction:
         after another in the order of their runs, each fitted to what it made in the full network
         from what it reads by then: what stays, (K,). ``chosen`` gives other filters that stay."""
         kept: dict[str, Tensor] = {}
-        runs = ResumedRuns(model, self.order, len(self.data))
+        runs = self._runs(model, self.data)
         for name, readers in self.readers.items():
             number = self.num_filters(name)
             if sizes[name] == number:
@@ -185,7 +191,7 @@ class Reconstruction:
 
     def low_rank(self, model: nn.Module, kept: Mapping[str, Tensor], most: float) -> dict[str, int]:
         """Ranks of layers of a network without some filters with which it has so many parameters."""
-        runs = ResumedRuns(model, self.order, len(self.data))
+        runs = self._runs(model, self.data)
         layers = self._low_rank(runs, kept, self.splittable)
         total = sum(parameter.numel() for parameter in model.parameters())
         others = total - sum(sizes_of(layer.module)[0] for layer in layers.values())
@@ -194,7 +200,7 @@ class Reconstruction:
     def split(self, model: nn.Module, kept: Mapping[str, Tensor], ranks: Mapping[str, int]) -> None:
         """Split layers of a network without some filters, in the order of their runs, each fitted to
         what it made in the full network from what it reads by then."""
-        runs = ResumedRuns(model, self.order, len(self.data))
+        runs = self._runs(model, self.data)
         for name, rank in ranks.items():
             layer = self._low_rank(runs, kept, [name])[name]
             both = layer.split(rank)

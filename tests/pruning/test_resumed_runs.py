@@ -1,5 +1,7 @@
 """Runs that begin where a network changed: equal to whole runs, and shorter."""
 
+from collections import Counter
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,18 +9,19 @@ from torch import nn
 
 from captum_classfilters.pruning import resumed_runs
 from captum_classfilters.pruning.low_rank import replace_module
-from captum_classfilters.pruning.resumed_runs import ResumedRuns
+from captum_classfilters.pruning.resumed_runs import ResumedRuns, can_resume
 
 ORDER = ["stem.0", "body.0.first", "body.0.second", "body.1.first", "body.1.second", "head"]
+
+
+RUNS = Counter()  # of each convolution; what a module itself keeps is put back
 
 
 class Conv(nn.Conv2d):
     """A convolution that counts its runs."""
 
-    runs = 0
-
     def forward(self, input):
-        self.runs += 1
+        RUNS[self] += 1
         return super().forward(input)
 
 
@@ -58,11 +61,8 @@ def batches():
 
 def counted(model):
     """How often each convolution has run since the last count."""
-    convs = {name: module for name, module in model.named_modules() if isinstance(module, Conv)}
-    counts = {name: conv.runs for name, conv in convs.items() if conv.runs}
-    for conv in convs.values():
-        conv.runs = 0
-    return counts
+    modules = model.named_modules()
+    return {name: count for name, module in modules if (count := RUNS.pop(module, 0))}
 
 
 def runs_of(model):
@@ -128,3 +128,54 @@ def test_too_large_records_are_not_kept(monkeypatch):
         for _ in range(3):
             runs.run(0, (x,), "body.0.first")
         assert counted(model)["stem.0"] == expected
+
+
+class Size(nn.Module):
+    """Stores how large its images are, in itself or elsewhere, for modules that run later."""
+
+    def __init__(self, elsewhere=None) -> None:
+        super().__init__()
+        self.elsewhere = [elsewhere]  # no attribute of its own: a list is looked into, its items are not
+
+    def forward(self, x):
+        self.size = x.abs().mean((1, 2, 3), keepdim=True)
+        if self.elsewhere[0] is not None:
+            self.elsewhere[0]["size"] = self.size
+        return x
+
+
+class HandsOn(nn.Module):
+    """A network whose end reads what its beginning stored."""
+
+    def __init__(self, elsewhere=None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.elsewhere = [elsewhere]
+        self.sees = Size(elsewhere)
+        self.first, self.second = Conv(2, 3, 3), Conv(3, 3, 1)
+        self.head = nn.Linear(3, 4)
+
+    def forward(self, x):
+        x = self.second(self.first(self.sees(x)))
+        size = self.sees.size if self.elsewhere[0] is None else self.elsewhere[0]["size"]
+        return self.head((x / size).mean((2, 3)))
+
+
+@torch.no_grad()
+def test_what_modules_store_for_later_ones_is_that_of_the_same_batch():
+    model, data, order = HandsOn().eval(), batches(), ["first", "second", "head"]
+    runs = ResumedRuns(model, order, 2)
+    for name in order:
+        for number, x in enumerate(data):
+            assert torch.equal(runs.run(number, (x,), name), model(x)), (name, number)
+            model(torch.rand(1, 2, 6, 5))
+    # Two whole runs a step; at the head, and at the layer before it, it need not run by itself.
+    assert counted(model) == {"first": 16, "second": 18}
+
+
+@torch.no_grad()
+def test_networks_that_remember_their_last_batch_elsewhere_are_found_out():
+    (x, _), order = batches(), ["first", "second", "head"]
+    assert can_resume(HandsOn().eval(), order, (x,), (x.flip(-1) + 1,))
+    assert can_resume(Net().eval(), ORDER, (x,), (x.flip(-1) + 1,))
+    assert not can_resume(HandsOn({}).eval(), order, (x,), (x.flip(-1) + 1,))

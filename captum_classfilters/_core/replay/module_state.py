@@ -5,8 +5,9 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
-# What every module has: parameters, children, hooks. A forward pass does not change these.
-_EVERY_MODULE = vars(nn.Module()).keys() - {"_buffers"}
+# What every module has: parameters, children, hooks. A forward pass does not change these, and what
+# stands in for `forward` during a replay is taken away by whoever put it there.
+_EVERY_MODULE = (vars(nn.Module()).keys() | {"forward"}) - {"_buffers"}
 
 
 Container: TypeAlias = list[Any] | dict[Any, Any] | set[Any] | deque[Any]
