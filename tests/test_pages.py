@@ -180,8 +180,10 @@ def train_once(
 ) -> torch.nn.Module:
     """As `train_classifier`, but the same network on the same images, as pages have it, is trained once.
     What follows is the same: weights, and the order in which the loader shuffles next."""
-    start = hashlib.sha256(f"{epochs} {dataloader.batch_size}".encode())
     generator = dataloader.generator
+    if generator is None:  # shuffled by what torch has drawn so far
+        return train_classifier(model, dataloader, epochs, show_progress)
+    start = hashlib.sha256(f"{epochs} {dataloader.batch_size}".encode())
     for tensor in (
         *model.state_dict().values(),
         *dataloader.dataset.tensors,
