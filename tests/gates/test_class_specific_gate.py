@@ -443,6 +443,23 @@ class TestLayerClassGate:
         table = method.identify(batches(), num_filters=2, **QUIET)
         assert table.method == "LayerClassGate"
 
+    def test_a_table_of_gates_says_what_it_is(self):
+        method, names = self.method(descending=False), ("cat", "dog", "bird")
+        table = method.class_filters(counts=torch.tensor([3, 0, 2]), class_names=names)
+        assert (table.class_names, table.layer, table.method) == (names, "1", "LayerClassGate")
+        assert table.counts.tolist() == [3, 0, 2]
+        assert torch.equal(table.scores[0], -self.gates[0].double())
+        assert bool(table.scores[1].isnan().all())  # no image of it was trained on
+        told = table.provenance
+        assert (told["options"], told["model"]) == ({"descending": False}, "Sequential")
+        assert not bool(table.selected.any())
+
+    def test_filters_may_lie_on_another_axis(self):
+        model = nn.Sequential(nn.Flatten(1, 2), nn.Flatten(), nn.Linear(24, 3))
+        gates, x = torch.rand(3, 3), torch.rand(2, 4, 2, 3)
+        last = LayerClassGate(model, "0", gates, channel_dim=-1).attribute(x, target=[2, 0])
+        assert torch.allclose(last, x.flatten(1, 2) * gates[[2, 0], None], atol=1e-6)
+
     def test_bad_input(self):
         with pytest.raises(ValueError, match=r"gate is \(3,\)"):
             LayerClassGate(pool_linear(), "1", torch.rand(3))

@@ -135,7 +135,9 @@ class Size(nn.Module):
 
     def __init__(self, elsewhere=None) -> None:
         super().__init__()
-        self.elsewhere = [elsewhere]  # no attribute of its own: a list is looked into, its items are not
+        self.elsewhere = [
+            elsewhere
+        ]  # no attribute of its own: a list is looked into, its items are not
 
     def forward(self, x):
         self.size = x.abs().mean((1, 2, 3), keepdim=True)

@@ -1,0 +1,350 @@
+"""Readers fitted by least squares: costs, weights and what is seen, beside closed forms and autograd."""
+
+import pytest
+import torch
+from torch import nn
+
+from captum_classfilters.pruning.least_squares import (
+    Fit,
+    Reader,
+    Seen,
+    _has_its_size,
+    _patches,
+    _positions,
+    can_be_fitted,
+    matrix_of,
+    positions_for,
+    put_matrix,
+    remove_least,
+    root_of,
+    see_again,
+    see_full,
+)
+from captum_classfilters.pruning.resumed_runs import ResumedRuns
+
+
+def fit_of(read, matrix, columns, root=None):
+    seen = Seen()
+    rows = torch.cat([read, torch.ones(len(read), 1)], 1).double()
+    seen.see(rows, rows @ matrix.T)
+    root = torch.eye(len(matrix)).double() if root is None else root
+    return Fit(seen, matrix, root, torch.tensor(columns))
+
+
+def test_what_goes_is_made_up_for():
+    """Input 2 is twice input 0, input 3 is always 5: their weights go to input 0 and to the bias."""
+    read = torch.randn(200, 2, generator=torch.Generator().manual_seed(0))
+    read = torch.stack([read[:, 0], read[:, 1], 2 * read[:, 0], torch.full((200,), 5.0)], 1)
+    matrix = torch.tensor([[1.0, 2.0, 3.0, 4.0, 0.5], [0.0, -1.0, 2.0, 1.0, 0.0]]).double()
+    fit = fit_of(read, matrix, [[0], [1], [2], [3]])
+    fit.remove(torch.tensor([2, 3]))
+    expected = torch.tensor([[7.0, 2.0, 0.0, 0.0, 20.5], [4.0, -1.0, 0.0, 0.0, 5.0]]).double()
+    assert torch.allclose(fit.matrix, expected, atol=0.02)
+
+
+def test_costs_are_the_errors_of_least_squares():
+    """Of independent inputs, what goes costs its variance times its weight squared; outputs count."""
+    generator = torch.Generator().manual_seed(1)
+    read = torch.randn(20000, 3, generator=generator) * torch.tensor([1.0, 2.0, 3.0])
+    matrix = torch.tensor([[3.0, 2.0, 0.5, 1.0], [0.0, 0.0, 9.0, 0.0]]).double()
+    root = torch.diag(torch.tensor([1.0, 0.0])).double()  # the second output does not count
+    fit = fit_of(read, matrix, [[0], [1], [2]], root)
+    costs = fit.costs(torch.arange(3))
+    assert torch.allclose(costs, torch.tensor([9.0, 16.0, 2.25]).double(), rtol=0.05)
+    left, errors = remove_least([fit], 1)
+    assert left.tolist() == [1]
+    assert torch.allclose(errors, torch.tensor([0.0, 2.25, 11.25]).double(), rtol=0.05)
+    assert (fit.matrix[:, [0, 2]] == 0).all()
+
+
+def test_filters_go_with_all_their_columns():
+    read = torch.randn(100, 6, generator=torch.Generator().manual_seed(2))
+    matrix = torch.randn(3, 7, generator=torch.Generator().manual_seed(3)).double()
+    fit = fit_of(read, matrix, [[0, 1], [2, 3]])
+    stopped = []
+    remove_least([fit], 1, {1: lambda: stopped.append(fit.matrix.clone())})
+    zero = (fit.matrix == 0).all(0).tolist()
+    assert zero in ([True, True, *[False] * 5], [False, False, True, True, *[False] * 3])
+    assert len(stopped) == 1
+    assert torch.equal(stopped[0], fit.matrix)
+    rows = torch.cat([read, torch.ones(100, 1)], 1).double()
+    left = [place for place in range(7) if not zero[place]]
+    best = torch.linalg.lstsq(rows[:, left], rows @ matrix.T).solution.T
+    assert torch.allclose(fit.matrix[:, left], best, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kernel_size": 3},
+        {"kernel_size": (3, 2), "stride": (2, 1), "padding": (0, 2), "dilation": (1, 2)},
+        {"kernel_size": (5, 3), "padding": "same"},
+        {"kernel_size": 1, "stride": 2, "padding": "valid"},
+    ],
+)
+def test_patches_are_what_a_convolution_reads(options):
+    torch.manual_seed(0)
+    conv, x = nn.Conv2d(3, 4, **options), torch.randn(2, 3, 9, 7)
+    with torch.no_grad():
+        output = conv(x)
+        where = _positions(conv, output, 16, 0)
+        patches = _patches(conv, x, where).flatten(2)
+        rows = torch.cat([patches, torch.ones(*patches.shape[:2], 1)], 2).double()
+        made = (rows @ matrix_of(conv).T).float()
+    expected = output.flatten(2).transpose(1, 2).gather(1, where[..., None].expand(-1, -1, 4))
+    assert torch.allclose(made, expected, atol=1e-5)
+    assert all(len(set(row)) == len(row) for row in where.tolist())
+
+
+def test_a_matrix_put_back_changes_nothing():
+    torch.manual_seed(0)
+    for layer, x in (
+        (nn.Conv2d(3, 4, 2, bias=False), torch.randn(2, 3, 5, 5)),
+        (nn.Linear(3, 4), torch.randn(2, 3)),
+    ):
+        before = layer(x)
+        put_matrix(layer, matrix_of(layer))
+        assert torch.allclose(layer(x), before, atol=1e-6)
+        assert layer.bias is not None
+
+
+def test_the_ridge_pulls_to_the_matrix_before():
+    r"""One input of mean square 4 and no bias that matters: (cross + r m) / (moment + r)."""
+    seen = Seen()
+    seen.see(torch.tensor([[2.0, 0.0], [-2.0, 0.0]]), torch.tensor([[6.0], [-6.0]]))
+    found = Fit(seen, torch.tensor([[50.0, 7.0]])).matrix
+    ridge = 1e-4 * 4
+    assert found[0, 0] == pytest.approx((12 + ridge * 50) / (4 + ridge), rel=1e-9)
+    assert found[0, 1] == pytest.approx(7)  # what is never seen stays
+
+
+def test_costs_and_errors_of_correlated_inputs_are_what_refitting_leaves():
+    """Of every set that is left, the error is that of the best fit without the others."""
+    generator = torch.Generator().manual_seed(4)
+    read = torch.randn(400, 8, generator=generator) @ torch.randn(8, 8, generator=generator)
+    matrix = torch.randn(2, 9, generator=generator).double()
+    root = torch.tensor([[2.0, 1.0], [0.0, 0.5]]).double()
+    columns = [[0, 4], [1, 5], [2, 6], [3, 7]]
+    rows = torch.cat([read, torch.ones(400, 1)], 1).double()
+    targets = rows @ matrix.T
+
+    def best_error(left):
+        kept = [column for filters in left for column in columns[filters]] + [8]
+        solution = torch.linalg.lstsq(rows[:, kept], targets).solution
+        return float(((targets - rows[:, kept] @ solution) @ root.T).square().sum(1).mean())
+
+    fit = fit_of(read, matrix, columns, root)
+    alone = [best_error([f for f in range(4) if f != gone]) for gone in range(4)]
+    assert fit.costs(torch.arange(4)).tolist() == pytest.approx(alone, rel=0.01)
+    left, errors = remove_least([fit], 2)
+    first = min(range(4), key=alone.__getitem__)
+    pairs = {
+        gone: best_error([f for f in range(4) if f not in (first, gone)])
+        for gone in range(4)
+        if gone != first
+    }
+    second = min(pairs, key=pairs.__getitem__)
+    assert left.tolist() == [f for f in range(4) if f not in (first, second)]
+    assert errors.tolist() == pytest.approx([0, alone[first], pairs[second]], rel=0.01)
+
+
+def test_filters_go_for_all_their_readers_at_once():
+    """Filter 0 costs the first reader 1 and the second 16; filter 1 costs 9 and 4, filter 2 9 and 9."""
+    read = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * 3)
+    fits = [
+        fit_of(read, torch.tensor([row]).double(), [[0], [1], [2]])
+        for row in ([1.0, 3.0, 3.0, 0.0], [4.0, 2.0, 3.0, 0.0])
+    ]
+    left, errors = remove_least(fits, 1)
+    assert left.tolist() == [2]
+    assert errors.tolist() == pytest.approx([0, 13, 30], rel=1e-3)
+    assert [fit.matrix[0, :2].tolist() for fit in fits] == [[0, 0], [0, 0]]
+
+
+def test_of_many_filters_one_in_32_goes_in_a_step_and_none_beyond_a_stop():
+    read = torch.eye(70)[torch.arange(140) % 70] * 8
+    weights = torch.arange(1.0, 71.0)
+    steps, stopped = [], []
+
+    class Counting(Fit):
+        def remove(self, filters):
+            steps.append(len(filters))
+            super().remove(filters)
+
+    seen = Seen()
+    rows = torch.cat([read, torch.zeros(140, 1)], 1).double()
+    matrix = torch.cat([weights, torch.zeros(1)])[None].double()
+    seen.see(rows, rows @ matrix.T)
+    fit = Counting(seen, matrix, columns=torch.arange(70)[:, None])
+    stops = {size: lambda size=size: stopped.append(size) for size in (67, 60)}
+    left, _ = remove_least([fit], 59, stops)
+    assert left.tolist() == list(range(11, 70))
+    assert stopped == [67, 60]
+    # 70 and 68 lose two each but for the stop; from 63 on it is one.
+    assert steps == [2, 1, 2, 2, 1, 1, 1, 1]
+
+
+def test_columns_of_a_filter():
+    """A layer reads filters 1 and 0, something else, and filter 1 again, by kernels of two."""
+    reader = Reader("reader", torch.tensor([1, 0, -1, 1]))
+    conv = nn.Conv2d(4, 3, (1, 2))
+    assert reader.columns(conv, 1).tolist() == [[2, 3]]
+    assert Reader("", torch.tensor([1, 0, -1])).columns(conv, 2).tolist() == [[2, 3], [0, 1]]
+    assert Reader("", torch.tensor([0, 1, 0, 1])).columns(nn.Linear(4, 2), 2).tolist() == [
+        [0, 2],
+        [1, 3],
+    ]
+
+
+def test_what_can_be_fitted():
+    assert can_be_fitted(nn.Linear(2, 2))
+    assert can_be_fitted(nn.Conv2d(4, 4, 1))
+    assert not can_be_fitted(nn.Conv2d(4, 4, 1, groups=2))
+    assert not can_be_fitted(nn.Conv1d(4, 4, 1))
+
+
+def test_few_images_are_looked_at_in_more_places():
+    assert [positions_for(images) for images in (1, 100, 768, 769, 5000)] == [
+        12288,
+        123,
+        16,
+        16,
+        16,
+    ]
+
+
+def test_a_root_gives_no_output_a_weight_of_nothing():
+    fisher = torch.diag(torch.tensor([4.0, 0.0])).double()
+    root = root_of(fisher)
+    assert (root.T @ root).diagonal().tolist() == pytest.approx([4.002, 0.002])
+    assert float(root_of(torch.zeros(2, 2).double()).diagonal().min()) > 0
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "output", "expected"),
+    [
+        (nn.Conv2d(2, 3, 3, stride=2, padding=1), (1, 2, 7, 6), (1, 3, 4, 3), True),
+        (nn.Conv2d(2, 3, 3, stride=2, padding=1), (1, 2, 7, 6), (1, 3, 4, 4), False),
+        (nn.Conv2d(2, 3, (3, 1), dilation=2), (1, 2, 7, 6), (1, 3, 3, 6), True),
+        (nn.Conv2d(2, 3, (3, 1), dilation=2), (1, 2, 7, 6), (1, 3, 5, 6), False),
+        (nn.Conv2d(2, 3, 3, padding="same"), (1, 2, 7, 6), (1, 3, 7, 6), True),
+        (nn.Conv2d(2, 3, 3), (2, 7, 6), (3, 5, 4), False),  # a single image
+        (nn.Conv2d(2, 3, 3, padding="same"), (2, 7, 6), (3, 7, 6), False),
+        (nn.Linear(4, 3), (5, 2, 4), (5, 2, 3), True),
+        (nn.Linear(4, 3), (5, 2, 4), (10, 3), False),
+    ],
+)
+def test_layers_that_pad_by_themselves_are_told(layer, shape, output, expected):
+    assert _has_its_size(layer, torch.zeros(shape), torch.zeros(output)) is expected
+
+
+# -- one pass ---------------------------------------------------------------------------------------
+
+
+class Two(nn.Module):
+    """A convolution, an activation that writes into it, and a head of three classes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.act, self.head = nn.Conv2d(2, 4, 3), nn.ReLU(inplace=True), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(self.act(self.conv(x)).mean((2, 3)))
+
+
+def images(*numbers):
+    generator = torch.Generator().manual_seed(0)
+    return [(torch.randn(n, 2, 5, 4, generator=generator), torch.zeros(n).long()) for n in numbers]
+
+
+def test_a_pass_sees_inputs_outputs_and_gradients():
+    model, data = Two().eval(), images(3, 2)
+    modules = {"conv": model.conv, "head": model.head}
+    seen = see_full(model, modules, data, positions=100, seed=0)
+    x = torch.cat([batch for batch, _ in data])
+    with torch.no_grad():
+        maps = model.conv(x)
+        features = maps.relu().mean((2, 3))
+    unfolded = torch.nn.functional.unfold(x, 3).transpose(1, 2).flatten(0, 1)
+    for name, read, made in (
+        ("conv", unfolded, maps.flatten(2).transpose(1, 2).flatten(0, 1)),
+        ("head", features, model.head(features).detach()),
+    ):
+        rows = torch.cat([read, torch.ones(len(read), 1)], 1)
+        assert seen[name].rows == len(rows)
+        assert seen[name].linear
+        assert torch.allclose(seen[name].moments.float(), rows.T @ rows, atol=1e-4)
+        assert torch.allclose(seen[name].cross.float(), made.T @ rows, atol=1e-4)
+        assert torch.equal(torch.cat(seen[name].made), made)
+        assert [len(part) * 5 for part in seen[name].made] == [3 * len(rows), 2 * len(rows)]
+    # Scores less their mean: each image gives P s s^T P with signs s and P = 1 - 1/3.
+    signs = torch.Generator().manual_seed(0)
+    expected = torch.zeros(3, 3)
+    for batch, _ in data:
+        drawn = torch.randint(0, 2, (len(batch), 3), generator=signs) * 2.0 - 1
+        drawn = drawn - drawn.mean(1, keepdim=True)
+        expected += drawn.T @ drawn
+    assert torch.allclose(seen["head"].fisher.float(), expected, atol=1e-5)
+    assert seen["conv"].fisher.shape == (4, 4)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_gradients_at_a_convolution_are_those_of_its_outputs():
+    """The image's gradient at every position, which ReLU and the mean let through alike."""
+    model, data = Two().eval(), images(3)
+    seen = see_full(model, {"conv": model.conv}, data, positions=2, seed=0)
+    (x, _), signs = data[0], torch.Generator().manual_seed(0)
+    drawn = torch.randint(0, 2, (3, 3), generator=signs) * 2.0 - 1
+    drawn = drawn - drawn.mean(1, keepdim=True)
+    with torch.no_grad():
+        open_ = (model.conv(x) > 0).flatten(2).transpose(1, 2).float()  # (N, P, K)
+        gradients = open_ * (drawn @ model.head.weight / open_.shape[1])[:, None]
+        rows = gradients.flatten(0, 1)
+    assert torch.allclose(seen["conv"].fisher.float(), rows.T @ rows, atol=1e-6)
+    assert seen["conv"].rows == 3 * 2  # of two positions each
+
+
+def test_a_layer_with_a_forward_of_its_own_is_not_linear():
+    class Squares(nn.Conv2d):
+        def forward(self, input):
+            return super().forward(input).square()
+
+    class Pads(nn.Conv2d):
+        def forward(self, input):
+            return super().forward(nn.functional.pad(input, (1, 1, 1, 1)))
+
+    for kind in (Squares, Pads):
+        model, data = Two().eval(), images(3)
+        model.conv = kind(2, 4, 3)
+        seen = see_full(model, {"conv": model.conv, "head": model.head}, data, 4, 0)
+        assert [seen[name].linear for name in ("conv", "head")] == [False, True]
+
+
+def test_a_later_pass_sees_changed_inputs_beside_the_outputs_before():
+    model, data = Two().eval(), images(3, 2)
+    before = see_full(model, {"head": model.head}, data, 4, 0)["head"]
+    with torch.no_grad():
+        model.conv.weight[1] = 0
+        model.head.weight.mul_(-7)
+    runs = ResumedRuns(model, ["conv", "head"], 2)
+    ran = []
+    handle = model.head.register_forward_hook(lambda *_: ran.append(1))
+    seen = see_again(runs, {"head": model.head}, data, {"head": before.made}, 4, 0)["head"]
+    handle.remove()
+    x = torch.cat([batch for batch, _ in data])
+    features = model.conv(x).relu().mean((2, 3)).detach()
+    rows = torch.cat([features, torch.ones(5, 1)], 1)
+    assert torch.allclose(seen.moments.float(), rows.T @ rows, atol=1e-5)
+    assert torch.allclose(seen.cross.float(), torch.cat(before.made).T @ rows, atol=1e-4)
+    assert (seen.rows, seen.made, len(ran)) == (5, [], 2)
+
+
+def test_positions_are_those_of_the_pass_before():
+    """The same seed and batch draw the same positions, or inputs would be beside other outputs."""
+    model, data = Two().eval(), images(3, 2)
+    before = see_full(model, {"conv": model.conv}, data, 2, 5)["conv"]
+    runs = ResumedRuns(model, ["conv", "head"], 2)
+    again = see_again(runs, {"conv": model.conv}, data, {"conv": before.made}, 2, 5)["conv"]
+    assert torch.equal(again.moments, before.moments)
+    assert torch.equal(again.cross, before.cross)
