@@ -536,15 +536,20 @@ class _BatchOfScores:
         """Gradients at every differentiable tensor of all layers, from one backward pass."""
         if self._last is not None and self._last[0] is target:
             return self._last[1]
-        parts = [part for tap in self.taps for share in tap.shares for part in share]
-        leaves = [part.leaf for part in parts if part.leaf is not None]
+        parts = {
+            id(part): part.leaf
+            for tap in self.taps
+            for share in tap.shares
+            for part in share
+            if part.leaf is not None
+        }
         own = own_scores(class_scores(self.output), target, self.num_images).sum()
-        gradients: Sequence[Tensor | None] = [None] * len(leaves)
+        gradients: Sequence[Tensor | None] = [None] * len(parts)
         if own.requires_grad:
-            gradients = torch.autograd.grad(own, leaves, **self.grad_kwargs)
+            gradients = torch.autograd.grad(own, [*parts.values()], **self.grad_kwargs)
         by_part = {
-            id(part): gradient
-            for part, gradient in zip(parts, gradients, strict=True)
+            key: gradient
+            for key, gradient in zip(parts, gradients, strict=True)
             if gradient is not None
         }
         self._last = (target, by_part)

@@ -242,6 +242,7 @@ class LayerFilterAttribution(FilterRule, LayerAttribution):
         layers: Sequence[nn.Module] | None = None,
         grad_kwargs: Keywords | None = None,
         scale: float = 1.0,
+        scores_alone: bool = False,
     ) -> "Iterator[BatchReading]":
         """One forward pass, the model in evaluation mode and left as found."""
         images = tuple(
@@ -249,8 +250,7 @@ class LayerFilterAttribution(FilterRule, LayerAttribution):
             for image in format_tensor_into_tuples(inputs)
         )
         extra = format_additional_forward_args(additional_forward_args) or ()
-        # With no filter left, only scores are read.
-        derivative = self.needs_derivative and scale != 0
+        derivative = self.needs_derivative and not scores_alone
         shared = SharedForward(
             self.forward_func,
             [

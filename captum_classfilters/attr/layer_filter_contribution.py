@@ -192,7 +192,7 @@ class LayerFilterContribution(WeightedFilterAttribution, GradientAttribution):
         run: Callable[..., AbstractContextManager[BatchReading]],
     ) -> Tensor:
         """The target's score (N,) with all filters of a layer removed."""
-        with torch.no_grad(), run(layers=[layer], scale=0.0) as reading:
+        with torch.no_grad(), run(layers=[layer], scale=0.0, scores_alone=True) as reading:
             return self._own_scores(reading, target)
 
 

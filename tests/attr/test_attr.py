@@ -11,6 +11,7 @@ from captum.attr import (
     NoiseTunnel,
 )
 from captum.attr import visualization as viz
+from captum.attr._utils.approximation_methods import SUPPORTED_METHODS
 from captum.metrics import infidelity, infidelity_perturb_func_decorator, sensitivity_max
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -130,6 +131,20 @@ class TestContribution:
             gate.ones(8), target=1, additional_forward_args=x, n_steps=200
         )
         assert torch.allclose(method.filter_scores(integrated), theirs.float(), atol=1e-4)
+
+    @pytest.mark.parametrize("layer", ["stage1", "stage2"])
+    @pytest.mark.parametrize("method", SUPPORTED_METHODS)
+    def test_every_way_to_integrate_is_captums(self, method, layer):
+        """Some begin where all filters are gone, and all need derivatives there."""
+        model, x = deep(), images()
+        ours = LayerFilterContribution(model, layer)
+        path = {"target": 1, "n_steps": 3, "method": method}
+        found = ours.filter_scores(ours.attribute(x, **path))
+        gate = FilterGate(model, layer)
+        theirs = IntegratedGradients(gate).attribute(
+            gate.ones(8), additional_forward_args=x, **path
+        )
+        assert torch.allclose(found, theirs.float(), atol=1e-6)
 
     @pytest.mark.parametrize(
         "change",
@@ -388,6 +403,20 @@ class TestSaliency:
         )
         assert torch.allclose(maps.sum(1, keepdim=True), expected, atol=1e-6)
 
+    def test_maps_are_integrated_as_the_contributions_are(self):
+        model, x, table = deep(), images(), chosen(4, 2)
+        path = {"n_steps": 3, "method": "riemann_left"}
+        maps = ClassFilterSaliency(model, "stage1", table, mode="activation_map").attribute(
+            x, target=1, **path
+        )
+        contribution = LayerFilterContribution(model, "stage1")
+        expected, other = (
+            contribution.attribute(x, target=1, **options)[:, table.filters_of(1)].sum(1)
+            for options in (path, {"n_steps": 3})
+        )
+        assert torch.allclose(maps.sum(1), expected, atol=1e-6)
+        assert not torch.allclose(expected, other, atol=1e-3)
+
     @pytest.mark.parametrize("mode", ["input_gradient", "activation_map"])
     def test_goes_straight_into_captums_tools(self, mode):
         model, x = deep(), images()
@@ -442,3 +471,9 @@ class TestSaliency:
             ClassFilterSaliency(model, "flatten", table, mode="activation_map").attribute(
                 images(), target=0
             )
+
+    def test_rows_have_no_places_for_a_map(self):
+        model = nn.Sequential(nn.Unflatten(1, (2, 3, 4)), *pool_linear())
+        method = ClassFilterSaliency(model, "1", chosen(6, 2), mode="activation_map")
+        with pytest.raises(ValueError, match=r"shape \(2, 24\).*\(1, 2\)\. Use mode='input_grad"):
+            method.attribute(torch.rand(2, 24), target=0)

@@ -49,6 +49,7 @@ def test_weight_chroma_by_hand():
     residual = random - along[:, None] * unit.reshape(1, 3, 1, 1)
     expected = residual.square().sum((1, 2, 3)) / random.square().sum((1, 2, 3))
     assert torch.allclose(weight_chroma(random), expected)
+    assert torch.allclose(weight_chroma(random / 1e6), expected)  # however small they are
     with pytest.raises(ValueError, match=r"\(4, 1, 3, 3\)"):
         weight_chroma(torch.ones(4, 1, 3, 3))
 
@@ -86,6 +87,9 @@ def test_response_chroma_against_a_loop():
     with torch.no_grad():
         model[0].weight[2], model[0].bias[2] = 0.0, -1.0
     assert bool(response_chroma(model, "1", [x], **QUIET)[2].isnan())
+    nine = response_chroma(model, "1", [x], top=9, **QUIET)  # which are the default
+    assert torch.equal(nine.nan_to_num(), response_chroma(model, "1", [x], **QUIET).nan_to_num())
+    assert not torch.equal(nine[3], response_chroma(model, "1", [x], top=10, **QUIET)[3])
 
 
 def test_gray_in_the_original_colors():

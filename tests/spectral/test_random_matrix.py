@@ -258,6 +258,9 @@ class TestSelectRank:
         values = torch.tensor([4.0, 2.0, 1.0, 0.5])
         shape = (4, 16)
         assert select_rank(values, shape, "top_k", k=3) == 3
+        for number in (True, 2.5, 5, -1):
+            with pytest.raises(ValueError, match=rf"k={number} must be a whole number from 0 to 4"):
+                select_rank(values, shape, "top_k", k=number)
         assert select_rank(values, shape, "energy", share=0.75) == 1  # 16 of 21.25 is 0.7529
         assert select_rank(values, shape, "energy", share=0.76) == 2
         assert select_rank(values, shape, "energy", share=1.0) == 4
