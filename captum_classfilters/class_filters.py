@@ -197,9 +197,10 @@ class ClassFilters(Tabular):
                     Default: None
 
     Raises:
-        ValueError: Shapes do not fit, counts are not whole or negative, a class without images has
-                    selected filters, a score of a class with images is NaN or infinite, its p- or
-                    q-value is no probability, or a standard error is negative.
+        ValueError: Something is no Tensor, shapes do not fit, counts are not whole or negative, a
+                    class without images has selected filters, a score of a class with images is NaN
+                    or infinite, its p- or q-value is no probability, or a standard error is
+                    negative.
 
     Examples::
 
@@ -258,22 +259,25 @@ class ClassFilters(Tabular):
         p_values: Tensor | None = None,
         q_values: Tensor | None = None,
     ) -> None:
-        if scores.dim() != 2 or 0 in scores.shape:
-            raise ValueError(f"scores have shape {tuple(scores.shape)}; expected (C, K).")
-        num_classes = scores.shape[0]
-        if selected is None:
-            selected = torch.zeros(scores.shape, dtype=torch.bool)
-        if class_names is None:
-            class_names = [str(index) for index in range(num_classes)]
-        # As files have them: two halves of a character, side by side, are one.
-        class_names = json.loads(json.dumps(_listed(class_names)))
-        layer, method = json.loads(json.dumps([str(layer), str(method)]))
         tables = {
             "selected": selected,
             "standard_errors": standard_errors,
             "p_values": p_values,
             "q_values": q_values,
         }
+        for name, table in {"scores": scores, "counts": counts, **tables}.items():
+            if table is not None and not isinstance(table, Tensor):
+                raise ValueError(f"{name} is a {type(table).__name__}; expected a Tensor.")
+        if scores.dim() != 2 or 0 in scores.shape:
+            raise ValueError(f"scores have shape {tuple(scores.shape)}; expected (C, K).")
+        num_classes = scores.shape[0]
+        if selected is None:
+            tables["selected"] = selected = torch.zeros(scores.shape, dtype=torch.bool)
+        if class_names is None:
+            class_names = [str(index) for index in range(num_classes)]
+        # As files have them: two halves of a character, side by side, are one.
+        class_names = json.loads(json.dumps(_listed(class_names)))
+        layer, method = json.loads(json.dumps([str(layer), str(method)]))
         _check_table(scores, counts, tables, class_names)
         values = {
             "_scores": _own(scores, torch.float64),

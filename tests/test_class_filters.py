@@ -170,6 +170,9 @@ class TestReading:
             ({"class_names": "abc"}, "class_names='abc' is one name; expected a sequence"),
             ({"scores": torch.ones(3)}, "expected .C, K."),
             ({"scores": torch.full((3, 4), float("inf"))}, "NaN or Inf"),
+            ({"scores": SCORES.numpy()}, "scores is a ndarray; expected a Tensor"),
+            ({"counts": [10, 20, 30]}, "counts is a list; expected a Tensor"),
+            ({"selected": ("a", "b", "c")}, "selected is a tuple; expected a Tensor"),
         ],
     )
     def test_bad_tables(self, options, message):

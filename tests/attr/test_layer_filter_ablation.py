@@ -1,5 +1,7 @@
 """Drops of the target's score: explicit formulas, Captum's own ablation, Captum's habits."""
 
+from typing import Any
+
 import pytest
 import torch
 from captum.attr import LayerFeatureAblation, NoiseTunnel
@@ -164,14 +166,53 @@ def test_bad_input():
         LayerFilterAblation(model, "stage1").attribute(images(), perturbations_per_eval=0)
     with pytest.raises(ValueError, match="expected None"):
         LayerFilterAblation(model, "stage1").identify(batches(), metric="f1")  # type: ignore[call-overload]
-    with pytest.raises(ValueError, match=r"mass=0\.9: not an option of a reduction"):
-        LayerFilterAblation(model, "stage1").identify(batches(), metric="accuracy", mass=0.9)  # type: ignore[call-overload]
-    with pytest.raises(ValueError, match="num_classes=5: not an option of a function's reduction"):
-        LayerFilterAblation(model, "stage1").identify(batches(), metric=len, num_classes=5)  # type: ignore[call-overload]
-    with pytest.raises(ValueError, match="perturbations_per_eval=2: not an option of a table"):
-        LayerFilterAblation(model, "stage1").identify(batches(), perturbations_per_eval=2)  # type: ignore[call-overload]
     with pytest.raises(AssertionError, match="target="):  # as everywhere in Captum
         LayerFilterAblation(model, "stage1").attribute(images())
     maps_out = nn.Sequential(nn.Conv2d(2, 3, 1), nn.ReLU()).eval()
     with pytest.raises(AssertionError, match="target="):
         LayerFilterAblation(maps_out, "0").attribute(images())
+
+
+TABLE = {
+    "target": 1,
+    "num_filters": 2,
+    "mass": 0.9,
+    "attribute_kwargs": {"a": 1},
+    "significance": True,
+}
+CLASSES = {"num_classes": 5, "class_names": ["a"], "state_path": "file", "save_every": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("metric", "what", "options"),
+    [
+        ("accuracy", "a reduction", TABLE),
+        (len, "a reduction", TABLE),
+        (len, "a function's reduction", CLASSES),
+        (None, "a table", {"perturbations_per_eval": 2}),
+    ],
+)
+def test_options_that_mean_nothing_for_what_is_asked_are_refused(metric, what, options):
+    ablation: Any = LayerFilterAblation(deep(), "stage1")
+    for name, value in options.items():
+        with pytest.raises(ValueError, match=rf"^{name}=.*: not an option of {what}\.$"):
+            ablation.identify(batches(), metric=metric, **{name: value})
+
+
+def test_options_of_reductions_reach_them():
+    ablation, names = LayerFilterAblation(deep(), "stage1"), ["x", "y", "z", "w"]
+    found, replays = [], []
+    for each in (1, 4):
+        runs: list[int] = []
+        handle = ablation.forward_func.stage2.register_forward_hook(lambda *_, r=runs: r.append(1))
+        found.append(
+            ablation.identify(
+                batches(), metric="accuracy", num_classes=4, class_names=names,
+                perturbations_per_eval=each, show_progress=False,
+            )
+        )  # fmt: skip
+        handle.remove()
+        replays.append(len(runs))
+        assert tuple(found[-1].class_names) == tuple(names)
+    assert torch.equal(found[0].reduction, found[1].reduction)
+    assert replays[0] > replays[1]

@@ -254,6 +254,30 @@ class TestTraining:
             expected = 0.3 * first + regularizer + (second if unit == "joint" else 0)
             assert trainer.step(x, y, gated=True)[0] == pytest.approx(expected.item(), abs=1e-5)
 
+    def test_each_kind_of_step_has_its_optimizer(self):
+        model = deep()
+        gate = ClassSpecificGate(3, 6).attach(model, "stage2")
+        plain = torch.optim.SGD(model.head.parameters(), lr=0.1)
+        gated = torch.optim.SGD([*model.stage1.parameters(), gate.weight], lr=0.1)
+        trainer = GatedTrainer(model, gate, plain, gated_optimizer=gated)
+        x, y = separable()
+        for is_gated, moves in ((False, {"head"}), (True, {"stage1", "gate"})):
+            parts = {
+                "head": model.head,
+                "stage1": model.stage1,
+                "stage2": model.stage2,
+                "gate": gate,
+            }
+            before = {name: copy.deepcopy(part.state_dict()) for name, part in parts.items()}
+            trainer.step(x, y, gated=is_gated)
+            moved = {
+                name
+                for name, part in parts.items()
+                for key, parameter in part.named_parameters()
+                if not torch.equal(parameter, before[name][key])
+            }
+            assert moved == moves
+
     def test_the_gate_is_not_decayed(self):
         model = deep()
         gate = ClassSpecificGate(3, 6).attach(model, "stage2")
@@ -406,6 +430,9 @@ class TestTraining:
             trainer.fit([], epochs=1, **QUIET)
         with pytest.raises(ValueError, match="can be read only once; pass a list"):
             trainer.fit((separable() for _ in range(1)), epochs=2, **QUIET)
+        with pytest.raises(ValueError, match="can be read only once; pass a list"):
+            trainer.fit(loader(), (separable() for _ in range(1)), epochs=2, **QUIET)
+        assert trainer.history == []
         plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
         with pytest.raises(ValueError, match="needs a metric"):
             GatedTrainer(model, gate, optimizer, scheduler=plateau)

@@ -14,6 +14,7 @@ from torch import nn
 from captum_classfilters import (
     ClassFilters,
     DecomposedLinear,
+    LayerFilterContribution,
     LayerFilterFrequency,
     LayerSingularDirection,
     decompose,
@@ -187,6 +188,24 @@ class TestDecompose:
         with pytest.raises(ValueError, match="does not feed"):
             decompose(model, wrong, example_inputs=images())
         assert hooks_of(model) == 0
+
+    @pytest.mark.parametrize("at_input", [False, True])
+    def test_maps_as_large_as_there_are_filters(self, at_input):
+        """Four filters of 4 x 4 positions: which axis has the filters, the layer says."""
+        model = pool_linear(filters=4)
+        layer = "2" if at_input else "1"
+        table = LayerFilterContribution(model, layer).identify(
+            batches(), num_filters=2, attribute_to_layer_input=at_input, **QUIET
+        )
+        told = {key: value for key, value in table.provenance.items() if key != "feeds_head"}
+        table = ClassFilters(table.scores, table.counts, layer=layer, provenance=told).select(
+            2
+        )  # what feeds the head is found anew, on examples
+        expected = copy.deepcopy(model)
+        with torch.no_grad():
+            expected.get_parameter("4.weight").mul_(table.selected)
+        found = decompose(model, table, example_inputs=images())
+        assert torch.allclose(found(images()), expected(images()), atol=1e-6)
 
     def test_directions_are_not_filters(self):
         torch.manual_seed(0)

@@ -127,6 +127,12 @@ class TestPsi:
         assert float(psi(features, labels, 0.5, statistic="median")) == 1.0
         assert float(psi(features, labels, 0.5, statistic="mean")) == pytest.approx(1 - 1 / 12)
 
+    def test_a_class_without_images_has_none(self):
+        features = torch.tensor([[0.3, 0.4, 0.3], [0.0, 9.0, 0.0]])
+        for fraction in ({}, {"fraction": 0.5}):  # which is the default
+            found = psi(features, torch.tensor([0, 2]), num_classes=4, **fraction).tolist()
+            assert found == pytest.approx([2 / 3, math.nan, 1, math.nan], nan_ok=True)
+
     def test_correction_counts_the_filters_needed_and_drops_dead_images(self):
         features = torch.tensor([[0.6, 0.4, 0.0], [0.0, 0.0, 0.0]])
         labels = torch.tensor([0, 1])

@@ -217,6 +217,10 @@ def test_random_scores_are_seeded():
     assert torch.equal(scores[2:5], random_scores(7, 3, seed=2))
     assert all(sorted(row) == list(range(7)) for row in scores.tolist())
     assert len({tuple(row) for row in scores.tolist()}) > 5
+    assert random_scores(1, 2).tolist() == [[0], [0]]
+    for number, repetitions in ((0, 1), (4, 0)):
+        with pytest.raises(ValueError, match=f"repetitions={repetitions}"):
+            random_scores(number, repetitions)
 
 
 def test_bad_input(trained):
@@ -242,8 +246,6 @@ def test_bad_input(trained):
         filter_importance_baselines(model, "stage1", iter(data), **QUIET)
     with pytest.raises(ValueError, match="3 classes"):
         activation_scores(model, "stage1", [(images(2), torch.tensor([0, 3]))], **QUIET)
-    with pytest.raises(ValueError, match="repetitions=0"):
-        random_scores(4, 0)
 
 
 def test_curves_on_an_accelerator_are_those_of_the_cpu(trained):

@@ -244,6 +244,19 @@ def test_null_is_the_permuted_hypergraph():
         assert p == pytest.approx((1 + as_good) / 6)
 
 
+def test_what_is_observed_is_scored_as_the_null_is():
+    scores, labels = separated(images=30)
+    test = separation_test(scores, labels, threshold=0.03, s=13, permutations=3, **QUIET)
+    graph = class_hypergraph(scores, labels, threshold=0.03)
+    expected = separation_scores(graph, s=13)  # more edges than classes share
+    assert test.observed == pytest.approx(expected, nan_ok=True)
+    assert expected["components"] != separation_scores(graph)["components"]
+    row = test.to_pandas().iloc[0]
+    null = test.null[row.iloc[0]]
+    assert row["observed"] == pytest.approx(test.observed[row.iloc[0]])
+    assert (row["null"], row["std"]) == pytest.approx((null.mean(), null.std()), nan_ok=True)
+
+
 def test_null_has_the_size_of_the_observed_hypergraph():
     scores, labels = separated(images=60)
     membership = Membership(scores, "signal_share", None, 0.1, 10, "highest")

@@ -66,6 +66,8 @@ def test_count_quantile_and_at_most():
     mask, weights = influential(scores, count=2)
     assert mask.tolist() == [[True, True, False, False, False], [False] * 5]
     assert weights.sum(1).tolist() == [1.0, 0.0]
+    mask, _ = influential(scores, count=1)
+    assert mask.tolist() == [[True, False, False, False, False], [False] * 5]
     mask, _ = influential(scores, quantile=0.5)
     assert mask[0].tolist() == [True, True, False, True, False]
     mask, _ = influential(scores, quantile=0.0, at_most=3)
