@@ -472,6 +472,21 @@ class TestSaliency:
                 images(), target=0
             )
 
+    def test_a_layer_without_gradients_beside_a_way_that_has_some(self):
+        class Beside(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.conv, self.head = nn.Conv2d(2, 6, 3), nn.Linear(6, 3)
+
+            def forward(self, x):
+                with torch.no_grad():
+                    maps = self.conv(x)
+                return self.head(maps.mean((2, 3))) + x.mean((1, 2, 3))[:, None]
+
+        method = ClassFilterSaliency(Beside(), "conv", chosen(6, 2))
+        with pytest.raises(ValueError, match="No gradient flows from the output through the layer"):
+            method.attribute(images(), target=1)
+
     def test_rows_have_no_places_for_a_map(self):
         model = nn.Sequential(nn.Unflatten(1, (2, 3, 4)), *pool_linear())
         method = ClassFilterSaliency(model, "1", chosen(6, 2), mode="activation_map")

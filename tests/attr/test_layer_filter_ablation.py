@@ -111,6 +111,17 @@ def test_mean_and_resampled_replacement():
         ablation.attribute(x[:1], target=0)
 
 
+class MeanHead(nn.Module):
+    """The head of a network whose maps are (N, H, W, K)."""
+
+    def __init__(self, model: ChannelsLast) -> None:
+        super().__init__()
+        self.head = model.head
+
+    def forward(self, maps):
+        return self.head(maps.mean((1, 2)))
+
+
 def test_channels_last_and_several_inputs():
     twin = pool_linear()
     first = LayerFilterAblation(twin, twin[1]).attribute(images(), target=1)
@@ -118,6 +129,18 @@ def test_channels_last_and_several_inputs():
     method = LayerFilterAblation(other, other.transpose, channel_dim=-1)
     last = method.attribute(images(), target=1)
     torch.testing.assert_close(last.permute(0, 3, 1, 2), first)
+
+    # Where filters lie a layer's own norm says; their means are over all other axes.
+    normed = nn.Sequential(
+        other.conv, other.relu, other.transpose, nn.LayerNorm(6), MeanHead(other)
+    )
+    found = LayerFilterAblation(normed, "3", replacement="mean").attribute(images(), target=1)
+    maps = normed[:4](images()).detach()
+    for place in range(6):
+        without = maps.clone()
+        without[..., place] = maps[..., place].mean()
+        expected = (normed[4](maps) - normed[4](without))[:, 1].detach()
+        torch.testing.assert_close(found[..., place].sum((1, 2)), expected, rtol=1e-4, atol=1e-6)
 
     model, inputs = TwoInputs().eval(), (images(), images(seed=5))
     ablation = LayerFilterAblation(model, model.conv)
