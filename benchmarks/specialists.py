@@ -5,6 +5,7 @@ r"""Smaller networks for pairs of classes: what they keep, what they lose, besid
     python -m benchmarks.specialists --results FILE           # goes on where FILE ends
     python -m benchmarks.specialists --filters-only           # no layers split
     python -m benchmarks.specialists --part latency           # three classes: measured times
+    python -m benchmarks.specialists --part limit             # the least time that choosing filters can reach
     python -m benchmarks.specialists --part photographs       # five classes of ImageNet, two networks
 
 Pairs: the public ResNet-20; filters are chosen and weights fitted on 4,000 training images of a pair, all
@@ -20,7 +21,7 @@ set, enlarged from 64 pixels; 30 images of each to build with, 20 to judge.
 import argparse
 import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -46,7 +47,10 @@ from benchmarks.shared import (
 from captum_classfilters.answers import build_specialist
 from captum_classfilters.answers.specialist import ClassSpecialist
 from captum_classfilters.answers.specialist_builder import recalibrate, tune
-from captum_classfilters.pruning import prunable_layers, prune_filters
+from captum_classfilters.pruning import compare_networks, prunable_layers, prune_filters
+from captum_classfilters.pruning.compare_networks import NetworkComparison
+from captum_classfilters.pruning.fold_batch_norms import fold_batch_norms
+from captum_classfilters.pruning.network_size import UNITS
 from captum_classfilters.pruning.specialize import with_rows
 
 SETTINGS = {0.25: 0, 0.11: 1}  # shares of the parameters, and epochs of training
@@ -64,6 +68,7 @@ def main(given: Sequence[str] | None = None) -> None:
     options.add_argument(
         "--budgets", nargs="+", type=float, choices=SETTINGS, default=[*SETTINGS], help="shares"
     )
+    options.add_argument("--epochs", type=int, help="of training; by default as budgets have them")
     options.add_argument("--filters-only", action="store_true", help="split no layers")
     options.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=[*NETWORKS][:2])
     arguments = parsed(options, given, pairs=1, networks=["small"], budgets=[0.11])
@@ -201,37 +206,72 @@ def torch_pruning(model: nn.Module, least: int, data: Batches) -> nn.Module:
 
 
 def latency_part(arguments: argparse.Namespace) -> None:
-    """A specialist for three classes: measured times."""
+    """A specialist for three classes: measured times, the filters of both networks before or behind
+    the positions in memory."""
     rows = [3, 5, 7]
     train, test = images_of(rows, "train"), images_of(rows, "test")
-    table = Table("layers split", *COLUMNS)
-    for low_rank, budget in itertools.product((False, True), arguments.budgets):
-        epochs = SETTINGS[budget]
+    table = Table("budget of", "layers split", "layout", *COLUMNS)
+    ways = itertools.product(UNITS, (False, True), arguments.budgets)
+    for unit, low_rank, budget in ways:
+        epochs = SETTINGS[budget] if arguments.epochs is None else arguments.epochs
+        model = cifar10.pretrained()
         found = build_specialist(
-            cifar10.pretrained(), rows, train, None if made_up() else test,
-            budget=budget, low_rank=low_rank, epochs=epochs, **QUIET,
+            model, rows, train, None if made_up() else test,
+            budget=budget, unit=unit, low_rank=low_rank, epochs=epochs, **QUIET,
         )  # fmt: skip
-        for row in rows_of(found):
-            table.row("yes" if found.ranks else "no", budget, epochs, *row)
+        images = torch.cat([x for x, _ in test])
+        for layout in (torch.contiguous_format, torch.channels_last):
+            before, after = (each.to(memory_format=layout) for each in (model, found.model))
+            costs = {
+                size: compare_networks(
+                    before,
+                    after,
+                    images[:size].contiguous(memory_format=layout),
+                    repetitions=times,
+                )
+                for size, times in ((1, 30), (64, 10))
+            }
+            for row in rows_of(found, costs):
+                name = "filters last" if layout is torch.channels_last else "filters first"
+                split = "yes" if found.ranks else "no"
+                table.row(unit.replace("_", "-"), split, name, budget, epochs, *row)
+
+
+def limit_part(arguments: argparse.Namespace) -> None:
+    """Times with one filter in each layer that can lose some: no choice of filters is faster."""
+    model, images = cifar10.pretrained(), torch.randn(64, 3, 32, 32)
+    few = images[:2]
+    layers = [layer.name for layer in prunable_layers(model, few, **QUIET).prunable]
+    smaller = prune_filters(model, {name: [0] for name in layers}, few).eval()
+    fold_batch_norms(smaller, (few,))
+    table = Table("one filter in each of", "multiply-adds", "batch", "ms", "after", "ratio")
+    for size, times in ((1, 30), (64, 10)):
+        cost = compare_networks(model, smaller, images[:size], repetitions=times)
+        share = cost.after.multiply_adds / cost.before.multiply_adds
+        seconds = (f"{1000 * each.seconds:.2f}" for each in (cost.before, cost.after))
+        table.row(len(layers), f"{share:.3f}", size, *seconds, f"{cost.speed_up:.2f}")
 
 
 COLUMNS = (
-    "parameters", "epochs", "kept", "full", "specialist", "change, 95 %", "random", "batch", "ms", "after",
-    "ratio",
+    "budget", "epochs", "parameters", "multiply-adds", "full", "specialist", "change, 95 %", "random",
+    "batch", "ms", "after", "ratio",
 )  # fmt: skip
 
 
-def rows_of(found: ClassSpecialist) -> list[list[str | int]]:
+def rows_of(
+    found: ClassSpecialist, costs: Mapping[int, NetworkComparison]
+) -> list[list[str | int]]:
     """Accuracies in per cent, and times, for each size of a batch."""
     shares = [f"{100 * share:.2f}" for share in found.accuracy.tolist()]
     low, high = (100 * found.interval()).tolist()
-    start = [f"{found.parameters_kept:.3f}", *shares[:2], f"{low:+.1f} to {high:+.1f}", shares[2]]
+    kept = f"{found.parameters_kept:.3f}", f"{found.multiply_adds_kept:.3f}"
+    start = [*kept, *shares[:2], f"{low:+.1f} to {high:+.1f}", shares[2]]
     return [
         [
             *start, size, f"{1000 * cost.before.seconds:.2f}", f"{1000 * cost.after.seconds:.2f}",
             f"{cost.speed_up:.2f}",
         ]
-        for size, cost in found.costs.items()
+        for size, cost in costs.items()
     ]  # fmt: skip
 
 
@@ -259,14 +299,14 @@ def photographs_part(arguments: argparse.Namespace) -> None:
     build, judge, rows = photographs()
     table = Table("network", *COLUMNS)
     for name, budget in itertools.product(arguments.networks, arguments.budgets):
-        epochs = SETTINGS[budget]
+        epochs = SETTINGS[budget] if arguments.epochs is None else arguments.epochs
         model, normalize = NETWORKS[name]
         data = [in_batches(normalize(x), y, 25) for x, y in (build, judge)]
         found = build_specialist(
             model(), rows, data[0], data[1], budget=budget, epochs=epochs,
             low_rank=not arguments.filters_only, **QUIET,
         )  # fmt: skip
-        for row in rows_of(found):
+        for row in rows_of(found, found.costs):
             table.row(name, budget, epochs, *row)
     print("classes: " + ", ".join(map(str, rows)))
 
@@ -285,7 +325,12 @@ def photographs() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], list[in
     return (x[build], y[build]), (x[judge], y[judge]), rows.tolist()
 
 
-PARTS = {"pairs": pairs_part, "latency": latency_part, "photographs": photographs_part}
+PARTS = {
+    "pairs": pairs_part,
+    "latency": latency_part,
+    "limit": limit_part,
+    "photographs": photographs_part,
+}
 
 
 if __name__ == "__main__":

@@ -629,10 +629,8 @@ def main(given: Sequence[str] | None = None) -> None:
     members = {member.name: member for member in MEMBERS}
     for name in arguments.members or members:
         member = members[name]
-        measured = known.get(member.name)
-        if measured is None:
-            measured = run(member)
-        elif arguments.passes and "prunable" not in measured:
+        measured: dict[str, Any] = known.get(member.name) or run(member)
+        if arguments.passes and "prunable" not in measured:
             measured = {**measured, **passes_again(member)}
         if measured is not known.get(member.name):
             known.keep(member.name, measured)

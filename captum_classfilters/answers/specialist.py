@@ -19,6 +19,8 @@ from captum_classfilters.class_filters import index_of_class
 from captum_classfilters.heads.linear_head import find_head
 from captum_classfilters.identify.accuracy_reduction import binomial_interval, paired_interval
 from captum_classfilters.pruning.compare_networks import NetworkComparison, compare_networks
+from captum_classfilters.pruning.fold_batch_norms import fold_batch_norms
+from captum_classfilters.pruning.network_size import UNITS, Unit
 from captum_classfilters.pruning.specialize import check_rows, with_rows
 
 
@@ -66,6 +68,12 @@ class ClassSpecialist(Tabular):
         cost = next(iter(self.costs.values()))
         return cost.after.parameters / cost.before.parameters
 
+    @property
+    def multiply_adds_kept(self) -> float:
+        """Multiply-adds of the specialist, for an image, over those of the full network."""
+        cost = next(iter(self.costs.values()))
+        return cost.after.multiply_adds / cost.before.multiply_adds
+
     def interval(self, confidence: float = 0.95) -> Tensor:
         """Tango's interval of what the specialist changes in the accuracy, paired by images.
 
@@ -104,7 +112,7 @@ class ClassSpecialist(Tabular):
             )
         title = (
             f"{self.parameters_kept:.1%} of {cost.before.parameters:,} parameters, "
-            f"{cost.after.multiply_adds / cost.before.multiply_adds:.1%} of the multiply-adds"
+            f"{self.multiply_adds_kept:.1%} of the multiply-adds"
         )
         return [Table(rows, dict.fromkeys(("full", "specialist"), ".4f"), title, notes=notes)]
 
@@ -116,9 +124,11 @@ def build_specialist(
     report_dataloader: Dataloader | None = None,
     *,
     budget: float = 0.25,
+    unit: Unit = "parameters",
     low_rank: bool = True,
     epochs: int = 0,
     learning_rate: float = 2e-3,
+    fold_norms: bool = True,
     head: str | None = None,
     class_names: Sequence[str] | None = None,
     repetitions: int = 1,
@@ -141,9 +151,9 @@ def build_specialist(
     reduced-rank regression with the same costs, until the budget is met; ranks go where they save most
     error for each parameter. At last the head is fitted, and batch normalizations have their statistics
     measured anew if that lowers the cross-entropy on images held back. By the same cross-entropy one of
-    the two networks is chosen. Nothing is trained
-    unless ``epochs`` says so; then :func:`~captum_classfilters.heads.fine_tune` has the full network
-    as its teacher.
+    the two networks is chosen. Nothing is trained unless ``epochs`` says so; then
+    :func:`~captum_classfilters.heads.fine_tune` has the full network as its teacher. Batch normalizations
+    that follow a layer become part of it.
 
     Source: the removal is the optimal brain surgeon's, for filters (Hassibi and Stork, NIPS 1992); the
     refitting one layer after another as in He et al.: *Channel pruning for accelerating very deep
@@ -162,14 +172,20 @@ def build_specialist(
                     of other classes are passed over. A fifth is held back for choices.
         report_dataloader (iterable, optional): Other batches to judge on. By default a fifth of the
                     images is set aside for it.
-        budget (float): Share of the model's parameters that may stay, above 0 and at most 1.
+        budget (float): Share of the model that may stay, above 0 and at most 1.
                     Default: 0.25
+        unit (str): What the budget is a share of: ``"parameters"``, or ``"multiply_adds"`` for an
+                    image where time counts more than size.
+                    Default: "parameters"
         low_rank (bool): Try layers split into two narrower ones, too. Without it only filters go.
                     Default: True
         epochs (int): Epochs of training afterwards.
                     Default: 0
         learning_rate (float): Of this training.
                     Default: 2e-3
+        fold_norms (bool): Fold batch normalizations, in the end, into the layers whose outputs they
+                    read: less to compute for the same outputs. To train on, leave them.
+                    Default: True
         head (str, optional): Dotted name of the head. By default the linear layer that runs last.
         class_names (sequence of str, optional): C names. By default those of the data set.
         repetitions (int): Networks of the same size with random filters to build beside it.
@@ -204,9 +220,11 @@ def build_specialist(
     """
     if not 0 < budget <= 1:
         raise ValueError(
-            f"budget={budget} is no share of the parameters; expected above 0 and at most 1, 0.25 "
+            f"budget={budget} is no share of the model; expected above 0 and at most 1, 0.25 "
             "for a quarter."
         )
+    if unit not in UNITS:
+        raise ValueError(f"unit={unit!r}; choose one of {', '.join(UNITS)}.")
     if epochs < 0 or repetitions < 0:
         raise ValueError(f"epochs={epochs}, repetitions={repetitions}: expected 0 or more.")
     name = head if head is not None else find_head(model)[0]
@@ -229,7 +247,7 @@ def build_specialist(
     example = (fitted[0][0][:4].to(device_of(model)),)
     full = with_rows(model, name, rows)
     check_rows(model, full, rows, example, name)
-    builder = SpecialistBuilder(model, full, name, fitted, held, example, seed, show_progress)
+    builder = SpecialistBuilder(model, full, name, fitted, held, example, unit, seed, show_progress)
     best = builder.best(budget, low_rank)
     smaller = [best]
     for draw in range(repetitions):
@@ -237,6 +255,8 @@ def build_specialist(
         smaller.append(builder.build(best.sizes, chosen, ranks=best.ranks))
     for built in smaller:
         builder.tune(built.model, epochs, learning_rate)
+        if fold_norms:
+            fold_batch_norms(built.model, example)
     networks = [full, *(built.model for built in smaller)]
     hits = torch.stack([hits_of(network, judged) for network in networks])
     labels = torch.cat([y for _, y in judged])

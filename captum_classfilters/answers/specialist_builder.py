@@ -15,8 +15,9 @@ from captum_classfilters._core.outputs import scores_per_class
 from captum_classfilters._core.ranking import random_sets
 from captum_classfilters.answers.class_images import BATCH_SIZE, Images
 from captum_classfilters.heads.fine_tune import Freeze, fine_tune
-from captum_classfilters.pruning.filter_budget import ParameterCount, allocate
+from captum_classfilters.pruning.filter_budget import RemainingSize, allocate
 from captum_classfilters.pruning.least_squares import weighted
+from captum_classfilters.pruning.network_size import NetworkSize, Unit
 from captum_classfilters.pruning.prunable_layers import prunable_layers
 from captum_classfilters.pruning.prune_filters import prune_filters
 from captum_classfilters.pruning.reconstruction import Reconstruction, scores_of
@@ -64,17 +65,19 @@ class SpecialistBuilder:
         fitted (list): Images to fit to ...
         held (list): ... and to choose by.
         example (tuple): Inputs to trace the network with.
+        unit (str): What budgets are shares of.
         seed (int): Of what is drawn.
         show_progress (bool): Show progress bars.
     """
 
     def __init__(
         self, model: nn.Module, full: nn.Module, head: str, fitted: Images, held: Images,
-        example: tuple[Tensor], seed: int, show_progress: bool,
+        example: tuple[Tensor], unit: Unit, seed: int, show_progress: bool,
     ) -> None:  # fmt: skip
         self.full, self.fitted, self.held, self.example = full, fitted, held, example
         self.seed = seed
-        self.total = sum(parameter.numel() for parameter in model.parameters())
+        self.size = NetworkSize(full, example, unit)
+        self.total = self.size.of(model)
         found = prunable_layers(full, example, show_progress=show_progress)
         layers = [layer.name for layer in found.prunable]
         self.some = fitted[: max(1, _MOST_FITTED // BATCH_SIZE)]
@@ -82,23 +85,24 @@ class SpecialistBuilder:
         if not self.network.readers:
             reasons = "; ".join(f"{layer.name}: {layer.reason}" for layer in found if layer.reason)
             raise ValueError(f"No layer of the model can lose filters. {reasons[:300]}")
-        self.count = ParameterCount(full, self.network.graph, self.network.readers)
+        self.count = RemainingSize(full, self.network.graph, self.network.readers, self.size)
 
     def best(self, budget: float, low_rank: bool) -> Built:
         """The network of this size that does best on images held back: by its filters alone, or by
         fewer of them gone and layers split."""
         ones = dict.fromkeys(self.count.widths, 1)
-        least = self._least(ones) if low_rank else self._parameters(ones)
+        least = self._least(ones) if low_rank else self._left(ones)
         if least > budget * self.total:
             share = least / self.total
             raise ValueError(
                 f"budget={budget}: with one filter in each layer that can lose some, "
-                f"{share:.1%} of the parameters are left; give at least {share + 0.0005:.3f}."
+                f"{share:.1%} of the {self.size.unit.replace('_', '-')} are left; give at least "
+                f"{share + 0.0005:.3f}."
             )
         few = self.fitted[: max(1, _FEW // BATCH_SIZE)]
         damage = {name: self.network.damage(name, few) for name in self.network.readers}
         found = []
-        if self._parameters(ones) <= budget * self.total:
+        if self._left(ones) <= budget * self.total:
             found.append(self.build(self._sizes(damage, budget)))
         if low_rank and self.network.splittable:
             share = sqrt(budget)
@@ -110,28 +114,31 @@ class SpecialistBuilder:
         return min(found, key=lambda built: loss_of(built.model, self.held))
 
     def _sizes(self, damage: Mapping[str, Tensor], share: float) -> dict[str, int]:
-        """Filters of each layer with which such a share of the parameters is left."""
+        """Filters of each layer with which such a share of the network is left."""
         return allocate(self.count, damage, share * self.total - self._biases())
 
     def _biases(self) -> int:
-        """Parameters that come with the fits: biases of layers that had none."""
+        """What comes with the fits: biases of layers that had none."""
+        if not self.size.counts_parameters:
+            return 0
         names = {reader.name for readers in self.network.readers.values() for reader in readers}
         modules = [weighted(self.full, name) for name in names]
         return sum(len(module.weight) for module in modules if module.bias is None)
 
-    def _parameters(self, sizes: Mapping[str, int]) -> float:
-        """Parameters that are left, at most."""
+    def _left(self, sizes: Mapping[str, int]) -> float:
+        """What is left, at most."""
         return self.count.total - self.count.saved(sizes) + self._biases()
 
     def _least(self, sizes: Mapping[str, int]) -> float:
-        """Parameters that are left, at most, once all layers are split into layers of rank one."""
-        total = self._parameters(sizes)
+        """What is left, at most, once all layers are split into layers of rank one."""
+        total = self._left(sizes)
         for name in self.network.splittable:
             weight = self.full.get_parameter(f"{name}.weight")
             made, read = self.count.lost(name, sizes)
-            outputs = len(weight) - made
-            inputs = (weight.shape[1] - read) * weight[0, 0].numel()
-            total -= max(0, outputs * inputs - (outputs + inputs + outputs))
+            outputs, inputs = len(weight) - made, weight[0].numel() * (1 - read / weight.shape[1])
+            share = outputs * inputs / weight.numel()
+            whole = share * self.size.of_parameter(name, weight)
+            total -= max(0, whole - sum(self.size.of_split(name, outputs, inputs)))
         return total
 
     def random(self, sizes: dict[str, int], seed: int, name: str) -> Tensor:
@@ -147,13 +154,13 @@ class SpecialistBuilder:
         ranks: Mapping[str, int] | None = None,
     ) -> Built:
         """A network of this size, with the best filters or others; its layers split into layers of
-        some ranks, or until it has so many parameters."""
+        some ranks, or until it is as small as that."""
         network = copied(self.full)
         kept = self.network.without(network, sizes, mask)
         if kept:
             network = prune_filters(network, kept, self.example)
         if most is not None:
-            ranks = self.network.low_rank(network, kept, most)
+            ranks = self.network.low_rank(network, kept, most, self.size)
         if ranks:
             self.network.split(network, kept, ranks)
         again = copied(network)

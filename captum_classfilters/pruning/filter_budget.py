@@ -1,25 +1,29 @@
-"""How many filters each layer keeps, for a number of parameters in all."""
+"""How many filters each layer keeps, for a size of the network."""
 
 from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
 from captum_classfilters._core.filter_graph import FilterGraph
+from captum_classfilters.pruning.network_size import NetworkSize
 
 
-class ParameterCount:
+class RemainingSize:
     r"""
-    The parameters that are left once layers have lost filters.
+    What is left of a network's size once layers have lost filters.
 
     Args:
 
         model (nn.Module): The network.
         graph (FilterGraph): Which of its layers read which.
         layers (iterable of str): The layers that lose filters.
+        size (NetworkSize): What is counted.
     """
 
-    def __init__(self, model: nn.Module, graph: FilterGraph, layers: Iterable[str]) -> None:
-        self.total = sum(parameter.numel() for parameter in model.parameters())
+    def __init__(
+        self, model: nn.Module, graph: FilterGraph, layers: Iterable[str], size: NetworkSize
+    ) -> None:
+        self.size, self.total = size, size.of(model)
         self.widths = {name: graph.num_filters(graph.layer(name)) for name in layers}
         self._touched: dict[str, set[str]] = {}
         self._made: dict[str, dict[str, float]] = {}  # module: layer: values lost with a filter
@@ -34,7 +38,7 @@ class ParameterCount:
         self._modules = {module: model.get_submodule(module) for module in touched}
 
     def saved(self, sizes: Mapping[str, int], layer: str | None = None) -> float:
-        """Parameters saved by keeping so many filters; of the modules that one layer touches only."""
+        """What keeping so many filters saves; in the modules that one layer touches only."""
         modules = self._modules if layer is None else self._touched[layer]
         return sum(self._saved_in(module, sizes) for module in modules)
 
@@ -54,26 +58,26 @@ class ParameterCount:
         module, saved = self._modules[name], 0.0
         transposed = bool(getattr(module, "transposed", False))
         for parameter in module.parameters(recurse=False):
-            first = parameter.shape[0]
+            first, counts = parameter.shape[0], self.size.of_parameter(name, parameter)
             if parameter.dim() == 1 or parameter.shape[1] == 1:  # of a norm, or depthwise
-                saved += parameter.numel() * made / first
+                saved += counts * made / first
                 continue
             out, into = (parameter.shape[1], first) if transposed else (first, parameter.shape[1])
-            saved += parameter.numel() * (1 - (1 - made / out) * (1 - read / into))
+            saved += counts * (1 - (1 - made / out) * (1 - read / into))
         return saved
 
 
-def allocate(count: ParameterCount, damage: Mapping[str, Tensor], most: float) -> dict[str, int]:
+def allocate(count: RemainingSize, damage: Mapping[str, Tensor], most: float) -> dict[str, int]:
     r"""
-    The number of filters of each layer, so that at most so many parameters are left.
+    The number of filters of each layer, so that at most so much is left.
 
-    Again and again some filters go from the layer in which they cost least for each parameter saved.
+    Again and again some filters go from the layer in which they cost least for what they save.
 
     Args:
 
-        count (ParameterCount): Parameters that are left.
+        count (RemainingSize): What is left.
         damage (mapping): For each layer, what it costs that so many of its filters are gone, (K,).
-        most (float): Parameters that may be left.
+        most (float): What may be left.
 
     Returns:
         *dict* from layers to numbers of filters; one in each layer where that is still too many.

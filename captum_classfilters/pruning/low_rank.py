@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_classfilters.pruning.least_squares import Fit, Seen, Weighted, matrix_of
+from captum_classfilters.pruning.network_size import NetworkSize
 
 _ROUNDING = 1e-6  # of the largest eigenvalue, below which there is nothing to save
 
@@ -85,53 +86,46 @@ def replace_module(model: nn.Module, module: nn.Module, other: nn.Module) -> Non
                 setattr(parent, name, other)
 
 
-def sizes_of(module: Weighted) -> tuple[int, int, int]:
-    """Parameters of a layer, of each rank of it once it is split, and of the split layer's bias."""
-    outputs, inputs = len(module.weight), int(module.weight[0].numel())
-    return sum(p.numel() for p in module.parameters()), inputs + outputs, outputs
-
-
-def least_size(module: Weighted) -> int:
-    """Parameters of a layer or, if that is less, of its split into two of rank one."""
-    whole, each, fixed = sizes_of(module)
-    return min(whole, each + fixed)
-
-
-def choose_ranks(layers: Mapping[str, LowRank], most: int) -> dict[str, int]:
+def choose_ranks(layers: Mapping[str, LowRank], most: int, size: NetworkSize) -> dict[str, int]:
     r"""
-    The ranks of layers that together may have so many parameters.
+    The ranks of layers that together may have such a size.
 
-    From one each, the rank is raised where that saves most of the error for each parameter.
+    From one each, the rank is raised where that saves most of the error for what it adds.
 
     Args:
 
         layers (mapping): The layers.
-        most (int): Their parameters, in all.
+        most (int): Their size, in all.
+        size (NetworkSize): What is counted.
 
     Returns:
         *dict* from the layers that are to be split to their ranks; layers that would not become
         smaller are not among them.
     """
-    size, ranks = {}, dict.fromkeys(layers, 1)
+    whole = {name: size.of_layer(name, layer.module) for name, layer in layers.items()}
+    each: dict[str, float] = {}
+    now: dict[str, float] = {}
     gains = []
     for name, layer in layers.items():
-        each = sizes_of(layer.module)[1]
-        size[name] = least_size(layer.module)
+        each[name], fixed = size.of_split(name, *shape_of(layer.module))
+        now[name] = min(whole[name], each[name] + fixed)
         values = layer.values[1:][layer.values[1:] > _ROUNDING * layer.values[0]]
-        gains += [(float(value) / each, name) for value in values]
-    closed = {name for name, layer in layers.items() if size[name] == sizes_of(layer.module)[0]}
-    spare = most - sum(size.values())
+        gains += [(float(value) / each[name], name) for value in values]
+    ranks, spare = dict.fromkeys(layers, 1), most - sum(now.values())
+    closed = {name for name in layers if now[name] == whole[name]}
     for _, name in sorted(gains, key=lambda gain: -gain[0]):
         if name in closed:
             continue
-        whole, each, _ = sizes_of(layers[name].module)
-        step = min(each, whole - size[name])
+        step = min(each[name], whole[name] - now[name])
         if step > spare:
             closed.add(name)
             continue
-        spare, size[name], ranks[name] = spare - step, size[name] + step, ranks[name] + 1
-        if size[name] == whole:
+        spare, now[name], ranks[name] = spare - step, now[name] + step, ranks[name] + 1
+        if now[name] == whole[name]:
             closed.add(name)
-    return {
-        name: rank for name, rank in ranks.items() if size[name] < sizes_of(layers[name].module)[0]
-    }
+    return {name: rank for name, rank in ranks.items() if now[name] < whole[name]}
+
+
+def shape_of(module: Weighted) -> tuple[int, int]:
+    """Outputs of a layer, and numbers that each is made of."""
+    return len(module.weight), int(module.weight[0].numel())

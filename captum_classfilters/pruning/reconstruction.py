@@ -27,7 +27,8 @@ from captum_classfilters.pruning.least_squares import (
     see_full,
     weighted,
 )
-from captum_classfilters.pruning.low_rank import LowRank, choose_ranks, replace_module, sizes_of
+from captum_classfilters.pruning.low_rank import LowRank, choose_ranks, replace_module
+from captum_classfilters.pruning.network_size import NetworkSize
 from captum_classfilters.pruning.resumed_runs import ResumedRuns, can_resume
 
 
@@ -189,13 +190,13 @@ class Reconstruction:
         self._fit_head(runs)
         return kept
 
-    def low_rank(self, model: nn.Module, kept: Mapping[str, Tensor], most: float) -> dict[str, int]:
-        """Ranks of layers of a network without some filters with which it has so many parameters."""
-        runs = self._runs(model, self.data)
-        layers = self._low_rank(runs, kept, self.splittable)
-        total = sum(parameter.numel() for parameter in model.parameters())
-        others = total - sum(sizes_of(layer.module)[0] for layer in layers.values())
-        return choose_ranks(layers, int(most) - others)
+    def low_rank(
+        self, model: nn.Module, kept: Mapping[str, Tensor], most: float, size: NetworkSize
+    ) -> dict[str, int]:
+        """Ranks of layers of a network without some filters with which it is of such a size."""
+        layers = self._low_rank(self._runs(model, self.data), kept, self.splittable)
+        own = sum(size.of_layer(name, layer.module) for name, layer in layers.items())
+        return choose_ranks(layers, int(most) - (size.of(model) - own), size)
 
     def split(self, model: nn.Module, kept: Mapping[str, Tensor], ranks: Mapping[str, int]) -> None:
         """Split layers of a network without some filters, in the order of their runs, each fitted to

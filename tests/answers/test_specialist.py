@@ -11,6 +11,7 @@ from torch import nn
 
 from captum_classfilters.answers import build_specialist
 from captum_classfilters.answers.specialist_builder import recalibrate, tune
+from captum_classfilters.pruning import multiply_adds
 from captum_classfilters.testing import planted_network
 from tests.models import QUIET, deep, layer_at
 
@@ -117,6 +118,63 @@ def test_layers_that_cannot_lose_filters_are_split(tmp_path):
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
     same_in_onnx(result.model, data[0][0][:3], tmp_path / "split.onnx")
+
+
+@pytest.mark.filterwarnings("ignore:The specialist")
+@pytest.mark.parametrize("low_rank", [False, True])
+def test_a_budget_of_multiply_adds(low_rank):
+    """The first layers have most positions, the last one most parameters."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(2, 8, 3), nn.ReLU(), nn.Conv2d(8, 6, 1), nn.ReLU(), nn.MaxPool2d(3),
+        nn.Conv2d(6, 24, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, 4),
+    )  # fmt: skip
+    model, x = balanced(model.eval(), "9"), torch.rand(1, 2, 9, 8)
+    small, fast = (
+        build_specialist(
+            model, [3, 1], labeled(model), budget=0.3, unit=unit, low_rank=low_rank, **QUIET
+        )
+        for unit in ("parameters", "multiply_adds")
+    )
+    kept = multiply_adds(fast.model, x) / multiply_adds(model, x)
+    assert fast.multiply_adds_kept == pytest.approx(kept)
+    assert 0.2 < kept <= 0.3 < 0.8 < small.multiply_adds_kept
+    assert small.parameters_kept <= 0.3
+    assert f"{kept:.1%} of the multiply-adds" in str(fast)
+
+
+def test_the_least_budget_of_multiply_adds_that_the_error_names_works():
+    model = balanced(doubled())
+    options: dict[str, Any] = {"unit": "multiply_adds", **QUIET}
+    with pytest.raises(
+        ValueError, match=r"of the multiply-adds are left; give at least 0\."
+    ) as said:
+        build_specialist(model, [3, 1], labeled(model), budget=0.01, **options)
+    least = float(str(said.value).split()[-1].rstrip("."))
+    with pytest.warns(UserWarning, match="near the"):
+        found = build_specialist(model, [3, 1], labeled(model), budget=least, **options)
+    assert found.multiply_adds_kept <= least
+    with pytest.raises(ValueError, match="unit='seconds'; choose one of parameters, multiply_adds"):
+        build_specialist(model, [3, 1], labeled(model), unit="seconds", **QUIET)  # type: ignore[arg-type]
+
+
+def test_normalizations_are_folded_at_last():
+    model, data = balanced(doubled()), labeled(balanced(doubled()))
+    folded, plain = (
+        build_specialist(model, [3, 1], data, budget=0.5, fold_norms=fold, **QUIET)
+        for fold in (True, False)
+    )
+    kinds = [
+        {type(module) for module in result.model.modules()} & {nn.BatchNorm2d, nn.Identity}
+        for result in (folded, plain)
+    ]
+    assert kinds == [{nn.Identity}, {nn.BatchNorm2d}]
+    assert torch.equal(folded.right, plain.right)
+    x = data[0][0]
+    with torch.no_grad():
+        assert torch.allclose(folded.model(x), plain.model(x), atol=1e-5)
+    assert folded.parameters_kept < plain.parameters_kept
+    assert isinstance(model[3], nn.BatchNorm2d)
 
 
 def test_numbers_are_those_of_the_networks():

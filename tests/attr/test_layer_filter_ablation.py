@@ -223,11 +223,12 @@ def test_options_that_mean_nothing_for_what_is_asked_are_refused(metric, what, o
 
 
 def test_options_of_reductions_reach_them():
-    ablation, names = LayerFilterAblation(deep(), "stage1"), ["x", "y", "z", "w"]
+    model, names = deep(), ["x", "y", "z", "w"]
+    ablation = LayerFilterAblation(model, "stage1")
     found, replays = [], []
     for each in (1, 4):
         runs: list[int] = []
-        handle = ablation.forward_func.stage2.register_forward_hook(lambda *_, r=runs: r.append(1))
+        handle = model.stage2.register_forward_hook(lambda *_, r=runs: r.append(1))
         found.append(
             ablation.identify(
                 batches(), metric="accuracy", num_classes=4, class_names=names,

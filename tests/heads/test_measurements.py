@@ -129,8 +129,9 @@ class TestPsi:
 
     def test_a_class_without_images_has_none(self):
         features = torch.tensor([[0.3, 0.4, 0.3], [0.0, 9.0, 0.0]])
-        for fraction in ({}, {"fraction": 0.5}):  # which is the default
-            found = psi(features, torch.tensor([0, 2]), num_classes=4, **fraction).tolist()
+        labels = torch.tensor([0, 2])
+        for fraction in ((), (0.5,)):  # which is the default
+            found = psi(features, labels, *fraction, num_classes=4).tolist()
             assert found == pytest.approx([2 / 3, math.nan, 1, math.nan], nan_ok=True)
 
     def test_correction_counts_the_filters_needed_and_drops_dead_images(self):

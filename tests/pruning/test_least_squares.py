@@ -8,6 +8,7 @@ from captum_classfilters.pruning.least_squares import (
     Fit,
     Reader,
     Seen,
+    Weighted,
     _has_its_size,
     _patches,
     _positions,
@@ -260,7 +261,7 @@ def images(*numbers):
 
 def test_a_pass_sees_inputs_outputs_and_gradients():
     model, data = Two().eval(), images(3, 2)
-    modules = {"conv": model.conv, "head": model.head}
+    modules: dict[str, Weighted] = {"conv": model.conv, "head": model.head}
     seen = see_full(model, modules, data, positions=100, seed=0)
     x = torch.cat([batch for batch, _ in data])
     with torch.no_grad():

@@ -9,9 +9,12 @@ from captum_classfilters.pruning.low_rank import (
     LowRank,
     choose_ranks,
     replace_module,
-    sizes_of,
+    shape_of,
     split_layer,
 )
+from captum_classfilters.pruning.network_size import UNITS, NetworkSize
+
+PARAMETERS = NetworkSize(nn.Sequential())
 
 
 def seen_of(layer: nn.Linear, read: Tensor) -> Seen:
@@ -78,9 +81,11 @@ def test_halves_of_full_rank_do_what_the_layer_did(layer, size):
     assert torch.allclose(both(x), layer(x), atol=1e-5)
     assert not both.training
     assert not any(parameter.requires_grad for parameter in both.parameters())
-    whole, each, fixed = sizes_of(layer)
-    assert whole == sum(parameter.numel() for parameter in layer.parameters())
-    assert sum(p.numel() for p in both.parameters()) == each * len(weight) + fixed
+    for unit in UNITS:
+        size = NetworkSize(nn.Sequential(layer), (x,), unit)
+        each, fixed = size.of_split("0", *shape_of(layer))
+        assert size.of_layer("0", layer) == size.of(layer)
+        assert size.of(both) == each * len(weight) + fixed
 
 
 def with_values(outputs: int, inputs: int, values: list[float]) -> LowRank:
@@ -98,18 +103,36 @@ def test_ranks_go_where_they_save_most_for_each_parameter():
         "second": with_values(12, 20, [9, 7, 5, *[0.1] * 9]),  # whole: 252
     }
     least = 16 + 6 + 32 + 12
-    assert choose_ranks(layers, least) == {"first": 1, "second": 1}
-    assert choose_ranks(layers, 0) == {"first": 1, "second": 1}
-    assert choose_ranks(layers, least + 16) == {"first": 2, "second": 1}
+    assert choose_ranks(layers, least, PARAMETERS) == {"first": 1, "second": 1}
+    assert choose_ranks(layers, 0, PARAMETERS) == {"first": 1, "second": 1}
+    assert choose_ranks(layers, least + 16, PARAMETERS) == {"first": 2, "second": 1}
     # 4 / 16, then 7 / 32 before 3 / 16
-    assert choose_ranks(layers, least + 16 + 32) == {"first": 2, "second": 2}
+    assert choose_ranks(layers, least + 16 + 32, PARAMETERS) == {"first": 2, "second": 2}
     # Where the next one has no room, those of the other layer may have.
-    assert choose_ranks(layers, least + 16 + 27) == {"first": 3, "second": 1}
+    assert choose_ranks(layers, least + 16 + 27, PARAMETERS) == {"first": 3, "second": 1}
     # At rank 4 the first layer would have 70 of its 66 parameters: it stays whole.
-    assert choose_ranks(layers, 66 + 32 * 3 + 12) == {"second": 3}
-    assert choose_ranks(layers, 66 + 252) == {}
+    assert choose_ranks(layers, 66 + 32 * 3 + 12, PARAMETERS) == {"second": 3}
+    assert choose_ranks(layers, 66 + 252, PARAMETERS) == {}
     layers["second"].values[3:] = 1e-7  # is rounding, and nothing to spend parameters on
-    assert choose_ranks(layers, 66 + 252) == {"second": 3}
+    assert choose_ranks(layers, 66 + 252, PARAMETERS) == {"second": 3}
+
+
+def test_where_multiply_adds_count_positions_do():
+    """A rank of the first layer has 16 weights at one position, one of the second 32 at three."""
+    layers = {
+        "first": with_values(6, 10, [9, 4, 3, 2, 1, 1]),
+        "second": with_values(12, 20, [9, 7, 5, *[0.1] * 9]),
+    }
+    model = nn.ModuleDict({name: layer.module for name, layer in layers.items()})
+    model.forward = lambda x: (model["first"](x[:, 0, :10]), model["second"](x))
+    size = NetworkSize(model, (torch.rand(2, 3, 20),), "multiply_adds")
+    assert [size.of_layer(name, layer.module) for name, layer in layers.items()] == [60, 720]
+    least = 16 + 96
+    assert choose_ranks(layers, least, size) == {"first": 1, "second": 1}
+    # 4 / 16, 3 / 16 and 2 / 16 before 7 / 96; the first is whole before its fourth rank.
+    assert choose_ranks(layers, least + 31, size) == {"first": 2, "second": 1}
+    assert choose_ranks(layers, least + 32, size) == {"first": 3, "second": 1}
+    assert choose_ranks(layers, 60 + 192, size) == {"second": 2}
 
 
 def test_a_layer_that_is_there_twice_is_replaced_twice():

@@ -14,7 +14,7 @@ from captum_classfilters.pruning.resumed_runs import ResumedRuns, can_resume
 ORDER = ["stem.0", "body.0.first", "body.0.second", "body.1.first", "body.1.second", "head"]
 
 
-RUNS = Counter()  # of each convolution; what a module itself keeps is put back
+RUNS: Counter[nn.Module] = Counter()  # of each convolution; what a module itself keeps is put back
 
 
 class Conv(nn.Conv2d):
@@ -65,8 +65,8 @@ def counted(model):
     return {name: count for name, module in modules if (count := RUNS.pop(module, 0))}
 
 
-def runs_of(model):
-    return ResumedRuns(model, ORDER, 2)
+def runs_of(model, order=ORDER):
+    return ResumedRuns(model, order, 2)
 
 
 @torch.no_grad()
@@ -166,7 +166,7 @@ class HandsOn(nn.Module):
 @torch.no_grad()
 def test_what_modules_store_for_later_ones_is_that_of_the_same_batch():
     model, data, order = HandsOn().eval(), batches(), ["first", "second", "head"]
-    runs = ResumedRuns(model, order, 2)
+    runs = runs_of(model, order)
     for name in order:
         for number, x in enumerate(data):
             assert torch.equal(runs.run(number, (x,), name), model(x)), (name, number)
