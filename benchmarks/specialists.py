@@ -214,7 +214,7 @@ def latency_part(arguments: argparse.Namespace) -> None:
     ways = itertools.product(UNITS, (False, True), arguments.budgets)
     for unit, low_rank, budget in ways:
         epochs = SETTINGS[budget] if arguments.epochs is None else arguments.epochs
-        model = cifar10.pretrained()
+        model = small() if made_up() else cifar10.pretrained()
         found = build_specialist(
             model, rows, train, None if made_up() else test,
             budget=budget, unit=unit, low_rank=low_rank, epochs=epochs, **QUIET,
@@ -239,7 +239,7 @@ def latency_part(arguments: argparse.Namespace) -> None:
 
 def limit_part(arguments: argparse.Namespace) -> None:
     """Times with one filter in each layer that can lose some: no choice of filters is faster."""
-    model, images = cifar10.pretrained(), torch.randn(64, 3, 32, 32)
+    model, images = small() if made_up() else cifar10.pretrained(), torch.randn(64, 3, 32, 32)
     few = images[:2]
     layers = [layer.name for layer in prunable_layers(model, few, **QUIET).prunable]
     smaller = prune_filters(model, {name: [0] for name in layers}, few).eval()
@@ -282,8 +282,8 @@ def small() -> nn.Module:
     """A random network, for a small run."""
     torch.manual_seed(0)
     return nn.Sequential(
-        nn.Conv2d(3, 8, 3, stride=4), nn.ReLU(), nn.Conv2d(8, 6, 3, stride=4), nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 10),
+        nn.Conv2d(3, 16, 3, stride=4), nn.ReLU(), nn.Conv2d(16, 12, 3, stride=4), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 10),
     ).eval()  # fmt: skip
 
 
