@@ -230,6 +230,22 @@ SCHEDULERS: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
 }
 
 
+def test_a_gate_called_by_itself_gates_maps():
+    gate = ClassSpecificGate(2, 3)
+    with torch.no_grad():
+        gate.weight.copy_(torch.tensor([[1.0, 0.5, 0.0], [0.25, 1.0, 1.0]]))
+    maps, labels = torch.rand(3, 3, 2, 4), torch.tensor([1, 0, 1])
+    expected = maps * gate.weight[labels][:, :, None, None]
+    assert torch.equal(gate(maps, labels), expected)
+    last = maps.movedim(1, -1)
+    assert torch.equal(gate(last, labels, channel_dim=-1), expected.movedim(1, -1))
+    assert torch.equal(gate(last, labels, layer=nn.LayerNorm(3)), expected.movedim(1, -1))
+    rows = maps[:, :, 0, 0].bfloat16()
+    assert gate(rows, labels).dtype == torch.bfloat16
+    with pytest.raises(ValueError, match=r"\(3, 3, 2, 4\) for 2 labels.*expected \(2, 3, \.\.\.\)"):
+        gate(maps, labels[:2])
+
+
 class TestTraining:
     def test_learns_and_keeps_the_gate_feasible(self):
         model = deep()
