@@ -274,7 +274,8 @@ class ClassSpecificGate(nn.Module):
         The sparsity term R(G).
 
         - ``"hinge"``: :math:`d(\max(0, \lVert G \rVert_1 - g))` with *g* = ``limit``, K by default
-          (one class for each filter); *d* the identity, the square, or its smooth mixture.
+          (one class for each filter; the released code for VOC has 0.2 C K); *d* the identity, the
+          square, or its smooth mixture.
         - ``"l1"``: :math:`\lVert G \rVert_1`.
         - ``"column_limit"``: :math:`\sum_k \max(0, \lVert G_{\cdot k} \rVert_1 - g)`, *g* =
           ``limit``, 0.3 C by default.
