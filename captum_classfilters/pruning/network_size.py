@@ -3,6 +3,7 @@
 from typing import Literal
 
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from captum_classfilters._core.taps import hooked
 from captum_classfilters._core.types import ModelInputs
@@ -61,18 +62,17 @@ class NetworkSize:
 
 
 def _positions(model: nn.Module, inputs: ModelInputs) -> dict[str, int]:
-    """At how many positions of an image each module with a weight multiplies it, all runs together."""
-    weighted = {
-        module: name
-        for name, module in model.named_modules()
-        if isinstance(getattr(module, "weight", None), Tensor)
+    """At how many positions of an image each convolution or linear layer runs, all runs together."""
+    named = model.named_modules()
+    layers: dict[nn.Module, str] = {
+        module: name for name, module in named if isinstance(module, (nn.Linear, _ConvNd))
     }
-    found = dict.fromkeys(weighted.values(), 0)
+    found = dict.fromkeys(layers.values(), 0)
 
     def hook(module: nn.Module, _read: ModelInputs, output: Tensor) -> None:
-        outputs = len(output) * getattr(module, "out_channels", output.shape[-1])
-        found[weighted[module]] += output.numel() // outputs
+        filters = output.shape[-1] if isinstance(module, nn.Linear) else output.shape[1]
+        found[layers[module]] += output.numel() // (len(output) * filters)
 
-    with hooked(weighted, hook):
+    with hooked(layers, hook):
         model(*inputs)
     return found
