@@ -2,7 +2,8 @@ r"""A ResNet-20 trained from scratch on CIFAR-10: plainly, with a class-specific
 
     python -m benchmarks.gate_from_scratch                       # on a GPU
     python -m benchmarks.gate_from_scratch --device cpu --trainings plain "every third epoch gated"
-    python -m benchmarks.gate_from_scratch --results gate.jsonl  # goes on where the file ends
+    python -m benchmarks.gate_from_scratch --device cpu --threads 1 --epochs 45 --train-images 13000 \
+        --results benchmarks/gate_from_scratch.jsonl             # goes on where the file ends
 
 20,000 training images, flipped and shifted anew in each epoch, 60 epochs of SGD (.1, cosine, Nesterov
 momentum), batches of 128, 10,000 test images; each training with each seed.
