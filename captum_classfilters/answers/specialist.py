@@ -245,7 +245,7 @@ def build_specialist(
         fitted, held = split(model, dataloader, (0.8, 0.2))
         (judged,) = split(model, report_dataloader, (1.0,))
     example = (fitted[0][0][:4].to(device_of(model)),)
-    full = with_rows(model, name, rows)
+    full = with_rows(model, name, rows).eval()
     check_rows(model, full, rows, example, name)
     builder = SpecialistBuilder(model, full, name, fitted, held, example, unit, seed, show_progress)
     best = builder.best(budget, low_rank)
@@ -257,6 +257,7 @@ def build_specialist(
         builder.tune(built.model, epochs, learning_rate)
         if fold_norms:
             fold_batch_norms(built.model, example)
+    best.model.train(model.training)
     networks = [full, *(built.model for built in smaller)]
     hits = torch.stack([hits_of(network, judged) for network in networks])
     labels = torch.cat([y for _, y in judged])

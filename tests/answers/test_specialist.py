@@ -177,6 +177,23 @@ def test_normalizations_are_folded_at_last():
     assert isinstance(model[3], nn.BatchNorm2d)
 
 
+def test_a_model_in_training_mode_gives_the_same_specialist():
+    """Its normalizations keep their statistics, and its dropout is silent meanwhile."""
+    model = balanced(doubled())
+    model.insert(7, nn.Dropout(0.5))
+    data, options = labeled(model), {"budget": 0.4, **QUIET}
+    expected = build_specialist(model, [3, 1], data, **options)
+    before = copy.deepcopy(model.state_dict())
+    found = build_specialist(model.train(), [3, 1], data, **options)
+    assert (expected.model.training, found.model.training) == (False, True)
+    assert torch.equal(found.right, expected.right)
+    for key, value in expected.model.state_dict().items():
+        assert torch.equal(found.model.state_dict()[key], value), key
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key]), key
+    assert all(module.training for module in model.modules())
+
+
 def test_numbers_are_those_of_the_networks():
     planted = planted_network()
     data, other = planted.loader(200), planted.loader(100, seed=1)
