@@ -73,8 +73,8 @@ def orthogonality(model: nn.Module, strength: float) -> Callable[[Tensor, Tensor
 def trained(training: str, seed: int, settings: argparse.Namespace) -> list[float]:
     """Accuracy, score, density, recall of a masked class, what the others lose, and minutes."""
     make_up(settings.small)  # this is a process of its own
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
+    if settings.threads is not None or settings.processes > 1:
+        torch.set_num_threads(settings.threads or 1)
     torch.manual_seed(seed)
     device = torch.device(settings.device)
     x, y = (t.to(device) for t in cifar10.images("train", settings.train_images))
@@ -157,7 +157,7 @@ def main(given: Sequence[str] | None = None) -> None:
     known.add_argument("--train-images", type=int, default=20000)
     known.add_argument("--test-images", type=int, default=10000)
     known.add_argument("--processes", type=int, default=1)
-    known.add_argument("--threads", type=int, help="of each process")
+    known.add_argument("--threads", type=int, help="of each process; of several, one by default")
     known.add_argument("--results", type=Path, help="a file of results to go on with")
     known.add_argument("--trainings", nargs="+", choices=TRAININGS, default=TRAININGS)
     sizes = {

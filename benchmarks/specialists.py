@@ -68,7 +68,7 @@ def main(given: Sequence[str] | None = None) -> None:
     options.add_argument(
         "--budgets", nargs="+", type=float, choices=SETTINGS, default=[*SETTINGS], help="shares"
     )
-    options.add_argument("--epochs", type=int, help="of training; by default as budgets have them")
+    options.add_argument("--epochs", type=int, help="of training, but for pairs")
     options.add_argument("--filters-only", action="store_true", help="split no layers")
     options.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=[*NETWORKS][:2])
     arguments = parsed(options, given, pairs=1, networks=["small"], budgets=[0.11])

@@ -45,9 +45,8 @@ def fold_batch_norms(model: nn.Module, inputs: ModelInputs) -> int:
 
 def _pairs(model: nn.Module, inputs: ModelInputs) -> list[tuple[nn.Module, nn.Module]]:
     """Layers and the normalizations that read just what they made, each of which runs once."""
-    made: dict[
-        int, tuple[nn.Module, Tensor]
-    ] = {}  # tensors are held, or others would get their places
+    # Tensors are held, or others would get their places in memory, and with these their ids.
+    made: dict[int, tuple[nn.Module, Tensor]] = {}
     pairs: list[tuple[nn.Module, nn.Module]] = []
     ran: list[nn.Module] = []
 
@@ -74,7 +73,7 @@ def _folded(
     fused = fuse(layer, norm)
     layer.weight, layer.bias = fused.weight, fused.bias
     replace_module(model, norm, identity)
-    try:
+    try:  # a model may read of its normalization what an identity does not have
         if bool(alike(scores_per_class(model(*inputs)), expected)):
             return True
     except Exception:

@@ -198,9 +198,8 @@ class TestDecompose:
             batches(), num_filters=2, attribute_to_layer_input=at_input, **QUIET
         )
         told = {key: value for key, value in table.provenance.items() if key != "feeds_head"}
-        table = ClassFilters(table.scores, table.counts, layer=layer, provenance=told).select(
-            2
-        )  # what feeds the head is found anew, on examples
+        # What feeds the head is found anew, on examples.
+        table = ClassFilters(table.scores, table.counts, layer=layer, provenance=told).select(2)
         expected = copy.deepcopy(model)
         with torch.no_grad():
             expected.get_parameter("4.weight").mul_(table.selected)

@@ -135,9 +135,7 @@ class Size(nn.Module):
 
     def __init__(self, elsewhere=None) -> None:
         super().__init__()
-        self.elsewhere = [
-            elsewhere
-        ]  # no attribute of its own: a list is looked into, its items are not
+        self.elsewhere = [elsewhere]  # lists are looked into, dictionaries in them are not
 
     def forward(self, x):
         self.size = x.abs().mean((1, 2, 3), keepdim=True)
