@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TypeGuard
 
 import torch
@@ -19,6 +20,7 @@ from captum_classfilters.pruning.resumed_runs import ResumedRuns
 _POSITIONS = 16  # of each image at which a convolution is looked at, and more ...
 _ROWS = 12_288  # ... where images are too few for so many rows
 _RIDGE = 1e-4  # of the mean second moment, so that inputs that are always zero do no harm
+_MOST_READ = 6_144  # numbers that a fitted layer reads: squares of them are held, and inverted
 _AT_ONCE = 32  # one in so many of the filters that are left goes in a step
 
 
@@ -26,8 +28,12 @@ Weighted = nn.Linear | nn.Conv2d
 
 
 def can_be_fitted(module: nn.Module) -> TypeGuard[Weighted]:
-    """Whether a layer's outputs are one matrix times what it reads at each position."""
-    return isinstance(module, nn.Linear | nn.Conv2d) and getattr(module, "groups", 1) == 1
+    """Whether a layer's outputs are one matrix, not too large, times what it reads at each position."""
+    return (
+        isinstance(module, nn.Linear | nn.Conv2d)
+        and getattr(module, "groups", 1) == 1
+        and module.weight[0].numel() <= _MOST_READ
+    )
 
 
 def weighted(model: nn.Module, name: str) -> Weighted:
@@ -291,31 +297,67 @@ class Fit:
         root: Tensor | None = None,
         columns: Tensor | None = None,
     ) -> None:
-        moments = seen.moments / seen.rows
-        ridge = _RIDGE * moments.diagonal()[:-1].mean().clamp(min=1e-12)
-        self.inverse = torch.linalg.inv(moments + ridge * torch.eye(len(moments)).to(moments))
-        self.matrix = (seen.cross / seen.rows + ridge * matrix) @ self.inverse
+        moments, size = seen.moments / seen.rows, len(seen.moments)
+        ridge = _RIDGE * float(moments.diagonal()[:-1].mean().clamp(min=1e-12))
+        self._factor, ridge = _cholesky(moments, ridge)
+        weight = torch.cholesky_solve((seen.cross / seen.rows + ridge * matrix).T, self._factor).T
         nothing = torch.zeros(0, 0, dtype=torch.int64)
-        self.root = torch.eye(len(matrix)).to(matrix) if root is None else root
         self.columns = nothing if columns is None else columns
+        self._weights = torch.stack([weight, weight if root is None else root @ weight])
+        # The columns that are left lie first, in this order, and where each of them lies.
+        self._left, self._places = torch.arange(size), torch.arange(size)
+
+    @cached_property
+    def _inverse(self) -> Tensor:
+        """The inverse of the moments of what is left, in its first rows and columns."""
+        return torch.cholesky_inverse(self._factor)
+
+    @property
+    def matrix(self) -> Tensor:
+        """The layer's matrix (C, D + 1), zero where columns are gone."""
+        whole = self._weights.new_zeros(self._weights.shape[1], len(self._places))
+        whole[:, self._left] = self._weights[0, :, : len(self._left)]
+        return whole
 
     def costs(self, left: Tensor) -> Tensor:
         """What removing each of some filters adds to the error, the others making up for it."""
-        columns = self.columns[left]
-        blocks = self.inverse[columns[:, :, None], columns[:, None, :]]
-        weights = (self.root @ self.matrix)[:, columns].transpose(0, 1)  # (left, C, size)
+        columns = self._places[self.columns[left]]
+        blocks = self._inverse[columns[:, :, None], columns[:, None, :]]
+        weights = self._weights[1][:, columns].transpose(0, 1)  # (left, C, size)
         return (torch.linalg.solve(blocks, weights, left=False) * weights).sum((1, 2))
 
     def remove(self, filters: Tensor) -> None:
-        """Take filters out; the other weights make up for them."""
-        columns = self.columns[filters].flatten()
-        change = torch.linalg.solve(self.inverse[columns[:, None], columns], self.inverse[columns])
-        self.matrix = self.matrix - self.matrix[:, columns] @ change
-        self.inverse = self.inverse - self.inverse[:, columns] @ change
-        self.matrix[:, columns] = 0
-        self.inverse[columns] = 0
-        self.inverse[:, columns] = 0
-        self.inverse[columns, columns] = 1
+        """Take filters out; the other weights make up for them.
+
+        The last of the columns that stay take the places of those that go, so that less and less is
+        left to compute.
+        """
+        number = len(self._left)
+        gone = self._places[self.columns[filters].flatten()]
+        inverse, weights = self._inverse[:number, :number], self._weights[:, :, :number]
+        rows, old = inverse[gone], weights[:, :, gone]
+        change = torch.linalg.solve(rows[:, gone], rows)
+        fewer = number - len(gone)
+        stays = torch.ones(number, dtype=torch.bool)
+        stays[gone] = False
+        holes, tail = (~stays[:fewer]).nonzero()[:, 0], fewer + stays[fewer:].nonzero()[:, 0]
+        inverse[holes] = inverse[tail]
+        for part in (inverse, weights, rows, change, self._left):
+            part[..., holes] = part[..., tail]
+        self._left = self._left[:fewer]
+        self._places[self._left[holes]] = holes
+        inverse[:fewer, :fewer].addmm_(rows[:, :fewer].T, change[:, :fewer], alpha=-1)
+        weights[:, :, :fewer] -= old @ change[:, :fewer]
+
+
+def _cholesky(moments: Tensor, ridge: float) -> tuple[Tensor, float]:
+    """A Cholesky factor, with as much of a ridge as rounding makes necessary."""
+    for power in range(8):
+        whole = moments + ridge * 10**power * torch.eye(len(moments)).to(moments)
+        factor, failed = torch.linalg.cholesky_ex(whole)
+        if not failed:
+            return factor, ridge * 10**power
+    raise ValueError("What the model's layers make of the images is too large, or not a number.")
 
 
 def root_of(fisher: Tensor) -> Tensor:

@@ -86,7 +86,7 @@ class Reconstruction:
             for name, readers in self.readers.items()
             if readers and linear.issuperset(reader.name for reader in readers)
         }
-        self.roots = {name: root_of(seen.fisher) for name, seen in self.seen.items()}
+        self.roots = {name: root_of(self.seen[name].fisher) for name in linear}
         # Mirrored, they are other images of the same shape.
         pair = tuple(part[:2] for part in example_inputs)
         self.resumes = can_resume(model, order, pair, [part.flip(-1) for part in pair])

@@ -11,7 +11,7 @@ from torch import nn
 
 from captum_classfilters.answers import build_specialist
 from captum_classfilters.answers.specialist_builder import recalibrate, tune
-from captum_classfilters.pruning import multiply_adds
+from captum_classfilters.pruning import least_squares, multiply_adds
 from captum_classfilters.testing import planted_network
 from tests.models import QUIET, deep, layer_at
 
@@ -95,6 +95,49 @@ class Residual(nn.Module):
         x = F.relu(self.stem(x))
         x = F.relu(x + self.second(F.relu(self.first(x))))
         return self.head(x.mean((2, 3)))
+
+
+class SelfPadding(nn.Conv2d):
+    """Pads by itself, more on one side, as EfficientNets taken over from TensorFlow do."""
+
+    def forward(self, input):
+        return super().forward(F.pad(input, (0, 1, 0, 1)))
+
+
+def test_a_layer_that_pads_by_itself_is_left_whole():
+    """It is no matrix times what it reads; what it reads keeps its filters, what it makes may go."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(2, 6, 3), nn.ReLU(), SelfPadding(6, 8, 2), nn.ReLU(), nn.Conv2d(8, 5, 3),
+        nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 4),
+    ).eval()  # fmt: skip
+    model = balanced(model, "8")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        result = build_specialist(model, [3, 1], labeled(model), budget=0.6, **QUIET)
+    assert {*result.kept, *result.ranks} <= {"2", "4"}
+    assert result.parameters_kept <= 0.6
+    assert len(layer_at(result.model, "0", nn.Conv2d).weight) == 6
+
+
+def test_layers_that_read_too_much_are_not_fitted(monkeypatch):
+    """Squares of what VGG's first linear layer reads would take gigabytes."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(2, 6, 3),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(6 * 42, 20),
+        nn.ReLU(),
+        nn.Linear(20, 4),
+    ).eval()
+    model = balanced(model, "5")
+    monkeypatch.setattr(least_squares, "_MOST_READ", 6 * 42 - 1)
+    result = build_specialist(model, [3, 1], labeled(model, 300), budget=0.5, **QUIET)
+    assert set(result.kept) == {"3"}
+    assert not {*result.ranks} & {"0", "3"}
+    assert result.parameters_kept <= 0.5
+    assert result.accuracy[1] > 0.75
 
 
 def test_layers_that_cannot_lose_filters_are_split(tmp_path):

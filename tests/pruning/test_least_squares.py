@@ -75,6 +75,59 @@ def test_filters_go_with_all_their_columns():
 
 
 @pytest.mark.parametrize(
+    "steps", [[[2], [7, 0], [5]], [[9, 8, 7, 6, 5]], [[0, 1, 2], [9], [3, 8, 4]]]
+)
+def test_in_whatever_steps_filters_go_the_closed_form_is_left(steps):
+    """Columns change places meanwhile; whole filters in any order, one input that is of no filter."""
+    generator = torch.Generator().manual_seed(5)
+    read = torch.randn(300, 21, generator=generator) @ torch.randn(21, 21, generator=generator)
+    matrix = torch.randn(4, 22, generator=generator).double()
+    root = torch.randn(4, 4, generator=generator).double()
+    columns = torch.randperm(21, generator=generator)[:20].reshape(10, 2)
+    fit = fit_of(read, matrix, columns.tolist(), root)
+    rows = torch.cat([read, torch.ones(300, 1)], 1).double()
+    moments, cross = rows.T @ rows / 300, (rows @ matrix.T).T @ rows / 300
+    ridge = 1e-4 * moments.diagonal()[:-1].mean()
+
+    def closed(gone):
+        """The ridge's weights without filters, and what is lost by then."""
+        kept = [c for c in range(22) if c not in columns[list(gone)].flatten().tolist()]
+        own = moments[kept][:, kept] + ridge * torch.eye(len(kept)).double()
+        weight = torch.linalg.solve(own, (cross + ridge * matrix)[:, kept].T).T
+        whole = torch.zeros_like(matrix)
+        whole[:, kept] = weight
+        # What the whole fit's objective is above its least.
+        change = root @ (fit_all - whole)
+        return whole, float((change @ ridged * change).sum())
+
+    ridged = moments + ridge * torch.eye(22).double()
+    fit_all = torch.linalg.solve(ridged, (cross + ridge * matrix).T).T
+    gone: list[int] = []
+    for step in steps:
+        left = [f for f in range(10) if f not in gone]
+        _, before = closed(gone)
+        rises = [closed([*gone, f])[1] - before for f in left]
+        assert fit.costs(torch.tensor(left)).tolist() == pytest.approx(rises, rel=1e-6)
+        fit.remove(torch.tensor(step))
+        gone += step
+        assert torch.allclose(fit.matrix, closed(gone)[0], rtol=1e-6, atol=1e-9)
+
+
+def test_rounding_that_leaves_no_positive_matrix_gets_a_larger_ridge():
+    """Sums in single precision of inputs that nearly depend on each other."""
+    seen = Seen()
+    seen.see(torch.tensor([[1.0, 0.0]]), torch.tensor([[2.0, 0.0]]))
+    seen.moments = torch.tensor([[1.0, 1.05], [1.05, 1.0]]).double()  # an eigenvalue of -.05
+    found = Fit(seen, torch.zeros(2, 2).double()).matrix
+    ridge = 0.1
+    expected = seen.cross @ torch.linalg.inv(seen.moments + ridge * torch.eye(2).double())
+    assert torch.allclose(found, expected)
+    seen.moments = torch.full((2, 2), float("nan")).double()
+    with pytest.raises(ValueError, match="too large, or not a number"):
+        Fit(seen, torch.zeros(2, 2).double())
+
+
+@pytest.mark.parametrize(
     "options",
     [
         {"kernel_size": 3},
