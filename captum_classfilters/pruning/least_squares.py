@@ -300,10 +300,11 @@ class Fit:
         moments, size = seen.moments / seen.rows, len(seen.moments)
         ridge = _RIDGE * float(moments.diagonal()[:-1].mean().clamp(min=1e-12))
         self._factor, ridge = _cholesky(moments, ridge)
-        weight = torch.cholesky_solve((seen.cross / seen.rows + ridge * matrix).T, self._factor).T
+        weights = torch.cholesky_solve((seen.cross / seen.rows + ridge * matrix).T, self._factor)
         nothing = torch.zeros(0, 0, dtype=torch.int64)
         self.columns = nothing if columns is None else columns
-        self._weights = torch.stack([weight, weight if root is None else root @ weight])
+        # The layer's matrix, transposed (D + 1, C), and what an error of it costs.
+        self._weights = torch.stack([weights, weights if root is None else weights @ root.T])
         # The columns that are left lie first, in this order, and where each of them lies.
         self._left, self._places = torch.arange(size), torch.arange(size)
 
@@ -315,16 +316,17 @@ class Fit:
     @property
     def matrix(self) -> Tensor:
         """The layer's matrix (C, D + 1), zero where columns are gone."""
-        whole = self._weights.new_zeros(self._weights.shape[1], len(self._places))
-        whole[:, self._left] = self._weights[0, :, : len(self._left)]
-        return whole
+        whole = torch.zeros_like(self._weights[0])
+        whole[self._left] = self._weights[0, : len(self._left)]
+        return whole.T
 
     def costs(self, left: Tensor) -> Tensor:
         """What removing each of some filters adds to the error, the others making up for it."""
         columns = self._places[self.columns[left]]
         blocks = self._inverse[columns[:, :, None], columns[:, None, :]]
-        weights = self._weights[1][:, columns].transpose(0, 1)  # (left, C, size)
-        return (torch.linalg.solve(blocks, weights, left=False) * weights).sum((1, 2))
+        weights = self._weights[1, columns]  # (left, size, C)
+        solved = torch.linalg.solve(blocks, weights @ weights.transpose(1, 2))
+        return solved.diagonal(dim1=1, dim2=2).sum(1)
 
     def remove(self, filters: Tensor) -> None:
         """Take filters out; the other weights make up for them.
@@ -334,20 +336,20 @@ class Fit:
         """
         number = len(self._left)
         gone = self._places[self.columns[filters].flatten()]
-        inverse, weights = self._inverse[:number, :number], self._weights[:, :, :number]
-        rows, old = inverse[gone], weights[:, :, gone]
+        inverse, weights = self._inverse[:number, :number], self._weights[:, :number]
+        rows, old = inverse[gone], weights[:, gone]
         change = torch.linalg.solve(rows[:, gone], rows)
         fewer = number - len(gone)
         stays = torch.ones(number, dtype=torch.bool)
         stays[gone] = False
         holes, tail = (~stays[:fewer]).nonzero()[:, 0], fewer + stays[fewer:].nonzero()[:, 0]
-        inverse[holes] = inverse[tail]
-        for part in (inverse, weights, rows, change, self._left):
+        inverse[holes], weights[:, holes] = inverse[tail], weights[:, tail]
+        for part in (inverse, rows, change, self._left):
             part[..., holes] = part[..., tail]
-        self._left = self._left[:fewer]
+        self._left, change = self._left[:fewer], change[:, :fewer]
         self._places[self._left[holes]] = holes
-        inverse[:fewer, :fewer].addmm_(rows[:, :fewer].T, change[:, :fewer], alpha=-1)
-        weights[:, :, :fewer] -= old @ change[:, :fewer]
+        inverse[:fewer, :fewer].addmm_(rows[:, :fewer].T, change, alpha=-1)
+        weights[:, :fewer] -= change.T @ old
 
 
 def _cholesky(moments: Tensor, ridge: float) -> tuple[Tensor, float]:
