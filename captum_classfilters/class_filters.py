@@ -20,6 +20,7 @@ from captum_classfilters._core.tables import (
     import_pandas,
     short_repr,
 )
+from captum_classfilters._core.tensor_arguments import tensors_checked
 from captum_classfilters._core.tensor_files import Schema, read_tensors, write_tensors
 from captum_classfilters._core.types import JsonDict, Keywords, ModelInputs
 from captum_classfilters._core.warnings import warn
@@ -246,6 +247,7 @@ class ClassFilters(Tabular):
     method: str
     provenance: Keywords
 
+    @tensors_checked
     def __init__(
         self,
         scores: Tensor,
@@ -265,9 +267,6 @@ class ClassFilters(Tabular):
             "p_values": p_values,
             "q_values": q_values,
         }
-        for name, table in {"scores": scores, "counts": counts, **tables}.items():
-            if table is not None and not isinstance(table, Tensor):
-                raise ValueError(f"{name} is a {type(table).__name__}; expected a Tensor.")
         if scores.dim() != 2 or 0 in scores.shape:
             raise ValueError(f"scores have shape {tuple(scores.shape)}; expected (C, K).")
         num_classes = scores.shape[0]

@@ -4,11 +4,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from captum_classfilters._core.tensor_arguments import tensors_checked
+
 
 def _matrix(gate: Tensor) -> Tensor:
-    if not isinstance(gate, Tensor) or gate.dim() != 2 or bool(gate.isnan().any()):
-        kind = tuple(gate.shape) if isinstance(gate, Tensor) else type(gate).__name__
-        raise ValueError(f"gate is {kind}; expected a Tensor (C, K) without NaN.")
+    if gate.dim() != 2 or bool(gate.isnan().any()):
+        raise ValueError(f"gate is {tuple(gate.shape)}; expected a Tensor (C, K) without NaN.")
     return gate.detach()
 
 
@@ -38,6 +39,7 @@ def density_interval(num_classes: int, num_filters: int, limit: float | None = N
     return torch.tensor([1 / num_classes, max(upper, 1 / num_classes)], dtype=torch.float64)
 
 
+@tensors_checked
 def gate_similarity(gate: Tensor) -> float:
     r"""
     Sum over ordered pairs of classes of the cosine between their gates (CSI); lower is more specific.
@@ -60,6 +62,7 @@ def gate_similarity(gate: Tensor) -> float:
     return float(cosine.sum() - cosine.diagonal().sum())
 
 
+@tensors_checked
 def filter_correlation(weight: Tensor) -> Tensor:
     r"""
     Absolute cosine between filters' weights, zero on the diagonal.

@@ -14,6 +14,7 @@ from captum_classfilters._core.outputs import two_classes
 from captum_classfilters._core.ranking import random_sets
 from captum_classfilters._core.tables import Table, Tabular, short_repr
 from captum_classfilters._core.taps import tapped
+from captum_classfilters._core.tensor_arguments import tensors_checked
 from captum_classfilters._core.types import Dataloader, Unpack
 from captum_classfilters.class_filters import ClassFilters
 from captum_classfilters.heads.decompose import fit_to_head
@@ -62,6 +63,7 @@ class Essentiality(Tabular):
         return [Table(rows, title=f"mean recall: {means}")]
 
 
+@tensors_checked
 def essentiality(
     features: Tensor,
     labels: Tensor,

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from captum_classfilters._core.extras import extra
 from captum_classfilters._core.tables import short_repr
+from captum_classfilters._core.tensor_arguments import tensors_checked
 from captum_classfilters.spectral.select_rank import effective_rank as effective_rank_of
 
 Similarity = Literal["cosine", "correlation"]
@@ -31,6 +32,7 @@ class Coverage:
     lost: tuple[int, ...]
 
 
+@tensors_checked
 def filter_clusters(
     vectors: Tensor,
     *,
@@ -92,6 +94,7 @@ def filter_clusters(
     )
 
 
+@tensors_checked
 def coverage(clusters: Tensor, kept: Tensor) -> Coverage:
     r"""
     Share of the groups of filters that have a survivor, and what chance would leave.
@@ -129,6 +132,7 @@ def coverage(clusters: Tensor, kept: Tensor) -> Coverage:
     )
 
 
+@tensors_checked
 def diversity(vectors: Tensor, kept: Tensor | None = None) -> float:
     r"""
     Mean of 1 - abs(correlation) over all pairs of filters; 0 if they all do the same.
@@ -153,6 +157,7 @@ def diversity(vectors: Tensor, kept: Tensor | None = None) -> float:
     return float((1 - alike).triu(1).sum() / (num_filters * (num_filters - 1) / 2))
 
 
+@tensors_checked
 def effective_rank(vectors: Tensor, kept: Tensor | None = None) -> float:
     r"""
     Effective number of directions of filters, from the singular values of their vectors by

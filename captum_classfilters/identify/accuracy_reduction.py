@@ -24,6 +24,7 @@ from captum_classfilters._core.replay.checks import Confirmed, confirmed
 from captum_classfilters._core.replay.suffix_replay import SuffixReplay
 from captum_classfilters._core.rules import Ablation
 from captum_classfilters._core.tables import Table, Tabular, short_repr
+from captum_classfilters._core.tensor_arguments import tensors_checked
 from captum_classfilters._core.types import Dataloader, JsonDict, Unpack
 from captum_classfilters.class_filters import (
     ClassFilters,
@@ -540,6 +541,7 @@ def _upper_end(lost: Tensor, gained: Tensor, number: Tensor, z: float) -> Tensor
     return inside
 
 
+@tensors_checked
 def binomial_interval(successes: Tensor, counts: Tensor, confidence: float = 0.95) -> Tensor:
     r"""
     Clopper and Pearson's exact interval of a share.

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from captum_classfilters._core.ranking import descending, first_of, random_sets
 from captum_classfilters._core.tables import Table, Tabular, short_repr
+from captum_classfilters._core.tensor_arguments import tensors_checked
 from captum_classfilters._core.types import Dataloader, ForwardFunc, Unpack
 from captum_classfilters.attr import LayerFilterAblation
 from captum_classfilters.attr.filter_removal import Replacement
@@ -132,6 +133,7 @@ class CollateralDamage(Tabular):
         return masked.nanmean(1)
 
 
+@tensors_checked
 def collateral_damage(
     model: nn.Module | ForwardFunc,
     layer: nn.Module | str,

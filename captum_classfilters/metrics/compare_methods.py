@@ -17,6 +17,7 @@ from captum_classfilters._core.layers import layer_name
 from captum_classfilters._core.outputs import scores_per_class
 from captum_classfilters._core.ranking import random_sets
 from captum_classfilters._core.tables import Row, Table, Tabular, short_repr
+from captum_classfilters._core.tensor_arguments import tensors_checked
 from captum_classfilters._core.types import Dataloader, Keywords, Unpack
 from captum_classfilters._core.warnings import unsaid, warn
 from captum_classfilters.attr import (
@@ -125,6 +126,7 @@ class MethodComparison(Tabular):
         return [*rows, *(dict(zip(rows[0], cells, strict=True)) for cells in (random, everything))]
 
 
+@tensors_checked
 def compare_methods(
     model: nn.Module,
     layer: nn.Module | str,
@@ -266,6 +268,7 @@ def compare_methods(
     )
 
 
+@tensors_checked
 def standard_methods(
     model: nn.Module,
     layer: nn.Module | str,

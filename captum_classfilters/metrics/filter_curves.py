@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from captum_classfilters._core.captum import TargetType
 from captum_classfilters._core.ranking import descending, random_orders
 from captum_classfilters._core.tables import Table, Tabular, short_repr
+from captum_classfilters._core.tensor_arguments import tensors_checked
 from captum_classfilters._core.types import ForwardFunc
 from captum_classfilters.attr.filter_removal import Replacement, Score, score_reader
 from captum_classfilters.metrics.removals import (
@@ -69,6 +70,7 @@ class FilterCurves(Tabular):
         return [Table(rows, {"deletion": ".4f", "insertion": ".4f"}, title)]
 
 
+@tensors_checked
 def filter_curves(
     model: nn.Module | ForwardFunc,
     layer: nn.Module | str,

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from captum_classfilters._core.ranking import descending
 from captum_classfilters._core.tables import Table, Tabular, short_repr
+from captum_classfilters._core.tensor_arguments import tensors_checked
 from captum_classfilters.class_filters import ClassFilters
 from captum_classfilters.metrics.features import checked_labels
 from captum_classfilters.metrics.localization import boxes_to_masks
@@ -93,6 +94,7 @@ class FilterLocalization(Tabular):
         return table.gather(0, self.filter_class[None])[0]
 
 
+@tensors_checked
 def filter_localization(
     activations: Tensor,
     objects: Tensor,

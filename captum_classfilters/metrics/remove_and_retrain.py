@@ -24,6 +24,7 @@ from captum_classfilters._core.outputs import (
 from captum_classfilters._core.ranking import descending, random_orders
 from captum_classfilters._core.tables import Table, Tabular, short_repr
 from captum_classfilters._core.taps import LayerTap, tapping
+from captum_classfilters._core.tensor_arguments import tensors_checked
 from captum_classfilters._core.types import Dataloader, Unpack
 from captum_classfilters.class_filters import ClassFilters
 from captum_classfilters.metrics.evaluate_classifier import evaluate_classifier
@@ -66,6 +67,7 @@ class RemoveAndRetrain(Tabular):
         return [Table(rows)]
 
 
+@tensors_checked
 def remove_and_retrain(
     model: nn.Module,
     layer: nn.Module | str,

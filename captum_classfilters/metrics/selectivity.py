@@ -5,12 +5,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from captum_classfilters._core.tensor_arguments import tensors_checked
 from captum_classfilters.identify.new_sums import new_sums
 from captum_classfilters.metrics.features import checked_features
 
 _EPSILON = 1e-7
 
 
+@tensors_checked
 def class_selectivity_index(class_means: Tensor) -> Tensor:
     r"""
     The class selectivity index of each filter.
@@ -58,6 +60,7 @@ def class_selectivity_index(class_means: Tensor) -> Tensor:
     return (largest - rest) / (largest + rest + _EPSILON)
 
 
+@tensors_checked
 def class_means(features: Tensor, labels: Tensor, num_classes: int | None = None) -> Tensor:
     r"""
     Mean of each filter's response over each class's images.
@@ -77,6 +80,7 @@ def class_means(features: Tensor, labels: Tensor, num_classes: int | None = None
     return sums.tables()["mean"]
 
 
+@tensors_checked
 def selectivity_regularizer(activations: Tensor | Sequence[Tensor], labels: Tensor) -> Tensor:
     r"""
     Mean class selectivity of a batch, differentiable, to be added to a training loss.

@@ -9,9 +9,11 @@ from captum_classfilters._core.batches import read_batches
 from captum_classfilters._core.devices import sums_device
 from captum_classfilters._core.layers import find_layer
 from captum_classfilters._core.taps import LayerTap, tapping
+from captum_classfilters._core.tensor_arguments import tensors_checked
 from captum_classfilters._core.types import Dataloader, ModelInputs, Unpack
 
 
+@tensors_checked
 def weight_chroma(weights: Tensor) -> Tensor:
     r"""
     Share of a first-layer filter's energy that is color and not brightness.

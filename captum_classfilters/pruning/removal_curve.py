@@ -11,6 +11,7 @@ from captum_classfilters._core.layers import find_layer, layer_name, module_of
 from captum_classfilters._core.outputs import are_probabilities, class_scores
 from captum_classfilters._core.replay.suffix_replay import SuffixReplay
 from captum_classfilters._core.tables import Table, Tabular, short_repr
+from captum_classfilters._core.tensor_arguments import tensors_checked
 from captum_classfilters._core.types import Dataloader, Unpack
 from captum_classfilters.pruning.candidates import (
     Candidates,
@@ -105,6 +106,7 @@ class RemovalCurves(Tabular):
         return [self._table(shares, f"accuracy without filters of {self.layer}")]
 
 
+@tensors_checked
 def removal_order(scores: Tensor) -> Tensor:
     """The order in which scores remove filters: smallest first, ties in the order of the filters.
 

@@ -11,6 +11,7 @@ from tqdm.auto import trange
 
 from captum_classfilters._core.overlap import jaccard_of, shared_members
 from captum_classfilters._core.tables import Table, Tabular, short_repr
+from captum_classfilters._core.tensor_arguments import tensors_checked
 from captum_classfilters._core.types import Keywords
 from captum_classfilters.spectral.hypergraph import (
     Ends,
@@ -122,6 +123,7 @@ def separation_scores(hypergraph: Hypergraph, *, s: int = 1) -> dict[str, float]
     return _scores(hypergraph.incidence, classes, hypergraph.num_classes, s)
 
 
+@tensors_checked
 def separation_test(
     scores: Tensor,
     labels: Tensor,

@@ -3,7 +3,10 @@
 import torch
 from torch import Tensor
 
+from captum_classfilters._core.tensor_arguments import tensors_checked
 
+
+@tensors_checked
 def influential(
     scores: Tensor,
     *,

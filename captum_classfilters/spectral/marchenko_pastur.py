@@ -9,6 +9,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from captum_classfilters._core.tables import short_repr
+from captum_classfilters._core.tensor_arguments import tensors_checked
 
 _GRID = 4097
 _MOST_ROUNDS = 200
@@ -143,6 +144,7 @@ class MarchenkoPasturFit:
     entry_deviation: float
 
 
+@tensors_checked
 def fit_marchenko_pastur(
     values: Tensor, shape: tuple[int, int], *, tolerance: float = 0.0
 ) -> MarchenkoPasturFit:

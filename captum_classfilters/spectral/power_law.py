@@ -9,6 +9,7 @@ from scipy.linalg import eigvalsh_tridiagonal
 from torch import Tensor
 
 from captum_classfilters._core.tables import short_repr
+from captum_classfilters._core.tensor_arguments import tensors_checked
 from captum_classfilters.spectral.marchenko_pastur import positive_numbers
 
 _MOST_ROWS = 1024
@@ -39,6 +40,7 @@ class PowerLaw:
         return float((self.alpha - 1) / self.num_tail**0.5)
 
 
+@tensors_checked
 def fit_power_law(values: Tensor, minimum: float | None = None) -> PowerLaw:
     r"""
     Fit a power law to the tail of a layer's eigenvalues.

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from captum_classfilters._core.tables import short_repr
+from captum_classfilters._core.tensor_arguments import tensors_checked
 from captum_classfilters.class_filters import ClassFilters
 
 _CELL = 3  # side of a pattern, and stride of the first convolution
@@ -187,6 +188,7 @@ def planted_network(num_classes: int = 4, leak: float = 0.0, seed: int = 0) -> P
     return PlantedNetwork(model.eval(), names, truth, placed_kinds, templates)
 
 
+@tensors_checked
 def recovery(class_filters: ClassFilters, truth: Tensor, as_many: bool = False) -> Recovery:
     r"""
     Compare a table's selection with the planted filters, over all classes.

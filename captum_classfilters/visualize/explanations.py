@@ -8,6 +8,7 @@ from captum.attr import visualization
 from numpy.typing import NDArray
 from torch import Tensor
 
+from captum_classfilters._core.tensor_arguments import tensors_checked
 from captum_classfilters.class_filters import ClassFilters
 from captum_classfilters.visualize.arrays import (
     Channels,
@@ -37,6 +38,7 @@ _COLOR_MAPS = {"all": SIGNED, "positive": "Reds", "negative": "Blues", "absolute
 _METHODS = ("heat_map", "blended_heat_map")
 
 
+@tensors_checked
 def plot_explanations(
     images: Tensor,
     attributions: Mapping[str, Tensor],

@@ -18,6 +18,7 @@ from captum_classfilters._core.layers import (
 )
 from captum_classfilters._core.tables import short_repr
 from captum_classfilters._core.taps import LayerTap, tapping
+from captum_classfilters._core.tensor_arguments import tensors_checked
 from captum_classfilters._core.warnings import warn
 
 Position = tuple[int, ...] | Literal["center"] | None
@@ -231,6 +232,7 @@ class FeatureVisualization:
     optimized: Tensor
 
 
+@tensors_checked
 def visualize_features(
     model: nn.Module,
     objectives: FeatureObjective | Sequence[FeatureObjective],
@@ -408,6 +410,7 @@ def _warn_of_still_images(
     )
 
 
+@tensors_checked
 def color_root(images: Tensor) -> Tensor:
     r"""
     A matrix that gives independent channels the colors' covariance, scaled to unit norm.

@@ -599,7 +599,7 @@ class TestMeasures:
     def test_bad_input(self):
         with pytest.raises(ValueError, match=r"gate is \(3,\)"):
             gate_similarity(torch.rand(3))
-        with pytest.raises(ValueError, match="gate is ClassFilters"):
+        with pytest.raises(ValueError, match="gate is a ClassFilters; expected a Tensor"):
             gate_similarity(ClassFilters(torch.rand(2, 3), torch.ones(2)))  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="without NaN"):
             gate_similarity(torch.full((2, 3), float("nan")))
