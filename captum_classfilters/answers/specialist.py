@@ -65,14 +65,16 @@ class ClassSpecialist(Tabular):
     @property
     def parameters_kept(self) -> float:
         """Parameters of the specialist over those of the full network."""
-        cost = next(iter(self.costs.values()))
-        return cost.after.parameters / cost.before.parameters
+        return self._share("parameters")
 
     @property
     def multiply_adds_kept(self) -> float:
         """Multiply-adds of the specialist, for an image, over those of the full network."""
-        cost = next(iter(self.costs.values()))
-        return cost.after.multiply_adds / cost.before.multiply_adds
+        return self._share("multiply_adds")
+
+    def _share(self, cost: str) -> float:
+        compared = next(iter(self.costs.values()))
+        return float(getattr(compared.after, cost) / getattr(compared.before, cost))
 
     def interval(self, confidence: float = 0.95) -> Tensor:
         """Tango's interval of what the specialist changes in the accuracy, paired by images.

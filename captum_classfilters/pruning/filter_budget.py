@@ -42,6 +42,11 @@ class RemainingSize:
         modules = self._modules if layer is None else self._touched[layer]
         return sum(self._saved_in(module, sizes) for module in modules)
 
+    def near(self, name: str) -> list[str]:
+        """Layers for which it matters how many filters a layer keeps, itself among them."""
+        touched = self._touched[name]
+        return [other for other, own in self._touched.items() if own & touched]
+
     def lost(self, name: str, sizes: Mapping[str, int]) -> tuple[float, float]:
         """Outputs and inputs that a module has lost once so many filters are kept."""
         made, read = (
@@ -82,18 +87,29 @@ def allocate(count: RemainingSize, damage: Mapping[str, Tensor], most: float) ->
     Returns:
         *dict* from layers to numbers of filters; one in each layer where that is still too many.
     """
-    sizes = dict(count.widths)
-    while count.total - count.saved(sizes) > most and max(sizes.values(), default=1) > 1:
-        best: tuple[float, str, int] | None = None
-        for name, size in sizes.items():
-            width, before = count.widths[name], count.saved(sizes, name)
-            for fewer in {max(1, size - max(1, width // part)) for part in (8, 16, width)}:
-                if fewer == size:
-                    continue
-                saved = count.saved({**sizes, name: fewer}, name) - before
-                rise = float(damage[name][width - fewer] - damage[name][width - size])
-                if best is None or rise / saved < best[0]:
-                    best = (rise / saved, name, fewer)
-        assert best is not None
-        sizes[best[1]] = best[2]
+    sizes, left = dict(count.widths), float(count.total)
+    steps = {name: _step(count, damage[name], sizes, name) for name in sizes}
+    while left > most:
+        known = [(name, step) for name, step in steps.items() if step is not None]
+        if not known:
+            break
+        name, (_, fewer) = min(known, key=lambda pair: pair[1][0])
+        before = count.saved(sizes, name)
+        sizes[name] = fewer
+        left -= count.saved(sizes, name) - before
+        for other in count.near(name):
+            steps[other] = _step(count, damage[other], sizes, other)
     return sizes
+
+
+def _step(
+    count: RemainingSize, damage: Tensor, sizes: Mapping[str, int], name: str
+) -> tuple[float, int] | None:
+    """The number of a layer's filters that costs least for what it saves, after what it costs."""
+    size, width = sizes[name], count.widths[name]
+    before, found = count.saved(sizes, name), []
+    for fewer in {max(1, size - max(1, width // part)) for part in (8, 16, width)} - {size}:
+        saved = count.saved({**sizes, name: fewer}, name) - before
+        rise = float(damage[width - fewer] - damage[width - size])
+        found.append((rise / saved, fewer))
+    return min(found, default=None, key=lambda step: step[0])
