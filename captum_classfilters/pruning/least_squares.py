@@ -355,7 +355,8 @@ class Fit:
 def _cholesky(moments: Tensor, ridge: float) -> tuple[Tensor, float]:
     """A Cholesky factor, with as much of a ridge as rounding makes necessary."""
     for power in range(8):
-        whole = moments + ridge * 10**power * torch.eye(len(moments)).to(moments)
+        whole = moments.clone()
+        whole.diagonal().add_(ridge * 10**power)
         factor, failed = torch.linalg.cholesky_ex(whole)
         if not failed:
             return factor, ridge * 10**power
