@@ -365,8 +365,8 @@ def _cholesky(moments: Tensor, ridge: float) -> tuple[Tensor, float]:
 
 def root_of(fisher: Tensor) -> Tensor:
     """A root of what an error of outputs costs, in which no output counts nothing."""
-    least = 1e-3 * fisher.diagonal().mean().clamp(min=1e-12)
-    return torch.linalg.cholesky(fisher + least * torch.eye(len(fisher)).to(fisher)).T
+    least = 1e-3 * float(fisher.diagonal().mean().clamp(min=1e-12))
+    return _cholesky(fisher, least)[0].T
 
 
 def remove_least(
