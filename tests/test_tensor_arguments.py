@@ -11,7 +11,10 @@ import torch
 from torch import Tensor
 
 import captum_classfilters
-from captum_classfilters.heads import psi
+from captum_classfilters import ClassFilters
+from captum_classfilters.heads import diversity, psi
+from captum_classfilters.spectral import fit_marchenko_pastur, fit_power_law, select_rank
+from captum_classfilters.testing import recovery
 
 
 def functions_with_tensors() -> dict[str, tuple[Any, list[str]]]:
@@ -73,3 +76,18 @@ def test_the_advice_works_by_position_too():
     assert psi(torch.as_tensor(features), torch.as_tensor(labels)) is not None
     with pytest.raises(TypeError, match="missing 1 required positional argument: 'labels'"):
         psi(torch.as_tensor(features))  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize("given", [np.asarray, Tensor.tolist])
+def test_numbers_that_come_from_elsewhere_are_taken_where_they_are_copied_anyway(given):
+    values = torch.linspace(9, 1, 40).double()
+    wide = (40, 50)
+    assert fit_power_law(given(values)) == fit_power_law(values)
+    assert select_rank(given(values), wide) == select_rank(values, wide)
+    found, expected = (fit_marchenko_pastur(each, wide) for each in (given(values), values))
+    assert found == expected
+    vectors = torch.rand(4, 9, generator=torch.Generator().manual_seed(0))
+    kept = torch.tensor([True, False, True, True])
+    assert diversity(vectors, given(kept)) == diversity(vectors[kept])
+    table = ClassFilters(torch.rand(2, 3), torch.ones(2)).select(num_filters=1)
+    assert recovery(table, given(table.selected)).precision == 1

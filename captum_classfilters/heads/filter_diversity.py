@@ -1,5 +1,6 @@
 """Groups of filters that do alike, and what of them the survivors of pruning still hold."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -133,14 +134,14 @@ def coverage(clusters: Tensor, kept: Tensor) -> Coverage:
 
 
 @tensors_checked
-def diversity(vectors: Tensor, kept: Tensor | None = None) -> float:
+def diversity(vectors: Tensor, kept: Tensor | Sequence[bool] | None = None) -> float:
     r"""
     Mean of 1 - abs(correlation) over all pairs of filters; 0 if they all do the same.
 
     Args:
 
         vectors (Tensor): Shape (K, D), weights or activations.
-        kept (Tensor, optional): Shape (K,), bool; only these filters.
+        kept (Tensor or sequence, optional): Shape (K,), bool; only these filters.
                     Default: None
 
     Returns:
@@ -158,7 +159,7 @@ def diversity(vectors: Tensor, kept: Tensor | None = None) -> float:
 
 
 @tensors_checked
-def effective_rank(vectors: Tensor, kept: Tensor | None = None) -> float:
+def effective_rank(vectors: Tensor, kept: Tensor | Sequence[bool] | None = None) -> float:
     r"""
     Effective number of directions of filters, from the singular values of their vectors by
     :func:`captum_classfilters.spectral.effective_rank`.
@@ -166,7 +167,7 @@ def effective_rank(vectors: Tensor, kept: Tensor | None = None) -> float:
     Args:
 
         vectors (Tensor): Shape (K, D), weights or activations.
-        kept (Tensor, optional): Shape (K,), bool; only these filters.
+        kept (Tensor or sequence, optional): Shape (K,), bool; only these filters.
                     Default: None
 
     Returns:

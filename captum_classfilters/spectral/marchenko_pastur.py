@@ -9,7 +9,6 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from captum_classfilters._core.tables import short_repr
-from captum_classfilters._core.tensor_arguments import tensors_checked
 
 _GRID = 4097
 _MOST_ROUNDS = 200
@@ -144,9 +143,8 @@ class MarchenkoPasturFit:
     entry_deviation: float
 
 
-@tensors_checked
 def fit_marchenko_pastur(
-    values: Tensor, shape: tuple[int, int], *, tolerance: float = 0.0
+    values: Tensor | ArrayLike, shape: tuple[int, int], *, tolerance: float = 0.0
 ) -> MarchenkoPasturFit:
     r"""
     Fit Marchenko and Pastur's law to the bulk of a layer's eigenvalues.
@@ -158,7 +156,7 @@ def fit_marchenko_pastur(
 
     Args:
 
-        values (Tensor): Eigenvalues :math:`S^2 / d`, as from :func:`eigenvalues`.
+        values (Tensor or array): Eigenvalues :math:`S^2 / d`, as from :func:`eigenvalues`.
         shape (tuple of int): Rows and columns of the matrix (of one group).
         tolerance (float): Eigenvalues up to ``(1 + tolerance)`` times the upper edge, beyond the
                     fluctuation of the largest eigenvalue of a random matrix,

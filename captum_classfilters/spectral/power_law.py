@@ -5,11 +5,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from scipy.linalg import eigvalsh_tridiagonal
 from torch import Tensor
 
 from captum_classfilters._core.tables import short_repr
-from captum_classfilters._core.tensor_arguments import tensors_checked
 from captum_classfilters.spectral.marchenko_pastur import positive_numbers
 
 _MOST_ROWS = 1024
@@ -40,8 +40,7 @@ class PowerLaw:
         return float((self.alpha - 1) / self.num_tail**0.5)
 
 
-@tensors_checked
-def fit_power_law(values: Tensor, minimum: float | None = None) -> PowerLaw:
+def fit_power_law(values: Tensor | ArrayLike, minimum: float | None = None) -> PowerLaw:
     r"""
     Fit a power law to the tail of a layer's eigenvalues.
 
@@ -61,7 +60,7 @@ def fit_power_law(values: Tensor, minimum: float | None = None) -> PowerLaw:
 
     Args:
 
-        values (Tensor): Eigenvalues, as from :func:`eigenvalues`; zeros are left out.
+        values (Tensor or array): Eigenvalues, as from :func:`eigenvalues`; zeros are left out.
         minimum (float, optional): A given beginning of the tail; by default searched for.
                     Default: None
 

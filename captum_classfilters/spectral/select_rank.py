@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from captum_classfilters._core.energy import number_for_energy
@@ -16,9 +17,11 @@ from captum_classfilters.spectral.marchenko_pastur import (
 from captum_classfilters.spectral.routes import singular_values
 
 
-@tensors_checked
 def select_rank(
-    values: Tensor, shape: tuple[int, int], rule: str = "marchenko_pastur", **options: Any
+    values: Tensor | ArrayLike,
+    shape: tuple[int, int],
+    rule: str = "marchenko_pastur",
+    **options: Any,
 ) -> int:
     r"""
     Number of singular values that matter, by one of several rules.
@@ -51,7 +54,7 @@ def select_rank(
 
     Args:
 
-        values (Tensor): All singular values (of one group), falling.
+        values (Tensor or array): All singular values (of one group), falling.
         shape (tuple of int): Rows and columns of the matrix.
         rule (str): One of the rules above.
                     Default: "marchenko_pastur"
@@ -177,7 +180,7 @@ def permutation_threshold(
     return float(np.quantile(largest, quantile))
 
 
-def _checked(values: Tensor, shape: tuple[int, int]) -> Tensor:
+def _checked(values: Tensor | ArrayLike, shape: tuple[int, int]) -> Tensor:
     numbers = torch.as_tensor(values).detach().cpu().double().flatten()
     if len(shape) != 2 or len(numbers) != min(shape):
         raise ValueError(

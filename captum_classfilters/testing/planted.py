@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from captum_classfilters._core.tables import short_repr
-from captum_classfilters._core.tensor_arguments import tensors_checked
 from captum_classfilters.class_filters import ClassFilters
 
 _CELL = 3  # side of a pattern, and stride of the first convolution
@@ -188,15 +188,16 @@ def planted_network(num_classes: int = 4, leak: float = 0.0, seed: int = 0) -> P
     return PlantedNetwork(model.eval(), names, truth, placed_kinds, templates)
 
 
-@tensors_checked
-def recovery(class_filters: ClassFilters, truth: Tensor, as_many: bool = False) -> Recovery:
+def recovery(
+    class_filters: ClassFilters, truth: Tensor | ArrayLike, as_many: bool = False
+) -> Recovery:
     r"""
     Compare a table's selection with the planted filters, over all classes.
 
     Args:
 
         class_filters (ClassFilters): The table.
-        truth (Tensor): Shape (C, K), bool.
+        truth (Tensor or array): Shape (C, K), bool.
         as_many (bool): Select as many filters for each class as were planted, instead of taking
                     the table's selection; precision and recall are then equal.
                     Default: False
@@ -207,6 +208,7 @@ def recovery(class_filters: ClassFilters, truth: Tensor, as_many: bool = False) 
     Raises:
         ValueError: The shapes differ.
     """
+    truth = torch.as_tensor(truth)
     if truth.shape != class_filters.scores.shape:
         raise ValueError(
             f"truth has shape {tuple(truth.shape)}, the table {tuple(class_filters.scores.shape)}."
