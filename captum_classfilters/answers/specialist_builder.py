@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from math import sqrt
 
 import torch
 import torch.nn.functional as F
@@ -17,12 +16,13 @@ from captum_classfilters.answers.class_images import BATCH_SIZE, Images
 from captum_classfilters.heads.fine_tune import Freeze, fine_tune
 from captum_classfilters.pruning.filter_budget import RemainingSize, allocate
 from captum_classfilters.pruning.least_squares import weighted
-from captum_classfilters.pruning.network_size import NetworkSize, Unit
+from captum_classfilters.pruning.network_size import NetworkSize, Ranks, Shape, Unit
 from captum_classfilters.pruning.prunable_layers import prunable_layers
 from captum_classfilters.pruning.prune_filters import prune_filters
 from captum_classfilters.pruning.reconstruction import Reconstruction, scores_of
 
 _MOST_FITTED = 768  # images are enough for least squares and statistics
+_SHARE = 0.25  # exponent of the budget: what is left of a network before its layers are split
 _FEW = 96  # images on which single layers are tried
 
 
@@ -45,13 +45,13 @@ class Built:
         model (nn.Module): The network.
         sizes (dict): Filters of each layer that can lose some.
         kept (dict): For each layer that lost filters which of its (K,) stayed, bool.
-        ranks (dict): Of the layers that were split, the outputs of the first half.
+        ranks (dict): Of the layers that were split, the numbers that their kernels read and make.
     """
 
     model: nn.Module
     sizes: dict[str, int]
     kept: dict[str, Tensor]
-    ranks: dict[str, int]
+    ranks: dict[str, Ranks]
 
 
 class SpecialistBuilder:
@@ -105,7 +105,7 @@ class SpecialistBuilder:
         if self._left(ones) <= budget * self.total:
             found.append(self.build(self._sizes(damage, budget)))
         if low_rank and self.network.splittable:
-            share = sqrt(budget)
+            share = budget**_SHARE
             sizes = self._sizes(damage, share)
             while self._least(sizes) > budget * self.total:
                 share *= 0.9
@@ -130,15 +130,16 @@ class SpecialistBuilder:
         return self.count.total - self.count.saved(sizes) + self._biases()
 
     def _least(self, sizes: Mapping[str, int]) -> float:
-        """What is left, at most, once all layers are split into layers of rank one."""
+        """What is left, at most, once all layers are split with the least ranks."""
         total = self._left(sizes)
         for name in self.network.splittable:
-            weight = self.full.get_parameter(f"{name}.weight")
+            weight = weighted(self.full, name).weight
             made, read = self.count.lost(name, sizes)
-            outputs, inputs = len(weight) - made, weight[0].numel() * (1 - read / weight.shape[1])
-            share = outputs * inputs / weight.numel()
-            whole = share * self.size.of_parameter(name, weight)
-            total -= max(0, whole - sum(self.size.of_split(name, outputs, inputs)))
+            outputs, inputs = round(len(weight) - made), round(weight.shape[1] - read)
+            whole = self.size.of_parameter(name, weight) * outputs / len(weight)
+            whole *= inputs / weight.shape[1]
+            shape = Shape(outputs, inputs, weight[0, 0].numel())
+            total -= max(0, whole - self.size.of_split(name, shape, shape.least))
         return total
 
     def random(self, sizes: dict[str, int], seed: int, name: str) -> Tensor:
@@ -151,7 +152,7 @@ class SpecialistBuilder:
         sizes: dict[str, int],
         mask: Callable[[str], Tensor] | None = None,
         most: float | None = None,
-        ranks: Mapping[str, int] | None = None,
+        ranks: Mapping[str, Ranks] | None = None,
     ) -> Built:
         """A network of this size, with the best filters or others; its layers split into layers of
         some ranks, or until it is as small as that."""
@@ -191,6 +192,7 @@ def tune(
         schedule = torch.optim.lr_scheduler.OneCycleLR(
             optimizer, learning_rate, total_steps=epochs * len(loader) + 1
         )
+        network.requires_grad_()
         fine_tune(
             network, loader, held, epochs=epochs, optimizer=optimizer, scheduler=schedule,
             freeze=freeze, teacher=teacher, show_progress=False,

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor, nn
 
 from captum_classfilters._core.filter_graph import FilterGraph
+from captum_classfilters._core.layers import find_layer
 from captum_classfilters.pruning.network_size import NetworkSize
 
 
@@ -35,7 +36,7 @@ class RemainingSize:
                 for module, lost in places.items():
                     kind.setdefault(module, {})[name] = len(lost) / width
         touched = {module for modules in self._touched.values() for module in modules}
-        self._modules = {module: model.get_submodule(module) for module in touched}
+        self._modules = {module: find_layer(model, module) for module in touched}
 
     def saved(self, sizes: Mapping[str, int], layer: str | None = None) -> float:
         """What keeping so many filters saves; in the modules that one layer touches only."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from captum_classfilters._core.batches import read_batches
 from captum_classfilters._core.heads import alike
+from captum_classfilters._core.layers import find_layer
 from captum_classfilters._core.outputs import scores_per_class
 from captum_classfilters._core.taps import hooked
 from captum_classfilters._core.types import Dataloader
@@ -38,7 +39,7 @@ def can_be_fitted(module: nn.Module) -> TypeGuard[Weighted]:
 
 def weighted(model: nn.Module, name: str) -> Weighted:
     """A linear layer or convolution of a model."""
-    module = model.get_submodule(name)
+    module = find_layer(model, name)
     assert isinstance(module, nn.Linear | nn.Conv2d)
     return module
 
@@ -299,7 +300,7 @@ class Fit:
     ) -> None:
         moments, size = seen.moments / seen.rows, len(seen.moments)
         ridge = _RIDGE * float(moments.diagonal()[:-1].mean().clamp(min=1e-12))
-        self._factor, ridge = _cholesky(moments, ridge)
+        self._factor, ridge = cholesky(moments, ridge)
         weights = torch.cholesky_solve((seen.cross / seen.rows + ridge * matrix).T, self._factor)
         nothing = torch.zeros(0, 0, dtype=torch.int64)
         self.columns = nothing if columns is None else columns
@@ -352,7 +353,7 @@ class Fit:
         weights[:, :fewer] -= change.T @ old
 
 
-def _cholesky(moments: Tensor, ridge: float) -> tuple[Tensor, float]:
+def cholesky(moments: Tensor, ridge: float) -> tuple[Tensor, float]:
     """A Cholesky factor, with as much of a ridge as rounding makes necessary."""
     for power in range(8):
         whole = moments.clone()
@@ -366,7 +367,7 @@ def _cholesky(moments: Tensor, ridge: float) -> tuple[Tensor, float]:
 def root_of(fisher: Tensor) -> Tensor:
     """A root of what an error of outputs costs, in which no output counts nothing."""
     least = 1e-3 * float(fisher.diagonal().mean().clamp(min=1e-12))
-    return _cholesky(fisher, least)[0].T
+    return cholesky(fisher, least)[0].T
 
 
 def remove_least(

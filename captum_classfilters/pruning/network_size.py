@@ -1,16 +1,37 @@
 """How large networks and their layers are: their parameters, or what they multiply for an image."""
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from captum_classfilters._core.layers import layer_name
 from captum_classfilters._core.taps import hooked
 from captum_classfilters._core.types import ModelInputs
 from captum_classfilters.pruning.compare_networks import multiply_adds
 
 Unit = Literal["parameters", "multiply_adds"]
 UNITS: tuple[Unit, ...] = ("parameters", "multiply_adds")
+
+
+class Ranks(NamedTuple):
+    """How many numbers a split layer's kernel reads and makes at each position."""
+
+    inputs: int
+    outputs: int
+
+
+class Shape(NamedTuple):
+    """Outputs and inputs of a layer, and positions of its kernel; 1 of a linear layer."""
+
+    outputs: int
+    inputs: int
+    positions: int
+
+    @property
+    def least(self) -> Ranks:
+        """The smallest ranks. A kernel of one position is narrowed by what it makes alone."""
+        return Ranks(1 if self.positions > 1 else self.inputs, 1)
 
 
 class NetworkSize:
@@ -48,30 +69,41 @@ class NetworkSize:
         """What a parameter of a module counts."""
         if self.counts_parameters:
             return parameter.numel()
-        return 0 if parameter.dim() == 1 else parameter.numel() * self._positions.get(name, 0)
+        return (
+            0 if parameter.dim() == 1 else parameter.numel() * self._positions.get(name, (0, 0))[1]
+        )
 
     def of_layer(self, name: str, module: nn.Module) -> int:
         """What a layer counts."""
         return sum(self.of_parameter(name, parameter) for parameter in module.parameters())
 
-    def of_split(self, name: str, outputs: float, inputs: float) -> tuple[float, float]:
-        """What a layer counts for each rank once it is split, and whatever its rank."""
+    def of_split(self, name: str, shape: Shape, ranks: Ranks) -> float:
+        """What a layer counts once it is split; a part that would not narrow it is left out."""
+        first = shape.inputs * ranks.inputs * (ranks.inputs < shape.inputs)
+        kernel = ranks.inputs * ranks.outputs * shape.positions
+        last = shape.outputs * ranks.outputs * (ranks.outputs < shape.outputs)
         if self.counts_parameters:
-            return inputs + outputs, outputs  # the second half has a bias
-        return (inputs + outputs) * self._positions.get(name, 0), 0
+            return first + kernel + last + shape.outputs  # the last part has a bias
+        read, made = self._positions.get(name, (0, 0))
+        return first * read + (kernel + last) * made
 
 
-def _positions(model: nn.Module, inputs: ModelInputs) -> dict[str, int]:
-    """At how many positions of an image each convolution or linear layer runs, all runs together."""
-    named = model.named_modules()
+def _positions(model: nn.Module, inputs: ModelInputs) -> dict[str, tuple[int, int]]:
+    """How many positions of an image each convolution or linear layer reads and makes, all runs
+    together."""
     layers: dict[nn.Module, str] = {
-        module: name for name, module in named if isinstance(module, (nn.Linear, _ConvNd))
+        module: layer_name(model, module)
+        for module in model.modules()
+        if isinstance(module, (nn.Linear, _ConvNd))
     }
-    found = dict.fromkeys(layers.values(), 0)
+    found = dict.fromkeys(layers.values(), (0, 0))
 
-    def hook(module: nn.Module, _read: ModelInputs, output: Tensor) -> None:
-        filters = output.shape[-1] if isinstance(module, nn.Linear) else output.shape[1]
-        found[layers[module]] += output.numel() // (len(output) * filters)
+    def hook(module: nn.Module, read: ModelInputs, output: Tensor) -> None:
+        axis = -1 if isinstance(module, nn.Linear) else 1
+        entered, left = found[layers[module]]
+        entered += read[0].numel() // (len(read[0]) * read[0].shape[axis])
+        left += output.numel() // (len(output) * output.shape[axis])
+        found[layers[module]] = entered, left
 
     with hooked(layers, hook):
         model(*inputs)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from captum_classfilters._core.batches import read_batches
 from captum_classfilters._core.copies import copied
 from captum_classfilters._core.filter_graph import FilterGraph
+from captum_classfilters._core.layers import find_layer
 from captum_classfilters._core.outputs import scores_per_class
 from captum_classfilters._core.types import Dataloader, ModelInputs
 from captum_classfilters.pruning.least_squares import (
@@ -28,7 +29,7 @@ from captum_classfilters.pruning.least_squares import (
     weighted,
 )
 from captum_classfilters.pruning.low_rank import LowRank, choose_ranks, replace_module
-from captum_classfilters.pruning.network_size import NetworkSize
+from captum_classfilters.pruning.network_size import NetworkSize, Ranks
 from captum_classfilters.pruning.resumed_runs import ResumedRuns, can_resume
 
 
@@ -93,7 +94,7 @@ class Reconstruction:
 
     def _can_be_split(self, name: str) -> bool:
         """Whether two layers in a row can stand for a layer."""
-        module = self.model.get_submodule(name)
+        module = find_layer(self.model, name)
         fits, runs = can_be_fitted(module), self.graph.runs[module]
         return fits and runs == 1 and not self.graph.not_plain([name])
 
@@ -192,21 +193,23 @@ class Reconstruction:
 
     def low_rank(
         self, model: nn.Module, kept: Mapping[str, Tensor], most: float, size: NetworkSize
-    ) -> dict[str, int]:
+    ) -> dict[str, Ranks]:
         """Ranks of layers of a network without some filters with which it is of such a size."""
         layers = self._low_rank(self._runs(model, self.data), kept, self.splittable)
         own = sum(size.of_layer(name, layer.module) for name, layer in layers.items())
-        return choose_ranks(layers, int(most) - (size.of(model) - own), size)
+        return choose_ranks(layers, most - (size.of(model) - own), size)
 
-    def split(self, model: nn.Module, kept: Mapping[str, Tensor], ranks: Mapping[str, int]) -> None:
+    def split(
+        self, model: nn.Module, kept: Mapping[str, Tensor], ranks: Mapping[str, Ranks]
+    ) -> None:
         """Split layers of a network without some filters, in the order of their runs, each fitted to
         what it made in the full network from what it reads by then."""
         runs = self._runs(model, self.data)
-        for name, rank in ranks.items():
+        for name, own in ranks.items():
             layer = self._low_rank(runs, kept, [name])[name]
-            both = layer.split(rank)
-            replace_module(model, layer.module, both)
-            runs.replaced(layer.module, both)
+            parts = layer.split(own)
+            replace_module(model, layer.module, parts)
+            runs.replaced(layer.module, parts)
         self._fit_head(runs)
 
     def _low_rank(

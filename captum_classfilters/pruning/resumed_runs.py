@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_classfilters._core.heads import alike
+from captum_classfilters._core.layers import find_layer
 from captum_classfilters._core.outputs import scores_per_class
 from captum_classfilters._core.replay.module_state import ModuleState
 from captum_classfilters._core.replay.recorded_batch import plain_mode
@@ -57,7 +58,7 @@ class ResumedRuns:
     def _run(
         self, number: int, inputs: Sequence[Tensor], place: int, before: "_Known | None"
     ) -> object:
-        module = self.model.get_submodule(self.order[place])
+        module = find_layer(self.model, self.order[place])
         record = RecordedCalls(self.model if self.resumes else None, module)
         started: list[ModuleState] = []
 

@@ -151,10 +151,12 @@ def test_layers_that_cannot_lose_filters_are_split(tmp_path):
         result = build_specialist(model, [1, 3], data, **options)
     assert filters.ranks == {}
     assert set(filters.kept) == {"first"}
-    assert result.ranks["second"] <= 2
+    assert result.ranks["second"].outputs <= 2
     assert result.parameters_kept <= 0.4
-    for name, rank in result.ranks.items():
-        assert len(result.model.get_parameter(f"{name}.0.weight")) == rank
+    for name, ranks in result.ranks.items():
+        parts = layer_at(result.model, name, nn.Sequential)
+        shapes = [tuple(part.get_parameter("weight").shape[:2]) for part in parts]
+        assert (ranks.outputs, ranks.inputs) in shapes
     own, other = (found.accuracy[1] for found in (result, filters))
     assert own >= 0.9
     assert own >= other
@@ -181,7 +183,7 @@ def test_a_budget_of_multiply_adds(low_rank):
     )
     kept = multiply_adds(fast.model, x) / multiply_adds(model, x)
     assert fast.multiply_adds_kept == pytest.approx(kept)
-    assert 0.2 < kept <= 0.3 < 0.8 < small.multiply_adds_kept
+    assert 0.2 < kept <= 0.3 < 0.7 < small.multiply_adds_kept
     assert small.parameters_kept <= 0.3
     assert f"{kept:.1%} of the multiply-adds" in str(fast)
 
