@@ -241,6 +241,7 @@ class _Seen:
             record_head(model) as head,
         ):
             output = model(*inputs)
+        head.settle(output)
         self.output: Tensor | None = None
         with suppress(ValueError):  # the list is asked for before the scores are picked
             self.output = class_scores(output)

@@ -440,6 +440,7 @@ class SharedForward:
         """One run: what the model returned, and how it was read; None if it turns out that gradients
         are needed and were not recorded."""
         output = self.forward_func(*inputs)
+        head.settle(output)
         for tap in self._taps:
             tap.check(num_images)
             tap.frozen = True

@@ -1,8 +1,9 @@
 """The linear layer at the end of a model, and how another layer feeds it: seen, not assumed."""
 
+from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -11,10 +12,13 @@ from torch import Tensor, nn
 
 from captum_classfilters._core.devices import without_autocast
 from captum_classfilters._core.layers import positions_last
+from captum_classfilters._core.outputs import class_scores
 from captum_classfilters._core.taps import hooked
 from captum_classfilters._core.types import ModelInputs
 
 Feed = Literal["identical", "mean", "flatten"]
+
+_MOST_EARLIER = 4  # linear layers that may run after the head
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -33,26 +37,37 @@ def is_linear(module: nn.Module) -> bool:
 
 @dataclass
 class HeadRecord:
-    """The last linear layer that ran in a forward pass, its input and its output."""
+    """The last linear layer that ran in a forward pass, its input and its output; once the pass has
+    ended and :meth:`settle` was called, the one whose output is the model's, if it is among the last."""
 
     module: nn.Module | None = None
     features: Tensor | None = None
     logits: Tensor | None = None
     runs: dict[int, int] = field(default_factory=dict)
     _versions: tuple[int, int] = (0, 0)
+    _earlier: "deque[HeadRecord]" = field(default_factory=lambda: deque(maxlen=_MOST_EARLIER))
 
     def see(self, module: nn.Module, features: Tensor, logits: Tensor) -> None:
         """Take note of a linear layer that has just run; a 1x1 convolution of one position is one."""
         if features.dim() > 2 and features.shape[2:].numel() == logits.shape[2:].numel() == 1:
             features, logits = features.flatten(1), logits.flatten(1)
+        if self.logits is not None and self.logits.dim() == 2:
+            self._earlier.append(replace(self, _earlier=deque()))
         self.module, self.features, self.logits = module, features, logits
         self.runs[id(module)] = self.runs.get(id(module), 0) + 1
         self._versions = _version(features), _version(logits)
 
-    def clear(self) -> None:
-        """Forget the last forward pass."""
-        self.module = self.features = self.logits = None
-        self.runs.clear()
+    def settle(self, output: object) -> None:
+        """Take the layer that put out what the model returned: others may run after it, whose outputs
+        the model only returns beside its scores, or not at all."""
+        scores: Tensor | None = None
+        with suppress(ValueError):
+            scores = class_scores(output)
+        if not self.is_output(scores):
+            own = next((each for each in reversed(self._earlier) if each.is_output(scores)), self)
+            self.module, self.features, self.logits = own.module, own.features, own.logits
+            self._versions = own._versions
+        self._earlier.clear()
 
     def is_output(self, output: object) -> bool:
         """Whether the model's output is this layer's own tensor (N, C), not written into since, from

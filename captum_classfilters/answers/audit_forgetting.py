@@ -7,11 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from captum_classfilters._core.batches import dataset_names
 from captum_classfilters._core.tables import Row, Table, Tabular, short_repr
 from captum_classfilters._core.types import Dataloader, Unpack
-from captum_classfilters.answers.head_edits import head_of
+from captum_classfilters.class_filters import index_of_class, names_of_classes
 from captum_classfilters.heads.head_features import HeadFeatures, head_features
-from captum_classfilters.heads.linear_head import LinearHead
+from captum_classfilters.heads.linear_head import LinearHead, scoring_head
 
 _NEIGHBORS = 20
 _RIDGE = 1e-4
@@ -57,12 +58,14 @@ class ForgettingAudit(Tabular):
         return [Table(rows, bars=())]
 
 
+@torch.inference_mode(False)
 def audit_forgetting(
     models: Mapping[str, nn.Module],
-    class_index: int,
+    class_index: int | str,
     train_loader: Dataloader,
     dataloader: Dataloader,
     *,
+    head: str | None = None,
     seed: int = 0,
     unpack: Unpack | None = None,
     show_progress: bool = True,
@@ -82,10 +85,13 @@ def audit_forgetting(
         models (mapping of str to nn.Module): The models by names, the original, the one that forgot
                     and one trained without the class, for example; all end in a linear head with
                     the same classes.
-        class_index (int): The class.
+        class_index (int or str): The class, by name where the data set knows names.
         train_loader (iterable): Batches of (inputs, labels) that probes learn from, images of all
                     classes.
         dataloader (iterable): Batches of (inputs, labels) that all is measured on.
+        head (str, optional): The heads' dotted name, the same in all models. By default the linear
+                    layer that puts out a model's scores.
+                    Default: None
         seed (int): Which images of other classes are among the neighbors.
                     Default: 0
         unpack (Callable, optional): From a batch of another kind to the pair (inputs, labels).
@@ -115,23 +121,25 @@ def audit_forgetting(
     """
     if not models:
         raise ValueError("There is no model to audit.")
-    measured = []
+    known, measured = dataset_names(train_loader), []
     for name, model in models.items():
-        head = head_of(model, None)
-        if not 0 <= class_index < len(head.weight):
+        own_head, train_loader = scoring_head(model, train_loader, head, unpack=unpack)
+        number = len(own_head.weight)
+        if number < 2:
             raise ValueError(
-                f"Class {class_index} is out of range: the head of {name!r} has "
-                f"{len(head.weight)} outputs."
+                f"The head of {name!r} has one output; an audit asks what the scores of the other "
+                "classes tell, so it needs one output for each class."
             )
+        index = index_of_class(class_index, names_of_classes(known, number))
         learned, asked = (
-            head_features(model, head, loader, unpack=unpack, show_progress=show_progress)
+            head_features(model, own_head, loader, unpack=unpack, show_progress=show_progress)
             for loader in (train_loader, dataloader)
         )
         for part, kind in ((learned, "train_loader"), (asked, "dataloader")):
-            own = part.labels == class_index
+            own = part.labels == index
             if not bool(own.any()) or bool(own.all()):
-                raise ValueError(f"{kind} needs images of class {class_index} and of others.")
-        measured.append(_measured(head, learned, asked, class_index, seed))
+                raise ValueError(f"{kind} needs images of class {index} and of others.")
+        measured.append(_measured(own_head, learned, asked, index, seed))
     columns = torch.tensor(measured, dtype=torch.float64).T
     return ForgettingAudit(tuple(models), *columns)
 

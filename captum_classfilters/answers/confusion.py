@@ -10,11 +10,12 @@ from captum_classfilters._core.batches import dataset_names
 from captum_classfilters._core.ranking import descending, random_sets
 from captum_classfilters._core.tables import Table, Tabular, short_repr
 from captum_classfilters._core.types import Dataloader, Unpack
-from captum_classfilters.answers.head_edits import EditedHeads, HeadEdit, check_editable, head_of
+from captum_classfilters.answers.head_edits import EditedHeads, HeadEdit, check_editable
 from captum_classfilters.answers.repair import check_new
 from captum_classfilters.answers.sides import Kept, SeenBatch, Side, see_loader
 from captum_classfilters.class_filters import index_of_class, names_of_classes
 from captum_classfilters.heads import replace_head
+from captum_classfilters.heads.linear_head import scoring_head
 from captum_classfilters.identify.accuracy_reduction import paired_interval
 
 _LARGEST_SHARE = 0.2  # of the two rows' entries that are tried
@@ -184,7 +185,7 @@ def repair_confusion(
         >>> int(fixed.removed.sum())  # of the six weights
         1
     """
-    own = head_of(model, head)
+    own, dataloader = scoring_head(model, dataloader, head, unpack=unpack, alone=False)
     check_editable(own)
     if len(own.weight) < 2:
         raise ValueError("The head has one output, whose threshold decides; move its bias instead.")

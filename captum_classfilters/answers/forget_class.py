@@ -8,15 +8,16 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from captum_classfilters._core.batches import Batch, Batches
+from captum_classfilters._core.batches import Batch, Batches, dataset_names
 from captum_classfilters._core.copies import copied
 from captum_classfilters._core.layers import find_layer, find_layers
 from captum_classfilters._core.outputs import scores_per_class
 from captum_classfilters._core.types import Dataloader, Unpack
 from captum_classfilters._core.units import Rows, UnitTap, aggregated, read_units
-from captum_classfilters.answers.head_edits import head_of
+from captum_classfilters._core.warnings import warn
+from captum_classfilters.class_filters import index_of_class, names_of_classes
 from captum_classfilters.heads.decomposed_linear import linear_layer
-from captum_classfilters.heads.linear_head import replace_head
+from captum_classfilters.heads.linear_head import replace_head, scoring_head
 from captum_classfilters.metrics.selectivity import class_means
 
 #: What is taken out of the representation.
@@ -24,12 +25,14 @@ Erase = Literal["prototype", "probe"]
 
 _SMALLEST = 1e-4  # of a prototype that must be left once the others are taken out
 _RIDGE = 1e-3  # of the mean variance, added to each
+_STILL_NAMED = 0.1  # share of its images on which a forgotten class may be named without a warning
 
 
+@torch.inference_mode(False)
 def forget_class(
     model: nn.Module,
     dataloader: Dataloader,
-    class_index: int,
+    class_index: int | str,
     *,
     erase: Erase = "prototype",
     layers: str | nn.Module | Sequence[str | nn.Module] = (),
@@ -63,7 +66,7 @@ def forget_class(
         model (nn.Module): The model, which is not changed. It ends in a linear head.
         dataloader (iterable): Batches of (inputs, labels), images of all classes; read once for each
                     layer.
-        class_index (int): The class.
+        class_index (int or str): The class, by name where the data set knows names.
         erase (str): One of the above.
                     Default: "prototype"
         layers (str, nn.Module or sequence of these): Layers further down, in the order in which they
@@ -98,19 +101,21 @@ def forget_class(
     """
     if erase not in get_args(Erase):
         raise ValueError(f"erase={erase!r}; choose 'prototype' or 'probe'.")
-    linear = head_of(model, head)
+    linear, dataloader = scoring_head(model, dataloader, head, unpack=unpack)
     name = linear.name
-    if not 0 <= class_index < len(linear.weight):
-        raise ValueError(
-            f"Class {class_index} is out of range: the head has {len(linear.weight)} outputs."
-        )
+    number = max(2, len(linear.weight))  # one output tells two classes apart
+    index = index_of_class(class_index, names_of_classes(dataset_names(dataloader), number))
     inner = list(find_layers(model, layers)) if layers or isinstance(layers, nn.Module) else []
     changed = model
     for place in [*inner, name]:
         at_head = place == name
         seen = _seen(changed, place, at_head, dataloader, unpack, show_progress)
         own = copied(find_layer(changed, place))
-        eraser = _eraser(seen, class_index, erase).to(linear.weight.device)
+        eraser = _eraser(seen, index, erase, linear.weight)
+        if at_head and seen.convolution_dims == 0:
+            _warn_unless_forgotten(
+                linear.outputs(eraser(seen.means.to(linear.weight))), seen, index
+            )
         parts = (
             [("forget", eraser), ("head", own)] if at_head else [("layer", own), ("forget", eraser)]
         )
@@ -176,8 +181,8 @@ def _seen(
     )
 
 
-def _eraser(seen: _Seen, class_index: int, erase: Erase) -> nn.Module:
-    """The layer z -> z - d n^T (z - g) that takes the class out."""
+def _eraser(seen: _Seen, class_index: int, erase: Erase, like: Tensor) -> nn.Module:
+    """The layer z -> z - d n^T (z - g) that takes the class out, of a tensor's type and device."""
     counts = torch.bincount(seen.labels, minlength=seen.num_classes)
     if not bool((counts > 0).all()):
         missing = int((counts == 0).nonzero()[0, 0])
@@ -194,7 +199,17 @@ def _eraser(seen: _Seen, class_index: int, erase: Erase) -> nn.Module:
         read = _fisher(others - center, toward)
     weight = torch.eye(len(toward), dtype=z.dtype) - torch.outer(toward, read)
     bias = toward * (read @ center)
-    return linear_layer(weight.float(), bias.float(), seen.convolution_dims)
+    return linear_layer(weight.to(like), bias.to(like), seen.convolution_dims)
+
+
+def _warn_unless_forgotten(scores: Tensor, seen: _Seen, class_index: int) -> None:
+    """Warn if the class is still named on its images; one output has no class of its own to leave."""
+    named = (scores.argmax(1) == class_index)[seen.labels == class_index].double().mean()
+    if scores.shape[1] > 1 and float(named) > _STILL_NAMED:
+        warn(
+            f"Class {class_index} is still named on {float(named):.0%} of its images: what its mean has "
+            "and the other classes' means have not is small there. Choose erase='probe'."
+        )
 
 
 def _residual(seen: _Seen, prototypes: Tensor, class_index: int) -> Tensor:

@@ -8,13 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from captum_classfilters._core.heads import alike
-from captum_classfilters._core.layers import find_layer
 from captum_classfilters._core.outputs import class_scores, two_classes
 from captum_classfilters._core.taps import hooked
 from captum_classfilters._core.types import ModelInputs
 from captum_classfilters.answers.sides import SeenBatch
 from captum_classfilters.heads.decomposed_linear import DecomposedLinear, linear_layer, linear_map
-from captum_classfilters.heads.linear_head import LinearHead, find_head, linear_head
+from captum_classfilters.heads.linear_head import LinearHead
 
 
 @dataclass(frozen=True)
@@ -65,14 +64,6 @@ class HeadEdit:
         layer = linear_layer(weight, bias, head.convolution_dims)
         trains = next((p.requires_grad for p in head.module.parameters()), True)
         return layer.train(head.module.training).requires_grad_(trains)
-
-
-def head_of(model: nn.Module, name: str | None) -> LinearHead:
-    """The head of that name, by default the last linear layer."""
-    if name is None:
-        name, module = find_head(model)
-        return linear_head(module, name)
-    return linear_head(find_layer(model, name), name)
 
 
 def check_editable(head: LinearHead) -> None:

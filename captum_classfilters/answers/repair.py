@@ -8,16 +8,17 @@ import torch
 from torch import Tensor, nn
 
 from captum_classfilters._core.heads import alike
+from captum_classfilters._core.layers import find_layer
 from captum_classfilters._core.ranking import descending, random_sets
 from captum_classfilters._core.tables import Row, Table, Tabular, short_repr
 from captum_classfilters._core.types import Dataloader, Unpack
 from captum_classfilters._core.warnings import warn
-from captum_classfilters.answers.head_edits import EditedHeads, HeadEdit, check_editable, head_of
+from captum_classfilters.answers.head_edits import EditedHeads, HeadEdit, check_editable
 from captum_classfilters.answers.shortcuts import Shortcuts
 from captum_classfilters.answers.sides import Marked, SeenBatch, see_sides
 from captum_classfilters.class_filters import index_of_class
 from captum_classfilters.heads import replace_head
-from captum_classfilters.heads.linear_head import LinearHead
+from captum_classfilters.heads.linear_head import LinearHead, linear_head
 from captum_classfilters.identify.accuracy_reduction import paired_interval
 from captum_classfilters.identify.significance import image_keys
 
@@ -243,7 +244,7 @@ def repair(
         raise ValueError(f"edit={edit!r}; choose one of {', '.join(map(repr, get_args(Edit)))}.")
     if repetitions < 0:
         raise ValueError(f"repetitions={repetitions} must not be negative.")
-    head = head_of(model, shortcuts.head)
+    head = linear_head(find_layer(model, shortcuts.head), shortcuts.head)
     check_editable(head)
     _check_same_head(head, shortcuts)
     chosen = _outputs(shortcuts, outputs)

@@ -13,14 +13,15 @@ from captum_classfilters._core.provenance import provenance
 from captum_classfilters._core.ranking import descending
 from captum_classfilters._core.tables import Table, Tabular, short_repr
 from captum_classfilters._core.types import Dataloader, JsonDict, Unpack
-from captum_classfilters.answers.head_edits import head_of
+from captum_classfilters._core.warnings import warn
 from captum_classfilters.answers.relabeling import Relabeling
 from captum_classfilters.answers.sides import Marked, Side, read_sides
 from captum_classfilters.class_filters import index_of_class, names_of_classes
-from captum_classfilters.heads.linear_head import LinearHead
+from captum_classfilters.heads.linear_head import LinearHead, scoring_head
 from captum_classfilters.identify import false_discovery_adjusted
 
 _SHOWN = 5  # filters and outputs that are printed
+_FEW_PAIRS = 20  # fewer say nothing about how alike pairs are
 
 
 @short_repr
@@ -230,8 +231,10 @@ def find_shortcuts(
         (tensor([2]), tensor([1]))
     """
     _check_options(fdr, least, permutations)
-    own = head_of(model, head)
     names = class_names if class_names is not None else dataset_names(dataloader)
+    own, dataloader = scoring_head(
+        model, dataloader, head, unpack=unpack, single=paired and marked is None, alone=False
+    )
     without, with_ = read_sides(
         model,
         own,
@@ -241,6 +244,8 @@ def find_shortcuts(
         unpack=unpack,
         show_progress=show_progress,
     )
+    if paired:
+        _warn_unless_alike(without, with_)
     relabeling = _relabeling(without, with_, paired)
     num_classes = without.scores.shape[1]
     _check_enough(relabeling, max(num_classes, without.features.shape[1]), fdr, permutations)
@@ -273,6 +278,25 @@ def find_shortcuts(
         fdr=fdr,
         provenance=provenance(model, options={"least": least, "fdr": fdr, "paired": paired}),
     )
+
+
+def _warn_unless_alike(without: Side, with_: Side) -> None:
+    """Warn if images are no nearer to their partners than to others of their class."""
+    order = without.labels.argsort(stable=True)
+    own, other = without.features[order].double(), with_.features[order].double()
+    same = without.labels[order] == without.labels[order].roll(-1)
+
+    def spread(change: Tensor) -> float:  # what the mark does to all images alike does not count
+        return float((change - change.mean(0))[same].square().sum(1).mean())
+
+    if int(same.sum()) >= _FEW_PAIRS and spread(other - own) > 0.8 * spread(
+        other.roll(-1, 0) - own
+    ):
+        warn(
+            "Images differ as much from their partners as from other images of their class, so these "
+            "may be no pairs; give the same images in the same order, or say paired=False for two "
+            "groups of different images."
+        )
 
 
 def _signed_weight(head: LinearHead) -> Tensor:

@@ -9,18 +9,17 @@ from torch import Tensor, nn
 
 from captum_classfilters._core.batches import dataset_names
 from captum_classfilters._core.devices import device_of
-from captum_classfilters._core.layers import find_layer
 from captum_classfilters._core.tables import Row, Table, Tabular, short_repr
 from captum_classfilters._core.types import Dataloader, Unpack
 from captum_classfilters._core.warnings import warn
 from captum_classfilters.answers.class_images import BATCH_SIZE, Images, images_of_classes
 from captum_classfilters.answers.specialist_builder import SpecialistBuilder, hits_of
 from captum_classfilters.class_filters import index_of_class
-from captum_classfilters.heads.linear_head import find_head
+from captum_classfilters.heads.linear_head import scoring_head
 from captum_classfilters.identify.accuracy_reduction import binomial_interval, paired_interval
 from captum_classfilters.pruning.compare_networks import NetworkComparison, compare_networks
 from captum_classfilters.pruning.fold_batch_norms import fold_batch_norms
-from captum_classfilters.pruning.network_size import UNITS, Unit
+from captum_classfilters.pruning.network_size import UNITS, Ranks, Unit
 from captum_classfilters.pruning.specialize import check_rows, with_rows
 
 
@@ -36,7 +35,8 @@ class ClassSpecialist(Tabular):
         classes (tuple of int): The S classes, as indices of the full network's outputs.
         class_names (tuple of str): Their names.
         kept (dict): For each layer that lost filters which of its (K,) stayed, bool.
-        ranks (dict): Of the layers that are two narrower ones by now, the outputs of the first.
+        ranks (dict): Of the layers that are narrower ones in a row by now, the numbers that the kernel
+                    among them reads and makes, ``(inputs, outputs)``.
         right (Tensor): Shape (2 + R, S), int64. Images of each class that are right: by the full
                     network, choosing among these classes only, by the specialist, and by
                     networks of the same size with random filters, made in the same way.
@@ -50,7 +50,7 @@ class ClassSpecialist(Tabular):
     classes: tuple[int, ...]
     class_names: tuple[str, ...]
     kept: dict[str, Tensor]
-    ranks: dict[str, int]
+    ranks: dict[str, Ranks]
     right: Tensor
     lost: int
     gained: int
@@ -119,6 +119,7 @@ class ClassSpecialist(Tabular):
         return [Table(rows, dict.fromkeys(("full", "specialist"), ".4f"), title, notes=notes)]
 
 
+@torch.inference_mode(False)
 def build_specialist(
     model: nn.Module,
     classes: Sequence[int | str],
@@ -148,10 +149,11 @@ def build_specialist(
     scores of the classes. How far the scores move at four sizes is measured, and each layer gets as
     many filters as leave the least sum of that for the ``budget``. Then the layers lose their filters
     in the order in which they run, every reader's weights fitted anew, in closed form, to what it
-    made in the full network. A second network loses fewer filters, the square root of the budget being
-    their share, and its convolutions and linear layers are split into two narrower ones each, by
-    reduced-rank regression with the same costs, until the budget is met; ranks go where they save most
-    error for each parameter. At last the head is fitted, and batch normalizations have their statistics
+    made in the full network. A second network loses fewer filters, until the fourth root of the budget
+    is left, and its convolutions and linear layers are split into narrower ones in a row: a kernel
+    that reads few combinations of the inputs and makes few of the outputs, by reduced-rank regression
+    with the same costs, until the budget is met; ranks go where they save most error for each
+    parameter. At last the head is fitted, and batch normalizations have their statistics
     measured anew if that lowers the cross-entropy on images held back. By the same cross-entropy one of
     the two networks is chosen. Nothing is trained unless ``epochs`` says so; then
     :func:`~captum_classfilters.heads.fine_tune` has the full network as its teacher. Batch normalizations
@@ -161,7 +163,9 @@ def build_specialist(
     refitting one layer after another as in He et al.: *Channel pruning for accelerating very deep
     neural networks*, ICCV 2017, https://arxiv.org/abs/1707.06168; the splitting is that of Zhang et al.:
     *Accelerating very deep convolutional networks for classification and detection*, TPAMI 2016,
-    https://arxiv.org/abs/1505.06798.
+    https://arxiv.org/abs/1505.06798, on both sides of the kernel, as in Kim et al.: *Compression of deep
+    convolutional neural networks for fast and low power mobile applications*, ICLR 2016,
+    https://arxiv.org/abs/1511.06530.
 
     Images of the classes are held in memory. Layers that a shortcut ties to others keep their filters.
 
@@ -179,7 +183,7 @@ def build_specialist(
         unit (str): What the budget is a share of: ``"parameters"``, or ``"multiply_adds"`` for an
                     image where time counts more than size.
                     Default: "parameters"
-        low_rank (bool): Try layers split into two narrower ones, too. Without it only filters go.
+        low_rank (bool): Try layers split into narrower ones, too. Without it only filters go.
                     Default: True
         epochs (int): Epochs of training afterwards.
                     Default: 0
@@ -229,9 +233,9 @@ def build_specialist(
         raise ValueError(f"unit={unit!r}; choose one of {', '.join(UNITS)}.")
     if epochs < 0 or repetitions < 0:
         raise ValueError(f"epochs={epochs}, repetitions={repetitions}: expected 0 or more.")
-    name = head if head is not None else find_head(model)[0]
     reading = {"unpack": unpack, "device": device, "show_progress": show_progress}
-    number = len(getattr(find_layer(model, name), "weight", ()))
+    found, dataloader = scoring_head(model, dataloader, head, unpack=unpack, single=True)
+    name, number = found.name, len(found.weight)
     known = class_names if class_names is not None else dataset_names(dataloader)
     names = [str(index) for index in range(number)] if known is None else [*map(str, known)]
     rows = [index_of_class(label, names) for label in classes]

@@ -16,7 +16,7 @@ from captum_classfilters._core.types import Dataloader, ExampleInputs, Unpack
 from captum_classfilters._core.units import Rows, UnitTap, aggregated
 from captum_classfilters.class_filters import ClassFilters
 from captum_classfilters.heads.decompose import fit_to_head
-from captum_classfilters.heads.linear_head import run_head
+from captum_classfilters.heads.linear_head import check_scores_follow, run_head
 from captum_classfilters.metrics.selectivity import class_means
 
 #: What the score is made of.
@@ -220,8 +220,9 @@ class ClassFilterOOD:
             )
         if not bool(class_filters.selected.any(1).all()):
             raise ValueError(
-                "Some classes have no selected filters; select some, for example "
-                "class_filters.select(num_filters=10)."
+                "Some classes have no selected filters: select some, for example "
+                f"class_filters.select(num_filters={min(10, class_filters.num_filters)}), of a table "
+                "whose classes all have images."
             )
         self.model, self.class_filters, self.score = model, class_filters, score
         self.percentile, self.known_rate = percentile, known_rate
@@ -273,6 +274,8 @@ class ClassFilterOOD:
             self.model, dataloader, "known images", unpack=unpack, show_progress=show_progress
         ) as batches:
             for batch in batches:
+                if batch.first_image == 0:
+                    check_scores_follow(self.model, self._head, batch.inputs)
                 own = self._run(batch)
                 features.add(own.features)
                 logits.add(own.logits)

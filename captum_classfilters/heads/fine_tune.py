@@ -16,7 +16,7 @@ from captum_classfilters._core.batches import Batch, Batches, check_read_again, 
 from captum_classfilters._core.devices import device_of, on_device
 from captum_classfilters._core.tables import short_repr
 from captum_classfilters._core.types import Dataloader, Unpack
-from captum_classfilters.heads.linear_head import find_head
+from captum_classfilters.heads.linear_head import find_head, first_inputs
 from captum_classfilters.metrics.evaluate_classifier import ScoreReader, evaluate_classifier
 
 logger = logging.getLogger("captum_classfilters")
@@ -43,6 +43,7 @@ class Epoch:
     validation_accuracy: float
 
 
+@torch.inference_mode(False)
 def fine_tune(
     model: nn.Module,
     train_loader: Dataloader,
@@ -123,9 +124,13 @@ def fine_tune(
         scores = evaluate_classifier(model, validation_loader, unpack=unpack, show_progress=False)
         return Epoch(epoch, loss, accuracy, scores.accuracy)
 
+    head = None
+    if freeze == "backbone":
+        inputs, train_loader = first_inputs(model, train_loader, unpack)
+        head = find_head(model, inputs)[1]
     history = [measured(0)]
     with _best_state_kept(model) as keep_state, _teaching(teacher):
-        trained = _trained_parameters(model, freeze)
+        trained = _trained_parameters(model, head)
         optimizer = optimizer or torch.optim.Adam(trained, lr=learning_rate)
         criterion = _Criterion(label_smoothing, teacher, teacher_weight, temperature)
         for epoch in range(1, epochs + 1):
@@ -249,14 +254,13 @@ def _not_finite() -> ValueError:
     return ValueError("The training loss is NaN or Inf; lower the learning rate.")
 
 
-def _trained_parameters(model: nn.Module, freeze: Freeze) -> list[nn.Parameter]:
-    if freeze != "backbone":
+def _trained_parameters(model: nn.Module, head: nn.Module | None) -> list[nn.Parameter]:
+    """The head's parameters, all others frozen; without a head all that are not."""
+    if head is None:
         return [parameter for parameter in model.parameters() if parameter.requires_grad]
-    head = list(find_head(model)[1].parameters())
-    trained = {id(parameter) for parameter in head}
-    for parameter in model.parameters():
-        parameter.requires_grad_(id(parameter) in trained)
-    return head
+    model.requires_grad_(False)
+    head.requires_grad_(True)
+    return list(head.parameters())
 
 
 def _train_mode(model: nn.Module, freeze: Freeze) -> None:

@@ -1,21 +1,22 @@
 """A model's last linear layer: found, seen to be linear, run, replaced."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import chain, islice
 
 import torch
 from torch import Tensor, nn
 
-from captum_classfilters._core.batches import Batch, read_batches
+from captum_classfilters._core.batches import Batch, first_batch, read_batches
 from captum_classfilters._core.copies import copied
 from captum_classfilters._core.guard import model_left_as_found
 from captum_classfilters._core.heads import HeadRecord, alike, is_linear
 from captum_classfilters._core.layers import check_runs, find_layer, layer_name
-from captum_classfilters._core.outputs import class_scores
+from captum_classfilters._core.outputs import as_rows, class_scores
 from captum_classfilters._core.tables import short_repr
 from captum_classfilters._core.taps import hooked, tapped
-from captum_classfilters._core.types import ExampleInputs, ModelInputs
+from captum_classfilters._core.types import Dataloader, ExampleInputs, ModelInputs, Unpack
 from captum_classfilters.class_filters import ClassFilters
 from captum_classfilters.heads.decomposed_linear import DecomposedLinear, linear_map
 
@@ -31,8 +32,9 @@ def find_head(
     Args:
 
         model (nn.Module): The model.
-        example_inputs (Tensor or tuple, optional): A batch to run; the layer that runs last is the
-                    head. Without it, the one that was registered last.
+        example_inputs (Tensor or tuple, optional): A batch to run; the layer whose output is the
+                    model's scores is the head, else the one that runs last. Without it, the one that
+                    was registered last.
                     Default: None
 
     Returns:
@@ -47,21 +49,32 @@ def find_head(
             "nn.Module: pass the module that the function calls."
         )
     heads = [m for m in model.modules() if is_linear(m) or isinstance(m, DecomposedLinear)]
-    ran: list[nn.Module] = []
-    if example_inputs is not None:
-        with (
-            example_batch([model], example_inputs) as batch,
-            hooked(heads, lambda module, _inputs, _output: ran.append(module)),
-        ):
-            model(*batch.inputs)
     if not heads:
         last = [type(m).__name__ for m in model.modules() if not list(m.children())][-3:]
         raise ValueError(
             f"{type(model).__name__} has no linear head: it ends in {', '.join(last)}. A head that "
             "can be decomposed is an nn.Linear or an ungrouped 1x1 convolution."
         )
-    head = (ran or heads)[-1]
+    head = heads[-1]
+    if example_inputs is not None:
+        with example_batch([model], example_inputs) as batch:
+            head = _head_that_ran(model, heads, batch.inputs) or head
     return layer_name(model, head), head
+
+
+def _head_that_ran(
+    model: nn.Module, heads: list[nn.Module], inputs: ModelInputs
+) -> nn.Module | None:
+    """Which linear layer put out the model's scores, or else ran last."""
+    ran: list[tuple[nn.Module, Tensor]] = []
+    with hooked(heads, lambda module, _inputs, output: ran.append((module, output))):
+        output = model(*inputs)
+    with suppress(ValueError):  # scores that the model hides do not tell
+        scores = class_scores(output)
+        for module, own in reversed(ran):
+            if own.data_ptr() == scores.data_ptr() and own.numel() == scores.numel():
+                return module
+    return ran[-1][0] if ran else None
 
 
 def head_name(
@@ -82,6 +95,7 @@ def head_name(
     return str(feed["name"]) if "name" in feed else find_head(model, example_inputs)[0]
 
 
+@torch.inference_mode(False)
 def replace_head(model: nn.Module, name: str, head: nn.Module) -> nn.Module:
     """A copy of a model with one layer replaced; the model itself keeps its own.
 
@@ -266,12 +280,79 @@ def run_head(
     return HeadRun(output, features, logits, len(runs), ends, linear)
 
 
-def check_scores_follow(model: nn.Module, head: LinearHead, inputs: ModelInputs) -> None:
-    """Raise unless a model's scores follow from its head's output alone.
+def scoring_head(
+    model: nn.Module,
+    dataloader: Dataloader,
+    name: str | None = None,
+    *,
+    unpack: Unpack | None = None,
+    single: bool = False,
+    alone: bool = True,
+) -> tuple[LinearHead, Dataloader]:
+    r"""
+    A model's head, seen on a first batch to put out the scores, each output that of its own class.
+
+    Args:
+
+        model (nn.Module): The model.
+        dataloader (iterable): Batches of (inputs, labels).
+        name (str, optional): The head's dotted name. By default the linear layer whose output is the
+                    model's scores, else the one that runs last.
+                    Default: None
+        unpack (Callable, optional): From a batch of another kind to the pair (inputs, labels).
+                    Default: None
+        single (bool): The model takes the first input alone, of pairs of images for example.
+                    Default: False
+        alone (bool): Nothing else may add to the scores.
+                    Default: True
+
+    Returns:
+        *tuple* of the head and the loader; of one that can be read only once, one that has all its
+        batches still.
+
+    Raises:
+        ValueError: There is no linear head, or its outputs are not the classes' scores; the message
+                    names ``head=``.
+    """
+    inputs, dataloader = first_inputs(model, dataloader, unpack)
+    inputs = inputs[:1] if single else inputs
+    chosen = find_head(model, inputs)[0] if name is None else name
+    head = linear_head(find_layer(model, chosen), chosen)
+    with example_batch([model], inputs) as batch:
+        check_scores_follow(model, head, batch.inputs, alone)
+    return head, dataloader
+
+
+def first_inputs(
+    model: nn.Module, dataloader: Dataloader, unpack: Unpack | None = None
+) -> tuple[ModelInputs, Dataloader]:
+    """The inputs of a loader's first batch, and the loader; of one that can be read only once, one
+    that has all its batches still."""
+    if not isinstance(dataloader, Iterator):
+        return first_batch(model, dataloader, unpack).inputs, dataloader
+    first = [*islice(dataloader, 1)]
+    return first_batch(model, first, unpack).inputs, chain(first, dataloader)
+
+
+def check_scores_follow(
+    model: nn.Module, head: LinearHead, inputs: ModelInputs, alone: bool = True
+) -> None:
+    """Raise unless a model's scores follow from its head's output, class by class, and from it alone.
 
     The model runs on other images while its head puts out what it did for these: scores that change
-    have come another way.
+    have come another way. Then each output is raised for some image: the score that rises with it
+    must be that of the same class. Nothing is asked where the scores are the head's own tensor.
     """
+    run = run_head(model, head, inputs)
+    if run.ends:
+        return
+    if alone:
+        _check_alone(model, head, inputs)
+    _check_order(model, head, inputs, as_rows(class_scores(run.output)))
+
+
+def _check_alone(model: nn.Module, head: LinearHead, inputs: ModelInputs) -> None:
+    """Raise if the model's scores change with what its head does not see."""
     outputs: list[Tensor] = []
     with tapped(head.module, lambda output: outputs.append(output.clone())):
         before = class_scores(model(*inputs))
@@ -284,10 +365,53 @@ def check_scores_follow(model: nn.Module, head: LinearHead, inputs: ModelInputs)
     if before.shape != after.shape or not bool(alike(after, before)):
         raise ValueError(
             f"The model's scores do not follow from its head {head.name!r} alone: another part of it, "
-            "a second head for example, adds to them, so classes would still see all filters. Join "
-            "the parts into one nn.Linear, or decompose a model that returns the scores of this head "
-            "only."
+            "a second head for example, adds to them, so classes would still see all filters. Name "
+            "the layer that puts them out with head=, join the parts into one nn.Linear, or pass a "
+            "model that returns the scores of this head only."
         )
+
+
+def _check_order(model: nn.Module, head: LinearHead, inputs: ModelInputs, before: Tensor) -> None:
+    """Raise unless each of a head's outputs raises the score of its own class most."""
+    number = len(head.weight)
+    if number == 1 and before.shape[1] <= 2:
+        return
+    if before.shape[1] != number:
+        raise ValueError(
+            f"The model has scores of {before.shape[1]} classes, and its head {head.name!r} "
+            f"{number} outputs. {_of_its_own(head)}"
+        )
+    images = torch.arange(len(before), device=before.device)
+    classes = images % number if len(images) >= number else images * number // len(images)
+
+    def raised(output: Tensor) -> Tensor | None:
+        if len(output) != len(classes):  # crops of images, in whatever order
+            return None
+        rise = output.amax() - output.amin() + 1
+        rows = output.movedim(1 if head.convolution_dims else -1, 1).clone()
+        rows[images.to(output.device), classes.to(output.device)] += rise
+        return rows.movedim(1, 1 if head.convolution_dims else -1)
+
+    with tapped(head.module, raised):
+        moved = class_scores(model(*inputs)) - before
+    moved = (moved.flatten(2).mean(2) if moved.dim() > 2 else moved).double()
+    changed = moved.abs().amax(1) > 1e-4 * before.double().abs().max()
+    other = (moved.argmax(1) != classes) & changed
+    if bool(other.any()):
+        image = int(other.nonzero()[0, 0])
+        raise ValueError(
+            f"Output {int(classes[image])} of the head {head.name!r} is not the score of class "
+            f"{int(classes[image])}: it raises that of class {int(moved[image].argmax())}. "
+            f"{_of_its_own(head)}"
+        )
+
+
+def _of_its_own(head: LinearHead) -> str:
+    return (
+        "Name the layer that puts out the scores with head=, or pass a model whose head has one "
+        "output for each class, in their order: of a head whose outputs are picked or put in another "
+        f"order, replace_head(model, {head.name!r}, layer) with those rows in an nn.Linear."
+    )
 
 
 @contextmanager

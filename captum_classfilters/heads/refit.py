@@ -6,12 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from captum_classfilters._core.layers import find_layer
 from captum_classfilters._core.outputs import log_probabilities
 from captum_classfilters._core.types import Dataloader, Unpack
 from captum_classfilters.heads.decomposed_linear import DecomposedLinear
 from captum_classfilters.heads.head_features import head_features
-from captum_classfilters.heads.linear_head import find_head, linear_head
+from captum_classfilters.heads.linear_head import scoring_head
 
 
 def refit_head(
@@ -60,8 +59,8 @@ def refit_head(
     Raises:
         ValueError: The head is not linear, the model changes its output, or labels do not fit.
     """
-    name, module = (head, find_layer(model, head)) if head else find_head(model)
-    linear = linear_head(module, name)
+    linear, dataloader = scoring_head(model, dataloader, head, unpack=unpack, alone=False)
+    name, module = linear.name, linear.module
     trained = {id(parameter) for parameter in module.parameters()}
     if linear.convolution_dims or id(module.weight) not in trained:
         raise ValueError(
@@ -114,7 +113,8 @@ def fit_linear(
         *list of float*: The objective before, and after each iteration.
 
     Raises:
-        ValueError: Shapes or labels do not fit, or features are not finite.
+        ValueError: Shapes or labels do not fit, features are not finite, or so large that the fit is
+                    not.
     """
     _check(module, features, labels)
     # Whatever the caller switched off around the call.
@@ -127,6 +127,12 @@ def fit_linear(
             features, labels = features.clone(), labels.clone()
         history = _minimize(twin, features, labels, weight_decay, label_smoothing, max_iterations)
     fitted = dict(twin.named_parameters())
+    if not all(bool(parameter.isfinite().all()) for parameter in fitted.values()):
+        raise ValueError(
+            "The fit of the head ended in NaN or Inf, so its weights stay as they were: features "
+            f"reach {float(features.abs().max()):.1e}. Normalize the images, or the features before "
+            "the head, to numbers near 1."
+        )
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             parameter.copy_(fitted[name])

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from captum_classfilters._core.batches import read_batches
-from captum_classfilters._core.filter_graph import as_tuple, computed_weight
+from captum_classfilters._core.costs import inputs_of
+from captum_classfilters._core.filter_graph import computed_weight
 from captum_classfilters._core.guard import model_left_as_found
-from captum_classfilters._core.heads import is_linear
+from captum_classfilters._core.heads import alike, is_linear
 from captum_classfilters._core.layers import find_layer
-from captum_classfilters._core.outputs import scores_per_class
+from captum_classfilters._core.outputs import class_scores, scores_per_class
 from captum_classfilters._core.tables import Table, Tabular, short_repr
 from captum_classfilters._core.types import Dataloader, ExampleInputs, ModelInputs, Unpack
 from captum_classfilters._core.warnings import warn
@@ -96,6 +98,7 @@ class Specialist:
     accuracy: SpecialistAccuracy | None
 
 
+@torch.inference_mode(False)
 def specialize(
     model: nn.Module,
     class_filters: ClassFilters | Sequence[ClassFilters],
@@ -163,7 +166,7 @@ def specialize(
         if table.layer in kept:
             raise ValueError(f"Two tables are of the layer {table.layer!r}.")
         kept[table.layer] = _needed(table, rows)
-    inputs = as_tuple(example_inputs)
+    inputs = inputs_of(model, example_inputs)
     name = head if head is not None else find_head(model, inputs)[0]
     pruned = prune_filters(model, kept, inputs)
     smaller = with_rows(pruned, name, rows)
@@ -255,18 +258,13 @@ def check_rows(
         model_left_as_found(smaller, evaluation=True),
         torch.no_grad(),
     ):
-        full = pruned(*inputs)
-        try:
-            cut = smaller(*inputs)
-        except RuntimeError:  # another layer reads the head
-            cut = None
-    fits = (
-        cut is not None
-        and isinstance(full, Tensor)
-        and full.dim() == 2
-        and full.shape[1] > max(rows)
-    )
-    if not fits or not torch.allclose(full[:, list(rows)], cut, rtol=1e-4, atol=1e-5):
+        full = class_scores(pruned(*inputs))
+        cut = full[:, :0]
+        with suppress(Exception):  # something else reads the head
+            cut = class_scores(smaller(*inputs))
+    whole = full.dim() == 2 and full.shape[1] > max(rows)
+    expected = full[:, list(rows)] if whole else full
+    if not whole or cut.shape != expected.shape or not bool(alike(cut, expected)):
         raise ValueError(
             f"The rows of {name!r} are not the model's outputs, class by class; say which linear "
             "layer puts out the logits with head=."

@@ -128,6 +128,7 @@ class RecordedBatch:
         self.output = output.detach().clone()
         self.seen = [self.output, *_features(head, 1)[0]]
         self._state = ModuleState(self.model)
+        head.settle(output)
         return head if head.is_output(output) else None
 
     def _run_model(self) -> Any:
