@@ -27,10 +27,10 @@ class AccuracySums(SummedMetric):
         states = {
             "counts": table[:, 0].long(),
             "correct": table[:, 0].long(),
-            "lost": table.long(),
-            "gained": table.long(),
-            "log_drop": table.double(),
-            "drop": table.double(),
+            "lost": torch.zeros_like(table, dtype=torch.int64),
+            "gained": torch.zeros_like(table, dtype=torch.int64),
+            "log_drop": torch.zeros_like(table, dtype=torch.float64),
+            "drop": torch.zeros_like(table, dtype=torch.float64),
         }
         for name, zeros in states.items():
             self.add_state(name, zeros, dist_reduce_fx="sum")

@@ -7,7 +7,7 @@ from scipy.stats import binomtest, multinomial, norm, pearsonr
 from torch import nn
 
 from captum_classfilters import LayerFilterAblation
-from captum_classfilters.identify import binomial_interval
+from captum_classfilters.identify import accuracy_reduction, binomial_interval
 from captum_classfilters.identify.accuracy_reduction import paired_interval
 from tests.models import batches, deep, hooks_of, joined
 
@@ -229,3 +229,23 @@ def test_bad_input_and_training_flags():
     with pytest.raises(ValueError, match="stage1, stage2"):
         several.identify(batches(), metric="accuracy", show_progress=False)
     assert all(module.training for module in model.modules())
+
+
+def test_the_default_type_changes_no_sum():
+    """Sums of two kinds must not be one tensor."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(2, 3, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 2)
+    )
+    data = [(torch.rand(9, 2, 4, 3), torch.arange(9) % 2)]
+    drops = []
+    for dtype in (torch.float32, torch.float64):
+        torch.set_default_dtype(dtype)
+        try:
+            method = LayerFilterAblation(model, "1")
+            found = accuracy_reduction(method, data, show_progress=False)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        drops.append((found.probability_drop, found.log_probability_drop))
+    for plain, double in zip(*drops, strict=True):
+        assert torch.allclose(plain, double)
