@@ -212,8 +212,10 @@ class ClassSpecificGate(nn.Module):
             *Tensor* of the same shape.
 
         Raises:
-            ValueError: The activations have another number of filters or images.
+            ValueError: The activations have another number of filters or images, or the labels are
+                        no class indices of the gate.
         """
+        labels = self._checked_labels(labels)
         return self._gated(activation, labels, filter_axis(layer, activation, channel_dim))
 
     def _gated(self, activation: Tensor, labels: Tensor, axis: int) -> Tensor:

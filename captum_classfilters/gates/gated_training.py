@@ -283,25 +283,39 @@ class GatedTrainer:
         """A step; its loss and number of correct predictions, where the model is."""
         optimizer = self.gated_optimizer if gated else self.optimizer
         optimizer.zero_grad(set_to_none=True)
-        if not gated:
+        losses = []
+        if gated:
+            loss, scores = self._gated_pass(inputs, labels, check)
+            losses.append(loss)
+        if not gated or self.schedule.unit == "joint":
             scores = class_scores(self.model(*inputs))
             loss = self.criterion(scores, labels)
-        else:
-            scores = self._gated_scores(inputs, labels, check)
-            loss = self.gated_weight * self.criterion(scores, labels)
-            loss = loss + self.regularization * self.regularizer(self.gate)
-            if self.schedule.unit == "joint":
-                scores = class_scores(self.model(*inputs))
-                loss = loss + self.criterion(scores, labels)
-        loss.backward()
+            loss.backward()
+            losses.append(loss)
         optimizer.step()
         if gated:
             self.gate.project(check=check)
-        return loss.detach(), _correct(scores, labels)
+        return torch.stack([loss.detach() for loss in losses]).sum(), _correct(scores, labels)
+
+    def _gated_pass(
+        self, inputs: ModelInputs, labels: Tensor, check: bool
+    ) -> tuple[Tensor, Tensor]:
+        """The loss and scores of the gated path, and the gradients: layers that run once more for
+        these, as activation checkpointing has them, are gated once more."""
+        with self.gate.gating(labels, check=check):
+            scores = self._scores(inputs)
+            loss = self.gated_weight * self.criterion(scores, labels)
+            loss = loss + self.regularization * self.regularizer(self.gate)
+            loss.backward()
+        return loss, scores
 
     def _gated_scores(self, inputs: ModelInputs, labels: Tensor, check: bool) -> Tensor:
         with self.gate.gating(labels, check=check):
-            scores = class_scores(self.model(*inputs))
+            return self._scores(inputs)
+
+    def _scores(self, inputs: ModelInputs) -> Tensor:
+        """The model's scores, of as many classes as the gate has."""
+        scores = class_scores(self.model(*inputs))
         num_classes = two_classes(scores).shape[1]
         if num_classes != self.gate.num_classes:
             raise ValueError(

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.optim import lr_scheduler
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 from captum_classfilters import ClassFilters, ClassSpecificGate, LayerClassGate
@@ -871,3 +872,53 @@ def test_masking_on_an_accelerator():
         assert torch.equal(got.confusion, expected.confusion)
         assert torch.equal(got.control, expected.control)
         assert got.recall.device.type == "cpu"
+
+
+@pytest.mark.parametrize(
+    "labels", [torch.tensor([1, 2, 1], dtype=torch.uint8), torch.tensor([[1], [2], [1]])]
+)
+def test_labels_are_classes_however_they_are_kept(labels):
+    """Indexing takes bytes for a mask."""
+    gate = ClassSpecificGate(3, 2)
+    gate.weight.data = torch.arange(6.0).reshape(3, 2) / 6
+    gated = gate(torch.ones(3, 2, 1, 1), labels)
+    assert torch.equal(gated[:, :, 0, 0], gate.weight.data[[1, 2, 1]])
+    with pytest.raises(ValueError, match="label"):
+        gate(torch.ones(2, 2, 1, 1), torch.tensor([0, -1]))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("unit", ["batch", "joint"])
+def test_layers_that_run_once_more_for_gradients_are_gated_once_more(reentrant, unit):
+    """Activation checkpointing: the same steps as without it."""
+
+    class Net(nn.Module):
+        def __init__(self, checkpoints):
+            super().__init__()
+            torch.manual_seed(0)
+            self.first, self.conv = nn.Conv2d(2, 3, 1), nn.Conv2d(3, 4, 1)
+            self.head, self.checkpoints = nn.Linear(4, 3), checkpoints
+
+        def forward(self, x):
+            x = self.first(x)
+            x = (
+                checkpoint(self.conv, x, use_reentrant=reentrant)
+                if self.checkpoints
+                else self.conv(x)
+            )
+            return self.head(x.mean((2, 3)))
+
+    found = []
+    images, labels = torch.randn(6, 2, 5, 4), torch.arange(6) % 3
+    for checkpoints in (False, True):
+        model = Net(checkpoints)
+        torch.manual_seed(1)
+        gate = ClassSpecificGate(3, 4).attach(model, "conv")
+        optimizer = torch.optim.SGD([*model.parameters(), *gate.parameters()], lr=0.1)
+        trainer = GatedTrainer(model, gate, optimizer, schedule=GateSchedule(unit=unit, period=1))
+        losses = [trainer.step(images, labels, gated=True)[0] for _ in range(2)]
+        found.append(
+            [torch.tensor(losses), gate.weight.data, *(p.data for p in model.parameters())]
+        )
+    for plain, again in zip(*found, strict=True):
+        assert torch.allclose(plain, again, atol=1e-6)
