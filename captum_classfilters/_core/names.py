@@ -12,9 +12,9 @@ _MOST_SHOWN = 8
 _WORDNET_ID = re.compile(r"^[nv]\d{8}[\s_:,.-]+(?=\S)")
 
 
-def short_name(name: object, length: int = LONGEST_NAME) -> str:
-    """A name that fits beside a picture: up to its first comma, of so many characters, without a
-    WordNet number if there is a name behind it.
+def short_name(name: object, length: int = LONGEST_NAME, *, synonyms: bool = True) -> str:
+    """A name that fits beside a picture: of so many characters, without a WordNet number if there is a
+    name behind it; a class's, up to its first comma, which synonyms follow.
 
     Examples::
 
@@ -25,7 +25,7 @@ def short_name(name: object, length: int = LONGEST_NAME) -> str:
         'common iguana of the…'
     """
     text = _WORDNET_ID.sub("", " ".join(str(name).split()))
-    first = " ".join(text.split(",")[0].split())
+    first = " ".join(text.split(",")[0].split()) if synonyms else ""
     text = first or text
     if len(text) > length:
         cut = text[: length - 1]

@@ -34,7 +34,7 @@ def plot_accuracy_curve(
     axes.axhline(
         100 * curve.full_accuracy, color="black", linestyle="--", linewidth=1, label="all filters"
     )
-    labels = short_names(curve.accuracy)
+    labels = short_names(curve.accuracy, synonyms=False)
     for index, values in enumerate(curve.accuracy.values()):
         axes.plot(
             x,

@@ -131,7 +131,7 @@ def plot_gate_and_weight(
 def plot_mutual_information(
     information: Tensor,
     *,
-    bound: float | None = None,
+    bound: float | Tensor | None = None,
     class_names: Sequence[str] | None = None,
     order: str = "class",
     classes: int | Sequence[int | str] = 40,
@@ -145,7 +145,7 @@ def plot_mutual_information(
     Args:
 
         information (Tensor): Shape (C, K), from ``mutual_information_matrix``.
-        bound (float, optional): The largest value attainable, as the top of the scale; of
+        bound (float or Tensor, optional): The largest value attainable, as the top of the scale; of
                     ``mutual_information_bound`` for example. By default the largest value drawn, so
                     that colors of two pictures do not compare.
                     Default: None
@@ -172,6 +172,7 @@ def plot_mutual_information(
     table = numbers_of(information, "The values of the information")
     if table.dim() != 2:
         raise ValueError(f"information has shape {tuple(table.shape)}; expected (C, K).")
+    most = None if bound is None else float(torch.as_tensor(bound).max())
     names = names_of(class_names, len(table))
     rows = chosen(classes, table.amax(1), "classes", class_names or ())
     columns = chosen(filters, table[rows].amax(0), "filters")
@@ -186,7 +187,7 @@ def plot_mutual_information(
         interpolation="nearest",
         cmap=UNSIGNED,
         vmin=0.0,
-        vmax=(bound if bound is not None else float(shown.max())) or 1.0,
+        vmax=(float(shown.max()) if most is None else most) or 1.0,
     )
     set_ticks(axes, "y", [names[row] for row in rows.tolist()])
     axes.set_xticks([])
@@ -198,8 +199,8 @@ def plot_mutual_information(
     ]
     axes.set_xlabel("; ".join(filter(None, told)))
     score = float(table.max(0).values.mean())
-    most = "" if bound is None else f" of at most {bound:.3f}"
-    axes.set_title(title or f"mutual information; score {score:.3f}{most}", loc="left", size=10)
+    limit = "" if most is None else f" of at most {most:.3f}"
+    axes.set_title(title or f"mutual information; score {score:.3f}{limit}", loc="left", size=10)
     figure.colorbar(image, ax=axes, pad=0.01, label="nats")
     return figure, axes
 

@@ -2,7 +2,6 @@
 
 import sys
 import textwrap
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -134,9 +133,9 @@ def short_number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 10 else f"{value:.2g}"
 
 
-def short_name(name: object, length: int = LONGEST_NAME) -> str:
+def short_name(name: object, length: int = LONGEST_NAME, *, synonyms: bool = True) -> str:
     """A name that fits beside a picture, of so many characters, and is no mathematics."""
-    return shortened(name, length).replace("$", r"\$")
+    return shortened(name, length, synonyms=synonyms).replace("$", r"\$")
 
 
 def lines_of(text: str, width: int) -> str:
@@ -144,15 +143,21 @@ def lines_of(text: str, width: int) -> str:
     return "\n".join(textwrap.wrap(text.replace("$", r"\$"), width)[:3])
 
 
-def short_names(names: Iterable[object], length: int = LONGEST_NAME) -> list[str]:
-    """Short names; those that are the same once shortened have their number beside them."""
+def short_names(
+    names: Iterable[object], length: int = LONGEST_NAME, *, synonyms: bool = True
+) -> list[str]:
+    """Short names; different ones that are the same once shortened have their number beside them.
+    Names of methods and models have no synonyms behind a comma."""
     full = [str(name) for name in names]
-    short = [short_name(name, length) for name in full]
-    counts = Counter(short)
+    short = [short_name(name, length, synonyms=synonyms) for name in full]
+    meant: dict[str, set[str]] = {}
+    for text, name in zip(short, full, strict=True):
+        meant.setdefault(text, set()).add(name)
     for index, text in enumerate(short):
-        if counts[text] > 1 and text != full[index]:
+        if len(meant[text]) > 1:
             number = f" [{index}]"
-            short[index] = short_name(full[index], length - len(number)) + number
+            least = length - len(number)
+            short[index] = short_name(full[index], least, synonyms=synonyms) + number
     return short
 
 

@@ -38,7 +38,7 @@ def plot_forgetting(
     Returns:
         *tuple* of figure and axes.
     """
-    names = short_names(audit.models)
+    names = short_names(audit.models, synonyms=False)
     figure, axes = axes_of(plt_fig_axis, (8.0, max(3.0, 0.2 * len(names))))
     width = 0.8 / len(names)
     for place, name in enumerate(names):

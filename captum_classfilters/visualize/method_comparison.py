@@ -44,7 +44,7 @@ def plot_method_comparison(
     Returns:
         *tuple* of figure and its four axes.
     """
-    names = short_names(comparison.names)
+    names = short_names(comparison.names, synonyms=False)
     size = (13.5, 2.2 + 0.42 * len(names))
     figure, grid = grid_of(plt_fig_axis, 1, 4, size, width_ratios=[1.15, 1.15, 1, 0.6], sharey=True)
     axes, k = grid[0], comparison.num_filters

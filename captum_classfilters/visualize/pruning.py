@@ -155,7 +155,7 @@ def plot_removal_curves(
     full = 100 * curves.full_accuracy
     axes.axhline(full, color="black", linestyle="--", linewidth=0.8, label="all filters")
     index = 0
-    labels = dict(zip(curves.accuracy, short_names(curves.accuracy), strict=True))
+    labels = dict(zip(curves.accuracy, short_names(curves.accuracy, synonyms=False), strict=True))
     for name, values in curves.accuracy.items():
         share = 100 * torch.arange(values.shape[1]) / curves.num_filters
         middle = 100 * values.mean(0)

@@ -163,7 +163,7 @@ def plot_exponents(
     for text, height in (("good", 1.05), ("fair", 3.1)):
         axes.annotate(text, (1.01, height), xycoords=("axes fraction", "data"), color=GRAY)
     place = np.arange(len(names))
-    labels = dict(zip(models, short_names(models), strict=True))
+    labels = dict(zip(models, short_names(models, synonyms=False), strict=True))
     for index, (label, model) in enumerate(models.items()):
         axes.errorbar(
             place,

@@ -20,6 +20,7 @@ from captum_classfilters.visualize import (
     plot_explanations,
     plot_filter_maps,
 )
+from captum_classfilters.visualize.figures import short_names
 from tests.models import known
 
 
@@ -151,3 +152,16 @@ class TestPictures:
         shared = table().overlap().count
         texts = {text.get_position(): int(text.get_text()) for text in axes.texts}
         assert texts[(1, 0)] == int(shared[0, 1])
+
+
+def test_names_of_methods_keep_what_follows_their_commas():
+    assert short_names(["CAR, greedy", "CAR, ranked once"], synonyms=False) == [
+        "CAR, greedy",
+        "CAR, ranked once",
+    ]
+    assert short_names(["tiger, cat", "tiger, beetle", "lion"]) == [
+        "tiger [0]",
+        "tiger [1]",
+        "lion",
+    ]
+    assert short_names(["tiger beetle, x"] * 2) == ["tiger beetle"] * 2  # images of one class
