@@ -302,6 +302,13 @@ def check_model(model: nn.Module) -> None:
     check_sizes(model)
 
 
+def check_own_weights(model: nn.Module, module: nn.Module, name: str) -> None:
+    """Raise if a module's weight is computed from others, which new weights would not change."""
+    reason = computed_weight(model, module, name)
+    if reason:
+        raise ValueError(f"The model cannot be given new weights: {reason}.")
+
+
 def computed_weight(model: nn.Module, module: nn.Module, name: str) -> str:
     """Why a module's tensors are not parameters of its own; empty if they are."""
     calls: list[tuple[str, str]] = []
@@ -357,11 +364,6 @@ def listed(names: Iterable[str]) -> str:
     several = list(dict.fromkeys(names))
     shown = ", ".join(map(repr, several[:6]))
     return f"{shown} and {len(several) - 6} more" if len(several) > 6 else shown
-
-
-def as_tuple(inputs: object) -> ModelInputs:
-    """Inputs of a model as a tuple."""
-    return tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
 
 
 def name_of(model: nn.Module, layer: nn.Module | str) -> str:

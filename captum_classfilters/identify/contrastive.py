@@ -468,6 +468,13 @@ class _Pass:
             self.source.attributed(images, targets.to(batch.device))
             for targets in (favored, against)
         ]
+        finite = (evidence[0] - evidence[1]).isfinite().all(1).cpu()
+        if not bool(finite.all()):
+            image = int(chosen.nonzero()[:, 0][~finite][0])
+            raise ValueError(
+                f"NaN or Inf among the evidence of the layer {self.source.layer_name!r}: batch "
+                f"{batch.number}, image {image} of the batch."
+            )
         logits = outputs[chosen].double()
         margin = logits.gather(1, favored[:, None]) - logits.gather(1, against[:, None])
         return torch.cat([(evidence[0] - evidence[1]).cpu().double(), margin], dim=1)

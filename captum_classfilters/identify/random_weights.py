@@ -9,6 +9,7 @@ from captum.attr import LayerAttribution
 from torch import Tensor, nn
 
 from captum_classfilters._core.batches import check_read_again
+from captum_classfilters._core.filter_graph import check_own_weights
 from captum_classfilters._core.guard import model_left_as_found
 from captum_classfilters._core.layers import module_of
 from captum_classfilters._core.tables import Table, Tabular, short_repr
@@ -54,6 +55,7 @@ class RandomWeightsNull(Tabular):
         return [Table(rows, title=title)]
 
 
+@torch.inference_mode(False)
 def random_weights_null(
     method: LayerAttribution,
     dataloader: Dataloader,
@@ -184,9 +186,11 @@ def reinitialize(model: nn.Module) -> nn.Module:
         *nn.Module*: The model itself.
 
     Raises:
-        ValueError: A module with parameters of its own has no ``reset_parameters``.
+        ValueError: A module with parameters of its own has no ``reset_parameters``, or its weight is
+                    computed, by a mask or a norm, from others that would stay.
     """
     for name, module in model.named_modules():
+        check_own_weights(model, module, name)
         reset = getattr(module, "reset_parameters", None)
         if callable(reset):
             reset()

@@ -1,6 +1,5 @@
 """A sanity check: does an explanation notice that the network's weights are gone?"""
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_classfilters._core.captum import TargetType
+from captum_classfilters._core.copies import copied
 from captum_classfilters._core.guard import model_left_as_found
 from captum_classfilters._core.ranking import rank_correlation
 from captum_classfilters._core.tables import Table, Tabular, short_repr
@@ -104,7 +104,7 @@ def cascading_randomization(
     check_is_function(make_method)
     images, further, target = at_model(model, inputs, additional_forward_args, target)
     with model_left_as_found(model), torch.inference_mode(False):
-        twin = copy.deepcopy(model).eval()
+        twin = copied(model).eval()
         method = make_method(twin)
         if explains(method, model):
             raise ValueError(

@@ -1,6 +1,5 @@
 """Remove filters and retrain what follows: was the information really in them?"""
 
-import copy
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from captum_classfilters._core.batches import check_read_again, first_batch, read_batches
+from captum_classfilters._core.copies import copied
 from captum_classfilters._core.devices import device_of
 from captum_classfilters._core.distributed import is_main_process
 from captum_classfilters._core.guard import model_left_as_found
@@ -246,7 +246,7 @@ class _Trial:
 
     def accuracy(self, removed: Tensor, train: Dataloader, test: Dataloader, seed: int) -> float:
         """Test accuracy without some filters, after training."""
-        twin = copy.deepcopy(self.model)
+        twin = copied(self.model)
         torch.manual_seed(seed)
         twin.eval().requires_grad_(False)
         parts = [twin.get_submodule(name) for name in self.after]

@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from captum_classfilters._core.filter_graph import check_own_weights
 from captum_classfilters._core.taps import tapped
 from captum_classfilters._core.types import ModelInputs
 
@@ -17,6 +18,8 @@ def weighted_modules(
     """Modules with weights of their own, by name, in the order in which they first start; or those
     that start only after a layer has ended."""
     names = {id(module): name for name, module in model.named_modules()}
+    for module in model.modules():
+        check_own_weights(model, module, names[id(module)])
     started: dict[int, nn.Module] = {}
     before: set[int] = set()
 

@@ -6,8 +6,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from captum_classfilters._core.costs import inputs_of
 from captum_classfilters._core.extras import extra
-from captum_classfilters._core.filter_graph import FilterGraph, as_tuple
+from captum_classfilters._core.filter_graph import FilterGraph
 from captum_classfilters._core.tables import described
 from captum_classfilters._core.types import ExampleInputs
 from captum_classfilters.class_filters import ClassFilters
@@ -82,7 +83,7 @@ class ClassFilterImportance:
         tables = [class_filters] if isinstance(class_filters, ClassFilters) else [*class_filters]
         if not tables:
             raise ValueError("class_filters is empty; pass at least one table.")
-        graph = FilterGraph(model, as_tuple(example_inputs))
+        graph = FilterGraph(model, inputs_of(model, example_inputs))
         self._scores: dict[nn.Module, Tensor] = {}
         self._names: dict[nn.Module, str] = {}
         for table in tables:

@@ -7,10 +7,11 @@ from torch import Tensor, nn
 
 from captum_classfilters._core.batches import read_batches
 from captum_classfilters._core.devices import sums_device
-from captum_classfilters._core.layers import find_layer
+from captum_classfilters._core.layers import find_layer, layer_name
 from captum_classfilters._core.taps import LayerTap, tapping
 from captum_classfilters._core.tensor_arguments import tensors_checked
 from captum_classfilters._core.types import Dataloader, ModelInputs, Unpack
+from captum_classfilters._core.units import check_finite
 
 
 @tensors_checked
@@ -123,6 +124,8 @@ def response_chroma(
                 _maps(model, module, (shown, *others), channel_dim)
                 for shown in (images, grayed(images, mean, standard_deviation))
             ]
+            finite = [maps.flatten(1).isfinite().all(1) for maps in responses]
+            check_finite(batches, batch, layer_name(model, module), finite[0] & finite[1])
             largest, place = responses[0].max(2)
             gray = responses[1].gather(2, place[..., None])[..., 0]
             strongest = _strongest(strongest, (largest, gray), top)

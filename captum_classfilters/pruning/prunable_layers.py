@@ -6,7 +6,8 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from captum_classfilters._core.filter_graph import FilterGraph, as_tuple, check_model
+from captum_classfilters._core.costs import inputs_of
+from captum_classfilters._core.filter_graph import FilterGraph, check_model
 from captum_classfilters._core.filter_removal import refused
 from captum_classfilters._core.guard import model_left_as_found
 from captum_classfilters._core.named_layers import NamedLayers
@@ -79,6 +80,7 @@ class PrunableLayers(NamedLayers[PrunableLayer]):
         return rows
 
 
+@torch.inference_mode(False)
 def prunable_layers(
     model: nn.Module, example_inputs: ExampleInputs, *, show_progress: bool = True
 ) -> PrunableLayers:
@@ -117,7 +119,7 @@ def prunable_layers(
         4      Linear  2                 its filters are the model's outputs
     """
     check_model(model)
-    inputs = as_tuple(example_inputs)
+    inputs = inputs_of(model, example_inputs)
     with (
         model_left_as_found(model, evaluation=True),
         tqdm(desc="layers", unit="layer", disable=not show_progress) as progress,

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from captum_classfilters._core.copies import copied
+from captum_classfilters._core.costs import inputs_of
 from captum_classfilters._core.filter_cuts import replace_tensors
-from captum_classfilters._core.filter_graph import FilterGraph, as_tuple, check_model, name_of
+from captum_classfilters._core.filter_graph import FilterGraph, check_model, name_of
 from captum_classfilters._core.filter_removal import (
     Constants,
     Removal,
@@ -24,6 +25,7 @@ Keep = Filters | ClassFilters | PruningOrder
 Layer = nn.Module | str | Mapping[str, Keep] | ClassFilters | PruningOrder
 
 
+@torch.inference_mode(False)
 def prune_filters(
     model: nn.Module,
     layer: Layer,
@@ -99,7 +101,7 @@ def prune_filters(
         raise ValueError(f"constants={constants!r}; choose 'fold' or 'drop'.")
     check_model(model)
     requests = _requests(model, layer, keep, remove)
-    inputs = as_tuple(example_inputs)
+    inputs = inputs_of(model, example_inputs)
     pruned = copied(model)
     with model_left_as_found(pruned, evaluation=True):
         graph = FilterGraph(pruned, inputs)
@@ -173,6 +175,10 @@ def _as_mask(name: str, number: int, filters: object) -> Tensor:
             f"Filter {int(values.max() if values.min() >= 0 else values.min())} of {name!r} is out "
             f"of range: it has {number}."
         )
-    mask = torch.zeros(number, dtype=torch.bool)
-    mask[values.long()] = True
-    return mask
+    counts = torch.bincount(values.long(), minlength=number)
+    if int(counts.max()) > 1:
+        raise ValueError(
+            f"Filter {int(counts.argmax())} of {name!r} is given {int(counts.max())} times; expected "
+            f"indices, each once, or a mask ({number},) of bools: mask.bool()."
+        )
+    return counts.bool()

@@ -1,5 +1,7 @@
 """Contrastive filters against explicit formulas and scipy's intervals."""
 
+import math
+
 import pytest
 import scipy.stats
 import torch
@@ -16,6 +18,7 @@ from captum_classfilters import (
 )
 from captum_classfilters.identify import confusion_filters, contrast_classes
 from captum_classfilters.identify.contrastive import FilterContrast
+from captum_classfilters.pruning import response_chroma
 from captum_classfilters.testing import planted_network
 from tests.models import QUIET, batches, deep, images, joined, pool_linear
 
@@ -220,3 +223,24 @@ class TestConfusion:
         assert isinstance(cell, FilterContrast)
         assert cell.interval().isnan().all()
         assert torch.isfinite(cell.scores).all()
+
+
+def test_evidence_that_is_not_finite_is_refused():
+    """A clamp behind the layer hides an infinity from the scores."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.relu, self.head = nn.ReLU(), nn.Linear(3, 2)
+
+        def forward(self, x):
+            return self.head(self.relu(x).clamp(max=1).mean((2, 3)))
+
+    torch.manual_seed(0)
+    images = torch.rand(8, 3, 2, 2)
+    images[5, 1, 0, 0] = math.inf
+    method = LayerFilterContribution(model := Net().eval(), model.relu)
+    with pytest.raises(ValueError, match=r"'relu': batch 0, image 5 of the batch"):
+        contrast_classes(method, [(images, torch.arange(8) % 2)], 0, 1, show_progress=False)
+    with pytest.raises(ValueError, match=r"'relu' for image 5"):
+        response_chroma(model, "relu", [images], show_progress=False)

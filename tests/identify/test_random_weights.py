@@ -1,9 +1,12 @@
 """Networks with random weights beside the model: which, and where."""
 
+import pytest
 import torch
+from torch import nn
 
 from captum_classfilters import LayerFilterContribution
 from captum_classfilters.identify import random_weights_null
+from captum_classfilters.metrics import cascading_randomization
 from tests.models import QUIET, batches, deep
 from tests.pretend_device import pretend
 
@@ -38,3 +41,33 @@ def test_on_a_device():
         torch.testing.assert_close(left.scores, right.scores, atol=1e-6, rtol=1e-4)
     assert torch.equal(found.class_filters.p_values, expected.class_filters.p_values)
     torch.testing.assert_close(found.overlap, expected.overlap)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        lambda layer: torch.nn.utils.prune.l1_unstructured(layer, "weight", 0.5),
+        torch.nn.utils.weight_norm,
+        torch.nn.utils.parametrizations.weight_norm,
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*weight_norm")
+def test_computed_weights_are_refused(changed):
+    """New numbers would be computed from the old ones in the next forward pass."""
+    model = nn.Sequential(
+        nn.Conv2d(2, 4, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)
+    )
+    changed(model[0])
+    images = torch.rand(8, 2, 4, 3)
+    model(images).sum().backward()
+    method = LayerFilterContribution(model, model[1])
+    with pytest.raises(
+        ValueError, match="cannot be given new weights: the weight of '0' is computed"
+    ):
+        random_weights_null(method, [(images, torch.arange(8) % 2)], repetitions=1, **QUIET)
+    with pytest.raises(
+        ValueError, match="cannot be given new weights: the weight of '0' is computed"
+    ):
+        cascading_randomization(
+            model, lambda twin: LayerFilterContribution(twin, "1"), images, target=1
+        )

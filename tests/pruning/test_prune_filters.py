@@ -653,3 +653,25 @@ def test_importance_bad_input():
     )
     with pytest.raises(ValueError, match=r"'stage2\.0' has 5 filters, .* are of 6"):
         pruner.step()
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8])
+def test_a_mask_of_numbers_is_not_taken_for_indices(dtype):
+    """Filters 0 and 1 would be all that it names."""
+    model = nn.Sequential(nn.Conv2d(2, 5, 1), nn.Conv2d(5, 3, 1))
+    mask = torch.tensor([1, 0, 1, 1, 0])
+    with pytest.raises(ValueError, match=r"is given 3 times; .* mask.bool\(\)"):
+        prune_filters(model, "0", torch.rand(1, 2, 4, 3), keep=mask.to(dtype))
+    smaller = prune_filters(model, "0", torch.rand(1, 2, 4, 3), keep=mask.bool())
+    assert layer_at(smaller, "0", nn.Conv2d).out_channels == 3
+
+
+def test_inference_mode_makes_no_difference():
+    model = nn.Sequential(nn.Conv2d(2, 5, 1), nn.Flatten(), nn.Linear(5 * 12, 3)).eval()
+    plain = prune_filters(model, "0", torch.rand(1, 2, 4, 3), remove=[1])
+    with torch.inference_mode():
+        x = torch.rand(2, 2, 4, 3)
+        smaller = prune_filters(model, "0", x, remove=[1])
+        found = smaller(x)
+    assert torch.equal(found, plain(x.clone()))
+    assert not any(parameter.is_inference() for parameter in smaller.parameters())
