@@ -30,7 +30,8 @@ class FilterGate(nn.Module):
     multiplied by ``gates[:, k]``. Gates of one leave the model as it is; a gate of zero removes a
     filter. Because the gates are the first argument and the images an additional forward argument,
     every Captum method and metric that explains *inputs* explains *filters* instead: pass ones as
-    ``inputs``, zeros as ``baselines`` and the images as ``additional_forward_args``.
+    ``inputs``, zeros as ``baselines`` and the images as ``additional_forward_args``. The model runs in
+    the mode that it is in: ``model.eval()`` comes first.
 
     Args:
 

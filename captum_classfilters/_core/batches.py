@@ -11,7 +11,7 @@ from torch.utils.data import DistributedSampler
 from tqdm.auto import tqdm
 
 from captum_classfilters._core import provenance
-from captum_classfilters._core.devices import device_of, on_device
+from captum_classfilters._core.devices import device_of, on_device, ordinary
 from captum_classfilters._core.distributed import (
     Ranks,
     is_distributed,
@@ -121,7 +121,7 @@ class Batches:
                 number, inputs, labels, self.num_images
             )
             if size and not (counted and self.first):
-                inputs = on_device(_ordinary(inputs), self._device)
+                inputs = on_device(ordinary(inputs), self._device)
                 batch = Batch(number, first_image, inputs, labels)
                 if self._progress is not None:
                     self.first = self.first or batch
@@ -536,14 +536,6 @@ def _described(value: object) -> str:
         kinds = ", ".join(type(part).__name__ for part in value)
         return f"{type(value).__name__} of {len(value)} ({kinds})"
     return type(value).__name__
-
-
-def _ordinary(inputs: ModelInputs) -> ModelInputs:
-    """Inputs that autograd can record, whatever mode they were made in."""
-    return tuple(
-        part.clone() if isinstance(part, Tensor) and part.is_inference() else part
-        for part in inputs
-    )
 
 
 def _device(where: torch.device | str) -> torch.device:

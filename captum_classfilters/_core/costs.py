@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
-from captum_classfilters._core.devices import device_of, on_device
+from captum_classfilters._core.devices import device_of, on_device, ordinary
 from captum_classfilters._core.layers import named_layers
 from captum_classfilters._core.tables import Table
 from captum_classfilters._core.types import ExampleInputs, ModelInputs
@@ -15,7 +15,7 @@ def inputs_of(model: nn.Module, example_inputs: ExampleInputs) -> ModelInputs:
     several = isinstance(example_inputs, (tuple, list))
     inputs = tuple(example_inputs) if several else (example_inputs,)
     moved: ModelInputs = on_device(inputs, device_of(model))
-    return moved
+    return ordinary(moved)
 
 
 def num_outputs(model: nn.Module) -> dict[str, int]:

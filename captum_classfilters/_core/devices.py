@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from captum_classfilters._core.types import ModelInputs
+
 T = TypeVar("T")
 
 
@@ -42,3 +44,11 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
         return torch.autocast(device.type, enabled=False)
     except RuntimeError:  # of devices that know no autocast; PyTorch 2.3 cannot be asked which do
         return nullcontext()
+
+
+def ordinary(inputs: ModelInputs) -> ModelInputs:
+    """Inputs that autograd can record, whatever mode they were made in."""
+    return tuple(
+        part.clone() if isinstance(part, Tensor) and part.is_inference() else part
+        for part in inputs
+    )

@@ -470,7 +470,8 @@ def check_batch(name: str, rows: int, num_images: int) -> None:
 
 def positions_last(tensor: Tensor, axis: int) -> Tensor:
     """(N, ..., K, ...) seen as (N, K, P), P the positions of a filter; P = 1 for (N, K)."""
-    return tensor.movedim(axis, 1).reshape(tensor.shape[0], tensor.shape[axis], -1)
+    moved = tensor.movedim(axis, 1)
+    return moved.flatten(2) if moved.dim() > 2 else moved[:, :, None]
 
 
 def along_filters(values: Tensor, like: Tensor, axis: int) -> Tensor:

@@ -26,7 +26,7 @@ def own_scores(scores: Tensor, target: TargetType, num_images: int) -> Tensor:
             )
         return scores.reshape(num_images)
     table = two_classes(scores)
-    selected: Tensor = select_targets(table, on_device(target, table.device)).reshape(-1)
+    selected: Tensor = select_targets(table, on_device(_long(target), table.device)).reshape(-1)
     if len(selected) != num_images:
         raise AssertionError(
             f"The model returns {tuple(scores.shape)} for {num_images} images, and "
@@ -47,12 +47,19 @@ def class_indices(num_classes: int, target: TargetType, num_images: int) -> Tens
             "one for each image)."
         )
     table = torch.arange(num_classes).expand(num_images, num_classes)
-    selected: Tensor = select_targets(table, on_device(target, "cpu"))
+    selected: Tensor = select_targets(table, on_device(_long(target), "cpu"))
     if selected.numel() not in (1, num_images):
         raise AssertionError(
             f"target={target!r} does not pick one class for each of {num_images} images."
         )
     return selected.reshape(-1).expand(num_images)
+
+
+def _long(target: TargetType) -> TargetType:
+    """Class indices of any type of whole numbers, labels in bytes for example, as Captum takes them."""
+    if not isinstance(target, Tensor) or target.dtype == torch.bool:
+        return target
+    return target if target.is_floating_point() or target.is_complex() else target.long()
 
 
 def as_indices(target: TargetType) -> Tensor | None:

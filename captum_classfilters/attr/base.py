@@ -15,6 +15,7 @@ from captum_classfilters._core.captum import (
     format_tensor_into_tuples,
     log_usage,
 )
+from captum_classfilters._core.devices import ordinary
 from captum_classfilters._core.files import AnyPath
 from captum_classfilters._core.forward import BatchReading, FilterMaps, LayerRequest, SharedForward
 from captum_classfilters._core.guard import model_left_as_found
@@ -245,10 +246,7 @@ class LayerFilterAttribution(FilterRule, LayerAttribution):
         scores_alone: bool = False,
     ) -> "Iterator[BatchReading]":
         """One forward pass, the model in evaluation mode and left as found."""
-        images = tuple(
-            image.clone() if image.is_inference() else image
-            for image in format_tensor_into_tuples(inputs)
-        )
+        images = ordinary(format_tensor_into_tuples(inputs))
         extra = format_additional_forward_args(additional_forward_args) or ()
         derivative = self.needs_derivative and not scores_alone
         shared = SharedForward(

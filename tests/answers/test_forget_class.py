@@ -1,5 +1,7 @@
 """Forgetting by hand, and an audit of what can be told in closed form."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -112,7 +114,7 @@ def test_layers_further_down():
 def test_bad_inputs():
     with pytest.raises(ValueError, match="erase='all'; choose"):
         forgetting(erase="all")
-    with pytest.raises(ValueError, match="Class 3 is out of range: the head has 3 outputs"):
+    with pytest.raises(ValueError, match="Class 3 is out of range; there are 3 classes"):
         forgetting(class_index=3)
     with pytest.raises(ValueError, match="No image of class 2"):
         forgetting(features=FEATURES[:4], labels=LABELS[:4])
@@ -154,9 +156,60 @@ def test_audits_that_make_no_sense():
     data = [(FEATURES, LABELS)]
     with pytest.raises(ValueError, match="no model to audit"):
         audit_forgetting({}, 0, data, data, **QUIET)
-    with pytest.raises(ValueError, match="the head of 'a' has 3 outputs"):
+    with pytest.raises(ValueError, match="Class 5 is out of range; there are 3 classes"):
         audit_forgetting({"a": end()}, 5, data, data, **QUIET)
+    single = nn.Sequential(nn.Identity(), nn.Linear(4, 1)).eval()
+    with pytest.raises(ValueError, match="The head of 'a' has one output"):
+        audit_forgetting({"a": single}, 0, [(FEATURES, LABELS % 2)], data, **QUIET)
     with pytest.raises(ValueError, match="dataloader needs images of class 0 and of others"):
         audit_forgetting({"a": end()}, 0, data, [(FEATURES[2:], LABELS[2:])], **QUIET)
     with pytest.raises(ValueError, match="train_loader needs images of class 0"):
         audit_forgetting({"a": end()}, 0, [(FEATURES[:2], LABELS[:2])], data, **QUIET)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_what_takes_a_class_out_has_the_models_type(dtype):
+    model = end().to(dtype)
+    features = FEATURES.to(dtype)
+    forgotten = forgetting(model, features=features)
+    own = forgetting(end())
+    assert forgotten(features).dtype == dtype
+    assert torch.allclose(forgotten(features).float(), own(FEATURES), rtol=0.03, atol=0.03)
+
+
+def test_a_class_that_is_still_named_is_reported():
+    """Two classes' means span all but a twentieth of class 0's, and its images vary more than that."""
+    features = torch.cat([FEATURES + 0.0] * 4)
+    features[:, 3] = 0
+    features[LABELS.repeat(4) == 0] = torch.tensor([2.0, 3, 3, 0.05])
+    features[::6, 0] += 2
+    features[1::6, 0] -= 2
+    features[LABELS.repeat(4) == 1, 0] = 1
+    model = end(torch.tensor([[0.0, 1, 1, 0], [0, 1, 0, 0], [0, 0, 1, 0]]), torch.zeros(3))
+    with pytest.warns(UserWarning, match=r"Class 0 is still named on 100% .* erase='probe'"):
+        forgotten = forgetting(model, features=features, labels=LABELS.repeat(4))
+    named = forgotten(features).argmax(1) == 0
+    assert bool(named[LABELS.repeat(4) == 0].all())
+    better = forgetting(model, features=features, labels=LABELS.repeat(4), erase="probe")
+    assert int((better(features).argmax(1) == 0)[LABELS.repeat(4) == 0].sum()) < 8
+
+
+def test_classes_have_names_and_one_output_two_of_them():
+    """Of the one logit, class 0 is what is below zero."""
+
+    class Loader(list):  # with a data set, as data loaders have
+        dataset = SimpleNamespace(classes=["cat", "dog", "owl"])
+
+    loader = Loader([(FEATURES, LABELS)])
+    assert torch.equal(
+        forget_class(end(), loader, "dog", **QUIET)(FEATURES), forgetting(class_index=1)(FEATURES)
+    )
+    with pytest.raises(ValueError, match="No class named 'fox'"):
+        forget_class(end(), loader, "fox", **QUIET)
+    single = nn.Sequential(nn.Identity(), nn.Linear(4, 1)).eval()
+    first, second = (
+        forget_class(single, [(FEATURES, LABELS % 2)], index, **QUIET) for index in (0, 1)
+    )
+    assert not torch.allclose(first(FEATURES), second(FEATURES))
+    with pytest.raises(ValueError, match="Class 2 is out of range; there are 2 classes"):
+        forget_class(single, [(FEATURES, LABELS % 2)], 2, **QUIET)

@@ -1,6 +1,7 @@
 """Shortcuts against differences computed by hand, and repairs against the model itself."""
 
 import itertools
+import warnings
 
 import pytest
 import torch
@@ -8,11 +9,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from captum_classfilters.answers import find_shortcuts, repair
-from captum_classfilters.answers.head_edits import EditedHeads, HeadEdit, head_of
+from captum_classfilters.answers.head_edits import EditedHeads, HeadEdit
 from captum_classfilters.answers.relabeling import Relabeling
 from captum_classfilters.answers.repair import Edit
 from captum_classfilters.answers.sides import see_loader
 from captum_classfilters.heads import decompose, replace_head
+from captum_classfilters.heads.linear_head import linear_head
 from captum_classfilters.identify import false_discovery_adjusted
 from captum_classfilters.identify.accuracy_reduction import paired_interval
 from tests.models import QUIET, known
@@ -459,7 +461,7 @@ class _Echo(nn.Module):
 
 def test_a_short_cut_that_did_not_hold_is_not_taken_later() -> None:
     model = _Echo()
-    head = head_of(model, None)
+    head = linear_head(model.head, "head")
     removed = torch.tensor([[False] * 3, [True] * 3])
     edit = HeadEdit(torch.zeros(3), removed)
     heads = EditedHeads(model, head, [edit])
@@ -481,3 +483,16 @@ def test_a_short_cut_that_did_not_hold_is_not_taken_later() -> None:
     assert not differ[:12].any()  # it seems to hold first
     assert differ[12:].any()
     assert torch.equal(torch.cat(answers, 1), expected)
+
+
+def test_images_that_are_no_pairs_are_reported():
+    """Two folders of different images in the order of their classes, as many of each."""
+    (x, y), (other, _) = images(60, 0), images(60, 1)
+    order = y.argsort(stable=True)
+    without, with_ = [(x[order], y[order])], [(stamp(x)[order], y[order])]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        find_shortcuts(net(), without, with_, permutations=4999, **QUIET)
+    unlike = [(stamp(other)[order], y[order])]
+    with pytest.warns(UserWarning, match="may be no pairs.*paired=False"):
+        find_shortcuts(net(), without, unlike, permutations=4999, **QUIET)

@@ -141,3 +141,14 @@ def test_a_head_that_takes_tokens_is_refused():
 
     with pytest.raises(ValueError, match=r"takes \(5, 16, 6\) for 5 images"):
         refit_head(Tokens(), data_for(Net()), **QUIET)
+
+
+def test_a_fit_that_is_not_finite_leaves_the_head():
+    torch.manual_seed(0)
+    layer = nn.Linear(3, 2)
+    before = copy.deepcopy(layer.state_dict())
+    features, labels = 1e30 * torch.randn(40, 3).abs(), torch.arange(40) % 2
+    with pytest.raises(ValueError, match=r"weights stay as they were: features reach .*e.30"):
+        fit_linear(layer, features, labels)
+    for name, value in layer.state_dict().items():
+        assert torch.equal(value, before[name])
