@@ -201,7 +201,10 @@ def alike(left: Tensor, right: Tensor, *computed_in: torch.dtype) -> Tensor:
     if not right.numel():
         return torch.ones((), dtype=torch.bool, device=right.device)
     size = right.abs()
-    allowed = max(1e-5, 4 * eps) * size.amax().clamp(min=1e-6) + max(1e-4, 4 * eps) * size
+    allowed = (
+        max(1e-5, 4 * eps) * size.amax().clamp(min=torch.finfo(torch.float32).tiny)
+        + max(1e-4, 4 * eps) * size
+    )
     return ((left - right).abs() <= allowed).all() & right.isfinite().all()
 
 

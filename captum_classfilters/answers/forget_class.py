@@ -222,8 +222,8 @@ def _residual(seen: _Seen, prototypes: Tensor, class_index: int) -> Tensor:
     if float(rest.norm()) <= _SMALLEST * float(own.norm()):
         raise ValueError(
             f"The other classes' mean features span class {class_index}'s at {seen.name!r}, which has "
-            f"{len(own)} filters for {len(prototypes)} classes: no direction is its own. Choose "
-            "erase='probe', or a wider layer."
+            f"{len(own)} filters for {len(prototypes)} classes, as after another class was forgotten "
+            "by its prototype: no direction is its own. Choose erase='probe', or a wider layer."
         )
     return rest / rest.norm()
 

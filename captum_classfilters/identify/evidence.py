@@ -78,7 +78,7 @@ class Evidence(Tabular):
 
     Args:
 
-        scores (Tensor): Shape (N, K), float32.
+        scores (Tensor): Shape (N, K), float32; float64 where the model computes in it.
         labels (Tensor): Shape (N,).
         class_names (tuple of str): C names.
         layer (str): Dotted name of the layer.

@@ -113,7 +113,8 @@ class EvidenceRecord:
 
     def _add(self, whose: str, values: Tensor, classes: Tensor, keys: Tensor | None) -> None:
         keys = torch.zeros_like(classes) if keys is None else keys
-        new = {"evidence": values.detach().float(), "classes": classes, "keys": keys}
+        evidence = values.detach().to(torch.promote_types(values.dtype, torch.float32))
+        new = {"evidence": evidence, "classes": classes, "keys": keys}
         for name, tensor in new.items():
             self._pieces.setdefault(f"{whose} {name}", []).append(tensor.cpu())
 

@@ -401,3 +401,31 @@ class TestRandomWeights:
             random_weights_null(method, batches(), repetitions=0)
         with pytest.raises(ValueError, match="read only once"):
             random_weights_null(method, iter(batches()))
+
+
+def test_evidence_in_double_precision_stays_in_it():
+    """Scores around a million with a spread of a hundredth: shifted, they mean the same."""
+
+    class Offset(nn.Module):
+        def __init__(self, offset):
+            super().__init__()
+            torch.manual_seed(0)
+            self.keep, self.head, self.offset = nn.Identity(), nn.Linear(4, 2), offset
+
+        def forward(self, x):
+            return self.head(self.keep(x) - self.offset)
+
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(60) % 2
+    x = 0.01 * torch.randn(60, 4, generator=generator, dtype=torch.float64)
+    x[labels == 1, 0] += 0.02
+    tables, errors = [], []
+    for offset in (0.0, 1e6):
+        model = Offset(offset).double().eval()
+        method = LayerActivation(model, model.keep)
+        data = [(x + offset, labels)]
+        null = LabelPermutation(199)
+        tables.append(identify_class_filters(method, data, significance=null, **QUIET).p_values)
+        errors.append(collect_evidence(method, data, **QUIET).class_filters().standard_errors)
+    assert torch.allclose(*tables, atol=0.12)  # the order of the images is another
+    assert torch.allclose(*errors, rtol=1e-4)
