@@ -36,7 +36,7 @@ def masked(model: nn.Module, masks: Iterable[Mask]) -> Iterator[None]:
 
     def zeroed(mask: Mask, value: Any) -> object:
         first, *others = layer_tensors(value)
-        places = torch.tensor(mask.places, device=first.device)
+        places = torch.tensor(mask.places).to(first.device)
         return with_tensors(value, [first.index_fill(mask.axis, places, 0), *others])
 
     with ExitStack() as stack:

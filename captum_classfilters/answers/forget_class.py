@@ -114,7 +114,7 @@ def forget_class(
         eraser = _eraser(seen, index, erase, linear.weight)
         if at_head and seen.convolution_dims == 0:
             _warn_unless_forgotten(
-                linear.outputs(eraser(seen.means.to(linear.weight))), seen, index
+                linear.outputs(eraser(seen.means.to(linear.weight))).cpu(), seen, index
             )
         parts = (
             [("forget", eraser), ("head", own)] if at_head else [("layer", own), ("forget", eraser)]

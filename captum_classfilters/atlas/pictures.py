@@ -159,7 +159,7 @@ def write_explained(
     if channels_last:
         inputs = inputs.contiguous(memory_format=torch.channels_last)
     inputs = on_device(inputs, device_of(model))
-    target = torch.tensor(list(targets), device=inputs.device)
+    target = torch.tensor(list(targets)).to(inputs.device)
     with model_left_as_found(model, evaluation=True, freeze=True):
         maps = _maps(model, table, inputs, target)
         method = LayerFilterContribution(model, table.layer)

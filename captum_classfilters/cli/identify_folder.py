@@ -133,7 +133,7 @@ def _explain(
 
     places = torch.linspace(0, len(chosen) - 1, min(job.explain, len(chosen))).round().long()
     images = torch.stack([chosen[place][0] for place in places.tolist()]).to(job.device)
-    labels = torch.tensor([chosen[place][1] for place in places.tolist()], device=job.device)
+    labels = torch.tensor([chosen[place][1] for place in places.tolist()]).to(job.device)
     columns = {
         "Integrated Gradients": IntegratedGradients(model).attribute(
             images, target=labels, n_steps=20, internal_batch_size=job.batch_size

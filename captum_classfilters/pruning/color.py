@@ -177,9 +177,9 @@ def grayed(
             "green and blue there is no color to remove."
         )
     shape = (1, 3, 1, 1)
-    shift = images.new_tensor([0.0] * 3 if mean is None else list(mean)).reshape(shape)
+    shift = torch.tensor([0.0] * 3 if mean is None else list(mean)).to(images).reshape(shape)
     scale = [1.0] * 3 if standard_deviation is None else list(standard_deviation)
-    spread = images.new_tensor(scale).reshape(shape)
+    spread = torch.tensor(scale).to(images).reshape(shape)
     original = images * spread + shift
     return (original.mean(1, keepdim=True).expand_as(original) - shift) / spread
 

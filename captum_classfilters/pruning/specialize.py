@@ -235,7 +235,7 @@ def with_rows(model: nn.Module, name: str, rows: Sequence[int]) -> nn.Module:
     if reason:
         raise ValueError(f"The head {name!r} cannot be cut to some classes: {reason}.")
     shorter = copy.deepcopy(head)
-    index = torch.tensor(list(rows), device=head.weight.device)
+    index = torch.tensor(list(rows)).to(head.weight.device)
     for part in ("weight", "bias"):
         full = getattr(head, part)
         if full is not None:
@@ -263,7 +263,7 @@ def check_rows(
         with suppress(Exception):  # something else reads the head
             cut = class_scores(smaller(*inputs))
     whole = full.dim() == 2 and full.shape[1] > max(rows)
-    expected = full[:, list(rows)] if whole else full
+    expected = full[:, torch.tensor(list(rows)).to(full.device)] if whole else full
     if not whole or cut.shape != expected.shape or not bool(alike(cut, expected)):
         raise ValueError(
             f"The rows of {name!r} are not the model's outputs, class by class; say which linear "
@@ -285,7 +285,7 @@ def _accuracy(
         for batch in batches:
             scores = scores_per_class(model(*batch.inputs))
             labels = checked_labels(batches, batch, scores)
-            classes = torch.tensor(list(rows), device=labels.device)
+            classes = torch.tensor(list(rows)).to(labels.device)
             belongs, place = (labels[:, None] == classes).long().max(1)
             answers = (
                 scores.argmax(1) == labels,

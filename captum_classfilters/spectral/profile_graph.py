@@ -262,7 +262,7 @@ class _Link:
                 f"{self.before.name!r} in batch {batch}."
             )
         accepted, weights = influential(contributions, share=self.contribution_share)
-        index = torch.tensor(units, device=weights.device)
+        index = torch.tensor(units).to(weights.device)
         self.counts.index_add_(0, index, accepted.long())
         self.totals.index_add_(0, index, weights)
 
