@@ -66,28 +66,32 @@ class LowRank:
 
     def split(self, ranks: Ranks) -> nn.Sequential:
         """Layers in a row that do what this one does, the kernel between narrower ones."""
-        target = (self.root @ self.weight).reshape(self.shape)
-        covariance = self._covariance()
-        if ranks.inputs < self.shape.inputs:
-            basis = self._basis(covariance)
-            _, reading = self._readings(basis)
-            reading = reading[: ranks.inputs]
-            target = torch.einsum("cip,ij->cjp", target, basis)
-            covariance = _whitened(covariance, basis)
-            for _ in range(_ROUNDS):
-                making, kernel = _fitted(target, covariance, reading, ranks.outputs)
-                reading = _refined(target, covariance, reading, making, kernel)
-            making, kernel = _fitted(target, covariance, reading, ranks.outputs)
-            reading = torch.linalg.solve(basis.T, reading.T).T
-        else:
-            reading = torch.eye(ranks.inputs, dtype=target.dtype)
-            making = _leading(target.flatten(1) @ covariance @ target.flatten(1).T)[1]
-            making = making[:, : ranks.outputs]
-            kernel = torch.einsum("cr,cip->rip", making, target)
+        few = ranks.inputs < self.shape.inputs
+        reading, kernel, making = self._of_few(ranks) if few else self._of_all(ranks.outputs)
         making = torch.linalg.solve(self.root, making)
         whole = torch.einsum("cr,rap,ai->cip", making, kernel, reading).flatten(1)
         bias = self.bias + (self.weight - whole) @ self._mean()  # the mean of the outputs stays
         return split_layer(self.module, reading, kernel, making, bias)
+
+    def _of_all(self, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+        """A kernel of all inputs, (I, I) as they are, and what outputs are made of it, (C, r)."""
+        target = self.root @ self.weight
+        _, vectors = _leading(target @ self._covariance() @ target.T)
+        making = vectors[:, :rank]
+        kernel = (making.T @ target).reshape(-1, *self.shape[1:])
+        return torch.eye(self.shape.inputs, dtype=target.dtype), kernel, making
+
+    def _of_few(self, ranks: Ranks) -> tuple[Tensor, Tensor, Tensor]:
+        """A kernel of combinations of inputs (a, I), fitted to each other in turn, and the same."""
+        basis = self._basis(self._covariance())
+        covariance = _whitened(self._covariance(), basis)
+        target = torch.einsum("cip,ij->cjp", (self.root @ self.weight).reshape(self.shape), basis)
+        reading = self._readings(basis)[1][: ranks.inputs]
+        for _ in range(_ROUNDS):
+            making, kernel = _fitted(target, covariance, reading, ranks.outputs)
+            reading = _refined(target, covariance, reading, making, kernel)
+        making, kernel = _fitted(target, covariance, reading, ranks.outputs)
+        return torch.linalg.solve(basis.T, reading.T).T, kernel, making
 
     def _mean(self) -> Tensor:
         return self.seen.moments[-1, :-1] / self.seen.rows

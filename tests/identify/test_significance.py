@@ -427,5 +427,5 @@ def test_evidence_in_double_precision_stays_in_it():
         null = LabelPermutation(199)
         tables.append(identify_class_filters(method, data, significance=null, **QUIET).p_values)
         errors.append(collect_evidence(method, data, **QUIET).class_filters().standard_errors)
-    assert torch.allclose(*tables, atol=0.12)  # the order of the images is another
-    assert torch.allclose(*errors, rtol=1e-4)
+    assert torch.allclose(tables[0], tables[1], atol=0.12)  # the order of the images is another
+    assert torch.allclose(errors[0], errors[1], rtol=1e-4)
