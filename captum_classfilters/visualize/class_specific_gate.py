@@ -172,7 +172,7 @@ def plot_mutual_information(
     table = numbers_of(information, "The values of the information")
     if table.dim() != 2:
         raise ValueError(f"information has shape {tuple(table.shape)}; expected (C, K).")
-    most = None if bound is None else float(torch.as_tensor(bound).max())
+    most = None if bound is None else float(torch.as_tensor(bound, dtype=torch.float64).max())
     names = names_of(class_names, len(table))
     rows = chosen(classes, table.amax(1), "classes", class_names or ())
     columns = chosen(filters, table[rows].amax(0), "filters")
