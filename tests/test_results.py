@@ -19,7 +19,7 @@ from tests.results import CLASSES, FILTERS, HOSTILE, NAMES, RESULTS, data, loade
 # Parts of the rooms' machinery, which nobody is handed.
 INTERNAL = {"BatchReading", "HeadFeatures", "HeadRun", "LinearHead", "ReplayedBatch", "Settings"}
 INTERNAL |= {"Explained", "LabeledReplay", "Source", "Space", "Tally", "GatedEpoch"}
-INTERNAL |= {"Built", "Changes", "HeadFit", "Reader", "Seen"}
+INTERNAL |= {"Built", "Changes", "HeadFit", "Ranks", "Reader", "Seen", "Shape"}
 INTERNAL |= {"Circuit", "Gates", "Ordered", "Plan"}  # of trained networks
 INTERNAL |= {"HeadEdit", "Kept", "Relabeling", "SeenBatch", "Side"}
 INTERNAL |= {"Answers", "Compared", "LayerFindings", "Optimized", "Shown", "Survey"}  # of the atlas
