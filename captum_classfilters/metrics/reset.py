@@ -18,8 +18,6 @@ def weighted_modules(
     """Modules with weights of their own, by name, in the order in which they first start; or those
     that start only after a layer has ended."""
     names = {id(module): name for name, module in model.named_modules()}
-    for module in model.modules():
-        check_own_weights(model, module, names[id(module)])
     started: dict[int, nn.Module] = {}
     before: set[int] = set()
 
@@ -34,7 +32,12 @@ def weighted_modules(
             stack.enter_context(tapped(after, lambda _output: before.update(started)))
         stack.enter_context(torch.no_grad())
         model(*inputs)
-    return [(names[key], module) for key, module in started.items() if key not in before]
+    chosen = [(names[key], module) for key, module in started.items() if key not in before]
+    renewed = {module for _, module in chosen}
+    for module in model.modules():
+        if renewed.intersection(module.modules()):  # of a parametrization, what it belongs to
+            check_own_weights(model, module, names[id(module)])
+    return chosen
 
 
 def reset_weights(module: nn.Module) -> None:

@@ -83,8 +83,9 @@ class LowRank:
 
     def _of_few(self, ranks: Ranks) -> tuple[Tensor, Tensor, Tensor]:
         """A kernel of combinations of inputs (a, I), fitted to each other in turn, and the same."""
-        basis = self._basis(self._covariance())
-        covariance = _whitened(self._covariance(), basis)
+        covariance = self._covariance()
+        basis = self._basis(covariance)
+        covariance = _whitened(covariance, basis)
         target = torch.einsum("cip,ij->cjp", (self.root @ self.weight).reshape(self.shape), basis)
         reading = self._readings(basis)[1][: ranks.inputs]
         for _ in range(_ROUNDS):

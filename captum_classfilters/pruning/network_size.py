@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from captum_classfilters._core.layers import layer_name
+from captum_classfilters._core.layers import named_layers
 from captum_classfilters._core.taps import hooked
 from captum_classfilters._core.types import ModelInputs
 from captum_classfilters.pruning.compare_networks import multiply_adds
@@ -92,8 +92,8 @@ def _positions(model: nn.Module, inputs: ModelInputs) -> dict[str, tuple[int, in
     """How many positions of an image each convolution or linear layer reads and makes, all runs
     together."""
     layers: dict[nn.Module, str] = {
-        module: layer_name(model, module)
-        for module in model.modules()
+        module: name
+        for name, module in reversed(named_layers(model).items())  # the first name of several stays
         if isinstance(module, (nn.Linear, _ConvNd))
     }
     found = dict.fromkeys(layers.values(), (0, 0))
