@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.names import hint, shortened
 from captum_classfilters._core.ranking import descending, highest, rank_correlation, ranks
 from captum_classfilters._core.tables import (
@@ -20,7 +21,6 @@ from captum_classfilters._core.tables import (
     import_pandas,
     short_repr,
 )
-from captum_classfilters._core.tensor_arguments import tensors_checked
 from captum_classfilters._core.tensor_files import Schema, read_tensors, write_tensors
 from captum_classfilters._core.types import JsonDict, Keywords, ModelInputs
 from captum_classfilters._core.warnings import warn
@@ -247,7 +247,7 @@ class ClassFilters(Tabular):
     method: str
     provenance: Keywords
 
-    @tensors_checked
+    @arguments_checked
     def __init__(
         self,
         scores: Tensor,

@@ -3,11 +3,13 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DistributedSampler
+from torch.utils.data import Dataset, DistributedSampler
 from tqdm.auto import tqdm
 
 from captum_classfilters._core import provenance
@@ -114,7 +116,10 @@ class Batches:
                 raw = next(iterator)
             except StopIteration:
                 break
-            inputs, labels = self._own(*_unpacked(raw, number, self._unpack, self._labeled))
+            inputs, labels = _unpacked(raw, number, self._unpack, self._labeled)
+            if self._labeled or isinstance(self._dataloader, Dataset):
+                _check_several(inputs, labels, number)
+            inputs, labels = self._own(inputs, labels)
             size = num_images(inputs)
             first_image, self.num_images = self.num_images, self.num_images + size
             counted = self._progress is not None and self._progress.look(
@@ -322,11 +327,13 @@ def read_batches(
                     Default: None
 
     Raises:
-        ValueError: A batch is something else, or there is no image, or there are several processes.
+        ValueError: The loader or a batch is something else, or there is no image, or there are
+                    several processes.
     """
     own_ranks = Ranks() if ranks is None else None
     if own_ranks is not None and not summed:
         refuse_ranks(description)
+    _check_loader(dataloader)
     models = [model] if model is None or isinstance(model, nn.Module) else list(model)
     where = next((d for d in (device, *map(device_of, models)) if d is not None), None)
     if unpack is not None and not callable(unpack):
@@ -485,7 +492,7 @@ def _unpacked(
         batch = unpack(batch)
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
             raise ValueError(
-                f"unpack returned a {_described(batch)} for batch {number}; expected a pair "
+                f"unpack returned {_described(batch)} for batch {number}; expected a pair "
                 "(inputs, labels)."
             )
     inputs, labels = _parts(batch, number, labeled)
@@ -493,8 +500,34 @@ def _unpacked(
         inputs = _tensors_of(inputs, number)
     inputs = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
     if not inputs or not all(isinstance(part, Tensor) for part in inputs):
-        raise _refusal(number, "whose inputs are not Tensors: " + _described(inputs))
+        kinds = ", ".join(sorted({type(part).__name__ for part in inputs})) or "missing"
+        raise ValueError(
+            f"The inputs of batch {number} are {kinds}; expected a Tensor, N images first, or "
+            "several. Arrays become one: unpack=lambda batch: (torch.as_tensor(batch[0]), batch[1]). "
+            "Pictures of files need a transform of their data set, such as torchvision's ToTensor()."
+        )
     return inputs, labels
+
+
+def _check_several(inputs: ModelInputs, labels: object, number: int) -> None:
+    """Raise if what was read is one image with its label, as a data set gives them."""
+    one = labels.dim() == 0 if isinstance(labels, Tensor) else isinstance(labels, Integral)
+    if one:
+        raise ValueError(
+            f"Batch {number} has one number as labels, for inputs of shape "
+            f"{tuple(inputs[0].shape)}; expected one class index for each image. A data set of "
+            "single images is read through torch.utils.data.DataLoader(dataset, batch_size=64)."
+        )
+
+
+def _check_loader(dataloader: object) -> None:
+    """Raise unless something can give batches."""
+    wrong = isinstance(dataloader, (str, bytes, Mapping, Tensor, np.ndarray, nn.Module))
+    if wrong or not (hasattr(dataloader, "__iter__") or hasattr(dataloader, "__getitem__")):
+        raise ValueError(
+            f"The data loader is of the type {type(dataloader).__name__}; expected a DataLoader, or "
+            "a list of batches (inputs, labels), such as [(images, labels)]."
+        )
 
 
 def _parts(batch: object, number: int, labeled: bool) -> tuple[Any, Any]:
@@ -505,9 +538,11 @@ def _parts(batch: object, number: int, labeled: bool) -> tuple[Any, Any]:
         inputs = {name: value for name, value in batch.items() if name != key}
         return inputs, None if key is None else batch[key]
     if isinstance(batch, (tuple, list)) and len(batch) >= 2:
+        if labeled and batch[1] is None:
+            raise _refusal(number, "a pair whose labels are None")
         return batch[0], batch[1]
     if labeled or not isinstance(batch, (Tensor, tuple, list)):
-        raise _refusal(number, f"a {_described(batch)}")
+        raise _refusal(number, _described(batch))
     return (batch, None) if isinstance(batch, Tensor) else (batch[0] if batch else (), None)
 
 
@@ -532,10 +567,11 @@ def _refusal(number: int, found: str) -> ValueError:
 
 
 def _described(value: object) -> str:
+    name = type(value).__name__
+    article = "an" if name[0] in "aeiou" else "a"
     if isinstance(value, (tuple, list)):
-        kinds = ", ".join(type(part).__name__ for part in value)
-        return f"{type(value).__name__} of {len(value)} ({kinds})"
-    return type(value).__name__
+        return f"{article} {name} of {len(value)} ({', '.join(type(p).__name__ for p in value)})"
+    return f"{article} {name}"
 
 
 def _device(where: torch.device | str) -> torch.device:

@@ -7,6 +7,7 @@ from typing import Literal, TypeAlias, get_args
 import torch
 from torch import Tensor, nn
 
+from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.heads import alike
 from captum_classfilters._core.layers import find_layer
 from captum_classfilters._core.ranking import descending, random_sets
@@ -137,6 +138,7 @@ class Repair(Tabular):
         return [Table(rows, formats, title, notes=notes, bars=("change",))]
 
 
+@arguments_checked
 def repair(
     model: nn.Module,
     shortcuts: Shortcuts,

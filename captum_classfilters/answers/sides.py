@@ -264,13 +264,17 @@ def _seen(
             f"The head {head.name!r} takes {tuple(run.features.shape)} for {batch.size} images; "
             "expected one row of features, or maps, for each image."
         )
-    batches.check(
-        run.linear,
-        lambda: ValueError(
-            f"The head {head.name!r} put out something else than its weight times its input plus its "
-            "bias, so editing its weight would not do what is measured."
-        ),
-    )
+    batches.check(run.linear, lambda: _not_linear(head.name, run.features, batch.number))
     scores = reader.scores(batch, run.output)
     labels = batches.class_labels(batch, scores.shape[1])
     return SeenBatch(kind, batches, batch, inputs, run, reader, scores, labels)
+
+
+def _not_linear(name: str, features: Tensor, batch: int) -> ValueError:
+    """Why a head's outputs are not what its weight makes of its inputs."""
+    if not bool(features.isfinite().all()):
+        return ValueError(f"NaN or Inf among the inputs of the head {name!r} in batch {batch}.")
+    return ValueError(
+        f"The head {name!r} put out something else than its weight times its input plus its bias, so "
+        "editing its weight would not do what is measured."
+    )

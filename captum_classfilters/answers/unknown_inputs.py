@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.batches import Batch, read_batches
 from captum_classfilters._core.layers import check_runs, find_layers
 from captum_classfilters._core.tables import Row, Table, Tabular, short_repr
@@ -186,6 +187,7 @@ class ClassFilterOOD:
     #: As pytorch-ood's detectors have it.
     requires_fit = True
 
+    @arguments_checked
     def __init__(
         self,
         model: nn.Module,

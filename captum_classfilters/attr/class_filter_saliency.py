@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from captum.attr import Attribution, GradientAttribution
 from torch import Tensor, nn
 
+from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.batches import num_images
 from captum_classfilters._core.captum import (
     BaselineType,
@@ -89,6 +90,7 @@ class ClassFilterSaliency(GradientAttribution):
         torch.Size([4, 3, 6, 6])
     """
 
+    @arguments_checked
     def __init__(
         self,
         forward_func: Callable[..., Tensor],

@@ -4,14 +4,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.devices import device_of, on_device
 from captum_classfilters._core.guard import model_left_as_found
 from captum_classfilters._core.layers import find_layer
 from captum_classfilters._core.taps import LayerTap, tapping
-from captum_classfilters._core.tensor_arguments import tensors_checked
 
 
-@tensors_checked
+@arguments_checked
 def filter_activation_maps(
     model: nn.Module,
     layer: nn.Module | str,
@@ -65,7 +65,7 @@ def filter_activation_maps(
     return F.interpolate(own, size=size, mode="bilinear", align_corners=False)
 
 
-@tensors_checked
+@arguments_checked
 def filter_gradient_maps(
     model: nn.Module,
     layer: nn.Module | str,

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from captum_classfilters._core.tensor_arguments import tensors_checked
+from captum_classfilters._core.arguments import arguments_checked
 
 
 def _matrix(gate: Tensor) -> Tensor:
@@ -39,7 +39,7 @@ def density_interval(num_classes: int, num_filters: int, limit: float | None = N
     return torch.tensor([1 / num_classes, max(upper, 1 / num_classes)], dtype=torch.float64)
 
 
-@tensors_checked
+@arguments_checked
 def gate_similarity(gate: Tensor) -> float:
     r"""
     Sum over ordered pairs of classes of the cosine between their gates (CSI); lower is more specific.
@@ -62,7 +62,7 @@ def gate_similarity(gate: Tensor) -> float:
     return float(cosine.sum() - cosine.diagonal().sum())
 
 
-@tensors_checked
+@arguments_checked
 def filter_correlation(weight: Tensor) -> Tensor:
     r"""
     Absolute cosine between filters' weights, zero on the diagonal.

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from tqdm.auto import tqdm
 
+from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.batches import Batches, check_read_again, read_batches
 from captum_classfilters._core.checkpoints import is_safetensors, read_checkpoint
 from captum_classfilters._core.devices import device_of
@@ -162,6 +163,7 @@ class GatedTrainer:
         [0.0, 0.0, 1.0]
     """
 
+    @arguments_checked
     def __init__(
         self,
         model: nn.Module,

@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.layers import find_layer
 from captum_classfilters._core.ranking import random_sets
 from captum_classfilters._core.tables import Table, Tabular, short_repr
@@ -69,6 +70,7 @@ class MaskingResult(Tabular):
         return [Table(rows, title="recall")]
 
 
+@arguments_checked
 def masking_test(
     model: nn.Module,
     layer: nn.Module | str,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.batches import Batch, Batches, read_batches
 from captum_classfilters._core.outputs import two_classes
 from captum_classfilters._core.ranking import random_orders, ranks
@@ -155,6 +156,7 @@ def accuracy_curve(
     return _curve(hits, list(tables), numbers)
 
 
+@arguments_checked
 def select_by_accuracy(
     model: nn.Module,
     class_filters: ClassFilters,

@@ -7,11 +7,11 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.heads import alike, how_layer_feeds, is_linear
 from captum_classfilters._core.layers import check_module, find_layer, layer_axis, layer_name
 from captum_classfilters._core.outputs import class_scores
 from captum_classfilters._core.taps import hooked, tapped
-from captum_classfilters._core.tensor_arguments import tensors_checked
 from captum_classfilters._core.types import ExampleInputs
 from captum_classfilters.class_filters import ClassFilters
 from captum_classfilters.heads.decomposed_linear import DecomposedLinear
@@ -32,7 +32,7 @@ logger = logging.getLogger("captum_classfilters")
 Missing = Literal["error", "dense", "bias"]
 
 
-@tensors_checked
+@arguments_checked
 def decompose(
     model: nn.Module,
     class_filters: ClassFilters,
@@ -104,7 +104,7 @@ def decompose(
     return smaller
 
 
-@tensors_checked
+@arguments_checked
 def decomposed_head(
     model: nn.Module,
     class_filters: ClassFilters,

@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.batches import Batch, check_read_again, read_batches
 from captum_classfilters._core.outputs import two_classes
 from captum_classfilters._core.ranking import random_sets
 from captum_classfilters._core.tables import Table, Tabular, short_repr
 from captum_classfilters._core.taps import tapped
-from captum_classfilters._core.tensor_arguments import tensors_checked
 from captum_classfilters._core.types import Dataloader, Unpack
 from captum_classfilters.class_filters import ClassFilters
 from captum_classfilters.heads.decompose import fit_to_head
@@ -63,7 +63,7 @@ class Essentiality(Tabular):
         return [Table(rows, title=f"mean recall: {means}")]
 
 
-@tensors_checked
+@arguments_checked
 def essentiality(
     features: Tensor,
     labels: Tensor,
@@ -132,6 +132,7 @@ def essentiality(
     return _essentiality(recall(None), parts)
 
 
+@arguments_checked
 def model_essentiality(
     model: nn.Module,
     class_filters: ClassFilters,

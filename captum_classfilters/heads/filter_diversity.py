@@ -7,9 +7,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.extras import extra
 from captum_classfilters._core.tables import short_repr
-from captum_classfilters._core.tensor_arguments import tensors_checked
 from captum_classfilters.spectral.select_rank import effective_rank as effective_rank_of
 
 Similarity = Literal["cosine", "correlation"]
@@ -33,7 +33,7 @@ class Coverage:
     lost: tuple[int, ...]
 
 
-@tensors_checked
+@arguments_checked
 def filter_clusters(
     vectors: Tensor,
     *,
@@ -95,7 +95,7 @@ def filter_clusters(
     )
 
 
-@tensors_checked
+@arguments_checked
 def coverage(clusters: Tensor, kept: Tensor) -> Coverage:
     r"""
     Share of the groups of filters that have a survivor, and what chance would leave.
@@ -133,7 +133,7 @@ def coverage(clusters: Tensor, kept: Tensor) -> Coverage:
     )
 
 
-@tensors_checked
+@arguments_checked
 def diversity(vectors: Tensor, kept: Tensor | Sequence[bool] | None = None) -> float:
     r"""
     Mean of 1 - abs(correlation) over all pairs of filters; 0 if they all do the same.
@@ -158,7 +158,7 @@ def diversity(vectors: Tensor, kept: Tensor | Sequence[bool] | None = None) -> f
     return float((1 - alike).triu(1).sum() / (num_filters * (num_filters - 1) / 2))
 
 
-@tensors_checked
+@arguments_checked
 def effective_rank(vectors: Tensor, kept: Tensor | Sequence[bool] | None = None) -> float:
     r"""
     Effective number of directions of filters, from the singular values of their vectors by

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.energy import number_for_energy
 from captum_classfilters._core.tables import Table, Tabular, short_repr
-from captum_classfilters._core.tensor_arguments import tensors_checked
 from captum_classfilters.metrics.features import checked_features, class_rows
 
 
@@ -73,7 +73,7 @@ class GramSpectrum(Tabular):
         return int(number_for_energy(self.overall[None], energy)[0])
 
 
-@tensors_checked
+@arguments_checked
 def gram_spectrum(
     features: Tensor, labels: Tensor, *, centered: bool = False, num_classes: int | None = None
 ) -> GramSpectrum:

@@ -7,8 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.tables import Table, Tabular, short_repr
-from captum_classfilters._core.tensor_arguments import tensors_checked
 from captum_classfilters.metrics.features import checked_features, class_rows
 
 
@@ -51,7 +51,7 @@ class TopMass(Tabular):
         return [Table(rows, title="share of an image's response in its strongest filters")]
 
 
-@tensors_checked
+@arguments_checked
 def top_mass(
     features: Tensor, labels: Tensor, num_filters: Sequence[int], num_classes: int | None = None
 ) -> TopMass:
@@ -100,7 +100,7 @@ def top_mass(
     )
 
 
-@tensors_checked
+@arguments_checked
 def psi(
     features: Tensor,
     labels: Tensor,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.batches import Batch, Batches, dataset_names, read_batches
 from captum_classfilters._core.devices import sums_device
 from captum_classfilters._core.distributed import Ranks, gather, ranks_together
@@ -24,7 +25,6 @@ from captum_classfilters._core.replay.checks import Confirmed, confirmed
 from captum_classfilters._core.replay.suffix_replay import SuffixReplay
 from captum_classfilters._core.rules import Ablation
 from captum_classfilters._core.tables import Table, Tabular, short_repr
-from captum_classfilters._core.tensor_arguments import tensors_checked
 from captum_classfilters._core.types import Dataloader, JsonDict, Unpack
 from captum_classfilters.class_filters import (
     ClassFilters,
@@ -541,7 +541,7 @@ def _upper_end(lost: Tensor, gained: Tensor, number: Tensor, z: float) -> Tensor
     return inside
 
 
-@tensors_checked
+@arguments_checked
 def binomial_interval(successes: Tensor, counts: Tensor, confidence: float = 0.95) -> Tensor:
     r"""
     Clopper and Pearson's exact interval of a share.

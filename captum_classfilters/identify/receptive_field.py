@@ -7,10 +7,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.devices import device_of, on_device
 from captum_classfilters._core.guard import model_left_as_found
 from captum_classfilters._core.taps import tapped, tapping
-from captum_classfilters._core.tensor_arguments import tensors_checked
 from captum_classfilters._core.units import Seen, UnitTap, units_of
 
 _IMAGES_AT_ONCE = 32
@@ -20,7 +20,7 @@ class _LastLayerReached(Exception):  # noqa: N818 - it ends a forward pass, it r
     """Nothing after the last layer of interest needs to run."""
 
 
-@tensors_checked
+@arguments_checked
 def receptive_field(
     model: nn.Module,
     layers: str | nn.Module | Sequence[str | nn.Module],

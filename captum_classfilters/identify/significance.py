@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.tables import short_repr
-from captum_classfilters._core.tensor_arguments import tensors_checked
 from captum_classfilters._core.types import JsonDict
 
 _ENTRIES_AT_ONCE = 2**22  # of the matrix permutations x images, 32 MB in float64
@@ -190,7 +190,7 @@ def foreign_labels(labels: Tensor, num_classes: int, keys: Tensor, seed: int) ->
     return (labels + step.to(labels.device)) % num_classes
 
 
-@tensors_checked
+@arguments_checked
 def permutation_p_values(
     evidence: Tensor,
     labels: Tensor,
@@ -265,7 +265,7 @@ def permutation_p_values(
     return p_values.masked_fill((counts == 0)[:, None], float("nan"))
 
 
-@tensors_checked
+@arguments_checked
 def vote_p_values(votes: Tensor, counts: Tensor) -> Tensor:
     r"""
     Exact p-values of class totals of votes, by permuting labels.
@@ -307,7 +307,7 @@ def vote_p_values(votes: Tensor, counts: Tensor) -> Tensor:
     return p_values.masked_fill((counts == 0)[:, None], float("nan"))
 
 
-@tensors_checked
+@arguments_checked
 def false_discovery_adjusted(p_values: Tensor, correction: Literal["bh", "by"] = "bh") -> Tensor:
     """P-values adjusted over all cells of a table (``scipy.stats.false_discovery_control``).
 

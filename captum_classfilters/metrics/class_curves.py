@@ -7,10 +7,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.devices import sums_device
 from captum_classfilters._core.ranking import descending, random_orders
 from captum_classfilters._core.tables import Table, Tabular, short_repr
-from captum_classfilters._core.tensor_arguments import tensors_checked
 from captum_classfilters._core.types import Dataloader, ForwardFunc, Unpack
 from captum_classfilters.attr import LayerFilterAblation
 from captum_classfilters.attr.filter_removal import Replacement
@@ -78,7 +78,7 @@ class ClassCurves(Tabular):
         return [Table(rows, {"necessity": ".4f", "sufficiency": ".4f"}, title)]
 
 
-@tensors_checked
+@arguments_checked
 def class_curves(
     model: nn.Module | ForwardFunc,
     layer: nn.Module | str,

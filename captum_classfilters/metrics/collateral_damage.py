@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.ranking import descending, first_of, random_sets
 from captum_classfilters._core.tables import Table, Tabular, short_repr
-from captum_classfilters._core.tensor_arguments import tensors_checked
 from captum_classfilters._core.types import Dataloader, ForwardFunc, Unpack
 from captum_classfilters.attr import LayerFilterAblation
 from captum_classfilters.attr.filter_removal import Replacement
@@ -133,7 +133,7 @@ class CollateralDamage(Tabular):
         return masked.nanmean(1)
 
 
-@tensors_checked
+@arguments_checked
 def collateral_damage(
     model: nn.Module | ForwardFunc,
     layer: nn.Module | str,

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.distributed import is_main_process
 from captum_classfilters._core.guard import model_left_as_found
 from captum_classfilters._core.tables import Row, Table, Tabular, import_pandas, short_repr
-from captum_classfilters._core.tensor_arguments import tensors_checked
 from captum_classfilters.metrics.attribution_space import METRICS, Settings, Space, spaces_of
 from captum_classfilters.metrics.explained import PIXELS, explained_methods
 from captum_classfilters.metrics.inputs import at_model
@@ -173,7 +173,7 @@ class AttributionComparison(Tabular):
         return [table for part in tables for table in part._tables()]
 
 
-@tensors_checked
+@arguments_checked
 def compare_attributions(
     model: nn.Module,
     methods: Mapping[str, object],

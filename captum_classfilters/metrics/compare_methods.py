@@ -10,6 +10,7 @@ from captum.attr import LayerAttribution, LayerGradientXActivation
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.batches import check_read_again, first_batch
 from captum_classfilters._core.distributed import is_main_process
 from captum_classfilters._core.guard import model_left_as_found
@@ -17,7 +18,6 @@ from captum_classfilters._core.layers import layer_name
 from captum_classfilters._core.outputs import scores_per_class
 from captum_classfilters._core.ranking import random_sets
 from captum_classfilters._core.tables import Row, Table, Tabular, short_repr
-from captum_classfilters._core.tensor_arguments import tensors_checked
 from captum_classfilters._core.types import Dataloader, Keywords, Unpack
 from captum_classfilters._core.warnings import unsaid, warn
 from captum_classfilters.attr import (
@@ -126,7 +126,7 @@ class MethodComparison(Tabular):
         return [*rows, *(dict(zip(rows[0], cells, strict=True)) for cells in (random, everything))]
 
 
-@tensors_checked
+@arguments_checked
 def compare_methods(
     model: nn.Module,
     layer: nn.Module | str,
@@ -268,7 +268,7 @@ def compare_methods(
     )
 
 
-@tensors_checked
+@arguments_checked
 def standard_methods(
     model: nn.Module,
     layer: nn.Module | str,

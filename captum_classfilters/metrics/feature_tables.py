@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from captum_classfilters._core.tensor_arguments import tensors_checked
+from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters.class_filters import ClassFilters
 from captum_classfilters.metrics.features import checked_features
 from captum_classfilters.metrics.mutual_information import mutual_information_matrix
@@ -14,7 +14,7 @@ from captum_classfilters.metrics.selectivity import class_means
 _EPSILON = 1e-7
 
 
-@tensors_checked
+@arguments_checked
 def selectivity_filters(
     features: Tensor,
     labels: Tensor,
@@ -72,7 +72,7 @@ def selectivity_filters(
     )
 
 
-@tensors_checked
+@arguments_checked
 def mutual_information_filters(
     features: Tensor,
     labels: Tensor,
@@ -125,7 +125,7 @@ def mutual_information_filters(
     )
 
 
-@tensors_checked
+@arguments_checked
 def correlation_filters(
     features: Tensor,
     labels: Tensor,

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.captum import TargetType
 from captum_classfilters._core.ranking import descending, random_orders
 from captum_classfilters._core.tables import Table, Tabular, short_repr
-from captum_classfilters._core.tensor_arguments import tensors_checked
 from captum_classfilters._core.types import ForwardFunc
 from captum_classfilters.attr.filter_removal import Replacement, Score, score_reader
 from captum_classfilters.metrics.removals import (
@@ -70,7 +70,7 @@ class FilterCurves(Tabular):
         return [Table(rows, {"deletion": ".4f", "insertion": ".4f"}, title)]
 
 
-@tensors_checked
+@arguments_checked
 def filter_curves(
     model: nn.Module | ForwardFunc,
     layer: nn.Module | str,

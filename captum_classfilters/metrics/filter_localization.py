@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.ranking import descending
 from captum_classfilters._core.tables import Table, Tabular, short_repr
-from captum_classfilters._core.tensor_arguments import tensors_checked
 from captum_classfilters.class_filters import ClassFilters
 from captum_classfilters.metrics.features import checked_labels
 from captum_classfilters.metrics.localization import boxes_to_masks
@@ -90,11 +90,12 @@ class FilterLocalization(Tabular):
         ]
         return [Table(rows)]
 
+    @arguments_checked
     def _own(self, table: Tensor) -> Tensor:
         return table.gather(0, self.filter_class[None])[0]
 
 
-@tensors_checked
+@arguments_checked
 def filter_localization(
     activations: Tensor,
     objects: Tensor,

@@ -10,8 +10,8 @@ from scipy import ndimage
 from torch import Tensor
 from torchvision.ops import box_iou, masks_to_boxes
 
+from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.tables import Table, Tabular, short_repr
-from captum_classfilters._core.tensor_arguments import tensors_checked
 
 Rule = Literal["share", "level", "value"]
 SHARES = tuple(round(0.05 * step, 2) for step in range(1, 20))
@@ -108,7 +108,7 @@ class Localization(Tabular):
         return parts
 
 
-@tensors_checked
+@arguments_checked
 def localization(
     maps: Tensor,
     objects: Tensor,
@@ -178,7 +178,7 @@ def localization(
     )
 
 
-@tensors_checked
+@arguments_checked
 def choose_threshold(
     maps: Tensor,
     objects: Tensor,
@@ -215,7 +215,7 @@ def choose_threshold(
     return float(candidates[best]), float(scores[best])
 
 
-@tensors_checked
+@arguments_checked
 def boxes_to_masks(boxes: Tensor, size: tuple[int, int]) -> Tensor:
     r"""
     Boxes as filled masks: the pixels whose centers lie inside.

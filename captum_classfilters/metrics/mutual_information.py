@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from captum_classfilters._core.tensor_arguments import tensors_checked
+from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters.metrics.features import checked_features, checked_labels
 
 Floats = NDArray[np.float64]
@@ -18,7 +18,7 @@ Integers = NDArray[np.int64]
 _BLOCK = 8192
 
 
-@tensors_checked
+@arguments_checked
 def mutual_information_matrix(
     features: Tensor,
     labels: Tensor,
@@ -112,7 +112,7 @@ def mutual_information_matrix(
     return torch.from_numpy(np.stack(rows, axis=1))
 
 
-@tensors_checked
+@arguments_checked
 def mutual_information_score(matrix: Tensor) -> float:
     r"""
     The mutual information score (MIS) of Liang et al.: the mean over filters of their best class's.
@@ -134,7 +134,7 @@ def mutual_information_score(matrix: Tensor) -> float:
     return float(matrix.max(0).values.mean())
 
 
-@tensors_checked
+@arguments_checked
 def mutual_information_bound(
     labels: Tensor, *, num_classes: int | None = None, balanced: bool = False
 ) -> Tensor:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.batches import check_read_again, first_batch, read_batches
 from captum_classfilters._core.copies import copied
 from captum_classfilters._core.devices import device_of
@@ -24,7 +25,6 @@ from captum_classfilters._core.outputs import (
 from captum_classfilters._core.ranking import descending, random_orders
 from captum_classfilters._core.tables import Table, Tabular, short_repr
 from captum_classfilters._core.taps import LayerTap, tapping
-from captum_classfilters._core.tensor_arguments import tensors_checked
 from captum_classfilters._core.types import Dataloader, Unpack
 from captum_classfilters.class_filters import ClassFilters
 from captum_classfilters.metrics.evaluate_classifier import evaluate_classifier
@@ -67,7 +67,7 @@ class RemoveAndRetrain(Tabular):
         return [Table(rows)]
 
 
-@tensors_checked
+@arguments_checked
 def remove_and_retrain(
     model: nn.Module,
     layer: nn.Module | str,

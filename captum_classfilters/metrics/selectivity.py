@@ -5,14 +5,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from captum_classfilters._core.tensor_arguments import tensors_checked
+from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters.identify.new_sums import new_sums
 from captum_classfilters.metrics.features import checked_features
 
 _EPSILON = 1e-7
 
 
-@tensors_checked
+@arguments_checked
 def class_selectivity_index(class_means: Tensor) -> Tensor:
     r"""
     The class selectivity index of each filter.
@@ -60,7 +60,7 @@ def class_selectivity_index(class_means: Tensor) -> Tensor:
     return (largest - rest) / (largest + rest + _EPSILON)
 
 
-@tensors_checked
+@arguments_checked
 def class_means(features: Tensor, labels: Tensor, num_classes: int | None = None) -> Tensor:
     r"""
     Mean of each filter's response over each class's images.
@@ -80,7 +80,7 @@ def class_means(features: Tensor, labels: Tensor, num_classes: int | None = None
     return sums.tables()["mean"]
 
 
-@tensors_checked
+@arguments_checked
 def selectivity_regularizer(activations: Tensor | Sequence[Tensor], labels: Tensor) -> Tensor:
     r"""
     Mean class selectivity of a batch, differentiable, to be added to a training loss.
@@ -100,9 +100,16 @@ def selectivity_regularizer(activations: Tensor | Sequence[Tensor], labels: Tens
         *Tensor*, a scalar in [0, 1].
 
     Raises:
-        ValueError: The batch holds fewer than two classes, or a class's mean is negative.
+        ValueError: The shapes do not fit, the batch holds fewer than two classes, or a class's mean
+                    is negative.
     """
     layers = [activations] if isinstance(activations, Tensor) else list(activations)
+    for activation in layers:
+        if activation.dim() < 2 or labels.shape != activation.shape[:1]:
+            raise ValueError(
+                f"activations {tuple(activation.shape)} and labels {tuple(labels.shape)} do not fit; "
+                "expected (N, K, ...) and one class index for each image (N,)."
+            )
     present, index = labels.unique(return_inverse=True)
     if len(present) < 2:
         raise ValueError("The batch holds a single class; selectivity needs two.")

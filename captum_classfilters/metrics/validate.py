@@ -11,10 +11,10 @@ import torch
 from scipy import stats
 from torch import Tensor
 
+from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.batches import Batch, Batches, read_batches
 from captum_classfilters._core.ranking import descending
 from captum_classfilters._core.tables import Table, Tabular, short_repr
-from captum_classfilters._core.tensor_arguments import tensors_checked
 from captum_classfilters._core.types import Dataloader, ModelInputs, Unpack
 from captum_classfilters.class_filters import ClassFilters
 from captum_classfilters.metrics.features import checked_features, checked_labels
@@ -119,7 +119,7 @@ class Validity(Tabular):
         return [Table(rows, title=title, notes=notes, bars=())]
 
 
-@tensors_checked
+@arguments_checked
 def validate(
     identify: Identify,
     dataloader: Dataloader,

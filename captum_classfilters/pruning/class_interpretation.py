@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.tables import Row, Table, Tabular, import_pandas, short_repr
 from captum_classfilters.identify.accuracy_reduction import AccuracyReduction
 
@@ -75,6 +76,7 @@ class FilterInterpretation(Tabular):
         return [Table(rows, formats, title, bars=bars)]
 
 
+@arguments_checked
 def class_interpretation(
     reduction: AccuracyReduction, num_classes: int = 5, confidence: float = 0.95
 ) -> list[FilterInterpretation]:

@@ -5,16 +5,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.batches import read_batches
 from captum_classfilters._core.devices import sums_device
 from captum_classfilters._core.layers import find_layer, layer_name
 from captum_classfilters._core.taps import LayerTap, tapping
-from captum_classfilters._core.tensor_arguments import tensors_checked
 from captum_classfilters._core.types import Dataloader, ModelInputs, Unpack
 from captum_classfilters._core.units import check_finite
 
 
-@tensors_checked
+@arguments_checked
 def weight_chroma(weights: Tensor) -> Tensor:
     r"""
     Share of a first-layer filter's energy that is color and not brightness.

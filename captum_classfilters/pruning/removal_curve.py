@@ -6,12 +6,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.batches import read_batches
 from captum_classfilters._core.layers import find_layer, layer_name, module_of
 from captum_classfilters._core.outputs import are_probabilities, class_scores
 from captum_classfilters._core.replay.suffix_replay import SuffixReplay
 from captum_classfilters._core.tables import Table, Tabular, short_repr
-from captum_classfilters._core.tensor_arguments import tensors_checked
 from captum_classfilters._core.types import Dataloader, Unpack
 from captum_classfilters.pruning.candidates import (
     Candidates,
@@ -106,7 +106,7 @@ class RemovalCurves(Tabular):
         return [self._table(shares, f"accuracy without filters of {self.layer}")]
 
 
-@tensors_checked
+@arguments_checked
 def removal_order(scores: Tensor) -> Tensor:
     """The order in which scores remove filters: smallest first, ties in the order of the filters.
 

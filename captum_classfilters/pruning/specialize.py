@@ -259,6 +259,8 @@ def check_rows(
         torch.no_grad(),
     ):
         full = class_scores(pruned(*inputs))
+        if not bool(full.isfinite().all()):
+            raise ValueError("The model returns NaN or Inf for the first images.")
         cut = full[:, :0]
         with suppress(Exception):  # something else reads the head
             cut = class_scores(smaller(*inputs))

@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm.auto import trange
 
+from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.overlap import jaccard_of, shared_members
 from captum_classfilters._core.tables import Table, Tabular, short_repr
-from captum_classfilters._core.tensor_arguments import tensors_checked
 from captum_classfilters._core.types import Keywords
 from captum_classfilters.spectral.hypergraph import (
     Ends,
@@ -82,6 +82,8 @@ def class_jaccard(hypergraph: Hypergraph) -> NDArray[np.float64]:
     return _between(_similarities(hypergraph.incidence), classes, hypergraph.num_classes)
 
 
+@arguments_checked
+@arguments_checked
 def separation_scores(hypergraph: Hypergraph, *, s: int = 1) -> dict[str, float]:
     r"""
     Measure how far the edges of a hypergraph keep its classes apart.
@@ -123,7 +125,7 @@ def separation_scores(hypergraph: Hypergraph, *, s: int = 1) -> dict[str, float]
     return _scores(hypergraph.incidence, classes, hypergraph.num_classes, s)
 
 
-@tensors_checked
+@arguments_checked
 def separation_test(
     scores: Tensor,
     labels: Tensor,

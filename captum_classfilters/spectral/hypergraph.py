@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 from scipy import sparse
 from torch import Tensor
 
+from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.extras import extra
 from captum_classfilters._core.names import short_name
 from captum_classfilters._core.tables import Table, Tabular, short_repr
-from captum_classfilters._core.tensor_arguments import tensors_checked
 from captum_classfilters.spectral.influential import influential
 
 Rule = Literal["signal_share", "influential", "exemplars"]
@@ -130,7 +130,7 @@ class Hypergraph(Tabular):
         )
 
 
-@tensors_checked
+@arguments_checked
 def class_hypergraph(
     scores: Tensor,
     labels: Tensor,

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from captum_classfilters._core.tensor_arguments import tensors_checked
+from captum_classfilters._core.arguments import arguments_checked
 
 
-@tensors_checked
+@arguments_checked
 def influential(
     scores: Tensor,
     *,

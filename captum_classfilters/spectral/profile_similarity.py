@@ -7,12 +7,14 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
+from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.overlap import jaccard_of, shared_members
 from captum_classfilters.spectral.profiles import Profile
 
 Measure = Literal["jaccard", "average", "instance"]
 
 
+@arguments_checked
 def jaccard(first: Profile, second: Profile, layers: Sequence[str] | None = None) -> float:
     r"""
     Jaccard similarity of two profiles' units, all layers together.
@@ -53,6 +55,7 @@ def average_jaccard(first: Profile, second: Profile, layers: Sequence[str] | Non
     return float(similarity_matrix([first, second], "average", layers)[0, 1])
 
 
+@arguments_checked
 def instance_jaccard(image: Profile, group: Profile, layers: Sequence[str] | None = None) -> float:
     r"""
     The share of one profile's units that are in another, an image's in its class's for example.

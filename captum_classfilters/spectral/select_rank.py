@@ -8,8 +8,8 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.energy import number_for_energy
-from captum_classfilters._core.tensor_arguments import tensors_checked
 from captum_classfilters.spectral.marchenko_pastur import (
     fit_marchenko_pastur,
     marchenko_pastur_edge,
@@ -86,7 +86,7 @@ def select_rank(
         raise ValueError(f"The rule {rule!r} and its options do not fit: {error}.") from error
 
 
-@tensors_checked
+@arguments_checked
 def effective_rank(values: Tensor) -> float:
     r"""
     Roy and Vetterli's effective rank, :math:`\exp H(S / \sum S)`.
@@ -106,7 +106,7 @@ def effective_rank(values: Tensor) -> float:
     return float(torch.special.entr(shares).sum().exp())
 
 
-@tensors_checked
+@arguments_checked
 def stable_rank(values: Tensor) -> float:
     r"""
     The stable rank, :math:`\sum S^2 / S_1^2`.
@@ -125,7 +125,7 @@ def stable_rank(values: Tensor) -> float:
     return float(squares.sum() / squares.max())
 
 
-@tensors_checked
+@arguments_checked
 def gavish_donoho_threshold(values: Tensor, shape: tuple[int, int]) -> float:
     r"""
     Gavish and Donoho's threshold for noise of unknown size.
@@ -146,7 +146,7 @@ def gavish_donoho_threshold(values: Tensor, shape: tuple[int, int]) -> float:
     return (0.56 * q**3 - 0.95 * q**2 + 1.82 * q + 1.43) * median
 
 
-@tensors_checked
+@arguments_checked
 def permutation_threshold(
     weight: Tensor, *, quantile: float = 0.95, rounds: int = 20, seed: int = 0
 ) -> float:

@@ -7,6 +7,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.tables import short_repr
 from captum_classfilters.class_filters import ClassFilters
 
@@ -188,6 +189,7 @@ def planted_network(num_classes: int = 4, leak: float = 0.0, seed: int = 0) -> P
     return PlantedNetwork(model.eval(), names, truth, placed_kinds, templates)
 
 
+@arguments_checked
 def recovery(
     class_filters: ClassFilters, truth: Tensor | ArrayLike, as_many: bool = False
 ) -> Recovery:

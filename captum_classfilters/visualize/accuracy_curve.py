@@ -1,5 +1,6 @@
 """Accuracy against the number of filters kept, with controls."""
 
+from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters.heads.accuracy_curve import AccuracyCurve
 from captum_classfilters.visualize.figures import (
     COLORS,
@@ -11,6 +12,7 @@ from captum_classfilters.visualize.figures import (
 )
 
 
+@arguments_checked
 def plot_accuracy_curve(
     curve: AccuracyCurve,
     *,

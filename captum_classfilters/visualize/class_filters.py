@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
+from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters.class_filters import ClassFilters
 from captum_classfilters.visualize.arrays import by_class, chosen, out_of
 from captum_classfilters.visualize.figures import (
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
+@arguments_checked
 def plot_class_filters(
     class_filters: ClassFilters,
     *,
@@ -110,6 +112,7 @@ def plot_class_filters(
     return figure, axes
 
 
+@arguments_checked
 def color_scale(scores: Tensor) -> tuple[float, float, str]:
     """The lowest and highest score that colors tell apart, and the color map: diverging, centered at
     zero, where scores are of both signs. It ends at the 99.5th percentile of sizes, so that one filter
@@ -120,6 +123,7 @@ def color_scale(scores: Tensor) -> tuple[float, float, str]:
     return (-limit, limit, SIGNED) if signed else (0.0, limit, UNSIGNED)
 
 
+@arguments_checked
 def plot_class_overlap(
     class_filters: ClassFilters,
     *,

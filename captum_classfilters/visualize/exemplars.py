@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.types import DatasetLike, Keywords
 from captum_classfilters.identify.exemplars import Exemplars, slices_of
 from captum_classfilters.visualize.arrays import Channels, numbers_of, picture_of, show_picture
@@ -40,6 +41,7 @@ class _Place:
     position: tuple[int, ...]
 
 
+@arguments_checked
 def plot_exemplars(
     exemplars: Exemplars,
     dataset: DatasetLike,

@@ -8,7 +8,7 @@ from captum.attr import visualization
 from numpy.typing import NDArray
 from torch import Tensor
 
-from captum_classfilters._core.tensor_arguments import tensors_checked
+from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters.class_filters import ClassFilters
 from captum_classfilters.visualize.arrays import (
     Channels,
@@ -38,7 +38,7 @@ _COLOR_MAPS = {"all": SIGNED, "positive": "Reds", "negative": "Blues", "absolute
 _METHODS = ("heat_map", "blended_heat_map")
 
 
-@tensors_checked
+@arguments_checked
 def plot_explanations(
     images: Tensor,
     attributions: Mapping[str, Tensor],
@@ -112,6 +112,7 @@ def plot_explanations(
     return figure, grid
 
 
+@arguments_checked
 def plot_filter_maps(
     image: Tensor,
     attributions: Tensor,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import trange
 
+from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.devices import device_of
 from captum_classfilters._core.guard import model_left_as_found
 from captum_classfilters._core.layers import (
@@ -18,7 +19,6 @@ from captum_classfilters._core.layers import (
 )
 from captum_classfilters._core.tables import short_repr
 from captum_classfilters._core.taps import LayerTap, tapping
-from captum_classfilters._core.tensor_arguments import tensors_checked
 from captum_classfilters._core.warnings import warn
 
 Position = tuple[int, ...] | Literal["center"] | None
@@ -232,7 +232,7 @@ class FeatureVisualization:
     optimized: Tensor
 
 
-@tensors_checked
+@arguments_checked
 def visualize_features(
     model: nn.Module,
     objectives: FeatureObjective | Sequence[FeatureObjective],
@@ -410,7 +410,7 @@ def _warn_of_still_images(
     )
 
 
-@tensors_checked
+@arguments_checked
 def color_root(images: Tensor) -> Tensor:
     r"""
     A matrix that gives independent channels the colors' covariance, scaled to unit norm.

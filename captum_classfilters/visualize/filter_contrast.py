@@ -2,6 +2,7 @@
 
 import torch
 
+from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters.identify.contrastive import FilterContrast
 from captum_classfilters.visualize.figures import (
     NEGATIVE,
@@ -17,6 +18,7 @@ from captum_classfilters.visualize.figures import (
 _REACH = 4  # times the largest score: what an interval has room for
 
 
+@arguments_checked
 def plot_filter_contrast(
     contrast: FilterContrast,
     *,

@@ -1,5 +1,6 @@
 """What models still know of a class."""
 
+from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters.answers.audit_forgetting import ForgettingAudit
 from captum_classfilters.visualize.figures import (
     COLORS,
@@ -18,6 +19,7 @@ _MEASURES = {
 }
 
 
+@arguments_checked
 def plot_forgetting(
     audit: ForgettingAudit,
     *,

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.extras import extra
 from captum_classfilters.spectral.class_separation import SeparationTest
 from captum_classfilters.spectral.hypergraph import Hypergraph
@@ -31,6 +32,7 @@ _LABELS = {
 }
 
 
+@arguments_checked
 def plot_hypergraph(
     hypergraph: Hypergraph,
     *,

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters.metrics.compare_methods import MethodComparison
 from captum_classfilters.visualize.figures import (
     COLORS,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+@arguments_checked
 def plot_method_comparison(
     comparison: MethodComparison,
     *,

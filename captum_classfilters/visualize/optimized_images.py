@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.types import Keywords
 from captum_classfilters.visualize.arrays import Channels, picture_of, show_picture
 from captum_classfilters.visualize.feature_visualization import FeatureVisualization
@@ -23,6 +24,7 @@ _NOTICE: Keywords = {
 }
 
 
+@arguments_checked
 def plot_features(
     features: FeatureVisualization,
     names: Sequence[str] | None = None,

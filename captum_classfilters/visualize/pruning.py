@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters.pruning import PruningOrder
 from captum_classfilters.pruning.class_interpretation import ClassEffect, FilterInterpretation
 from captum_classfilters.pruning.removal_curve import RemovalCurves
@@ -42,6 +43,7 @@ _KEPT, _REMOVED = COLORS[0], COLORS[1]
 _STYLES = ("-", "--", "-.", ":")
 
 
+@arguments_checked
 def plot_filter_grid(
     filters: Tensor,
     order: PruningOrder | Tensor | Sequence[int],
@@ -129,6 +131,7 @@ def plot_filter_grid(
     return figure, grid
 
 
+@arguments_checked
 def plot_removal_curves(
     curves: RemovalCurves,
     *,

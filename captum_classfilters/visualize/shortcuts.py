@@ -2,6 +2,7 @@
 
 import torch
 
+from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters.answers.confusion import ConfusionRepair
 from captum_classfilters.answers.repair import Repair
 from captum_classfilters.answers.shortcuts import Shortcuts
@@ -54,6 +55,7 @@ def plot_shortcuts(
     return _draw_shortcuts(result, most, title, plt_fig_axis)
 
 
+@arguments_checked
 def plot_confusion_repair(
     repair: ConfusionRepair,
     *,

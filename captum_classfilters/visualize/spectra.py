@@ -5,7 +5,12 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from captum_classfilters.spectral.model_spectra import LayerSpectrum, ModelSpectra
+from captum_classfilters._core.arguments import arguments_checked
+from captum_classfilters.spectral.model_spectra import (
+    LayerSpectrum,
+    ModelSpectra,
+    SpectraComparison,
+)
 from captum_classfilters.visualize.figures import (
     COLORS,
     GRAY,
@@ -26,6 +31,7 @@ if TYPE_CHECKING:
 _MARKERS = "osD^v"
 
 
+@arguments_checked
 def plot_spectrum(
     spectrum: LayerSpectrum,
     *,
@@ -125,7 +131,7 @@ def _draw_tail(axes: "Axes", spectrum: LayerSpectrum, values: np.ndarray) -> Non
 
 
 def plot_exponents(
-    spectra: ModelSpectra | Mapping[str, ModelSpectra],
+    spectra: ModelSpectra | SpectraComparison | Mapping[str, ModelSpectra],
     *,
     title: str | None = None,
     plt_fig_axis: FigureAndAxes | None = None,
@@ -138,9 +144,10 @@ def plot_exponents(
 
     Args:
 
-        spectra (ModelSpectra or mapping of them): From
-                    :func:`captum_classfilters.spectral.model_spectra`; several must have the same
-                    layers.
+        spectra (ModelSpectra, SpectraComparison or mapping of ModelSpectra): From
+                    :func:`captum_classfilters.spectral.model_spectra` or
+                    :func:`captum_classfilters.spectral.compare_with_random`; several models must
+                    have the same layers.
         title (str, optional): Title.
         plt_fig_axis (tuple, optional): Figure and axes to draw on; new ones by default.
 
@@ -150,6 +157,8 @@ def plot_exponents(
     Raises:
         ValueError: There is no model, or the models have different layers.
     """
+    if isinstance(spectra, SpectraComparison):
+        spectra = {"model": spectra.model, "random twin": spectra.twin}
     models = dict(spectra) if isinstance(spectra, Mapping) else {"": spectra}
     if not models:
         raise ValueError("spectra is empty; pass at least one model's.")

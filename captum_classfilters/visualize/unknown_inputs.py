@@ -1,5 +1,6 @@
 """Which filters make images unknown."""
 
+from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.ranking import descending
 from captum_classfilters.answers.unknown_inputs import UnknownReasons
 from captum_classfilters.visualize.arrays import out_of
@@ -14,6 +15,7 @@ from captum_classfilters.visualize.figures import (
 _NAMED = 5  # filters beside a row
 
 
+@arguments_checked
 def plot_unknown_reasons(
     reasons: UnknownReasons,
     *,

@@ -84,7 +84,13 @@ def test_several_inputs_and_tokens():
         (images(3), r"is a Tensor; expected a pair .* unpack=lambda"),
         ((images(3),), "is a tuple of 1"),
         ("images", "is a str"),
-        (("x", LABELS), "inputs are not Tensors: tuple of 1 .str."),
+        (("x", LABELS), "inputs of batch 1 are str; .* ToTensor"),
+        ((images(3).numpy(), LABELS), r"are ndarray; .* unpack=lambda batch: .torch.as_tensor"),
+        (((), LABELS), "inputs of batch 1 are missing"),
+        ((images(3), None), "a pair whose labels are None"),
+        ((images(3)[0], 2), r"one number as labels, .*DataLoader\(dataset, batch_size=64\)"),
+        ((images(3)[0], LABELS[0]), "one number as labels"),
+        (3, "is an int; expected a pair"),
         ({"pixel_values": images(3)}, "'pixel_values' and no labels"),
         ({"a": images(3), "b": images(3), "label": LABELS}, r"could be \['a', 'b'\]"),
     ],
@@ -92,6 +98,30 @@ def test_several_inputs_and_tokens():
 def test_what_a_batch_may_not_be(batch, message):
     with pytest.raises(ValueError, match=message):
         read([(images(3), LABELS), batch])
+
+
+@pytest.mark.parametrize("dataloader", [3, None, "images", {"x": 1}, images(3), deep(), len])
+def test_what_a_loader_may_not_be(dataloader):
+    with pytest.raises(
+        ValueError, match=r"The data loader is of the type \w+; expected a DataLoad"
+    ):
+        read(dataloader)
+
+
+def test_arrays_become_tensors_as_the_refusal_says():
+    arrays = [(images(3).numpy(), LABELS)]
+    ((inputs, _),) = read(arrays, unpack=lambda batch: (torch.as_tensor(batch[0]), batch[1]))
+    assert torch.equal(inputs[0], images(3))
+
+
+def test_data_sets_are_told_from_batches():
+    data = TensorDataset(images(3), LABELS)
+    for labeled in (True, False):
+        with pytest.raises(ValueError, match="A data set of single images"):
+            read(data, labeled=labeled)
+    (batch,) = read(DataLoader(data, batch_size=3))
+    assert torch.equal(batch[1], LABELS)
+    assert len(read([(images(3), 0)], labeled=False)) == 1  # a label that nobody reads
 
 
 def test_unpack_is_the_way_out_of_every_refusal():

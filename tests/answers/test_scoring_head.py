@@ -246,3 +246,21 @@ def test_the_head_that_puts_out_the_scores_is_found():
     assert find_head(UnusedHead())[0] == "aux"  # nothing has run
     assert find_head(UnusedHead(), images()[0][0])[0] == "fc"
     assert find_head(MeanOfTwo(), images()[0][0])[0] == "aux"  # the last one that ran
+
+
+NAN = [(x * float("nan"), y) for x, y in images()]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda model: find_shortcuts(model, NAN, lambda x: x, **QUIET),
+        lambda model: repair_confusion(model, NAN, NAN, 0, 1, **QUIET),
+        lambda model: forget_class(model, NAN, 1, **QUIET),
+        lambda model: build_specialist(model, [0, 1], NAN, **QUIET),
+        lambda model: refit_head(model, NAN, **QUIET),
+    ],
+)
+def test_images_that_are_no_numbers_are_not_laid_at_the_heads_door(call):
+    with pytest.raises(ValueError, match="NaN or Inf"):
+        call(Net())

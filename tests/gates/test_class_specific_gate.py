@@ -378,7 +378,7 @@ class TestTraining:
         ("batch", "message"),
         [
             (lambda x, y: x, "Batch 0 is a Tensor"),
-            (lambda x, y: (x, None), "labels of batch 0 are a NoneType"),
+            (lambda x, y: (x, None), "Batch 0 is a pair whose labels are None"),
             (lambda x, y: (x, torch.rand(120, 3)), r"have shape \(120, 3\) but are not multi-hot"),
             (lambda x, y: (x, torch.ones(120, 3)), "multi-hot, several classes for one image"),
             (lambda x, y: (x, y.float()), "are torch.float32"),

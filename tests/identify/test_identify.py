@@ -349,7 +349,7 @@ class TestBadInput:
             self.method().identify([], **QUIET)
         with pytest.raises(ValueError, match="Batch 0 is a Tensor; expected a pair"):
             self.method().identify([images(3)], **QUIET)
-        with pytest.raises(ValueError, match="not Tensors"):
+        with pytest.raises(ValueError, match="inputs of batch 0 are str"):
             self.method().identify([("x", torch.tensor([0]))], **QUIET)
 
     def test_a_class_without_images(self):

@@ -44,3 +44,11 @@ def test_the_regularizer_refuses_layers_before_a_relu():
     # Single values may be negative where the means of the classes are not.
     mixed = torch.tensor([[-1.0], [0.5], [3.0], [0.5]])
     assert float(selectivity_regularizer(mixed, labels)) == pytest.approx(1 / 3, abs=1e-6)
+
+
+def test_the_regularizer_names_shapes_that_do_not_fit():
+    one_hot = torch.eye(3)[torch.tensor([0, 1, 2, 0])]
+    with pytest.raises(ValueError, match=r"labels \(4, 3\) do not fit; .* one class index"):
+        selectivity_regularizer([torch.rand(4, 5), torch.rand(4, 2)], one_hot)
+    with pytest.raises(ValueError, match=r"activations \(3, 2\) and labels \(4,\)"):
+        selectivity_regularizer([torch.rand(4, 5), torch.rand(3, 2)], torch.tensor([0, 1, 2, 0]))

@@ -36,7 +36,7 @@ from captum_classfilters.spectral import (
     weight_matrix,
 )
 from captum_classfilters.spectral.marchenko_pastur import MarchenkoPastur
-from captum_classfilters.spectral.model_spectra import layer_verdict
+from captum_classfilters.spectral.model_spectra import SpectraComparison, layer_verdict
 from captum_classfilters.spectral.power_law import random_exponents
 from captum_classfilters.visualize import plot_exponents, plot_spectrum
 from tests.models import known
@@ -511,6 +511,9 @@ class TestPictures:
         assert [label.get_text() for label in axes.get_xticklabels()] == ["0", "1"]
         _, axes = plot_exponents(one)
         assert known(axes.get_legend()).get_texts()[0].get_text().startswith("universal metric")
+        _, axes = plot_exponents(SpectraComparison(one, two))
+        texts = [text.get_text() for text in known(axes.get_legend()).get_texts()]
+        assert [text.split(",")[0] for text in texts] == ["model", "random twin"]
         with pytest.raises(ValueError, match="'other' are not those of the first"):
             plot_exponents({"spiked": one, "other": model_spectra(nn.Linear(9, 9))})
         with pytest.raises(ValueError, match="spectra is empty"):

@@ -1,0 +1,142 @@
+"""Every public function names what it takes as a Tensor, or as an object of ours, and is something else."""
+
+import dataclasses
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import captum_classfilters
+from captum_classfilters import ClassFilters, ClassSpecificGate
+from captum_classfilters._core.arguments import arguments_checked
+from captum_classfilters.heads import diversity, psi
+from captum_classfilters.spectral import fit_marchenko_pastur, fit_power_law, select_rank
+from captum_classfilters.testing import recovery
+
+
+def public_with(
+    kind: Callable[[object], bool], takes: Callable[[object], bool]
+) -> dict[str, tuple[Any, list[str]]]:
+    """Public objects of a kind, and those of their parameters that take something."""
+    found = {}
+    for info in pkgutil.iter_modules(captum_classfilters.__path__, "captum_classfilters."):
+        module = importlib.import_module(info.name)
+        for name in getattr(module, "__all__", ()):
+            public = getattr(module, name)
+            if not kind(public):
+                continue
+            parameters = inspect.signature(public).parameters.values()
+            own = [parameter.name for parameter in parameters if takes(parameter.annotation)]
+            if own:
+                found[f"{info.name.split('.')[1]}.{name}"] = public, own
+    return found
+
+
+def is_of_the_package(annotation: object) -> bool:
+    return (
+        inspect.isclass(annotation)
+        and annotation.__module__.startswith("captum_classfilters.")
+        and not getattr(annotation, "_is_protocol", False)
+    )
+
+
+def does_more_than_keep(public: object) -> bool:
+    """Functions, and classes but for those that only hold what they are given."""
+    return callable(public) and not dataclasses.is_dataclass(public)
+
+
+def others_of(public: Any, own: str) -> dict[str, object]:
+    """What else must be given: of the right type, or of no interest yet."""
+    return {
+        name: torch.ones(2)
+        if parameter.annotation in (Tensor, Tensor | None)
+        else object.__new__(parameter.annotation)
+        if is_of_the_package(parameter.annotation)
+        else None
+        for name, parameter in inspect.signature(public).parameters.items()
+        if parameter.default is parameter.empty and name != own
+    }
+
+
+FUNCTIONS = public_with(inspect.isfunction, lambda kind: kind in (Tensor, Tensor | None))
+TAKE_OURS = public_with(does_more_than_keep, is_of_the_package)
+# Most pictures take arrays and lists of numbers, too.
+STRICT = [
+    name
+    for name in FUNCTIONS
+    if not name.startswith("visualize.plot_") or name == "visualize.plot_explanations"
+]
+
+
+def test_they_are_found():
+    assert len(FUNCTIONS) > 50
+    assert FUNCTIONS["heads.psi"][1] == ["features", "labels"]
+    assert "weight_magnitude" in FUNCTIONS["metrics.class_curves"][1]
+
+
+@pytest.mark.parametrize("name", STRICT)
+@pytest.mark.parametrize("value", [[1.0, 2.0], np.ones(3), True, "gpu"])
+def test_what_is_no_tensor_is_named(name, value):
+    function, tensors = FUNCTIONS[name]
+    for own in tensors:
+        others = others_of(function, own)
+        kind = type(value).__name__
+        with pytest.raises(ValueError, match=rf"^{own} is a {kind}; expected a Tensor"):
+            function(**others, **{own: value})
+
+
+@pytest.mark.parametrize("name", TAKE_OURS)
+@pytest.mark.parametrize("value", [torch.ones(3, 4), {"table": 1}, ClassSpecificGate(3, 4)])
+def test_what_is_no_object_of_ours_is_named(name, value):
+    public, ours = TAKE_OURS[name]
+    parameters = inspect.signature(public).parameters
+    for own in ours:
+        right = parameters[own].annotation
+        if isinstance(value, right):
+            continue
+        others = others_of(public, own)
+        kind = type(value).__name__
+        with pytest.raises(ValueError, match=f"^{own} is a {kind}; expected {right.__name__}.$"):
+            public(**{own: value}, **others)
+
+
+def test_none_may_be_left_out_and_takes_part_in_the_message():
+    @arguments_checked
+    def function(table: ClassFilters | None, number: int = 3) -> int:
+        return number
+
+    assert function(None) == function(table=None, number=3) == 3
+    with pytest.raises(ValueError, match="table is a int; expected ClassFilters or None"):
+        function(2)  # type: ignore[arg-type]
+
+
+def test_the_advice_works_by_position_too():
+    features, labels = np.random.default_rng(0).random((20, 5)), [0, 1] * 10
+    with pytest.raises(ValueError, match="features is a ndarray"):
+        psi(features, labels)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="labels is a list"):
+        psi(torch.as_tensor(features), labels)  # type: ignore[arg-type]
+    assert psi(torch.as_tensor(features), torch.as_tensor(labels)) is not None
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'labels'"):
+        psi(torch.as_tensor(features))  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize("given", [np.asarray, Tensor.tolist])
+def test_numbers_that_come_from_elsewhere_are_taken_where_they_are_copied_anyway(given):
+    values = torch.linspace(9, 1, 40).double()
+    wide = (40, 50)
+    assert fit_power_law(given(values)) == fit_power_law(values)
+    assert select_rank(given(values), wide) == select_rank(values, wide)
+    found, expected = (fit_marchenko_pastur(each, wide) for each in (given(values), values))
+    assert found == expected
+    vectors = torch.rand(4, 9, generator=torch.Generator().manual_seed(0))
+    kept = torch.tensor([True, False, True, True])
+    assert diversity(vectors, given(kept)) == diversity(vectors[kept])
+    table = ClassFilters(torch.rand(2, 3), torch.ones(2)).select(num_filters=1)
+    assert recovery(table, given(table.selected)).precision == 1
