@@ -28,11 +28,8 @@ def arguments_checked(function: Callable[P, R]) -> Callable[P, R]:
         given = signature.bind_partial(*args, **kwargs).arguments
         for name, kinds in expected.items():
             if name in given and not isinstance(given[name], kinds):
-                right = f"a Tensor, as torch.as_tensor({name}) gives"
-                if Tensor not in kinds:
-                    names = ["None" if kind is NoneType else kind.__name__ for kind in kinds]
-                    right = " or ".join(names)
-                raise ValueError(f"{name} is a {type(given[name]).__name__}; expected {right}.")
+                found = type(given[name]).__name__
+                raise ValueError(f"{name} is a {found}; expected {_wanted(name, kinds)}.")
         return function(*args, **kwargs)
 
     return checked
@@ -49,3 +46,9 @@ def _is_own(kind: object) -> bool:
     if not isinstance(kind, type) or getattr(kind, "_is_protocol", False):
         return False
     return kind is Tensor or kind.__module__.partition(".")[0] == _PACKAGE
+
+
+def _wanted(name: str, kinds: tuple[type, ...]) -> str:
+    if Tensor in kinds:
+        return f"a Tensor, as torch.as_tensor({name}) gives"
+    return " or ".join("None" if kind is NoneType else kind.__name__ for kind in kinds)

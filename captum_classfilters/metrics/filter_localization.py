@@ -90,7 +90,6 @@ class FilterLocalization(Tabular):
         ]
         return [Table(rows)]
 
-    @arguments_checked
     def _own(self, table: Tensor) -> Tensor:
         return table.gather(0, self.filter_class[None])[0]
 

@@ -112,7 +112,6 @@ def plot_class_filters(
     return figure, axes
 
 
-@arguments_checked
 def color_scale(scores: Tensor) -> tuple[float, float, str]:
     """The lowest and highest score that colors tell apart, and the color map: diverging, centered at
     zero, where scores are of both signs. It ends at the 99.5th percentile of sizes, so that one filter

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters.gates import assign_filters, filter_correlation
 from captum_classfilters.visualize.arrays import by_class, chosen, numbers_of, out_of
 from captum_classfilters.visualize.class_filters import check_order
@@ -24,7 +23,6 @@ from captum_classfilters.visualize.figures import (
 _MOST_LINES = 60  # more of them between groups would hide the picture
 
 
-@arguments_checked
 def plot_gate_and_weight(
     gate: Tensor,
     weight: Tensor,

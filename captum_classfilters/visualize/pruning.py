@@ -43,7 +43,6 @@ _KEPT, _REMOVED = COLORS[0], COLORS[1]
 _STYLES = ("-", "--", "-.", ":")
 
 
-@arguments_checked
 def plot_filter_grid(
     filters: Tensor,
     order: PruningOrder | Tensor | Sequence[int],

@@ -14,6 +14,7 @@ from captum_classfilters.answers import (
     build_specialist,
     find_shortcuts,
     forget_class,
+    repair,
     repair_confusion,
 )
 from captum_classfilters.heads import accuracy_curve, find_head, fine_tune, refit_head
@@ -259,6 +260,18 @@ NAN = [(x * float("nan"), y) for x, y in images()]
         lambda model: forget_class(model, NAN, 1, **QUIET),
         lambda model: build_specialist(model, [0, 1], NAN, **QUIET),
         lambda model: refit_head(model, NAN, **QUIET),
+        lambda model: repair(
+            model,
+            find_shortcuts(model, images(), lambda x: x.flip(3), **QUIET),
+            NAN,
+            lambda x: x,
+            outputs=[1],
+            **QUIET,
+        ),
+        lambda model: audit_forgetting({"model": model}, 1, NAN, NAN, **QUIET),
+        lambda model: ClassFilterOOD(
+            model, LayerFilterContribution(model, "relu").identify(images(), num_filters=2, **QUIET)
+        ).fit(NAN),
     ],
 )
 def test_images_that_are_no_numbers_are_not_laid_at_the_heads_door(call):
