@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from captum_classfilters._core.arguments import arguments_checked
-from captum_classfilters._core.names import hint, shortened
+from captum_classfilters._core.names import hint, kind_of, shortened
 from captum_classfilters._core.ranking import descending, highest, rank_correlation, ranks
 from captum_classfilters._core.tables import (
     Row,
@@ -953,7 +953,7 @@ def index_of_class(class_: int | str, names: Sequence[str]) -> int:
         index = operator.index(class_)
     except TypeError as error:
         raise ValueError(
-            f"A class is given by its index or its name, not by a {type(class_).__name__}."
+            f"A class is given by its index or its name, not by {kind_of(class_)}."
         ) from error
     if not 0 <= index < len(names):
         raise ValueError(f"Class {index} is out of range; there are {len(names)} classes.")
@@ -973,7 +973,7 @@ def _check_shares(tables: Sequence[ClassFilters]) -> None:
     for place, table in enumerate(tables):
         if not isinstance(table, ClassFilters):
             raise ValueError(
-                f"Table {place} is a {type(table).__name__}; merge takes ClassFilters tables, one by "
+                f"Table {place} is {kind_of(table)}; merge takes ClassFilters tables, one by "
                 "one: ClassFilters.merge(*tables)."
             )
         if any(table is other for other in tables[:place]):

@@ -23,6 +23,7 @@ from captum_classfilters._core.layers import (
     weighted_before_each,
 )
 from captum_classfilters._core.named_layers import NamedLayers
+from captum_classfilters._core.names import kind_of
 from captum_classfilters._core.outputs import class_scores
 from captum_classfilters._core.tables import Row, short_repr
 from captum_classfilters._core.taps import hooked
@@ -340,7 +341,7 @@ class _Found:
         if len(self.outputs) > 1:
             return f"called {len(self.outputs)} times in one forward pass"
         if not isinstance(output, Tensor):
-            return f"puts out a {type(output).__name__}, not one tensor"
+            return f"puts out {kind_of(output)}, not one tensor"
         if not output.is_floating_point():
             return f"puts out {str(output.dtype).removeprefix('torch.')}, not numbers to weigh"
         if output.dim() < 2:

@@ -8,6 +8,8 @@ from typing import ParamSpec, TypeVar, get_args
 
 from torch import Tensor
 
+from captum_classfilters._core.names import kind_of
+
 P = ParamSpec("P")
 R = TypeVar("R")
 _PACKAGE = __name__.partition(".")[0]
@@ -28,8 +30,8 @@ def arguments_checked(function: Callable[P, R]) -> Callable[P, R]:
         given = signature.bind_partial(*args, **kwargs).arguments
         for name, kinds in expected.items():
             if name in given and not isinstance(given[name], kinds):
-                found = type(given[name]).__name__
-                raise ValueError(f"{name} is a {found}; expected {_wanted(name, kinds)}.")
+                found = kind_of(given[name])
+                raise ValueError(f"{name} is {found}; expected {_wanted(name, kinds)}.")
         return function(*args, **kwargs)
 
     return checked

@@ -22,6 +22,7 @@ from captum_classfilters._core.distributed import (
 )
 from captum_classfilters._core.guard import held, model_left_as_found
 from captum_classfilters._core.labels import Memberships, class_labels, joined, memberships
+from captum_classfilters._core.names import kind_of
 from captum_classfilters._core.progress import Progress
 from captum_classfilters._core.repeats import difference_of_runs
 from captum_classfilters._core.types import Dataloader, ModelInputs, Unpack
@@ -118,7 +119,7 @@ class Batches:
                 break
             inputs, labels = _unpacked(raw, number, self._unpack, self._labeled)
             if self._labeled or isinstance(self._dataloader, Dataset):
-                _check_several(inputs, labels, number)
+                _check_pair(inputs, labels, number)
             inputs, labels = self._own(inputs, labels)
             size = num_images(inputs)
             first_image, self.num_images = self.num_images, self.num_images + size
@@ -509,14 +510,22 @@ def _unpacked(
     return inputs, labels
 
 
-def _check_several(inputs: ModelInputs, labels: object, number: int) -> None:
-    """Raise if what was read is one image with its label, as a data set gives them."""
+def _check_pair(inputs: ModelInputs, labels: object, number: int) -> None:
+    """Raise if what was read is one image with its label, as a data set gives them, or images are
+    where labels should be."""
+    shape = tuple(inputs[0].shape)
     one = labels.dim() == 0 if isinstance(labels, Tensor) else isinstance(labels, Integral)
     if one:
         raise ValueError(
-            f"Batch {number} has one number as labels, for inputs of shape "
-            f"{tuple(inputs[0].shape)}; expected one class index for each image. A data set of "
-            "single images is read through torch.utils.data.DataLoader(dataset, batch_size=64)."
+            f"Batch {number} has one number as labels, for inputs of shape {shape}; expected one "
+            "class index for each image. A data set of single images is read through "
+            "torch.utils.data.DataLoader(dataset, batch_size=64)."
+        )
+    if isinstance(labels, Tensor) and labels.dim() > 2 and inputs[0].dim() < labels.dim():
+        raise ValueError(
+            f"Batch {number} has labels of shape {tuple(labels.shape)} and inputs of shape {shape}; "
+            "expected a pair (inputs, labels) in this order: "
+            "unpack=lambda batch: (batch[1], batch[0])."
         )
 
 
@@ -567,11 +576,10 @@ def _refusal(number: int, found: str) -> ValueError:
 
 
 def _described(value: object) -> str:
-    name = type(value).__name__
-    article = "an" if name[0] in "aeiou" else "a"
+    name = kind_of(value)
     if isinstance(value, (tuple, list)):
-        return f"{article} {name} of {len(value)} ({', '.join(type(p).__name__ for p in value)})"
-    return f"{article} {name}"
+        return f"{name} of {len(value)} ({', '.join(type(p).__name__ for p in value)})"
+    return name
 
 
 def _device(where: torch.device | str) -> torch.device:

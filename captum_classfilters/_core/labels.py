@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from captum_classfilters._core.devices import on_device
+from captum_classfilters._core.names import kind_of
 from captum_classfilters._core.outputs import checked_rows
 
 
@@ -164,7 +165,7 @@ def _as_tensor(labels: object, batch: int) -> Tensor:
         return torch.as_tensor(labels)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
-            f"The labels of batch {batch} are a {type(labels).__name__} that is no tensor: {error}"
+            f"The labels of batch {batch} are {kind_of(labels)} that is no tensor: {error}"
         ) from error
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from captum_classfilters._core.names import hint
+from captum_classfilters._core.names import hint, kind_of
 from captum_classfilters._core.types import ForwardFunc
 
 _CHANNELS_FIRST = (
@@ -48,7 +48,7 @@ def check_module(model: object) -> None:
     if not isinstance(model, nn.Module):
         _check_not_exported(model)
         raise ValueError(
-            f"The model is a {type(model).__name__}, in which layers cannot be listed, replaced or cut; "
+            f"The model is {kind_of(model)}, in which layers cannot be listed, replaced or cut; "
             "give the module inside it. A module for another output is ClassScores(model, scores)."
         )
 

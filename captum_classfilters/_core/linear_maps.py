@@ -15,6 +15,7 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 
 from captum_classfilters._core.devices import device_of, without_autocast
 from captum_classfilters._core.guard import model_left_as_found
+from captum_classfilters._core.names import kind_of
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -48,7 +49,7 @@ def weight_in_use(module: nn.Module) -> tuple[Tensor, str | None]:
             inputs = trial_inputs(layer)
             outputs = layer(inputs)  # here hooks renew a weight that they derive
             if not isinstance(outputs, Tensor):
-                reason: str | None = f"its forward gives a {type(outputs).__name__}"
+                reason: str | None = f"its forward gives {kind_of(outputs)}"
             else:
                 reason = _departure(layer, inputs, outputs)
         except Exception as error:  # whatever a foreign forward raises, plain it is not

@@ -34,6 +34,19 @@ def short_name(name: object, length: int = LONGEST_NAME, *, synonyms: bool = Tru
     return text
 
 
+def kind_of(value: object) -> str:
+    """What a value is, as messages say it.
+
+    Examples::
+
+        >>> from captum_classfilters._core.names import kind_of
+        >>> kind_of(3), kind_of("3")
+        ('an int', 'a str')
+    """
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'aeiouAEIO' else 'a'} {name}"
+
+
 def shortened(value: object, most: int = 80) -> str:
     """A value as messages show it, cut where it is longer.
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from captum_classfilters._core.names import kind_of
 from captum_classfilters._core.types import JsonDict
 
 _SCALARS = (str, int, float, bool, type(None))
@@ -49,7 +50,7 @@ def flattened(value: object, name: str = "") -> tuple[Any, dict[str, Tensor]]:
             return {"tuple": parts} if isinstance(value, tuple) else parts
         if not isinstance(value, _SCALARS):
             raise ValueError(
-                f"{name or 'The value'} is a {type(value).__name__}, which a file without code cannot hold."
+                f"{name or 'The value'} is {kind_of(value)}, which a file without code cannot hold."
             )
         return value
 

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from captum_classfilters._core.names import kind_of
+
 _KEYS = ("logits", "out")
 
 
@@ -25,7 +27,7 @@ def class_scores(output: object) -> Tensor:
         if isinstance(part, Tensor):
             return part
     raise ValueError(
-        f"The model returns a {type(output).__name__}{_contents(output)}, not one tensor of class "
+        f"The model returns {kind_of(output)}{_contents(output)}, not one tensor of class "
         "scores (N, C). To pick the scores, wrap the model: "
         "ClassScores(model, lambda output: output[0]) in place of the model."
     )

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.batches import Batch, read_batches
 from captum_classfilters._core.layers import check_runs, find_layers
+from captum_classfilters._core.names import kind_of
 from captum_classfilters._core.tables import Row, Table, Tabular, short_repr
 from captum_classfilters._core.taps import tapping
 from captum_classfilters._core.types import Dataloader, ExampleInputs, Unpack
@@ -210,7 +211,7 @@ class ClassFilterOOD:
         linear = fit.head
         if len(linear.weight) != class_filters.num_classes or linear.convolution_dims:
             raise ValueError(
-                f"The head {linear.name!r} is a {type(linear.module).__name__} with "
+                f"The head {linear.name!r} is {kind_of(linear.module)} with "
                 f"{len(linear.weight)} outputs for {class_filters.num_classes} classes; expected an "
                 "nn.Linear with one output for each class."
             )

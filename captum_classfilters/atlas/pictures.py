@@ -16,6 +16,7 @@ from captum_classfilters._core.devices import device_of, on_device
 from captum_classfilters._core.files import write_atomically, write_figure
 from captum_classfilters._core.guard import model_left_as_found
 from captum_classfilters._core.layers import find_layer
+from captum_classfilters._core.names import kind_of
 from captum_classfilters._core.types import DatasetLike
 from captum_classfilters.attr import ClassFilterSaliency, LayerFilterContribution
 from captum_classfilters.class_filters import ClassFilters
@@ -64,7 +65,7 @@ class ShownImages:
         image = item[0] if isinstance(item, (tuple, list)) else item
         if not isinstance(image, Tensor):
             raise ValueError(
-                f"dataset[{index}] gives a {type(image).__name__}; expected a Tensor (C, H, W), or a pair "
+                f"dataset[{index}] gives {kind_of(image)}; expected a Tensor (C, H, W), or a pair "
                 "that starts with one."
             )
         return image

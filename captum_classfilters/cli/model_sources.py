@@ -9,7 +9,7 @@ from importlib.util import find_spec
 
 from torch import Tensor, nn
 
-from captum_classfilters._core.names import close_names
+from captum_classfilters._core.names import close_names, kind_of
 from captum_classfilters._core.types import JsonDict
 
 TIMM = "timm:"
@@ -165,7 +165,7 @@ class FunctionSource(ModelSource):
                 f"--model {self.name} is no function of no arguments that returns a model: {error}"
             ) from error
         if not isinstance(model, nn.Module):
-            raise ValueError(f"--model {self.name} returned a {type(model).__name__}, not a model.")
+            raise ValueError(f"--model {self.name} returned {kind_of(model)}, not a model.")
         return model
 
     def categories(self) -> Iterator[tuple[list[str], dict[str, int]]]:

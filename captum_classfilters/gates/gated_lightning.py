@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from captum_classfilters._core.extras import missing_extra
+from captum_classfilters._core.names import kind_of
 from captum_classfilters.gates.class_specific_gate import ClassSpecificGate
 from captum_classfilters.gates.gated_training import GateSchedule
 
@@ -26,7 +27,7 @@ except ImportError as error:  # the class can be read and documented without Lig
 def _second(batch: object) -> Tensor:
     if not isinstance(batch, (tuple, list)) or len(batch) < 2:
         raise ValueError(
-            f"The batch is a {type(batch).__name__}, not a pair (images, labels); pass labels= to "
+            f"The batch is {kind_of(batch)}, not a pair (images, labels); pass labels= to "
             "ClassGateCallback, a function from the batch to its labels."
         )
     labels: Tensor = batch[1]

@@ -13,6 +13,7 @@ from captum_classfilters._core.copies import copied
 from captum_classfilters._core.guard import model_left_as_found
 from captum_classfilters._core.heads import HeadRecord, alike, is_linear
 from captum_classfilters._core.layers import check_runs, find_layer, layer_name
+from captum_classfilters._core.names import kind_of
 from captum_classfilters._core.outputs import as_rows, class_scores
 from captum_classfilters._core.tables import short_repr
 from captum_classfilters._core.taps import hooked, tapped
@@ -45,7 +46,7 @@ def find_head(
     """
     if not isinstance(model, nn.Module):
         raise ValueError(
-            f"The model is a {type(model).__name__}; a head is found in, and replaced in, an "
+            f"The model is {kind_of(model)}; a head is found in, and replaced in, an "
             "nn.Module: pass the module that the function calls."
         )
     heads = [m for m in model.modules() if is_linear(m) or isinstance(m, DecomposedLinear)]
@@ -185,7 +186,7 @@ def linear_head(module: nn.Module, name: str = "head") -> LinearHead:
     """
     if not is_linear(module) and not isinstance(module, DecomposedLinear):
         raise ValueError(
-            f"The head {name!r} is a {type(module).__name__}, which cannot be decomposed; expected "
+            f"The head {name!r} is {kind_of(module)}, which cannot be decomposed; expected "
             "an nn.Linear or an ungrouped 1x1 convolution."
         )
     forwards = [getattr(kind, "forward", None) for kind in _PLAIN]

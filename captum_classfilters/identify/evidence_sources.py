@@ -19,6 +19,7 @@ from captum_classfilters._core.layers import (
     module_of,
     positions_last,
 )
+from captum_classfilters._core.names import kind_of
 from captum_classfilters._core.outputs import scores_per_class
 from captum_classfilters._core.progress import described_options
 from captum_classfilters._core.rules import FilterRule
@@ -192,7 +193,7 @@ class Source:
             attributions = self.method.attribute(inputs if len(inputs) > 1 else inputs[0], **kwargs)
         if not isinstance(attributions, Tensor):
             raise ValueError(
-                f"{self.name} at {self.layer_name!r} returned a {type(attributions).__name__}; "
+                f"{self.name} at {self.layer_name!r} returned {kind_of(attributions)}; "
                 "class filters need one tensor, (N, K) or (N, K, ...)."
             )
         attributions = attributions.detach()

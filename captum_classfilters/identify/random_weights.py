@@ -12,6 +12,7 @@ from captum_classfilters._core.batches import check_read_again
 from captum_classfilters._core.filter_graph import check_own_weights
 from captum_classfilters._core.guard import model_left_as_found
 from captum_classfilters._core.layers import module_of
+from captum_classfilters._core.names import kind_of
 from captum_classfilters._core.tables import Table, Tabular, short_repr
 from captum_classfilters._core.types import Dataloader, Unpack
 from captum_classfilters.class_filters import ClassFilters
@@ -196,7 +197,7 @@ def reinitialize(model: nn.Module) -> nn.Module:
             reset()
         elif next(module.parameters(recurse=False), None) is not None:
             raise ValueError(
-                f"The module {name or '(the model itself)'!r}, a {type(module).__name__}, has "
+                f"The module {name or '(the model itself)'!r}, {kind_of(module)}, has "
                 "parameters and no reset_parameters(), so it cannot be re-initialized."
             )
     return model

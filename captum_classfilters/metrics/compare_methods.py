@@ -15,6 +15,7 @@ from captum_classfilters._core.batches import check_read_again, first_batch
 from captum_classfilters._core.distributed import is_main_process
 from captum_classfilters._core.guard import model_left_as_found
 from captum_classfilters._core.layers import layer_name
+from captum_classfilters._core.names import kind_of
 from captum_classfilters._core.outputs import scores_per_class
 from captum_classfilters._core.ranking import random_sets
 from captum_classfilters._core.tables import Row, Table, Tabular, short_repr
@@ -392,13 +393,13 @@ def _table(name: str, method: Method, dataloader: Dataloader, reading: Keywords)
         )
     elif not callable(method):
         raise ValueError(
-            f"{name!r} is a {type(method).__name__}; expected a LayerAttribution, a ClassFilters table, "
+            f"{name!r} is {kind_of(method)}; expected a LayerAttribution, a ClassFilters table, "
             "or a function that makes one."
         )
     else:
         table = method()
     if not isinstance(table, ClassFilters):
-        raise ValueError(f"{name!r} gave a {type(table).__name__}; expected a ClassFilters table.")
+        raise ValueError(f"{name!r} gave {kind_of(table)}; expected a ClassFilters table.")
     return table
 
 

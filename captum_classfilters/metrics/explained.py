@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from captum_classfilters._core.captum import TargetType
 from captum_classfilters._core.layers import layer_name, module_of
+from captum_classfilters._core.names import kind_of
 from captum_classfilters._core.outputs import class_scores
 from captum_classfilters._core.rules import FilterRule
 from captum_classfilters._core.types import Attributions, ForwardFunc, Keywords
@@ -25,7 +26,7 @@ def check_is_function(make_method: object) -> None:
     """Raise if a method is given where a function that makes one for a model is needed."""
     if not callable(make_method):
         raise ValueError(
-            f"make_method is a {type(make_method).__name__}; expected a function that makes a method for "
+            f"make_method is {kind_of(make_method)}; expected a function that makes a method for "
             'a model: lambda model: LayerFilterContribution(model, "layer3").'
         )
 
@@ -54,7 +55,7 @@ def explained_methods(methods: Mapping[str, object], model: nn.Module) -> "list[
         if isinstance(method, type):
             raise ValueError(f"{name!r} is a class; pass {method.__name__}(model).")
         if not callable(getattr(method, "attribute", method)):
-            raise ValueError(f"{name!r} is a {type(method).__name__}; expected an attribution.")
+            raise ValueError(f"{name!r} is {kind_of(method)}; expected an attribution.")
         if explains(method, model) is False:
             raise ValueError(f"{name!r} explains another model than the one given.")
         result.append(Explained(name, method, dict(options)))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.batches import Batch, Batches, read_batches
+from captum_classfilters._core.names import kind_of
 from captum_classfilters._core.ranking import descending
 from captum_classfilters._core.tables import Table, Tabular, short_repr
 from captum_classfilters._core.types import Dataloader, ModelInputs, Unpack
@@ -192,7 +193,7 @@ def validate(
     """
     if not callable(identify):
         raise ValueError(
-            f"identify is a {type(identify).__name__}; expected a function from a loader to a table, "
+            f"identify is {kind_of(identify)}; expected a function from a loader to a table, "
             "method.identify for example."
         )
     data = _Relabeled(dataloader, unpack)
@@ -222,7 +223,7 @@ def validate(
 def _identified(identify: Identify, data: Dataloader) -> ClassFilters:
     table = identify(data)
     if not isinstance(table, ClassFilters):
-        raise ValueError(f"identify returns a {type(table).__name__}; expected ClassFilters.")
+        raise ValueError(f"identify returns {kind_of(table)}; expected ClassFilters.")
     return table
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from captum_classfilters._core.filter_graph import name_of
 from captum_classfilters._core.layers import find_layer, layer_axis, only_tensor, with_tensors
+from captum_classfilters._core.names import kind_of
 from captum_classfilters._core.types import ForwardFunc
 
 
@@ -97,4 +98,4 @@ def _masked(
 def _described(mask: object) -> str:
     if isinstance(mask, Tensor):
         return f"a Tensor of {mask.dtype} and shape {tuple(mask.shape)}"
-    return f"a {type(mask).__name__}"
+    return kind_of(mask)

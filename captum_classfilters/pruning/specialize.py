@@ -15,6 +15,7 @@ from captum_classfilters._core.filter_graph import computed_weight
 from captum_classfilters._core.guard import model_left_as_found
 from captum_classfilters._core.heads import alike, is_linear
 from captum_classfilters._core.layers import find_layer
+from captum_classfilters._core.names import kind_of
 from captum_classfilters._core.outputs import class_scores, scores_per_class
 from captum_classfilters._core.tables import Table, Tabular, short_repr
 from captum_classfilters._core.types import Dataloader, ExampleInputs, ModelInputs, Unpack
@@ -228,7 +229,7 @@ def with_rows(model: nn.Module, name: str, rows: Sequence[int]) -> nn.Module:
     head: Any = find_layer(model, name)
     if not is_linear(head):
         raise ValueError(
-            f"The head {name!r} is a {type(head).__name__}; expected an nn.Linear or an ungrouped "
+            f"The head {name!r} is {kind_of(head)}; expected an nn.Linear or an ungrouped "
             "1x1 convolution, whose rows are classes."
         )
     reason = computed_weight(model, head, name)

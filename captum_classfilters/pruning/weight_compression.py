@@ -16,6 +16,7 @@ from captum_classfilters._core.extras import extra
 from captum_classfilters._core.filter_graph import name_of
 from captum_classfilters._core.guard import model_left_as_found
 from captum_classfilters._core.layers import check_runs, find_layer
+from captum_classfilters._core.names import kind_of
 from captum_classfilters._core.tables import Table, Tabular, short_repr
 from captum_classfilters._core.taps import hooked
 from captum_classfilters._core.types import Dataloader, ExampleInputs, ModelInputs, Unpack
@@ -371,7 +372,7 @@ def _weighted(model: nn.Module, name: str) -> nn.modules.conv._ConvNd | nn.Linea
     module = find_layer(model, name)
     if not isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)):
         raise ValueError(
-            f"The layer {name!r} is a {type(module).__name__}; expected a convolution or a linear "
+            f"The layer {name!r} is {kind_of(module)}; expected a convolution or a linear "
             "layer, whose weights can be compressed."
         )
     own = module._parameters

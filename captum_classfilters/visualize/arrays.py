@@ -8,13 +8,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from captum_classfilters._core.names import hint
+from captum_classfilters._core.names import hint, kind_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Channels = tuple[int, int, int] | None
 _SLACK = 1e-3  # what rounding leaves outside [0, 1] after a normalization is undone
+
+
+def tensor_of(values: object, what: str) -> Tensor:
+    """Values as a Tensor without a history, of the type and device that they have."""
+    try:
+        return torch.as_tensor(values).detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{what} are {kind_of(values)}; expected a Tensor of numbers.") from error
 
 
 def numbers_of(values: object, what: str, *, missing: bool = False) -> Tensor:
@@ -31,12 +39,7 @@ def numbers_of(values: object, what: str, *, missing: bool = False) -> Tensor:
     Raises:
         ValueError: They are not real numbers, or some are NaN or infinite.
     """
-    try:
-        tensor = torch.as_tensor(values).detach()
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(
-            f"{what} are a {type(values).__name__}; expected a Tensor of numbers."
-        ) from error
+    tensor = tensor_of(values, what)
     if tensor.is_complex():
         raise ValueError(f"{what} are {tensor.dtype}; expected real numbers.")
     tensor = tensor.cpu().double()

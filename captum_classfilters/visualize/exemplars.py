@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from captum_classfilters._core.arguments import arguments_checked
+from captum_classfilters._core.names import kind_of
 from captum_classfilters._core.types import DatasetLike, Keywords
 from captum_classfilters.identify.exemplars import Exemplars, slices_of
 from captum_classfilters.visualize.arrays import Channels, numbers_of, picture_of, show_picture
@@ -189,7 +190,7 @@ def _image(
         image = to_display(image)
     if not isinstance(image, (Tensor, np.ndarray)):
         raise ValueError(
-            f"dataset[{index}] gives a {type(image).__name__}; expected a Tensor (C, H, W): give the "
+            f"dataset[{index}] gives {kind_of(image)}; expected a Tensor (C, H, W): give the "
             "data set a transform such as torchvision's ToTensor(), or pass it as to_display."
         )
     is_bytes = image.dtype in (torch.uint8, np.uint8)

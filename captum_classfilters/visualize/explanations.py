@@ -15,6 +15,7 @@ from captum_classfilters.visualize.arrays import (
     numbers_of,
     picture_of,
     show_picture,
+    tensor_of,
 )
 from captum_classfilters.visualize.figures import (
     SIGNED,
@@ -40,8 +41,8 @@ _METHODS = ("heat_map", "blended_heat_map")
 
 @arguments_checked
 def plot_explanations(
-    images: Tensor,
-    attributions: Mapping[str, Tensor],
+    images: Tensor | NDArray[np.generic],
+    attributions: Mapping[str, Tensor | NDArray[np.generic]],
     *,
     titles: Sequence[str] | None = None,
     method: str = "heat_map",
@@ -60,10 +61,10 @@ def plot_explanations(
 
     Args:
 
-        images (Tensor): Shape (N, C, H, W), of any type. One channel is gray, three are colors, and
-                    of other numbers the mean is drawn, unless ``channels`` are given. Values outside
-                    [0, 1] are rescaled for display.
-        attributions (mapping): Titles and attributions (N, channels, h, w).
+        images (Tensor or ndarray): Shape (N, C, H, W), of any type. One channel is gray, three are
+                    colors, and of other numbers the mean is drawn, unless ``channels`` are given.
+                    Values outside [0, 1] are rescaled for display.
+        attributions (mapping): Titles and attributions (N, channels, h, w), Tensors or ndarrays.
         titles (sequence of str, optional): N titles, for the rows.
         method (str): Captum's, ``"heat_map"`` or ``"blended_heat_map"``, which needs maps of the
                     images' size.
@@ -90,6 +91,7 @@ def plot_explanations(
             f"method={method!r}, sign={sign!r}, outlier_perc={outlier_perc}; expected one of "
             f"{list(_METHODS)}, one of {list(_COLOR_MAPS)}, and a number in [0, 100)."
         )
+    images = tensor_of(images, "The images")
     maps = _checked_maps(images, attributions, method)
     if titles is not None and len(titles) != len(images):
         raise ValueError(f"{len(titles)} titles for {len(images)} images.")
@@ -114,8 +116,8 @@ def plot_explanations(
 
 @arguments_checked
 def plot_filter_maps(
-    image: Tensor,
-    attributions: Tensor,
+    image: Tensor | NDArray[np.generic],
+    attributions: Tensor | NDArray[np.generic],
     class_filters: ClassFilters,
     class_: int | str,
     *,
@@ -129,8 +131,9 @@ def plot_filter_maps(
 
     Args:
 
-        image (Tensor): Shape (C, H, W), as in :func:`plot_explanations`.
-        attributions (Tensor): Shape (K, h, w): :class:`LayerFilterContribution` of this image.
+        image (Tensor or ndarray): Shape (C, H, W), as in :func:`plot_explanations`.
+        attributions (Tensor or ndarray): Shape (K, h, w): :class:`LayerFilterContribution` of this
+                    image.
         class_filters (ClassFilters): A table with a selection.
         class_ (int or str): The class.
         num_filters (int): How many of its filters to draw.
@@ -182,7 +185,7 @@ def plot_filter_maps(
 
 
 def _checked_maps(
-    images: Tensor, attributions: Mapping[str, Tensor], method: str
+    images: Tensor, attributions: Mapping[str, Tensor | NDArray[np.generic]], method: str
 ) -> dict[str, NDArray[np.float64]]:
     """The maps to draw by name, each (N, h, w)."""
     if images.dim() != 4 or not images.numel():
@@ -190,7 +193,8 @@ def _checked_maps(
             f"images have shape {tuple(images.shape)}; expected (N, C, H, W) with an image at least."
         )
     maps = {}
-    for name, attribution in attributions.items():
+    for name, given in attributions.items():
+        attribution = tensor_of(given, f"The attributions {name!r}")
         if attribution.dim() != 4 or attribution.shape[0] != len(images):
             raise ValueError(
                 f"{name!r} has shape {tuple(attribution.shape)}; expected {len(images)} maps "

@@ -90,6 +90,10 @@ def test_several_inputs_and_tokens():
         ((images(3), None), "a pair whose labels are None"),
         ((images(3)[0], 2), r"one number as labels, .*DataLoader\(dataset, batch_size=64\)"),
         ((images(3)[0], LABELS[0]), "one number as labels"),
+        (
+            (LABELS, images(3)),
+            r"labels of shape \(3, 2, 6, 6\) and .* in this order: unpack=lambda",
+        ),
         (3, "is an int; expected a pair"),
         ({"pixel_values": images(3)}, "'pixel_values' and no labels"),
         ({"a": images(3), "b": images(3), "label": LABELS}, r"could be \['a', 'b'\]"),
@@ -112,6 +116,13 @@ def test_arrays_become_tensors_as_the_refusal_says():
     arrays = [(images(3).numpy(), LABELS)]
     ((inputs, _),) = read(arrays, unpack=lambda batch: (torch.as_tensor(batch[0]), batch[1]))
     assert torch.equal(inputs[0], images(3))
+
+
+def test_swapped_pairs_are_read_as_the_refusal_says():
+    swapped = [(LABELS, images(3))]
+    ((inputs, labels),) = read(swapped, unpack=lambda batch: (batch[1], batch[0]))
+    assert torch.equal(inputs[0], images(3))
+    assert labels is LABELS
 
 
 def test_data_sets_are_told_from_batches():

@@ -325,7 +325,7 @@ def test_more_rows_at_once_where_many_weights_are_read_for_them():
             nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, width), nn.ReLU(),
             nn.Linear(width, 3),
         ).eval()  # fmt: skip
-        x = torch.rand(200, 2, 8, 8)
+        x = torch.rand(20, 2, 8, 8)
         return SuffixReplay(model, model[0], (x,)).rows_per_replay()
 
     assert 1 <= rows(8) < rows(100_000)

@@ -171,7 +171,7 @@ def test_types_and_workers(own, folder, tmp_path, dtype):
 @pytest.mark.parametrize(
     ("model", "options", "message"),
     [
-        ("own_networks:nothing", [], "returned a int, not a model"),
+        ("own_networks:nothing", [], "returned an int, not a model"),
         ("own_networks:absent", [], "is no function of no arguments that returns a model"),
         ("no_such_module:network", [], "is no function of no arguments that returns a model"),
         (None, ["--dtype", "int8"], "--dtype int8 is unknown; choose from float32"),

@@ -394,7 +394,7 @@ class TestRandomWeights:
             def forward(self, x):
                 return x * self.scale
 
-        with pytest.raises(ValueError, match=r"'1', a Own, has parameters"):
+        with pytest.raises(ValueError, match=r"'1', an Own, has parameters"):
             reinitialize(nn.Sequential(nn.Conv2d(2, 2, 1), Own()))
         method = LayerFilterFrequency(pool_linear(), "1", top_k=2)
         with pytest.raises(ValueError, match="repetitions=0"):

@@ -334,7 +334,7 @@ def test_picture():
     [
         (lambda m: {}, {}, "methods is empty"),
         (lambda m: {"random": Saliency(m)}, {}, "control's own"),
-        (lambda m: {"one": 3}, {}, "'one' is a int; expected an attribution"),
+        (lambda m: {"one": 3}, {}, "'one' is an int; expected an attribution"),
         (lambda m: {"one": lambda x, target: x[:, :1]}, {}, r"'one' returns \(8, 1, 6, 6\)"),
         (lambda m: {"one": Saliency(m)}, {"boxes": torch.zeros(8, 3)}, r"expected \(8, 4\)"),
         (lambda m: {"one": Saliency(m)}, {"points": 0}, "at least 1"),

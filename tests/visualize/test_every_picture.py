@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import itertools
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -315,6 +316,42 @@ def test_draws_tensors_of_an_accelerator(name):
         exemplars = data.exemplars()
         vars(data).update(exemplars=lambda: exemplars, device=device)
         CALLS[name](data, visualize)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "plot_class_bars",
+        "plot_explanations",
+        "plot_filter_correlation",
+        "plot_filter_grid",
+        "plot_filter_maps",
+        "plot_gate_and_weight",
+        "plot_mutual_information",
+        "plot_profile_similarity",
+    ],
+)
+def test_numbers_from_elsewhere_are_drawn_as_tensors_are(name):
+    """Every Tensor that the call gives becomes an array."""
+    converted = []
+
+    def called(*args, **options):
+        def other(value):
+            if isinstance(value, dict):
+                return {key: other(part) for key, part in value.items()}
+            if isinstance(value, torch.Tensor):
+                converted.append(value)
+                return np.asarray(value)
+            return value
+
+        options = {name: other(value) for name, value in options.items()}
+        return getattr(visualize, name)(*map(other, args), **options)
+
+    expected, _ = drawn(name, "plain")
+    figure, _ = CALLS[name](Data(**SIZES["plain"]), SimpleNamespace(**{name: called}))
+    figure.canvas.draw()
+    assert converted
+    assert np.array_equal(figure.canvas.buffer_rgba(), expected.canvas.buffer_rgba())
 
 
 @pytest.mark.parametrize("name", CALLS)
