@@ -157,7 +157,7 @@ class Batches:
         left = size if self._most is None else max(0, self._most - self.num_images)
         if left >= size:
             return inputs, labels
-        own = _first_images(inputs, size, left)
+        own = chosen_images(inputs, slice(left))
         whole = isinstance(labels, (Tensor, list, tuple)) and len(labels) == size
         return own, labels[:left] if whole else labels
 
@@ -435,10 +435,13 @@ def num_bytes(tensors: Sequence[object]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
 
 
-def _first_images(inputs: ModelInputs, size: int, number: int) -> ModelInputs:
-    """The inputs for so many of a batch's images."""
+def chosen_images(inputs: ModelInputs, places: Tensor | slice) -> ModelInputs:
+    """The inputs for some of a batch's images."""
+    size = num_images(inputs)
     return tuple(
-        part[:number] if isinstance(part, Tensor) and part.dim() and len(part) == size else part
+        part[places if isinstance(places, slice) else places.to(part.device)]
+        if isinstance(part, Tensor) and part.dim() and len(part) == size
+        else part
         for part in inputs
     )
 
@@ -447,7 +450,7 @@ def _few_repeat(model: Callable[..., object], batch: Batch, output: object) -> b
     """Whether a few images alone have the scores that they have in their batch."""
     if batch.size <= FEW_IMAGES:
         return False
-    few = _first_images(batch.inputs, batch.size, FEW_IMAGES)
+    few = chosen_images(batch.inputs, slice(FEW_IMAGES))
     try:
         differences = difference_of_runs(output, lambda: model(*few), FEW_IMAGES)
     except Exception:  # it may take batches of one size only

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from captum_classfilters._core.batches import dataset_names
+from captum_classfilters._core.layers import find_layer
+from captum_classfilters._core.names import kind_of
 from captum_classfilters._core.tables import Row, Table, Tabular, short_repr
 from captum_classfilters._core.types import Dataloader, Unpack
 from captum_classfilters.class_filters import index_of_class, names_of_classes
@@ -119,11 +121,14 @@ def audit_forgetting(
         >>> float(audit.forget_accuracy[1])
         0.0
     """
-    if not models:
-        raise ValueError("There is no model to audit.")
+    if not isinstance(models, Mapping) or not models:
+        found = "empty" if isinstance(models, Mapping) else kind_of(models)
+        raise ValueError(f"models is {found}; expected models by name, {{'original': model}}.")
     known, measured = dataset_names(train_loader), []
     for name, model in models.items():
-        own_head, train_loader = scoring_head(model, train_loader, head, unpack=unpack)
+        own_head, train_loader = scoring_head(
+            model, train_loader, _in_copy(model, head), unpack=unpack
+        )
         number = len(own_head.weight)
         if number < 2:
             raise ValueError(
@@ -144,12 +149,20 @@ def audit_forgetting(
     return ForgettingAudit(tuple(models), *columns)
 
 
+def _in_copy(model: nn.Module, head: str | None) -> str | None:
+    """A head's name in a model, or in a copy in which :func:`forget_class` put it behind another layer."""
+    if head is None:
+        return None
+    inside = [name for name, _ in find_layer(model, head).named_children()]
+    return f"{head}.head" if inside == ["forget", "head"] else head
+
+
 def _measured(
     head: LinearHead, learned: HeadFeatures, asked: HeadFeatures, class_index: int, seed: int
 ) -> list[float]:
     """The numbers of one model."""
     scores = head.outputs(asked.features)
-    right, own = scores.argmax(1) == asked.labels, asked.labels == class_index
+    right, own = asked.predicted == asked.labels, asked.labels == class_index
     is_class = learned.labels == class_index
     others = torch.arange(scores.shape[1]) != class_index
     before, after = head.outputs(learned.features)[:, others], scores[:, others]

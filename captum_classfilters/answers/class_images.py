@@ -7,12 +7,21 @@ import torch
 from torch import Tensor, nn
 
 from captum_classfilters._core.batches import read_batches
-from captum_classfilters._core.types import Dataloader
+from captum_classfilters._core.types import Dataloader, ModelInputs
 
 BATCH_SIZE = 64
 _LEAST_IMAGES = 20  # of each class
 
 Images = list[tuple[Tensor, Tensor]]
+
+
+def check_one_input(inputs: ModelInputs, batch: int = 0) -> None:
+    """Refuse what a specialist is not built for."""
+    if len(inputs) != 1:
+        raise ValueError(
+            f"Batch {batch} has {len(inputs)} inputs; a specialist is built for a model of one tensor of "
+            "images."
+        )
 
 
 def images_of_classes(
@@ -30,11 +39,7 @@ def images_of_classes(
     found, places = [], []
     with read_batches(model, dataloader, "images", **reading) as batches:
         for batch in batches:
-            if len(batch.inputs) != 1:
-                raise ValueError(
-                    f"Batch {batch.number} has {len(batch.inputs)} inputs; a specialist is built for "
-                    "a model of one tensor of images."
-                )
+            check_one_input(batch.inputs, batch.number)
             labels = batches.class_labels(batch, num_classes)
             belongs, which = (labels[:, None] == torch.tensor(rows).to(labels)).long().max(1)
             found.append(batch.inputs[0][belongs.bool()].cpu())

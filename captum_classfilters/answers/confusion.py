@@ -15,7 +15,7 @@ from captum_classfilters.answers.repair import check_new
 from captum_classfilters.answers.sides import Kept, SeenBatch, Side, see_loader
 from captum_classfilters.class_filters import index_of_class, names_of_classes
 from captum_classfilters.heads import replace_head
-from captum_classfilters.heads.linear_head import scoring_head
+from captum_classfilters.heads.linear_head import LinearHead, scoring_head
 from captum_classfilters.identify.accuracy_reduction import paired_interval
 
 _LARGEST_SHARE = 0.2  # of the two rows' entries that are tried
@@ -113,6 +113,7 @@ class ConfusionRepair(Tabular):
         return [Table(rows, formats, title, notes=notes, bars=("change",))]
 
 
+@torch.inference_mode(False)
 def repair_confusion(
     model: nn.Module,
     dataloader: Dataloader,
@@ -197,10 +198,11 @@ def repair_confusion(
     names = names_of_classes(names, seen.scores.shape[1])
     pair = index_of_class(true, names), index_of_class(predicted, names)
     _check_cell(seen, pair, names)
-    weight = own.weight.cpu().double()
-    found = _Search(seen, weight, pair)
-    if size is not None and not 1 <= size <= weight.shape[1] * 2:
-        raise ValueError(f"size={size} is out of range; choose 1 to {2 * weight.shape[1]} entries.")
+    found, most = _Search(seen, own, pair), 2 * own.weight.shape[1]
+    if size is not None and not 1 <= size <= most:
+        raise ValueError(f"size={size} is out of range; choose 1 to {most} entries.")
+    if repetitions < 0:
+        raise ValueError(f"repetitions={repetitions} must not be negative.")
     made = found.edit(size)
     assert made.removed is not None
     sets = random_sets(made.removed[list(pair)].flatten()[None], repetitions, seed)
@@ -219,12 +221,13 @@ def repair_confusion(
 class _Search:
     """The edits that turn most right on the images that they are found on."""
 
-    def __init__(self, seen: Side, weight: Tensor, pair: tuple[int, int]) -> None:
+    def __init__(self, seen: Side, head: LinearHead, pair: tuple[int, int]) -> None:
+        weight = head.weight.cpu().double()
         self.pair, self.labels, self.weight = pair, seen.labels, weight
         self.means = seen.features.double().mean(0)
-        self.logits = seen.log_probabilities.double()
+        self.logits = _logits(seen, head)
         apart = seen.features.double() - self.means
-        wrong = self.logits.exp()
+        wrong = self.logits.softmax(1)
         wrong[torch.arange(len(wrong)), seen.labels] -= 1
         rows = torch.tensor(pair)
         #: What each entry of the two rows adds to its output, (2, N, F).
@@ -278,6 +281,14 @@ class _Search:
         """How many images of the cell turn right, less those of all that turn wrong."""
         right = logits.argmax(1) == self.labels
         return (right & self.cell).sum() - (self.right & ~right).sum()
+
+
+def _logits(seen: Side, head: LinearHead) -> Tensor:
+    """The head's own output (N, C), in whose units its weight and bias are, where the model answers by it;
+    else what the model's scores say."""
+    bias = 0 if head.bias is None else head.bias.cpu().double()
+    own = seen.features.double() @ head.weight.cpu().double().T + bias
+    return own if torch.equal(own.argmax(1), seen.predicted) else seen.log_probabilities.double()
 
 
 class _Counter:

@@ -8,11 +8,18 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from captum_classfilters._core.batches import Batch, Batches, dataset_names
+from captum_classfilters._core.batches import (
+    Batch,
+    Batches,
+    chosen_images,
+    dataset_names,
+    num_images,
+    read_batches,
+)
 from captum_classfilters._core.copies import copied
 from captum_classfilters._core.layers import find_layer, find_layers
 from captum_classfilters._core.outputs import scores_per_class
-from captum_classfilters._core.types import Dataloader, Unpack
+from captum_classfilters._core.types import Dataloader, ModelInputs, Unpack
 from captum_classfilters._core.units import Rows, UnitTap, aggregated, read_units
 from captum_classfilters._core.warnings import warn
 from captum_classfilters.class_filters import index_of_class, names_of_classes
@@ -25,6 +32,7 @@ Erase = Literal["prototype", "probe"]
 
 _SMALLEST = 1e-4  # of a prototype that must be left once the others are taken out
 _RIDGE = 1e-3  # of the mean variance, added to each
+_EXAMPLES = 256  # images of the class, at least, that tell whether it is still named
 _STILL_NAMED = 0.1  # share of its images on which a forgotten class may be named without a warning
 
 
@@ -106,33 +114,45 @@ def forget_class(
     number = max(2, len(linear.weight))  # one output tells two classes apart
     index = index_of_class(class_index, names_of_classes(dataset_names(dataloader), number))
     inner = list(find_layers(model, layers)) if layers or isinstance(layers, nn.Module) else []
+    _check_inner_first(inner)
     changed = model
     for place in [*inner, name]:
         at_head = place == name
-        seen = _seen(changed, place, at_head, dataloader, unpack, show_progress)
+        seen = _seen(changed, place, at_head, dataloader, index, unpack, show_progress)
         own = copied(find_layer(changed, place))
         eraser = _eraser(seen, index, erase, linear.weight)
-        if at_head and seen.convolution_dims == 0:
-            _warn_unless_forgotten(
-                linear.outputs(eraser(seen.means.to(linear.weight))).cpu(), seen, index
-            )
+        eraser.requires_grad_(all(p.requires_grad for p in linear.module.parameters()))
         parts = (
             [("forget", eraser), ("head", own)] if at_head else [("layer", own), ("forget", eraser)]
         )
         around = nn.Sequential(OrderedDict(parts)).train(own.training)
         changed = replace_head(changed, place, around)
+    if len(linear.weight) > 1:  # one output has no class of its own to leave
+        _warn_unless_forgotten(changed, seen.examples, index, erase)
     return changed
+
+
+def _check_inner_first(layers: list[str]) -> None:
+    """Refuse a layer after one that it is part of: it has another name by then."""
+    for place, name in enumerate(layers):
+        outer = next((other for other in layers[:place] if name.startswith(f"{other}.")), None)
+        if outer is not None:
+            raise ValueError(
+                f"{name!r} is part of {outer!r}; name it first: layers=[..., {name!r}, ..., {outer!r}]."
+            )
 
 
 @dataclass(frozen=True)
 class _Seen:
-    """A layer's means (N, K) for images and their labels (N,), and the form of its tensor."""
+    """A layer's means (N, K) for images and their labels (N,), the form of its tensor, and the inputs
+    for some images of the class."""
 
     name: str
     means: Tensor
     labels: Tensor
     num_classes: int
     convolution_dims: int
+    examples: list[ModelInputs]
 
 
 class _Reader(UnitTap):
@@ -151,6 +171,7 @@ def _seen(
     name: str,
     at_input: bool,
     dataloader: Dataloader,
+    class_index: int,
     unpack: Unpack | None,
     show_progress: bool,
 ) -> _Seen:
@@ -158,11 +179,15 @@ def _seen(
     tap = _Reader(model, find_layer(model, name), at_input=at_input)
     tap.reduce = lambda maps: (aggregated(maps, "mean"),)
     means, labels, classes = Rows(), Rows(), [0]
+    examples: list[ModelInputs] = []
 
     def take(batches: Batches, batch: Batch, output: object) -> None:
         classes[0] = scores_per_class(output).shape[1]
         means.add(tap.seen[0])
-        labels.add(batches.class_labels(batch, classes[0]))
+        own = batches.class_labels(batch, classes[0])
+        labels.add(own)
+        if sum(map(num_images, examples)) < _EXAMPLES:
+            examples.append(chosen_images(batch.inputs, (own == class_index).nonzero()[:, 0]))
 
     read_units(model, [tap], dataloader, "forget", take, unpack=unpack, show_progress=show_progress)
     axis, dims = tap.form
@@ -178,6 +203,7 @@ def _seen(
         torch.cat(labels.pieces()),
         classes[0],
         convolution_dims,
+        [inputs for inputs in examples if num_images(inputs)],
     )
 
 
@@ -202,13 +228,28 @@ def _eraser(seen: _Seen, class_index: int, erase: Erase, like: Tensor) -> nn.Mod
     return linear_layer(weight.to(like), bias.to(like), seen.convolution_dims)
 
 
-def _warn_unless_forgotten(scores: Tensor, seen: _Seen, class_index: int) -> None:
-    """Warn if the class is still named on its images; one output has no class of its own to leave."""
-    named = (scores.argmax(1) == class_index)[seen.labels == class_index].double().mean()
-    if scores.shape[1] > 1 and float(named) > _STILL_NAMED:
+def _warn_unless_forgotten(
+    model: nn.Module, examples: list[ModelInputs], class_index: int, erase: Erase
+) -> None:
+    """Warn if the changed model still names the class on images of it."""
+    named: list[Tensor] = []
+    loader, split = [(inputs, None) for inputs in examples], lambda batch: batch
+    with read_batches(
+        model, loader, "forgotten", unpack=split, labeled=False, show_progress=False
+    ) as batches:
+        for batch in batches:
+            scores = scores_per_class(model(*batch.inputs))
+            named.append((scores.argmax(1) == class_index).cpu())
+    share = float(torch.cat(named).double().mean())
+    if share > _STILL_NAMED:
+        other = (
+            "Choose erase='probe'."
+            if erase == "prototype"
+            else "Name layers further down, too: layers=."
+        )
         warn(
-            f"Class {class_index} is still named on {float(named):.0%} of its images: what its mean has "
-            "and the other classes' means have not is small there. Choose erase='probe'."
+            f"Class {class_index} is still named on {share:.0%} of its images: what its mean has and the "
+            f"other classes' means have not is small there. {other}"
         )
 
 

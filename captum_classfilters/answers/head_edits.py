@@ -83,9 +83,16 @@ def _mean_of_positive(logits: Tensor) -> Tensor:
     return F.relu(logits).flatten(2).mean(2)
 
 
-#: What may follow a head that puts out one score for each class, or maps of them.
+#: What may follow a head that puts out one score for each class, or maps of them; and what makes
+#: probabilities of that.
 _SCORES = (lambda logits: logits,)
 _MAPS: tuple[Callable[[Tensor], Tensor], ...] = (_mean, _mean_of_positive)
+_ENDS: tuple[Callable[[Tensor], Tensor], ...] = (
+    lambda scores: scores,
+    lambda scores: scores.log_softmax(1),
+    lambda scores: scores.softmax(1),
+    torch.sigmoid,
+)
 
 
 class EditedHeads:
@@ -109,11 +116,10 @@ class EditedHeads:
 
     def answers(self, seen: SeenBatch) -> Tensor:
         """Classes (1 + E, N) that the model and each edited one predict, on the CPU."""
-        own = seen.scores.argmax(1)
-        follow, exact = self._follows(seen, own)
-        if follow is not None and not self._held(follow, exact, seen):
+        follow = self._follows(seen)
+        if follow is not None and not self._held(follow, seen):
             follow = None
-        rows = [own]
+        rows = [seen.scores.argmax(1)]
         for place in range(len(self.heads)):
             if follow is None:
                 rows.append(self._in_model(seen, place))
@@ -121,25 +127,20 @@ class EditedHeads:
                 rows.append(self._after(follow, seen, place).argmax(1))
         return torch.stack(rows).cpu()
 
-    def _follows(
-        self, seen: SeenBatch, own: Tensor
-    ) -> tuple[Callable[[Tensor], Tensor] | None, bool]:
-        """How scores follow from the head's output, if that is seen on a batch; and whether that is in
-        the scores themselves, and not only in which is the largest."""
+    def _follows(self, seen: SeenBatch) -> Callable[[Tensor], Tensor] | None:
+        """How answers follow from the head's output, if that is seen in a batch's scores."""
         logits = seen.run.logits
         for follow in _SCORES if logits.dim() == 2 else _MAPS:
             scores = two_classes(follow(logits))
-            if scores.shape != seen.scores.shape:
-                continue
-            exact = bool(alike(scores, seen.scores))
-            if exact or bool((scores.argmax(1) == own).all()):
-                return follow, exact
-        return None, False
+            if scores.shape == seen.scores.shape and any(
+                bool(alike(end(scores), seen.scores)) for end in _ENDS
+            ):
+                return follow
+        return None
 
-    def _held(self, follow: Callable[[Tensor], Tensor], exact: bool, seen: SeenBatch) -> bool:
-        """Whether the first edited head answers as in the model: on this batch, or, where scores were
-        seen to follow, on the first of these images."""
-        if not exact or seen.kind not in self._holds:
+    def _held(self, follow: Callable[[Tensor], Tensor], seen: SeenBatch) -> bool:
+        """Whether the first edited head answers as in the model on the first of these images."""
+        if seen.kind not in self._holds:
             tried = self._after(follow, seen, 0).argmax(1)
             self._holds[seen.kind] = torch.equal(tried, self._in_model(seen, 0))
         return self._holds[seen.kind]

@@ -28,6 +28,7 @@ Edit: TypeAlias = Literal["weights", "filters", "directions", "oblique"]
 _SHARE_OF_FILTERS = 0.05
 _FILTERS_PER_DIRECTION = 50  # few filters have no directions to spare
 _RIDGE = 0.1  # of the mean variance, for as many images as filters
+_MOST_ROUNDS = 100  # of moving biases, which settle sooner unless images are alike
 _FEWEST = 10  # images of a class that say how often it should be predicted
 
 
@@ -138,6 +139,7 @@ class Repair(Tabular):
         return [Table(rows, formats, title, notes=notes, bars=("change",))]
 
 
+@torch.inference_mode(False)
 @arguments_checked
 def repair(
     model: nn.Module,
@@ -147,7 +149,7 @@ def repair(
     *,
     edit: Edit = "directions",
     size: int | None = None,
-    outputs: Sequence[int | str] | None = None,
+    outputs: int | str | Sequence[int | str] | None = None,
     rebalance: bool = False,
     repetitions: int = 20,
     seed: int = 0,
@@ -195,7 +197,7 @@ def repair(
         size (int, optional): Entries for each output, filters, or directions. By default what takes
                     the mean rise back, 5 per cent of the filters, and a direction for every 50 filters.
                     Default: None
-        outputs (sequence, optional): Outputs that the edit is about, by index or name. By default
+        outputs (int, str or sequence, optional): Outputs that the edit is about, by index or name. By default
                     those found that win images.
                     Default: None
         rebalance (bool): Move the outputs' biases as well.
@@ -279,13 +281,18 @@ def _edit(
 ) -> HeadEdit:
     num_filters = head.weight.shape[1]
     of_directions = edit in ("directions", "oblique")
-    most = _most_directions(shortcuts) if of_directions else num_filters
+    directions = _directions(shortcuts) if of_directions else torch.eye(num_filters)
+    most = directions.shape[1]
+    if not most or not bool(shortcuts.filter_change.any()):
+        raise ValueError(
+            "The images with it have the same features as those without it, so there is nothing to edit."
+        )
     if size is not None and not 1 <= size <= most:
         raise ValueError(f"size={size} is out of range; choose 1 to {most} {_unit(edit)}.")
     means = shortcuts.without.features.double().mean(0)
     if of_directions:
         default = min(most, max(1, num_filters // _FILTERS_PER_DIRECTION))
-        directions = _directions(shortcuts, default if size is None else size)
+        directions = directions[:, : default if size is None else size]
         return HeadEdit(means, directions=directions, readers=_readers(directions, edit, shortcuts))
     removed = torch.zeros(head.weight.shape, dtype=torch.bool)
     if edit == "filters":
@@ -293,11 +300,16 @@ def _edit(
         apart = (shortcuts.weight - shortcuts.weight.mean(0)).norm(dim=0)
         removed[:, descending(shortcuts.filter_change.abs() * apart)[:number]] = True
         return HeadEdit(means, removed)
+    # Of each output over the others, in the units of the head's own output.
+    rises = shortcuts.weight @ shortcuts.filter_change
+    rises = rises - rises.mean()
+    if len(head.weight) > 1:  # what one output loses lowers the mean, too
+        rises = rises * len(rises) / (len(rises) - 1)
     for output in outputs:  # the one row of a binary classifier is that of its second output
         carried = shortcuts.weight[output] * shortcuts.filter_change
         order = descending(carried)
         order = order[carried[order] > 0]
-        number = _enough(carried[order], float(shortcuts.output_change[output]))
+        number = _enough(carried[order], float(rises[output]))
         removed[output % len(removed), order[: number if size is None else size]] = True
     return HeadEdit(means, removed)
 
@@ -308,17 +320,17 @@ def _enough(carried: Tensor, rise: float) -> int:
     return int(reached[0]) + 1 if len(reached) else len(carried)
 
 
-def _most_directions(shortcuts: Shortcuts) -> int:
-    return min(shortcuts.without.features.shape) if shortcuts.paired else 1
-
-
-def _directions(shortcuts: Shortcuts, number: int) -> Tensor:
-    """Orthonormal directions (F, r) of what it does to the features."""
-    if not shortcuts.paired:
-        change = shortcuts.filter_change
-        return (change / change.norm())[:, None]
-    differences = shortcuts.with_.features.double() - shortcuts.without.features.double()
-    return torch.linalg.svd(differences, full_matrices=False).Vh[:number].T.contiguous()
+def _directions(shortcuts: Shortcuts) -> Tensor:
+    """Orthonormal directions (F, r) of what it does to the features, largest first: as many as there
+    are beyond rounding."""
+    if shortcuts.paired:
+        changes = shortcuts.with_.features.double() - shortcuts.without.features.double()
+    else:
+        changes = shortcuts.filter_change[None]
+    found = torch.linalg.svd(changes, full_matrices=False)
+    rounding = max(changes.shape) * float(found.S[0]), float(shortcuts.without.features.norm())
+    real = torch.finfo(torch.float32).eps * max(rounding) < found.S
+    return found.Vh[real].T.contiguous()
 
 
 def _readers(directions: Tensor, edit: Edit, shortcuts: Shortcuts) -> Tensor | None:
@@ -348,20 +360,25 @@ def _rebalanced(
         )
     new_weight, new_bias = (part.cpu().double() for part in made.weight_and_bias(head))
     logits, shift = features @ new_weight.T + new_bias, torch.zeros(len(new_bias)).double()
+    wanted = side.labels.bincount(minlength=len(shift))
     for output in outputs:
-        number = int((side.labels == output).sum())
+        number = int(wanted[output])
         if not _FEWEST <= number < len(features):
             raise ValueError(
                 f"{number} of the {len(features)} images that the shortcuts were found on are of class "
                 f"{shortcuts.class_names[output]!r}, so how often it should be predicted is not known; "
                 f"give {_FEWEST} or more, and images of other classes, or leave rebalance out."
             )
-        others = logits.clone()
-        others[:, output] = -torch.inf
-        needed = (others.amax(1) - logits[:, output]).sort().values
-        moved = (needed[number - 1] + needed[number]) / 2
-        shift[output] += moved
-        logits[:, output] += moved
+    for _ in range(_MOST_ROUNDS):  # an output that moves takes images from those moved before
+        predicted = (logits + shift).argmax(1).bincount(minlength=len(shift))
+        if torch.equal(predicted[outputs], wanted[outputs]):
+            break
+        for output in outputs:
+            others = logits + shift
+            others[:, output] = -torch.inf
+            needed = (others.amax(1) - logits[:, output]).sort().values
+            number = int(wanted[output])
+            shift[output] = (needed[number - 1] + needed[number]) / 2
     return replace(made, shift=shift)
 
 
@@ -428,9 +445,10 @@ def _judged(
     return right, taken, lost, gained, counts
 
 
-def _outputs(shortcuts: Shortcuts, outputs: Sequence[int | str] | None) -> list[int]:
+def _outputs(shortcuts: Shortcuts, outputs: int | str | Sequence[int | str] | None) -> list[int]:
     if outputs is not None:
-        chosen = [index_of_class(output, shortcuts.class_names) for output in outputs]
+        given = [outputs] if isinstance(outputs, (int, str)) else outputs
+        chosen = [index_of_class(output, shortcuts.class_names) for output in given]
         if not chosen:
             raise ValueError("outputs is empty; name at least one, or leave it out.")
         return list(dict.fromkeys(chosen))
@@ -471,11 +489,12 @@ def _check_same_head(head: LinearHead, shortcuts: Shortcuts) -> None:
 
 def check_new(seen: SeenBatch, used: set[int]) -> None:
     keys = image_keys(seen.inputs).tolist()
-    known = sum(key in used for key in keys)
+    known = [place for place, key in enumerate(keys) if key in used]
     if known:
         raise ValueError(
-            f"{known} of the {len(keys)} images of batch {seen.batch.number} were used to find "
-            "what to edit; judge the repair on others."
+            f"{len(known)} of the {len(keys)} images of batch {seen.batch.number}, image "
+            f"{seen.batch.first_image + known[0]} first, were used to find what to edit, or are equal "
+            "to such; judge the repair on others."
         )
 
 

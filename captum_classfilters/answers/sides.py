@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -237,7 +237,7 @@ def _both(batch: Batch, marked: Callable[[Tensor], Tensor] | None) -> list[Model
             )
         pair = batch.inputs
     else:
-        pair = (batch.inputs[0], marked(batch.inputs[0]))
+        pair = (batch.inputs[0], marked(batch.inputs[0].clone()))  # which may write into it
     if not isinstance(pair[1], Tensor) or pair[0].shape != pair[1].shape:
         found = tuple(pair[1].shape) if isinstance(pair[1], Tensor) else type(pair[1]).__name__
         raise ValueError(
@@ -265,6 +265,7 @@ def _seen(
             "expected one row of features, or maps, for each image."
         )
     batches.check(run.linear, lambda: _not_linear(head.name, run.features, batch.number))
+    batches.check_repeats(model, replace(batch, inputs=inputs), run.output)
     scores = reader.scores(batch, run.output)
     labels = batches.class_labels(batch, scores.shape[1])
     return SeenBatch(kind, batches, batch, inputs, run, reader, scores, labels)

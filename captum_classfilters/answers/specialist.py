@@ -12,10 +12,15 @@ from captum_classfilters._core.devices import device_of
 from captum_classfilters._core.tables import Row, Table, Tabular, short_repr
 from captum_classfilters._core.types import Dataloader, Unpack
 from captum_classfilters._core.warnings import warn
-from captum_classfilters.answers.class_images import BATCH_SIZE, Images, images_of_classes
+from captum_classfilters.answers.class_images import (
+    BATCH_SIZE,
+    Images,
+    check_one_input,
+    images_of_classes,
+)
 from captum_classfilters.answers.specialist_builder import SpecialistBuilder, hits_of
 from captum_classfilters.class_filters import index_of_class
-from captum_classfilters.heads.linear_head import scoring_head
+from captum_classfilters.heads.linear_head import first_inputs, scoring_head
 from captum_classfilters.identify.accuracy_reduction import binomial_interval, paired_interval
 from captum_classfilters.pruning.compare_networks import NetworkComparison, compare_networks
 from captum_classfilters.pruning.fold_batch_norms import fold_batch_norms
@@ -234,10 +239,14 @@ def build_specialist(
     if epochs < 0 or repetitions < 0:
         raise ValueError(f"epochs={epochs}, repetitions={repetitions}: expected 0 or more.")
     reading = {"unpack": unpack, "device": device, "show_progress": show_progress}
-    found, dataloader = scoring_head(model, dataloader, head, unpack=unpack, single=True)
+    inputs, dataloader = first_inputs(model, dataloader, unpack)
+    check_one_input(inputs)
+    found, dataloader = scoring_head(model, dataloader, head, unpack=unpack)
     name, number = found.name, len(found.weight)
     known = class_names if class_names is not None else dataset_names(dataloader)
     names = [str(index) for index in range(number)] if known is None else [*map(str, known)]
+    if isinstance(classes, str):
+        raise ValueError(f"classes={classes!r} is one name; expected a sequence of two or more.")
     rows = [index_of_class(label, names) for label in classes]
     if len(rows) < 2 or len(set(rows)) != len(rows):
         raise ValueError(f"classes={list(classes)}: expected two or more different classes.")

@@ -192,11 +192,14 @@ def tune(
         schedule = torch.optim.lr_scheduler.OneCycleLR(
             optimizer, learning_rate, total_steps=epochs * len(loader) + 1
         )
+        trains = [(parameter, parameter.requires_grad) for parameter in network.parameters()]
         network.requires_grad_()
         fine_tune(
             network, loader, held, epochs=epochs, optimizer=optimizer, scheduler=schedule,
             freeze=freeze, teacher=teacher, show_progress=False,
         )  # fmt: skip
+        for parameter, flag in trains:
+            parameter.requires_grad_(flag)
 
 
 def recalibrate(model: nn.Module, data: Images) -> None:

@@ -19,6 +19,7 @@ from captum_classfilters._core.units import Rows, UnitTap, aggregated
 from captum_classfilters.class_filters import ClassFilters
 from captum_classfilters.heads.decompose import fit_to_head
 from captum_classfilters.heads.linear_head import check_scores_follow, run_head
+from captum_classfilters.metrics.evaluate_classifier import ScoreReader
 from captum_classfilters.metrics.selectivity import class_means
 
 #: What the score is made of.
@@ -114,7 +115,7 @@ class _Seen:
     """What one pass saw of its images."""
 
     features: Tensor  # (N, F)
-    logits: Tensor  # (N, C)
+    predicted: Tensor  # (N,)
     labels: Tensor  # (N,)
     earlier: Tensor | None  # (N, K)
 
@@ -237,7 +238,7 @@ class ClassFilterOOD:
         if earlier is not None:
             ((name, module),) = find_layers(model, earlier).items()
             self._earlier = UnitTap(model, module)
-            self._earlier.reduce = lambda maps: (aggregated(maps, "mean"),)
+            self._earlier.reduce = _means
         self._known: _Known | None = None
 
     def __repr__(self) -> str:
@@ -272,22 +273,23 @@ class ClassFilterOOD:
             ValueError: A class has no image, labels are no class indices, or the head's inputs are
                         no features (N, F).
         """
-        features, logits, labels, earlier = Rows(), Rows(), Rows(), Rows()
+        features, predicted, labels, earlier = Rows(), Rows(), Rows(), Rows()
         with read_batches(
             self.model, dataloader, "known images", unpack=unpack, show_progress=show_progress
         ) as batches:
+            reader = ScoreReader(self.model, batches)
             for batch in batches:
                 if batch.first_image == 0:
                     check_scores_follow(self.model, self._head, batch.inputs)
-                own = self._run(batch)
+                own = self._run(batch, reader)
                 features.add(own.features)
-                logits.add(own.logits)
+                predicted.add(own.predicted)
                 labels.add(batches.class_labels(batch, len(self._weight)))
                 if own.earlier is not None:
                     earlier.add(own.earlier)
         seen = _Seen(
             torch.cat(features.pieces()),
-            torch.cat(logits.pieces()),
+            torch.cat(predicted.pieces()),
             torch.cat(labels.pieces()),
             torch.cat(earlier.pieces()) if self._earlier is not None else None,
         )
@@ -310,7 +312,7 @@ class ClassFilterOOD:
             {},
         )
         self._known = known
-        predicted = seen.logits.argmax(1)
+        predicted = seen.predicted
         for name in _PARTS if self.score == "combined" else ():
             part = self._part(name, z, predicted).double()
             known.location[name] = float(part.mean())
@@ -319,7 +321,7 @@ class ClassFilterOOD:
             known = self._with_earlier(known, seen, counts)
             self._known = known
         scores = self._scores(z, predicted) + self._surprise(seen.earlier, predicted)
-        threshold = float(np.quantile(scores.numpy(), self.known_rate))
+        threshold = float(np.quantile(scores.numpy(), self.known_rate, method="higher"))
         return replace(known, threshold=threshold)
 
     def _with_earlier(self, known: _Known, seen: _Seen, counts: Tensor) -> _Known:
@@ -328,7 +330,7 @@ class ClassFilterOOD:
         means = class_means(seen.earlier, seen.labels, len(counts)).float()
         spread = (seen.earlier - means[seen.labels]).pow(2).mean(0).sqrt()
         spread = spread.clamp(min=float(spread.mean().clamp(min=1e-12)) * 1e-2)
-        far = _distance(seen.earlier, means[seen.logits.argmax(1)], spread).double()
+        far = _distance(seen.earlier, means[seen.predicted], spread).double()
         known.location["earlier"] = float(np.quantile(far.numpy(), _RARE))
         known.scale["earlier"] = max(float(far.std(correction=0)), 1e-12)
         return replace(known, earlier_means=means, earlier_scale=spread)
@@ -350,7 +352,7 @@ class ClassFilterOOD:
             ValueError: The detector is not fitted (only ``"energy"`` and ``"dice"`` need no fit).
         """
         seen = self._see(inputs)
-        predicted = seen.logits.argmax(1)
+        predicted = seen.predicted
         return self._scores(seen.features, predicted) + self._surprise(seen.earlier, predicted)
 
     def __call__(self, inputs: ExampleInputs) -> Tensor:
@@ -424,7 +426,7 @@ class ClassFilterOOD:
         if toward not in get_args(Toward):
             raise ValueError(f"toward={toward!r}; choose one of {', '.join(get_args(Toward))}.")
         seen = self._see(inputs)
-        predicted = seen.logits.argmax(1)
+        predicted = seen.predicted
         rest = self._surprise(seen.earlier, predicted)
         classes = predicted[None]
         if toward == "nearest":
@@ -453,7 +455,7 @@ class ClassFilterOOD:
         named: list[Tensor] = []
         after: list[Tensor] = []
         for _ in range(num_filters):
-            scores = self._scores_with_one_back(current, expected, classes)
+            scores = self._scores_with_one_back(current, expected)
             for chosen in named:
                 scores.scatter_(1, chosen[:, None], torch.inf)
             best = scores.min(1)
@@ -462,16 +464,18 @@ class ClassFilterOOD:
             current.scatter_(1, best.indices[:, None], expected.gather(1, best.indices[:, None]))
         return torch.stack(named, 1), torch.stack(after, 1)
 
-    def _scores_with_one_back(
-        self, features: Tensor, expected: Tensor, predicted: Tensor
-    ) -> Tensor:
-        """Scores (N, F) with one filter each put back to what is expected of it."""
+    def _scores_with_one_back(self, features: Tensor, expected: Tensor) -> Tensor:
+        """Scores (N, F) with one filter each put back to what is expected of it, and of the class that
+        is then predicted."""
         own = torch.arange(features.shape[1])
         rows = []
-        for one, like, class_index in zip(features, expected, predicted, strict=True):
+        for one, like in zip(features, expected, strict=True):
             changed = one.repeat(len(own), 1)
             changed[own, own] = like
-            rows.append(self._scores(changed, class_index.expand(len(own))))
+            logits = (
+                F.linear(one, self._weight, self._bias) + (like - one)[:, None] * self._weight.T
+            )
+            rows.append(self._scores(changed, logits.argmax(1)))
         return torch.stack(rows)
 
     def _fitted(self) -> _Known:
@@ -530,10 +534,11 @@ class ClassFilterOOD:
             labeled=False,
             show_progress=False,
         ) as batches:
-            (seen,) = [self._run(batch) for batch in batches]
-        return seen
+            reader = ScoreReader(self.model, batches)
+            seen = [self._run(batch, reader) for batch in batches]
+        return seen[0]
 
-    def _run(self, batch: Batch) -> _Seen:
+    def _run(self, batch: Batch, reader: ScoreReader) -> _Seen:
         """Run the model on a batch and see the head and the earlier layer."""
         taps = [] if self._earlier is None else [self._earlier]
         with tapping(taps):
@@ -549,10 +554,14 @@ class ClassFilterOOD:
         earlier = [tap.seen[0].detach().cpu().float() for tap in taps]
         return _Seen(
             run.features.detach().cpu().float(),
-            run.logits.detach().cpu().float(),
+            reader.scores(batch, run.output).argmax(1).cpu(),
             torch.empty(0),
             earlier[0] if earlier else None,
         )
+
+
+def _means(maps: Tensor) -> tuple[Tensor]:
+    return (aggregated(maps, "mean"),)
 
 
 def _energy(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

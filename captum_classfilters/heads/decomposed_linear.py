@@ -20,7 +20,10 @@ def linear_layer(weight: Tensor, bias: Tensor | None, convolution_dims: int = 0)
     """An ``nn.Linear``, or an ``nn.Conv1d/2d/3d`` of kernel size 1, with this weight (C, F)."""
     kind: Any = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)[convolution_dims]
     options = {"kernel_size": 1} if convolution_dims else {}
-    layer: nn.Module = kind(*reversed(weight.shape), **options, bias=bias is not None)
+    # On "meta", where no random numbers are drawn for weights that are replaced anyway.
+    layer: nn.Module = kind(
+        *reversed(weight.shape), **options, bias=bias is not None, device="meta"
+    )
     layer.weight = nn.Parameter(
         weight.detach().clone().reshape(*weight.shape, *[1] * convolution_dims)
     )

@@ -26,12 +26,14 @@ class HeadFeatures:
 
         features (Tensor): Shape (N, F).
         labels (Tensor): Shape (N,).
+        predicted (Tensor): Shape (N,). The model's answers.
         ends (bool): Whether every image's scores are the head's own output.
         same_probabilities (bool): Whether they mean the same probabilities, as log-probabilities do.
     """
 
     features: Tensor
     labels: Tensor
+    predicted: Tensor
     ends: bool
     same_probabilities: bool
 
@@ -45,7 +47,7 @@ def head_features(
     show_progress: bool = True,
 ) -> HeadFeatures:
     """Collect the inputs (N, F) of a head that runs once, and see what follows it."""
-    features, labels = Rows(), Rows()
+    features, labels, predicted = Rows(), Rows(), Rows()
     with read_batches(
         model, dataloader, "features", unpack=unpack, show_progress=show_progress
     ) as batches:
@@ -61,8 +63,13 @@ def head_features(
             seen.add(batch, run)
             features.add(run.features)
             labels.add(seen.labels)
+            predicted.add(seen.predicted)
     return HeadFeatures(
-        torch.cat(features.pieces()), torch.cat(labels.pieces()), seen.ends, seen.same
+        torch.cat(features.pieces()),
+        torch.cat(labels.pieces()),
+        torch.cat(predicted.pieces()),
+        seen.ends,
+        seen.same,
     )
 
 
@@ -72,13 +79,14 @@ class _Seen:
     def __init__(self, model: nn.Module, batches: Batches) -> None:
         self.reader, self._batches = ScoreReader(model, batches), batches
         self.ends = self.same = True
-        self.labels = torch.empty(0)
+        self.labels = self.predicted = torch.empty(0)
 
     def add(self, batch: Batch, run: HeadRun) -> None:
         """See one batch."""
         self._batches.check_repeats(self.reader.model, batch, run.output)
         scores = self.reader.scores(batch, run.output)
         self.labels = self._batches.class_labels(batch, scores.shape[1])
+        self.predicted = scores.argmax(1)
         model_says = self.reader.log_probabilities(batch, run.output).exp()
         head_says = log_probabilities(run.logits).exp()
         same = torch.zeros_like(run.linear)

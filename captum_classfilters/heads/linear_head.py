@@ -7,6 +7,7 @@ from itertools import chain, islice
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from captum_classfilters._core.batches import Batch, first_batch, read_batches
 from captum_classfilters._core.copies import copied
@@ -445,7 +446,9 @@ def _parts(module: nn.Module, name: str) -> LinearHead:
     if isinstance(module, DecomposedLinear):
         weight, dims = module.dense_weight().detach(), module.convolution_dims
         return LinearHead(name, module, weight, bias, dims)
-    full: Tensor = module.weight.detach()  # type: ignore[operator]
+    # In training mode a parametrization may change by being read, spectral normalization's does.
+    read = copied(module).eval() if module.training and is_parametrized(module) else module
+    full: Tensor = read.weight.detach()  # type: ignore[operator]
     return LinearHead(name, module, full.flatten(1), bias, full.dim() - 2)
 
 

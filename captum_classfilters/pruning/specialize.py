@@ -269,8 +269,8 @@ def check_rows(
     expected = full[:, torch.tensor(list(rows)).to(full.device)] if whole else full
     if not whole or cut.shape != expected.shape or not bool(alike(cut, expected)):
         raise ValueError(
-            f"The rows of {name!r} are not the model's outputs, class by class; say which linear "
-            "layer puts out the logits with head=."
+            f"The rows of {name!r} are not the model's outputs, class by class; take off what follows "
+            "it, a Softmax for example, or say which linear layer puts out the logits with head=."
         )
 
 

@@ -154,7 +154,7 @@ def test_an_audit_finds_nothing_where_there_is_nothing():
 
 def test_audits_that_make_no_sense():
     data = [(FEATURES, LABELS)]
-    with pytest.raises(ValueError, match="no model to audit"):
+    with pytest.raises(ValueError, match="models is empty; expected models by name"):
         audit_forgetting({}, 0, data, data, **QUIET)
     with pytest.raises(ValueError, match="Class 5 is out of range; there are 3 classes"):
         audit_forgetting({"a": end()}, 5, data, data, **QUIET)

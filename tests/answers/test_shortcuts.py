@@ -400,13 +400,15 @@ class TestRepair:
         assert float(fixed.taken_rate[1, 1]) < float(fixed.taken_rate[1, 0])
 
     def test_refusals(self, found):
-        with pytest.raises(ValueError, match="25 of the 25 images of batch 0 were used to find"):
+        with pytest.raises(ValueError, match="25 of the 25 images of batch 0, image 0 first, were"):
             repair(net(), found, data(), stamp, **QUIET)
         with pytest.raises(ValueError, match="choose one of 'weights', 'filters', 'directions'"):
             repair(net(), found, data(1), stamp, edit="rows", **QUIET)  # type: ignore[arg-type]
         for edit in EDITS:
             for size in (0, 5):
-                with pytest.raises(ValueError, match=f"size={size} is out of range; choose 1 to 4"):
+                most = 1 if edit in ("directions", "oblique") else 4
+                message = f"size={size} is out of range; choose 1 to {most}"
+                with pytest.raises(ValueError, match=message):
                     repair(net(), found, data(1), stamp, edit=edit, size=size, **QUIET)
         other = net()
         with torch.no_grad():

@@ -99,7 +99,8 @@ def test_combined_is_a_weighted_sum_of_standardized_scores():
 
 def test_the_threshold_is_a_quantile_of_the_known_scores():
     detector = fitted(known_rate=0.6)
-    assert detector.threshold == pytest.approx(np.quantile(detector(KNOWN).numpy(), 0.6))
+    scores = detector(KNOWN).sort().values
+    assert detector.threshold == pytest.approx(float(scores[2]))  # two of four are less than .6
 
 
 def test_an_earlier_layer_counts_within_bounds():
