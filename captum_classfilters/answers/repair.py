@@ -195,7 +195,8 @@ def repair(
         edit (str): ``"weights"``, ``"filters"``, ``"directions"`` or ``"oblique"``.
                     Default: "directions"
         size (int, optional): Entries for each output, filters, or directions. By default what takes
-                    the mean rise back, 5 per cent of the filters, and a direction for every 50 filters.
+                    the mean rise back, 5 per cent of the filters, and a direction for every 50 filters, as
+                    far as there are any.
                     Default: None
         outputs (int, str or sequence, optional): Outputs that the edit is about, by index or name. By default
                     those found that win images.

@@ -22,6 +22,7 @@ from captum_classfilters.answers.specialist_builder import SpecialistBuilder, hi
 from captum_classfilters.class_filters import index_of_class
 from captum_classfilters.heads.linear_head import first_inputs, scoring_head
 from captum_classfilters.identify.accuracy_reduction import binomial_interval, paired_interval
+from captum_classfilters.identify.significance import image_keys
 from captum_classfilters.pruning.compare_networks import NetworkComparison, compare_networks
 from captum_classfilters.pruning.fold_batch_norms import fold_batch_norms
 from captum_classfilters.pruning.network_size import UNITS, Ranks, Unit
@@ -181,7 +182,7 @@ def build_specialist(
                     names are known.
         dataloader (iterable): Batches of (inputs, labels) with the labels of the full network; images
                     of other classes are passed over. A fifth is held back for choices.
-        report_dataloader (iterable, optional): Other batches to judge on. By default a fifth of the
+        report_dataloader (iterable, optional): Other images to judge on. By default a fifth of the
                     images is set aside for it.
         budget (float): Share of the model that may stay, above 0 and at most 1.
                     Default: 0.25
@@ -259,6 +260,7 @@ def build_specialist(
     else:
         fitted, held = split(model, dataloader, (0.8, 0.2))
         (judged,) = split(model, report_dataloader, (1.0,))
+        _warn_of_used(fitted + held, judged)
     example = (fitted[0][0][:4].to(device_of(model)),)
     full = with_rows(model, name, rows).eval()
     check_rows(model, full, rows, example, name)
@@ -296,6 +298,19 @@ def _costs(model: nn.Module, smaller: nn.Module, data: Images) -> dict[int, Netw
         size: compare_networks(model, smaller, images[:size], repetitions=times)
         for size, times in repetitions.items()
     }
+
+
+def _warn_of_used(built_with: Images, judged: Images) -> None:
+    """Warn if a specialist is judged on images that it was built with."""
+    used = {key for x, _ in built_with for key in image_keys((x,)).tolist()}
+    keys = [key for x, _ in judged for key in image_keys((x,)).tolist()]
+    again = sum(key in used for key in keys)
+    if again:
+        warn(
+            f"{again} of the {len(keys)} images of report_dataloader are among those of dataloader, which "
+            "the specialist is built with, so its accuracy is too good; give others, or leave "
+            "report_dataloader out."
+        )
 
 
 def _warn_near_chance(result: ClassSpecialist) -> None:

@@ -349,7 +349,8 @@ class ClassFilterOOD:
             *Tensor* of shape (N,), on the CPU: higher is more unknown.
 
         Raises:
-            ValueError: The detector is not fitted (only ``"energy"`` and ``"dice"`` need no fit).
+            ValueError: The detector is not fitted (only ``"energy"`` and ``"dice"`` need no fit), or the
+                        model returns NaN or Inf for an image.
         """
         seen = self._see(inputs)
         predicted = seen.predicted

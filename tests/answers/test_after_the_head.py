@@ -1,6 +1,7 @@
 """What a model makes of its head's output: the same answers have the same edits, and are the model's own."""
 
 import pickle
+import warnings
 from typing import Any
 
 import pytest
@@ -288,3 +289,18 @@ def test_what_is_given_wrongly_is_named():
         twelve, found, [(x[120:], torch.arange(120) % 12)], mark, outputs="10", size=1, **QUIET
     )
     assert fixed.outputs == ("10",)
+
+
+def test_a_specialist_judged_on_what_it_was_built_with_is_told():
+    _, made_of, judged = confused()
+    deep = nn.Sequential(nn.Conv2d(6, 8, 1), nn.ReLU(), *means(torch.randn(3, 8))).eval()
+    (x, y), (other, labels) = made_of[0], judged[0]
+    mixed = [(torch.cat([x[:9], other]), torch.cat([y[:9], labels]))]
+    own = int(torch.isin(y[:9], torch.tensor([1, 2])).sum())
+    assert own > 0
+    options: Any = {"budget": 0.9, "repetitions": 0, **QUIET}
+    with pytest.warns(UserWarning, match=f"{own} of the .* images of report_dataloader are among"):
+        build_specialist(deep, [1, 2], made_of, mixed, **options)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*report_dataloader are among")
+        build_specialist(deep, [1, 2], made_of, judged, **options)
