@@ -152,12 +152,18 @@ def labels_of_scores(
     """The labels of a batch of class scores (N, C), both checked, where the scores are."""
     finite = checked_rows(scores).isfinite().all(1)
     if not bool(finite.all()):
-        raise ValueError(
-            f"The model returns NaN or Inf for image {int((~finite).nonzero()[0, 0])} of batch "
-            f"{batch}; accuracy would take it for some class."
-        )
+        raise not_finite(finite, batch)
     checked = class_labels(labels, len(scores), num_classes or scores.shape[1], batch)
     return on_device(checked, scores.device)
+
+
+def not_finite(finite: Tensor, batch: int) -> ValueError:
+    """What to raise where some images' scores are not finite, (N,), since an argmax takes NaN for some
+    class."""
+    return ValueError(
+        f"The model returns NaN or Inf for image {int((~finite).nonzero()[0, 0])} of batch {batch}; "
+        "accuracy would take it for some class."
+    )
 
 
 def _as_tensor(labels: object, batch: int) -> Tensor:

@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -19,6 +20,7 @@ from captum_classfilters._core.checkpoints import is_safetensors, read_checkpoin
 from captum_classfilters._core.devices import device_of
 from captum_classfilters._core.distributed import is_main_process
 from captum_classfilters._core.guard import model_left_as_found
+from captum_classfilters._core.labels import not_finite
 from captum_classfilters._core.nested import flattened, unflattened
 from captum_classfilters._core.outputs import as_rows, class_scores, log_probabilities, two_classes
 from captum_classfilters._core.tables import described, model_name, short_repr
@@ -394,7 +396,10 @@ class GatedTrainer:
         with self._batches(dataloader, options, training=False) as batches:
             for batch in batches:
                 labels = batches.class_labels(batch, self.gate.num_classes)
-                correct.append(_correct(class_scores(self.model(*batch.inputs)), labels))
+                scores = as_rows(class_scores(self.model(*batch.inputs)))
+                finite = scores.isfinite().all(1)
+                batches.check(finite.all(), partial(not_finite, finite, batch.number))
+                correct.append(_correct(scores, labels))
         return int(torch.stack(correct).sum()) / batches.num_images
 
     # -- resuming --------------------------------------------------------------------------------

@@ -116,6 +116,8 @@ def essentiality(
     features, labels, _ = checked_features(features, labels, num_classes)
     weight = weight.detach().cpu().double()
     bias = None if bias is None else bias.detach().cpu().double()
+    if not all(bool(part.isfinite().all()) for part in (weight, bias) if part is not None):
+        raise ValueError("The head's weight or bias holds NaN or Inf.")
     replaced = _Replaced.of(mask, features, replacement, repetitions, seed)
     rows = class_rows(labels, num_classes)
 

@@ -9,6 +9,7 @@ from captum.attr import LayerAttribution
 from torch import Tensor
 
 from captum_classfilters._core.batches import Batch, dataset_names, read_batches
+from captum_classfilters._core.labels import labels_of_scores
 from captum_classfilters._core.outputs import scores_per_class
 from captum_classfilters._core.provenance import provenance
 from captum_classfilters._core.tables import Table, Tabular, import_pandas, short_repr
@@ -273,8 +274,8 @@ def contrast_classes(
         *FilterContrast*.
 
     Raises:
-        ValueError: The classes are the same or unknown, one has fewer than two images, or the
-                    method's evidence does not depend on the target.
+        ValueError: The classes are the same or unknown, one has fewer than two images, the model
+                    returns NaN or Inf, or the method's evidence does not depend on the target.
 
     Examples::
 
@@ -370,7 +371,8 @@ def confusion_filters(
         *ConfusionFilters*.
 
     Raises:
-        ValueError: The loader is empty, or the method's evidence does not depend on the target.
+        ValueError: The loader is empty, the model returns NaN or Inf, or the method's evidence does
+                    not depend on the target.
 
     Examples::
 
@@ -456,7 +458,7 @@ class _Pass:
                 returned = self.source.method.forward_func(*batch.inputs)
                 batches.check_repeats(self.source.method.forward_func, batch, returned)
                 outputs = scores_per_class(returned)
-                labels = batch.class_labels(outputs.shape[1])
+                labels = labels_of_scores(outputs, batch.labels, batch.number)
                 yield batch, labels.cpu(), outputs.cpu()
 
     def difference(

@@ -10,6 +10,7 @@ from captum_classfilters._core.batches import Batch, Batches, read_batches
 from captum_classfilters._core.devices import device_of
 from captum_classfilters._core.distributed import gather
 from captum_classfilters._core.heads import alike
+from captum_classfilters._core.labels import not_finite
 from captum_classfilters._core.outputs import (
     are_probabilities,
     as_rows,
@@ -168,7 +169,7 @@ class ScoreReader:
     def check_finite(self, batch: Batch, scores: Tensor) -> None:
         """Refuse, soon, scores (N, C) of which an image's largest is NaN or infinite."""
         finite = scores.amax(1).isfinite()
-        self._batches.check(finite.all(), partial(_not_finite, finite, batch.number))
+        self._batches.check(finite.all(), partial(not_finite, finite, batch.number))
 
     def _binary(self, batch: Batch, scores: Tensor) -> Tensor:
         """Scores (N, 2) of one output (N, 1): the logit z as (-z, z), a probability p as (1-p, p)."""
@@ -233,13 +234,6 @@ class _Counts:
             confusion=confusion,
             num_images=int(confusion.sum()),
         )
-
-
-def _not_finite(finite: Tensor, batch: int) -> ValueError:
-    return ValueError(
-        f"The model returns NaN or Inf for image {int((~finite).nonzero()[0, 0])} of batch {batch}; "
-        "accuracy would take it for some class."
-    )
 
 
 def _neither(batch: int) -> ValueError:

@@ -4,6 +4,7 @@ import copy
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from captum_classfilters._core.costs import inputs_of
 from captum_classfilters._core.filter_graph import computed_weight
 from captum_classfilters._core.guard import model_left_as_found
 from captum_classfilters._core.heads import alike, is_linear
+from captum_classfilters._core.labels import not_finite
 from captum_classfilters._core.layers import find_layer
 from captum_classfilters._core.names import kind_of
 from captum_classfilters._core.outputs import class_scores, scores_per_class
@@ -290,10 +292,13 @@ def _accuracy(
             labels = checked_labels(batches, batch, scores)
             classes = torch.tensor(list(rows)).to(labels.device)
             belongs, place = (labels[:, None] == classes).long().max(1)
+            own = scores_per_class(smaller(*batch.inputs))
+            finite = own.isfinite().all(1)
+            batches.check(finite.all(), partial(not_finite, finite, batch.number))
             answers = (
                 scores.argmax(1) == labels,
                 scores[:, classes].argmax(1) == place,
-                scores_per_class(smaller(*batch.inputs)).argmax(1) == place,
+                own.argmax(1) == place,
             )
             if sums is None:
                 sums = torch.zeros(4, len(rows), dtype=torch.int64, device=labels.device)

@@ -244,3 +244,15 @@ def test_evidence_that_is_not_finite_is_refused():
         contrast_classes(method, [(images, torch.arange(8) % 2)], 0, 1, show_progress=False)
     with pytest.raises(ValueError, match=r"'relu' for image 5"):
         response_chroma(model, "relu", [images], show_progress=False)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_scores_that_are_not_finite_are_no_predictions(value):
+    """``argmax`` takes NaN for the largest score, so that the image counted as one of class 0."""
+    model = pool_linear()
+    x, y = images(6), torch.arange(6) % 3
+    x[4] = value
+    method = LayerFilterContribution(model, "1")
+    for call in (confusion_filters, lambda *args, **kw: contrast_classes(*args, 0, 2, **kw)):
+        with pytest.raises(ValueError, match="NaN or Inf for image 1 of batch 1"):
+            call(method, [(x[:3], y[:3]), (x[3:], y[3:])], **QUIET)
