@@ -3,6 +3,7 @@
 import json
 import operator
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from captum_classfilters._core.arguments import arguments_checked
-from captum_classfilters._core.names import hint, kind_of, shortened
+from captum_classfilters._core.names import hint, kind_of, listed_names, shortened
 from captum_classfilters._core.ranking import descending, highest, rank_correlation, ranks
 from captum_classfilters._core.tables import (
     Row,
@@ -22,7 +23,7 @@ from captum_classfilters._core.tables import (
     short_repr,
 )
 from captum_classfilters._core.tensor_files import Schema, read_tensors, write_tensors
-from captum_classfilters._core.types import JsonDict, Keywords, ModelInputs
+from captum_classfilters._core.types import ClassNames, JsonDict, Keywords, ModelInputs
 from captum_classfilters._core.warnings import warn
 
 if TYPE_CHECKING:
@@ -185,7 +186,9 @@ class ClassFilters(Tabular):
                     Default: None (no filter is selected)
         standard_errors (Tensor, optional): Shape (C, K). Standard error of each score.
                     Default: None
-        class_names (sequence of str, optional): C names. Default: ``"0"`` to ``"C-1"``
+        class_names (sequence of str or mapping, optional): C names in the classes' order, or by
+                    index, as a Hugging Face model's ``config.id2label``.
+                    Default: ``"0"`` to ``"C-1"``
         layer (str): Dotted name of the layer.
         method (str): Name of the identification method.
         provenance (mapping, optional): Anything JSON can hold: versions, options, model hash.
@@ -254,7 +257,7 @@ class ClassFilters(Tabular):
         counts: Tensor,
         selected: Tensor | None = None,
         standard_errors: Tensor | None = None,
-        class_names: Sequence[str] | None = None,
+        class_names: ClassNames | None = None,
         layer: str = "",
         method: str = "",
         provenance: Mapping[str, object] | None = None,
@@ -272,12 +275,13 @@ class ClassFilters(Tabular):
         num_classes = scores.shape[0]
         if selected is None:
             tables["selected"] = selected = torch.zeros(scores.shape, dtype=torch.bool)
-        if class_names is None:
-            class_names = [str(index) for index in range(num_classes)]
+        listed = listed_names(class_names)
+        if listed is None:
+            listed = [str(index) for index in range(num_classes)]
         # As files have them: two halves of a character, side by side, are one.
-        class_names = json.loads(json.dumps(_listed(class_names)))
+        names: list[str] = json.loads(json.dumps(listed))
         layer, method = json.loads(json.dumps([str(layer), str(method)]))
-        _check_table(scores, counts, tables, class_names)
+        _check_table(scores, counts, tables, names)
         values = {
             "_scores": _own(scores, torch.float64),
             "_counts": _own(counts, torch.int64),
@@ -287,13 +291,13 @@ class ClassFilters(Tabular):
                 for name, table in tables.items()
                 if name != "selected"
             },
-            "class_names": tuple(class_names),
+            "class_names": tuple(names),
             "layer": layer,
             "method": method,
             "provenance": MappingProxyType(json.loads(json.dumps(dict(provenance or {})))),
         }
-        for name, value in values.items():
-            object.__setattr__(self, name, value)
+        for attribute, value in values.items():
+            object.__setattr__(self, attribute, value)
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(
@@ -905,35 +909,29 @@ def check_selection(num_filters: int | None, mass: float | None) -> None:
         raise ValueError(f"mass={mass} is out of range; choose a share in (0, 1].")
 
 
-def check_class_names(class_names: Sequence[str] | None, num_classes: int | None) -> None:
+def check_class_names(class_names: ClassNames | None, num_classes: int | None) -> None:
     """Raise if names are given twice, or are not as many as there are classes."""
-    if class_names is None:
-        return
-    names = _listed(class_names)
-    twice = (
-        sorted({name for name in names if names.count(name) > 1})
-        if len(set(names)) < len(names)
-        else []
-    )
+    names = listed_names(class_names, num_classes)
+    twice = [] if names is None else [name for name, number in Counter(names).items() if number > 1]
     if twice:
         raise ValueError(
             f"class_names must be different names; {', '.join(map(repr, twice[:5]))} is there twice."
         )
-    if num_classes is not None and len(names) != num_classes:
-        raise ValueError(
-            f"class_names has {len(names)} names; expected {num_classes} different names."
-        )
 
 
-def _listed(class_names: Sequence[str]) -> list[str]:
-    """Names as a list; one name is not taken for a sequence of its letters."""
-    if isinstance(class_names, str):
-        raise ValueError(f"class_names={class_names!r} is one name; expected a sequence of names.")
-    return [str(name) for name in class_names]
+def given_or_known_names(
+    class_names: ClassNames | None, known: Sequence[str] | None, num_classes: int
+) -> tuple[str, ...]:
+    """C names: those that the user gave, which must fit; else those of :func:`names_of_classes`."""
+    names = listed_names(class_names)
+    if names is None:
+        return names_of_classes(known, num_classes)
+    check_class_names(names, num_classes)
+    return tuple(names)
 
 
 def names_of_classes(names: Sequence[str] | None, num_classes: int) -> tuple[str, ...]:
-    """C names: those given if they are as many, else the classes' indices."""
+    """C names: those that a data set knows if they are as many, else the classes' indices."""
     if names is None or len(names) != num_classes:
         return tuple(str(index) for index in range(num_classes))
     return tuple(map(str, names))

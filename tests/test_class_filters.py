@@ -165,7 +165,7 @@ class TestReading:
             ({"selected": torch.ones(3, 4)}, "bool"),
             ({"selected": torch.ones(3, 3, dtype=torch.bool)}, "selected has shape"),
             ({"standard_errors": torch.ones(2, 4)}, "standard_errors has shape"),
-            ({"class_names": ["a", "b"]}, "different names"),
+            ({"class_names": ["a", "b"]}, "class_names has 2 names; expected 3"),
             ({"class_names": ["a", "b", "a"]}, "different names"),
             ({"class_names": "abc"}, "class_names='abc' is one name; expected a sequence"),
             ({"scores": torch.ones(3)}, "expected .C, K."),

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, DistributedSampler
+from torch.utils.data import ConcatDataset, Dataset, DistributedSampler, Subset
 from tqdm.auto import tqdm
 
 from captum_classfilters._core import provenance
@@ -483,9 +483,19 @@ def own_images(dataloader: Dataloader) -> int | None:
 
 
 def dataset_names(dataloader: Dataloader) -> Sequence[str] | None:
-    """Class names that a loader's data set knows, as torchvision's do."""
-    names = getattr(getattr(dataloader, "dataset", None), "classes", None)
-    return [str(name) for name in names] if isinstance(names, (list, tuple)) else None
+    """Class names that a loader's data set knows, as torchvision's do; of a part of one, those of the
+    whole, and of several, those that all of them have."""
+    return _names_of(getattr(dataloader, "dataset", None))
+
+
+def _names_of(dataset: object) -> Sequence[str] | None:
+    names = getattr(dataset, "classes", None)
+    if isinstance(names, (list, tuple)):
+        return [str(name) for name in names]
+    if isinstance(dataset, ConcatDataset):
+        first, *others = map(_names_of, dataset.datasets)
+        return first if all(other == first for other in others) else None
+    return _names_of(dataset.dataset) if isinstance(dataset, Subset) else None
 
 
 def _unpacked(

@@ -3,7 +3,9 @@ misspelt one."""
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+
+from captum_classfilters._core.types import ClassNames
 
 LONGEST_NAME = 25
 _MOST_SHOWN = 8
@@ -45,6 +47,44 @@ def kind_of(value: object) -> str:
     """
     name = type(value).__name__
     return f"{'an' if name[0] in 'aeiouAEIO' else 'a'} {name}"
+
+
+def listed_names(
+    class_names: ClassNames | None, num_classes: int | None = None
+) -> list[str] | None:
+    """Class names that the user gave, as a list in the classes' order; read once.
+
+    Raises:
+        ValueError: They have no such order, or are not as many as there are classes.
+
+    Examples::
+
+        >>> from captum_classfilters._core.names import listed_names
+        >>> listed_names({1: "dog", 0: "cat"})
+        ['cat', 'dog']
+    """
+    if class_names is None:
+        return None
+    if isinstance(class_names, str):
+        raise ValueError(f"class_names={class_names!r} is one name; expected a sequence of names.")
+    if isinstance(class_names, (set, frozenset)) or not isinstance(class_names, Iterable):
+        raise ValueError(
+            f"class_names is {kind_of(class_names)}; expected a sequence of names in the classes' order."
+        )
+    if isinstance(class_names, Mapping):
+        by_index = {int(k) if str(k).isdecimal() else k: name for k, name in class_names.items()}
+        if {*by_index} != {*range(len(class_names))}:
+            raise ValueError(
+                f"class_names has the keys {shortened(list(class_names))}; expected 0 to "
+                f"{len(class_names) - 1}, as in a Hugging Face model's config.id2label."
+            )
+        class_names = [by_index[index] for index in range(len(by_index))]
+    names = [str(name) for name in class_names]
+    if num_classes is not None and len(names) != num_classes:
+        raise ValueError(
+            f"class_names has {len(names)} names; expected {num_classes}, one for each class."
+        )
+    return names
 
 
 def shortened(value: object, most: int = 80) -> str:

@@ -11,6 +11,9 @@ Dataloader: TypeAlias = Iterable[object]
 #: From one of these batches to the pair (inputs, labels).
 Unpack: TypeAlias = Callable[[Any], tuple[Any, Any]]
 
+#: C names that the user gave: in the classes' order, or by index, as Hugging Face's ``id2label``.
+ClassNames: TypeAlias = Iterable[str] | Mapping[int, str]
+
 #: A model, or a function that runs one.
 ForwardFunc: TypeAlias = Callable[..., Any]
 

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from captum_classfilters._core.batches import dataset_names
 from captum_classfilters._core.ranking import descending, random_sets
 from captum_classfilters._core.tables import Table, Tabular, short_repr
-from captum_classfilters._core.types import Dataloader, Unpack
+from captum_classfilters._core.types import ClassNames, Dataloader, Unpack
 from captum_classfilters.answers.head_edits import EditedHeads, HeadEdit, check_editable
 from captum_classfilters.answers.repair import check_new
 from captum_classfilters.answers.sides import Kept, SeenBatch, Side, see_loader
-from captum_classfilters.class_filters import index_of_class, names_of_classes
+from captum_classfilters.class_filters import given_or_known_names, index_of_class
 from captum_classfilters.heads import replace_head
 from captum_classfilters.heads.linear_head import LinearHead, scoring_head
 from captum_classfilters.identify.accuracy_reduction import paired_interval
@@ -122,7 +122,7 @@ def repair_confusion(
     predicted: int | str,
     *,
     head: str | None = None,
-    class_names: Sequence[str] | None = None,
+    class_names: ClassNames | None = None,
     size: int | None = None,
     repetitions: int = 20,
     seed: int = 0,
@@ -194,8 +194,8 @@ def repair_confusion(
     options = {"unpack": unpack, "show_progress": show_progress}
     see_loader(model, own, dataloader, kept.add, **options)  # type: ignore[arg-type]
     seen = kept.side()
-    names = class_names if class_names is not None else dataset_names(dataloader)
-    names = names_of_classes(names, seen.scores.shape[1])
+    known = dataset_names(dataloader)
+    names = given_or_known_names(class_names, known, seen.scores.shape[1])
     pair = index_of_class(true, names), index_of_class(predicted, names)
     _check_cell(seen, pair, names)
     found, most = _Search(seen, own, pair), 2 * own.weight.shape[1]

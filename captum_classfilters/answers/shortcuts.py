@@ -1,7 +1,6 @@
 """Which filters carry something that does not belong to the classes, and into which outputs."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -9,14 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from captum_classfilters._core.batches import dataset_names
+from captum_classfilters._core.names import listed_names
 from captum_classfilters._core.provenance import provenance
 from captum_classfilters._core.ranking import descending
 from captum_classfilters._core.tables import Table, Tabular, short_repr
-from captum_classfilters._core.types import Dataloader, JsonDict, Unpack
+from captum_classfilters._core.types import ClassNames, Dataloader, JsonDict, Unpack
 from captum_classfilters._core.warnings import warn
 from captum_classfilters.answers.relabeling import Relabeling
 from captum_classfilters.answers.sides import Marked, Side, read_sides
-from captum_classfilters.class_filters import index_of_class, names_of_classes
+from captum_classfilters.class_filters import given_or_known_names, index_of_class
 from captum_classfilters.heads.linear_head import LinearHead, scoring_head
 from captum_classfilters.identify import false_discovery_adjusted
 
@@ -157,7 +157,7 @@ def find_shortcuts(
     *,
     paired: bool = True,
     head: str | None = None,
-    class_names: Sequence[str] | None = None,
+    class_names: ClassNames | None = None,
     fdr: float = 0.05,
     least: float = 0.8,
     permutations: int = 49_999,
@@ -231,7 +231,7 @@ def find_shortcuts(
         (tensor([2]), tensor([1]))
     """
     _check_options(fdr, least, permutations)
-    names = class_names if class_names is not None else dataset_names(dataloader)
+    class_names, known = listed_names(class_names), dataset_names(dataloader)
     own, dataloader = scoring_head(
         model, dataloader, head, unpack=unpack, single=paired and marked is None, alone=False
     )
@@ -248,6 +248,7 @@ def find_shortcuts(
         _warn_unless_alike(without, with_)
     relabeling = _relabeling(without, with_, paired)
     num_classes = without.scores.shape[1]
+    names = given_or_known_names(class_names, known, num_classes)
     _check_enough(relabeling, max(num_classes, without.features.shape[1]), fdr, permutations)
 
     def compared(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -272,7 +273,7 @@ def find_shortcuts(
         without=without,
         with_=with_,
         paired=paired,
-        class_names=names_of_classes(names, num_classes),
+        class_names=names,
         head=own.name,
         least=least,
         fdr=fdr,

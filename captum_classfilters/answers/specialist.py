@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from captum_classfilters._core.batches import dataset_names
 from captum_classfilters._core.devices import device_of
 from captum_classfilters._core.tables import Row, Table, Tabular, short_repr
-from captum_classfilters._core.types import Dataloader, Unpack
+from captum_classfilters._core.types import ClassNames, Dataloader, Unpack
 from captum_classfilters._core.warnings import warn
 from captum_classfilters.answers.class_images import (
     BATCH_SIZE,
@@ -19,7 +19,7 @@ from captum_classfilters.answers.class_images import (
     images_of_classes,
 )
 from captum_classfilters.answers.specialist_builder import SpecialistBuilder, hits_of
-from captum_classfilters.class_filters import index_of_class
+from captum_classfilters.class_filters import given_or_known_names, index_of_class
 from captum_classfilters.heads.linear_head import first_inputs, scoring_head
 from captum_classfilters.identify.accuracy_reduction import binomial_interval, paired_interval
 from captum_classfilters.identify.significance import image_keys
@@ -139,7 +139,7 @@ def build_specialist(
     learning_rate: float = 2e-3,
     fold_norms: bool = True,
     head: str | None = None,
-    class_names: Sequence[str] | None = None,
+    class_names: ClassNames | None = None,
     repetitions: int = 1,
     seed: int = 0,
     unpack: Unpack | None = None,
@@ -244,8 +244,7 @@ def build_specialist(
     check_one_input(inputs)
     found, dataloader = scoring_head(model, dataloader, head, unpack=unpack)
     name, number = found.name, len(found.weight)
-    known = class_names if class_names is not None else dataset_names(dataloader)
-    names = [str(index) for index in range(number)] if known is None else [*map(str, known)]
+    names = given_or_known_names(class_names, dataset_names(dataloader), number)
     if isinstance(classes, str):
         raise ValueError(f"classes={classes!r} is one name; expected a sequence of two or more.")
     rows = [index_of_class(label, names) for label in classes]

@@ -9,7 +9,8 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from captum_classfilters._core.files import AnyPath, read_text
-from captum_classfilters._core.types import Dataloader, DatasetLike, Keywords, Unpack
+from captum_classfilters._core.names import listed_names
+from captum_classfilters._core.types import ClassNames, Dataloader, DatasetLike, Keywords, Unpack
 from captum_classfilters.atlas.findings import Survey
 from captum_classfilters.atlas.layer_pages import LayerPages, Optimized, Shown
 from captum_classfilters.atlas.pictures import ShownImages
@@ -28,7 +29,7 @@ def atlas(
     test_dataloader: Dataloader | None = None,
     dataset: DatasetLike | None = None,
     title: str | None = None,
-    class_names: Sequence[str] | None = None,
+    class_names: ClassNames | None = None,
     filter_labels: Mapping[int, str] | AnyPath | None = None,
     compared: Mapping[str, nn.Module] | None = None,
     num_filters: int = 5,
@@ -148,7 +149,7 @@ def atlas(
         names,
         num_filters=num_filters,
         num_exemplars=num_exemplars,
-        class_names=class_names,
+        class_names=listed_names(class_names),
         significance=significance,
     )
     for name in names:

@@ -11,7 +11,7 @@ from torch.utils.data import RandomSampler
 
 from captum_classfilters._core.batches import check_read_again, read_batches
 from captum_classfilters._core.layers import find_layer
-from captum_classfilters._core.types import Dataloader, Keywords
+from captum_classfilters._core.types import ClassNames, Dataloader, Keywords
 from captum_classfilters.attr import LayerFilterContribution, LayerFilterFrequency
 from captum_classfilters.class_filters import ClassFilters
 from captum_classfilters.heads import accuracy_curve
@@ -140,7 +140,7 @@ class Survey:
         *,
         num_filters: int,
         num_exemplars: int,
-        class_names: Sequence[str] | None,
+        class_names: ClassNames | None,
         significance: bool | LabelPermutation,
     ) -> dict[str, LayerFindings]:
         """All that is told of each layer."""
@@ -168,7 +168,7 @@ class Survey:
         model: nn.Module,
         names: Sequence[str],
         num_filters: int,
-        class_names: Sequence[str] | None,
+        class_names: ClassNames | None,
         significance: bool | LabelPermutation,
     ) -> dict[str, dict[str, ClassFilters]]:
         """Of each layer the tables of both rules, in one pass."""

@@ -28,7 +28,14 @@ from captum_classfilters._core.layers import (
 )
 from captum_classfilters._core.rules import FilterRule
 from captum_classfilters._core.tables import bound_repr
-from captum_classfilters._core.types import Attributions, Dataloader, ForwardFunc, Keywords, Unpack
+from captum_classfilters._core.types import (
+    Attributions,
+    ClassNames,
+    Dataloader,
+    ForwardFunc,
+    Keywords,
+    Unpack,
+)
 from captum_classfilters.identify.identify_class_filters import identify_class_filters
 
 if TYPE_CHECKING:
@@ -184,7 +191,7 @@ class LayerFilterAttribution(FilterRule, LayerAttribution):
         dataloader: Dataloader,
         *,
         num_classes: int | None = None,
-        class_names: Sequence[str] | None = None,
+        class_names: ClassNames | None = None,
         target: int | None = None,
         num_filters: int | None = None,
         mass: float | None = None,

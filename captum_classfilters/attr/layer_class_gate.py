@@ -1,6 +1,6 @@
 """Liang et al.: evidence read from a trained class-specific gate."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from captum_classfilters._core.forward import FilterMaps
 from captum_classfilters._core.layers import module_of
 from captum_classfilters._core.provenance import provenance
 from captum_classfilters._core.targets import as_indices, class_indices
-from captum_classfilters._core.types import JsonDict
+from captum_classfilters._core.types import ClassNames, JsonDict
 from captum_classfilters.attr.base import WeightedFilterAttribution
 from captum_classfilters.class_filters import ClassFilters
 
@@ -97,7 +97,7 @@ class LayerClassGate(WeightedFilterAttribution):
         self,
         num_filters: int | None = None,
         counts: Tensor | None = None,
-        class_names: Sequence[str] | None = None,
+        class_names: ClassNames | None = None,
     ) -> ClassFilters:
         r"""
         The gates as a table; no image is needed.

@@ -1,6 +1,6 @@
 """Abbasi-Asl and Yu: what a target's score loses when a filter is removed."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Literal, overload
 
 import torch
@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 from captum_classfilters._core.captum import TargetType, log_usage
 from captum_classfilters._core.files import AnyPath
 from captum_classfilters._core.replay.suffix_replay import SuffixReplay
-from captum_classfilters._core.types import Attributions, Dataloader, Unpack
+from captum_classfilters._core.types import Attributions, ClassNames, Dataloader, Unpack
 from captum_classfilters.attr.filter_removal import FilterRemovalAttribution, score_reader
 from captum_classfilters.class_filters import ClassFilters
 from captum_classfilters.identify.accuracy_reduction import (
@@ -148,7 +148,7 @@ class LayerFilterAblation(FilterRemovalAttribution):
         *,
         metric: None = None,
         num_classes: int | None = None,
-        class_names: Sequence[str] | None = None,
+        class_names: ClassNames | None = None,
         target: int | None = None,
         num_filters: int | None = None,
         mass: float | None = None,
@@ -169,7 +169,7 @@ class LayerFilterAblation(FilterRemovalAttribution):
         *,
         metric: Literal["accuracy"],
         num_classes: int | None = None,
-        class_names: Sequence[str] | None = None,
+        class_names: ClassNames | None = None,
         attribute_to_layer_input: bool = False,
         perturbations_per_eval: int | None = None,
         state_path: AnyPath | None = None,
@@ -198,7 +198,7 @@ class LayerFilterAblation(FilterRemovalAttribution):
         *,
         metric: Literal["accuracy"] | Metric | None = None,
         num_classes: int | None = None,
-        class_names: Sequence[str] | None = None,
+        class_names: ClassNames | None = None,
         target: int | None = None,
         num_filters: int | None = None,
         mass: float | None = None,

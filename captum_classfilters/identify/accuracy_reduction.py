@@ -16,6 +16,7 @@ from captum_classfilters._core.distributed import Ranks, gather, ranks_together
 from captum_classfilters._core.files import AnyPath
 from captum_classfilters._core.labels import check_num_classes, labels_of_scores
 from captum_classfilters._core.layers import layer_name, module_of
+from captum_classfilters._core.names import listed_names
 from captum_classfilters._core.outputs import (
     two_classes,
 )
@@ -25,7 +26,7 @@ from captum_classfilters._core.replay.checks import Confirmed, confirmed
 from captum_classfilters._core.replay.suffix_replay import SuffixReplay
 from captum_classfilters._core.rules import Ablation
 from captum_classfilters._core.tables import Table, Tabular, short_repr
-from captum_classfilters._core.types import Dataloader, JsonDict, Unpack
+from captum_classfilters._core.types import ClassNames, Dataloader, JsonDict, Unpack
 from captum_classfilters.class_filters import (
     ClassFilters,
     check_class_names,
@@ -200,7 +201,7 @@ def accuracy_reduction(
     dataloader: Dataloader,
     *,
     num_classes: int | None = None,
-    class_names: Sequence[str] | None = None,
+    class_names: ClassNames | None = None,
     attribute_to_layer_input: bool = False,
     perturbations_per_eval: int | None = None,
     state_path: AnyPath | None = None,
@@ -265,7 +266,8 @@ def accuracy_reduction(
         >>> torch.allclose((shares[:, None] * car.class_reduction).sum(0), car.reduction)
         True
     """
-    names = class_names or dataset_names(dataloader)
+    class_names = listed_names(class_names)
+    names = dataset_names(dataloader) if class_names is None else class_names
     with ranks_together() as ranks:
         check_num_classes(num_classes)
         check_class_names(class_names, num_classes)

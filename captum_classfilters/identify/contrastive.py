@@ -1,6 +1,6 @@
 """Which filters separate two classes, and which drive a cell of the confusion matrix."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -10,11 +10,12 @@ from torch import Tensor
 
 from captum_classfilters._core.batches import Batch, dataset_names, read_batches
 from captum_classfilters._core.labels import labels_of_scores
+from captum_classfilters._core.names import listed_names
 from captum_classfilters._core.outputs import scores_per_class
 from captum_classfilters._core.provenance import provenance
 from captum_classfilters._core.tables import Table, Tabular, import_pandas, short_repr
-from captum_classfilters._core.types import Dataloader, JsonDict, Unpack
-from captum_classfilters.class_filters import index_of_class, names_of_classes
+from captum_classfilters._core.types import ClassNames, Dataloader, JsonDict, Unpack
+from captum_classfilters.class_filters import given_or_known_names, index_of_class
 from captum_classfilters.identify.evidence_sources import Reduction, Source, sources_of
 from captum_classfilters.identify.new_sums import new_sums
 
@@ -238,7 +239,7 @@ def contrast_classes(
     favored: int | str,
     against: int | str,
     *,
-    class_names: Sequence[str] | None = None,
+    class_names: ClassNames | None = None,
     reduction: Reduction = "sum",
     attribute_kwargs: Mapping[str, object] | None = None,
     attribute_to_layer_input: bool = False,
@@ -292,12 +293,13 @@ def contrast_classes(
         (torch.Size([3]), True)
     """
     pass_ = _Pass(method, reduction, attribute_kwargs, attribute_to_layer_input, unpack, device)
-    names = class_names if class_names is not None else dataset_names(dataloader)
+    class_names, known = listed_names(class_names), dataset_names(dataloader)
     sums: ClassFilterSums | None = None
+    names: tuple[str, ...] = ()
     pair: list[int] = []
     for batch, labels, outputs in pass_.batches(dataloader, show_progress):
         if not pair:
-            names = names_of_classes(names, outputs.shape[1])
+            names = given_or_known_names(class_names, known, outputs.shape[1])
             pair = [index_of_class(favored, names), index_of_class(against, names)]
             if pair[0] == pair[1]:
                 raise ValueError(f"Both classes are {names[pair[0]]!r}; give two different ones.")
@@ -308,7 +310,6 @@ def contrast_classes(
         rows = pass_.difference(batch, outputs, ours, for_, against_)
         sums = new_sums(2, rows.shape[1]) if sums is None else sums
         sums.update(rows, (labels[ours] == pair[1]).long())
-    assert names is not None
     if sums is None or int(sums.count.min()) < 2:
         counts = [0, 0] if sums is None else sums.count.tolist()
         raise ValueError(
@@ -338,7 +339,7 @@ def confusion_filters(
     method: LayerAttribution,
     dataloader: Dataloader,
     *,
-    class_names: Sequence[str] | None = None,
+    class_names: ClassNames | None = None,
     reduction: Reduction = "sum",
     attribute_kwargs: Mapping[str, object] | None = None,
     attribute_to_layer_input: bool = False,
@@ -389,7 +390,7 @@ def confusion_filters(
         torch.Size([8])
     """
     pass_ = _Pass(method, reduction, attribute_kwargs, attribute_to_layer_input, unpack, device)
-    names = class_names if class_names is not None else dataset_names(dataloader)
+    class_names, known = listed_names(class_names), dataset_names(dataloader)
     confusion: Tensor | None = None
     kept, keys = [], []
     for batch, labels, outputs in pass_.batches(dataloader, show_progress):
@@ -404,7 +405,7 @@ def confusion_filters(
             kept.append(rows)
             keys.append(key[wrong])
     assert confusion is not None
-    names = names_of_classes(names, len(confusion))
+    names = given_or_known_names(class_names, known, len(confusion))
     cells = {}
     if kept:
         values, place = torch.cat(keys).unique(return_inverse=True)

@@ -13,10 +13,11 @@ from captum_classfilters._core.batches import dataset_names
 from captum_classfilters._core.distributed import ranks_together
 from captum_classfilters._core.files import AnyPath
 from captum_classfilters._core.labels import check_num_classes
+from captum_classfilters._core.names import listed_names
 from captum_classfilters._core.progress import Progress
 from captum_classfilters._core.provenance import Provenance
 from captum_classfilters._core.tables import Table, Tabular, short_repr
-from captum_classfilters._core.types import Dataloader, JsonDict, LayerMethod, Unpack
+from captum_classfilters._core.types import ClassNames, Dataloader, JsonDict, LayerMethod, Unpack
 from captum_classfilters.class_filters import ClassFilters, check_class_names, names_of_classes
 from captum_classfilters.identify.collector import Collector, Tally
 from captum_classfilters.identify.evidence_sources import Reduction, like_methods, sources_of
@@ -231,7 +232,7 @@ def collect_evidence(
     dataloader: Dataloader,
     *,
     num_classes: int | None = None,
-    class_names: Sequence[str] | None = None,
+    class_names: ClassNames | None = None,
     reduction: Reduction = "sum",
     attribute_kwargs: Mapping[str, object] | None = None,
     attribute_to_layer_input: bool = False,
@@ -249,7 +250,7 @@ def collect_evidence(
     dataloader: Dataloader,
     *,
     num_classes: int | None = None,
-    class_names: Sequence[str] | None = None,
+    class_names: ClassNames | None = None,
     reduction: Reduction = "sum",
     attribute_kwargs: Mapping[str, object] | None = None,
     attribute_to_layer_input: bool = False,
@@ -267,7 +268,7 @@ def collect_evidence(
     dataloader: Dataloader,
     *,
     num_classes: int | None = None,
-    class_names: Sequence[str] | None = None,
+    class_names: ClassNames | None = None,
     reduction: Reduction = "sum",
     attribute_kwargs: Mapping[str, object] | None = None,
     attribute_to_layer_input: bool = False,
@@ -284,7 +285,7 @@ def collect_evidence(
     dataloader: Dataloader,
     *,
     num_classes: int | None = None,
-    class_names: Sequence[str] | None = None,
+    class_names: ClassNames | None = None,
     reduction: Reduction = "sum",
     attribute_kwargs: Mapping[str, object] | None = None,
     attribute_to_layer_input: bool = False,
@@ -330,7 +331,8 @@ def collect_evidence(
         >>> evidence.stability(num_filters=3).overlap.shape
         torch.Size([2])
     """
-    names = class_names if class_names is not None else dataset_names(dataloader)
+    class_names = listed_names(class_names)
+    names = dataset_names(dataloader) if class_names is None else class_names
     with ranks_together() as ranks:
         check_num_classes(num_classes)
         check_class_names(class_names, num_classes)

@@ -12,9 +12,10 @@ from captum_classfilters._core.batches import dataset_names, read_batches
 from captum_classfilters._core.distributed import Ranks, ranks_together
 from captum_classfilters._core.files import AnyPath
 from captum_classfilters._core.labels import check_num_classes
+from captum_classfilters._core.names import listed_names
 from captum_classfilters._core.progress import Progress
 from captum_classfilters._core.provenance import Provenance
-from captum_classfilters._core.types import Dataloader, JsonDict, LayerMethod, Unpack
+from captum_classfilters._core.types import ClassNames, Dataloader, JsonDict, LayerMethod, Unpack
 from captum_classfilters.class_filters import ClassFilters, check_class_names, check_selection
 from captum_classfilters.identify.collector import Collector, Tally
 from captum_classfilters.identify.evidence_sources import (
@@ -39,7 +40,7 @@ def identify_class_filters(
     dataloader: Dataloader,
     *,
     num_classes: int | None = None,
-    class_names: Sequence[str] | None = None,
+    class_names: ClassNames | None = None,
     target: int | None = None,
     num_filters: int | None = None,
     mass: float | None = None,
@@ -61,7 +62,7 @@ def identify_class_filters(
     dataloader: Dataloader,
     *,
     num_classes: int | None = None,
-    class_names: Sequence[str] | None = None,
+    class_names: ClassNames | None = None,
     target: int | None = None,
     num_filters: int | None = None,
     mass: float | None = None,
@@ -83,7 +84,7 @@ def identify_class_filters(
     dataloader: Dataloader,
     *,
     num_classes: int | None = None,
-    class_names: Sequence[str] | None = None,
+    class_names: ClassNames | None = None,
     target: int | None = None,
     num_filters: int | None = None,
     mass: float | None = None,
@@ -104,7 +105,7 @@ def identify_class_filters(
     dataloader: Dataloader,
     *,
     num_classes: int | None = None,
-    class_names: Sequence[str] | None = None,
+    class_names: ClassNames | None = None,
     target: int | None = None,
     num_filters: int | None = None,
     mass: float | None = None,
@@ -205,6 +206,7 @@ def identify_class_filters(
         >>> tables["votes"].scores.sum(1)
         tensor([5., 5.], dtype=torch.float64)
     """
+    class_names = listed_names(class_names)
     with ranks_together() as ranks:
         check_selection(num_filters, mass)
         check_class_names(class_names, num_classes)
@@ -295,7 +297,7 @@ def number_of_groups(
 def collect(
     collector: Collector,
     dataloader: Dataloader,
-    class_names: Sequence[str] | None,
+    class_names: ClassNames | None,
     unpack: Unpack | None,
     device: torch.device | str | None,
     show_progress: bool,

@@ -1,7 +1,7 @@
 """Is a table more than the architecture? The same method on networks with random weights."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,7 @@ from captum_classfilters._core.guard import model_left_as_found
 from captum_classfilters._core.layers import module_of
 from captum_classfilters._core.names import kind_of
 from captum_classfilters._core.tables import Table, Tabular, short_repr
-from captum_classfilters._core.types import Dataloader, Unpack
+from captum_classfilters._core.types import ClassNames, Dataloader, Unpack
 from captum_classfilters.class_filters import ClassFilters
 from captum_classfilters.identify.evidence_sources import Reduction
 from captum_classfilters.identify.identify_class_filters import identify_class_filters
@@ -64,7 +64,7 @@ def random_weights_null(
     repetitions: int = 5,
     seed: int = 0,
     num_classes: int | None = None,
-    class_names: Sequence[str] | None = None,
+    class_names: ClassNames | None = None,
     target: int | None = None,
     num_filters: int | None = None,
     mass: float | None = None,

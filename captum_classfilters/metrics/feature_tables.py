@@ -1,11 +1,10 @@
 """Class filters by the response and the label: correlation, selectivity and mutual information."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from captum_classfilters._core.arguments import arguments_checked
+from captum_classfilters._core.types import ClassNames
 from captum_classfilters.class_filters import ClassFilters
 from captum_classfilters.metrics.features import checked_features
 from captum_classfilters.metrics.mutual_information import mutual_information_matrix
@@ -20,7 +19,7 @@ def selectivity_filters(
     labels: Tensor,
     *,
     num_classes: int | None = None,
-    class_names: Sequence[str] | None = None,
+    class_names: ClassNames | None = None,
     layer: str = "",
 ) -> ClassFilters:
     r"""
@@ -78,7 +77,7 @@ def mutual_information_filters(
     labels: Tensor,
     *,
     num_classes: int | None = None,
-    class_names: Sequence[str] | None = None,
+    class_names: ClassNames | None = None,
     layer: str = "",
     num_neighbors: int = 3,
     balanced: bool = False,
@@ -133,7 +132,7 @@ def correlation_filters(
     *,
     num_filters: int | None = None,
     num_classes: int | None = None,
-    class_names: Sequence[str] | None = None,
+    class_names: ClassNames | None = None,
     layer: str = "",
 ) -> ClassFilters:
     r"""

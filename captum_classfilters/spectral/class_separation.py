@@ -1,6 +1,6 @@
 """How far a hypergraph keeps classes apart, against the same scores under permuted labels."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +10,10 @@ from torch import Tensor
 from tqdm.auto import trange
 
 from captum_classfilters._core.arguments import arguments_checked
+from captum_classfilters._core.names import listed_names
 from captum_classfilters._core.overlap import jaccard_of, shared_members
 from captum_classfilters._core.tables import Table, Tabular, short_repr
-from captum_classfilters._core.types import Keywords
+from captum_classfilters._core.types import ClassNames, Keywords
 from captum_classfilters.spectral.hypergraph import (
     Ends,
     Hypergraph,
@@ -136,7 +137,7 @@ def separation_test(
     share: float = 0.1,
     num_exemplars: int = 10,
     ends: Ends = "highest",
-    class_names: Sequence[str] | None = None,
+    class_names: ClassNames | None = None,
     s: int = 1,
     match_size: bool = True,
     permutations: int = 200,
@@ -203,6 +204,7 @@ def separation_test(
     if permutations < 1:
         raise ValueError(f"permutations={permutations}; expected a positive number.")
     options: Keywords = {"threshold": threshold, "share": share, "rule": rule, "ends": ends}
+    class_names = listed_names(class_names)
     graph = class_hypergraph(
         scores,
         labels,

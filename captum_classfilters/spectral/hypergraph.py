@@ -1,6 +1,5 @@
 """Classes, or images, as vertices; directions as edges that hold those they are active in."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -12,8 +11,9 @@ from torch import Tensor
 
 from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.extras import extra
-from captum_classfilters._core.names import short_name
+from captum_classfilters._core.names import listed_names, short_name
 from captum_classfilters._core.tables import Table, Tabular, short_repr
+from captum_classfilters._core.types import ClassNames
 from captum_classfilters.spectral.influential import influential
 
 Rule = Literal["signal_share", "influential", "exemplars"]
@@ -141,7 +141,7 @@ def class_hypergraph(
     share: float = 0.1,
     num_exemplars: int = 10,
     ends: Ends = "highest",
-    class_names: Sequence[str] | None = None,
+    class_names: ClassNames | None = None,
 ) -> Hypergraph:
     r"""
     Build a layer's hypergraph of classes, or images, and the directions active in them.
@@ -284,7 +284,7 @@ def _exemplary(values: Tensor, num_exemplars: int, ends: Ends) -> Tensor:
 
 
 def checked_labels(
-    scores: Tensor, labels: Tensor, class_names: Sequence[str] | None
+    scores: Tensor, labels: Tensor, class_names: ClassNames | None
 ) -> tuple[Tensor, tuple[str, ...]]:
     """Labels on the CPU, and the names of all classes."""
     if labels.shape != (len(scores),) or labels.is_floating_point():
@@ -293,13 +293,13 @@ def checked_labels(
             f"shape ({len(scores)},)."
         )
     highest = int(labels.max())
-    num_classes = highest + 1 if class_names is None else len(class_names)
+    given = listed_names(class_names)
+    num_classes = highest + 1 if given is None else len(given)
     if int(labels.min()) < 0 or highest >= num_classes:
         raise ValueError(
             f"labels run from {int(labels.min())} to {highest}; expected 0 to {num_classes - 1}."
         )
-    names = tuple(map(str, class_names or range(num_classes)))
-    return labels.long().cpu(), names
+    return labels.long().cpu(), tuple(given or map(str, range(num_classes)))
 
 
 def connected_components(incidence: NDArray[np.bool_], s: int) -> list[list[int]]:

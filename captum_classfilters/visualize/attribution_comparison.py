@@ -1,8 +1,9 @@
 """Pixel attributions of a comparison beside each other."""
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from captum_classfilters._core.names import listed_names
+from captum_classfilters._core.types import ClassNames
 from captum_classfilters.visualize.explanations import plot_explanations
 from captum_classfilters.visualize.figures import FigureAndGrid
 
@@ -14,7 +15,7 @@ def plot_comparison(
     comparison: "AttributionComparison",
     *,
     images: int | None = None,
-    class_names: Sequence[str] | None = None,
+    class_names: ClassNames | None = None,
     plt_fig_axis: FigureAndGrid | None = None,
     **options: Any,
 ) -> FigureAndGrid:
@@ -43,7 +44,8 @@ def plot_comparison(
         )
     num_images = len(comparison.images) if images is None else images
     targets = comparison.targets[:num_images]
-    titles = [class_names[target] if class_names else f"class {target}" for target in targets]
+    names = listed_names(class_names)
+    titles = [names[target] if names else f"class {target}" for target in targets]
     return plot_explanations(
         comparison.images[:num_images],
         {name: maps[:num_images] for name, maps in comparison.maps.items()},

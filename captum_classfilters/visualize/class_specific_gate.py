@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from captum_classfilters._core.names import listed_names
+from captum_classfilters._core.types import ClassNames
 from captum_classfilters.gates import assign_filters, filter_correlation
 from captum_classfilters.visualize.arrays import by_class, chosen, numbers_of, out_of
 from captum_classfilters.visualize.class_filters import check_order
@@ -28,7 +30,7 @@ def plot_gate_and_weight(
     weight: Tensor,
     *,
     other_weight: Tensor | None = None,
-    class_names: Sequence[str] | None = None,
+    class_names: ClassNames | None = None,
     order: str = "class",
     classes: int | Sequence[int | str] = 40,
     filters: int | Sequence[int] = 200,
@@ -77,6 +79,7 @@ def plot_gate_and_weight(
             f"gate {tuple(gate.shape)} and weight {tuple(weight.shape)} do not fit; expected two "
             "matrices (C, K)."
         )
+    class_names = listed_names(class_names)
     names = names_of(class_names, len(gate))
     product = gate * weight
     rows = chosen(classes, product.abs().amax(1), "classes", class_names or ())
@@ -132,7 +135,7 @@ def plot_mutual_information(
     information: Tensor,
     *,
     bound: float | Tensor | None = None,
-    class_names: Sequence[str] | None = None,
+    class_names: ClassNames | None = None,
     order: str = "class",
     classes: int | Sequence[int | str] = 40,
     filters: int | Sequence[int] = 200,
@@ -173,6 +176,7 @@ def plot_mutual_information(
     if table.dim() != 2:
         raise ValueError(f"information has shape {tuple(table.shape)}; expected (C, K).")
     most = None if bound is None else float(torch.as_tensor(bound, dtype=torch.float64).max())
+    class_names = listed_names(class_names)
     names = names_of(class_names, len(table))
     rows = chosen(classes, table.amax(1), "classes", class_names or ())
     columns = chosen(filters, table[rows].amax(0), "filters")
@@ -209,7 +213,7 @@ def plot_filter_correlation(
     weight: Tensor,
     scores: Tensor,
     *,
-    class_names: Sequence[str] | None = None,
+    class_names: ClassNames | None = None,
     filters: int | Sequence[int] = 400,
     title: str | None = None,
     plt_fig_axis: FigureAndAxes | None = None,
@@ -244,6 +248,7 @@ def plot_filter_correlation(
             f"scores {tuple(table.shape)} do not fit {len(weight)} filters; expected "
             f"(C, {len(weight)})."
         )
+    class_names = listed_names(class_names)
     names = names_of(class_names, len(table))
     columns = chosen(filters, table.abs().amax(0), "filters")
     columns = columns[by_class(table[:, columns])]

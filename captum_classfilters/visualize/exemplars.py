@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from captum_classfilters._core.arguments import arguments_checked
-from captum_classfilters._core.names import kind_of
-from captum_classfilters._core.types import DatasetLike, Keywords
+from captum_classfilters._core.names import kind_of, listed_names
+from captum_classfilters._core.types import ClassNames, DatasetLike, Keywords
 from captum_classfilters.identify.exemplars import Exemplars, slices_of
 from captum_classfilters.visualize.arrays import Channels, numbers_of, picture_of, show_picture
 from captum_classfilters.visualize.figures import (
@@ -53,7 +53,7 @@ def plot_exemplars(
     patches: bool | None = None,
     to_display: Callable[[Tensor], Tensor] | None = None,
     channels: Channels = None,
-    class_names: Sequence[str] | None = None,
+    class_names: ClassNames | None = None,
     title: str | None = None,
     plt_fig_axis: FigureAndGrid | None = None,
 ) -> FigureAndGrid:
@@ -117,6 +117,7 @@ def plot_exemplars(
     cells += [("highest", place) for place in reversed(range(used["highest"]))]
     size = (max(1.15 * len(cells) + 0.6, 3.6), 1.4 * len(units) + 0.7)
     figure, grid = grid_of(plt_fig_axis, len(units), len(cells), size)
+    names = listed_names(class_names)
     for row, unit in enumerate(units):
         for axes, (side, place) in zip(grid[row], cells, strict=True):
             bare(axes)
@@ -128,8 +129,8 @@ def plot_exemplars(
             image = _image(dataset, found.index, to_display)
             _draw(axes, image, found, exemplars.positions, patches, channels, color)
             told = [short_number(found.score)]
-            if class_names is not None and found.label is not None:
-                told = [short_name(class_names[found.label], 17), *told]
+            if names is not None and found.label is not None:
+                told = [short_name(names[found.label], 17), *told]
             axes.set_title("\n".join(told), size=7, pad=2, color=color)
         grid[row, 0].set_ylabel(f"{'u' if exemplars.directions else 'filter '}{unit}", size=9)
     for axes, (side, place) in zip(grid[-1], cells, strict=True):

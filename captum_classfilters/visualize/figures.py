@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from captum_classfilters._core.extras import extra
-from captum_classfilters._core.names import LONGEST_NAME
+from captum_classfilters._core.names import LONGEST_NAME, listed_names
 from captum_classfilters._core.names import short_name as shortened
+from captum_classfilters._core.types import ClassNames
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -167,13 +168,10 @@ def exactness(provenance: Mapping[str, object]) -> str:
     return "" if exact is None else "exact" if exact else "not exact"
 
 
-def names_of(class_names: Sequence[str] | None, num_classes: int) -> list[str]:
+def names_of(class_names: ClassNames | None, num_classes: int) -> list[str]:
     """Short names of the classes; their numbers where none are given."""
-    if class_names is None:
-        return [str(index) for index in range(num_classes)]
-    if len(class_names) != num_classes:
-        raise ValueError(f"{len(class_names)} class names for {num_classes} classes.")
-    return short_names(class_names)
+    names = listed_names(class_names, num_classes)
+    return [str(index) for index in range(num_classes)] if names is None else short_names(names)
 
 
 def set_ticks(

@@ -9,6 +9,8 @@ from numpy.typing import NDArray
 
 from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.extras import extra
+from captum_classfilters._core.names import listed_names
+from captum_classfilters._core.types import ClassNames
 from captum_classfilters.spectral.class_separation import SeparationTest
 from captum_classfilters.spectral.hypergraph import Hypergraph
 from captum_classfilters.visualize.arrays import chosen, out_of
@@ -37,7 +39,7 @@ def plot_hypergraph(
     hypergraph: Hypergraph,
     *,
     style: Literal["incidence", "bands"] = "incidence",
-    class_names: Sequence[str] | None = None,
+    class_names: ClassNames | None = None,
     classes: int | Sequence[int | str] = 40,
     edges: int | Sequence[int | str] = 100,
     title: str | None = None,
@@ -220,13 +222,12 @@ def plot_class_separation(
     return figure, axes
 
 
-def _class_names(hypergraph: Hypergraph, class_names: Sequence[str] | None) -> list[str]:
+def _class_names(hypergraph: Hypergraph, class_names: ClassNames | None) -> list[str]:
     """The names given, those of the vertices where these are the classes, or numbers."""
     num_classes = hypergraph.num_classes
-    if class_names is not None:
-        if len(class_names) != num_classes:
-            raise ValueError(f"{len(class_names)} class names for {num_classes} classes.")
-        return [str(name) for name in class_names]
+    names = listed_names(class_names, num_classes)
+    if names is not None:
+        return names
     if np.array_equal(hypergraph.classes, np.arange(num_classes)):  # type: ignore[arg-type]
         return list(hypergraph.vertices)
     return [str(index) for index in range(num_classes)]

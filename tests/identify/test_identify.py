@@ -384,7 +384,7 @@ class TestBadInput:
             identify_class_filters(self.method(), data, reduction="median")  # type: ignore[call-overload]
         with pytest.raises(ValueError, match="names no method: b"):
             identify_class_filters({"a": self.method()}, data, attribute_kwargs={"b": {}})
-        with pytest.raises(ValueError, match="3 different names"):
+        with pytest.raises(ValueError, match="class_names has 1 names; expected 3"):
             self.method().identify(data, class_names=["one"], **QUIET)
         with pytest.raises(ValueError, match="'abc' is one name"):
             self.method().identify(data, class_names="abc", **QUIET)

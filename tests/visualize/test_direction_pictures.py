@@ -139,7 +139,7 @@ def test_hypergraph_picture_refuses():
     for style in ("incidence", "bands"):
         with pytest.raises(ValueError, match="no incidences: its rule found nothing"):
             plot_hypergraph(empty, style=style)
-    with pytest.raises(ValueError, match="1 class names for 2 classes"):
+    with pytest.raises(ValueError, match="class_names has 1 names; expected 2"):
         plot_hypergraph(graph(), class_names=["a"])
 
 

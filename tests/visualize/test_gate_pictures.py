@@ -69,7 +69,7 @@ def test_bad_input():
         plot_gate_and_weight(GATE, WEIGHT, order="size")
     with pytest.raises(ValueError, match=r"other_weight has shape \(3,\)"):
         plot_gate_and_weight(GATE, WEIGHT, other_weight=torch.rand(3))
-    with pytest.raises(ValueError, match="1 class names for 2"):
+    with pytest.raises(ValueError, match="class_names has 1 names; expected 2"):
         plot_gate_and_weight(GATE, WEIGHT, class_names=["cat"])
     with pytest.raises(ValueError, match=r"expected \(C, K\)"):
         plot_mutual_information(torch.rand(3))
