@@ -56,4 +56,5 @@ def first_of(order: Tensor, sizes: Tensor | int) -> Tensor:
 def random_sets(selected: Tensor, repetitions: int, seed: int) -> Tensor:
     """Masks (repetitions, ..., K) of as many filters as each row of ``selected`` has, at random."""
     generator = torch.Generator().manual_seed(seed)
-    return first_of(random_orders(selected.shape, repetitions, generator), selected.sum(-1))
+    orders = random_orders(selected.shape, repetitions, generator)
+    return first_of(orders.to(selected.device), selected.sum(-1))

@@ -122,6 +122,7 @@ def coverage(clusters: Tensor, kept: Tensor) -> Coverage:
             f"kept is {kept.dtype} of shape {tuple(kept.shape)}; expected a bool mask of the "
             f"clusters' shape, {tuple(clusters.shape)}."
         )
+    clusters, kept = clusters.cpu(), kept.cpu()
     groups, sizes = clusters.unique(return_counts=True)
     alive = clusters[kept].unique()
     lost = [int(group) for group in groups if group not in alive]
@@ -150,8 +151,7 @@ def diversity(vectors: Tensor, kept: Tensor | Sequence[bool] | None = None) -> f
     Raises:
         ValueError: Fewer than two filters, or a constant one.
     """
-    rows = vectors if kept is None else vectors[kept]
-    alike = _similarity(rows, "correlation").abs()
+    alike = _similarity(_rows(vectors, kept), "correlation").abs()
     num_filters = len(alike)
     if num_filters < 2:
         raise ValueError(f"There is {num_filters} filter; a diversity needs two or more.")
@@ -176,10 +176,16 @@ def effective_rank(vectors: Tensor, kept: Tensor | Sequence[bool] | None = None)
     Raises:
         ValueError: The matrix is empty or zero.
     """
-    rows = (vectors if kept is None else vectors[kept]).detach().double()
+    rows = _rows(vectors, kept)
     if rows.dim() != 2 or not bool(rows.abs().sum() > 0):
         raise ValueError(f"vectors of shape {tuple(rows.shape)}: expected (K, D), not all zero.")
     return effective_rank_of(torch.linalg.svdvals(rows))
+
+
+def _rows(vectors: Tensor, kept: Tensor | Sequence[bool] | None = None) -> Tensor:
+    """The vectors that are kept, as float64, on the CPU."""
+    rows = vectors.detach().cpu().double()
+    return rows if kept is None else rows[torch.as_tensor(kept, device="cpu")]
 
 
 def _similarity(vectors: Tensor, kind: Similarity) -> Tensor:
@@ -188,10 +194,11 @@ def _similarity(vectors: Tensor, kind: Similarity) -> Tensor:
         raise ValueError(f"similarity={kind!r}; choose 'cosine' or 'correlation'.")
     if vectors.dim() != 2 or not len(vectors):
         raise ValueError(f"vectors have shape {tuple(vectors.shape)}; expected (K, D).")
-    rows = vectors.detach().double().cpu()
+    rows = _rows(vectors)
+    largest = rows.abs().max().clamp(min=1e-300)
     rows = rows - rows.mean(1, keepdim=True) if kind == "correlation" else rows
     size = rows.norm(dim=1, keepdim=True)
-    flat = (size[:, 0] <= 1e-12 * vectors.abs().max().double().clamp(min=1e-300)).nonzero()[:, 0]
+    flat = (size[:, 0] <= 1e-12 * largest).nonzero()[:, 0]
     if len(flat):
         raise ValueError(
             f"Filter {int(flat[0])} is constant, so it has no {kind} with others; leave such "

@@ -562,8 +562,8 @@ def binomial_interval(successes: Tensor, counts: Tensor, confidence: float = 0.9
     from scipy.stats import beta
 
     tail = (1 - confidence) / 2
-    number = counts.expand_as(successes).double()
-    hits = successes.double()
+    hits = successes.cpu().double()
+    number = counts.cpu().expand_as(hits).double()
     low = torch.as_tensor(beta.ppf(tail, hits.numpy(), (number - hits + 1).numpy()))
     high = torch.as_tensor(beta.ppf(1 - tail, (hits + 1).numpy(), (number - hits).numpy()))
     low = torch.where(hits == 0, torch.zeros_like(hits), low)

@@ -115,8 +115,9 @@ def selectivity_regularizer(activations: Tensor | Sequence[Tensor], labels: Tens
         raise ValueError("The batch holds a single class; selectivity needs two.")
     terms = []
     for activation in layers:
+        index = index.to(activation.device)
         values = activation.flatten(2).mean(2) if activation.dim() > 2 else activation
         total = values.new_zeros(len(present), values.shape[1]).index_add(0, index, values)
         means = total / torch.bincount(index)[:, None]
         terms.append(class_selectivity_index(means).mean())
-    return torch.stack(terms).mean()
+    return torch.stack([term.to(layers[0].device) for term in terms]).mean()

@@ -210,7 +210,7 @@ def recovery(
     Raises:
         ValueError: The shapes differ.
     """
-    truth = torch.as_tensor(truth)
+    truth = torch.as_tensor(truth, device="cpu")
     if truth.shape != class_filters.scores.shape:
         raise ValueError(
             f"truth has shape {tuple(truth.shape)}, the table {tuple(class_filters.scores.shape)}."
