@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ SPECTRUM = torch.linspace(9, 1, 40)
 OF_FEATURES = {"features": FEATURES, "labels": LABELS}
 OF_SCORES = {"scores": FEATURES, "labels": LABELS}
 
-TAKEN: dict[str, dict[str, object]] = {
+TAKEN: dict[str, dict[str, Any]] = {
     "gates.filter_correlation": {"weight": SCORES},
     "gates.gate_similarity": {"gate": SCORES},
     "heads.coverage": {"clusters": LABELS, "kept": FEATURES[:, 0] > 0.5},
@@ -86,7 +87,7 @@ TAKEN: dict[str, dict[str, object]] = {
 }
 
 # The same functions with less, and those that take more than Tensors.
-FURTHER: list[tuple[Callable[..., object], dict[str, object]]] = [
+FURTHER: list[tuple[Callable[..., object], dict[str, Any]]] = [
     (gates.assign_filters, {"scores": SCORES}),
     (heads.set_overlap, {"class_filters": MASK}),
     (pruning.selectivity_test, {"order": ORDER, "selective": MASK[0], "top": 2}),

@@ -13,11 +13,13 @@ from captum._utils.typing import BaselineType, TargetType
 from captum.attr._utils.approximation_methods import approximation_parameters
 from captum.attr._utils.common import _format_input_baseline as format_input_baseline
 from captum.log import log_usage
+from captum.metrics._core.sensitivity import default_perturb_func
 
 __all__ = [
     "BaselineType",
     "TargetType",
     "approximation_parameters",
+    "default_perturb_func",
     "format_additional_forward_args",
     "format_input_baseline",
     "format_output",

@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
 
+import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
 from captum_classfilters._core.labels import class_labels
@@ -55,8 +57,8 @@ class ClassSpecificGate(nn.Module):
 
         num_classes (int): C.
         num_filters (int): K.
-        initial (float, str or Tensor): A constant in [0, 1]; ``"uniform"`` for random gates in
-                    [0, 1]; or a matrix (C, K).
+        initial (float, str, Tensor or array): A constant in [0, 1]; ``"uniform"`` for random gates
+                    in [0, 1]; or a matrix (C, K).
                     Default: 0.5
         projection (str): ``"rescale"`` divides each filter's gates by their largest and clips them,
                     as the authors do, with their corner cases mended; ``"euclidean"`` goes to the
@@ -89,7 +91,7 @@ class ClassSpecificGate(nn.Module):
         self,
         num_classes: int,
         num_filters: int,
-        initial: float | str | Tensor = 0.5,
+        initial: float | str | Tensor | ArrayLike = 0.5,
         projection: Projection = "rescale",
     ) -> None:
         super().__init__()
@@ -325,12 +327,16 @@ class ClassSpecificGate(nn.Module):
             f"projection={self.projection!r}{place}"
         )
 
+    # A copy is attached to the copy of its layer, where whatever holds both is copied.
     def __deepcopy__(self, memo: dict[int, object]) -> "ClassSpecificGate":
         copied = ClassSpecificGate(
             self.num_classes, self.num_filters, projection=self.projection
         ).to(self.weight)
         copied.load_state_dict(self.state_dict())
         memo[id(self)] = copied
+        if self._tap is not None and id(self._tap.module) in memo:  # the layer is copied, too
+            copied._tap = copy.deepcopy(self._tap, memo)
+            _gate_of[copied._tap.module] = weakref.ref(copied)
         return copied
 
 
@@ -342,9 +348,15 @@ def gates_not_finite() -> ValueError:
     )
 
 
-def _initial(num_classes: int, num_filters: int, initial: float | str | Tensor) -> Tensor:
+def _initial(
+    num_classes: int, num_filters: int, initial: float | str | Tensor | ArrayLike
+) -> Tensor:
     shape = (num_classes, num_filters)
-    if isinstance(initial, Tensor):
+    if isinstance(initial, (Tensor, np.ndarray, list, tuple)):
+        try:
+            initial = torch.as_tensor(initial)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"The initial gates are no matrix of numbers: {error}") from error
         if initial.shape != shape:
             raise ValueError(f"The initial gates have shape {tuple(initial.shape)}; not {shape}.")
         if not bool(torch.isfinite(initial).all()):

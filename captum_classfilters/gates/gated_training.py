@@ -17,10 +17,10 @@ from tqdm.auto import tqdm
 from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.batches import Batches, check_read_again, read_batches
 from captum_classfilters._core.checkpoints import is_safetensors, read_checkpoint
-from captum_classfilters._core.devices import device_of
+from captum_classfilters._core.devices import device_of, on_device
 from captum_classfilters._core.distributed import is_main_process
 from captum_classfilters._core.guard import model_left_as_found
-from captum_classfilters._core.labels import not_finite
+from captum_classfilters._core.labels import class_labels, not_finite
 from captum_classfilters._core.nested import flattened, unflattened
 from captum_classfilters._core.outputs import as_rows, class_scores, log_probabilities, two_classes
 from captum_classfilters._core.tables import described, model_name, short_repr
@@ -268,17 +268,20 @@ class GatedTrainer:
         Args:
 
             images (Tensor or tuple of Tensors): The inputs of the model.
-            labels (Tensor): Shape (N,).
+            labels (Tensor): Shape (N,), or in the other forms that :meth:`fit` reads.
             gated (bool): Take the gated path (or both, if the schedule is joint).
 
         Returns:
             *tuple* of the loss and the number of correct predictions on the trained path.
 
         Raises:
-            ValueError: The model and the gate differ in their number of classes.
+            ValueError: The model and the gate differ in their number of classes, or the labels are no
+                        classes of the gate.
         """
         inputs = images if isinstance(images, tuple) else (images,)
-        loss, correct = self._step(inputs, labels, gated, check=True)
+        classes = class_labels(labels, len(inputs[0]), self.gate.num_classes, batch=0)
+        classes = on_device(classes, inputs[0].device)
+        loss, correct = self._step(inputs, classes, gated, check=True)
         return float(loss), int(correct)
 
     def _step(

@@ -17,7 +17,10 @@ from captum_classfilters.attr import LayerFilterAblation
 from captum_classfilters.attr.filter_removal import lost_scores, score_reader
 from captum_classfilters.metrics.explained import PIXELS, Explained, PixelRemoval
 from captum_classfilters.metrics.filter_infidelity import infidelity_of
-from captum_classfilters.metrics.filter_sensitivity import explanation_for_sensitivity
+from captum_classfilters.metrics.filter_sensitivity import (
+    explanation_for_sensitivity,
+    moved_a_little,
+)
 from captum_classfilters.metrics.localization import localization
 from captum_classfilters.metrics.removals import (
     MAGNITUDE,
@@ -151,6 +154,7 @@ class Space:
             explanation_for_sensitivity(explain),
             images,
             target=target,
+            perturb_func=moved_a_little,
             perturb_radius=self.settings.perturb_radius,
             n_perturb_samples=samples,
             max_examples_per_batch=at_once if samples * len(images) > size else None,

@@ -10,7 +10,7 @@ from captum.attr import LayerAttribution
 from captum.metrics import sensitivity_max
 from torch import Tensor, nn
 
-from captum_classfilters._core.captum import TargetType
+from captum_classfilters._core.captum import TargetType, default_perturb_func
 from captum_classfilters._core.guard import model_left_as_found
 from captum_classfilters._core.layers import (
     attribution_axis,
@@ -71,6 +71,15 @@ def explanation_for_sensitivity(method: object) -> Explanation:
         return tuple(part.detach().contiguous() for part in _tensors(attribute(inputs, **options)))
 
     return explain
+
+
+def moved_a_little(inputs: Tensor | tuple[Tensor, ...], radius: float) -> tuple[Tensor, ...]:
+    """Captum's perturbed inputs in the inputs' own type: it adds float32 to bfloat16 and float16."""
+    given = inputs if isinstance(inputs, tuple) else (inputs,)
+    return tuple(
+        moved.to(own.dtype) if own.is_floating_point() else moved
+        for moved, own in zip(default_perturb_func(given, radius), given, strict=True)
+    )
 
 
 @short_repr
@@ -184,6 +193,7 @@ def filter_max_sensitivity(
         overall = sensitivity_max(
             scores,
             moved,
+            perturb_func=moved_a_little,
             perturb_radius=perturb_radius,
             n_perturb_samples=n_perturb_samples,
             max_examples_per_batch=max_examples_per_batch,

@@ -1,5 +1,7 @@
 """Networks trained so that it is known which filters decide, and measured to be so."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -26,6 +28,17 @@ _SHIPPED = Path(__file__).with_name("trained_networks.safetensors")
 SCHEMA = Schema(
     "trained_networks", "captum_classfilters.TrainedNetworks", 1, "trained networks", "set"
 )
+
+
+@contextmanager
+def _single_precision() -> Iterator[None]:
+    """Whatever PyTorch's default type is, the same numbers are drawn: each type draws others."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(default)
 
 
 @short_repr
@@ -68,6 +81,7 @@ class TrainedNetwork:
         """C."""
         return self._plan.num_classes
 
+    @_single_precision()
     def images(self, number: int, seed: int = 0, noise: float = 0.1) -> tuple[Tensor, Tensor]:
         r"""
         Images and their labels, classes in turn.
@@ -99,6 +113,7 @@ class TrainedNetwork:
         dataset = TensorDataset(*self.images(number, seed, noise))
         return DataLoader(dataset, batch_size=batch_size)
 
+    @_single_precision()
     def verify(self, number: int = 400, seed: int = 1) -> Verification:
         r"""
         Measure, by interventions at every layer, whether ``truth`` and ``edges`` hold.
@@ -123,6 +138,7 @@ class TrainedNetwork:
         return verify(self.model, self._plan, self._ordered, self.patterns, number, seed)
 
 
+@_single_precision()
 def trained_network(
     axis: str, level: int = 1, seed: int = 0, *, shipped: bool = True
 ) -> TrainedNetwork:

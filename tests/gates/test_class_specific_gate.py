@@ -4,10 +4,11 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import lr_scheduler
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
@@ -465,6 +466,49 @@ class TestTraining:
         copied = copy.deepcopy(gate)
         assert not copied.attached
         assert torch.equal(copied.weight, gate.weight)
+
+    def test_a_copy_of_model_and_gate_is_attached_to_the_copy(self):
+        whole: Any = nn.Module()
+        whole.model, whole.gate = deep(), ClassSpecificGate(3, 6, initial="uniform")
+        whole.gate.attach(whole.model, "stage2")
+        copied: Any = torch.optim.swa_utils.AveragedModel(whole).module
+        assert copied.gate.attached
+        x, y = images(), torch.arange(8) % 3
+        with whole.gate.gating(y):
+            expected = whole.model(x)
+            assert not torch.equal(copied.model(x), expected)  # each has its own gate
+        with copied.gate.gating(y):
+            assert torch.equal(copied.model(x), expected)
+        with pytest.raises(ValueError, match="Another gate is attached"):
+            ClassSpecificGate(3, 6).attach(copied.model, "stage2")
+        copied.gate.detach()
+        assert whole.gate.attached
+
+    @pytest.mark.parametrize(
+        "labels",
+        [[0, 1, 2, 0], torch.tensor([0, 1, 2, 0], dtype=torch.int32), torch.eye(3)[[0, 1, 2, 0]]],
+        ids=["list", "int32", "one-hot"],
+    )
+    @pytest.mark.parametrize("gated", [False, True])
+    def test_a_step_takes_the_labels_that_fit_takes(self, labels, gated):
+        x, found = images(4), []
+        for given in (labels, torch.tensor([0, 1, 2, 0])):
+            model = deep()
+            gate = ClassSpecificGate(3, 6).attach(model, "stage2")
+            trainer = GatedTrainer(model, gate, torch.optim.SGD(model.parameters(), lr=0.1))
+            found.append(trainer.step(x, given, gated=gated))
+            with pytest.raises(ValueError, match="has the label 3, but there are 3 classes"):
+                trainer.step(x, torch.tensor([0, 1, 2, 3]), gated=gated)
+        assert found[0] == found[1]
+
+    @pytest.mark.parametrize("given", [np.asarray, Tensor.tolist])
+    def test_initial_gates_of_arrays_and_lists(self, given):
+        initial = torch.tensor([[0.5, 0.25], [0.0, 1.0]])
+        assert torch.equal(ClassSpecificGate(2, 2, initial=given(initial)).weight, initial)
+        with pytest.raises(ValueError, match=r"have shape \(2, 2\); not \(2, 3\)"):
+            ClassSpecificGate(2, 3, initial=given(initial))
+        with pytest.raises(ValueError, match="no matrix of numbers"):
+            ClassSpecificGate(2, 2, initial=[[1.0], [0.5, 1.0]])
 
 
 class TestLayerClassGate:

@@ -48,6 +48,22 @@ def table_of(model, layer):
     return LayerFilterContribution(model, layer).identify(batches(), num_filters=2, **QUIET)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_models_in_half_precision(dtype):
+    found = []
+    for kind in (torch.float32, dtype):
+        model = deep().to(kind)
+        methods = {"pixels": Saliency(model), "filters": LayerFilterContribution(model, "stage1")}
+        comparison = compare(model, methods, images().to(kind), perturb_radius=0.2)
+        assert comparison.pixels is not None
+        tables = {"pixels": comparison.pixels, "filters": comparison.filters["stage1"]}
+        found.append(
+            [table.values[name]["max_sensitivity"].mean() for name, table in tables.items()]
+        )
+    plain, half = (torch.tensor(values).double() for values in found)
+    assert torch.allclose(plain, half, rtol=0.2)
+
+
 def test_spaces_are_kept_apart():
     model = deep()
     saliency = ClassFilterSaliency(model, "stage2", table_of(model, "stage2"))

@@ -323,6 +323,17 @@ def test_linear_methods_feel_gates_in_proportion():
     assert 0.08 < float(moved.min()) <= float(moved.max()) < 0.1 + 1e-5
 
 
+@pytest.mark.parametrize("space", ["images", "gates"])
+@pytest.mark.parametrize(("dtype", "near"), [(torch.bfloat16, 0.2), (torch.float16, 0.02)])
+def test_sensitivity_of_models_in_half_precision(space, dtype, near):
+    found = []
+    for kind in (torch.float32, dtype):
+        method = LayerFilterContribution(pool_linear().to(kind), "1")
+        x, options = images().to(kind), {"target": TARGETS, "space": space, "perturb_radius": 0.2}
+        found.append(filter_max_sensitivity(method, x, **options).overall.float())
+    assert torch.allclose(found[0], found[1], rtol=near)
+
+
 def test_captums_layer_methods_have_filter_scores():
     model, x = deep(), images()
     method = LayerConductance(model, model.stage1)

@@ -208,6 +208,22 @@ def test_images_are_repeatable():
     assert labels.tolist() == y[:6].tolist()
 
 
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+def test_networks_are_the_same_under_every_default_type(default):
+    expected = trained_network("backup")
+    torch.set_default_dtype(default)
+    try:
+        network = trained_network("backup")
+        x, _ = network.images(10)
+        assert torch.get_default_dtype() == default
+        assert network.verify(40).holds
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(network.patterns, expected.patterns)
+    assert torch.equal(x, expected.images(10)[0])
+    assert torch.equal(network.model(x), expected.model(x))
+
+
 def test_bad_input():
     with pytest.raises(ValueError, match="axis='sharing'; choose one of shared, redundancy"):
         trained_network("sharing")
