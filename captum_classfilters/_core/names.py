@@ -87,6 +87,13 @@ def listed_names(
     return names
 
 
+def check_list(name: str, value: object) -> None:
+    """Raise if an argument that takes several numbers or names is a single one."""
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        one = "name" if isinstance(value, str) else "number"
+        raise ValueError(f"{name}={shortened(value)} is one {one}; expected a list of them.")
+
+
 def shortened(value: object, most: int = 80) -> str:
     """A value as messages show it, cut where it is longer.
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from captum_classfilters._core.batches import dataset_names
 from captum_classfilters._core.devices import device_of
+from captum_classfilters._core.names import check_list
 from captum_classfilters._core.tables import Row, Table, Tabular, short_repr
 from captum_classfilters._core.types import ClassNames, Dataloader, Unpack
 from captum_classfilters._core.warnings import warn
@@ -245,8 +246,7 @@ def build_specialist(
     found, dataloader = scoring_head(model, dataloader, head, unpack=unpack)
     name, number = found.name, len(found.weight)
     names = given_or_known_names(class_names, dataset_names(dataloader), number)
-    if isinstance(classes, str):
-        raise ValueError(f"classes={classes!r} is one name; expected a sequence of two or more.")
+    check_list("classes", classes)
     rows = [index_of_class(label, names) for label in classes]
     if len(rows) < 2 or len(set(rows)) != len(rows):
         raise ValueError(f"classes={list(classes)}: expected two or more different classes.")

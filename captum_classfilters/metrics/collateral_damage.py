@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_classfilters._core.arguments import arguments_checked
+from captum_classfilters._core.names import check_list
 from captum_classfilters._core.ranking import descending, first_of, random_sets
 from captum_classfilters._core.tables import Table, Tabular, short_repr
 from captum_classfilters._core.types import Dataloader, ForwardFunc, Unpack
@@ -257,6 +258,7 @@ def _rows(class_filters: ClassFilters, classes: Iterable[int | str] | None) -> l
     if classes is None:
         rows: list[int] = some.nonzero()[:, 0].tolist()
     else:
+        check_list("classes", classes)
         rows = [class_filters.class_index(class_) for class_ in classes]
     empty = [class_filters.class_names[row] for row in rows if not bool(some[row])]
     if empty or not rows:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from captum_classfilters._core.costs import inputs_of
 from captum_classfilters._core.extras import extra
 from captum_classfilters._core.filter_graph import FilterGraph
+from captum_classfilters._core.names import check_list
 from captum_classfilters._core.tables import described
 from captum_classfilters._core.types import ExampleInputs
 from captum_classfilters.class_filters import ClassFilters
@@ -158,6 +159,8 @@ class ClassFilterImportance:
 
 def _rows(table: ClassFilters, classes: Sequence[int | str] | None) -> Tensor:
     """The scores of the classes that count."""
+    if classes is not None:
+        check_list("classes", classes)
     rows = (
         (table.counts > 0).nonzero()[:, 0].tolist()
         if classes is None

@@ -17,7 +17,7 @@ from captum_classfilters._core.guard import model_left_as_found
 from captum_classfilters._core.heads import alike, is_linear
 from captum_classfilters._core.labels import not_finite
 from captum_classfilters._core.layers import find_layer
-from captum_classfilters._core.names import kind_of
+from captum_classfilters._core.names import check_list, kind_of
 from captum_classfilters._core.outputs import class_scores, scores_per_class
 from captum_classfilters._core.tables import Table, Tabular, short_repr
 from captum_classfilters._core.types import Dataloader, ExampleInputs, ModelInputs, Unpack
@@ -206,6 +206,7 @@ def _chosen(
 ) -> tuple[list[int], tuple[str, ...]]:
     if not tables:
         raise ValueError("class_filters is empty; pass at least one table.")
+    check_list("classes", classes)
     rows = [tables[0].class_index(label) for label in classes]
     if len(rows) < 2 or len(set(rows)) != len(rows):
         raise ValueError(f"classes={list(classes)}: expected two or more different classes.")

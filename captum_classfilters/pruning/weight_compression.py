@@ -174,7 +174,7 @@ def magnitude_prune(model: nn.Module, layer: nn.Module | str, sparsity: float) -
         model (nn.Module): The model.
         layer (nn.Module or str): A layer with weights, or its dotted name.
         sparsity (float): Share of the weights to remove, from 0 to below 1; of those left, if the
-                    layer was pruned before.
+                    layer was pruned before. One weight stays at least.
 
     Returns:
         *nn.Module*: The copy.
@@ -186,7 +186,12 @@ def magnitude_prune(model: nn.Module, layer: nn.Module | str, sparsity: float) -
         raise ValueError(f"sparsity={sparsity} is out of range; choose a share in [0, 1).")
     name = name_of(model, layer)
     pruned = copied(model)
-    prune.l1_unstructured(_weighted(pruned, name), "weight", amount=float(sparsity))
+    module = _weighted(pruned, name)
+    mask = getattr(module, "weight_mask", None)
+    left = module.weight.numel() if mask is None else int(mask.sum())
+    # PyTorch rounds, of few weights up to all of them.
+    amount = max(0, min(round(sparsity * left), left - 1))
+    prune.l1_unstructured(module, "weight", amount=amount)
     return pruned
 
 

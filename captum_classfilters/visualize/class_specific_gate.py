@@ -74,10 +74,10 @@ def plot_gate_and_weight(
     """
     check_order(order)
     gate, weight = numbers_of(gate, "The gates"), numbers_of(weight, "The weights")
-    if gate.dim() != 2 or weight.shape != gate.shape:
+    if gate.dim() != 2 or weight.shape != gate.shape or not gate.numel():
         raise ValueError(
             f"gate {tuple(gate.shape)} and weight {tuple(weight.shape)} do not fit; expected two "
-            "matrices (C, K)."
+            "matrices (C, K), not empty."
         )
     class_names = listed_names(class_names)
     names = names_of(class_names, len(gate))
@@ -173,9 +173,9 @@ def plot_mutual_information(
     """
     check_order(order)
     table = numbers_of(information, "The values of the information")
-    if table.dim() != 2:
-        raise ValueError(f"information has shape {tuple(table.shape)}; expected (C, K).")
-    most = None if bound is None else float(torch.as_tensor(bound, dtype=torch.float64).max())
+    if table.dim() != 2 or not table.numel():
+        raise ValueError(f"information has shape {tuple(table.shape)}; expected (C, K), not empty.")
+    most = None if bound is None else _highest_bound(bound, len(table))
     class_names = listed_names(class_names)
     names = names_of(class_names, len(table))
     rows = chosen(classes, table.amax(1), "classes", class_names or ())
@@ -207,6 +207,16 @@ def plot_mutual_information(
     axes.set_title(title or f"mutual information; score {score:.3f}{limit}", loc="left", size=10)
     figure.colorbar(image, ax=axes, pad=0.01, label="nats")
     return figure, axes
+
+
+def _highest_bound(bound: float | Tensor, num_classes: int) -> float:
+    bounds = numbers_of(bound, "The bounds")
+    if bounds.numel() != 1 and bounds.shape != (num_classes,):
+        raise ValueError(
+            f"bound has shape {tuple(bounds.shape)}; expected a number, or one of each class, "
+            f"({num_classes},)."
+        )
+    return float(bounds.max())
 
 
 def plot_filter_correlation(
@@ -243,10 +253,10 @@ def plot_filter_correlation(
         ValueError: Shapes do not fit, or a number is NaN or infinite.
     """
     table, weight = numbers_of(scores, "The scores"), numbers_of(weight, "The weights")
-    if table.dim() != 2 or table.shape[1] != len(weight):
+    if table.dim() != 2 or table.shape[1] != len(weight) or not table.numel():
         raise ValueError(
             f"scores {tuple(table.shape)} do not fit {len(weight)} filters; expected "
-            f"(C, {len(weight)})."
+            f"(C, {len(weight)}), not empty."
         )
     class_names = listed_names(class_names)
     names = names_of(class_names, len(table))

@@ -1,6 +1,6 @@
 """Sheets of exemplary images, each with the patch that the unit sees."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from captum_classfilters._core.arguments import arguments_checked
-from captum_classfilters._core.names import kind_of, listed_names
+from captum_classfilters._core.names import check_list, kind_of, listed_names
 from captum_classfilters._core.types import ClassNames, DatasetLike, Keywords
 from captum_classfilters.identify.exemplars import Exemplars, slices_of
 from captum_classfilters.visualize.arrays import Channels, numbers_of, picture_of, show_picture
@@ -100,6 +100,8 @@ def plot_exemplars(
         ValueError: There is no such unit or side, patches are asked for without boxes, or an image
                     cannot be drawn.
     """
+    check_list("units", units)
+    _check_size(exemplars, dataset)
     num_places = _checked(exemplars, units, num_images, sides, patches)
     patches = exemplars.highest.box is not None if patches is None else patches
     places = {
@@ -159,6 +161,16 @@ def _checked(
                 f"units hold {unit}; {exemplars.layer!r} has units 0 to {exemplars.num_units - 1}."
             )
     return num_places
+
+
+def _check_size(exemplars: Exemplars, dataset: DatasetLike) -> None:
+    """Raise if a data set has too few images: it may hold batches."""
+    last = int(max(exemplars.side(side).image.max() for side in ("highest", "lowest")))
+    if isinstance(dataset, Sized) and len(dataset) <= last:
+        raise ValueError(
+            f"dataset has {len(dataset)} entries, but image {last} is an exemplar; expected one image "
+            "for each entry, in the loader's order, and no batches."
+        )
 
 
 def _place(exemplars: Exemplars, side: Any, unit: int, place: int) -> _Place | None:

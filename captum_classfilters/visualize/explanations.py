@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from captum_classfilters._core.arguments import arguments_checked
+from captum_classfilters._core.names import kind_of
 from captum_classfilters.class_filters import ClassFilters
 from captum_classfilters.visualize.arrays import (
     Channels,
@@ -42,7 +43,7 @@ _METHODS = ("heat_map", "blended_heat_map")
 @arguments_checked
 def plot_explanations(
     images: Tensor | NDArray[np.generic],
-    attributions: Mapping[str, Tensor | NDArray[np.generic]],
+    attributions: Mapping[str, Tensor | NDArray[np.generic] | tuple[Tensor, ...]],
     *,
     titles: Sequence[str] | None = None,
     method: str = "heat_map",
@@ -64,7 +65,8 @@ def plot_explanations(
         images (Tensor or ndarray): Shape (N, C, H, W), of any type. One channel is gray, three are
                     colors, and of other numbers the mean is drawn, unless ``channels`` are given.
                     Values outside [0, 1] are rescaled for display.
-        attributions (mapping): Titles and attributions (N, channels, h, w), Tensors or ndarrays.
+        attributions (mapping): Titles and attributions (N, channels, h, w), Tensors or ndarrays, or a
+                    tuple of one Tensor.
         titles (sequence of str, optional): N titles, for the rows.
         method (str): Captum's, ``"heat_map"`` or ``"blended_heat_map"``, which needs maps of the
                     images' size.
@@ -160,6 +162,8 @@ def plot_filter_maps(
         )
     name = class_filters.class_names[class_filters.class_index(class_)]
     filters = class_filters.filters_of(class_)[:num_filters].tolist()
+    if num_filters < 1:
+        raise ValueError(f"num_filters={num_filters}; expected a positive number.")
     if not filters:
         raise ValueError(
             f"No filters to draw for the class {name!r}: choose some with "
@@ -185,16 +189,24 @@ def plot_filter_maps(
 
 
 def _checked_maps(
-    images: Tensor, attributions: Mapping[str, Tensor | NDArray[np.generic]], method: str
+    images: Tensor,
+    attributions: Mapping[str, Tensor | NDArray[np.generic] | tuple[Tensor, ...]],
+    method: str,
 ) -> dict[str, NDArray[np.float64]]:
     """The maps to draw by name, each (N, h, w)."""
     if images.dim() != 4 or not images.numel():
         raise ValueError(
             f"images have shape {tuple(images.shape)}; expected (N, C, H, W) with an image at least."
         )
+    if not isinstance(attributions, Mapping):
+        raise ValueError(
+            f"attributions is {kind_of(attributions)}; expected titles and attributions, "
+            '{"saliency": attributions} for example.'
+        )
     maps = {}
     for name, given in attributions.items():
-        attribution = tensor_of(given, f"The attributions {name!r}")
+        alone = isinstance(given, (tuple, list)) and len(given) == 1  # as Captum has of tuples
+        attribution = tensor_of(given[0] if alone else given, f"The attributions {name!r}")
         if attribution.dim() != 4 or attribution.shape[0] != len(images):
             raise ValueError(
                 f"{name!r} has shape {tuple(attribution.shape)}; expected {len(images)} maps "

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from captum_classfilters._core.extras import extra
-from captum_classfilters._core.names import LONGEST_NAME, listed_names
+from captum_classfilters._core.names import LONGEST_NAME, kind_of, listed_names
 from captum_classfilters._core.names import short_name as shortened
 from captum_classfilters._core.types import ClassNames
 
@@ -107,7 +107,11 @@ def sheet_of(
 def _pair(plt_fig_axis: object) -> "tuple[Figure, object]":
     if not isinstance(plt_fig_axis, (tuple, list)) or len(plt_fig_axis) != 2:
         raise ValueError("plt_fig_axis must be a pair of figure and axes.")
-    return plt_fig_axis[0], plt_fig_axis[1]
+    figure, axes = plt_fig_axis
+    for part, kind in ((figure, "figure"), *((one, "axes") for one in np.ravel(axes))):
+        if not hasattr(part, "suptitle" if kind == "figure" else "imshow"):
+            raise ValueError(f"plt_fig_axis holds {kind_of(part)}; expected {kind} of Matplotlib.")
+    return figure, axes
 
 
 def headline(figure: "Figure", title: str | None, default: str = "", **options: Any) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from captum_classfilters._core.arguments import arguments_checked
@@ -18,6 +19,7 @@ from captum_classfilters.visualize.arrays import (
     out_of,
     picture_of,
     show_picture,
+    tensor_of,
 )
 from captum_classfilters.visualize.figures import (
     COLORS,
@@ -48,7 +50,7 @@ def plot_filter_grid(
     order: PruningOrder | Tensor | Sequence[int],
     *,
     columns: int | None = None,
-    marked: Tensor | None = None,
+    marked: Tensor | ArrayLike | None = None,
     mark_label: str = "marked",
     most: int = 128,
     channels: Channels = None,
@@ -68,7 +70,7 @@ def plot_filter_grid(
                     each filter.
         order (PruningOrder, Tensor or sequence): Filters in the order of their removal.
         columns (int, optional): Pictures in a row. By default about twice as many as rows.
-        marked (Tensor, optional): Shape (K,), bool; these get a dot, color filters for example.
+        marked (Tensor or sequence, optional): Shape (K,), bool; these get a dot, color filters for example.
                     Default: None
         mark_label (str): What the dot means.
                     Default: "marked"
@@ -98,6 +100,7 @@ def plot_filter_grid(
     removed = [int(index) for index in (order.order if isinstance(order, PruningOrder) else order)]
     if len(set(removed)) != len(removed) or not set(removed) <= set(range(num_filters)):
         raise ValueError(f"The order must name each of the {num_filters} filters at most once.")
+    marked = None if marked is None else tensor_of(marked, "The marks").cpu()
     if marked is not None and marked.shape != (num_filters,):
         raise ValueError(f"marked has shape {tuple(marked.shape)}; expected ({num_filters},).")
     if most < 1:

@@ -173,6 +173,8 @@ def test_bad_input():
     table = table_of("stage2", 6)
     cases: list[tuple[Any, Any, dict[str, Any], str]] = [
         (table, ["a"], {}, "two or more different"),
+        (table, 0, {}, "classes=0 is one number; expected a list"),
+        (table, "ab", {}, "classes='ab' is one name; expected a list"),
         (table, ["a", 0], {}, "two or more different"),
         (table, ["a", "z"], {}, "No class named 'z'"),
         ([], ["a", "b"], {}, "empty"),

@@ -163,6 +163,15 @@ def test_a_mask_from_training_is_kept():
     assert isinstance(tensor_of(result.model, "stage2.0.weight"), nn.Parameter)
 
 
+@pytest.mark.parametrize("sparsity", [0.5, 0.97, 0.999])
+def test_one_weight_stays_at_least(sparsity):
+    model = nn.Sequential(nn.Linear(4, 3))
+    kept = int((tensor_of(magnitude_prune(model, "0", sparsity), "0.weight") != 0).sum())
+    assert kept == max(1, 12 - round(12 * sparsity))
+    twice = magnitude_prune(magnitude_prune(model, "0", 0.5), "0", sparsity)
+    assert int((tensor_of(twice, "0.weight") != 0).sum()) == max(1, 6 - round(6 * sparsity))
+
+
 def test_bad_input():
     model, x = deep(), images()
     with pytest.raises(ValueError, match=r"sparsity=1"):

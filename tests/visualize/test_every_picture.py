@@ -702,9 +702,18 @@ def test_blended_maps_need_the_images_size():
         visualize.plot_explanations(images, {"a": small}, method="blended_heat_map")
 
 
-def test_explanations_refuse():
+def test_attributions_in_a_tuple_of_one_are_taken():
     images = torch.rand(2, 3, 4, 4)
+    for given in (images, (images,)):
+        _, grid = visualize.plot_explanations(images, {"a": given})
+        assert grid.shape == (2, 2)
+
+
+def test_explanations_refuse():
+    images: Any = torch.rand(2, 3, 4, 4)
     for call, message in [
+        (lambda: visualize.plot_explanations(images, images), "is a Tensor; expected titles and"),
+        (lambda: visualize.plot_explanations(images, {"a": (images, images)}), "'a' are a tuple"),
         (lambda: visualize.plot_explanations(images, {"a": images[:1]}), "expected 2 maps"),
         (lambda: visualize.plot_explanations(images[0], {}), r"expected \(N, C, H, W\)"),
         (lambda: visualize.plot_explanations(images[:0], {}), "an image at least"),
@@ -721,6 +730,65 @@ def test_a_class_without_filters_has_no_maps():
     table = ClassFilters(torch.rand(2, 3), torch.ones(2).long(), class_names=["cat", "dog"])
     with pytest.raises(ValueError, match=r"No filters .* 'dog': choose some with"):
         visualize.plot_filter_maps(torch.rand(3, 4, 4), torch.rand(3, 2, 2), table, "dog")
+    with pytest.raises(ValueError, match="num_filters=0; expected a positive number"):
+        visualize.plot_filter_maps(
+            torch.rand(3, 4, 4), torch.rand(3, 2, 2), table.select(2), "dog", num_filters=0
+        )
+
+
+def test_marks_may_be_a_list():
+    marked = [True, False] * 4
+    for given in (marked, np.array(marked), torch.tensor(marked)):
+        _, grid = visualize.plot_filter_grid(torch.rand(8, 3, 5, 5), [*range(8)], marked=given)
+        assert [len(axes.lines) for axes in grid] == [1, 0] * 4
+    with pytest.raises(ValueError, match=r"marked has shape \(2,\)"):
+        visualize.plot_filter_grid(torch.rand(8, 3, 5, 5), [0], marked=[True, False])
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (3, 0)])
+def test_empty_matrices_are_named(shape):
+    empty = torch.rand(shape)
+    for call in (
+        lambda: visualize.plot_gate_and_weight(empty, empty),
+        lambda: visualize.plot_mutual_information(empty),
+        lambda: visualize.plot_filter_correlation(torch.rand(shape[1], 4), empty),
+    ):
+        with pytest.raises(ValueError, match="not empty"):
+            call()
+
+
+def test_bounds_are_one_or_one_of_each_class():
+    for bound in (2.0, torch.tensor(2.0), torch.tensor([1.0, 2.0, 0.5])):
+        _, axes = visualize.plot_mutual_information(torch.rand(3, 8), bound=bound)
+        assert "of at most 2.000" in axes.get_title(loc="left")
+    with pytest.raises(ValueError, match=r"bound has shape \(7,\); expected a number, or one"):
+        visualize.plot_mutual_information(torch.rand(3, 8), bound=torch.rand(7))
+
+
+@pytest.mark.parametrize("name", ["plot_mutual_information", "plot_filter_grid"])
+def test_axes_that_are_none_are_named(name):
+    draw = {
+        "plot_mutual_information": lambda pair: visualize.plot_mutual_information(
+            torch.rand(3, 8), plt_fig_axis=pair
+        ),
+        "plot_filter_grid": lambda pair: visualize.plot_filter_grid(
+            torch.rand(1, 3, 5, 5), [0], plt_fig_axis=pair
+        ),
+    }[name]
+    figure: Any = Figure()
+    with pytest.raises(ValueError, match="holds a NoneType; expected axes of Matplotlib"):
+        draw((figure, None))
+    with pytest.raises(ValueError, match="holds an Axes; expected figure of Matplotlib"):
+        draw((figure.subplots(), figure))
+
+
+def test_units_and_data_sets_of_exemplars():
+    data: Any = Data()
+    with pytest.raises(ValueError, match="units=0 is one number; expected a list"):
+        visualize.plot_exemplars(data.exemplars(), [torch.rand(3, 8, 8)] * 3, 0)  # type: ignore[arg-type]
+    batches = [(torch.rand(2, 3, 8, 8), torch.tensor([0, 1]))]
+    with pytest.raises(ValueError, match=r"dataset has 1 entries, .* and no batches"):
+        visualize.plot_exemplars(data.exemplars(), batches, [0])
 
 
 def test_a_data_set_of_what_is_no_tensor():
