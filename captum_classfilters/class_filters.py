@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from captum_classfilters._core.arguments import arguments_checked
+from captum_classfilters._core.arguments import arguments_checked, whole_number
 from captum_classfilters._core.names import hint, kind_of, listed_names, shortened
 from captum_classfilters._core.ranking import descending, highest, rank_correlation, ranks
 from captum_classfilters._core.tables import (
@@ -534,6 +534,7 @@ class ClassFilters(Tabular):
             found &= ranks(descending(ranked)) < allowed
         return self._selecting(found)
 
+    @arguments_checked
     def with_selection(self, selected: Tensor) -> "ClassFilters":
         """The same table with another selection, for rules of the user's own.
 
@@ -895,18 +896,22 @@ class ClassFilters(Tabular):
         return [Table(rows, {"highest score": ".4g"}, repr(self)[len("ClassFilters(") : -1])]
 
 
-def check_selection(num_filters: int | None, mass: float | None) -> None:
-    """Raise if a selection cannot be meant, whatever the table."""
+def check_selection(num_filters: int | None, mass: float | None) -> int | None:
+    """Raise if a selection cannot be meant, whatever the table; ``num_filters`` as an int."""
     if num_filters is not None and mass is not None:
         raise ValueError("Give num_filters or mass, not both.")
     if num_filters is not None:
-        whole = isinstance(num_filters, (int, float)) and not isinstance(num_filters, bool)
-        if not whole or int(num_filters) != num_filters:
+        value: object = num_filters
+        whole = isinstance(value, float) and value.is_integer()
+        number = int(num_filters) if whole else whole_number(value)
+        if number is None:
             raise ValueError(f"num_filters={num_filters!r} is not a whole number.")
+        num_filters = number
         if num_filters < 1:
             raise ValueError(f"num_filters={num_filters} is out of range; choose at least 1.")
     if mass is not None and not 0 < mass <= 1:
         raise ValueError(f"mass={mass} is out of range; choose a share in (0, 1].")
+    return num_filters
 
 
 def check_class_names(class_names: ClassNames | None, num_classes: int | None) -> None:

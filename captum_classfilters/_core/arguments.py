@@ -1,11 +1,13 @@
 """Arguments that should be Tensors or objects of this package and are not, refused by name."""
 
 import inspect
+import operator
 from collections.abc import Callable
 from functools import wraps
 from types import NoneType, UnionType
 from typing import ParamSpec, TypeVar, get_args
 
+import torch
 from torch import Tensor
 
 from captum_classfilters._core.names import kind_of
@@ -35,6 +37,18 @@ def arguments_checked(function: Callable[P, R]) -> Callable[P, R]:
         return function(*args, **kwargs)
 
     return checked
+
+
+def whole_number(value: object) -> int | None:
+    """A whole number of any library, NumPy's for example, as an int; None of whatever is none: booleans
+    and floats, too."""
+    several = getattr(value, "shape", ()) != ()
+    if isinstance(value, bool) or getattr(value, "dtype", None) == torch.bool or several:
+        return None
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        return None
 
 
 def _kinds(annotation: object) -> tuple[type, ...]:

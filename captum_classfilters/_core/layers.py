@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from captum_classfilters._core.arguments import whole_number
 from captum_classfilters._core.names import hint, kind_of
 from captum_classfilters._core.types import ForwardFunc
 
@@ -353,6 +354,10 @@ def _axis_of_leaves(
 
 
 def _told_axis(channel_dim: int, tensor: Tensor) -> int:
+    if whole_number(channel_dim) is None:
+        raise ValueError(
+            f"channel_dim={channel_dim!r} is no axis; expected a whole number, 1 or -1."
+        )
     axis = channel_dim % tensor.dim() if -tensor.dim() <= channel_dim < tensor.dim() else 0
     if axis == 0:
         raise ValueError(

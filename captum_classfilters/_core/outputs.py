@@ -29,7 +29,7 @@ def class_scores(output: object) -> Tensor:
     raise ValueError(
         f"The model returns {kind_of(output)}{_contents(output)}, not one tensor of class "
         "scores (N, C). To pick the scores, wrap the model: "
-        "ClassScores(model, lambda output: output[0]) in place of the model."
+        f"ClassScores(model, lambda output: output{_place(output)}) in place of the model."
     )
 
 
@@ -92,6 +92,14 @@ def log_probabilities(scores: Tensor, probabilities: bool = False) -> Tensor:
     if scores.shape[-1] == 1:
         return torch.nn.functional.logsigmoid(torch.cat([-scores, scores], -1))
     return scores.log_softmax(-1)
+
+
+def _place(output: object) -> str:
+    """Where a mapping, an object or a sequence has its first matrix (N, C), the scores presumably."""
+    if not isinstance(output, Mapping):
+        return "[0]" if isinstance(output, (tuple, list)) else ".scores"
+    matrices = [k for k, part in output.items() if isinstance(part, Tensor) and part.dim() == 2]
+    return f"[{next(iter([*matrices, *output]), 'scores')!r}]"
 
 
 def _contents(output: object) -> str:

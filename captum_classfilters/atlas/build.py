@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from captum_classfilters._core.arguments import whole_number
 from captum_classfilters._core.files import AnyPath, read_text
 from captum_classfilters._core.names import listed_names
 from captum_classfilters._core.types import ClassNames, Dataloader, DatasetLike, Keywords, Unpack
@@ -137,7 +138,8 @@ def atlas(
         ("num_errors", num_errors, 0),
         ("num_optimized", num_optimized, 0),
     ):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        number = whole_number(value)
+        if number is None or number < least:
             raise ValueError(f"{option}={value!r}; expected a whole number of at least {least}.")
     site = Site(Path(output), overwrite)
     test = dataloader if test_dataloader is None else test_dataloader

@@ -288,9 +288,10 @@ class LayerFilterAttribution(FilterRule, LayerAttribution):
         ]
 
     def _layers(self) -> list[nn.Module]:
-        if isinstance(self.layer, (list, tuple)):
-            return list(self.layer)
-        return [self.layer]
+        layers = list(self.layer) if isinstance(self.layer, (list, tuple)) else [self.layer]
+        for layer in layers:
+            _check_layer(layer)
+        return layers
 
     def _layer_names(self) -> list[str]:
         model = module_of(self.forward_func, self._layers())
@@ -342,11 +343,20 @@ class WeightedFilterAttribution(LayerFilterAttribution):
 
     def scores_from(self, maps: FilterMaps, target: TargetType) -> Tensor:
         """Activations times weights, summed over positions (N, K)."""
-        return maps.weighted_sum(self.weights_from(maps, target))
+        return maps.weighted_sum(self._checked_weights(maps, target))
 
     def maps_from(self, maps: FilterMaps, target: TargetType) -> Tensor:
         """Activations times weights (N, K, P)."""
-        return maps.maps * self.weights_from(maps, target)
+        return maps.maps * self._checked_weights(maps, target)
+
+    def _checked_weights(self, maps: FilterMaps, target: TargetType) -> Tensor:
+        weights = self.weights_from(maps, target)
+        if len(weights) not in (1, len(maps.means)):
+            raise AssertionError(
+                f"target has {len(weights)} classes for {len(maps.means)} images; expected one, or "
+                "one for each image."
+            )
+        return weights
 
 
 def _resolved(forward_func: ForwardFunc, layer: object) -> Any:
@@ -354,4 +364,14 @@ def _resolved(forward_func: ForwardFunc, layer: object) -> Any:
         return find_layer(module_of(forward_func), layer)
     if isinstance(layer, (list, tuple)):
         return [_resolved(forward_func, part) for part in layer]
+    if layer is not None:  # which Captum's TCAV sets later
+        _check_layer(layer)
     return layer
+
+
+def _check_layer(layer: object) -> None:
+    if not isinstance(layer, nn.Module):
+        raise ValueError(
+            f"layer={layer!r}; expected a module of the model, or its dotted name: "
+            "captum_classfilters.layers(model, inputs) lists them."
+        )

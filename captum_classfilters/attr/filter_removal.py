@@ -194,7 +194,11 @@ class FilterRemovalAttribution(LayerFilterAttribution, PerturbationAttribution):
         def resample(tensor: Tensor) -> Tensor:
             number = len(tensor)
             if number < 2:
-                raise ValueError("replacement='resample' needs at least two images in a batch.")
+                raise ValueError(
+                    "replacement='resample' takes another image of the same batch, and a batch has one "
+                    "image alone. If it is a loader's last batch, give the loader drop_last=True or "
+                    "another batch_size."
+                )
             generator = torch.Generator().manual_seed(self.seed)
             order = torch.randperm(number, generator=generator)
             other = torch.empty_like(order)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from captum_classfilters._core.arguments import whole_number
 from captum_classfilters._core.captum import TargetType
 from captum_classfilters._core.forward import FilterMaps
 from captum_classfilters._core.types import JsonDict
@@ -72,9 +73,10 @@ class LayerFilterFrequency(LayerFilterAttribution):
         channel_dim: int | None = None,
     ) -> None:
         LayerFilterAttribution.__init__(self, forward_func, layer, device_ids, channel_dim)
-        if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1:
+        number = whole_number(top_k)
+        if number is None or number < 1:
             raise ValueError(f"top_k={top_k!r} must be a whole number of at least 1.")
-        self.top_k = top_k
+        self.top_k = number
 
     @property
     def default_num_filters(self) -> int:

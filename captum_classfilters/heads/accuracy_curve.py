@@ -23,6 +23,7 @@ from captum_classfilters.class_filters import ClassFilters, check_selection
 from captum_classfilters.heads.decompose import HeadFit, fit_to_head
 from captum_classfilters.heads.linear_head import LinearHead, check_scores_follow, run_head
 from captum_classfilters.metrics.evaluate_classifier import ScoreReader
+from captum_classfilters.metrics.removals import one_or_several
 
 if TYPE_CHECKING:
     from captum_classfilters.heads.hits import Hits
@@ -400,7 +401,7 @@ def _selections(table: ClassFilters, numbers: Sequence[int]) -> Tensor:
 
 def _numbers(num_filters: Sequence[int] | None, most: int) -> list[int]:
     if num_filters is not None:
-        numbers = list(num_filters)
+        numbers = one_or_several(num_filters)
         if not numbers:
             raise ValueError("num_filters is empty; pass at least one number of filters.")
         for number in numbers:

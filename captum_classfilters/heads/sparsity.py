@@ -10,6 +10,7 @@ from torch import Tensor
 from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.tables import Table, Tabular, short_repr
 from captum_classfilters.metrics.features import checked_features, class_rows
+from captum_classfilters.metrics.removals import one_or_several
 
 
 @short_repr
@@ -81,7 +82,7 @@ def top_mass(
     features, labels, num_classes = checked_features(
         features, labels, num_classes, nonnegative=True
     )
-    ks = [int(k) for k in num_filters]
+    ks = [int(k) for k in one_or_several(num_filters)]
     if not ks or min(ks) < 1 or max(ks) > features.shape[1]:
         raise ValueError(f"num_filters={ks}; choose numbers from 1 to {features.shape[1]}.")
     total = features.sum(1)

@@ -558,12 +558,17 @@ def binomial_interval(successes: Tensor, counts: Tensor, confidence: float = 0.9
     Returns:
         *Tensor* of float64, the shape of ``successes`` and a last axis of lower and upper end; NaN
         where there are no trials.
+
+    Raises:
+        ValueError: There are more successes than trials, or less than none.
     """
     from scipy.stats import beta
 
     tail = (1 - confidence) / 2
     hits = successes.cpu().double()
     number = counts.cpu().expand_as(hits).double()
+    if bool(((hits < 0) | (hits > number)).any()):
+        raise ValueError("successes must be from 0 to counts, the trials; some are not.")
     low = torch.as_tensor(beta.ppf(tail, hits.numpy(), (number - hits + 1).numpy()))
     high = torch.as_tensor(beta.ppf(1 - tail, (hits + 1).numpy(), (number - hits).numpy()))
     low = torch.where(hits == 0, torch.zeros_like(hits), low)

@@ -35,6 +35,8 @@ REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 _DEFAULT_FILTERS = 5
 _NO_OPTIONS = {"layer", "device_ids"}  # of a method: where it looks, and where that runs
+#: What the call itself gives ``attribute``, for each batch; else its table would say something else.
+_OWN_ARGUMENTS = ("inputs", "target", "return_convergence_delta", "return_half_widths")
 logger = logging.getLogger("captum_classfilters")
 
 T = TypeVar("T")
@@ -182,7 +184,7 @@ class Source:
         """Scores (N, K) through the method's own ``attribute``."""
         kwargs = dict(self.kwargs)
         if self.depends_on_target if self.rule is not None else self._takes_target:
-            kwargs.setdefault("target", target)
+            kwargs["target"] = target
         if self.rule is None:
             # LayerDeepLift hooks gradients before the layer, where frozen parameters leave none.
             inputs = tuple(
@@ -226,6 +228,13 @@ def sources_of(
                 "bound to a model and a layer, LayerFilterFrequency(model, layer) for example."
             )
         kwargs = dict(kwargs_of.pop(key, {}))
+        own = [name for name in _OWN_ARGUMENTS if name in kwargs]
+        if own:
+            raise ValueError(
+                f"attribute_kwargs holds {', '.join(map(repr, own))}, which the call itself gives "
+                "attribute. One output is explained for all images by identify(..., target=1), with "
+                "target= beside attribute_kwargs."
+            )
         if at_input:
             kwargs["attribute_to_layer_input"] = True
         layers = method.layer if isinstance(method.layer, (list, tuple)) else [method.layer]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import RandomSampler
 
+from captum_classfilters._core.arguments import whole_number
 from captum_classfilters._core.batches import Batch, Batches
 from captum_classfilters._core.devices import on_device
 from captum_classfilters._core.files import AnyPath
@@ -244,7 +245,8 @@ def exemplars(
         [[-2.0, 0.0]]
     """
     check_aggregate(aggregate, ("extreme", *get_args(Aggregate)))
-    if not isinstance(num_exemplars, int) or num_exemplars < 1:
+    number = whole_number(num_exemplars)
+    if number is None or number < 1:
         raise ValueError(f"num_exemplars={num_exemplars}; expected a positive whole number.")
     if isinstance(getattr(dataloader, "sampler", None), RandomSampler):
         raise ValueError(
@@ -254,7 +256,7 @@ def exemplars(
     taps = units_of(model, layers, channel_dim, directions, subtract_bias)
     for tap in taps:
         tap.reduce = partial(_sides, aggregate=aggregate)
-    counted = _Counted([tap.name for tap in taps], num_exemplars)
+    counted = _Counted([tap.name for tap in taps], number)
 
     def take(batches: Batches, batch: Batch, _output: object) -> None:
         seen = [(tap.seen, tap.positions) for tap in taps]  # measuring boxes runs the model
@@ -277,7 +279,7 @@ def exemplars(
             "the call": "exemplars",
             "the layer": [tap.name for tap in taps],
             "the model": [origin["model"], origin["model_sha256"]],
-            "num_exemplars": num_exemplars,
+            "num_exemplars": number,
             "aggregate": aggregate,
             "directions": described_options(
                 {tap.name: tap.matrix for tap in taps} if directions is not None else None

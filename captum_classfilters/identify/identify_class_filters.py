@@ -208,7 +208,7 @@ def identify_class_filters(
     """
     class_names = listed_names(class_names)
     with ranks_together() as ranks:
-        check_selection(num_filters, mass)
+        num_filters = check_selection(num_filters, mass)
         check_class_names(class_names, num_classes)
         options: JsonDict = {
             "num_classes": num_classes,

@@ -1,10 +1,11 @@
 """Filters removed in order of a score, or in sets: what the metrics over filters share."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from captum_classfilters._core.arguments import whole_number
 from captum_classfilters._core.filter_weights import filter_weights
 from captum_classfilters._core.layers import find_layer, layer_name, module_of
 from captum_classfilters._core.ranking import first_of
@@ -161,12 +162,25 @@ def in_words(removed: Tensor) -> str:
 # -- in order ----------------------------------------------------------------------------------------
 
 
+def one_or_several(num_filters: Iterable[int] | int) -> list[int]:
+    """Numbers of filters as a list, also if it is one number."""
+    one = whole_number(num_filters)
+    if one is not None:
+        return [one]
+    if not isinstance(num_filters, Iterable):
+        raise ValueError(
+            f"num_filters={num_filters!r}; expected numbers of filters, [1, 2, 5] say."
+        )
+    return list(num_filters)
+
+
 def curve_points(num_filters: Sequence[int] | None, most: int, default: int = 16) -> list[int]:
     """Numbers of filters from 0 to K; with every number j also K - j, so that orders can turn."""
     if num_filters is None:
         steps = min(default, most)
         chosen = {round(step * most / steps) for step in range(steps + 1)}
     else:
+        num_filters = one_or_several(num_filters)
         chosen = {int(size) for size in num_filters}
         if not chosen or min(chosen) < 0 or max(chosen) > most:
             raise ValueError(

@@ -33,6 +33,7 @@ from captum_classfilters.metrics.removals import (
     RANDOM,
     check_names,
     magnitude_control,
+    one_or_several,
     resolved_layer,
     reversed_name,
 )
@@ -138,6 +139,7 @@ def remove_and_retrain(
     layer = resolved_layer(model, layer)
     orders = _orders(model, layer, rankings, repetitions, weight_magnitude, seed)
     most = orders[RANDOM].shape[1]
+    num_filters = one_or_several(num_filters)
     sizes = sorted({int(size) for size in num_filters})
     if not sizes or sizes[0] < 1 or sizes[-1] >= most:
         raise ValueError(f"num_filters={list(num_filters)} must be numbers from 1 to {most - 1}.")

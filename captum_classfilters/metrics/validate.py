@@ -291,8 +291,11 @@ class _Relabeled:
 
 
 def _labels_of(batch: Batch) -> Tensor:
-    labels = torch.as_tensor(batch.labels).detach().cpu()
-    return checked_labels(labels, batch.size, None)[0]
+    """Labels in any form that identification takes; how many classes there are, its table says later."""
+    labels = torch.as_tensor(batch.labels)
+    hot = labels.dim() == 2 and labels.shape[1] > 1
+    number = labels.shape[1] if hot else max(2, int(labels.max()) + 1)
+    return batch.class_labels(number).cpu()
 
 
 def _rows(inputs: ModelInputs, kept: Tensor, size: int) -> ModelInputs:

@@ -8,7 +8,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from captum_classfilters._core.arguments import arguments_checked
+from captum_classfilters._core.arguments import arguments_checked, whole_number
 from captum_classfilters._core.energy import number_for_energy
 from captum_classfilters.spectral.marchenko_pastur import (
     fit_marchenko_pastur,
@@ -205,9 +205,10 @@ def _not_all_zero(values: Tensor) -> Tensor:
 
 
 def _top_k(values: Tensor, shape: tuple[int, int], *, k: int) -> int:
-    if isinstance(k, bool) or not isinstance(k, int) or not 0 <= k <= len(values):
+    number = whole_number(k)
+    if number is None or not 0 <= number <= len(values):
         raise ValueError(f"k={k!r} must be a whole number from 0 to {len(values)}.")
-    return k
+    return number
 
 
 def _energy(values: Tensor, shape: tuple[int, int], *, share: float = 0.9) -> int:

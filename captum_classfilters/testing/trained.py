@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from captum_classfilters._core.arguments import whole_number
 from captum_classfilters._core.tables import short_repr
 from captum_classfilters._core.tensor_files import Schema, read_tensors
 from captum_classfilters.testing.tasks import (
@@ -213,7 +214,7 @@ def trained_network(
         >>> network.verify().holds
         True
     """
-    _check(axis, level, seed)
+    level, seed = _checked(axis, level, seed)
     task = plan(axis, level)
     generator = torch.Generator().manual_seed(seed)
     patterns = draw_patterns(task.num_concepts, generator)
@@ -229,14 +230,16 @@ def trained_network(
     )
 
 
-def _check(axis: str, level: int, seed: int) -> None:
+def _checked(axis: str, level: int, seed: int) -> tuple[int, int]:
     if axis not in AXES:
         raise ValueError(f"axis={axis!r}; choose one of {', '.join(AXES)}.")
-    if type(level) is not int or level not in LEVELS[axis]:
+    numbers = whole_number(level), whole_number(seed)
+    if numbers[0] is None or numbers[0] not in LEVELS[axis]:
         levels = ", ".join(map(str, LEVELS[axis]))
         raise ValueError(f"level={level!r}; choose one of {levels}, the levels of {axis!r}.")
-    if type(seed) is not int or seed < 0:
+    if numbers[1] is None or numbers[1] < 0:
         raise ValueError(f"seed={seed!r}; expected a whole number from 0.")
+    return numbers[0], numbers[1]
 
 
 def _described(

@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from captum_classfilters._core.arguments import whole_number
 from captum_classfilters._core.names import hint, kind_of
 
 if TYPE_CHECKING:
@@ -124,12 +125,13 @@ def chosen(
         *Tensor* of int64.
     """
     size = len(sizes)
-    if isinstance(wanted, int) and not isinstance(wanted, bool):
-        if wanted < 1:
+    number = whole_number(wanted)
+    if number is not None:
+        if number < 1:
             raise ValueError(f"{what}={wanted}; expected a positive number.")
         order = sizes.nan_to_num(nan=-float("inf")).sort(descending=True, stable=True).indices
-        return order[:wanted].sort().values
-    if isinstance(wanted, (str, bool)):
+        return order[:number].sort().values
+    if isinstance(wanted, (str, int)):  # a bool
         raise ValueError(f"{what}={wanted!r}; expected a number, or a list.")
     known = {name: place for place, name in enumerate(names)}
     places = [known.get(entry, entry) if isinstance(entry, str) else entry for entry in wanted]

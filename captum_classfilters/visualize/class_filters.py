@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
-from captum_classfilters._core.arguments import arguments_checked
+from captum_classfilters._core.arguments import arguments_checked, whole_number
 from captum_classfilters.class_filters import ClassFilters
 from captum_classfilters.visualize.arrays import by_class, chosen, out_of
 from captum_classfilters.visualize.figures import (
@@ -71,7 +71,7 @@ def plot_class_filters(
     scores = class_filters.scores
     sizes = _largest(scores, 1)
     rows = chosen(classes, sizes, "classes", class_filters.class_names)
-    if isinstance(classes, int) and len(rows) < len(scores) and (sizes >= 0).any():
+    if whole_number(classes) is not None and len(rows) < len(scores) and (sizes >= 0).any():
         rows = rows[sizes[rows] >= 0]
     columns = chosen(filters, _largest(scores[rows], 0), "filters")
     if order == "class":

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from captum_classfilters._core.arguments import whole_number
 from captum_classfilters._core.names import listed_names
 from captum_classfilters._core.types import ClassNames
 from captum_classfilters.gates import assign_filters, filter_correlation
@@ -98,7 +99,7 @@ def plot_gate_and_weight(
                 f"other_weight has shape {tuple(other.shape)}; expected ({len(gate)}, K)."
             )
         shown = other[rows]
-        most = filters if isinstance(filters, int) else len(columns)
+        most = filters if whole_number(filters) is not None else len(columns)
         beside = chosen(most, shown.abs().amax(0), "filters")
         if order == "class":
             beside = beside[by_class(shown[:, beside])]

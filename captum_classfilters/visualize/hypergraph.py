@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from captum_classfilters._core.arguments import arguments_checked
+from captum_classfilters._core.arguments import arguments_checked, whole_number
 from captum_classfilters._core.extras import extra
 from captum_classfilters._core.names import listed_names
 from captum_classfilters._core.types import ClassNames
@@ -90,7 +90,7 @@ def plot_hypergraph(
     rows = chosen(classes, torch.from_numpy(share.sum(1)), "classes", full).numpy()
     share = share[rows]
     used = np.flatnonzero(share.any(0))
-    if isinstance(edges, int):
+    if whole_number(edges) is not None:
         used = used[chosen(edges, torch.from_numpy(share[:, used].sum(0)), "edges").numpy()]
         strongest = share[:, used].argmax(0)
         used = used[np.lexsort((strongest, (share[:, used] > 0).sum(0)))]
@@ -109,7 +109,7 @@ def plot_hypergraph(
     axes.tick_params(which="minor", length=0)
     axes.tick_params(labelsize=8)
     told = [
-        "direction, those of few classes first" if isinstance(edges, int) else "direction",
+        "direction, those of few classes first" if whole_number(edges) is not None else "direction",
         out_of(len(rows), hypergraph.num_classes, "classes"),
         out_of(len(used), len(hypergraph.edges), "directions"),
     ]

@@ -71,3 +71,11 @@ def test_missing_and_unfit_targets_are_refused_as_captum_does():
         own_scores(LOGITS, torch.tensor([1, 1, 1]), 2)
     with pytest.raises((AssertionError, IndexError)):
         class_indices(3, 3, 2)
+
+
+def test_the_advice_picks_the_scores_of_a_mapping():
+    output = {"features": torch.rand(2, 4, 3, 3), "scores": torch.rand(2, 3)}
+    with pytest.raises(ValueError, match=r"lambda output: output\['scores'\]\)"):
+        class_scores(output)
+    with pytest.raises(ValueError, match=r"lambda output: output\.scores\)"):
+        class_scores(SimpleNamespace(scores=output["scores"]))

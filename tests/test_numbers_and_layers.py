@@ -1,0 +1,145 @@
+"""Numbers, layers, targets and labels in unusual forms: taken, or refused by name."""
+
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from captum_classfilters import (
+    LayerClassGate,
+    LayerFilterAblation,
+    LayerFilterContribution,
+    LayerFilterFrequency,
+)
+from captum_classfilters._core.arguments import whole_number
+from captum_classfilters.heads import accuracy_curve, top_mass
+from captum_classfilters.identify import LabelPermutation, binomial_interval, exemplars
+from captum_classfilters.metrics import correlation_filters, filter_curves, validate
+from captum_classfilters.spectral import layer_svd, select_rank
+from captum_classfilters.testing import trained_network
+from captum_classfilters.visualize.arrays import chosen
+from tests.models import QUIET, batches, images, pool_linear
+
+ONE = np.int64(1)
+
+
+@pytest.mark.parametrize("value", [True, np.True_, torch.tensor(True), 1.0, "1", None, [1]])
+def test_what_is_no_whole_number(value):
+    assert whole_number(value) is None
+    assert whole_number(torch.tensor([1])) is None  # a list of one
+
+
+@pytest.mark.parametrize("value", [1, ONE, np.uint8(1), torch.tensor(1)])
+def test_whole_numbers_of_any_library(value):
+    assert type(whole_number(value)) is int
+
+
+def test_they_are_taken_wherever_a_number_is(tmp_path):
+    model, data = pool_linear(), batches()
+    method = LayerFilterFrequency(model, "1", top_k=ONE)
+    table = method.identify(data, num_filters=ONE, state_path=tmp_path / "state", **QUIET)
+    assert table.select(ONE) == table.select(1) == table
+    with pytest.raises(ValueError, match="num_filters=True is not a whole number"):
+        table.select(True)
+    assert LabelPermutation(permutations=np.int64(9)).record()["permutations"] == 9
+    found = exemplars(model, "1", data, num_exemplars=ONE, boxes=None, **QUIET)["1"]
+    assert found.highest.image.shape[1] == 1
+    assert select_rank(torch.tensor([3.0, 1.0]), (2, 2), "top_k", k=ONE) == 1
+    assert layer_svd(nn.Linear(3, 2), rank=ONE).left.shape == (2, 1)
+    assert trained_network("shared", level=ONE, seed=np.int64(0)).level == 1
+    assert chosen(ONE, torch.arange(3.0), "filters").tolist() == [2]
+
+
+@pytest.mark.parametrize("number", [2, np.int64(2), [2], (2,)])
+def test_one_number_of_filters_is_a_list_of_one(number):
+    model, data = pool_linear(), batches()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        table = LayerFilterContribution(model, "1").identify(data, num_filters=2, **QUIET)
+        assert accuracy_curve(model, table, data, num_filters=number, **QUIET).num_filters == [2]
+    curves = filter_curves(model, "1", images(2), torch.rand(2, 6), target=1, num_filters=number)
+    assert curves.num_filters == [0, 2, 4, 6]
+    assert top_mass(torch.rand(4, 3), torch.arange(4), number).num_filters == [2]
+    with pytest.raises(ValueError, match=r"num_filters=2.5; expected numbers of filters"):
+        accuracy_curve(model, table, data, num_filters=2.5, **QUIET)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("value", [0, object, nn.ReLU])
+def test_what_is_no_layer_is_named(value):
+    with pytest.raises(ValueError, match=r"layer=.*expected a module of the model, or its dotted"):
+        LayerFilterContribution(pool_linear(), value)
+
+
+def test_a_method_whose_layer_was_never_set_says_so():
+    with pytest.raises(ValueError, match="layer=None; expected a module"):
+        LayerFilterContribution(pool_linear(), None).attribute(images(), target=0)
+
+
+@pytest.mark.parametrize("value", ["1", 1.0, True])
+def test_an_axis_is_a_whole_number(value):
+    method = LayerFilterFrequency(pool_linear(), "1", channel_dim=value)
+    with pytest.raises(ValueError, match=r"channel_dim=.* is no axis"):
+        method.attribute(images())
+
+
+@pytest.mark.parametrize("number", [3, 9])
+def test_targets_of_another_number_than_the_images(number):
+    model = pool_linear()
+    target = torch.zeros(number, dtype=torch.int64)
+    for method in (
+        LayerFilterContribution(model, "1"),
+        LayerClassGate(model, model[1], torch.ones(3, 6)),
+    ):
+        with pytest.raises(AssertionError, match=f"target has {number} classes for 8 images"):
+            method.attribute(images(8), target=target)
+
+
+@pytest.mark.parametrize("name", ["target", "inputs", "return_convergence_delta"])
+def test_arguments_that_the_call_gives_itself(name):
+    """A target of one's own left rows that were called the classes and were all of one output."""
+    kwargs: dict[str, Any] = {name: 1}
+    with pytest.raises(ValueError, match=rf"attribute_kwargs holds '{name}'.*target= beside"):
+        LayerFilterContribution(pool_linear(), "1").identify(
+            batches(), attribute_kwargs=kwargs, **QUIET
+        )
+
+
+def test_a_batch_of_one_image_has_no_other_to_take():
+    x, y = images(5), torch.arange(5) % 3
+    method = LayerFilterAblation(pool_linear(), "1", replacement="resample")
+    with pytest.raises(ValueError, match="drop_last=True or another batch_size"):
+        method.identify([(x[:4], y[:4]), (x[4:], y[4:])], **QUIET)
+
+
+def test_a_selection_is_a_tensor():
+    table = LayerFilterFrequency(pool_linear(), "1").identify(batches(), **QUIET)
+    for mask in (table.selected.numpy(), table.selected.tolist()):
+        with pytest.raises(ValueError, match=r"expected a Tensor, as torch.as_tensor\(selected\)"):
+            table.with_selection(mask)
+        assert table.with_selection(torch.as_tensor(mask)) == table
+
+
+def test_more_successes_than_trials():
+    for number in (11, -1):
+        with pytest.raises(ValueError, match="successes must be from 0 to counts"):
+            binomial_interval(torch.tensor([number]), torch.tensor([10]))
+
+
+def test_labels_of_every_form_are_validated():
+    labels = torch.arange(60) % 3
+    one_hot = nn.functional.one_hot(labels, 3)
+    features = one_hot + 0.1 * torch.rand(60, 3)
+
+    def identify(loader):
+        parts = zip(*((inputs, own) for inputs, own in loader), strict=True)
+        return correlation_filters(*(torch.cat(part) for part in parts))
+
+    cards = [
+        validate(identify, [(features, own)], num_filters=1)
+        for own in (labels, labels[:, None], one_hot)
+    ]
+    for card in cards[1:]:
+        assert torch.equal(card.missing, cards[0].missing)
