@@ -45,7 +45,7 @@ def test_they_are_taken_wherever_a_number_is(tmp_path):
     with pytest.raises(ValueError, match="num_filters=True is not a whole number"):
         table.select(True)
     assert LabelPermutation(permutations=np.int64(9)).record()["permutations"] == 9
-    found = exemplars(model, "1", data, num_exemplars=ONE, boxes=None, **QUIET)["1"]
+    found = exemplars(model, "1", data, num_exemplars=ONE, boxes=False, **QUIET)["1"]
     assert found.highest.image.shape[1] == 1
     assert select_rank(torch.tensor([3.0, 1.0]), (2, 2), "top_k", k=ONE) == 1
     assert layer_svd(nn.Linear(3, 2), rank=ONE).left.shape == (2, 1)
@@ -118,7 +118,7 @@ def test_a_selection_is_a_tensor():
     table = LayerFilterFrequency(pool_linear(), "1").identify(batches(), **QUIET)
     for mask in (table.selected.numpy(), table.selected.tolist()):
         with pytest.raises(ValueError, match=r"expected a Tensor, as torch.as_tensor\(selected\)"):
-            table.with_selection(mask)
+            table.with_selection(mask)  # type: ignore[arg-type]
         assert table.with_selection(torch.as_tensor(mask)) == table
 
 

@@ -215,7 +215,10 @@ class TestValidate:
             ({"num_filters": 13}, "13"),
             ({"features": torch.rand(3, 12)}, "do not fit"),
             ({"dataloader": []}, "empty"),
-            ({"dataloader": [(torch.rand(4, 12), torch.rand(4))]}, "expected class indices"),
+            (
+                {"dataloader": [(torch.rand(4, 12), torch.rand(4))]},
+                "expected whole numbers, one class index",
+            ),
         ],
     )
     def test_what_is_refused(self, options, words):
