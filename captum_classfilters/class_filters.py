@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from captum_classfilters._core.arguments import arguments_checked, whole_number
+from captum_classfilters._core.equality import same
 from captum_classfilters._core.names import hint, kind_of, listed_names, shortened
 from captum_classfilters._core.ranking import descending, highest, rank_correlation, ranks
 from captum_classfilters._core.tables import (
@@ -858,7 +859,7 @@ class ClassFilters(Tabular):
             and (self.layer, self.method) == (other.layer, other.method)
             and dict(self.provenance) == dict(other.provenance)
             and all(
-                _equal(getattr(self, name), getattr(other, name))
+                same(getattr(self, name), getattr(other, name))
                 for name in self.__slots__
                 if name.startswith("_")
             )
@@ -1017,7 +1018,7 @@ def _same_numbers(table: ClassFilters, others: Sequence[ClassFilters]) -> bool:
     """Whether these numbers are there already; votes of a few images often are."""
     totals = (table._scores * table._counts[:, None]).nan_to_num()
     return not torch.equal(_snapped(totals), totals.round()) and any(
-        torch.equal(table._counts, other._counts) and _equal(table._scores, other._scores)
+        torch.equal(table._counts, other._counts) and same(table._scores, other._scores)
         for other in others
     )
 
@@ -1130,13 +1131,3 @@ def _check_selected(selected: Tensor, shape: torch.Size, seen: Tensor) -> None:
 def _own(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """A private copy on the CPU."""
     return tensor.detach().to(device="cpu", dtype=dtype, copy=True).contiguous()
-
-
-def _equal(left: Tensor | None, right: Tensor | None) -> bool:
-    if left is None or right is None:
-        return left is right
-    if left.is_floating_point():
-        return bool(torch.equal(left.nan_to_num(), right.nan_to_num())) and bool(
-            torch.equal(left.isnan(), right.isnan())
-        )
-    return bool(torch.equal(left, right))

@@ -1,17 +1,22 @@
 """Every result shows itself: a short line, a table that is text or HTML, and a data frame."""
 
 import ast
+import copy
 import dataclasses
 import importlib
 import pkgutil
 import sys
+from collections.abc import Callable
 from html.parser import HTMLParser
 
 import pytest
 import torch
+from torch import nn
+from torch.utils.data import DataLoader
 
 import captum_classfilters
 from captum_classfilters import ClassFilters
+from captum_classfilters._core.equality import same
 from captum_classfilters._core.names import close_names, short_name
 from captum_classfilters._core.tables import Tabular
 from tests.results import CLASSES, FILTERS, HOSTILE, NAMES, RESULTS, data, loader, method, table
@@ -97,6 +102,41 @@ def test_shows_itself(name):
         assert len(set(frame.columns)) == len(frame.columns)
     if NAMES[0] in str(result):
         assert any(NAMES[0] in text for text in html.text)  # escaped, and nothing is lost
+
+
+def holds(value, kind):
+    if dataclasses.is_dataclass(value):
+        value = [getattr(value, field.name) for field in dataclasses.fields(value) if field.compare]
+    value = list(value.values()) if isinstance(value, dict) else value
+    parts = value if isinstance(value, (list, tuple)) else []
+    return isinstance(value, kind) or any(holds(part, kind) for part in parts)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", [name for name in RESULTS if name in result_classes()])
+def test_equal_to_its_copy(name):
+    result = RESULTS[name]()
+    copied = copy.deepcopy(result)
+    if dataclasses.is_dataclass(result) and not holds(result, (nn.Module, DataLoader, Callable)):
+        assert result == copied
+        if type(result).__hash__ is not None:
+            assert hash(result) == hash(copied)
+    assert result == result
+    assert result != name
+
+
+def test_equal_by_value():
+    result = RESULTS["Essentiality"]()
+    for name, value in vars(result).items():
+        assert result != dataclasses.replace(result, **{name: value + 1})
+    for left, right in (
+        (torch.ones(2), torch.ones(3)),
+        (torch.ones(2), torch.ones(2).double()),
+        ([torch.ones(2)], [torch.zeros(2)]),
+        (float("nan"), 1.0),
+    ):
+        assert not same(left, right)
+        assert same(left, copy.deepcopy(left))
 
 
 @pytest.mark.parametrize("name", ["ClassFilters", "ModelSpectra", "FilterLayers", "ClassCurves"])

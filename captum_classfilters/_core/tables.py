@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from captum_classfilters._core.equality import equal_by_value
 from captum_classfilters._core.extras import extra
 from captum_classfilters._core.layers import layer_name, module_of, unwrapped
 from captum_classfilters._core.types import ForwardFunc
@@ -221,7 +222,8 @@ def text_table(
 
 def short_repr(cls: Class) -> Class:
     r"""
-    Give a dataclass or named tuple a ``repr`` of one line, with tensors by type and shape.
+    Give a dataclass or named tuple a ``repr`` of one line, with tensors by type and shape; dataclasses
+    are equal if their fields are, tensors by value.
 
     To stand above ``@dataclass``. A class that is :class:`Tabular` prints its table by ``__str__``
     and shows it in a notebook; another shows its fields there.
@@ -246,6 +248,8 @@ def short_repr(cls: Class) -> Class:
         return text if len(text) <= _LONGEST_LINE else f"{text[: _LONGEST_LINE - 2]}…)"
 
     cls.__repr__ = line  # type: ignore[assignment]
+    if dataclasses.is_dataclass(cls):
+        equal_by_value(cls)
     if not hasattr(cls, "_repr_html_"):
         cls._repr_html_ = _fields_as_html  # type: ignore[attr-defined]
     return cls

@@ -16,7 +16,7 @@ _METHODS = ("auto", "direct", "gram", "randomized")
 
 
 @short_repr
-@dataclass(frozen=True, eq=False)  # tensors have no single truth value
+@dataclass(frozen=True)
 class LayerSVD:
     r"""
     Singular value decomposition of a layer's unfolded weight, :math:`\bar W = U S V^\top`.

@@ -56,7 +56,7 @@ def layer_verdict(alpha: float, p_value: float = 0.0) -> Verdict:
 
 
 @short_repr
-@dataclass(frozen=True, eq=False)  # tensors have no single truth value
+@dataclass(frozen=True)
 class LayerSpectrum:
     r"""
     The eigenvalues of one layer's weight, and what random-matrix theory says of them.
