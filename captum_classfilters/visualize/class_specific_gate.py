@@ -211,7 +211,8 @@ def plot_mutual_information(
 
 
 def _highest_bound(bound: float | Tensor, num_classes: int) -> float:
-    bounds = numbers_of(bound, "The bounds")
+    one = torch.tensor(bound, dtype=torch.float64) if isinstance(bound, float) else bound
+    bounds = numbers_of(one, "The bounds")
     if bounds.numel() != 1 and bounds.shape != (num_classes,):
         raise ValueError(
             f"bound has shape {tuple(bounds.shape)}; expected a number, or one of each class, "

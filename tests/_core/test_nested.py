@@ -43,7 +43,7 @@ def test_round_trip():
     [
         ({"a": [1, {"b": print}]}, r"a\.1\.b is a builtin_function_or_method"),
         ({"a": {(1, 2): 3}}, r"a has the key \(1, 2\)"),
-        (object(), "The value is a object"),
+        (object(), "The value is an object"),
         ({"a": {1, 2}}, "a is a set"),
         ({"a": b"x"}, "a is a bytes"),
     ],

@@ -158,6 +158,6 @@ def test_what_only_code_could_make_again_is_named(tmp_path):
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), WithObject(4, 2))
     gate = ClassSpecificGate(2, 4).attach(model, "1")
     trainer = GatedTrainer(model, gate, torch.optim.SGD(model.parameters(), lr=0.1))
-    with pytest.raises(ValueError, match=r"model\.2\._extra_state\.kept is a object"):
+    with pytest.raises(ValueError, match=r"model\.2\._extra_state\.kept is an object"):
         trainer.save(tmp_path / "state")
     assert os.listdir(tmp_path) == []

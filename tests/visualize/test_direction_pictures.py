@@ -46,7 +46,7 @@ class OneChannel:
 def test_exemplar_sheet_draws_images_and_boxes():
     data = dataset()
     found = sheet_of(data)
-    _, grid = plot_exemplars(found, OneChannel(data), [2, 0], patches=False, class_names="abc")
+    _, grid = plot_exemplars(found, OneChannel(data), [2, 0], patches=False, class_names=[*"abc"])
     assert grid.shape == (2, 6)
     places = [("lowest", 0), ("lowest", 1), ("lowest", 2)]
     places += [("highest", 2), ("highest", 1), ("highest", 0)]

@@ -794,7 +794,7 @@ def test_units_and_data_sets_of_exemplars():
 def test_a_data_set_of_what_is_no_tensor():
     pil = pytest.importorskip("PIL.Image")
     pictures = [pil.new("RGB", (8, 8), (255, 0, 0))] * 3
-    with pytest.raises(ValueError, match=r"gives a Image; expected a Tensor .* to_display"):
+    with pytest.raises(ValueError, match=r"gives an Image; expected a Tensor .* to_display"):
         visualize.plot_exemplars(Data().exemplars(), pictures, [0])
     to_display = lambda image: torch.as_tensor(np.array(image)).permute(2, 0, 1)  # noqa: E731
     _, grid = visualize.plot_exemplars(Data().exemplars(), pictures, [0], to_display=to_display)
