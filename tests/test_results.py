@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 import captum_classfilters
 from captum_classfilters import ClassFilters
-from captum_classfilters._core.equality import same
+from captum_classfilters._core.equality import equal_by_value, same
 from captum_classfilters._core.names import close_names, short_name
 from captum_classfilters._core.tables import Tabular
 from tests.results import CLASSES, FILTERS, HOSTILE, NAMES, RESULTS, data, loader, method, table
@@ -317,3 +317,17 @@ def test_methods_say_what_they_are_bound_to():
     assert repr(kinds.FilterGate(net, "1")) == "FilterGate(Sequential, layer='1')"
     saliency = kinds.ClassFilterSaliency(net, None, table())
     assert repr(saliency).startswith("ClassFilterSaliency(Sequential, layer=None")
+
+
+def test_what_is_equal_has_equal_hashes():
+    """Whole numbers and floats, too, which are equal without being of one type."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Pair:
+        name: str
+        number: float
+
+    equal_by_value(Pair)
+    assert Pair("a", 1) == Pair("a", 1.0)
+    assert hash(Pair("a", 1)) == hash(Pair("a", 1.0))
+    assert Pair("a", 1) != Pair("b", 1)

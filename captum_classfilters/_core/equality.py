@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def same(left: object, right: object) -> bool:
-    """Whether two values hold the same; NaN is the same as NaN, an int not the same as a float."""
+    """Whether two values hold the same; NaN is the same as NaN."""
     if isinstance(left, Tensor) and isinstance(right, Tensor):
         if (left.shape, left.dtype) != (right.shape, right.dtype):
             return False
@@ -37,14 +37,15 @@ def same(left: object, right: object) -> bool:
 
 
 def equal_by_value(cls: type) -> None:
-    """Have objects of a dataclass compare by :func:`same`; the hash has what it hashes alike."""
+    """Have objects of a dataclass compare by :func:`same`; the hash is of the texts, which
+    are equal in one way only."""
 
     def equals(self: object, other: object) -> bool:
         return same(self, other) if type(other) is type(self) else NotImplemented
 
     def hashed(self: object) -> int:
         values = [getattr(self, field.name) for field in dataclasses.fields(cls) if field.compare]
-        return hash((cls, *(value for value in values if isinstance(value, (str, int)))))
+        return hash((cls, *(value for value in values if isinstance(value, str))))
 
     cls.__eq__ = equals  # type: ignore[assignment]
     if cls.__hash__ is not None:

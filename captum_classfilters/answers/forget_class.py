@@ -233,10 +233,8 @@ def _warn_unless_forgotten(
 ) -> None:
     """Warn if the changed model still names the class on images of it."""
     named: list[Tensor] = []
-    loader, split = [(inputs, None) for inputs in examples], lambda batch: batch
-    with read_batches(
-        model, loader, "forgotten", unpack=split, labeled=False, show_progress=False
-    ) as batches:
+    loader = [(inputs, None) for inputs in examples]
+    with read_batches(model, loader, "forgotten", labeled=False, show_progress=False) as batches:
         for batch in batches:
             scores = scores_per_class(model(*batch.inputs))
             named.append((scores.argmax(1) == class_index).cpu())

@@ -282,8 +282,8 @@ def _edit(
 ) -> HeadEdit:
     num_filters = head.weight.shape[1]
     of_directions = edit in ("directions", "oblique")
-    directions = _directions(shortcuts) if of_directions else torch.eye(num_filters)
-    most = directions.shape[1]
+    directions = _directions(shortcuts) if of_directions else None
+    most = num_filters if directions is None else directions.shape[1]
     if not most or not bool(shortcuts.filter_change.any()):
         raise ValueError(
             "The images with it have the same features as those without it, so there is nothing to edit."
@@ -291,7 +291,7 @@ def _edit(
     if size is not None and not 1 <= size <= most:
         raise ValueError(f"size={size} is out of range; choose 1 to {most} {_unit(edit)}.")
     means = shortcuts.without.features.double().mean(0)
-    if of_directions:
+    if directions is not None:
         default = min(most, max(1, num_filters // _FILTERS_PER_DIRECTION))
         directions = directions[:, : default if size is None else size]
         return HeadEdit(means, directions=directions, readers=_readers(directions, edit, shortcuts))
