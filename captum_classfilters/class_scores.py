@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from captum_classfilters._core.layers import ModelWrapper
+from captum_classfilters._core.outputs import class_scores
 from captum_classfilters._core.tables import model_name
 
 
@@ -22,8 +23,10 @@ class ClassScores(ModelWrapper):
     Args:
 
         model (nn.Module): The model.
-        scores (Callable): From what the model returns to scores (N, C), or to one logit (N,) or
-                    (N, 1) of a binary classifier.
+        scores (Callable, optional): From what the model returns to scores (N, C), or to one logit
+                    (N,) or (N, 1) of a binary classifier. By default to what this package reads by
+                    itself: a Tensor, an object's ``logits``, a mapping's ``logits`` or ``out``; for
+                    methods of other packages, which need a Tensor.
 
     Examples::
 
@@ -41,7 +44,7 @@ class ClassScores(ModelWrapper):
         'conv'
     """
 
-    def __init__(self, model: nn.Module, scores: Callable[[Any], Tensor]) -> None:
+    def __init__(self, model: nn.Module, scores: Callable[[Any], Tensor] = class_scores) -> None:
         super().__init__()
         self.wrapped_model = model
         self.scores = scores

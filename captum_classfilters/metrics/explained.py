@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,7 +125,7 @@ class Explained:
     def raw(self, inputs: Tensor, target: TargetType) -> Attributions:
         """What the method itself returns."""
         attribute = getattr(self.method, "attribute", self.method)
-        with warnings.catch_warnings(), torch.enable_grad():
+        with self._told_of_objects(inputs), warnings.catch_warnings(), torch.enable_grad():
             # Said of every batch, and nothing that whoever compares could change.
             warnings.filterwarnings("ignore", "Input Tensor .* did not already require gradients")
             warnings.filterwarnings("ignore", r"Setting forward, backward hooks and attributes")
@@ -132,6 +133,22 @@ class Explained:
                 return attribute(inputs, target=target, **self.options)
             gates = self.gate.ones(len(inputs))
             return attribute(gates, target=target, additional_forward_args=inputs, **self.options)
+
+    @contextmanager
+    def _told_of_objects(self, inputs: Tensor) -> Iterator[None]:
+        """Say what is wrong where a method of another package fails at a model that returns an object."""
+        try:
+            yield
+        except Exception as error:
+            model = getattr(self.method, "forward_func", None)
+            model = model.model if isinstance(model, FilterGate) else model
+            output = model(inputs) if isinstance(model, nn.Module) else inputs
+            if isinstance(output, Tensor):
+                raise
+            raise ValueError(
+                f"{self.name!r} needs a model that returns a Tensor, and this one returns "
+                f"{kind_of(output)}: compare ClassScores(model), with methods made of it."
+            ) from error
 
     def space(self, inputs: Tensor, target: TargetType) -> tuple[str, nn.Module | None]:
         """``"pixels"``, or the layer's name and the layer."""

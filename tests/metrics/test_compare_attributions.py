@@ -2,6 +2,7 @@
 
 import importlib
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from torch import nn
 
 from captum_classfilters import (
     ClassFilterSaliency,
+    ClassScores,
     FilterGate,
     LayerFilterContribution,
     LayerFilterFrequency,
@@ -376,6 +378,43 @@ def test_bad_input_says_what_would_be_right(methods, options, message):
     model = deep()
     with pytest.raises(ValueError, match=message):
         compare(model, methods(model), **options)
+
+
+def test_a_model_that_returns_an_object_is_wrapped_as_the_message_says():
+    class Returns(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = deep()
+
+        def forward(self, x):
+            return SimpleNamespace(logits=self.net(x))
+
+    def methods(model, stage1):
+        return {
+            "pixels": Saliency(model),
+            "gates": InputXGradient(FilterGate(model, stage1)),
+            "ours": LayerFilterContribution(model, stage1),
+        }
+
+    model, plain = Returns().eval(), deep()
+    for name in ("pixels", "gates"):
+        with pytest.raises(
+            ValueError, match=f"'{name}' needs .* a SimpleNamespace: compare ClassSc"
+        ):
+            compare(model, {name: methods(model, model.net.stage1)[name]})
+    scored = ClassScores(model)
+    found = compare(scored, methods(scored, model.net.stage1))
+    expected = compare(plain, methods(plain, plain.stage1))
+    assert found.pixels is not None
+    assert expected.pixels is not None
+    for ours, theirs in (
+        (found.pixels, expected.pixels),
+        (found.filters["net.stage1"], expected.filters["stage1"]),
+    ):
+        assert ours.values.keys() == theirs.values.keys()
+        for name, values in theirs.values.items():
+            for metric in values.keys() - {"seconds"}:
+                torch.testing.assert_close(ours.values[name][metric], values[metric])
 
 
 def test_one_target_and_one_image():
