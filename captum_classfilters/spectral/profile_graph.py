@@ -10,8 +10,10 @@ from numpy.typing import NDArray
 from scipy import sparse
 from torch import Tensor, nn
 
+from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.batches import Batch, Batches
 from captum_classfilters._core.extras import extra
+from captum_classfilters._core.names import kind_of
 from captum_classfilters._core.types import Dataloader, Directions, Unpack
 from captum_classfilters._core.units import UnitTap, read_units, units_of
 from captum_classfilters.spectral.influential import influential
@@ -23,6 +25,7 @@ GraphKind = Literal["channel", "direction"]
 _ENTRIES_AT_ONCE = 2**22  # of contributions that are weighed together
 
 
+@arguments_checked
 def profile_graph(
     model: nn.Module,
     layers: Sequence[str | nn.Module],
@@ -179,6 +182,7 @@ def distance_matrix(
     return nodes, 1 - np.exp(-distances / (2 * spread))
 
 
+@arguments_checked
 def persistence(
     distances: NDArray[np.float64], *, max_dimension: int = 1
 ) -> list[NDArray[np.float64]]:
@@ -198,7 +202,12 @@ def persistence(
         ImportError: Ripser is missing.
         ValueError: The matrix is not symmetric.
     """
-    values = np.asarray(distances, dtype=np.float64)
+    try:
+        values = np.asarray(distances, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"distances is {kind_of(distances)}; take the second of what distance_matrix returns."
+        ) from error
     if values.ndim != 2 or not np.array_equal(values, values.T, equal_nan=False):
         raise ValueError(
             f"distances have shape {values.shape} and must be a symmetric matrix; take those of "

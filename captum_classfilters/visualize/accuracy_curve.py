@@ -51,8 +51,8 @@ def plot_accuracy_curve(
         axes.plot(x, middle, color=GRAY, linestyle=":", label="random filters")
         if curve.random_standard_deviation:
             spread = [100 * value for value in curve.random_standard_deviation]
-            low = [a - b for a, b in zip(middle, spread, strict=True)]
-            high = [a + b for a, b in zip(middle, spread, strict=True)]
+            low = [max(0.0, a - b) for a, b in zip(middle, spread, strict=True)]
+            high = [min(100.0, a + b) for a, b in zip(middle, spread, strict=True)]
             axes.fill_between(x, low, high, color=GRAY, alpha=0.2, linewidth=0)
     axes.set_xscale("log")
     ticks = _apart(sorted(x))

@@ -1,6 +1,7 @@
 """Contributions between layers, graphs, distances and persistence, by hand."""
 
 import sys
+from typing import Any
 
 import networkx
 import numpy as np
@@ -153,6 +154,10 @@ def test_persistence():
     assert loops[0, 0] == pytest.approx(step, rel=1e-5)
     with pytest.raises(ValueError, match="directed=False"):
         persistence(distance_matrix(chain(), directed=True)[1])
+    wrong: list[Any] = [chain(), distance_matrix(chain())]
+    for distances in wrong:
+        with pytest.raises(ValueError, match=r"distances (is|have).*distance_matrix"):
+            persistence(distances)
 
 
 def test_missing_packages(monkeypatch):

@@ -115,7 +115,7 @@ class TestPictures:
             {},
             0.9,
             [0.1, 0.1, 0.9],
-            [0.01, 0.02, 0.0],
+            [0.01, 0.2, 0.3],
             10,
         )
         _, axes = plot_accuracy_curve(curve)
@@ -123,6 +123,8 @@ class TestPictures:
         assert drawn["ours"] == pytest.approx([20, 50, 90])
         assert drawn["random filters"] == pytest.approx([10, 10, 90])
         assert drawn["all filters"][0] == pytest.approx(90)
+        band = np.asarray(axes.collections[0].get_paths()[0].vertices)[:, 1]
+        assert (band.min(), band.max()) == (0, 100)  # shares, whatever the deviation
 
     @pytest.mark.parametrize("channels", [1, 3])
     def test_explanations_survive_maps_of_zeros(self, channels):
