@@ -13,7 +13,7 @@ demo: $(VENV)/.installed-demo
 	$(BIN)/captum-classfilters demo --output $(DEMO_OUTPUT)
 
 test: $(VENV)/.installed-test
-	OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist worksteal
 
 # Damaged files, killed runs, threads and failing processes; within 20 minutes on two cores.
 attack: $(VENV)/.installed-test
