@@ -4,8 +4,10 @@ import dataclasses
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from fractions import Fraction
+from types import NoneType, UnionType
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -21,21 +23,28 @@ from captum_classfilters.spectral import fit_marchenko_pastur, fit_power_law, se
 from captum_classfilters.testing import recovery
 
 
+def public_objects() -> Iterator[tuple[str, Any]]:
+    """All public functions and classes, with their rooms."""
+    for info in pkgutil.iter_modules(captum_classfilters.__path__, "captum_classfilters."):
+        module = importlib.import_module(info.name)
+        for name in getattr(module, "__all__", ()):
+            public = getattr(module, name)
+            if hasattr(public, "__name__"):
+                yield info.name.split(".")[1], public
+
+
 def public_with(
     kind: Callable[[object], bool], takes: Callable[[object], bool]
 ) -> dict[str, tuple[Any, list[str]]]:
     """Public objects of a kind, and those of their parameters that take something."""
     found = {}
-    for info in pkgutil.iter_modules(captum_classfilters.__path__, "captum_classfilters."):
-        module = importlib.import_module(info.name)
-        for name in getattr(module, "__all__", ()):
-            public = getattr(module, name)
-            if not kind(public):
-                continue
-            parameters = inspect.signature(public).parameters.values()
-            own = [parameter.name for parameter in parameters if takes(parameter.annotation)]
-            if own:
-                found[f"{info.name.split('.')[1]}.{name}"] = public, own
+    for room, public in public_objects():
+        if not kind(public):
+            continue
+        parameters = inspect.signature(public).parameters.values()
+        own = [parameter.name for parameter in parameters if takes(parameter.annotation)]
+        if own:
+            found[f"{room}.{public.__name__}"] = public, own
     return found
 
 
@@ -55,14 +64,18 @@ def does_more_than_keep(public: object) -> bool:
 def others_of(public: Any, own: str) -> dict[str, object]:
     """What else must be given: of the right type, or of no interest yet."""
     return {
-        name: torch.ones(2)
-        if parameter.annotation in (Tensor, Tensor | None)
-        else object.__new__(parameter.annotation)
-        if is_of_the_package(parameter.annotation)
-        else None
+        name: some_of(parameter.annotation)
         for name, parameter in inspect.signature(public).parameters.items()
         if parameter.default is parameter.empty and name != own
     }
+
+
+def some_of(annotation: object) -> object:
+    """A Tensor, a number or an object of ours; None for whatever else is annotated."""
+    kind: Any = get_args(annotation)[0] if isinstance(annotation, UnionType) else annotation
+    if kind in (Tensor, int, float):
+        return torch.ones(2) if kind is Tensor else 1
+    return object.__new__(kind) if is_of_the_package(kind) else None
 
 
 FUNCTIONS = public_with(inspect.isfunction, lambda kind: kind in (Tensor, Tensor | None))
@@ -101,6 +114,88 @@ def test_what_is_no_object_of_ours_is_named(name, value):
         kind = kind_of(value)
         with pytest.raises(ValueError, match=f"^{own} is {kind}; expected {right.__name__}.$"):
             public(**{own: value}, **others)
+
+
+def kinds_of_number(annotation: object) -> set[type]:
+    """The kinds of number that an annotation allows, if it allows nothing else but None."""
+    kinds = {*(get_args(annotation) if isinstance(annotation, UnionType) else [annotation])}
+    numbers = kinds & {int, float}
+    return numbers if kinds <= {int, float, NoneType} else set()
+
+
+def with_numbers() -> dict[str, tuple[Any, dict[str, set[type]]]]:
+    """Public functions and methods that do more than keep what they are given, and their numbers."""
+    found = {}
+    for room, public in public_objects():
+        methods = vars(public) if inspect.isclass(public) else {"": public}
+        for name, value in methods.items():
+            function = getattr(value, "__func__", value)
+            kept = name == "__init__" and dataclasses.is_dataclass(public)
+            own = name == "__init__" or not name.startswith("_")
+            if not inspect.isfunction(function) or kept or not own:
+                continue
+            parameters = inspect.signature(function).parameters.values()
+            numbers = {p.name: kinds_of_number(p.annotation) for p in parameters}
+            numbers = {parameter: kinds for parameter, kinds in numbers.items() if kinds}
+            if numbers:
+                found[f"{room}.{public.__name__}.{name}".strip(".")] = function, numbers
+    return found
+
+
+NUMBERS = with_numbers()
+del NUMBERS["gates.ClassSpecificGate.forward"]  # that PyTorch compiles and traces
+
+
+def test_numbers_are_found():
+    assert len(NUMBERS) > 120
+    assert NUMBERS["answers.find_shortcuts"][1]["permutations"] == {int}
+    assert NUMBERS["attr.LayerFilterFrequency.__init__"][1]["top_k"] == {int}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_what_is_no_number_is_named(name):
+    function, numbers = NUMBERS[name]
+    for own, kinds in numbers.items():
+        others = others_of(function, own)
+        wrong = ["two", True, [2], np.ones(2), torch.tensor(True), np.bool_(True)]
+        wrong += [1.5, np.float32(1.5), float("nan")] if kinds == {int} else []
+        for value in wrong:
+            with pytest.raises(ValueError, match=rf"^{own}=.*; expected a (whole )?number"):
+                function(**others, **{own: value})
+
+
+def test_other_mistakes_are_told_as_python_does():
+    with pytest.raises(TypeError, match=r"psi\(\) got an unexpected keyword argument 'image'"):
+        psi(image=3)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match=r"psi\(\) missing 1 required positional argument"):
+        psi(torch.rand(4, 2))  # type: ignore[call-arg]
+
+
+def test_numbers_arrive_as_pythons():
+    @arguments_checked
+    def function(whole: int, real: float = 0.5, none: int | None = None) -> tuple[object, ...]:
+        return whole, real, none
+
+    twos: list[Any] = [
+        2,
+        2.0,
+        np.int64(2),
+        np.float32(2),
+        torch.tensor(2),
+        np.array(2),
+        Fraction(2),
+    ]
+    for two in twos:
+        whole, real, none = function(two, real=two, none=two)
+        assert (whole, real, none) == (2, 2, 2)
+        assert (type(whole), type(none)) == (int, int)
+        assert type(real) in (int, float)
+    assert function(1) == (1, 0.5, None)
+    assert function(1, none=None) == (1, 0.5, None)
+    quarter: Any = torch.tensor(0.25)
+    assert function(1, real=quarter)[1] == 0.25
+    with pytest.raises(ValueError, match="none='two'; expected a whole number or None"):
+        function(1, none="two")  # type: ignore[arg-type]
 
 
 def test_none_may_be_left_out_and_takes_part_in_the_message():

@@ -11,7 +11,13 @@ from torch.utils.data import ConcatDataset, DataLoader, Subset, TensorDataset
 
 from captum_classfilters import ClassFilters, LayerFilterAblation, LayerFilterContribution
 from captum_classfilters._core.batches import dataset_names
-from captum_classfilters.answers import build_specialist, find_shortcuts, repair_confusion
+from captum_classfilters.answers import (
+    audit_forgetting,
+    build_specialist,
+    find_shortcuts,
+    forget_class,
+    repair_confusion,
+)
 from captum_classfilters.identify import collect_evidence, confusion_filters, contrast_classes
 from captum_classfilters.spectral import class_hypergraph
 from captum_classfilters.visualize import plot_gate_and_weight
@@ -107,6 +113,25 @@ def test_answers_refuse_them_too(names, message):
     ):
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def test_a_class_to_forget_is_given_by_a_name():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)).eval()
+    x = torch.rand(30, 4, 2, 2)
+    data = [(x, torch.arange(30) % 3)]
+    named = forget_class(model, data, "dog", class_names=iter(NAMES), **QUIET)
+    assert torch.equal(named(x), forget_class(model, data, 1, **QUIET)(x))
+    models = {"original": model, "forgotten": named}
+    audits = [
+        audit_forgetting(models, class_, data, data, class_names=names, **QUIET)
+        for class_, names in (("dog", iter(NAMES)), (1, None))
+    ]
+    assert audits[0] == audits[1]
+    with pytest.raises(ValueError, match="'dog'"):
+        forget_class(model, data, "dog", **QUIET)
+    with pytest.raises(ValueError, match="class_names has 2 names; expected 3"):
+        audit_forgetting(models, 1, data, data, class_names=NAMES[:2], **QUIET)
 
 
 class Named(TensorDataset):

@@ -35,7 +35,10 @@ def test_tables_come_in_the_form_of_the_methods() -> None:
     )
     assert_type(several, list[ClassFilters])
     named = identify_class_filters(
-        {"ours": one, "Captum's": LayerGradCam(model, model[1])}, data, show_progress=False
+        {"ours": one, "Captum's": LayerGradCam(model, model[1])},
+        data,
+        attribute_kwargs={"Captum's": {"attr_dim_summation": False}},
+        show_progress=False,
     )
     assert_type(named, dict[str, ClassFilters])
     assert isinstance(table, ClassFilters)

@@ -1,16 +1,17 @@
-"""Arguments that should be Tensors or objects of this package and are not, refused by name."""
+"""Arguments that should be Tensors, numbers or objects of this package and are not, refused by name."""
 
 import inspect
 import operator
 from collections.abc import Callable
 from functools import wraps
+from numbers import Real
 from types import NoneType, UnionType
 from typing import ParamSpec, TypeVar, get_args
 
 import torch
 from torch import Tensor
 
-from captum_classfilters._core.names import kind_of
+from captum_classfilters._core.names import kind_of, shortened
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -20,21 +21,31 @@ _PACKAGE = __name__.partition(".")[0]
 def arguments_checked(function: Callable[P, R]) -> Callable[P, R]:
     """Have a function raise a ValueError that names an argument of the wrong type.
 
-    Looked at are the parameters that are annotated as ``Tensor``, as a class of this package, or as
-    one of these or None.
+    Looked at are the parameters that are annotated as ``Tensor``, as a class of this package, as
+    ``int`` or ``float``, or as one of these or None. Numbers of NumPy, and whole ones that a division
+    left as floats, arrive as Python's.
     """
     signature = inspect.signature(function)
-    expected = {name: _kinds(p.annotation) for name, p in signature.parameters.items()}
-    expected = {name: kinds for name, kinds in expected.items() if kinds}
+    annotations = {name: p.annotation for name, p in signature.parameters.items()}
+    expected = {name: kinds for name, a in annotations.items() if (kinds := _kinds(a))}
+    numbers = {name: kinds for name, a in annotations.items() if (kinds := _numbers(a))}
 
     @wraps(function)
     def checked(*args: P.args, **kwargs: P.kwargs) -> R:
-        given = signature.bind_partial(*args, **kwargs).arguments
+        try:
+            bound = signature.bind_partial(*args, **kwargs)
+        except TypeError:
+            return function(*args, **kwargs)  # which says in whose call
+        given = bound.arguments
         for name, kinds in expected.items():
             if name in given and not isinstance(given[name], kinds):
                 found = kind_of(given[name])
-                raise ValueError(f"{name} is {found}; expected {_wanted(name, kinds)}.")
-        return function(*args, **kwargs)
+                wanted = _wanted(name, kinds, given[name])
+                raise ValueError(f"{name} is {found}; expected {wanted}.")
+        for name, kinds in numbers.items():
+            if name in given and (given[name] is not None or NoneType not in kinds):
+                given[name] = _number(name, given[name], kinds)
+        return function(*bound.args, **bound.kwargs)
 
     return checked
 
@@ -64,7 +75,41 @@ def _is_own(kind: object) -> bool:
     return kind is Tensor or kind.__module__.partition(".")[0] == _PACKAGE
 
 
-def _wanted(name: str, kinds: tuple[type, ...]) -> str:
+def _numbers(annotation: object) -> tuple[type, ...]:
+    """The kinds of number that an annotation allows, and None, if it allows nothing else."""
+    kinds = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
+    return tuple(kinds) if {*kinds} & {int, float} and {*kinds} <= {int, float, NoneType} else ()
+
+
+def _number(name: str, value: object, kinds: tuple[type, ...]) -> int | float:
+    """A number of Python's."""
+    whole = whole_number(value)
+    if whole is not None:
+        return whole
+    number = _real(value)
+    if number is None or (float not in kinds and not number.is_integer()):
+        right = "a number" if float in kinds else "a whole number"
+        right += " or None" if NoneType in kinds else ""
+        raise ValueError(f"{name}={shortened(value)}; expected {right}.")
+    return number if float in kinds else int(number)
+
+
+def _real(value: object) -> float | None:
+    """A number, also of an array of none dimensions, as a float; None of whatever is none."""
+    single = getattr(value, "shape", None) == ()
+    if isinstance(value, bool) or "bool" in str(getattr(value, "dtype", "")):
+        return None
+    if not single and not isinstance(value, Real):
+        return None
+    try:
+        return float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, RuntimeError):
+        return None
+
+
+def _wanted(name: str, kinds: tuple[type, ...], given: object) -> str:
+    if Tensor in kinds and isinstance(getattr(given, "weight", None), Tensor):  # a gate, a head
+        return f"a Tensor, as {name}.weight is"
     if Tensor in kinds:
         return f"a Tensor, as torch.as_tensor({name}) gives"
     return " or ".join("None" if kind is NoneType else kind.__name__ for kind in kinds)

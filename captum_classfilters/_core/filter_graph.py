@@ -21,7 +21,6 @@ from captum_classfilters._core.layers import (
     check_runs,
     find_layer,
     layer_axis,
-    layer_name,
 )
 from captum_classfilters._core.types import ModelInputs
 
@@ -364,13 +363,3 @@ def listed(names: Iterable[str]) -> str:
     several = list(dict.fromkeys(names))
     shown = ", ".join(map(repr, several[:6]))
     return f"{shown} and {len(several) - 6} more" if len(several) > 6 else shown
-
-
-def name_of(model: nn.Module, layer: nn.Module | str) -> str:
-    """The dotted name of a layer given by itself or by its name, which must be the model's."""
-    if isinstance(layer, str):
-        find_layer(model, layer)
-        return layer
-    if not any(module is layer for module in model.modules()):
-        raise ValueError(f"The given {type(layer).__name__} is not a layer of this model.")
-    return layer_name(model, layer)

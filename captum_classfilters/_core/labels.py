@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -16,12 +15,11 @@ def check_num_classes(num_classes: int | None, target: int | None = None) -> Non
     """Raise, before any data are read, for a number of classes, or one class, that cannot be meant.
 
     Raises:
-        ValueError: It is no whole number, or too small.
+        ValueError: It is too small.
     """
     for name, value, least in (("num_classes", num_classes, 1), ("target", target, 0)):
-        whole = isinstance(value, Integral) and not isinstance(value, bool)
-        if value is not None and not (whole and value >= least):
-            raise ValueError(f"{name}={value!r}; expected a whole number of at least {least}.")
+        if value is not None and value < least:
+            raise ValueError(f"{name}={value}; expected at least {least}.")
 
 
 @dataclass(frozen=True)

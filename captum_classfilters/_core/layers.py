@@ -171,12 +171,33 @@ def layer_name(model: nn.Module | None, layer: nn.Module | None) -> str:
     return type(layer).__name__
 
 
+def name_of(model: nn.Module, layer: nn.Module | str) -> str:
+    """The dotted name of a layer given by itself or by its name, which must be the model's."""
+    if isinstance(layer, str):
+        find_layer(model, layer)
+        return layer
+    if not isinstance(layer, nn.Module):
+        raise ValueError(
+            f"A layer is given by itself or by its dotted name, not by {kind_of(layer)}."
+        )
+    if not any(module is layer for module in model.modules()):
+        raise ValueError(
+            f"The given {type(layer).__name__} is not a layer of this {type(model).__name__}; pass the "
+            "layer's dotted name, which its copies have, too."
+        )
+    return layer_name(model, layer)
+
+
 def find_layers(
     model: nn.Module, layers: str | nn.Module | Sequence[str | nn.Module]
 ) -> dict[str, nn.Module]:
     """One layer or several, given as modules or dotted names, by their names."""
     several = [layers] if isinstance(layers, (str, nn.Module)) else layers
-    modules = [find_layer(model, layer) if isinstance(layer, str) else layer for layer in several]
+    names = [name_of(model, layer) for layer in several]
+    modules = [
+        layer if isinstance(layer, nn.Module) else find_layer(model, name)
+        for layer, name in zip(several, names, strict=True)
+    ]
     return {layer_name(model, module): module for module in modules}
 
 

@@ -89,7 +89,8 @@ def listed_names(
 
 def check_list(name: str, value: object) -> None:
     """Raise if an argument that takes several numbers or names is a single one."""
-    if isinstance(value, str) or not isinstance(value, Iterable):
+    single = getattr(value, "shape", None) == ()
+    if isinstance(value, str) or single or not isinstance(value, Iterable):
         one = "name" if isinstance(value, str) else "number"
         raise ValueError(f"{name}={shortened(value)} is one {one}; expected a list of them.")
 

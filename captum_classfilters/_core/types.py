@@ -55,6 +55,10 @@ class Decomposed(Protocol):
 Directions: TypeAlias = Tensor | Decomposed
 
 
+#: Keywords of ``attribute``; of several methods, such by a method's name or place.
+AttributeKwargs: TypeAlias = Mapping[str, object] | Mapping[int, object]
+
+
 class Replay(Protocol):
     """A batch that has run once, ready to run without some of its K filters, or pixels."""
 

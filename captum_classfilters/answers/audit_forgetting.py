@@ -7,12 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.batches import dataset_names
 from captum_classfilters._core.layers import find_layer
-from captum_classfilters._core.names import kind_of
+from captum_classfilters._core.names import kind_of, listed_names
 from captum_classfilters._core.tables import Row, Table, Tabular, short_repr
-from captum_classfilters._core.types import Dataloader, Unpack
-from captum_classfilters.class_filters import index_of_class, names_of_classes
+from captum_classfilters._core.types import ClassNames, Dataloader, Unpack
+from captum_classfilters.class_filters import given_or_known_names, index_of_class
 from captum_classfilters.heads.head_features import HeadFeatures, head_features
 from captum_classfilters.heads.linear_head import LinearHead, scoring_head
 
@@ -60,6 +61,7 @@ class ForgettingAudit(Tabular):
         return [Table(rows, bars=())]
 
 
+@arguments_checked
 @torch.inference_mode(False)
 def audit_forgetting(
     models: Mapping[str, nn.Module],
@@ -68,6 +70,7 @@ def audit_forgetting(
     dataloader: Dataloader,
     *,
     head: str | None = None,
+    class_names: ClassNames | None = None,
     seed: int = 0,
     unpack: Unpack | None = None,
     show_progress: bool = True,
@@ -87,12 +90,14 @@ def audit_forgetting(
         models (mapping of str to nn.Module): The models by names, the original, the one that forgot
                     and one trained without the class, for example; all end in a linear head with
                     the same classes.
-        class_index (int or str): The class, by name where the data set knows names.
+        class_index (int or str): The class, or its name.
         train_loader (iterable): Batches of (inputs, labels) that probes learn from, images of all
                     classes.
         dataloader (iterable): Batches of (inputs, labels) that all is measured on.
         head (str, optional): The heads' dotted name, the same in all models. By default the linear
                     layer that puts out a model's scores.
+                    Default: None
+        class_names (sequence of str, optional): C names. By default those of the data set.
                     Default: None
         seed (int): Which images of other classes are among the neighbors.
                     Default: 0
@@ -124,7 +129,8 @@ def audit_forgetting(
     if not isinstance(models, Mapping) or not models:
         found = "empty" if isinstance(models, Mapping) else kind_of(models)
         raise ValueError(f"models is {found}; expected models by name, {{'original': model}}.")
-    known, measured = dataset_names(train_loader), []
+    class_names, known = listed_names(class_names), dataset_names(train_loader)
+    measured = []
     for name, model in models.items():
         own_head, train_loader = scoring_head(
             model, train_loader, _in_copy(model, head), unpack=unpack
@@ -135,7 +141,8 @@ def audit_forgetting(
                 f"The head of {name!r} has one output; an audit asks what the scores of the other "
                 "classes tell, so it needs one output for each class."
             )
-        index = index_of_class(class_index, names_of_classes(known, number))
+        names = given_or_known_names(class_names, known, number)
+        index = index_of_class(class_index, names)
         learned, asked = (
             head_features(model, own_head, loader, unpack=unpack, show_progress=show_progress)
             for loader in (train_loader, dataloader)
@@ -153,6 +160,10 @@ def _in_copy(model: nn.Module, head: str | None) -> str | None:
     """A head's name in a model, or in a copy in which :func:`forget_class` put it behind another layer."""
     if head is None:
         return None
+    if not isinstance(head, str):
+        raise ValueError(
+            f"head is {kind_of(head)}; expected its dotted name, which is the same in all models."
+        )
     inside = [name for name, _ in find_layer(model, head).named_children()]
     return f"{head}.head" if inside == ["forget", "head"] else head
 

@@ -36,13 +36,21 @@ def images_of_classes(
     reading: dict[str, Any],
 ) -> list[Images]:
     """The images of some classes, each class's in random parts, with their places as labels."""
-    found, places = [], []
+    found: list[Tensor] = []
+    places: list[Tensor] = []
     with read_batches(model, dataloader, "images", **reading) as batches:
         for batch in batches:
             check_one_input(batch.inputs, batch.number)
             labels = batches.class_labels(batch, num_classes)
             belongs, which = (labels[:, None] == torch.tensor(rows).to(labels)).long().max(1)
-            found.append(batch.inputs[0][belongs.bool()].cpu())
+            own = batch.inputs[0][belongs.bool()].cpu()
+            if found and own.shape[1:] != found[0].shape[1:]:
+                raise ValueError(
+                    f"Batch {batch.number} has images of shape {tuple(own.shape[1:])}, those before of "
+                    f"{tuple(found[0].shape[1:])}; expected images of one size, as the data set's "
+                    "transform can make them."
+                )
+            found.append(own)
             places.append(which[belongs.bool()].cpu())
     x, y = torch.cat(found), torch.cat(places)
     counts = torch.bincount(y, minlength=len(rows)).tolist()

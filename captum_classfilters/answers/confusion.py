@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.batches import dataset_names
 from captum_classfilters._core.ranking import descending, random_sets
 from captum_classfilters._core.tables import Table, Tabular, short_repr
@@ -113,6 +114,7 @@ class ConfusionRepair(Tabular):
         return [Table(rows, formats, title, notes=notes, bars=("change",))]
 
 
+@arguments_checked
 @torch.inference_mode(False)
 def repair_confusion(
     model: nn.Module,
@@ -121,7 +123,7 @@ def repair_confusion(
     true: int | str,
     predicted: int | str,
     *,
-    head: str | None = None,
+    head: nn.Module | str | None = None,
     class_names: ClassNames | None = None,
     size: int | None = None,
     repetitions: int = 20,
@@ -150,7 +152,8 @@ def repair_confusion(
         judged (iterable): Batches of *other* images to judge it on.
         true (int or str): The images' own class, by index, or by name where names are known.
         predicted (int or str): The class that they are taken for.
-        head (str, optional): Dotted name of the head; by default the last linear layer.
+        head (nn.Module or str, optional): The head, or its dotted name; by default the last
+                    linear layer.
                     Default: None
         class_names (sequence of str, optional): C names. By default those of the data set.
         size (int, optional): How many entries to edit, also where that turns more wrong than right.

@@ -19,10 +19,10 @@ from captum_classfilters._core.batches import (
 from captum_classfilters._core.copies import copied
 from captum_classfilters._core.layers import find_layer, find_layers
 from captum_classfilters._core.outputs import scores_per_class
-from captum_classfilters._core.types import Dataloader, ModelInputs, Unpack
+from captum_classfilters._core.types import ClassNames, Dataloader, ModelInputs, Unpack
 from captum_classfilters._core.units import Rows, UnitTap, aggregated, read_units
 from captum_classfilters._core.warnings import warn
-from captum_classfilters.class_filters import index_of_class, names_of_classes
+from captum_classfilters.class_filters import given_or_known_names, index_of_class
 from captum_classfilters.heads.decomposed_linear import linear_layer
 from captum_classfilters.heads.linear_head import replace_head, scoring_head
 from captum_classfilters.metrics.selectivity import class_means
@@ -44,7 +44,8 @@ def forget_class(
     *,
     erase: Erase = "prototype",
     layers: str | nn.Module | Sequence[str | nn.Module] = (),
-    head: str | None = None,
+    head: nn.Module | str | None = None,
+    class_names: ClassNames | None = None,
     unpack: Unpack | None = None,
     show_progress: bool = True,
 ) -> nn.Module:
@@ -74,13 +75,16 @@ def forget_class(
         model (nn.Module): The model, which is not changed. It ends in a linear head.
         dataloader (iterable): Batches of (inputs, labels), images of all classes; read once for each
                     layer.
-        class_index (int or str): The class, by name where the data set knows names.
+        class_index (int or str): The class, or its name.
         erase (str): One of the above.
                     Default: "prototype"
         layers (str, nn.Module or sequence of these): Layers further down, in the order in which they
                     run.
                     Default: ()
-        head (str, optional): The head's dotted name. By default the last linear layer.
+        head (nn.Module or str, optional): The head, or its dotted name. By default the last
+                    linear layer.
+                    Default: None
+        class_names (sequence of str, optional): C names. By default those of the data set.
                     Default: None
         unpack (Callable, optional): From a batch of another kind to the pair (inputs, labels).
                     Default: None
@@ -112,7 +116,8 @@ def forget_class(
     linear, dataloader = scoring_head(model, dataloader, head, unpack=unpack)
     name = linear.name
     number = max(2, len(linear.weight))  # one output tells two classes apart
-    index = index_of_class(class_index, names_of_classes(dataset_names(dataloader), number))
+    names = given_or_known_names(class_names, dataset_names(dataloader), number)
+    index = index_of_class(class_index, names)
     inner = list(find_layers(model, layers)) if layers or isinstance(layers, nn.Module) else []
     _check_inner_first(inner)
     changed = model

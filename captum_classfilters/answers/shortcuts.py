@@ -7,6 +7,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.batches import dataset_names
 from captum_classfilters._core.names import listed_names
 from captum_classfilters._core.provenance import provenance
@@ -150,13 +151,14 @@ class Shortcuts(Tabular):
         return [Table(rows, formats, title, bars=("change",))]
 
 
+@arguments_checked
 def find_shortcuts(
     model: nn.Module,
     dataloader: Dataloader,
     marked: Marked = None,
     *,
     paired: bool = True,
-    head: str | None = None,
+    head: nn.Module | str | None = None,
     class_names: ClassNames | None = None,
     fdr: float = 0.05,
     least: float = 0.8,
@@ -189,7 +191,8 @@ def find_shortcuts(
         paired (bool): The images of the two loaders are the same. Otherwise they are two groups,
                     compared within classes.
                     Default: True
-        head (str, optional): Dotted name of the head; by default the last linear layer.
+        head (nn.Module or str, optional): The head, or its dotted name; by default the last
+                    linear layer.
                     Default: None
         class_names (sequence of str, optional): C names. By default those of the data set.
         fdr (float): False discovery rate of what is found.
@@ -322,8 +325,8 @@ def _check_options(fdr: float, least: float, permutations: int) -> None:
         raise ValueError(f"fdr={fdr} must lie between 0 and 1.")
     if not 0 <= least < math.inf:
         raise ValueError(f"least={least} must be a number of standard deviations, 0 or more.")
-    if isinstance(permutations, bool) or not isinstance(permutations, int) or permutations < 1:
-        raise ValueError(f"permutations={permutations!r} must be a whole number of at least 1.")
+    if permutations < 1:
+        raise ValueError(f"permutations={permutations} must be at least 1.")
 
 
 def _check_enough(relabeling: Relabeling, tests: int, fdr: float, permutations: int) -> None:

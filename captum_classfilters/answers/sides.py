@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import RandomSampler
@@ -237,12 +238,22 @@ def _both(batch: Batch, marked: Callable[[Tensor], Tensor] | None) -> list[Model
             )
         pair = batch.inputs
     else:
-        pair = (batch.inputs[0], marked(batch.inputs[0].clone()))  # which may write into it
+        own = batch.inputs[0]
+        changed: object = marked(own.clone())  # which may write into it
+        changed = torch.as_tensor(changed) if isinstance(changed, np.ndarray) else changed
+        if isinstance(changed, Tensor) and changed.is_floating_point() == own.is_floating_point():
+            changed = changed.to(own)  # of NumPy numbers are float64
+        pair = (own, changed)
     if not isinstance(pair[1], Tensor) or pair[0].shape != pair[1].shape:
         found = tuple(pair[1].shape) if isinstance(pair[1], Tensor) else type(pair[1]).__name__
         raise ValueError(
             f"Images {tuple(pair[0].shape)} without it and {found} with it in batch {batch.number} "
             "are no pairs; expected two tensors of one shape."
+        )
+    if pair[1].dtype != pair[0].dtype:
+        raise ValueError(
+            f"Images of {pair[0].dtype} without it and {pair[1].dtype} with it in batch {batch.number}; "
+            "expected one type."
         )
     rest = batch.inputs[1:] if marked is not None else ()
     return [(part, *rest) for part in pair]

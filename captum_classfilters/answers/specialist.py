@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.batches import dataset_names
 from captum_classfilters._core.devices import device_of
 from captum_classfilters._core.names import check_list
@@ -126,6 +127,7 @@ class ClassSpecialist(Tabular):
         return [Table(rows, dict.fromkeys(("full", "specialist"), ".4f"), title, notes=notes)]
 
 
+@arguments_checked
 @torch.inference_mode(False)
 def build_specialist(
     model: nn.Module,
@@ -139,7 +141,7 @@ def build_specialist(
     epochs: int = 0,
     learning_rate: float = 2e-3,
     fold_norms: bool = True,
-    head: str | None = None,
+    head: nn.Module | str | None = None,
     class_names: ClassNames | None = None,
     repetitions: int = 1,
     seed: int = 0,
@@ -199,7 +201,8 @@ def build_specialist(
         fold_norms (bool): Fold batch normalizations, in the end, into the layers whose outputs they
                     read: less to compute for the same outputs. To train on, leave them.
                     Default: True
-        head (str, optional): Dotted name of the head. By default the linear layer that runs last.
+        head (nn.Module or str, optional): The head, or its dotted name. By default the
+                    linear layer that runs last.
         class_names (sequence of str, optional): C names. By default those of the data set.
         repetitions (int): Networks of the same size with random filters to build beside it.
                     Default: 1

@@ -14,7 +14,7 @@ from captum_classfilters._core.layers import check_runs, find_layers
 from captum_classfilters._core.names import kind_of
 from captum_classfilters._core.tables import Row, Table, Tabular, short_repr
 from captum_classfilters._core.taps import tapping
-from captum_classfilters._core.types import Dataloader, ExampleInputs, Unpack
+from captum_classfilters._core.types import Dataloader, ExampleInputs, Keywords, Unpack
 from captum_classfilters._core.units import Rows, UnitTap, aggregated
 from captum_classfilters.class_filters import ClassFilters
 from captum_classfilters.heads.decompose import fit_to_head
@@ -162,7 +162,8 @@ class ClassFilterOOD:
                     Default: None
         known_rate (float): Share of the fitted images that :attr:`threshold` calls known.
                     Default: 0.95
-        head (str, optional): The head's dotted name. By default the one that the table feeds.
+        head (nn.Module or str, optional): The head, or its dotted name. By default the one
+                    that the table feeds.
                     Default: None
 
     Raises:
@@ -199,7 +200,7 @@ class ClassFilterOOD:
         percentile: float = 0.95,
         earlier: nn.Module | str | None = None,
         known_rate: float = 0.95,
-        head: str | None = None,
+        head: nn.Module | str | None = None,
     ) -> None:
         if score not in get_args(Score):
             raise ValueError(f"score={score!r}; choose one of {', '.join(get_args(Score))}.")
@@ -252,7 +253,12 @@ class ClassFilterOOD:
     # -- fitting ---------------------------------------------------------------------------------
 
     def fit(
-        self, dataloader: Dataloader, *, unpack: Unpack | None = None, show_progress: bool = True
+        self,
+        dataloader: Dataloader,
+        *,
+        device: torch.device | str | None = None,
+        unpack: Unpack | None = None,
+        show_progress: bool = True,
     ) -> "ClassFilterOOD":
         r"""
         See what known images are like, in one pass.
@@ -261,6 +267,9 @@ class ClassFilterOOD:
 
             dataloader (iterable): Batches of (inputs, labels), images of the known classes: those
                         that the table was made of, for example.
+            device (torch.device or str, optional): Where the inputs go; by default where the model
+                        is.
+                        Default: None
             unpack (Callable, optional): From a batch of another kind to the pair (inputs, labels).
                         Default: None
             show_progress (bool): Show a progress bar.
@@ -274,9 +283,8 @@ class ClassFilterOOD:
                         no features (N, F).
         """
         features, predicted, labels, earlier = Rows(), Rows(), Rows(), Rows()
-        with read_batches(
-            self.model, dataloader, "known images", unpack=unpack, show_progress=show_progress
-        ) as batches:
+        options: Keywords = {"device": device, "unpack": unpack, "show_progress": show_progress}
+        with read_batches(self.model, dataloader, "known images", **options) as batches:
             reader = ScoreReader(self.model, batches)
             for batch in batches:
                 if batch.first_image == 0:
@@ -373,6 +381,7 @@ class ClassFilterOOD:
         """The score that ``known_rate`` of the fitted images do not exceed."""
         return self._fitted().threshold
 
+    @arguments_checked
     def reasons(
         self,
         inputs: ExampleInputs,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from captum_classfilters._core.arguments import whole_number
+from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.files import AnyPath, read_text
 from captum_classfilters._core.names import listed_names
 from captum_classfilters._core.types import ClassNames, Dataloader, DatasetLike, Keywords, Unpack
@@ -21,6 +21,7 @@ from captum_classfilters.identify import LabelPermutation
 from captum_classfilters.visualize import FeatureObjective, visualize_features
 
 
+@arguments_checked
 def atlas(
     model: nn.Module,
     layers: str | Sequence[str],
@@ -138,9 +139,8 @@ def atlas(
         ("num_errors", num_errors, 0),
         ("num_optimized", num_optimized, 0),
     ):
-        number = whole_number(value)
-        if number is None or number < least:
-            raise ValueError(f"{option}={value!r}; expected a whole number of at least {least}.")
+        if value < least:
+            raise ValueError(f"{option}={value}; expected at least {least}.")
     site = Site(Path(output), overwrite)
     test = dataloader if test_dataloader is None else test_dataloader
     images = ShownImages(_images_of(test) if dataset is None else dataset, to_display)

@@ -1,6 +1,6 @@
 """The base of this package's layer attributions: subclass it to add a method."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -8,6 +8,7 @@ import torch
 from captum.attr import LayerAttribution
 from torch import Tensor, nn
 
+from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.batches import num_images
 from captum_classfilters._core.captum import (
     TargetType,
@@ -29,6 +30,7 @@ from captum_classfilters._core.layers import (
 from captum_classfilters._core.rules import FilterRule
 from captum_classfilters._core.tables import bound_repr
 from captum_classfilters._core.types import (
+    AttributeKwargs,
     Attributions,
     ClassNames,
     Dataloader,
@@ -84,6 +86,7 @@ class LayerFilterAttribution(FilterRule, LayerAttribution):
         torch.Size([2, 8])
     """
 
+    @arguments_checked
     def __init__(
         self,
         forward_func: ForwardFunc,
@@ -186,6 +189,7 @@ class LayerFilterAttribution(FilterRule, LayerAttribution):
         axis = layer_axis(model, layer, attributions, self.channel_dim, attribute_to_layer_input)
         return positions_last(attributions, axis).sum(2)
 
+    @arguments_checked
     def identify(
         self,
         dataloader: Dataloader,
@@ -195,7 +199,7 @@ class LayerFilterAttribution(FilterRule, LayerAttribution):
         target: int | None = None,
         num_filters: int | None = None,
         mass: float | None = None,
-        attribute_kwargs: Mapping[str, object] | None = None,
+        attribute_kwargs: AttributeKwargs | None = None,
         attribute_to_layer_input: bool = False,
         significance: "bool | LabelPermutation" = False,
         state_path: AnyPath | None = None,

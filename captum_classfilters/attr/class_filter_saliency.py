@@ -127,6 +127,7 @@ class ClassFilterSaliency(GradientAttribution):
         """Whether attributions are in units of the output rather than of its gradient."""
         return self._multiply_by_inputs
 
+    @arguments_checked
     @log_usage(part_of_slo=True)
     def attribute(
         self,

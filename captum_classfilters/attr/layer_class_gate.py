@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.captum import TargetType
 from captum_classfilters._core.forward import FilterMaps
 from captum_classfilters._core.layers import module_of
@@ -55,6 +56,7 @@ class LayerClassGate(WeightedFilterAttribution):
         tensor([1])
     """
 
+    @arguments_checked
     def __init__(
         self,
         forward_func: Callable[..., Tensor],
@@ -65,10 +67,10 @@ class LayerClassGate(WeightedFilterAttribution):
         channel_dim: int | None = None,
     ) -> None:
         WeightedFilterAttribution.__init__(self, forward_func, layer, device_ids, channel_dim)
-        if not isinstance(gate, Tensor) or gate.dim() != 2:
-            given = tuple(gate.shape) if isinstance(gate, Tensor) else type(gate).__name__
+        if gate.dim() != 2:
             raise ValueError(
-                f"The gate is {given}; expected a Tensor (C, K), such as ClassSpecificGate.weight."
+                f"The gate has shape {tuple(gate.shape)}; expected (C, K), as a ClassSpecificGate's "
+                "weight has."
             )
         if not bool(torch.isfinite(gate).all()):
             raise ValueError("The gate holds NaN or Inf.")
@@ -93,6 +95,7 @@ class LayerClassGate(WeightedFilterAttribution):
             classes = indices.to(gate.device)
         return gate[classes][:, :, None]
 
+    @arguments_checked
     def class_filters(
         self,
         num_filters: int | None = None,

@@ -1,16 +1,22 @@
 """Abbasi-Asl and Yu: what a target's score loses when a filter is removed."""
 
-from collections.abc import Mapping
 from typing import Literal, overload
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.captum import TargetType, log_usage
 from captum_classfilters._core.files import AnyPath
 from captum_classfilters._core.replay.suffix_replay import SuffixReplay
-from captum_classfilters._core.types import Attributions, ClassNames, Dataloader, Unpack
+from captum_classfilters._core.types import (
+    AttributeKwargs,
+    Attributions,
+    ClassNames,
+    Dataloader,
+    Unpack,
+)
 from captum_classfilters.attr.filter_removal import FilterRemovalAttribution, score_reader
 from captum_classfilters.class_filters import ClassFilters
 from captum_classfilters.identify.accuracy_reduction import (
@@ -88,6 +94,7 @@ class LayerFilterAblation(FilterRemovalAttribution):
         torch.Size([4, 8])
     """
 
+    @arguments_checked
     @log_usage(part_of_slo=True)
     def attribute(
         self,
@@ -152,7 +159,7 @@ class LayerFilterAblation(FilterRemovalAttribution):
         target: int | None = None,
         num_filters: int | None = None,
         mass: float | None = None,
-        attribute_kwargs: Mapping[str, object] | None = None,
+        attribute_kwargs: AttributeKwargs | None = None,
         attribute_to_layer_input: bool = False,
         significance: bool | LabelPermutation = False,
         state_path: AnyPath | None = None,
@@ -192,6 +199,7 @@ class LayerFilterAblation(FilterRemovalAttribution):
         show_progress: bool = True,
     ) -> MetricReduction: ...
 
+    @arguments_checked
     def identify(
         self,
         dataloader: Dataloader,
@@ -202,7 +210,7 @@ class LayerFilterAblation(FilterRemovalAttribution):
         target: int | None = None,
         num_filters: int | None = None,
         mass: float | None = None,
-        attribute_kwargs: Mapping[str, object] | None = None,
+        attribute_kwargs: AttributeKwargs | None = None,
         attribute_to_layer_input: bool = False,
         significance: bool | LabelPermutation = False,
         perturbations_per_eval: int | None = None,
@@ -299,6 +307,7 @@ class LayerFilterAblation(FilterRemovalAttribution):
             show_progress=show_progress,
         )
 
+    @arguments_checked
     def drops(
         self,
         replay: SuffixReplay,

@@ -8,6 +8,7 @@ import torch
 from captum.attr import GradientAttribution
 from torch import Tensor, nn
 
+from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.captum import TargetType, approximation_parameters, log_usage
 from captum_classfilters._core.forward import BatchReading, FilterMaps
 from captum_classfilters._core.outputs import class_scores
@@ -66,6 +67,7 @@ class LayerFilterContribution(WeightedFilterAttribution, GradientAttribution):
         True
     """
 
+    @arguments_checked
     def __init__(
         self,
         forward_func: Callable[..., Tensor],
@@ -86,6 +88,7 @@ class LayerFilterContribution(WeightedFilterAttribution, GradientAttribution):
         """True."""
         return True
 
+    @arguments_checked
     @log_usage(part_of_slo=True)
     def attribute(
         self,

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from captum_classfilters._core.arguments import whole_number
+from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.captum import TargetType
 from captum_classfilters._core.forward import FilterMaps
 from captum_classfilters._core.types import JsonDict
@@ -64,6 +64,7 @@ class LayerFilterFrequency(LayerFilterAttribution):
     counts_votes = True
     depends_on_target = False
 
+    @arguments_checked
     def __init__(
         self,
         forward_func: Callable[..., Tensor],
@@ -73,10 +74,9 @@ class LayerFilterFrequency(LayerFilterAttribution):
         channel_dim: int | None = None,
     ) -> None:
         LayerFilterAttribution.__init__(self, forward_func, layer, device_ids, channel_dim)
-        number = whole_number(top_k)
-        if number is None or number < 1:
-            raise ValueError(f"top_k={top_k!r} must be a whole number of at least 1.")
-        self.top_k = number
+        if top_k < 1:
+            raise ValueError(f"top_k={top_k} must be at least 1.")
+        self.top_k = top_k
 
     @property
     def default_num_filters(self) -> int:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.captum import TargetType, log_usage
 from captum_classfilters._core.replay.suffix_replay import SuffixReplay
 from captum_classfilters._core.types import Attributions, JsonDict
@@ -114,6 +115,7 @@ class LayerFilterShapley(FilterRemovalAttribution):
         torch.Size([4, 8])
     """
 
+    @arguments_checked
     def __init__(
         self,
         forward_func: Callable[..., Tensor],
@@ -140,6 +142,7 @@ class LayerFilterShapley(FilterRemovalAttribution):
         own = {"tolerance": self.tolerance, "max_evaluations": self.max_evaluations}
         return {**super().options, **own, "seed": self.seed}
 
+    @arguments_checked
     @log_usage(part_of_slo=True)
     def attribute(
         self,

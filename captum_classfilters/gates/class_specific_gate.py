@@ -11,6 +11,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
+from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.labels import class_labels
 from captum_classfilters._core.layers import (
     along_filters,
@@ -87,6 +88,7 @@ class ClassSpecificGate(nn.Module):
         >>> gate.detach()
     """
 
+    @arguments_checked
     def __init__(
         self,
         num_classes: int,
@@ -114,6 +116,7 @@ class ClassSpecificGate(nn.Module):
         """Whether the gate is attached to a layer."""
         return self._tap is not None
 
+    @arguments_checked
     def attach(
         self, model: nn.Module, layer: nn.Module | str, channel_dim: int | None = None
     ) -> "ClassSpecificGate":
@@ -268,6 +271,7 @@ class ClassSpecificGate(nn.Module):
             opened = torch.where(usable, scaled, opened)
         gates.copy_(opened)
 
+    @arguments_checked
     def regularizer(
         self,
         kind: Regularizer = "hinge",

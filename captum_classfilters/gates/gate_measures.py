@@ -13,6 +13,7 @@ def _matrix(gate: Tensor) -> Tensor:
     return gate.detach()
 
 
+@arguments_checked
 def density_interval(num_classes: int, num_filters: int, limit: float | None = None) -> Tensor:
     r"""
     The attainable range of a gate's L1-density.

@@ -71,6 +71,7 @@ class GateSchedule:
         if self.warmup < 0:
             raise ValueError(f"warmup={self.warmup} must not be negative.")
 
+    @arguments_checked
     def is_gated(self, epoch: int, batch: int) -> bool:
         """Whether a batch takes the gated path.
 
@@ -207,6 +208,7 @@ class GatedTrainer:
         told = f"gate={described(self.gate)}, epochs={len(self.history)}"
         return f"GatedTrainer({model_name(self.model)}, {told})"
 
+    @arguments_checked
     def fit(
         self,
         train_loader: Dataloader,

@@ -85,6 +85,7 @@ class AccuracyCurve(Tabular):
         return [Table(rows, title=title)]
 
 
+@arguments_checked
 def accuracy_curve(
     model: nn.Module,
     class_filters: ClassFilters | Mapping[str, ClassFilters],
@@ -92,7 +93,7 @@ def accuracy_curve(
     *,
     num_filters: Sequence[int] | None = None,
     repetitions: int = 5,
-    head: str | None = None,
+    head: nn.Module | str | None = None,
     unpack: Unpack | None = None,
     show_progress: bool = True,
 ) -> AccuracyCurve:
@@ -115,7 +116,7 @@ def accuracy_curve(
         repetitions (int): Number of random sets of filters in the control. Classes for which no table
                     has filters, those without images say, have none there either.
                     Default: 5
-        head (str, optional): Dotted name of the head, as for :func:`decompose`.
+        head (nn.Module or str, optional): The head, or its dotted name, as for :func:`decompose`.
                     Default: None
         unpack (Callable, optional): From a batch of another kind to the pair (inputs, labels).
                     Default: None
@@ -164,7 +165,7 @@ def select_by_accuracy(
     dataloader: Dataloader,
     *,
     keep: float = 0.99,
-    head: str | None = None,
+    head: nn.Module | str | None = None,
     unpack: Unpack | None = None,
     show_progress: bool = True,
 ) -> ClassFilters:
@@ -181,7 +182,7 @@ def select_by_accuracy(
         dataloader (iterable): Batches of (inputs, labels) to measure accuracy on.
         keep (float): Share of the full accuracy to keep, in (0, 1].
                     Default: 0.99
-        head (str, optional): Dotted name of the head.
+        head (nn.Module or str, optional): The head, or its dotted name.
                     Default: None
         unpack (Callable, optional): From a batch of another kind to the pair (inputs, labels).
                     Default: None

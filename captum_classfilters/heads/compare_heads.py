@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.tables import Table, Tabular, short_repr
 from captum_classfilters._core.timing import interleaved_seconds, median_and_interquartile
 from captum_classfilters._core.types import ExampleInputs
@@ -66,6 +67,7 @@ class HeadComparison(Tabular):
         return [Table(rows, {"ratio": ".2f"}, bars=("ratio",))]
 
 
+@arguments_checked
 def compare_heads(
     before: nn.Module, after: nn.Module, example_inputs: ExampleInputs, *, repetitions: int = 30
 ) -> HeadComparison:

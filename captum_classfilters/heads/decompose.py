@@ -9,7 +9,13 @@ from torch import Tensor, nn
 
 from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.heads import alike, how_layer_feeds, is_linear
-from captum_classfilters._core.layers import check_module, find_layer, layer_axis, layer_name
+from captum_classfilters._core.layers import (
+    check_module,
+    find_layer,
+    layer_axis,
+    layer_name,
+    name_of,
+)
 from captum_classfilters._core.outputs import class_scores
 from captum_classfilters._core.taps import hooked, tapped
 from captum_classfilters._core.types import ExampleInputs
@@ -37,7 +43,7 @@ def decompose(
     model: nn.Module,
     class_filters: ClassFilters,
     *,
-    head: str | None = None,
+    head: nn.Module | str | None = None,
     missing: Missing = "error",
     dropped_means: Tensor | None = None,
     example_inputs: ExampleInputs | None = None,
@@ -57,8 +63,8 @@ def decompose(
         model (nn.Module): The model. Of a compiled one the module inside is copied.
         class_filters (ClassFilters): A table with a selection, found at the layer that feeds the
                     head, directly, by averaging positions, or by flattening them.
-        head (str, optional): The head's dotted name. By default the one that ``class_filters`` was
-                    found to feed, else the last linear layer.
+        head (nn.Module or str, optional): The head, or its dotted name. By default the one
+                    that ``class_filters`` was found to feed, else the last linear layer.
         missing (str): What to do for classes without selected filters: ``"error"``; ``"dense"``
                     keeps all their weights; ``"bias"`` leaves them their bias alone.
                     Default: "error"
@@ -109,7 +115,7 @@ def decomposed_head(
     model: nn.Module,
     class_filters: ClassFilters,
     *,
-    head: str | None = None,
+    head: nn.Module | str | None = None,
     missing: Missing = "error",
     dropped_means: Tensor | None = None,
     example_inputs: ExampleInputs | None = None,
@@ -121,7 +127,7 @@ def decomposed_head(
 
         model (nn.Module): The model.
         class_filters (ClassFilters): A table with a selection.
-        head (str, optional): The head's dotted name.
+        head (nn.Module or str, optional): The head, or its dotted name.
         missing (str): What to do for classes without selected filters.
         dropped_means (Tensor, optional): Mean of each feature (F,), to fold into the bias.
         example_inputs (Tensor or tuple, optional): A batch on which to check the table's layer.
@@ -180,12 +186,12 @@ class HeadFit:
 def fit_to_head(
     model: nn.Module,
     class_filters: ClassFilters,
-    head: str | None = None,
+    head: nn.Module | str | None = None,
     example_inputs: ExampleInputs | None = None,
 ) -> HeadFit:
     """The head that a table belongs to, seen to be linear; raises if they do not fit."""
     check_module(model)
-    name = head or head_name(model, class_filters, example_inputs)
+    name = head_name(model, class_filters, example_inputs) if head is None else name_of(model, head)
     linear = linear_head(find_layer(model, name), name)
     feed = class_filters.provenance.get("feeds_head") or {}
     if feed:

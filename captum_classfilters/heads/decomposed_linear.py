@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from captum_classfilters._core.arguments import arguments_checked
+
 
 def linear_map(
     features: Tensor, weight: Tensor, bias: Tensor | None, convolution_dims: int = 0
@@ -74,6 +76,7 @@ class DecomposedLinear(nn.Module):
     class_index: Tensor
     feature_index: Tensor
 
+    @arguments_checked
     def __init__(
         self, weight: Tensor, bias: Tensor | None, mask: Tensor, convolution_dims: int = 0
     ) -> None:

@@ -140,7 +140,7 @@ def model_essentiality(
     class_filters: ClassFilters,
     dataloader: Dataloader,
     *,
-    head: str | None = None,
+    head: nn.Module | str | None = None,
     replacement: Replacement = "noise",
     repetitions: int = 3,
     seed: int = 0,
@@ -159,7 +159,7 @@ def model_essentiality(
         model (nn.Module): The model, ending in a linear layer.
         class_filters (ClassFilters): Found at the layer that feeds it, on other images.
         dataloader (iterable): Batches of (inputs, labels).
-        head (str, optional): Dotted name of the head.
+        head (nn.Module or str, optional): The head, or its dotted name.
                     Default: None
         replacement (str): As for :func:`essentiality`.
                     Default: "noise"

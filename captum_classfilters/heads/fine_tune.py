@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
+from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.batches import Batch, Batches, check_read_again, read_batches
 from captum_classfilters._core.devices import device_of, on_device
 from captum_classfilters._core.tables import short_repr
@@ -43,6 +44,7 @@ class Epoch:
     validation_accuracy: float
 
 
+@arguments_checked
 @torch.inference_mode(False)
 def fine_tune(
     model: nn.Module,

@@ -6,6 +6,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.tables import short_repr
 from captum_classfilters._core.types import Dataloader, Unpack
 from captum_classfilters.heads.sparsity import psi
@@ -36,6 +37,7 @@ class LayerMeasurement:
     reason: str = ""
 
 
+@arguments_checked
 def layer_sweep(
     model: nn.Module,
     layers: Sequence[str],

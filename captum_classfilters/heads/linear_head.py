@@ -13,7 +13,7 @@ from captum_classfilters._core.batches import Batch, first_batch, read_batches
 from captum_classfilters._core.copies import copied
 from captum_classfilters._core.guard import model_left_as_found
 from captum_classfilters._core.heads import HeadRecord, alike, is_linear
-from captum_classfilters._core.layers import check_runs, find_layer, layer_name
+from captum_classfilters._core.layers import check_runs, find_layer, layer_name, name_of
 from captum_classfilters._core.names import kind_of
 from captum_classfilters._core.outputs import as_rows, class_scores
 from captum_classfilters._core.tables import short_repr
@@ -285,7 +285,7 @@ def run_head(
 def scoring_head(
     model: nn.Module,
     dataloader: Dataloader,
-    name: str | None = None,
+    given: nn.Module | str | None = None,
     *,
     unpack: Unpack | None = None,
     single: bool = False,
@@ -298,8 +298,8 @@ def scoring_head(
 
         model (nn.Module): The model.
         dataloader (iterable): Batches of (inputs, labels).
-        name (str, optional): The head's dotted name. By default the linear layer whose output is the
-                    model's scores, else the one that runs last.
+        given (nn.Module or str, optional): The head, or its dotted name. By default the linear layer
+                    whose output is the model's scores, else the one that runs last.
                     Default: None
         unpack (Callable, optional): From a batch of another kind to the pair (inputs, labels).
                     Default: None
@@ -318,8 +318,8 @@ def scoring_head(
     """
     inputs, dataloader = first_inputs(model, dataloader, unpack)
     inputs = inputs[:1] if single else inputs
-    chosen = find_head(model, inputs)[0] if name is None else name
-    head = linear_head(find_layer(model, chosen), chosen)
+    name = find_head(model, inputs)[0] if given is None else name_of(model, given)
+    head = linear_head(find_layer(model, name), name)
     with example_batch([model], inputs) as batch:
         check_scores_follow(model, head, batch.inputs, alone)
     return head, dataloader

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.outputs import log_probabilities
 from captum_classfilters._core.types import Dataloader, Unpack
 from captum_classfilters.heads.decomposed_linear import DecomposedLinear
@@ -13,11 +14,12 @@ from captum_classfilters.heads.head_features import head_features
 from captum_classfilters.heads.linear_head import scoring_head
 
 
+@arguments_checked
 def refit_head(
     model: nn.Module,
     dataloader: Dataloader,
     *,
-    head: str | None = None,
+    head: nn.Module | str | None = None,
     weight_decay: float = 1e-4,
     label_smoothing: float = 0.0,
     max_iterations: int = 200,
@@ -40,7 +42,8 @@ def refit_head(
 
         model (nn.Module): The model; its head is changed in place, and nothing else.
         dataloader (iterable): Batches of (inputs, labels).
-        head (str, optional): Dotted name of the head. By default the last linear layer.
+        head (nn.Module or str, optional): The head, or its dotted name. By default the last
+                    linear layer.
                     Default: None
         weight_decay (float): :math:`\lambda`.
                     Default: 1e-4

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.tables import short_repr
 from captum_classfilters.heads.decomposed_linear import DecomposedLinear, linear_layer
 from captum_classfilters.heads.linear_head import linear_head
@@ -27,6 +28,7 @@ class RemovedClass:
     unused_features: Tensor
 
 
+@arguments_checked
 def remove_class(head: nn.Module, class_index: int) -> RemovedClass:
     r"""
     Remove one class from a linear or decomposed head.

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.ranking import random_sets
 from captum_classfilters._core.tables import Table, Tabular, short_repr
 from captum_classfilters.class_filters import ClassFilters
@@ -50,6 +51,7 @@ class SetOverlap(Tabular):
         ]
 
 
+@arguments_checked
 def set_overlap(
     class_filters: ClassFilters | Tensor, *, repetitions: int = 20, seed: int = 0
 ) -> SetOverlap:

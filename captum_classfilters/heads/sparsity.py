@@ -166,6 +166,7 @@ def psi(
     return torch.tensor(values, dtype=torch.float64)
 
 
+@arguments_checked
 def psi_floor(num_filters: int, fraction: float = 0.5) -> float:
     r"""
     Psi of a uniform response, its smallest value: :math:`(K - \lceil f K \rceil + 1) / K`.

@@ -196,6 +196,7 @@ class MetricReduction(Tabular):
         return self.metric - self.without
 
 
+@arguments_checked
 def accuracy_reduction(
     method: Ablation,
     dataloader: Dataloader,
@@ -370,6 +371,7 @@ class _Counted:
         self._count.restore(notes["images"])
 
 
+@arguments_checked
 def metric_reduction(
     method: Ablation,
     dataloader: Dataloader,

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.batches import Batch, Batches
 from captum_classfilters._core.devices import sums_device
 from captum_classfilters._core.layers import find_layers
@@ -62,6 +63,7 @@ class ActivationScores(Tabular):
         return [Table(rows, dict.fromkeys(titles, ".4g"), title)]
 
 
+@arguments_checked
 def activation_scores(
     model: nn.Module,
     layer: nn.Module | str,

@@ -1,6 +1,6 @@
 """Which filters separate two classes, and which drive a cell of the confusion matrix."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,13 @@ from captum_classfilters._core.names import listed_names
 from captum_classfilters._core.outputs import scores_per_class
 from captum_classfilters._core.provenance import provenance
 from captum_classfilters._core.tables import Table, Tabular, import_pandas, short_repr
-from captum_classfilters._core.types import ClassNames, Dataloader, JsonDict, Unpack
+from captum_classfilters._core.types import (
+    AttributeKwargs,
+    ClassNames,
+    Dataloader,
+    JsonDict,
+    Unpack,
+)
 from captum_classfilters.class_filters import given_or_known_names, index_of_class
 from captum_classfilters.identify.evidence_sources import Reduction, Source, sources_of
 from captum_classfilters.identify.new_sums import new_sums
@@ -241,7 +247,7 @@ def contrast_classes(
     *,
     class_names: ClassNames | None = None,
     reduction: Reduction = "sum",
-    attribute_kwargs: Mapping[str, object] | None = None,
+    attribute_kwargs: AttributeKwargs | None = None,
     attribute_to_layer_input: bool = False,
     unpack: Unpack | None = None,
     device: torch.device | str | None = None,
@@ -341,7 +347,7 @@ def confusion_filters(
     *,
     class_names: ClassNames | None = None,
     reduction: Reduction = "sum",
-    attribute_kwargs: Mapping[str, object] | None = None,
+    attribute_kwargs: AttributeKwargs | None = None,
     attribute_to_layer_input: bool = False,
     unpack: Unpack | None = None,
     device: torch.device | str | None = None,
@@ -426,7 +432,7 @@ class _Pass:
         self,
         method: LayerAttribution,
         reduction: Reduction,
-        attribute_kwargs: Mapping[str, object] | None,
+        attribute_kwargs: AttributeKwargs | None,
         at_input: bool,
         unpack: Unpack | None,
         device: torch.device | str | None,

@@ -9,6 +9,7 @@ import torch
 from captum.attr import LayerAttribution
 from torch import Tensor
 
+from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.batches import dataset_names
 from captum_classfilters._core.distributed import ranks_together
 from captum_classfilters._core.files import AnyPath
@@ -17,7 +18,14 @@ from captum_classfilters._core.names import listed_names
 from captum_classfilters._core.progress import Progress
 from captum_classfilters._core.provenance import Provenance
 from captum_classfilters._core.tables import Table, Tabular, short_repr
-from captum_classfilters._core.types import ClassNames, Dataloader, JsonDict, LayerMethod, Unpack
+from captum_classfilters._core.types import (
+    AttributeKwargs,
+    ClassNames,
+    Dataloader,
+    JsonDict,
+    LayerMethod,
+    Unpack,
+)
 from captum_classfilters.class_filters import ClassFilters, check_class_names, names_of_classes
 from captum_classfilters.identify.collector import Collector, Tally
 from captum_classfilters.identify.evidence_sources import Reduction, like_methods, sources_of
@@ -113,6 +121,7 @@ class Evidence(Tabular):
         """Number of images of each class (C,)."""
         return torch.bincount(self.labels, minlength=len(self.class_names))
 
+    @arguments_checked
     def class_filters(self, num_filters: int | None = None) -> ClassFilters:
         """The table of class means, with their standard errors.
 
@@ -126,6 +135,7 @@ class Evidence(Tabular):
         """
         return self._table(torch.arange(len(self.labels)), num_filters)
 
+    @arguments_checked
     def bootstrap_standard_errors(self, repetitions: int = 1000, seed: int = 0) -> Tensor:
         r"""
         Standard errors of the class means, by drawing each class's images again with replacement.
@@ -157,6 +167,7 @@ class Evidence(Tabular):
                 errors[class_] = draws.std(0)
         return errors
 
+    @arguments_checked
     def stability(self, num_filters: int, splits: int = 2, seed: int = 0) -> Stability:
         r"""
         Find the filters again on disjoint random parts of each class's images.
@@ -234,7 +245,7 @@ def collect_evidence(
     num_classes: int | None = None,
     class_names: ClassNames | None = None,
     reduction: Reduction = "sum",
-    attribute_kwargs: Mapping[str, object] | None = None,
+    attribute_kwargs: AttributeKwargs | None = None,
     attribute_to_layer_input: bool = False,
     state_path: AnyPath | None = None,
     save_every: float | None = None,
@@ -252,7 +263,7 @@ def collect_evidence(
     num_classes: int | None = None,
     class_names: ClassNames | None = None,
     reduction: Reduction = "sum",
-    attribute_kwargs: Mapping[str, object] | None = None,
+    attribute_kwargs: AttributeKwargs | None = None,
     attribute_to_layer_input: bool = False,
     state_path: AnyPath | None = None,
     save_every: float | None = None,
@@ -270,7 +281,7 @@ def collect_evidence(
     num_classes: int | None = None,
     class_names: ClassNames | None = None,
     reduction: Reduction = "sum",
-    attribute_kwargs: Mapping[str, object] | None = None,
+    attribute_kwargs: AttributeKwargs | None = None,
     attribute_to_layer_input: bool = False,
     state_path: AnyPath | None = None,
     save_every: float | None = None,
@@ -280,6 +291,7 @@ def collect_evidence(
 ) -> dict[str, Evidence]: ...
 
 
+@arguments_checked
 def collect_evidence(
     methods: LayerMethod | Sequence[LayerAttribution] | Mapping[str, LayerAttribution],
     dataloader: Dataloader,
@@ -287,7 +299,7 @@ def collect_evidence(
     num_classes: int | None = None,
     class_names: ClassNames | None = None,
     reduction: Reduction = "sum",
-    attribute_kwargs: Mapping[str, object] | None = None,
+    attribute_kwargs: AttributeKwargs | None = None,
     attribute_to_layer_input: bool = False,
     state_path: AnyPath | None = None,
     save_every: float | None = None,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from captum_classfilters._core.forward import FilterMaps
 from captum_classfilters._core.layers import (
     attribution_axis,
+    declared_filters,
     layer_name,
     module_of,
     positions_last,
@@ -23,7 +24,7 @@ from captum_classfilters._core.names import kind_of
 from captum_classfilters._core.outputs import scores_per_class
 from captum_classfilters._core.progress import described_options
 from captum_classfilters._core.rules import FilterRule
-from captum_classfilters._core.types import JsonDict, Keywords
+from captum_classfilters._core.types import AttributeKwargs, JsonDict, Keywords
 from captum_classfilters.class_scores import ClassScores
 
 Reduction = Literal["sum", "mean", "max", "abs_sum"]
@@ -140,7 +141,21 @@ class Source:
 
     @property
     def _takes_target(self) -> bool:
-        return "target" in inspect.signature(self.method.attribute).parameters
+        return "target" in self._parameters
+
+    @property
+    def _parameters(self) -> Mapping[str, inspect.Parameter]:
+        return inspect.signature(self.method.attribute).parameters
+
+    def _check_not_summed(self) -> None:
+        """Raise if a method's single channel is the sum over all filters, as Grad-CAM's map is."""
+        summed = self.kwargs.get("attr_dim_summation", "attr_dim_summation" in self._parameters)
+        if summed and (declared_filters(self.method.layer) or 2) > 1:
+            raise ValueError(
+                f"{self.name} sums over the filters of {self.layer_name!r}, so it says nothing of any; "
+                'pass attribute_kwargs={"attr_dim_summation": False}, or, of several methods, these '
+                "keywords by the method's place or name."
+            )
 
     def scores(self, maps: FilterMaps, target: Tensor) -> Tensor:
         """Scores (N, K) by the method's rule."""
@@ -203,13 +218,15 @@ class Source:
             return self.rule.filter_scores(attributions, self.at_input)
         # One channel, as Grad-CAM's maps have, is no layout that the layer could tell.
         alone = attributions.shape[1] == 1
+        if alone:
+            self._check_not_summed()
         axis = 1 if alone else attribution_axis(self.method, attributions, self.at_input)
         return REDUCTIONS[self.reduction](positions_last(attributions, axis))
 
 
 def sources_of(
     methods: object,
-    attribute_kwargs: Mapping[str, object] | None,
+    attribute_kwargs: AttributeKwargs | None,
     at_input: bool,
     reduction: Reduction,
 ) -> list[Source]:

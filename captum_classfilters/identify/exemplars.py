@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import RandomSampler
 
-from captum_classfilters._core.arguments import whole_number
+from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.batches import Batch, Batches
 from captum_classfilters._core.devices import on_device
 from captum_classfilters._core.files import AnyPath
@@ -162,6 +162,7 @@ def slices_of(box: Tensor) -> tuple[slice, ...]:
     return tuple(slice(start, stop) for start, stop in zip(first, end, strict=True))
 
 
+@arguments_checked
 def exemplars(
     model: nn.Module,
     layers: str | nn.Module | Sequence[str | nn.Module],
@@ -245,9 +246,8 @@ def exemplars(
         [[-2.0, 0.0]]
     """
     check_aggregate(aggregate, ("extreme", *get_args(Aggregate)))
-    number = whole_number(num_exemplars)
-    if number is None or number < 1:
-        raise ValueError(f"num_exemplars={num_exemplars}; expected a positive whole number.")
+    if num_exemplars < 1:
+        raise ValueError(f"num_exemplars={num_exemplars}; expected a positive number.")
     if isinstance(getattr(dataloader, "sampler", None), RandomSampler):
         raise ValueError(
             "The loader shuffles, so counting images would not find them again; pass one made "
@@ -256,7 +256,7 @@ def exemplars(
     taps = units_of(model, layers, channel_dim, directions, subtract_bias)
     for tap in taps:
         tap.reduce = partial(_sides, aggregate=aggregate)
-    counted = _Counted([tap.name for tap in taps], number)
+    counted = _Counted([tap.name for tap in taps], num_exemplars)
 
     def take(batches: Batches, batch: Batch, _output: object) -> None:
         seen = [(tap.seen, tap.positions) for tap in taps]  # measuring boxes runs the model
@@ -279,7 +279,7 @@ def exemplars(
             "the call": "exemplars",
             "the layer": [tap.name for tap in taps],
             "the model": [origin["model"], origin["model_sha256"]],
-            "num_exemplars": number,
+            "num_exemplars": num_exemplars,
             "aggregate": aggregate,
             "directions": described_options(
                 {tap.name: tap.matrix for tap in taps} if directions is not None else None

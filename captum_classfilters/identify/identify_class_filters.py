@@ -8,6 +8,7 @@ import torch
 from captum.attr import LayerAttribution
 from torch import Tensor
 
+from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.batches import dataset_names, read_batches
 from captum_classfilters._core.distributed import Ranks, ranks_together
 from captum_classfilters._core.files import AnyPath
@@ -15,7 +16,14 @@ from captum_classfilters._core.labels import check_num_classes
 from captum_classfilters._core.names import listed_names
 from captum_classfilters._core.progress import Progress
 from captum_classfilters._core.provenance import Provenance
-from captum_classfilters._core.types import ClassNames, Dataloader, JsonDict, LayerMethod, Unpack
+from captum_classfilters._core.types import (
+    AttributeKwargs,
+    ClassNames,
+    Dataloader,
+    JsonDict,
+    LayerMethod,
+    Unpack,
+)
 from captum_classfilters.class_filters import ClassFilters, check_class_names, check_selection
 from captum_classfilters.identify.collector import Collector, Tally
 from captum_classfilters.identify.evidence_sources import (
@@ -45,7 +53,7 @@ def identify_class_filters(
     num_filters: int | None = None,
     mass: float | None = None,
     reduction: Reduction = "sum",
-    attribute_kwargs: Mapping[str, object] | None = None,
+    attribute_kwargs: AttributeKwargs | None = None,
     attribute_to_layer_input: bool = False,
     significance: bool | LabelPermutation = False,
     state_path: AnyPath | None = None,
@@ -67,7 +75,7 @@ def identify_class_filters(
     num_filters: int | None = None,
     mass: float | None = None,
     reduction: Reduction = "sum",
-    attribute_kwargs: Mapping[str, object] | None = None,
+    attribute_kwargs: AttributeKwargs | None = None,
     attribute_to_layer_input: bool = False,
     significance: bool | LabelPermutation = False,
     state_path: AnyPath | None = None,
@@ -89,7 +97,7 @@ def identify_class_filters(
     num_filters: int | None = None,
     mass: float | None = None,
     reduction: Reduction = "sum",
-    attribute_kwargs: Mapping[str, object] | None = None,
+    attribute_kwargs: AttributeKwargs | None = None,
     attribute_to_layer_input: bool = False,
     significance: bool | LabelPermutation = False,
     state_path: AnyPath | None = None,
@@ -100,6 +108,7 @@ def identify_class_filters(
 ) -> dict[str, ClassFilters]: ...
 
 
+@arguments_checked
 def identify_class_filters(
     methods: LayerMethod | Sequence[LayerAttribution] | Mapping[str, LayerAttribution],
     dataloader: Dataloader,
@@ -110,7 +119,7 @@ def identify_class_filters(
     num_filters: int | None = None,
     mass: float | None = None,
     reduction: Reduction = "sum",
-    attribute_kwargs: Mapping[str, object] | None = None,
+    attribute_kwargs: AttributeKwargs | None = None,
     attribute_to_layer_input: bool = False,
     significance: bool | LabelPermutation = False,
     state_path: AnyPath | None = None,

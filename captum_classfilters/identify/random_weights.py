@@ -1,20 +1,20 @@
 """Is a table more than the architecture? The same method on networks with random weights."""
 
 import copy
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from captum.attr import LayerAttribution
 from torch import Tensor, nn
 
+from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.batches import check_read_again
 from captum_classfilters._core.filter_graph import check_own_weights
 from captum_classfilters._core.guard import model_left_as_found
 from captum_classfilters._core.layers import module_of
 from captum_classfilters._core.names import kind_of
 from captum_classfilters._core.tables import Table, Tabular, short_repr
-from captum_classfilters._core.types import ClassNames, Dataloader, Unpack
+from captum_classfilters._core.types import AttributeKwargs, ClassNames, Dataloader, Unpack
 from captum_classfilters.class_filters import ClassFilters
 from captum_classfilters.identify.evidence_sources import Reduction
 from captum_classfilters.identify.identify_class_filters import identify_class_filters
@@ -56,6 +56,7 @@ class RandomWeightsNull(Tabular):
         return [Table(rows, title=title)]
 
 
+@arguments_checked
 @torch.inference_mode(False)
 def random_weights_null(
     method: LayerAttribution,
@@ -69,7 +70,7 @@ def random_weights_null(
     num_filters: int | None = None,
     mass: float | None = None,
     reduction: Reduction = "sum",
-    attribute_kwargs: Mapping[str, object] | None = None,
+    attribute_kwargs: AttributeKwargs | None = None,
     attribute_to_layer_input: bool = False,
     significance: bool | LabelPermutation = False,
     unpack: Unpack | None = None,

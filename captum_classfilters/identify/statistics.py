@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.distributed import added_up
 from captum_classfilters.identify.summed_metric import SummedMetric
 
@@ -50,6 +51,7 @@ class ClassFilterSums(SummedMetric):
     total: Tensor
     squares: Tensor
 
+    @arguments_checked
     def __init__(
         self, num_classes: int, num_filters: int, integer: bool = False, **options: Any
     ) -> None:

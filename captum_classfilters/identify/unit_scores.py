@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.batches import Batch, Batches
 from captum_classfilters._core.types import Dataloader, Directions, Unpack
 from captum_classfilters._core.units import (
@@ -20,6 +21,7 @@ from captum_classfilters._core.units import (
 )
 
 
+@arguments_checked
 def unit_scores(
     model: nn.Module,
     layers: str | nn.Module | Sequence[str | nn.Module],

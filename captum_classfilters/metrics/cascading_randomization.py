@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.captum import TargetType
 from captum_classfilters._core.copies import copied
 from captum_classfilters._core.guard import model_left_as_found
@@ -50,6 +51,7 @@ class CascadingRandomization(Tabular):
         return [Table(rows)]
 
 
+@arguments_checked
 def cascading_randomization(
     model: nn.Module,
     make_method: Callable[[nn.Module], LayerMethod],

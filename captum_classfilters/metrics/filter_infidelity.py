@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.captum import TargetType
 from captum_classfilters._core.ranking import random_orders
 from captum_classfilters._core.tables import Table, Tabular, short_repr
@@ -60,6 +61,7 @@ class FilterInfidelity(Tabular):
         return [Table(rows, {"infidelity": ".3e", "scale-invariant": ".3e"})]
 
 
+@arguments_checked
 def filter_infidelity(
     model: nn.Module | ForwardFunc,
     layer: nn.Module | str,

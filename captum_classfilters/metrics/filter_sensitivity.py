@@ -10,6 +10,7 @@ from captum.attr import LayerAttribution
 from captum.metrics import sensitivity_max
 from torch import Tensor, nn
 
+from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.captum import TargetType, default_perturb_func
 from captum_classfilters._core.guard import model_left_as_found
 from captum_classfilters._core.layers import (
@@ -99,6 +100,7 @@ class FilterSensitivity:
     by_filter: Tensor
 
 
+@arguments_checked
 def filter_max_sensitivity(
     method: LayerAttribution,
     inputs: Tensor | tuple[Tensor, ...],

@@ -239,6 +239,7 @@ def boxes_to_masks(boxes: Tensor, size: tuple[int, int]) -> Tensor:
     return inside_y[:, :, None] & inside_x[:, None, :]
 
 
+@arguments_checked
 def center_box_maps(num_images: int, size: tuple[int, int]) -> Tensor:
     r"""
     The baseline that knows nothing of the image: a box around its center.

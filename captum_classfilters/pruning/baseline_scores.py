@@ -3,11 +3,12 @@
 import torch
 from torch import Tensor, nn
 
+from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.batches import check_read_again, first_batch
 from captum_classfilters._core.costs import inputs_of
-from captum_classfilters._core.filter_graph import FilterGraph, name_of
+from captum_classfilters._core.filter_graph import FilterGraph
 from captum_classfilters._core.filter_weights import filter_weights, reading_weights
-from captum_classfilters._core.layers import module_named
+from captum_classfilters._core.layers import module_named, name_of
 from captum_classfilters._core.types import Dataloader, ExampleInputs, Unpack
 from captum_classfilters.identify import activation_scores
 
@@ -115,6 +116,7 @@ def random_scores(num_filters: int, repetitions: int = 10, seed: int = 0) -> Ten
     return torch.stack(rows).double()
 
 
+@arguments_checked
 def filter_importance_baselines(
     model: nn.Module,
     layer: nn.Module | str,

@@ -56,6 +56,7 @@ def weight_chroma(weights: Tensor) -> Tensor:
     return torch.where(energy > 0, share, torch.full_like(share, torch.nan))
 
 
+@arguments_checked
 def response_chroma(
     model: nn.Module,
     layer: nn.Module | str,

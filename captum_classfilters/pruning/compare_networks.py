@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.costs import (
     before_and_after,
     inputs_of,
@@ -83,6 +84,7 @@ class NetworkComparison(Tabular):
         return [before_and_after(quantities, notes=lost)]
 
 
+@arguments_checked
 def compare_networks(
     before: nn.Module, after: nn.Module, example_inputs: ExampleInputs, *, repetitions: int = 30
 ) -> NetworkComparison:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.batches import read_batches
 from captum_classfilters._core.copies import copied
 from captum_classfilters._core.data_fingerprint import DataFingerprint
@@ -89,6 +90,7 @@ class GreedyFilterPruning:
         (3, 5)
     """
 
+    @arguments_checked
     def __init__(
         self,
         forward_func: Callable[..., Tensor],
@@ -112,6 +114,7 @@ class GreedyFilterPruning:
         modules = list(self.layers.values())
         return bound_repr(self, self.forward_func, modules if len(modules) > 1 else modules[0])
 
+    @arguments_checked
     def run(
         self,
         dataloader: Dataloader,

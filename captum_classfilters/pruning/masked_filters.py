@@ -7,12 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from captum_classfilters._core.filter_graph import name_of
-from captum_classfilters._core.layers import find_layer, layer_axis, only_tensor, with_tensors
+from captum_classfilters._core.arguments import arguments_checked
+from captum_classfilters._core.layers import (
+    find_layer,
+    layer_axis,
+    name_of,
+    only_tensor,
+    with_tensors,
+)
 from captum_classfilters._core.names import kind_of
 from captum_classfilters._core.types import ForwardFunc
 
 
+@arguments_checked
 @contextmanager
 def masked_filters(
     model: nn.Module,

@@ -5,10 +5,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.copies import copied
 from captum_classfilters._core.costs import inputs_of
 from captum_classfilters._core.filter_cuts import replace_tensors
-from captum_classfilters._core.filter_graph import FilterGraph, check_model, name_of
+from captum_classfilters._core.filter_graph import FilterGraph, check_model
 from captum_classfilters._core.filter_removal import (
     Constants,
     Removal,
@@ -16,6 +17,7 @@ from captum_classfilters._core.filter_removal import (
     remove_filters,
 )
 from captum_classfilters._core.guard import model_left_as_found
+from captum_classfilters._core.layers import name_of
 from captum_classfilters._core.types import ExampleInputs
 from captum_classfilters.class_filters import ClassFilters
 from captum_classfilters.pruning.pruning_order import PruningOrder
@@ -25,6 +27,7 @@ Keep = Filters | ClassFilters | PruningOrder
 Layer = nn.Module | str | Mapping[str, Keep] | ClassFilters | PruningOrder
 
 
+@arguments_checked
 @torch.inference_mode(False)
 def prune_filters(
     model: nn.Module,

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.tables import Table, Tabular, short_repr
 from captum_classfilters._core.tensor_files import Schema, read_tensors, write_tensors
 from captum_classfilters._core.types import JsonDict
@@ -112,6 +113,7 @@ class PruningOrder(Tabular):
         self._check(layer)
         return [index for name, index in self.removed if name == layer]
 
+    @arguments_checked
     def kept(self, num_filters: int | None = None, layer: str | None = None) -> Tensor:
         """Which filters of a layer are left.
 

@@ -125,6 +125,7 @@ def removal_order(scores: Tensor) -> Tensor:
     return scores.sort(dim=-1, stable=True).indices
 
 
+@arguments_checked
 def accuracy_after_removal(
     forward_func: Callable[..., Tensor],
     layer: nn.Module | str,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.tables import short_repr
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ class SelectivityTest:
         )
 
 
+@arguments_checked
 def selectivity_test(
     order: "Tensor | Sequence[int] | PruningOrder",
     selective: Tensor | Sequence[bool],

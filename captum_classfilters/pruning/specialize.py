@@ -16,7 +16,7 @@ from captum_classfilters._core.filter_graph import computed_weight
 from captum_classfilters._core.guard import model_left_as_found
 from captum_classfilters._core.heads import alike, is_linear
 from captum_classfilters._core.labels import not_finite
-from captum_classfilters._core.layers import find_layer
+from captum_classfilters._core.layers import find_layer, name_of
 from captum_classfilters._core.names import check_list, kind_of
 from captum_classfilters._core.outputs import class_scores, scores_per_class
 from captum_classfilters._core.tables import Table, Tabular, short_repr
@@ -109,7 +109,7 @@ def specialize(
     example_inputs: ExampleInputs,
     *,
     dataloader: Dataloader | None = None,
-    head: str | None = None,
+    head: nn.Module | str | None = None,
     unpack: Unpack | None = None,
     device: torch.device | str | None = None,
     show_progress: bool = True,
@@ -132,7 +132,8 @@ def specialize(
         dataloader (iterable, optional): Batches of (inputs, labels) with the labels of the full
                     network, other classes among them or not; for the accuracy table.
                     Default: None
-        head (str, optional): Dotted name of the head. By default the linear layer that runs last.
+        head (nn.Module or str, optional): The head, or its dotted name. By default the
+                    linear layer that runs last.
         unpack (Callable, optional): From a batch of another kind to the pair (inputs, labels).
                     Default: None
         device (torch.device or str, optional): Where the batches go; by default where the model is.
@@ -170,7 +171,7 @@ def specialize(
             raise ValueError(f"Two tables are of the layer {table.layer!r}.")
         kept[table.layer] = _needed(table, rows)
     inputs = inputs_of(model, example_inputs)
-    name = head if head is not None else find_head(model, inputs)[0]
+    name = find_head(model, inputs)[0] if head is None else name_of(model, head)
     pruned = prune_filters(model, kept, inputs)
     smaller = with_rows(pruned, name, rows)
     check_rows(pruned, smaller, rows, inputs, name)

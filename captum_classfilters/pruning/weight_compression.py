@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
+from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.batches import check_read_again
 from captum_classfilters._core.copies import copied
 from captum_classfilters._core.costs import before_and_after, inputs_of
 from captum_classfilters._core.extras import extra
-from captum_classfilters._core.filter_graph import name_of
 from captum_classfilters._core.guard import model_left_as_found
-from captum_classfilters._core.layers import check_runs, find_layer
+from captum_classfilters._core.layers import check_runs, find_layer, name_of
 from captum_classfilters._core.names import kind_of
 from captum_classfilters._core.tables import Table, Tabular, short_repr
 from captum_classfilters._core.taps import hooked
@@ -162,6 +162,7 @@ class CompressedLayer:
     report: CompressionReport
 
 
+@arguments_checked
 def magnitude_prune(model: nn.Module, layer: nn.Module | str, sparsity: float) -> nn.Module:
     r"""
     A copy of the model in which a share of a layer's smallest weights is zero, ready to be trained.
@@ -273,6 +274,7 @@ def encode_weights(weights: Tensor, codebook: Tensor, codes: Tensor) -> Compress
     )
 
 
+@arguments_checked
 def compress_layer(
     model: nn.Module,
     layer: nn.Module | str,

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.copies import copied
 from captum_classfilters._core.guard import model_left_as_found
 from captum_classfilters._core.heads import alike
@@ -39,6 +40,7 @@ class FactoredLayer(nn.Sequential):
     directions: nn.Module
     combination: nn.Module
 
+    @arguments_checked
     def __init__(self, layer: nn.Module, rank: int | None = None) -> None:
         super().__init__()
         weight = weight_matrix(layer)
@@ -51,6 +53,7 @@ class FactoredLayer(nn.Sequential):
             _check_equal(layer, self if rank is None else FactoredLayer(layer))
 
 
+@arguments_checked
 def factor_layer(model: nn.Module, layer: nn.Module | str, *, rank: int | None = None) -> nn.Module:
     r"""
     A copy of a model in which the singular directions of one layer are filters of their own.

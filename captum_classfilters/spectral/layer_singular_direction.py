@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.captum import TargetType, log_usage
 from captum_classfilters._core.devices import sums_device
 from captum_classfilters._core.forward import FilterMaps
@@ -86,6 +87,7 @@ class LayerSingularDirection(WeightedFilterAttribution):
 
     features_name = "directions"
 
+    @arguments_checked
     def __init__(
         self,
         forward_func: Callable[..., Tensor],

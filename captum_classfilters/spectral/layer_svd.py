@@ -6,7 +6,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from captum_classfilters._core.arguments import whole_number
+from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.linear_maps import run_with_weight
 from captum_classfilters._core.tables import short_repr
 from captum_classfilters.spectral.routes import Method, choose_route, decompose
@@ -181,6 +181,7 @@ class LayerSVD:
         return self.right
 
 
+@arguments_checked
 def layer_svd(
     module: nn.Module, *, rank: int | None = None, method: Method = "auto", right: bool = True
 ) -> LayerSVD:
@@ -263,9 +264,6 @@ def check_method(method: str) -> None:
 
 def check_rank(rank: int, possible: int | None, what: str) -> None:
     """Raise if there are not that many directions, of any number if ``possible`` is None."""
-    number = whole_number(rank)
-    if number is None or number < 1 or (possible is not None and number > possible):
+    if rank < 1 or (possible is not None and rank > possible):
         end = "up" if possible is None else f"to {possible}"
-        raise ValueError(
-            f"rank={rank!r} is not possible for {what}; choose a whole number from 1 {end}."
-        )
+        raise ValueError(f"rank={rank} is not possible for {what}; choose one from 1 {end}.")

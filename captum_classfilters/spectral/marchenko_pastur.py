@@ -8,6 +8,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.tables import short_repr
 
 _GRID = 4097
@@ -143,6 +144,7 @@ class MarchenkoPasturFit:
     entry_deviation: float
 
 
+@arguments_checked
 def fit_marchenko_pastur(
     values: Tensor | ArrayLike, shape: tuple[int, int], *, tolerance: float = 0.0
 ) -> MarchenkoPasturFit:
@@ -209,6 +211,7 @@ def _scale(bulk: np.ndarray, unit: MarchenkoPastur) -> float:
     return float(np.median(bulk / unit.quantile(places)))
 
 
+@arguments_checked
 def marchenko_pastur_edge(shape: tuple[int, int], sigma: float) -> float:
     r"""
     The largest singular value of a large random matrix, :math:`\sigma (\sqrt N + \sqrt m)`.

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
+from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.copies import copied
 from captum_classfilters._core.guard import model_left_as_found
 from captum_classfilters._core.names import hint
@@ -249,6 +250,7 @@ class SpectraComparison(Tabular):
         )
 
 
+@arguments_checked
 def compare_with_random(
     model: nn.Module,
     twin: Literal["reset", "shuffled"] | nn.Module = "reset",

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.layers import find_layer, layer_name
 from captum_classfilters._core.linear_maps import why_not_its_weight
 from captum_classfilters._core.names import hint
@@ -180,6 +181,7 @@ class ModelSVD(Tabular, Mapping[str, LayerSVD]):
         return svd
 
 
+@arguments_checked
 def model_svd(
     model: nn.Module,
     layers: Sequence[str | nn.Module] | None = None,

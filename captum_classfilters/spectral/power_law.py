@@ -9,6 +9,7 @@ from numpy.typing import ArrayLike
 from scipy.linalg import eigvalsh_tridiagonal
 from torch import Tensor
 
+from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.tables import short_repr
 from captum_classfilters.spectral.marchenko_pastur import positive_numbers
 
@@ -40,6 +41,7 @@ class PowerLaw:
         return float((self.alpha - 1) / self.num_tail**0.5)
 
 
+@arguments_checked
 def fit_power_law(values: Tensor | ArrayLike, minimum: float | None = None) -> PowerLaw:
     r"""
     Fit a power law to the tail of a layer's eigenvalues.

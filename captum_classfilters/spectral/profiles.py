@@ -11,6 +11,7 @@ import torch
 from scipy import sparse
 from torch import Tensor, nn
 
+from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.tables import short_repr
 from captum_classfilters._core.types import Dataloader, Directions, Unpack
 from captum_classfilters._core.units import (
@@ -166,6 +167,7 @@ class ImageProfiles(Sequence[Profile]):
         }
 
 
+@arguments_checked
 def profile_images(
     model: nn.Module,
     layers: str | nn.Module | Sequence[str | nn.Module],

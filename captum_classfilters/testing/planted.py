@@ -112,6 +112,7 @@ class Recovery:
     num_selected: int
 
 
+@arguments_checked
 def planted_network(num_classes: int = 4, leak: float = 0.0, seed: int = 0) -> PlantedNetwork:
     r"""
     Write a network whose class filters are known at every layer.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from captum_classfilters._core.arguments import whole_number
+from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.tables import short_repr
 from captum_classfilters._core.tensor_files import Schema, read_tensors
 from captum_classfilters.testing.tasks import (
@@ -139,6 +139,7 @@ class TrainedNetwork:
         return verify(self.model, self._plan, self._ordered, self.patterns, number, seed)
 
 
+@arguments_checked
 @_single_precision()
 def trained_network(
     axis: str, level: int = 1, seed: int = 0, *, shipped: bool = True
@@ -214,7 +215,7 @@ def trained_network(
         >>> network.verify().holds
         True
     """
-    level, seed = _checked(axis, level, seed)
+    _check(axis, level, seed)
     task = plan(axis, level)
     generator = torch.Generator().manual_seed(seed)
     patterns = draw_patterns(task.num_concepts, generator)
@@ -230,16 +231,14 @@ def trained_network(
     )
 
 
-def _checked(axis: str, level: int, seed: int) -> tuple[int, int]:
+def _check(axis: str, level: int, seed: int) -> None:
     if axis not in AXES:
         raise ValueError(f"axis={axis!r}; choose one of {', '.join(AXES)}.")
-    numbers = whole_number(level), whole_number(seed)
-    if numbers[0] is None or numbers[0] not in LEVELS[axis]:
+    if level not in LEVELS[axis]:
         levels = ", ".join(map(str, LEVELS[axis]))
-        raise ValueError(f"level={level!r}; choose one of {levels}, the levels of {axis!r}.")
-    if numbers[1] is None or numbers[1] < 0:
-        raise ValueError(f"seed={seed!r}; expected a whole number from 0.")
-    return numbers[0], numbers[1]
+        raise ValueError(f"level={level}; choose one of {levels}, the levels of {axis!r}.")
+    if seed < 0:
+        raise ValueError(f"seed={seed}; expected a whole number from 0.")
 
 
 def _described(

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.names import listed_names
 from captum_classfilters._core.types import ClassNames
 from captum_classfilters.visualize.explanations import plot_explanations
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
     from captum_classfilters.metrics.compare_attributions import AttributionComparison
 
 
+@arguments_checked
 def plot_comparison(
     comparison: "AttributionComparison",
     *,

@@ -81,6 +81,7 @@ class FeatureObjective:
         )
 
     @classmethod
+    @arguments_checked
     def of_filter(
         cls,
         layer: str | nn.Module,
@@ -108,6 +109,7 @@ class FeatureObjective:
         return cls((_Term(layer, filter, None, position, 1.0, channel_dim),))
 
     @classmethod
+    @arguments_checked
     def of_direction(
         cls,
         layer: str | nn.Module,

@@ -147,6 +147,7 @@ def _shares(hypergraph: Hypergraph) -> NDArray[np.float64]:
     return np.asarray(share / np.maximum(count, 1)[:, None])
 
 
+@arguments_checked
 def plot_class_separation(
     tests: Mapping[str, SeparationTest],
     *,

@@ -45,6 +45,7 @@ _KEPT, _REMOVED = COLORS[0], COLORS[1]
 _STYLES = ("-", "--", "-.", ":")
 
 
+@arguments_checked
 def plot_filter_grid(
     filters: Tensor,
     order: PruningOrder | Tensor | Sequence[int],
@@ -193,6 +194,7 @@ def plot_removal_curves(
     return figure, axes
 
 
+@arguments_checked
 def plot_class_bars(
     interpretations: FilterInterpretation | Sequence[FilterInterpretation],
     pictures: Tensor | None = None,

@@ -18,6 +18,7 @@ from captum_classfilters.visualize.figures import (
 )
 
 
+@arguments_checked
 def plot_shortcuts(
     result: Shortcuts | Repair,
     *,

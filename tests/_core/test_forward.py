@@ -224,7 +224,8 @@ class TestRules:
             assert torch.allclose(table.scores, self.table(method, data), atol=1e-6)
             assert not torch.allclose(table.scores, self.table(plain, data), atol=1e-3)
         patched = LayerFilterContribution(model, "1")
-        patched.attribute = lambda *args, **kwargs: 3 * plain.attribute(*args, **kwargs)
+        changed = lambda *args, **kwargs: 3 * plain.attribute(*args, **kwargs)  # noqa: E731
+        patched.attribute = changed  # type: ignore[method-assign]
         table = patched.identify(data, **QUIET)
         assert torch.allclose(table.scores, 3 * self.table(plain, data), atol=1e-6)
 

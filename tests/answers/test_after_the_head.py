@@ -171,6 +171,20 @@ def test_a_mark_may_write_into_what_it_is_given():
     assert found.filter_change.tolist() == pytest.approx([0, 0, 1, 0, 0, 0], abs=1e-6)
 
 
+def test_a_mark_may_give_arrays_or_double_precision():
+    model, made_of, _ = confused()
+    expected = find_shortcuts(model, made_of, mark, **QUIET)
+    forms: list[Any] = [Tensor.double, Tensor.numpy, Tensor.half]
+    for form in forms:
+        given = lambda x, form=form: form(mark(x))  # noqa: E731
+        found = find_shortcuts(model, made_of, given, **QUIET)
+        torch.testing.assert_close(
+            found.filter_change, expected.filter_change, rtol=1e-2, atol=1e-3
+        )
+    with pytest.raises(ValueError, match=r"float32 without it and torch\.uint8 with it in batch 0"):
+        find_shortcuts(model, made_of, lambda x: mark(x).byte(), **QUIET)
+
+
 def test_only_directions_that_there_are():
     torch.manual_seed(0)
     weight = torch.zeros(4, 200)
@@ -275,6 +289,9 @@ def test_what_is_given_wrongly_is_named():
         build_specialist(model, "01", made_of, **QUIET)
     with pytest.raises(ValueError, match="take off what follows it, a Softmax"):
         build_specialist(nn.Sequential(model, nn.Softmax(1)), [1, 2], made_of, **QUIET)
+    small = [(x[..., :1, :1], y) for x, y in made_of]
+    with pytest.raises(ValueError, match=r"images of shape \(6, 1, 1\), those before of \(6, "):
+        build_specialist(model, [1, 2], [*made_of, *small], **QUIET)
     pairs = [((x, x), y) for x, y in made_of]
     both = nn.Bilinear(2, 2, 3)
     with pytest.raises(ValueError, match="2 inputs; a specialist is built for a model of one"):

@@ -10,6 +10,7 @@ from torch import nn
 from captum_classfilters import ClassFilters
 from captum_classfilters.answers import ClassFilterOOD
 from tests.models import QUIET
+from tests.pretend_device import pretend
 
 WEIGHT = torch.tensor([[2.0, 0.0, 1.0], [0.0, 3.0, 1.0]])
 BIAS = torch.tensor([0.5, -0.5])
@@ -208,11 +209,24 @@ def test_a_prediction_leaves_the_model_as_it_was_and_runs_it_once():
         ({"known_rate": 1.5}, r"known_rate=1\.5 is no share"),
         ({"score": "dice", "earlier": "earlier"}, "earlier has no part in the score 'dice'"),
         ({"earlier": "absent"}, "absent"),
+        ({"earlier": nn.Linear(3, 3)}, "The given Linear is not a layer of this Head"),
     ],
 )
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
         ClassFilterOOD(Head(), table(), head="fc", **options)
+
+
+def test_a_device_may_be_named_as_in_pytorch_ood():
+    """Where the model has nothing that tells where it is."""
+    torch.manual_seed(0)
+    detector = ClassFilterOOD(Head(), table(), head="fc")
+    with pretend("cuda") as device:
+        moved = ClassFilterOOD(Head().to(device), table(), head="fc")
+        moved.fit([(KNOWN, LABELS)], device=device, **QUIET)
+        found = moved.predict(IMAGE.to(device))
+    expected = detector.fit([(KNOWN, LABELS)], device="cpu", **QUIET).predict(IMAGE)
+    torch.testing.assert_close(found, expected)
 
 
 def test_a_table_must_fit():

@@ -244,7 +244,7 @@ IMAGES = TensorDataset(torch.rand(6, 2, 8, 8), torch.arange(6) % 3)
     [
         ({"layers": "conv9"}, "no layer 'conv9'"),
         ({"layers": []}, "name one layer at least"),
-        ({"num_filters": 0}, "num_filters=0; expected a whole number of at least 1"),
+        ({"num_filters": 0}, "num_filters=0; expected at least 1"),
         ({"num_images": -1}, "num_images=-1"),
         ({"num_errors": True}, "num_errors=True"),
         ({"filter_labels": {99: "far"}}, "filter_labels name filter 99; '1' has filters 0 to"),

@@ -1,6 +1,7 @@
 """The class-specific gate: projection, regularizer, hook, training, measures."""
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -450,6 +451,9 @@ class TestTraining:
             trainer.fit((separable() for _ in range(1)), epochs=2, **QUIET)
         with pytest.raises(ValueError, match="can be read only once; pass a list"):
             trainer.fit(loader(), (separable() for _ in range(1)), epochs=2, **QUIET)
+        x, y = next(iter(loader()))
+        with pytest.raises(ValueError, match="NaN or Inf for image 0 of batch 1"):
+            trainer.fit(loader(), [(x, y), (x * math.nan, y)], **QUIET)
         assert trainer.history == []
         plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
         with pytest.raises(ValueError, match="needs a metric"):
@@ -549,9 +553,9 @@ class TestLayerClassGate:
         assert torch.allclose(last, x.flatten(1, 2) * gates[[2, 0], None], atol=1e-6)
 
     def test_bad_input(self):
-        with pytest.raises(ValueError, match=r"gate is \(3,\)"):
+        with pytest.raises(ValueError, match=r"gate has shape \(3,\)"):
             LayerClassGate(pool_linear(), "1", torch.rand(3))
-        with pytest.raises(ValueError, match=r"such as ClassSpecificGate\.weight"):
+        with pytest.raises(ValueError, match=r"expected a Tensor, as gate\.weight is"):
             LayerClassGate(pool_linear(), "1", ClassSpecificGate(3, 6))  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="NaN or Inf"):
             LayerClassGate(pool_linear(), "1", torch.full((3, 6), float("nan")))

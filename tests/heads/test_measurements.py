@@ -231,6 +231,9 @@ class TestEssentiality:
         for wrong in options:
             with pytest.raises(ValueError, match=next(iter(wrong))):
                 essentiality(self.features, self.labels, self.weight, None, self.mask, **wrong)
+        for weight, bias in ((self.weight * math.nan, None), (self.weight, self.weight[:, 0] / 0)):
+            with pytest.raises(ValueError, match="The head's weight or bias holds NaN or Inf"):
+                essentiality(self.features, self.labels, weight, bias, self.mask)
 
     def test_one_logit_is_two_classes(self):
         weight = torch.tensor([[-1.0, 1.0, 0, 0]])

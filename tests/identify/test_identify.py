@@ -148,7 +148,7 @@ class TestExactness:
 @pytest.mark.parametrize(
     "options",
     [{"num_classes": value} for value in (0, -2, 1.5, True, "3")]
-    + [{"target": value, "num_classes": 3} for value in (-1, "dog", 0.0)],
+    + [{"target": value, "num_classes": 3} for value in (-1, "dog", 0.5)],
 )
 def test_numbers_that_cannot_be_meant_cost_no_pass(options):
     def data():
@@ -157,12 +157,13 @@ def test_numbers_that_cannot_be_meant_cost_no_pass(options):
 
     model = pool_linear()
     name = "target" if "target" in options else "num_classes"
-    with pytest.raises(ValueError, match=f"{name}=.*; expected a whole number"):
+    message = f"{name}=.*; expected (a whole number or None|at least {int(name != 'target')})"
+    with pytest.raises(ValueError, match=message):
         LayerFilterContribution(model, "1").identify(data(), **options, **QUIET)
     if name == "num_classes":
-        with pytest.raises(ValueError, match="expected a whole number of at least 1"):
+        with pytest.raises(ValueError, match=message):
             collect_evidence(LayerFilterContribution(model, "1"), data(), **options, **QUIET)
-        with pytest.raises(ValueError, match="expected a whole number of at least 1"):
+        with pytest.raises(ValueError, match=message):
             LayerFilterAblation(model, "1").identify(data(), metric="accuracy", **options, **QUIET)
 
 
@@ -308,17 +309,22 @@ class TestCaptumsMethods:
         assert torch.allclose(found.scores, total / counts[:, None], atol=1e-6)
         assert found.method == method.__name__
 
-    def test_one_channel_maps_and_kwargs_by_name(self):
+    def test_kwargs_by_name(self):
         model, data = deep(), batches()
         methods = {
             "cam": LayerGradCam(model, model.stage2),
             "path": LayerFilterContribution(model, "stage1"),
         }
         tables = identify_class_filters(
-            methods, data, attribute_kwargs={"path": {"n_steps": 5}}, **QUIET
+            methods,
+            data,
+            attribute_kwargs={"path": {"n_steps": 5}, "cam": {"attr_dim_summation": False}},
+            **QUIET,
         )
-        assert tables["cam"].num_filters == 1
         x, y = joined(data)
+        maps = methods["cam"].attribute(x, target=y, attr_dim_summation=False)
+        each = maps.detach().sum((2, 3)).double()
+        assert torch.allclose(tables["cam"].scores[0], each[y == 0].mean(0), atol=1e-6)
         method = methods["path"]
         each = method.filter_scores(method.attribute(x, target=y, n_steps=5)).double()
         assert torch.allclose(tables["path"].scores[0], each[y == 0].mean(0), atol=1e-6)
@@ -327,6 +333,14 @@ class TestCaptumsMethods:
 
 class TestBadInput:
     method = staticmethod(lambda: LayerFilterFrequency(pool_linear(), "1", top_k=2))
+
+    @pytest.mark.parametrize("kwargs", [{}, {"attr_dim_summation": True}])
+    def test_what_sums_over_all_filters_is_refused(self, kwargs):
+        model = deep()
+        with pytest.raises(ValueError, match="LayerGradCam sums over the filters of 'stage2'"):
+            identify_class_filters(
+                LayerGradCam(model, model.stage2), batches(), attribute_kwargs=kwargs, **QUIET
+            )
 
     @pytest.mark.parametrize(
         ("labels", "message"),
@@ -384,6 +398,9 @@ class TestBadInput:
             identify_class_filters(self.method(), data, reduction="median")  # type: ignore[call-overload]
         with pytest.raises(ValueError, match="names no method: b"):
             identify_class_filters({"a": self.method()}, data, attribute_kwargs={"b": {}})
+        for own in ("target", "inputs", "return_convergence_delta", "return_half_widths"):
+            with pytest.raises(ValueError, match=f"attribute_kwargs holds '{own}', which the call"):
+                identify_class_filters(self.method(), data, attribute_kwargs={own: 1})
         with pytest.raises(ValueError, match="class_names has 1 names; expected 3"):
             self.method().identify(data, class_names=["one"], **QUIET)
         with pytest.raises(ValueError, match="'abc' is one name"):

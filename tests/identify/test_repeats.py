@@ -83,7 +83,10 @@ CALLS: dict[str, Callable[[Any, Any], object]] = {
         LayerActivation(m, m.net.stage1), d, **QUIET
     ),
     "several": lambda m, d: identify_class_filters(
-        [LayerFilterFrequency(m, "net.stage1", top_k=2), LayerGradCam(m, m.net.stage2)], d, **QUIET
+        [LayerFilterFrequency(m, "net.stage1", top_k=2), LayerGradCam(m, m.net.stage2)],
+        d,
+        attribute_kwargs={1: {"attr_dim_summation": False}},
+        **QUIET,
     ),
     "both sides": lambda m, d: identify_class_filters(
         {
@@ -98,7 +101,11 @@ CALLS: dict[str, Callable[[Any, Any], object]] = {
         LayerFilterFrequency(m, "net.stage1", top_k=2), d, **QUIET
     ),
     "another package's, classes known": lambda m, d: identify_class_filters(
-        LayerGradCam(m, m.net.stage2), d, num_classes=3, **QUIET
+        LayerGradCam(m, m.net.stage2),
+        d,
+        num_classes=3,
+        attribute_kwargs={"attr_dim_summation": False},
+        **QUIET,
     ),
     "contrast": lambda m, d: contrast_classes(
         LayerFilterContribution(m, "net.stage2"), d, 0, 1, **QUIET

@@ -1,6 +1,7 @@
 """A specialist's outputs and accuracies against the full network with its other filters masked."""
 
 import copy
+import math
 import warnings
 from typing import Any
 
@@ -191,6 +192,9 @@ def test_bad_input():
     for tables, classes, options, message in cases:
         with pytest.raises(ValueError, match=message):
             specialize(model, tables, classes, x, **options, **QUIET)
+    broken = [(torch.cat([x[:2], torch.full_like(x[:1], math.nan)]), torch.tensor([0, 1, 0]))]
+    with pytest.raises(ValueError, match="NaN or Inf for image 2 of batch 0"):
+        specialize(model, table, ["a", "b"], x, dataloader=broken, **QUIET)
     hidden = nn.Sequential(
         nn.Conv2d(2, 6, 3), nn.Flatten(), nn.Linear(96, 4), nn.ReLU(), nn.Linear(4, 3)
     ).eval()

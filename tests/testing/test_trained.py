@@ -1,7 +1,6 @@
 """The trained networks are what they say, measured on every one that the package has."""
 
 from collections import Counter
-from typing import Any
 
 import pytest
 import torch
@@ -227,15 +226,12 @@ def test_networks_are_the_same_under_every_default_type(default):
 def test_bad_input():
     with pytest.raises(ValueError, match="axis='sharing'; choose one of shared, redundancy"):
         trained_network("sharing")
-    levels: list[Any] = [0, 3, True, 1.5, "1"]
-    for level in levels:
+    for level in (0, 3):
         with pytest.raises(ValueError, match=r"level=.*choose one of 1, 2"):
             trained_network("shared", level)
     with pytest.raises(ValueError, match="level=2; choose one of 1, the levels of 'backup'"):
         trained_network("backup", 2)
-    seeds: list[Any] = [-1, 0.5, True, None]
-    for seed in seeds:
-        with pytest.raises(ValueError, match="whole number from 0"):
-            trained_network("shared", 1, seed)
+    with pytest.raises(ValueError, match="seed=-1; expected a whole number from 0"):
+        trained_network("shared", 1, -1)
     with pytest.raises(ValueError, match="number=3"):
         trained_network("shared").verify(3)
