@@ -78,9 +78,12 @@ def test_a_method_whose_layer_was_never_set_says_so():
         LayerFilterContribution(pool_linear(), None).attribute(images(), target=0)
 
 
-@pytest.mark.parametrize("value", ["1", 1.0, True])
+@pytest.mark.parametrize("value", ["1", 1.5, True])
 def test_an_axis_is_a_whole_number(value):
-    method = LayerFilterFrequency(pool_linear(), "1", channel_dim=value)
+    with pytest.raises(ValueError, match="channel_dim=.*; expected a whole number or None"):
+        LayerFilterFrequency(pool_linear(), "1", channel_dim=value)
+    method = LayerFilterFrequency(pool_linear(), "1")
+    method.channel_dim = value
     with pytest.raises(ValueError, match=r"channel_dim=.* is no axis"):
         method.attribute(images())
 

@@ -47,7 +47,7 @@ _STYLES = ("-", "--", "-.", ":")
 
 @arguments_checked
 def plot_filter_grid(
-    filters: Tensor,
+    filters: Tensor | ArrayLike,
     order: PruningOrder | Tensor | Sequence[int],
     *,
     columns: int | None = None,
@@ -67,7 +67,7 @@ def plot_filter_grid(
 
     Args:
 
-        filters (Tensor): Shape (K, channels, h, w): the weights of a convolution, or a picture for
+        filters (Tensor or ndarray): Shape (K, channels, h, w): the weights of a convolution, or a picture for
                     each filter.
         order (PruningOrder, Tensor or sequence): Filters in the order of their removal.
         columns (int, optional): Pictures in a row. By default about twice as many as rows.
@@ -197,7 +197,7 @@ def plot_removal_curves(
 @arguments_checked
 def plot_class_bars(
     interpretations: FilterInterpretation | Sequence[FilterInterpretation],
-    pictures: Tensor | None = None,
+    pictures: Tensor | ArrayLike | None = None,
     *,
     most: int = 12,
     channels: Channels = None,
@@ -214,8 +214,8 @@ def plot_class_bars(
 
         interpretations (FilterInterpretation or sequence): From
                     :func:`captum_classfilters.pruning.class_interpretation`.
-        pictures (Tensor, optional): A picture for each of them, (number, channels, h, w): weights,
-                    or the images that excite the filter most.
+        pictures (Tensor or ndarray, optional): A picture for each of them, (number, channels, h, w):
+                    weights, or the images that excite the filter most.
                     Default: None
         most (int): Draw at most so many filters, those without which the accuracy over all images
                     changes most.
@@ -238,10 +238,10 @@ def plot_class_bars(
         if isinstance(interpretations, FilterInterpretation)
         else list(interpretations)
     )
-    if not filters or (pictures is not None and len(pictures) != len(filters)):
-        count = "no" if pictures is None else len(pictures)
-        raise ValueError(f"{len(filters)} filters and {count} pictures: expected one for each.")
     drawn = None if pictures is None else numbers_of(pictures, "The pictures")
+    if not filters or (drawn is not None and len(drawn) != len(filters)):
+        count = "no" if drawn is None else len(drawn)
+        raise ValueError(f"{len(filters)} filters and {count} pictures: expected one for each.")
     if drawn is not None:
         if drawn.dim() != 4:
             raise ValueError(

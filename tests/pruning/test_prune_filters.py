@@ -415,7 +415,7 @@ def test_bad_input():
         (model, x, {"conv1": [1]}, {"keep": [1]}, "says itself"),
         (model, x, {"conv1": [1], "bn1": [0]}, {}, "given twice"),
         (model, x, "relu", {"remove": [0]}, "reached 2 times"),
-        (model, x, nn.Conv2d(1, 1, 1), {"remove": [0]}, "not a layer of this model"),
+        (model, x, nn.Conv2d(1, 1, 1), {"remove": [0]}, "not a layer of this Residual"),
         (model, x, "conv1", {"remove": [0], "constants": "keep"}, "constants='keep'"),
         (grouped, x, "0", {"remove": [0]}, "groups of '1'"),
         (grouped, x, "1", {"remove": [0]}, "groups of '1'"),
