@@ -80,7 +80,7 @@ def test_a_method_whose_layer_was_never_set_says_so():
 
 @pytest.mark.parametrize("value", ["1", 1.5, True])
 def test_an_axis_is_a_whole_number(value):
-    with pytest.raises(ValueError, match="channel_dim=.*; expected a whole number or None"):
+    with pytest.raises(ValueError, match=r"channel_dim=.*; expected a whole number or None"):
         LayerFilterFrequency(pool_linear(), "1", channel_dim=value)
     method = LayerFilterFrequency(pool_linear(), "1")
     method.channel_dim = value
