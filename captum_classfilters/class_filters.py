@@ -386,6 +386,7 @@ class ClassFilters(Tabular):
         order = descending(self._scores[row])
         return order[self._selected[row][order]]
 
+    @arguments_checked
     def interval(self, confidence: float = 0.95) -> Tensor:
         r"""
         Intervals of the mean scores, by Student's distribution, each by itself.
@@ -413,6 +414,7 @@ class ClassFilters(Tabular):
         reach = torch.as_tensor(t.isf((1 - confidence) / 2, freedom.clamp(min=1).numpy())) * errors
         return torch.stack([self._scores - reach, self._scores + reach], dim=2)
 
+    @arguments_checked
     def classes_of(self, filter_: int) -> list[str]:
         """Names of the classes that a filter is selected for.
 
@@ -466,6 +468,7 @@ class ClassFilters(Tabular):
 
     # -- choosing --------------------------------------------------------------------------------
 
+    @arguments_checked
     def select(
         self,
         num_filters: int | None = None,
@@ -678,6 +681,7 @@ class ClassFilters(Tabular):
 
     # -- comparing -------------------------------------------------------------------------------
 
+    @arguments_checked
     def agreement(self, other: "ClassFilters", num_filters: int | None = None) -> Agreement:
         r"""
         Compare with another table over the same classes and filters.

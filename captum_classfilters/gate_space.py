@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel.scatter_gather import scatter
 
+from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.devices import device_of
 from captum_classfilters._core.layers import (
     along_filters,
@@ -68,6 +69,7 @@ class FilterGate(nn.Module):
         torch.Size([8, 4])
     """
 
+    @arguments_checked
     def __init__(
         self,
         forward_func: Callable[..., Tensor],
@@ -116,6 +118,7 @@ class FilterGate(nn.Module):
             )
         return self._num_filters
 
+    @arguments_checked
     def ones(self, n: int) -> Tensor:
         """Open gates for ``n`` images.
 

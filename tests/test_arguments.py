@@ -5,6 +5,7 @@ import importlib
 import inspect
 import pkgutil
 from collections.abc import Callable, Iterator
+from decimal import Decimal
 from fractions import Fraction
 from types import NoneType, UnionType
 from typing import Any, get_args
@@ -15,22 +16,40 @@ import torch
 from torch import Tensor
 
 import captum_classfilters
-from captum_classfilters import ClassFilters, ClassSpecificGate
+from captum_classfilters import ClassFilters, ClassSpecificGate, LabelPermutation
 from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.names import kind_of
+from captum_classfilters._core.tables import Tabular
+from captum_classfilters.gates import GateSchedule
 from captum_classfilters.heads import diversity, psi
+from captum_classfilters.pruning import LayerwiseFineTuning
 from captum_classfilters.spectral import fit_marchenko_pastur, fit_power_law, select_rank
 from captum_classfilters.testing import recovery
+from captum_classfilters.visualize import RandomTransform
 
 
 def public_objects() -> Iterator[tuple[str, Any]]:
     """All public functions and classes, with their rooms."""
-    for info in pkgutil.iter_modules(captum_classfilters.__path__, "captum_classfilters."):
-        module = importlib.import_module(info.name)
+    path = captum_classfilters.__path__
+    rooms = [info.name for info in pkgutil.iter_modules(path, "captum_classfilters.")]
+    for room in rooms:
+        module = importlib.import_module(room)
         for name in getattr(module, "__all__", ()):
             public = getattr(module, name)
             if hasattr(public, "__name__"):
-                yield info.name.split(".")[1], public
+                yield room.split(".")[1], public
+
+
+def results() -> Iterator[tuple[str, Any]]:
+    """The classes of what functions return, and those that only the package itself exports."""
+    found = {getattr(captum_classfilters, name) for name in captum_classfilters.__all__}
+    kinds = [Tabular]
+    while kinds:
+        found.update(own := kinds.pop().__subclasses__())
+        kinds += own
+    for kind in sorted(filter(inspect.isclass, found), key=lambda kind: kind.__name__):
+        if kind.__module__.startswith("captum_classfilters."):
+            yield kind.__module__.split(".")[1], kind
 
 
 def public_with(
@@ -126,7 +145,7 @@ def kinds_of_number(annotation: object) -> set[type]:
 def with_numbers() -> dict[str, tuple[Any, dict[str, set[type]]]]:
     """Public functions and methods that do more than keep what they are given, and their numbers."""
     found = {}
-    for room, public in public_objects():
+    for room, public in dict.fromkeys([*public_objects(), *results()]):
         methods = vars(public) if inspect.isclass(public) else {"": public}
         for name, value in methods.items():
             function = getattr(value, "__func__", value)
@@ -147,7 +166,8 @@ del NUMBERS["gates.ClassSpecificGate.forward"]  # that PyTorch compiles and trac
 
 
 def test_numbers_are_found():
-    assert len(NUMBERS) > 120
+    assert len(NUMBERS) > 150
+    assert NUMBERS["class_filters.ClassFilters.select"][1]["mass"] == {float}
     assert NUMBERS["answers.find_shortcuts"][1]["permutations"] == {int}
     assert NUMBERS["attr.LayerFilterFrequency.__init__"][1]["top_k"] == {int}
 
@@ -164,6 +184,26 @@ def test_what_is_no_number_is_named(name):
                 function(**others, **{own: value})
 
 
+@pytest.mark.parametrize("kind", [LabelPermutation, GateSchedule, RandomTransform])
+def test_numbers_of_settings(kind):
+    fields = [f for f in dataclasses.fields(kind) if f.type in (int, float)]
+    assert fields
+    for field in fields:
+        assert getattr(kind(**{field.name: np.float32(1)}), field.name) == 1
+        with pytest.raises(ValueError, match=rf"^{field.name}='3'; expected a (whole )?number"):
+            kind(**{field.name: "3"})
+    tuning: Any = LayerwiseFineTuning
+    with pytest.raises(ValueError, match="num_steps='3'; expected a whole number"):
+        tuning([], 0.1, num_steps="3")
+
+
+def test_what_is_learned_keeps_its_gradient():
+    limit: Any = torch.tensor(1.5, requires_grad=True)
+    ClassSpecificGate(3, 4, initial=1.0).regularizer(limit=limit).backward()
+    assert limit.grad is not None
+    assert float(limit.grad) != 0
+
+
 def test_other_mistakes_are_told_as_python_does():
     with pytest.raises(TypeError, match=r"psi\(\) got an unexpected keyword argument 'image'"):
         psi(image=3)  # type: ignore[call-arg]
@@ -176,15 +216,8 @@ def test_numbers_arrive_as_pythons():
     def function(whole: int, real: float = 0.5, none: int | None = None) -> tuple[object, ...]:
         return whole, real, none
 
-    twos: list[Any] = [
-        2,
-        2.0,
-        np.int64(2),
-        np.float32(2),
-        torch.tensor(2),
-        np.array(2),
-        Fraction(2),
-    ]
+    twos: list[Any] = [2, 2.0, np.int64(2), np.float32(2), torch.tensor(2), np.array(2)]
+    twos += [Fraction(2), Decimal(2)]
     for two in twos:
         whole, real, none = function(two, real=two, none=two)
         assert (whole, real, none) == (2, 2, 2)

@@ -1,10 +1,11 @@
 """Arguments that should be Tensors, numbers or objects of this package and are not, refused by name."""
 
+import dataclasses
 import inspect
 import operator
 from collections.abc import Callable
 from functools import wraps
-from numbers import Real
+from numbers import Number
 from types import NoneType, UnionType
 from typing import ParamSpec, TypeVar, get_args
 
@@ -50,6 +51,14 @@ def arguments_checked(function: Callable[P, R]) -> Callable[P, R]:
     return checked
 
 
+def check_numbers(instance: object) -> None:
+    """The same of a dataclass's fields, for its ``__post_init__``."""
+    for field in dataclasses.fields(instance):  # type: ignore[arg-type]
+        kinds, value = _numbers(field.type), getattr(instance, field.name)
+        if kinds and (value is not None or NoneType not in kinds):
+            object.__setattr__(instance, field.name, _number(field.name, value, kinds))
+
+
 def whole_number(value: object) -> int | None:
     """A whole number of any library, NumPy's for example, as an int; None of whatever is none: booleans
     and floats, too."""
@@ -82,7 +91,9 @@ def _numbers(annotation: object) -> tuple[type, ...]:
 
 
 def _number(name: str, value: object, kinds: tuple[type, ...]) -> int | float:
-    """A number of Python's."""
+    """A number of Python's; what has a gradient, which it would lose, stays as it is."""
+    if isinstance(value, Tensor) and value.requires_grad and value.dim() == 0 and float in kinds:
+        return value  # type: ignore[return-value]
     whole = whole_number(value)
     if whole is not None:
         return whole
@@ -99,7 +110,7 @@ def _real(value: object) -> float | None:
     single = getattr(value, "shape", None) == ()
     if isinstance(value, bool) or "bool" in str(getattr(value, "dtype", "")):
         return None
-    if not single and not isinstance(value, Real):
+    if not single and not isinstance(value, Number):
         return None
     try:
         return float(value)  # type: ignore[arg-type]

@@ -59,6 +59,7 @@ class ConfusionRepair(Tabular):
         """The counts as shares of the row's images, (5, 3 + R); NaN where there are none."""
         return self.hits.double() / self.counts[:, None]
 
+    @arguments_checked
     def interval(self, confidence: float = 0.95) -> Tensor:
         """Tango's intervals of what the edit changes, in shares of the row's images.
 

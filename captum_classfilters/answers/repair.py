@@ -93,6 +93,7 @@ class Repair(Tabular):
         gap = without[0] - with_[0]
         return (with_[1:] - with_[0]) / gap if gap > 0 else torch.full_like(with_[1:], torch.nan)
 
+    @arguments_checked
     def interval(self, confidence: float = 0.95) -> Tensor:
         """Tango's intervals of what the edit changes, in shares of images.
 

@@ -96,6 +96,7 @@ class Shortcuts(Tabular):
         :attr:`output_change` where the scores are the head's output."""
         return (self.weight - self.weight.mean(0)) * self.filter_change
 
+    @arguments_checked
     def carriers(self, output: int | str, num_filters: int) -> Tensor:
         """The filters that carry it into an output, strongest first.
 

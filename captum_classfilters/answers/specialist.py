@@ -84,6 +84,7 @@ class ClassSpecialist(Tabular):
         compared = next(iter(self.costs.values()))
         return float(getattr(compared.after, cost) / getattr(compared.before, cost))
 
+    @arguments_checked
     def interval(self, confidence: float = 0.95) -> Tensor:
         """Tango's interval of what the specialist changes in the accuracy, paired by images.
 

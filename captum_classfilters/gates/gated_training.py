@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from tqdm.auto import tqdm
 
-from captum_classfilters._core.arguments import arguments_checked
+from captum_classfilters._core.arguments import arguments_checked, check_numbers
 from captum_classfilters._core.batches import Batches, check_read_again, read_batches
 from captum_classfilters._core.checkpoints import is_safetensors, read_checkpoint
 from captum_classfilters._core.devices import device_of, on_device
@@ -64,6 +64,7 @@ class GateSchedule:
     warmup: int = 0
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         if self.unit not in ("epoch", "batch", "joint"):
             raise ValueError(f"unit={self.unit!r}; choose 'epoch', 'batch' or 'joint'.")
         if not 1 <= self.gated <= self.period:

@@ -56,6 +56,7 @@ class AccuracyCurve(Tabular):
     random_standard_deviation: list[float]
     num_images: int
 
+    @arguments_checked
     def smallest(self, keep: float, name: str | None = None) -> int | None:
         """The smallest number of filters that keeps a share of the full accuracy.
 

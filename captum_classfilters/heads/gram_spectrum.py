@@ -48,6 +48,7 @@ class GramSpectrum(Tabular):
         r"""Effective number of directions of each class (C,): :math:`(\sum l)^2 / \sum l^2`."""
         return self.eigenvalues.sum(1).square() / self.eigenvalues.square().sum(1)
 
+    @arguments_checked
     def number_for(self, energy: float = 0.95) -> Tensor:
         """Smallest number of eigenvalues that holds a share of each class's energy (C,).
 
@@ -60,6 +61,7 @@ class GramSpectrum(Tabular):
         """
         return number_for_energy(self.eigenvalues, energy)
 
+    @arguments_checked
     def overall_number_for(self, energy: float = 0.95) -> int:
         """The same for all images together.
 

@@ -115,11 +115,13 @@ class AccuracyReduction(Tabular):
         weights = self.counts.double()[:, None] / self.counts.sum()
         return (self.log_probability_drop.nan_to_num() * weights).sum(0)
 
+    @arguments_checked
     def interval(self, confidence: float = 0.95) -> Tensor:
         """Interval of CAR (K, 2); see :meth:`class_interval`."""
         lost, gained = self.lost.sum(0), self.gained.sum(0)
         return paired_interval(lost, gained, self.counts.sum(), confidence)
 
+    @arguments_checked
     def class_interval(self, confidence: float = 0.95) -> Tensor:
         r"""
         Interval of each class's CAR, a difference of paired shares; see :func:`paired_interval`.
@@ -141,6 +143,7 @@ class AccuracyReduction(Tabular):
         counts = self.counts[:, None].expand_as(self.lost)
         return paired_interval(self.lost, self.gained, counts, confidence)
 
+    @arguments_checked
     def to_class_filters(self, num_filters: int, soft: bool = False) -> ClassFilters:
         r"""
         The table of each class's CAR, with its filters of largest CAR selected.

@@ -8,6 +8,7 @@ import torch
 from captum.attr import LayerAttribution
 from torch import Tensor
 
+from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.batches import Batch, dataset_names, read_batches
 from captum_classfilters._core.labels import labels_of_scores
 from captum_classfilters._core.names import listed_names
@@ -70,6 +71,7 @@ class FilterContrast(Tabular):
         """What the scores miss of the margin; with an exact method at a linear head only biases."""
         return self.margin - float(self.scores.sum())
 
+    @arguments_checked
     def interval(self, confidence: float = 0.95, simultaneous: bool = False) -> Tensor:
         r"""
         Intervals of the mean evidence, by Student's distribution.
@@ -97,6 +99,7 @@ class FilterContrast(Tabular):
         reach = reach * self.standard_errors
         return torch.stack([self.scores - reach, self.scores + reach], dim=1)
 
+    @arguments_checked
     def strongest(self, num_filters: int) -> Tensor:
         """The filters that speak most for :attr:`favored`, best first; ties to the lower index.
 
@@ -110,6 +113,7 @@ class FilterContrast(Tabular):
         order = self.scores.sort(descending=True, stable=True).indices
         return order[: self._checked(num_filters)]
 
+    @arguments_checked
     def opposing(self, num_filters: int) -> Tensor:
         """The filters that speak most for :attr:`against`, strongest first.
 
@@ -122,6 +126,7 @@ class FilterContrast(Tabular):
         """
         return self.scores.sort(stable=True).indices[: self._checked(num_filters)]
 
+    @arguments_checked
     def to_pandas(self, confidence: float = 0.95) -> "pandas.DataFrame":
         """One row for each filter, strongest first. Needs the extra ``pandas``.
 
@@ -224,6 +229,7 @@ class ConfusionFilters(Tabular):
             raise ValueError(f"No image of class {names[0]!r} was taken for {names[1]!r}.")
         return self.cells[key]
 
+    @arguments_checked
     def largest(self, number: int = 10) -> list[tuple[int, int]]:
         """The most frequent errors, as (true, predicted).
 

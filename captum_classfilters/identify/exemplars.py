@@ -121,6 +121,7 @@ class Exemplars(Tabular):
             raise ValueError(f"side={side!r}; choose 'highest' or 'lowest'.")
         return self.highest if side == "highest" else self.lowest
 
+    @arguments_checked
     def patches(self, dataset: DatasetLike, unit: int, side: Side = "highest") -> list[Tensor]:
         r"""
         Cut a unit's patches out of the images.

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from captum_classfilters._core.arguments import arguments_checked, whole_number
+from captum_classfilters._core.arguments import arguments_checked, check_numbers
 from captum_classfilters._core.tables import short_repr
 from captum_classfilters._core.types import JsonDict
 
@@ -84,11 +84,10 @@ class LabelPermutation:
     correction: Literal["bh", "by"] = "bh"
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         for name in ("permutations", "foreign_targets"):
-            number = whole_number(value := getattr(self, name))
-            if number is None or number < 1:
-                raise ValueError(f"{name}={value!r} must be a whole number of at least 1.")
-            object.__setattr__(self, name, number)
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
         if self.correction not in ("bh", "by"):
             raise ValueError(f"correction={self.correction!r}; choose 'bh' or 'by'.")
 

@@ -90,6 +90,7 @@ class CollateralDamage(Tabular):
         change = self.control_recall[name] - self.clean.diagonal().double() / self._counts()
         return change[torch.arange(len(self.classes)), list(self.classes)], self._others(change)
 
+    @arguments_checked
     def largest(self, count: int = 5) -> list[tuple[str, str, str, float]]:
         """The confusions that grew most.
 

@@ -54,6 +54,7 @@ class AttributionTable(Tabular):
     peak_memory: dict[str, int]
     batch_size: int
 
+    @arguments_checked
     def interval(
         self, method: str, metric: str, confidence: float = 0.95
     ) -> tuple[float, float, float]:
@@ -79,6 +80,7 @@ class AttributionTable(Tabular):
         reach = float(t.ppf((1 + confidence) / 2, size - 1)) * error
         return mean, mean - reach, mean + reach
 
+    @arguments_checked
     def rows(self, confidence: float = 0.95) -> list[Row]:
         """The table, one row for each method and control: means, ``_low`` and ``_high`` ends,
         ``seconds_per_image`` (median of the batches) and, on a CUDA device, ``peak_mebibytes``.
@@ -104,6 +106,7 @@ class AttributionTable(Tabular):
             rows.append(row)
         return rows
 
+    @arguments_checked
     def to_pandas(self, confidence: float = 0.95) -> "pandas.DataFrame":
         """:meth:`rows` as a data frame indexed by method.
 

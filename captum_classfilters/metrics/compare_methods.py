@@ -92,6 +92,7 @@ class MethodComparison(Tabular):
         """Sufficiency of random filters, mean over draws; NaN without draws."""
         return float((self.random_hits.sum(1).double() / self.counts.sum()).mean())
 
+    @arguments_checked
     def sufficiency_interval(self, confidence: float = 0.95) -> Tensor:
         """Exact binomial intervals of the sufficiencies (M, 2)."""
         return binomial_interval(self.hits.sum(1), self.counts.sum(), confidence)

@@ -250,7 +250,8 @@ def scores_filters(method: object, attributions: object, inputs: ModelInputs) ->
     def note(value: object) -> None:
         shapes.append(only_tensor(value, type(layer).__name__).shape)
 
-    with tapped(layer, note), torch.no_grad():
+    model = module_of(method.forward_func, [layer])
+    with model_left_as_found(model, evaluation=True), tapped(layer, note), torch.no_grad():
         method.forward_func(*inputs)
     return bool(shapes) and attributions.shape[1:] == shapes[0][1:]
 

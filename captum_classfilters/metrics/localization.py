@@ -67,6 +67,7 @@ class Localization(Tabular):
         """Share of images whose maximum lies on the object."""
         return float(self.hit.mean())
 
+    @arguments_checked
     def average_precision(self, threshold: float, *, boxes: bool = False) -> float:
         r"""
         Share of images whose overlap reaches a threshold: Liang et al.'s AP20 at 0.2, and so on.

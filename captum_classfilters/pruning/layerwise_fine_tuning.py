@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from captum_classfilters._core.arguments import check_numbers
 from captum_classfilters._core.batches import Batch, Batches, read_batches
 from captum_classfilters._core.layers import find_layer
 from captum_classfilters._core.outputs import (
@@ -65,6 +66,9 @@ class LayerwiseFineTuning:
     weight_decay: float = 0.0
     unpack: Unpack | None = None
     device: torch.device | str | None = None
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
 
     @property
     def options(self) -> JsonDict:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from scipy.sparse.linalg import LinearOperator, cg
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 
 from captum_classfilters.pruning.least_squares import (
     Fit,
@@ -182,11 +183,12 @@ def split_layer(
         kernel = torch.einsum("cr,rap->cap", making, kernel)
     parts, weights = [_with_kernel(module, kernel)], [kernel]
     if len(reading) < inputs:
-        parts.insert(0, nn.Conv2d(inputs, len(reading), 1, bias=False))
+        parts.insert(0, skip_init(nn.Conv2d, inputs, len(reading), 1, bias=False))
         weights.insert(0, reading)
     if len(kernel) < outputs:
         linear = isinstance(module, nn.Linear)
-        last = nn.Linear(len(kernel), outputs) if linear else nn.Conv2d(len(kernel), outputs, 1)
+        kind, size = (nn.Linear, ()) if linear else (nn.Conv2d, (1,))
+        last = skip_init(kind, len(kernel), outputs, *size)
         parts.append(last)
         weights.append(making)
     row = nn.Sequential(*parts).to(like).requires_grad_(like.requires_grad)
@@ -202,12 +204,12 @@ def _with_kernel(module: Weighted, kernel: Tensor) -> Weighted:
     outputs, inputs, _ = kernel.shape
     last = outputs == len(module.weight)
     if isinstance(module, nn.Linear):
-        return nn.Linear(inputs, outputs, bias=last)
+        return skip_init(nn.Linear, inputs, outputs, bias=last)
     geometry: Mapping[str, Any] = {
         key: getattr(module, key)
         for key in ("kernel_size", "stride", "padding", "dilation", "padding_mode")
     }
-    return nn.Conv2d(inputs, outputs, bias=last, **geometry)
+    return skip_init(nn.Conv2d, inputs, outputs, bias=last, **geometry)
 
 
 def replace_module(model: nn.Module, module: nn.Module, other: nn.Module) -> None:

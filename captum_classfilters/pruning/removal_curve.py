@@ -56,6 +56,7 @@ class RemovalCurves(Tabular):
         """Accuracy with every filter."""
         return float(next(iter(self.accuracy.values()))[0, 0])
 
+    @arguments_checked
     def at(self, share: float, name: str | None = None) -> float:
         """Mean accuracy when a share of the layer's filters is gone, rounded to whole filters.
 

@@ -75,6 +75,7 @@ class Hypergraph(Tabular):
         """
         return Hypergraph(self.incidence.T, self.edges, self.vertices, None, self.num_classes)
 
+    @arguments_checked
     def components(
         self, s: int = 1, of: Literal["vertices", "edges"] = "vertices"
     ) -> list[list[str]]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import trange
 
-from captum_classfilters._core.arguments import arguments_checked
+from captum_classfilters._core.arguments import arguments_checked, check_numbers
 from captum_classfilters._core.devices import device_of
 from captum_classfilters._core.guard import model_left_as_found
 from captum_classfilters._core.layers import (
@@ -179,6 +179,9 @@ class RandomTransform:
     jitter: float = 1 / 16
     scale: tuple[float, float] = (0.9, 1.1)
     rotate: float = 10.0
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
 
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """Transform a batch.

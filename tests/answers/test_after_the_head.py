@@ -248,6 +248,12 @@ def test_switched_off_gradients_and_random_numbers_are_left_alone():
         repair(model, found, judged, mark, outputs=[0], **QUIET)
         repair_confusion(model, made_of, judged, 1, 2, **QUIET)
     forget_class(model, made_of, 0, **QUIET)
+    deep = nn.Sequential(
+        nn.Conv2d(6, 12, 3, padding=1, bias=False), nn.ReLU(), nn.Conv2d(12, 8, 1), nn.ReLU()
+    ).append(means(torch.ones(3, 8).tril()))
+    state = torch.get_rng_state()
+    for low_rank in (True, False):
+        build_specialist(deep.eval(), [1, 2], made_of, low_rank=low_rank, **QUIET)
     assert torch.equal(torch.get_rng_state(), state)
 
 

@@ -44,6 +44,17 @@ def test_maps_are_sums_over_filters():
     assert torch.allclose(torch.from_numpy(found), expected, atol=1e-6)
 
 
+def test_a_model_in_training_mode_stays_as_it_was():
+    model, x = deep().train(), images()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    state = torch.get_rng_state()
+    for method in ("contribution", "ablation"):
+        quantus_explanation(METHODS[method])(model, x.numpy(), TARGETS.numpy())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_layers_with_filters_last_and_smaller_maps():
     twin = pool_linear()
     model, x = ChannelsLast(twin), images()
