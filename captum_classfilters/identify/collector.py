@@ -323,10 +323,7 @@ class Collector:
                 f"The labels of batch {block[0].number} are multi-hot; significance permutes labels of "
                 "one class for each image. Leave significance=False, or pass class indices."
             )
-        drawn = [
-            foreign_labels(pairs.classes, self.num_classes, keys, self.test.seed + 7919 * place)
-            for place in range(self.foreign)
-        ]
+        drawn = foreign_labels(pairs.classes, self.num_classes, keys, self.test.seed, self.foreign)
         return _Targets(pairs, drawn, keys)
 
     def _make_sums(self, tally: Tally, scores: _Scores) -> None:

@@ -34,8 +34,8 @@ class LabelPermutation:
       permutation distribution is hypergeometric, and its exact tail is used.
     - Where it does (a contribution to the logit of *c*), evidence for the image's own label would
       not be exchangeable between classes. Each image is therefore also asked for its evidence for
-      ``foreign_targets`` other classes, drawn at random, and the pool of *c* is the images labeled
-      *c* and the images that drew *c*.
+      ``foreign_targets`` other classes, each another one, drawn at random, and the pool of *c* is
+      the images labeled *c* and the images that drew *c*, each of them once.
 
     A cell is a discovery if its filter speaks for the class more on the class's images than on
     others. A filter with the same evidence for *c* on every image is none, however large that
@@ -51,8 +51,9 @@ class LabelPermutation:
         permutations (int): P. Among M cells, at least M / (fdr (P + 1)) must have the smallest
                     p-value before any of these can be a discovery.
                     Default: 999
-        foreign_targets (int): Other classes that each image's evidence is asked for; each costs as
-                    much as the evidence itself, the forward pass excepted where it is shared.
+        foreign_targets (int): Other classes that each image's evidence is asked for, all C - 1 others
+                    at most; each costs as much as the evidence itself, the forward pass excepted
+                    where it is shared.
                     Default: 1
         seed (int): Of permutations and foreign targets; the global random state is not touched.
                     Default: 0
@@ -180,14 +181,23 @@ def _mixed(numbers: Tensor) -> Tensor:
     return numbers ^ (numbers >> 31)
 
 
-def foreign_labels(labels: Tensor, num_classes: int, keys: Tensor, seed: int) -> Tensor:
-    """For each image a class that is not its own, all others equally likely; the images' keys and the
-    seed say which, so that it is the same one wherever the image is read."""
+def foreign_labels(
+    labels: Tensor, num_classes: int, keys: Tensor, seed: int, number: int
+) -> list[Tensor]:
+    """For each image ``number`` classes that are not its own, each another one, all equally likely, or
+    all others where they are fewer; the images' keys and the seed say which, so that they are the
+    same ones wherever the image is read."""
     if num_classes < 2:
         raise ValueError("Significance needs at least two classes; the model puts out one.")
-    start = _mixed(torch.tensor(seed + 1, dtype=torch.int64)).to(keys.device)
-    step = 1 + _mixed(keys + start) % (num_classes - 1)
-    return (labels + step.to(labels.device)) % num_classes
+    steps: list[Tensor] = []
+    for place in range(min(number, num_classes - 1)):
+        start = _mixed(torch.tensor(seed + 7919 * place + 1, dtype=torch.int64)).to(keys.device)
+        step = 1 + _mixed(keys + start) % (num_classes - 1 - place)
+        # The step counts the classes that are left: it skips those that were drawn, from the lowest.
+        for drawn in torch.stack(steps).sort(0).values if steps else ():
+            step = step + (step >= drawn)
+        steps.append(step)
+    return [(labels + step.to(labels.device)) % num_classes for step in steps]
 
 
 @arguments_checked
@@ -212,7 +222,8 @@ def permutation_p_values(
         labels (Tensor): Shape (N,), class indices.
         num_classes (int, optional): C. By default the largest label plus one.
         foreign (Tensor, optional): Shape (M, K), evidence for targets other than the image's own.
-                    None says that evidence does not depend on the target.
+                    An image has at most one row for a target: with the same row again, p-values are
+                    too small. None says that evidence does not depend on the target.
                     Default: None
         foreign_targets (Tensor, optional): Shape (M,), those targets.
                     Default: None

@@ -29,6 +29,7 @@ from captum_classfilters.identify import (
     reinitialize,
     vote_p_values,
 )
+from captum_classfilters.identify.significance import foreign_labels
 from tests.models import QUIET, batches, deep, images, joined, known, pool_linear
 
 
@@ -78,6 +79,33 @@ class TestPermutationPValues:
             assert 0.001 < exact < 0.9
             error = float(exact * (1 - exact) / 20000) ** 0.5
             assert float(found[0, k]) == pytest.approx(exact, abs=4 * error)
+
+    @pytest.mark.parametrize(("classes", "number"), [(2, 1), (2, 4), (3, 4), (6, 3)])
+    def test_foreign_classes_of_an_image_differ_and_are_equally_likely(self, classes, number):
+        labels, keys = torch.arange(6000) % classes, torch.arange(6000)
+        drawn = torch.stack(foreign_labels(labels, classes, keys, 0, number))
+        assert len(drawn) == min(number, classes - 1)
+        for image, own in zip(drawn.T.tolist(), labels.tolist(), strict=True):
+            assert len({*image, own}) == 1 + len(drawn)
+        for row in drawn:
+            shares = torch.bincount((row - labels) % classes, minlength=classes)[1:] / 6000
+            assert shares.tolist() == pytest.approx([1 / (classes - 1)] * (classes - 1), abs=0.03)
+
+    @pytest.mark.parametrize(("classes", "number"), [(2, 2), (2, 4), (3, 2), (3, 4)])
+    def test_several_foreign_targets_leave_the_test_its_size(self, classes, number):
+        """Labels that say nothing, and evidence for every class of its own, of many filters."""
+        generator = torch.Generator().manual_seed(0)
+        evidence = torch.randn(40, classes, 3000, generator=generator)
+        labels, keys = torch.arange(40) % classes, torch.arange(40)
+        drawn = foreign_labels(labels, classes, keys, 0, number)
+        found = permutation_p_values(
+            evidence[keys, labels],
+            labels,
+            foreign=torch.cat([evidence[keys, targets] for targets in drawn]),
+            foreign_targets=torch.cat(drawn),
+            permutations=199,
+        )
+        assert float((found <= 0.05).double().mean()) == pytest.approx(0.05, abs=0.01)
 
     @pytest.mark.parametrize("with_foreign", [False, True])
     def test_evidence_that_never_changes_is_no_discovery(self, with_foreign):
