@@ -1,7 +1,6 @@
 """The result table of every identification method: classes by filters."""
 
 import json
-import operator
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -906,9 +905,7 @@ def check_selection(num_filters: int | None, mass: float | None) -> int | None:
     if num_filters is not None and mass is not None:
         raise ValueError("Give num_filters or mass, not both.")
     if num_filters is not None:
-        value: object = num_filters
-        whole = isinstance(value, float) and value.is_integer()
-        number = int(num_filters) if whole else whole_number(value)
+        number = whole_number(num_filters)
         if number is None:
             raise ValueError(f"num_filters={num_filters!r} is not a whole number.")
         num_filters = number
@@ -957,12 +954,9 @@ def index_of_class(class_: int | str, names: Sequence[str]) -> int:
         if class_ in names:
             return list(names).index(class_)
         raise ValueError(f"No class named {class_!r}. {hint(class_, names)}")
-    try:
-        index = operator.index(class_)
-    except TypeError as error:
-        raise ValueError(
-            f"A class is given by its index or its name, not by {kind_of(class_)}."
-        ) from error
+    index = whole_number(class_)
+    if index is None:
+        raise ValueError(f"A class is given by its index or its name, not by {kind_of(class_)}.")
     if not 0 <= index < len(names):
         raise ValueError(f"Class {index} is out of range; there are {len(names)} classes.")
     return index

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import captum_classfilters
 from captum_classfilters import ClassFilters, ClassSpecificGate, LabelPermutation
-from captum_classfilters._core.arguments import arguments_checked
+from captum_classfilters._core.arguments import arguments_checked, whole_number
 from captum_classfilters._core.names import kind_of
 from captum_classfilters._core.tables import Tabular
 from captum_classfilters.gates import GateSchedule
@@ -195,6 +195,40 @@ def test_numbers_of_settings(kind):
     tuning: Any = LayerwiseFineTuning
     with pytest.raises(ValueError, match="num_steps='3'; expected a whole number"):
         tuning([], 0.1, num_steps="3")
+
+
+def test_whole_numbers_are_the_same_everywhere():
+    scores = torch.rand(3, 6, generator=torch.Generator().manual_seed(0))
+    table = ClassFilters(scores, torch.ones(3))
+    threes: list[Any] = [3, 3.0, np.float32(3), np.int64(3), torch.tensor(3), torch.tensor(3.0)]
+    for three in threes:
+        assert whole_number(three) == 3
+        assert torch.equal(table.select(three).selected, table.select(3).selected)
+        assert LabelPermutation(permutations=three).permutations == 3
+        assert select_rank(torch.tensor([4.0, 3.0, 2.0, 1.0]), (4, 9), "top_k", k=three) == 3
+    for value in (
+        True,
+        np.bool_(True),
+        2.5,
+        float("nan"),
+        float("inf"),
+        1e30,
+        "3",
+        [3],
+        np.ones(1),
+    ):
+        assert whole_number(value) is None
+    for true in (True, torch.tensor(True)):
+        with pytest.raises(ValueError, match=r"by its index or its name, not by a (bool|Tensor)"):
+            table.class_index(true)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="filter_=True; expected a whole number"):
+        table.classes_of(True)
+    halves: list[Any] = [0.5, np.float32(0.5), torch.tensor(0.5), np.array(0.5)]
+    for half in halves:
+        assert bool((ClassSpecificGate(3, 6, half).weight == 0.5).all())
+    wrong: Any = True
+    with pytest.raises(ValueError, match=r"initial=True; give a number in \[0, 1\]"):
+        ClassSpecificGate(3, 6, wrong)
 
 
 def test_what_is_learned_keeps_its_gradient():

@@ -116,6 +116,19 @@ def test_what_is_no_layer_of_the_model_is_refused(call):
         CALLS[call](net, 4)
 
 
+@pytest.mark.parametrize("given", [None, "", "0"])
+def test_a_model_that_is_the_head_is_wrapped_as_the_message_says(given):
+    features, layer = torch.rand(60, 12), nn.Linear(12, 4)
+    data = [(features, torch.arange(60) % 4)]
+    with pytest.raises(
+        ValueError, match=r"itself a Linear, .* wrap it: torch.nn.Sequential\(model"
+    ):
+        forget_class(layer, data, 0, head=given, **QUIET)
+    forgotten = forget_class(nn.Sequential(layer), data, 0, head="0", **QUIET)
+    assert [name for name, _ in forgotten.named_children()] == ["0"]
+    assert "0.forget.weight" in forgotten.state_dict()
+
+
 def test_several_models_have_no_one_head():
     net = model()
     audited = {"a": net, "b": model()}

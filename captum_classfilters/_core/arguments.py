@@ -60,15 +60,18 @@ def check_numbers(instance: object) -> None:
 
 
 def whole_number(value: object) -> int | None:
-    """A whole number of any library, NumPy's for example, as an int; None of whatever is none: booleans
-    and floats, too."""
+    """A whole number of any library, NumPy's for example, or one that a division left as a float, as an
+    int; None of whatever is none: booleans, too."""
     several = getattr(value, "shape", ()) != ()
     if isinstance(value, bool) or getattr(value, "dtype", None) == torch.bool or several:
         return None
     try:
         return operator.index(value)  # type: ignore[arg-type]
     except TypeError:
-        return None
+        number = real_number(value)
+    # Above, floats do not tell whole numbers apart.
+    whole = number is not None and number.is_integer() and abs(number) < 2**53
+    return int(number) if whole else None  # type: ignore[arg-type]
 
 
 def _kinds(annotation: object) -> tuple[type, ...]:
@@ -97,15 +100,15 @@ def _number(name: str, value: object, kinds: tuple[type, ...]) -> int | float:
     whole = whole_number(value)
     if whole is not None:
         return whole
-    number = _real(value)
-    if number is None or (float not in kinds and not number.is_integer()):
+    number = real_number(value) if float in kinds else None
+    if number is None:
         right = "a number" if float in kinds else "a whole number"
         right += " or None" if NoneType in kinds else ""
         raise ValueError(f"{name}={shortened(value)}; expected {right}.")
-    return number if float in kinds else int(number)
+    return number
 
 
-def _real(value: object) -> float | None:
+def real_number(value: object) -> float | None:
     """A number, also of an array of none dimensions, as a float; None of whatever is none."""
     single = getattr(value, "shape", None) == ()
     if isinstance(value, bool) or "bool" in str(getattr(value, "dtype", "")):

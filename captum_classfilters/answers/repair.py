@@ -355,7 +355,8 @@ def _rebalanced(
     side, weight = shortcuts.without, shortcuts.weight
     features, bias = side.features.double(), head.bias
     own = features @ weight.T + (0 if bias is None else bias.detach().cpu().double())
-    if len(head.weight) < 2 or not bool(alike(own, side.scores.double())):
+    rounded = (side.scores.dtype, side.features.dtype, head.weight.dtype)
+    if len(head.weight) < 2 or not bool(alike(own, side.scores.double(), *rounded)):
         raise ValueError(
             f"rebalance moves biases of scores that are the output of {head.name!r}, one for each class; "
             "this model's scores are not. Leave rebalance out."

@@ -6,12 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
 
-import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
-from captum_classfilters._core.arguments import arguments_checked
+from captum_classfilters._core.arguments import arguments_checked, real_number
 from captum_classfilters._core.labels import class_labels
 from captum_classfilters._core.layers import (
     along_filters,
@@ -337,6 +336,7 @@ class ClassSpecificGate(nn.Module):
             self.num_classes, self.num_filters, projection=self.projection
         ).to(self.weight)
         copied.load_state_dict(self.state_dict())
+        copied.train(self.training).weight.requires_grad_(self.weight.requires_grad)
         memo[id(self)] = copied
         if self._tap is not None and id(self._tap.module) in memo:  # the layer is copied, too
             copied._tap = copy.deepcopy(self._tap, memo)
@@ -356,7 +356,8 @@ def _initial(
     num_classes: int, num_filters: int, initial: float | str | Tensor | ArrayLike
 ) -> Tensor:
     shape = (num_classes, num_filters)
-    if isinstance(initial, (Tensor, np.ndarray, list, tuple)):
+    several = isinstance(initial, (list, tuple)) or getattr(initial, "shape", ()) != ()
+    if several:
         try:
             initial = torch.as_tensor(initial)
         except (TypeError, ValueError) as error:
@@ -373,8 +374,9 @@ def _initial(
         return initial.detach().clone().to(torch.get_default_dtype())
     if initial == "uniform":
         return torch.rand(shape)
-    if isinstance(initial, (int, float)) and 0 <= initial <= 1:
-        return torch.full(shape, float(initial))
+    number = real_number(initial)
+    if number is not None and 0 <= number <= 1:
+        return torch.full(shape, number)
     raise ValueError(
         f"initial={initial!r}; give a number in [0, 1], 'uniform', or a matrix (C, K)."
     )

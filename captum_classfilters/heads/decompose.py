@@ -23,6 +23,7 @@ from captum_classfilters.class_filters import ClassFilters
 from captum_classfilters.heads.decomposed_linear import DecomposedLinear
 from captum_classfilters.heads.linear_head import (
     LinearHead,
+    check_inside,
     check_scores_follow,
     example_batch,
     head_name,
@@ -191,6 +192,7 @@ def fit_to_head(
 ) -> HeadFit:
     """The head that a table belongs to, seen to be linear; raises if they do not fit."""
     check_module(model)
+    check_inside(model)
     name = head_name(model, class_filters, example_inputs) if head is None else name_of(model, head)
     linear = linear_head(find_layer(model, name), name)
     feed = class_filters.provenance.get("feeds_head") or {}

@@ -13,7 +13,7 @@ from captum_classfilters._core.batches import Batch, first_batch, read_batches
 from captum_classfilters._core.copies import copied
 from captum_classfilters._core.guard import model_left_as_found
 from captum_classfilters._core.heads import HeadRecord, alike, is_linear
-from captum_classfilters._core.layers import check_runs, find_layer, layer_name, name_of
+from captum_classfilters._core.layers import check_runs, find_layer, layer_name, name_of, unwrapped
 from captum_classfilters._core.names import kind_of
 from captum_classfilters._core.outputs import as_rows, class_scores
 from captum_classfilters._core.tables import short_repr
@@ -77,6 +77,16 @@ def _head_that_ran(
             if own.data_ptr() == scores.data_ptr() and own.numel() == scores.numel():
                 return module
     return ran[-1][0] if ran else None
+
+
+def check_inside(model: nn.Module) -> None:
+    """Raise if a model is itself a linear layer, which cannot be replaced in it."""
+    own = unwrapped(model)
+    if is_linear(own) or isinstance(own, DecomposedLinear):
+        raise ValueError(
+            f"The model is itself a {type(own).__name__}, in which no head can be replaced; wrap it: "
+            "torch.nn.Sequential(model)."
+        )
 
 
 def head_name(
@@ -318,6 +328,7 @@ def scoring_head(
     """
     inputs, dataloader = first_inputs(model, dataloader, unpack)
     inputs = inputs[:1] if single else inputs
+    check_inside(model)
     name = find_head(model, inputs)[0] if given is None else name_of(model, given)
     head = linear_head(find_layer(model, name), name)
     with example_batch([model], inputs) as batch:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from captum_classfilters._core.arguments import arguments_checked
+from captum_classfilters._core.arguments import arguments_checked, whole_number
 from captum_classfilters._core.batches import read_batches
 from captum_classfilters._core.copies import copied
 from captum_classfilters._core.data_fingerprint import DataFingerprint
@@ -190,7 +190,7 @@ class GreedyFilterPruning:
         """
         if num_filters is None and ratio is None and min_accuracy is None:
             raise ValueError("Give at least one of num_filters, ratio and min_accuracy.")
-        _check_bounds(num_filters, ratio)
+        num_filters = _checked_bounds(num_filters, ratio)
         self._check_options(schedule, fine_tune, error_probability, fine_tune_every)
         options: JsonDict = {
             "schedule": schedule,
@@ -698,18 +698,25 @@ def _left(result: PruningOrder, group: Sequence[str]) -> int:
     return sum(int(result.kept(layer=name).sum()) for name in group)
 
 
-def _check_bounds(num_filters: int | Mapping[str, int] | None, ratio: float | None) -> None:
-    """Raise, before any image is read, for bounds that no layer can have."""
-    numbers = num_filters.values() if isinstance(num_filters, Mapping) else [num_filters]
-    for number in numbers:
-        whole = isinstance(number, Integral) and not isinstance(number, bool)
-        if number is not None and not (whole and number >= 1):
-            raise ValueError(
-                f"num_filters={number!r}: expected a whole number of at least 1; a layer cannot lose "
-                "every filter."
-            )
+def _checked_bounds(
+    num_filters: int | Mapping[str, int] | None, ratio: float | None
+) -> int | dict[str, int] | None:
+    """Numbers of filters as ints; raise, before any image is read, for bounds that no layer can have."""
     if ratio is not None and not ratio >= 1:
         raise ValueError(f"ratio={ratio}: expected 1 or more; filters before, for each one after.")
+    if isinstance(num_filters, Mapping):
+        return {name: _some(number) for name, number in num_filters.items()}
+    return None if num_filters is None else _some(num_filters)
+
+
+def _some(num_filters: object) -> int:
+    number = whole_number(num_filters)
+    if number is None or number < 1:
+        raise ValueError(
+            f"num_filters={num_filters!r}: expected a whole number of at least 1; a layer cannot lose "
+            "every filter."
+        )
+    return number
 
 
 def _groups(

@@ -176,9 +176,15 @@ class Seen:
 
     def see(self, inputs: Tensor, targets: Tensor) -> None:
         """Add rows of inputs and of targets."""
+        inputs, targets = _at_least_single(inputs), _at_least_single(targets)
         self.moments = self.moments + (inputs.T @ inputs).double().cpu()
         self.cross = self.cross + (targets.T @ inputs).double().cpu()
         self.rows += len(inputs)
+
+
+def _at_least_single(values: Tensor) -> Tensor:
+    """Values in single precision at least: rounded in half, products of rows are no covariance."""
+    return values.float() if values.element_size() < 4 else values
 
 
 class _SeenError(Exception):
@@ -232,7 +238,7 @@ def see_full(
             )
             for name, gradient in zip(outputs, gradients, strict=True):
                 rows = gradient if gradient.dim() == 2 else gradient.flatten(2).transpose(1, 2)
-                rows = rows.flatten(0, -2)
+                rows = _at_least_single(rows.flatten(0, -2))
                 seen[name].fisher = seen[name].fisher + (rows.T @ rows).double().cpu()
     return seen
 

@@ -84,7 +84,6 @@ def class_jaccard(hypergraph: Hypergraph) -> NDArray[np.float64]:
 
 
 @arguments_checked
-@arguments_checked
 def separation_scores(hypergraph: Hypergraph, *, s: int = 1) -> dict[str, float]:
     r"""
     Measure how far the edges of a hypergraph keep its classes apart.

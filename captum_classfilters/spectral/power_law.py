@@ -90,10 +90,10 @@ def fit_power_law(values: Tensor | ArrayLike, minimum: float | None = None) -> P
         )
     logs = np.log(numbers)
     if minimum is not None:
-        if not 0 < minimum < numbers[-1]:
+        if not 0 < minimum < numbers[-1] or minimum > numbers[-2]:
             raise ValueError(
-                f"minimum={minimum} must be positive and below the largest eigenvalue, "
-                f"{numbers[-1]:.4g}."
+                f"minimum={minimum} must be positive, below the largest eigenvalue, {numbers[-1]:.4g}, "
+                f"and not above the next, {numbers[-2]:.4g}."
             )
         return _fit(logs, int(np.searchsorted(numbers, minimum)), float(np.log(minimum)))
     starts = np.unique(numbers, return_index=True)[1][:-1]

@@ -104,8 +104,9 @@ def plot_filter_grid(
     marked = None if marked is None else tensor_of(marked, "The marks").cpu()
     if marked is not None and marked.shape != (num_filters,):
         raise ValueError(f"marked has shape {tuple(marked.shape)}; expected ({num_filters},).")
-    if most < 1:
-        raise ValueError(f"most={most}; expected a positive number.")
+    for name, number in (("most", most), ("columns", columns)):
+        if number is not None and number < 1:
+            raise ValueError(f"{name}={number}; expected a positive number.")
     shown = (removed + [index for index in range(num_filters) if index not in set(removed)])[:most]
     wide = columns or max(1, min(len(shown), round((2 * len(shown)) ** 0.5)))
     rows = -(-len(shown) // wide)

@@ -324,6 +324,14 @@ class TestRepair:
         biases = [made.model.get_parameter("2.bias")[:2] for made in (before, after)]
         assert torch.equal(*biases)
 
+    def test_scores_that_are_rounded_are_the_heads_all_the_same(self):
+        model = net().bfloat16()
+        rounded = [[(x.bfloat16(), y) for x, y in data(seed)] for seed in (0, 1)]
+        found = find_shortcuts(model, rounded[0], stamp, permutations=4999, **QUIET)
+        options = {"edit": "filters", "size": 1, "outputs": [2], **QUIET}
+        fixed = repair(model, found, rounded[1], stamp, rebalance=True, **options)
+        assert fixed.outputs == ("2",)
+
     def test_rebalance_refuses_what_it_does_not_know(self):
         few = find_shortcuts(net(), data(number=24), stamp, permutations=4999, **QUIET)
         with pytest.raises(ValueError, match="8 of the 24 images"):

@@ -463,6 +463,13 @@ class TestTraining:
         with pytest.raises(ValueError, match="differs in gate"):
             trainer.load_state_dict(state)
 
+    def test_a_copy_keeps_what_is_frozen_and_the_mode(self):
+        gate = ClassSpecificGate(3, 6).eval().requires_grad_(False)
+        copied = copy.deepcopy(gate)
+        assert not copied.training
+        assert not copied.weight.requires_grad
+        assert copy.deepcopy(ClassSpecificGate(3, 6)).weight.requires_grad
+
     def test_a_copy_of_a_gate_is_not_attached(self):
         gate = ClassSpecificGate(3, 6).attach(deep(), "stage2")
         with torch.no_grad():

@@ -24,6 +24,16 @@ from captum_classfilters.pruning.least_squares import (
 from captum_classfilters.pruning.resumed_runs import ResumedRuns
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sums_of_rounded_rows_are_not_rounded_again(dtype):
+    rows = torch.rand(5000, 20, generator=torch.Generator().manual_seed(0)).to(dtype)
+    seen = Seen()
+    seen.see(rows, rows[:, :3])
+    exact = rows.double()
+    torch.testing.assert_close(seen.moments, exact.T @ exact, rtol=1e-4, atol=0.0)
+    torch.testing.assert_close(seen.cross, exact[:, :3].T @ exact, rtol=1e-4, atol=0.0)
+
+
 def fit_of(read, matrix, columns, root=None):
     seen = Seen()
     rows = torch.cat([read, torch.ones(len(read), 1)], 1).double()

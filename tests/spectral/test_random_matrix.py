@@ -188,6 +188,9 @@ class TestPowerLaw:
             fit_power_law(torch.tensor([3.0, 0.0]))
         with pytest.raises(ValueError, match="minimum=7"):
             fit_power_law(torch.tensor([3.0, 1.0]), minimum=7)
+        with pytest.raises(ValueError, match=r"minimum=2.5 .* not above the next, 2"):
+            fit_power_law(torch.tensor([1.0, 2.0, 3.0]), minimum=2.5)
+        assert fit_power_law(torch.tensor([1.0, 2.0, 3.0]), minimum=2.0).num_tail == 2
 
     def test_verdicts(self):
         names = [layer_verdict(alpha) for alpha in (1.5, 3.0, 3.01, 4.5, 4.51, 30)]
