@@ -316,6 +316,10 @@ def differences(left: Keywords, right: Keywords, verb: str, other_verb: str) -> 
 
 def described_options(value: object) -> Any:
     """Options as JSON can hold them, such that other options are described otherwise."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    elif isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
+        value = torch.tensor(value)
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, Tensor):

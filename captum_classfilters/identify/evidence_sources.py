@@ -83,9 +83,16 @@ class Source:
 
     @property
     def options(self) -> JsonDict:
-        """Options of the method and of its ``attribute``, for the record."""
-        plain = {k: v for k, v in self.kwargs.items() if isinstance(v, (int, float, str, bool))}
-        return {**(self.rule.options if self.rule is not None else {}), **plain}
+        """Options of the method and of its ``attribute``, for the record; of another package's method
+        what is no default. Tables are merged where these are the same."""
+        if self.rule is not None:
+            return {**self.rule.options, **described_options(self.kwargs)}
+        multiplied = getattr(self.method, "multiplies_by_inputs", True)
+        return {
+            **({} if self.reduction == "sum" else {"reduction": self.reduction}),
+            **({} if multiplied else {"multiplies_by_inputs": False}),
+            **described_options(self.kwargs),
+        }
 
     @property
     def facts(self) -> JsonDict:
@@ -148,9 +155,9 @@ class Source:
         return inspect.signature(self.method.attribute).parameters
 
     def _check_not_summed(self) -> None:
-        """Raise if a method's single channel is the sum over all filters, as Grad-CAM's map is."""
+        """Raise if the method sums over all filters, as Grad-CAM does; of one filter the sum is itself."""
         summed = self.kwargs.get("attr_dim_summation", "attr_dim_summation" in self._parameters)
-        if summed and (declared_filters(self.method.layer) or 2) > 1:
+        if summed and (self.at_input or declared_filters(self.method.layer) != 1):
             raise ValueError(
                 f"{self.name} sums over the filters of {self.layer_name!r}, so it says nothing of any; "
                 'pass attribute_kwargs={"attr_dim_summation": False}, or, of several methods, these '
@@ -201,6 +208,7 @@ class Source:
         if self.depends_on_target if self.rule is not None else self._takes_target:
             kwargs["target"] = target
         if self.rule is None:
+            self._check_not_summed()
             # LayerDeepLift hooks gradients before the layer, where frozen parameters leave none.
             inputs = tuple(
                 image.detach().requires_grad_() if image.is_floating_point() else image
@@ -216,11 +224,7 @@ class Source:
         attributions = attributions.detach()
         if self.rule is not None:
             return self.rule.filter_scores(attributions, self.at_input)
-        # One channel, as Grad-CAM's maps have, is no layout that the layer could tell.
-        alone = attributions.shape[1] == 1
-        if alone:
-            self._check_not_summed()
-        axis = 1 if alone else attribution_axis(self.method, attributions, self.at_input)
+        axis = attribution_axis(self.method, attributions, self.at_input)
         return REDUCTIONS[self.reduction](positions_last(attributions, axis))
 
 

@@ -90,7 +90,8 @@ def random_weights_null(
 
     Args:
 
-        method (LayerAttribution): A method bound to a model (a module, or one of its methods).
+        method (LayerAttribution): A method bound to a model (a module, or one of its methods), on one
+                    layer.
         dataloader (iterable): Batches of (inputs, labels), read ``repetitions + 1`` times.
         repetitions (int): R, number of networks with random weights.
                     Default: 5
@@ -104,8 +105,9 @@ def random_weights_null(
         *RandomWeightsNull*.
 
     Raises:
-        ValueError: ``repetitions`` is below 1, the method's model is not a module, or a module with
-                    parameters cannot be re-initialized: it has no ``reset_parameters``.
+        ValueError: ``repetitions`` is below 1, there are several methods or layers, the method's model
+                    is not a module, or a module with parameters cannot be re-initialized: it has no
+                    ``reset_parameters``.
 
     Examples::
 
@@ -123,6 +125,8 @@ def random_weights_null(
     """
     if repetitions < 1:
         raise ValueError(f"repetitions={repetitions} must be at least 1.")
+    if not isinstance(getattr(method, "layer", None), nn.Module):
+        raise ValueError("method must be one method at one layer; test several one by one.")
     check_read_again(dataloader)
     model = module_of(method.forward_func)
     if model is None:

@@ -314,6 +314,8 @@ def standard_methods(
     ablation = LayerFilterAblation(model, layer, channel_dim=channel_dim)
     contribution = LayerFilterContribution(model, layer, channel_dim=channel_dim)
     frequency = LayerFilterFrequency(model, layer, top_k=num_filters, channel_dim=channel_dim)
+    gradient = LayerGradientXActivation(model, layer)
+    setattr(gradient, "channel_dim", channel_dim)  # noqa: B010 - Captum declares no such attribute
 
     def identified(method: LayerAttribution) -> Callable[[], ClassFilters]:
         return lambda: identify_class_filters(
@@ -340,7 +342,7 @@ def standard_methods(
         "ablation": identified(ablation),
         "CAR per class": lambda: reduction(soft=False),
         "CAR per class, soft": lambda: reduction(soft=True),
-        "gradient x activation": identified(LayerGradientXActivation(model, layer)),
+        "gradient x activation": identified(gradient),
         "selectivity": lambda: responses(selectivity_filters),
         "mutual information": lambda: responses(mutual_information_filters),
     }

@@ -1,5 +1,7 @@
 """Identification: the table against explicit formulas, one pass, bad input."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -329,6 +331,48 @@ class TestCaptumsMethods:
         each = method.filter_scores(method.attribute(x, target=y, n_steps=5)).double()
         assert torch.allclose(tables["path"].scores[0], each[y == 0].mean(0), atol=1e-6)
         assert tables["path"].provenance["options"] == {"n_steps": 5}
+
+    @pytest.mark.parametrize("size", [(1,), (1, 5), (1, 1)])
+    @pytest.mark.parametrize(
+        "method",
+        [
+            LayerActivation,
+            LayerGradientXActivation,
+            LayerConductance,
+            lambda model, layer: LayerGradCam(model, layer),
+        ],
+    )
+    def test_one_position_is_not_one_filter(self, method, size):
+        model = nn.Sequential(
+            nn.Flatten(),
+            nn.Linear(72, 4 * math.prod(size)),
+            nn.Unflatten(1, (*size, 4)),
+            nn.Linear(4, 7),
+            nn.Flatten(),
+            nn.Linear(7 * math.prod(size), 3),
+        )
+        captum_method = method(model, model[3])
+        kwargs = {"attr_dim_summation": False} if isinstance(captum_method, LayerGradCam) else {}
+        data = [(images(12), torch.arange(12) % 3)]
+        found = identify_class_filters(
+            captum_method, data, num_filters=1, attribute_kwargs=kwargs, **QUIET
+        )
+        assert found.scores.shape == (3, 7)
+        if isinstance(captum_method, LayerActivation):
+            with torch.no_grad():
+                means = model[:4](data[0][0]).reshape(12, -1, 7).sum(1)
+            assert torch.allclose(found.scores[1], means[1::3].double().mean(0), atol=1e-5)
+
+    def test_the_sum_over_one_filter_is_that_filter(self):
+        model = nn.Sequential(
+            nn.Conv2d(2, 1, 3), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4, 3)
+        )
+        found = identify_class_filters(LayerGradCam(model, model[0]), batches(), **QUIET)
+        assert found.scores.shape == (3, 1)
+        with pytest.raises(ValueError, match="sums over the filters of '0'"):
+            identify_class_filters(
+                LayerGradCam(model, model[0]), batches(), attribute_to_layer_input=True, **QUIET
+            )
 
 
 class TestBadInput:

@@ -1,10 +1,13 @@
 """Tables of disjoint shares, joined, are the table of one pass over all images."""
 
+import numpy as np
 import pytest
 import torch
+from captum.attr import LayerActivation, LayerConductance, LayerGradientXActivation
 
 from captum_classfilters import (
     ClassFilters,
+    LayerFilterAblation,
     LayerFilterContribution,
     LayerFilterFrequency,
     identify_class_filters,
@@ -129,6 +132,46 @@ def test_merged_tables_survive_a_file(tmp_path):
     merged = ClassFilters.merge(*parts)
     merged.save(tmp_path / "table")
     assert ClassFilters.load(tmp_path / "table") == merged
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "others"),
+    [
+        (LayerActivation, {"reduction": "sum"}, {"reduction": "max"}),
+        (LayerGradientXActivation, {}, {"multiply_by_inputs": False}),
+        (
+            LayerConductance,
+            {"attribute_kwargs": {"n_steps": np.int64(2)}},
+            {"attribute_kwargs": {"n_steps": np.int64(3)}},
+        ),
+        (
+            LayerFilterAblation,
+            {"attribute_kwargs": {"layer_baselines": torch.zeros(1, 4, 1, 1)}},
+            {"attribute_kwargs": {"layer_baselines": torch.full((1, 4, 1, 1), 9.0)}},
+        ),
+        (
+            LayerFilterAblation,
+            {"attribute_kwargs": {"layer_baselines": np.zeros((1, 4, 1, 1))}},
+            {"attribute_kwargs": {"layer_baselines": np.full((1, 4, 1, 1), 9.0)}},
+        ),
+    ],
+)
+def test_other_options_are_other_evidence(method, options, others, tmp_path):
+    model = deep()
+
+    def table(share, multiply_by_inputs=True, **options):
+        bound = method(model, model.stage1)
+        if not multiply_by_inputs:
+            bound = method(model, model.stage1, multiply_by_inputs=False)
+        return identify_class_filters(bound, share, num_filters=2, **QUIET, **options)
+
+    left, right = shares(batches(), [12, 12])
+    first = table(left, **options)
+    assert ClassFilters.merge(first, table(right, **options)).counts.sum() == 24
+    with pytest.raises(ValueError, match="do not measure the same thing: options"):
+        ClassFilters.merge(first, table(right, **others))
+    first.save(tmp_path / "table")
+    assert ClassFilters.load(tmp_path / "table") == first
 
 
 def test_what_differs_is_named():

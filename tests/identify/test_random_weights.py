@@ -71,3 +71,18 @@ def test_computed_weights_are_refused(changed):
         cascading_randomization(
             model, lambda twin: LayerFilterContribution(twin, "1"), images, target=1
         )
+
+
+def test_one_method_at_one_layer():
+    class Loader:
+        def __iter__(self):
+            raise AssertionError("read")
+
+    model = nn.Sequential(nn.Conv2d(2, 4, 1), nn.ReLU(), nn.Flatten(), nn.Linear(4, 2))
+    for methods in (
+        LayerFilterContribution(model, [model[0]]),
+        LayerFilterContribution(model, [model[0], model[1]]),
+        [LayerFilterContribution(model, model[1])],
+    ):
+        with pytest.raises(ValueError, match="one method at one layer"):
+            random_weights_null(methods, Loader(), **QUIET)  # type: ignore[arg-type]

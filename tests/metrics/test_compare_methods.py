@@ -17,6 +17,7 @@ from captum_classfilters import (
     LayerFilterFrequency,
     LayerSingularDirection,
     decompose,
+    identify_class_filters,
 )
 from captum_classfilters.identify import binomial_interval
 from captum_classfilters.identify.contrastive import FilterContrast
@@ -24,7 +25,7 @@ from captum_classfilters.metrics import compare_methods, evaluate_classifier, st
 from captum_classfilters.spectral import factor_layer
 from captum_classfilters.testing import planted_network
 from captum_classfilters.visualize import plot_filter_contrast, plot_method_comparison
-from tests.models import QUIET, batches, deep, joined, pool_linear
+from tests.models import QUIET, ChannelsLast, batches, deep, joined, pool_linear
 
 
 def two_methods(model, layer):
@@ -32,6 +33,23 @@ def two_methods(model, layer):
         "votes": LayerFilterFrequency(model, layer, top_k=2),
         "logits": LayerFilterContribution(model, layer),
     }
+
+
+def test_standard_methods_are_told_the_axis_of_the_filters():
+    """Where the layer could not tell it, and where both axes have the filters' number."""
+    for width in (5, 7):  # maps of three and of five positions a side
+        twin = pool_linear(filters=5)
+        model = ChannelsLast(twin).eval()
+        data = batches(size=width)
+        methods = standard_methods(model, "transpose", data, channel_dim=-1)
+        table = methods["gradient x activation"]()  # type: ignore[operator]
+        layer = LayerGradientXActivation(twin, twin[1])
+        expected = identify_class_filters(layer, data, **QUIET)
+        assert torch.allclose(table.scores, expected.scores, atol=1e-6)
+    found = compare_methods(
+        model, "transpose", data, batches(20, size=7), num_filters=2, channel_dim=-1, **QUIET
+    )
+    assert "gradient x activation" in found.names
 
 
 def test_at_the_head_sufficiency_is_the_accuracy_of_the_decomposed_head():
