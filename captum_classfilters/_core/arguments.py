@@ -97,7 +97,7 @@ def _number(name: str, value: object, kinds: tuple[type, ...]) -> int | float:
     """A number of Python's; what has a gradient, which it would lose, stays as it is."""
     if isinstance(value, Tensor) and value.requires_grad and value.dim() == 0 and float in kinds:
         return value  # type: ignore[return-value]
-    whole = whole_number(value)
+    whole = None if isinstance(value, float) and float in kinds else whole_number(value)
     if whole is not None:
         return whole
     number = real_number(value) if float in kinds else None

@@ -78,8 +78,8 @@ def num_outputs(model: nn.Module, images: Tensor) -> int:
     except Exception as error:  # whatever a model raises at images of a wrong size
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
-            f"The model does not take images of {images.shape[-1]} pixels; choose another --image-size "
-            f"({reason})"
+            f"The model does not take color images of {images.shape[-1]} pixels ({reason}); where it is "
+            "the size, choose another --image-size."
         ) from error
     return scores_per_class(output).shape[1]
 

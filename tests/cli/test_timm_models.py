@@ -74,7 +74,7 @@ def test_a_size_is_as_asked_also_of_a_model_of_one_size(folder, tmp_path, capsys
 def test_sizes_that_a_model_does_not_take_are_one_clear_line(capsys, monkeypatch):
     assert main(["layers", "--model", "timm:efficientformer_l1", "--image-size", "64"]) == 2
     error = capsys.readouterr().err.strip()
-    assert "does not take images of 64 pixels; choose another --image-size" in error
+    assert "does not take color images of 64 pixels" in error
     assert len(error.splitlines()) == 1
 
     def without_option(name, **options):
