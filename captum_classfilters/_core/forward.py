@@ -104,7 +104,7 @@ class _Reading(LayerTap):
             raise ValueError(
                 f"The model runs the layer {self.name!r} under torch.no_grad(), so no gradient "
                 "reaches it; choose a layer behind that part, or a method without gradients "
-                "(LayerFilterAblation)."
+                "(LayerFilterAblation); a checkpointed part is followed with use_reentrant=False."
             )
         if self.scale != 1:
             # A scale of zero removes even what is not finite.
