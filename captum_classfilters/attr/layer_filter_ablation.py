@@ -135,8 +135,9 @@ class LayerFilterAblation(FilterRemovalAttribution):
 
         Raises:
             ValueError: The layer handles several tensors, has no channel dimension or does not run
-                        exactly once; ``perturbations_per_eval`` is below 1; ``"resample"`` is asked
-                        of a single image.
+                        exactly once; ``layer_baselines`` do not fit its tensor;
+                        ``perturbations_per_eval`` is below 1; ``"resample"`` is asked of a single
+                        image.
             AssertionError: The target does not pick one output of each image.
         """
         return self._scored(

@@ -188,9 +188,9 @@ class LayerFilterShapley(FilterRemovalAttribution):
 
         Raises:
             ValueError: The layer handles several tensors, has no channel dimension or does not run
-                        exactly once; ``max_evaluations`` is below four times the number of filters;
-                        ``"resample"`` is asked of a single image; the score is NaN without some
-                        filters.
+                        exactly once; ``layer_baselines`` do not fit its tensor; ``max_evaluations`` is
+                        below four times the number of filters; ``"resample"`` is asked of a single
+                        image; the score is NaN without some filters.
             AssertionError: The target does not pick one output of each image.
         """
         widths: list[Tensor] = []

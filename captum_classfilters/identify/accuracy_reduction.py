@@ -525,12 +525,16 @@ def paired_interval(
     Raises:
         ValueError: ``confidence`` is not between 0 and 1.
     """
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence={confidence} must lie between 0 and 1.")
+    _check_confidence(confidence)
     z = NormalDist().inv_cdf((1 + confidence) / 2)
     upper = _upper_end(lost.double(), gained.double(), counts.expand_as(lost).double(), z)
     lower = -_upper_end(gained.double(), lost.double(), counts.expand_as(lost).double(), z)
     return torch.stack([lower, upper], -1)
+
+
+def _check_confidence(confidence: float) -> None:
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence={confidence} must lie between 0 and 1.")
 
 
 def _upper_end(lost: Tensor, gained: Tensor, number: Tensor, z: float) -> Tensor:
@@ -565,10 +569,12 @@ def binomial_interval(successes: Tensor, counts: Tensor, confidence: float = 0.9
         where there are no trials.
 
     Raises:
-        ValueError: There are more successes than trials, or less than none.
+        ValueError: There are more successes than trials, or less than none, or ``confidence`` is not
+                    between 0 and 1.
     """
     from scipy.stats import beta
 
+    _check_confidence(confidence)
     tail = (1 - confidence) / 2
     hits = successes.cpu().double()
     number = counts.cpu().expand_as(hits).double()

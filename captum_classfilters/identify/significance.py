@@ -293,7 +293,7 @@ def vote_p_values(votes: Tensor, counts: Tensor) -> Tensor:
         *Tensor* of shape (C, K), float64; NaN for classes without images.
 
     Raises:
-        ValueError: A class has more votes for a filter than images.
+        ValueError: A class has more votes for a filter than images, or a number is not whole.
 
     Examples::
 
@@ -305,6 +305,9 @@ def vote_p_values(votes: Tensor, counts: Tensor) -> Tensor:
     """
     from scipy.stats import hypergeom
 
+    for name, numbers in (("votes", votes), ("counts", counts)):
+        if numbers.is_floating_point() and not torch.equal(numbers, numbers.round()):
+            raise ValueError(f"{name} must be whole numbers, of images; some are not.")
     votes, counts = votes.cpu().long(), counts.cpu().long()
     if votes.dim() != 2 or counts.shape != votes.shape[:1]:
         raise ValueError(

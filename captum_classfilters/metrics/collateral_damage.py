@@ -96,24 +96,21 @@ class CollateralDamage(Tabular):
 
         Args:
 
-            count (int): How many.
+            count (int): How many at most; there are R C (C - 1), without those of classes that have no
+                        images.
                         Default: 5
 
         Returns:
             *list* of (class whose filters went, true class, class recognized, change of the share).
         """
-        change = self.confusion_difference.nan_to_num()
-        change.diagonal(dim1=1, dim2=2).fill_(-1)
-        size = len(self.class_names)
-        cells = change.flatten().topk(min(count, change.numel()))
+        change = self.confusion_difference
+        change.diagonal(dim1=1, dim2=2).fill_(torch.nan)  # recognized, which is no confusion
+        places = (~change.isnan()).nonzero()
+        best = descending(change[~change.isnan()])[:count]
+        names = self.class_names
         return [
-            (
-                self.class_names[self.classes[place // size**2]],
-                self.class_names[place // size % size],
-                self.class_names[place % size],
-                share,
-            )
-            for share, place in zip(cells.values.tolist(), cells.indices.tolist(), strict=True)
+            (names[self.classes[row]], names[true], names[other], float(change[row, true, other]))
+            for row, true, other in places[best].tolist()
         ]
 
     def _tables(self) -> list[Table]:

@@ -149,7 +149,7 @@ def localization(
         *Localization*.
 
     Raises:
-        ValueError: Shapes do not fit, an object is empty, or the threshold is out of range.
+        ValueError: Shapes do not fit, an object is empty, or the threshold is out of range or NaN.
 
     Examples::
 
@@ -205,6 +205,7 @@ def choose_threshold(
     Raises:
         ValueError: There are no candidates, or shapes do not fit.
     """
+    candidates = [float(candidate) for candidate in candidates]
     if not candidates:
         raise ValueError("candidates is empty; give at least one threshold.")
     stacked, masks = _checked(maps, objects)
@@ -213,7 +214,7 @@ def choose_threshold(
     ]
     scores = torch.stack(overlaps).mean(0)
     best = int(scores.argmax())
-    return float(candidates[best]), float(scores[best])
+    return candidates[best], float(scores[best])
 
 
 @arguments_checked
@@ -262,7 +263,7 @@ def center_box_maps(num_images: int, size: tuple[int, int]) -> Tensor:
 
 
 def _checked(maps: Tensor, objects: Tensor) -> tuple[Tensor, Tensor]:
-    """Maps (N, n, H, W) and masks (N, H, W), on the CPU."""
+    """Maps (N, n, H, W), in floating point, and masks (N, H, W), on the CPU."""
     if maps.dim() not in (3, 4) or len(maps) == 0:
         raise ValueError(
             f"maps have shape {tuple(maps.shape)}; expected (N, H, W) or (N, n, H, W)."
@@ -270,6 +271,8 @@ def _checked(maps: Tensor, objects: Tensor) -> tuple[Tensor, Tensor]:
     if not bool(torch.isfinite(maps).all()):
         raise ValueError("maps hold NaN or Inf.")
     stacked = (maps if maps.dim() == 4 else maps[:, None]).detach().cpu()
+    if not stacked.is_floating_point():  # whose levels and thresholds lie between whole numbers
+        stacked = stacked.double()
     size = (stacked.shape[-2], stacked.shape[-1])
     masks = boxes_to_masks(objects, size) if objects.dim() == 2 else objects.cpu()
     if masks.dtype != torch.bool or masks.shape != (len(stacked), *size):
@@ -304,6 +307,8 @@ def _numbers_kept(falling: Tensor, rule: Rule, values: Sequence[float | Tensor])
                     f"value holds {len(column)} numbers for {len(falling)} maps an image."
                 )
         limits = torch.cat([column.expand(len(falling), 1) for column in columns], 1)
+        if bool(limits.isnan().any()):
+            raise ValueError("value holds NaN; it must be a number for rule='value'.")
         return _at_or_above(falling, limits)
     for value in values:
         if isinstance(value, Tensor) or not 0 < value < 1:

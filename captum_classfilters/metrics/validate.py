@@ -173,8 +173,8 @@ def validate(
         table.
 
     Raises:
-        ValueError: There are fewer than two classes with images, the loader gives other images each
-            time, ``num_filters`` or ``features`` does not fit, or labels are no class indices.
+        ValueError: The loader is empty or gives other images each time, there are fewer than two classes
+            with images, ``num_filters`` or ``features`` does not fit, or labels are no class indices.
 
     Examples::
 
@@ -252,7 +252,10 @@ class _Relabeled:
     def __init__(self, dataloader: Dataloader, unpack: Unpack | None) -> None:
         self.dataloader, self.unpack = dataloader, unpack
         with self._reading() as batches:
-            self.true = torch.cat([_labels_of(batch) for batch in batches])
+            labels = [_labels_of(batch) for batch in batches]
+        if not labels:
+            raise ValueError("The data loader is empty: there are no labels to move.")
+        self.true = torch.cat(labels)
         self.labels = self.true
         self.kept = torch.ones(len(self.true), dtype=torch.bool)
 

@@ -7,7 +7,7 @@ import torch
 from captum.attr import LayerFeatureAblation, NoiseTunnel
 from torch import nn
 
-from captum_classfilters import LayerFilterAblation, identify_class_filters
+from captum_classfilters import LayerFilterAblation, LayerFilterShapley, identify_class_filters
 from tests.models import (
     ChannelsLast,
     TwoInputs,
@@ -64,6 +64,18 @@ def test_same_as_captum(make, name, sizes, rows, at_input):
         torch.testing.assert_close(
             ablation.filter_scores(drops, at_input), expected, rtol=1e-4, atol=1e-6
         )
+
+
+@pytest.mark.parametrize("method", [LayerFilterAblation, LayerFilterShapley])
+@pytest.mark.parametrize("number", [6, 4])  # of filters, and of positions in a row
+def test_baselines_that_do_not_fit_are_told_what_would(method, number):
+    model, means = pool_linear(), torch.rand(6)
+    one = method(model, "1")
+    with pytest.raises(ValueError, match=r"shape \(1, 6, 1, 1\)\.$"):
+        one.attribute(images(), torch.rand(number), target=1)
+    found = one.attribute(images(), means.reshape(1, 6, 1, 1), target=1)
+    flat = method(model, "3").attribute(images(), means, target=1)  # (N, K): the last axis
+    torch.testing.assert_close(found.sum((2, 3)), flat, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("target", [1, (2,), [0, 1, 2, 0, 1, 2, 0, 1], torch.arange(8) % 3])

@@ -300,6 +300,13 @@ class TestIdentification:
             permutation_p_values(values, labels, num_classes=1)
         with pytest.raises(ValueError, match="between 0 and"):
             vote_p_values(torch.tensor([[3]]), torch.tensor([2]))
+        with pytest.raises(ValueError, match="votes must be whole"):
+            vote_p_values(torch.tensor([[2.7]]), torch.tensor([3]))
+        with pytest.raises(ValueError, match="counts must be whole"):
+            vote_p_values(torch.tensor([[2.0]]), torch.tensor([float("nan")]))
+        for confidence in (2.0, -1, 0, 1, float("nan")):
+            with pytest.raises(ValueError, match="must lie between 0 and 1"):
+                binomial_interval(labels, labels, confidence)
         single = nn.Sequential(nn.Conv2d(2, 3, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
         with pytest.raises(ValueError, match="at least two classes"):
             LayerFilterContribution(single, "0").identify(

@@ -549,6 +549,24 @@ def test_damage_by_hand():
     assert damage.largest(1) == [("a", "a", "b", 0.75)]
 
 
+@pytest.mark.parametrize(("clean", "number"), [([[4, 0], [1, 1]], 4), ([[4, 0], [0, 0]], 2)])
+def test_damage_names_confusions_alone(clean, number):
+    """Neither what is recognized nor classes without images are among them, however many are asked."""
+    damage = CollateralDamage(
+        clean=torch.tensor(clean),
+        without=torch.tensor([clean, [[1, 3], clean[1]]]),
+        classes=(0, 1),
+        num_filters=torch.tensor([2, 2]),
+        control_recall={},
+        class_names=("a", "b"),
+    )
+    for count in (5, 100):
+        found = damage.largest(count)
+        assert found[0] == ("b", "a", "b", 0.75)
+        assert len(found) == number
+        assert all(true != other for _, true, other, _ in found)
+
+
 def test_damage_of_random_sets_is_a_mean_over_seeds():
     model, data = pool_linear(), batches()
     table = table_of(model, "1", 3)

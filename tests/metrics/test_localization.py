@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -211,6 +212,21 @@ class TestLocalization:
             assert score == pytest.approx(max(tried.values()))
             assert tried[best] == pytest.approx(score)
 
+    @pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.int8])
+    @pytest.mark.parametrize(("rule", "value"), [("level", 0.8), ("value", 11.5), ("share", 0.25)])
+    def test_maps_of_whole_numbers(self, dtype, rule, value):
+        maps, box = torch.arange(16).view(1, 4, 4), torch.tensor([[0, 3, 4, 4]])
+        found = localization(maps.to(dtype), box, rule=rule, value=value)
+        assert found.average_iou == 1.0
+        assert choose_threshold(maps.to(dtype), box, rule=rule, candidates=[value]) == (value, 1.0)
+
+    @pytest.mark.parametrize("form", [list, tuple, np.array, torch.tensor, iter])
+    def test_candidates_of_any_form(self, form):
+        maps, box = torch.arange(16.0).view(1, 4, 4), torch.tensor([[0, 3, 4, 4]])
+        assert choose_threshold(maps, box, candidates=form([0.125, 0.25, 0.5])) == (0.25, 1.0)
+        with pytest.raises(ValueError, match="candidates is empty"):
+            choose_threshold(maps, box, candidates=form([]))
+
     def test_bad_input(self):
         maps, box = torch.rand(2, 4, 4), torch.tensor([[0, 0, 2, 2]] * 2)
         for arguments, options, message in (
@@ -222,6 +238,7 @@ class TestLocalization:
             ((maps, box), {"value": 1.5}, "between 0 and 1"),
             ((maps, box), {"rule": "otsu"}, "rule='otsu'"),
             ((maps, box), {"rule": "value", "value": torch.rand(3)}, "3 numbers for 1 maps"),
+            ((maps, box), {"rule": "value", "value": float("nan")}, "NaN"),
             ((maps, box), {"tolerance": -1}, "tolerance=-1"),
             ((maps, box), {"labels": torch.zeros(3)}, "for 2 images"),
             ((maps, torch.rand(2, 3)), {}, "expected .N, 4."),

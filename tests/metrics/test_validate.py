@@ -214,7 +214,7 @@ class TestValidate:
             ({"identify": len}, "has no len|int; expected ClassFilters"),
             ({"num_filters": 13}, "13"),
             ({"features": torch.rand(3, 12)}, "do not fit"),
-            ({"dataloader": []}, "empty"),
+            ({"dataloader": []}, "The data loader is empty"),
             (
                 {"dataloader": [(torch.rand(4, 12), torch.rand(4))]},
                 "expected whole numbers, one class index",

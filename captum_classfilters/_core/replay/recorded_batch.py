@@ -80,12 +80,26 @@ class RecordedBatch:
             check_numbers(self.name, self.activation)
             zero = self.activation.new_zeros(())
             stands_in = replacement(self.activation) if replacement else zero
-            self.stands_in = stands_in.to(self.activation).expand_as(self.activation)
+            self.stands_in = self._fitted(stands_in.to(self.activation))
 
     @property
     def num_filters(self) -> int:
         """K."""
         return self.activation.shape[self.axis]
+
+    def _fitted(self, stands_in: Tensor) -> Tensor:
+        """What stands in, for every image; one number for each filter only on the filters' axis."""
+        axis, sizes = self.axis, self.activation.shape
+        try:
+            if stands_in.dim() == 1 and len(stands_in) > 1 and axis != len(sizes) - 1:
+                raise RuntimeError("fits the positions by chance")
+            return stands_in.expand_as(self.activation)
+        except RuntimeError:
+            wanted = [size if dim == axis else 1 for dim, size in enumerate(sizes)]
+            raise ValueError(
+                f"layer_baselines have shape {tuple(stands_in.shape)}; {self.name!r} has {tuple(sizes)}, "
+                f"so one number for each filter has the shape {tuple(wanted)}."
+            ) from None
 
     def mask(self, removed: Tensor) -> Tensor:
         """(P, K) or (P, N, K) shaped to broadcast over (P, *activation), where the layer is."""
