@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from captum_classfilters._core.arguments import arguments_checked, whole_number
+from captum_classfilters._core.arguments import arguments_checked, check_confidence, whole_number
 from captum_classfilters._core.equality import same
 from captum_classfilters._core.names import hint, kind_of, listed_names, shortened
 from captum_classfilters._core.ranking import descending, highest, rank_correlation, ranks
@@ -404,8 +404,7 @@ class ClassFilters(Tabular):
         """
         from scipy.stats import t
 
-        if not 0 < confidence < 1:
-            raise ValueError(f"confidence={confidence} must lie between 0 and 1.")
+        check_confidence(confidence)
         freedom = (self._counts.double() - 1)[:, None]
         errors = torch.full_like(self._scores, torch.nan)
         if self._standard_errors is not None:

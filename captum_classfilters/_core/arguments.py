@@ -74,6 +74,12 @@ def whole_number(value: object) -> int | None:
     return int(number) if whole else None  # type: ignore[arg-type]
 
 
+def check_confidence(confidence: float) -> None:
+    """Raise unless an interval can have this coverage."""
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence={confidence} must lie between 0 and 1.")
+
+
 def _kinds(annotation: object) -> tuple[type, ...]:
     """The classes that an annotation allows, if all of them can be looked at."""
     kinds = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from captum_classfilters._core.arguments import arguments_checked
+from captum_classfilters._core.arguments import arguments_checked, check_confidence
 from captum_classfilters._core.batches import Batch, Batches, dataset_names, read_batches
 from captum_classfilters._core.devices import sums_device
 from captum_classfilters._core.distributed import Ranks, gather, ranks_together
@@ -525,16 +525,11 @@ def paired_interval(
     Raises:
         ValueError: ``confidence`` is not between 0 and 1.
     """
-    _check_confidence(confidence)
+    check_confidence(confidence)
     z = NormalDist().inv_cdf((1 + confidence) / 2)
     upper = _upper_end(lost.double(), gained.double(), counts.expand_as(lost).double(), z)
     lower = -_upper_end(gained.double(), lost.double(), counts.expand_as(lost).double(), z)
     return torch.stack([lower, upper], -1)
-
-
-def _check_confidence(confidence: float) -> None:
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence={confidence} must lie between 0 and 1.")
 
 
 def _upper_end(lost: Tensor, gained: Tensor, number: Tensor, z: float) -> Tensor:
@@ -574,7 +569,7 @@ def binomial_interval(successes: Tensor, counts: Tensor, confidence: float = 0.9
     """
     from scipy.stats import beta
 
-    _check_confidence(confidence)
+    check_confidence(confidence)
     tail = (1 - confidence) / 2
     hits = successes.cpu().double()
     number = counts.cpu().expand_as(hits).double()

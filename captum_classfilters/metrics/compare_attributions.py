@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from captum_classfilters._core.arguments import arguments_checked
+from captum_classfilters._core.arguments import arguments_checked, check_confidence
 from captum_classfilters._core.distributed import is_main_process
 from captum_classfilters._core.guard import model_left_as_found
 from captum_classfilters._core.tables import Row, Table, Tabular, import_pandas, short_repr
@@ -69,9 +69,13 @@ class AttributionTable(Tabular):
 
         Returns:
             *tuple* of mean, lower and upper end; NaN ends for a single image.
+
+        Raises:
+            ValueError: ``confidence`` is out of range.
         """
         from scipy.stats import t
 
+        check_confidence(confidence)
         values = self.values[method][metric]
         mean, size = float(values.mean()), len(values)
         if size < 2:

@@ -287,6 +287,8 @@ def test_intervals_are_students():
     table = compare(model, {"one": InputXGradient(model)}).pixels
     values = table.values["one"]["deletion_area"]
     mean, low, high = table.interval("one", "deletion_area", 0.9)
+    with pytest.raises(ValueError, match="must lie between 0 and 1"):
+        table.interval("one", "deletion_area", 2.0)
     error = stats.sem(values.numpy())
     expected = stats.t.interval(0.9, 7, loc=float(values.mean()), scale=error)
     assert mean == pytest.approx(float(values.mean()))
