@@ -103,7 +103,7 @@ class TestSelect:
         [
             ({"num_filters": 5}, "num_filters=5 is out of range: .* has 4 filters"),
             ({"num_filters": 0}, "out of range"),
-            ({"num_filters": 2.5}, "not a whole number"),
+            ({"num_filters": 2.5}, "expected a whole number"),
             ({"mass": 0.0}, "mass=0.0 is out of range"),
             ({"mass": 1.1}, "out of range"),
             ({}, "exactly one"),
