@@ -88,7 +88,7 @@ def by_orders(
     method = LayerFilterAblation(model, layer)
     with torch.no_grad():
         replay = method.replay(model.get_submodule(layer), (x,))
-        read = score_reader(replay.output, y, len(x), score)
+        read = score_reader(replay, y, score)
         generator, filters = torch.Generator().manual_seed(1), replay.num_filters
         gains = torch.empty(number, filters, len(x), dtype=torch.float64)
         for row in range(number):

@@ -33,10 +33,21 @@ def class_scores(output: object) -> Tensor:
     )
 
 
-def two_classes(scores: Tensor) -> Tensor:
-    """Scores (N, C); the one logit z of a binary classifier, (N,) or (N, 1), as (-z, z)."""
+def two_classes(scores: Tensor, probabilities: bool = False) -> Tensor:
+    """Scores (N, C); the one output of a binary classifier, (N,) or (N, 1), as (-z, z) if it is a
+    logit z, as (1 - p, p) if it is the probability p of class 1."""
     scores = as_rows(scores)
-    return torch.cat([-scores, scores], 1) if scores.dim() == 2 and scores.shape[1] == 1 else scores
+    return _both(scores, probabilities) if one_output(scores) else scores
+
+
+def one_output(scores: Tensor) -> bool:
+    """Whether scores (N, C) are the one output of a binary classifier."""
+    return scores.dim() == 2 and scores.shape[1] == 1
+
+
+def _both(scores: Tensor, probabilities: bool) -> Tensor:
+    """Scores (..., 1) of class 1 as those of both classes."""
+    return torch.cat([1 - scores if probabilities else -scores, scores], -1)
 
 
 def as_rows(scores: Tensor) -> Tensor:
@@ -44,13 +55,13 @@ def as_rows(scores: Tensor) -> Tensor:
     return scores[:, None] if scores.dim() == 1 else scores
 
 
-def scores_per_class(output: object) -> Tensor:
-    """Scores (N, C), C at least 2, of what a model returned.
+def scores_per_class(output: object, probabilities: bool = False) -> Tensor:
+    """Scores (N, C), C at least 2, of what a model returned: logits, or probabilities.
 
     Raises:
         ValueError: The model returns something else.
     """
-    return checked_rows(two_classes(class_scores(output)))
+    return checked_rows(two_classes(class_scores(output), probabilities))
 
 
 def checked_rows(scores: Tensor) -> Tensor:
@@ -69,11 +80,13 @@ def checked_rows(scores: Tensor) -> Tensor:
 
 
 def are_probabilities(scores: Tensor) -> bool:
-    """Whether scores (N, C) are already probabilities: none negative, every row with the sum 1."""
-    if scores.dim() != 2 or scores.shape[1] < 2:
+    """Whether scores (N, C) are already probabilities: none negative, every row with the sum 1, up to
+    the rounding of their type."""
+    if scores.dim() != 2 or scores.shape[1] < 2 or not scores.is_floating_point():
         return False
+    allowed = max(1e-3, 2 * torch.finfo(scores.dtype).eps)
     scores = scores.detach().float()
-    sums_to_one = (scores.sum(1) - 1).abs() <= 1e-3
+    sums_to_one = (scores.sum(1) - 1).abs() <= allowed
     return bool(((scores >= 0).all(1) & sums_to_one).all())
 
 
@@ -83,14 +96,18 @@ def log_probabilities(scores: Tensor, probabilities: bool = False) -> Tensor:
 
     Args:
 
-        scores (Tensor): Logits (..., C), or the one logit (..., 1) of a binary classifier.
-        probabilities (bool): They are probabilities already; see :func:`are_probabilities`.
+        scores (Tensor): Scores (..., C), or the one output (..., 1) of a binary classifier.
+        probabilities (bool): They are probabilities already, not logits.
                     Default: False
     """
+    one = scores.shape[-1] == 1
     if probabilities:
+        # In float16 everything below 6e-5 would be the same.
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        scores = _both(scores, probabilities) if one else scores
         return scores.clamp(min=torch.finfo(scores.dtype).tiny).log()
-    if scores.shape[-1] == 1:
-        return torch.nn.functional.logsigmoid(torch.cat([-scores, scores], -1))
+    if one:
+        return torch.nn.functional.logsigmoid(_both(scores, probabilities))
     return scores.log_softmax(-1)
 
 

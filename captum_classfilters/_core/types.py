@@ -36,6 +36,10 @@ JsonDict: TypeAlias = dict[str, Any]
 Attributions: TypeAlias = Tensor | Any
 
 
+#: Raises an error, soon, unless a bool of no axes, on a device maybe, is true.
+Check: TypeAlias = Callable[[Tensor, Callable[[], Exception]], None]
+
+
 class DatasetLike(Protocol):
     """A data set, a list say: an index gives an image, or a pair that starts with one."""
 
@@ -63,6 +67,10 @@ class Replay(Protocol):
     """A batch that has run once, ready to run without some of its K filters, or pixels."""
 
     output: Tensor
+
+    @property
+    def gives_probabilities(self) -> bool:
+        """Whether the model returns probabilities, not logits."""
 
     @property
     def num_images(self) -> int:

@@ -19,6 +19,7 @@ from captum_classfilters._core.batches import (
 from captum_classfilters._core.copies import copied
 from captum_classfilters._core.layers import find_layer, find_layers
 from captum_classfilters._core.outputs import scores_per_class
+from captum_classfilters._core.score_reader import ScoreReader
 from captum_classfilters._core.types import ClassNames, Dataloader, ModelInputs, Unpack
 from captum_classfilters._core.units import Rows, UnitTap, aggregated, read_units
 from captum_classfilters._core.warnings import warn
@@ -240,8 +241,9 @@ def _warn_unless_forgotten(
     named: list[Tensor] = []
     loader = [(inputs, None) for inputs in examples]
     with read_batches(model, loader, "forgotten", labeled=False, show_progress=False) as batches:
+        reader = ScoreReader(model, batches)
         for batch in batches:
-            scores = scores_per_class(model(*batch.inputs))
+            scores = reader.scores(batch, model(*batch.inputs))
             named.append((scores.argmax(1) == class_index).cpu())
     share = float(torch.cat(named).double().mean())
     if share > _STILL_NAMED:

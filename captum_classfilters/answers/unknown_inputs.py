@@ -12,6 +12,7 @@ from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.batches import Batch, read_batches
 from captum_classfilters._core.layers import check_runs, find_layers
 from captum_classfilters._core.names import kind_of
+from captum_classfilters._core.score_reader import ScoreReader
 from captum_classfilters._core.tables import Row, Table, Tabular, short_repr
 from captum_classfilters._core.taps import tapping
 from captum_classfilters._core.types import Dataloader, ExampleInputs, Keywords, Unpack
@@ -19,7 +20,6 @@ from captum_classfilters._core.units import Rows, UnitTap, aggregated
 from captum_classfilters.class_filters import ClassFilters
 from captum_classfilters.heads.decompose import fit_to_head
 from captum_classfilters.heads.linear_head import check_scores_follow, run_head
-from captum_classfilters.metrics.evaluate_classifier import ScoreReader
 from captum_classfilters.metrics.selectivity import class_means
 
 #: What the score is made of.

@@ -11,6 +11,7 @@ from torch.utils.data import RandomSampler
 
 from captum_classfilters._core.batches import check_read_again, read_batches
 from captum_classfilters._core.layers import find_layer
+from captum_classfilters._core.score_reader import ScoreReader
 from captum_classfilters._core.types import ClassNames, Dataloader, Keywords
 from captum_classfilters.attr import LayerFilterContribution, LayerFilterFrequency
 from captum_classfilters.class_filters import ClassFilters
@@ -28,7 +29,7 @@ from captum_classfilters.identify.evidence import Evidence, Stability
 from captum_classfilters.identify.exemplars import Exemplars
 from captum_classfilters.metrics import class_curves, evaluate_classifier
 from captum_classfilters.metrics.class_curves import ClassCurves
-from captum_classfilters.metrics.evaluate_classifier import ClassifierScores, ScoreReader
+from captum_classfilters.metrics.evaluate_classifier import ClassifierScores
 from captum_classfilters.metrics.removals import weight_magnitudes
 
 Measured = TypeVar("Measured")

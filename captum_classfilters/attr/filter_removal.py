@@ -19,7 +19,7 @@ from captum_classfilters._core.layers import (
     layer_axis,
     module_of,
 )
-from captum_classfilters._core.outputs import are_probabilities, as_rows, log_probabilities
+from captum_classfilters._core.outputs import as_rows, log_probabilities
 from captum_classfilters._core.replay.suffix_replay import SuffixReplay
 from captum_classfilters._core.targets import class_indices, own_scores
 from captum_classfilters._core.types import (
@@ -35,27 +35,25 @@ Score = Literal["logit", "probability", "log_probability"]
 SCORES: tuple[str, ...] = ("logit", "probability", "log_probability")
 
 
-def score_reader(
-    outputs: Tensor, target: TargetType, num_images: int, score: Score
-) -> Callable[[Tensor], Tensor]:
+def score_reader(replay: Replay, target: TargetType, score: Score) -> Callable[[Tensor], Tensor]:
     r"""
     How to read each image's own score off what the model returns.
 
     Args:
 
-        outputs (Tensor): What the full model returned; tells probabilities from logits.
+        replay (Replay): The batch; what the full model returned tells probabilities from logits.
         target (int, tuple, Tensor or list): The output to read, in any of Captum's forms.
-        num_images (int): N.
         score (str): ``"logit"``, ``"probability"`` or ``"log_probability"``.
 
     Returns:
         *Callable* from outputs of one run to scores (N,).
     """
+    num_images = replay.num_images
     if score == "logit":
         return lambda outputs: own_scores(outputs, target, num_images)
-    probabilities = are_probabilities(outputs)
-    if target is None and outputs.numel() == num_images:
-        target = 1  # of a binary classifier's one logit
+    probabilities = replay.gives_probabilities
+    if target is None and replay.output.numel() == num_images:
+        target = 1  # of a binary classifier's one output
 
     def read(outputs: Tensor) -> Tensor:
         logs = log_probabilities(as_rows(outputs), probabilities)

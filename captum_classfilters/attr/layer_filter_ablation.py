@@ -320,7 +320,7 @@ class LayerFilterAblation(FilterRemovalAttribution):
         exact = self._from_weights(replay, target)
         if exact is not None:
             return exact
-        read = score_reader(replay.output, target, replay.num_images, self.score)
+        read = score_reader(replay, target, self.score)
         full = read(replay.output)
         parts: list[Tensor] = []
         with tqdm(

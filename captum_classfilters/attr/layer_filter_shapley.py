@@ -226,7 +226,7 @@ class LayerFilterShapley(FilterRemovalAttribution):
         by_weights = self._from_weights(replay, target)
         if by_weights is not None:
             return by_weights, torch.zeros(images, filters)
-        read = score_reader(replay.output, target, images, self.score)
+        read = score_reader(replay, target, self.score)
 
         def worth(stays: Tensor) -> Tensor:
             parts = replay.in_parts(~stays, perturbations_per_eval)

@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from tqdm.auto import tqdm
 
 from captum_classfilters._core.arguments import arguments_checked, check_numbers
-from captum_classfilters._core.batches import Batches, check_read_again, read_batches
+from captum_classfilters._core.batches import Batch, Batches, check_read_again, read_batches
 from captum_classfilters._core.checkpoints import is_safetensors, read_checkpoint
 from captum_classfilters._core.devices import device_of, on_device
 from captum_classfilters._core.distributed import is_main_process
@@ -23,10 +23,12 @@ from captum_classfilters._core.guard import model_left_as_found
 from captum_classfilters._core.labels import class_labels, not_finite
 from captum_classfilters._core.nested import flattened, unflattened
 from captum_classfilters._core.outputs import as_rows, class_scores, log_probabilities, two_classes
+from captum_classfilters._core.score_reader import OutputKind
 from captum_classfilters._core.tables import described, model_name, short_repr
 from captum_classfilters._core.tensor_files import Schema, read_tensors, write_tensors
-from captum_classfilters._core.types import Dataloader, Keywords, ModelInputs, Unpack
+from captum_classfilters._core.types import Check, Dataloader, Keywords, ModelInputs, Unpack
 from captum_classfilters.gates.class_specific_gate import ClassSpecificGate, gates_not_finite
+from captum_classfilters.metrics.removals import check_now
 
 Unit = Literal["epoch", "batch", "joint"]
 _FILE = Schema("gated_trainer", "captum_classfilters.GatedTrainer", 1, "GatedTrainer", "state")
@@ -115,11 +117,6 @@ class GatedEpoch:
     validation_accuracy: float | None
 
 
-def cross_entropy(scores: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of scores (N, C), or of a binary classifier's one logit (N,) or (N, 1)."""
-    return F.nll_loss(log_probabilities(as_rows(scores)), labels)
-
-
 class GatedTrainer:
     r"""
     Train a network together with its class-specific gate.
@@ -145,8 +142,8 @@ class GatedTrainer:
                     Default: 1e-3
         regularizer (Callable, optional): The term itself, from the gate to a scalar. By default
                     ``gate.regularizer()``.
-        criterion (Callable): Loss of the model's scores, (N, C) or one logit, and labels (N,).
-                    Default: cross-entropy
+        criterion (Callable, optional): Loss of the model's scores, as it returns them, and labels
+                    (N,). By default the cross-entropy, of logits or of probabilities.
 
     Raises:
         ValueError: The gate is not attached, ``gated_optimizer`` does not hold its parameters, or a
@@ -180,7 +177,7 @@ class GatedTrainer:
         gated_weight: float = 1.0,
         regularization: float = 1e-3,
         regularizer: Callable[[ClassSpecificGate], Tensor] | None = None,
-        criterion: Callable[[Tensor, Tensor], Tensor] = cross_entropy,
+        criterion: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> None:
         if not gate.attached:
             raise ValueError("The gate is not attached; call gate.attach(model, layer) first.")
@@ -203,6 +200,7 @@ class GatedTrainer:
         self.regularization = regularization
         self.regularizer = regularizer or (lambda gate: gate.regularizer())
         self.criterion = criterion
+        self._kind = OutputKind(model)
         self.history: list[GatedEpoch] = []
 
     def __repr__(self) -> str:
@@ -284,44 +282,55 @@ class GatedTrainer:
         inputs = images if isinstance(images, tuple) else (images,)
         classes = class_labels(labels, len(inputs[0]), self.gate.num_classes, batch=0)
         classes = on_device(classes, inputs[0].device)
-        loss, correct = self._step(inputs, classes, gated, check=True)
+        loss, correct = self._step(Batch(0, 0, inputs, labels), classes, gated, check_now)
         return float(loss), int(correct)
 
     def _step(
-        self, inputs: ModelInputs, labels: Tensor, gated: bool, check: bool
+        self, batch: Batch, labels: Tensor, gated: bool, check: Check
     ) -> tuple[Tensor, Tensor]:
         """A step; its loss and number of correct predictions, where the model is."""
         optimizer = self.gated_optimizer if gated else self.optimizer
         optimizer.zero_grad(set_to_none=True)
         losses = []
         if gated:
-            loss, scores = self._gated_pass(inputs, labels, check)
+            loss, correct = self._gated_pass(batch, labels, check)
             losses.append(loss)
         if not gated or self.schedule.unit == "joint":
-            scores = class_scores(self.model(*inputs))
-            loss = self.criterion(scores, labels)
+            loss, correct = self._judged(
+                batch, class_scores(self.model(*batch.inputs)), labels, check
+            )
             loss.backward()
             losses.append(loss)
         optimizer.step()
         if gated:
-            self.gate.project(check=check)
-        return torch.stack([loss.detach() for loss in losses]).sum(), _correct(scores, labels)
+            self.gate.project(check=check is check_now)
+        return torch.stack([loss.detach() for loss in losses]).sum(), correct
 
-    def _gated_pass(
-        self, inputs: ModelInputs, labels: Tensor, check: bool
+    def _judged(
+        self, batch: Batch, scores: Tensor, labels: Tensor, check: Check
     ) -> tuple[Tensor, Tensor]:
-        """The loss and scores of the gated path, and the gradients: layers that run once more for
+        """The loss of a batch's scores, and how many of its images are recognized."""
+        correct = self._correct(batch, scores.detach(), labels, check)
+        if self.criterion is not None:
+            return self.criterion(scores, labels), correct
+        probabilities = self._kind.probabilities(batch.inputs, scores, check, batch.number)
+        return F.nll_loss(log_probabilities(as_rows(scores), probabilities), labels), correct
+
+    def _correct(self, batch: Batch, scores: Tensor, labels: Tensor, check: Check) -> Tensor:
+        """How many of a batch's images are recognized, where the scores are."""
+        probabilities = self._kind.probabilities(batch.inputs, scores, check, batch.number)
+        answers = two_classes(scores, probabilities).argmax(1)
+        return (answers == labels.to(answers.device)).sum()
+
+    def _gated_pass(self, batch: Batch, labels: Tensor, check: Check) -> tuple[Tensor, Tensor]:
+        """The loss and hits of the gated path, and the gradients: layers that run once more for
         these, as activation checkpointing has them, are gated once more."""
-        with self.gate.gating(labels, check=check):
-            scores = self._scores(inputs)
-            loss = self.gated_weight * self.criterion(scores, labels)
+        with self.gate.gating(labels, check=check is check_now):
+            loss, correct = self._judged(batch, self._scores(batch.inputs), labels, check)
+            loss = self.gated_weight * loss
             loss = loss + self.regularization * self.regularizer(self.gate)
             loss.backward()
-        return loss, scores
-
-    def _gated_scores(self, inputs: ModelInputs, labels: Tensor, check: bool) -> Tensor:
-        with self.gate.gating(labels, check=check):
-            return self._scores(inputs)
+        return loss, correct
 
     def _scores(self, inputs: ModelInputs) -> Tensor:
         """The model's scores, of as many classes as the gate has."""
@@ -349,10 +358,14 @@ class GatedTrainer:
                 labels = batches.class_labels(batch, self.gate.num_classes)
                 if not self.history and not losses:
                     # The first gated step may be epochs away.
-                    with torch.no_grad(), model_left_as_found(self.model, evaluation=True):
-                        self._gated_scores(batch.inputs, labels, check=True)
+                    with (
+                        torch.no_grad(),
+                        model_left_as_found(self.model, evaluation=True),
+                        self.gate.gating(labels),
+                    ):
+                        self._scores(batch.inputs)
                 gated = self.schedule.is_gated(epoch, batch.number)
-                loss, right = self._step(batch.inputs, labels, gated, check=False)
+                loss, right = self._step(batch, labels, gated, batches.check)
                 if gated:
                     batches.check(self.gate.weight.detach().isfinite().all(), gates_not_finite)
                 losses.append(loss)
@@ -405,7 +418,7 @@ class GatedTrainer:
                 scores = as_rows(class_scores(self.model(*batch.inputs)))
                 finite = scores.isfinite().all(1)
                 batches.check(finite.all(), partial(not_finite, finite, batch.number))
-                correct.append(_correct(scores, labels))
+                correct.append(self._correct(batch, scores, labels, batches.check))
         return int(torch.stack(correct).sum()) / batches.num_images
 
     # -- resuming --------------------------------------------------------------------------------
@@ -511,11 +524,6 @@ def _check_epoch(record: GatedEpoch, place: int) -> None:
     shares += [] if record.validation_accuracy is None else [record.validation_accuracy]
     if record.epoch != place or not all(0 <= share <= 1 for share in shares):
         raise ValueError(f"its history holds {record} as epoch {place}")
-
-
-def _correct(scores: Tensor, labels: Tensor) -> Tensor:
-    """How many of a batch's images are recognized, where the scores are."""
-    return (two_classes(scores.detach()).argmax(1) == labels.to(scores.device)).sum()
 
 
 _OF_GROUPS = ("base_lrs", "_last_lr", "lr_lambdas", "max_lrs", "base_momentums", "max_momentums")

@@ -16,13 +16,13 @@ from captum_classfilters._core.outputs import two_classes
 from captum_classfilters._core.ranking import random_orders, ranks
 from captum_classfilters._core.replay.recorded_batch import plain_mode
 from captum_classfilters._core.replay.suffix_replay import SuffixReplay
+from captum_classfilters._core.score_reader import ScoreReader
 from captum_classfilters._core.tables import Table, Tabular, short_repr
 from captum_classfilters._core.taps import hooked
 from captum_classfilters._core.types import Dataloader, ModelInputs, Unpack
 from captum_classfilters.class_filters import ClassFilters, check_selection
 from captum_classfilters.heads.decompose import HeadFit, fit_to_head
 from captum_classfilters.heads.linear_head import LinearHead, check_scores_follow, run_head
-from captum_classfilters.metrics.evaluate_classifier import ScoreReader
 from captum_classfilters.metrics.removals import one_or_several
 
 if TYPE_CHECKING:

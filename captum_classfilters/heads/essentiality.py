@@ -13,6 +13,7 @@ from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.batches import Batch, check_read_again, read_batches
 from captum_classfilters._core.outputs import two_classes
 from captum_classfilters._core.ranking import random_sets
+from captum_classfilters._core.score_reader import ScoreReader
 from captum_classfilters._core.tables import Table, Tabular, short_repr
 from captum_classfilters._core.taps import tapped
 from captum_classfilters._core.types import Dataloader, Unpack
@@ -20,7 +21,6 @@ from captum_classfilters.class_filters import ClassFilters
 from captum_classfilters.heads.decompose import fit_to_head
 from captum_classfilters.heads.head_features import head_features
 from captum_classfilters.heads.linear_head import LinearHead, check_scores_follow, run_head
-from captum_classfilters.metrics.evaluate_classifier import ScoreReader
 from captum_classfilters.metrics.features import checked_features, class_rows
 
 logger = logging.getLogger("captum_classfilters")

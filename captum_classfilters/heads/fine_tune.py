@@ -15,10 +15,11 @@ from torch.optim.lr_scheduler import LRScheduler
 from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.batches import Batch, Batches, check_read_again, read_batches
 from captum_classfilters._core.devices import device_of, on_device
+from captum_classfilters._core.score_reader import ScoreReader
 from captum_classfilters._core.tables import short_repr
 from captum_classfilters._core.types import Dataloader, Unpack
 from captum_classfilters.heads.linear_head import find_head, first_inputs
-from captum_classfilters.metrics.evaluate_classifier import ScoreReader, evaluate_classifier
+from captum_classfilters.metrics.evaluate_classifier import evaluate_classifier
 
 logger = logging.getLogger("captum_classfilters")
 
@@ -210,7 +211,7 @@ def _taught(teacher: ScoreReader | None, batch: Batch) -> Tensor | None:
     if teacher is None:
         return None
     with torch.no_grad():
-        inputs = on_device(batch.inputs, device_of(teacher.model))
+        inputs = on_device(batch.inputs, device_of(teacher.kind.model))
         return teacher.log_probabilities(batch, teacher.model(*inputs))
 
 

@@ -9,11 +9,11 @@ from captum_classfilters._core.batches import Batch, Batches, read_batches
 from captum_classfilters._core.heads import alike
 from captum_classfilters._core.layers import check_runs
 from captum_classfilters._core.outputs import log_probabilities
+from captum_classfilters._core.score_reader import ScoreReader
 from captum_classfilters._core.tables import short_repr
 from captum_classfilters._core.types import Dataloader, Unpack
 from captum_classfilters._core.units import Rows
 from captum_classfilters.heads.linear_head import HeadRun, LinearHead, run_head
-from captum_classfilters.metrics.evaluate_classifier import ScoreReader
 
 
 @short_repr

@@ -25,6 +25,7 @@ from captum_classfilters._core.provenance import provenance
 from captum_classfilters._core.replay.checks import Confirmed, confirmed
 from captum_classfilters._core.replay.suffix_replay import SuffixReplay
 from captum_classfilters._core.rules import Ablation
+from captum_classfilters._core.score_reader import ScoreReader
 from captum_classfilters._core.tables import Table, Tabular, short_repr
 from captum_classfilters._core.types import ClassNames, Dataloader, JsonDict, Unpack
 from captum_classfilters.class_filters import (
@@ -35,7 +36,7 @@ from captum_classfilters.class_filters import (
 from captum_classfilters.identify.new_sums import changes_without, new_accuracy_sums
 
 if TYPE_CHECKING:
-    from captum_classfilters.identify.accuracy_sums import AccuracySums
+    from captum_classfilters.identify.accuracy_sums import AccuracySums, Changes
 
 #: From all outputs and all labels to a number, larger where it is better.
 Metric: TypeAlias = Callable[[Tensor, Tensor], Tensor | float]
@@ -302,14 +303,17 @@ def accuracy_reduction(
         with _reading(
             method, dataloader, unpack, device, show_progress, progress=progress, ranks=ranks
         ) as batches:
+            reader = ScoreReader(method.forward_func, batches, [layer])
             for batch in batches:
                 replay = _replay(method, batches, batch, attribute_to_layer_input)
                 scores = two_classes(replay.output)
                 labels = labels_of_scores(scores, batch.labels, batch.number, num_classes)
                 if counted.sums is None:
                     check_class_names(class_names, num_classes or scores.shape[1])
+                probabilities = reader.probabilities(batch, replay.output)
+                changes = changes_without(replay, labels, probabilities, perturbations_per_eval)
                 counted.add(
-                    batch, replay, labels, num_classes or scores.shape[1], perturbations_per_eval
+                    batch, changes, labels, num_classes or scores.shape[1], replay.num_filters
                 )
             ranks.agree(progress.facts, counted.shape())
     result = _result(counted.merged().compute(), method, names)
@@ -327,15 +331,14 @@ class _Counted:
     def add(
         self,
         batch: Batch,
-        replay: SuffixReplay,
+        changes: "Changes",
         labels: Tensor,
         num_classes: int,
-        at_once: int | None,
+        num_filters: int,
     ) -> None:
-        """Add a batch, some filters at a time."""
-        changes = changes_without(replay, labels, at_once)
+        """Add a batch."""
         if self.sums is None:
-            self.sums = new_accuracy_sums(num_classes, replay.num_filters)
+            self.sums = new_accuracy_sums(num_classes, num_filters)
         device = sums_device(labels.device)
         if self.sums.counts.device != device:
             self.sums.to(device)

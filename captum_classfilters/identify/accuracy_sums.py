@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from captum_classfilters._core.outputs import are_probabilities, as_rows, log_probabilities
+from captum_classfilters._core.outputs import as_rows, log_probabilities
 from captum_classfilters._core.replay.suffix_replay import SuffixReplay
 from captum_classfilters.identify.summed_metric import SummedMetric
 
@@ -79,10 +79,11 @@ class Changes:
     drop: Tensor
 
 
-def changes_of(replay: SuffixReplay, labels: Tensor, at_once: int | None) -> Changes:
+def changes_of(
+    replay: SuffixReplay, labels: Tensor, probabilities: bool, at_once: int | None
+) -> Changes:
     """Run a batch without each filter, some filters at a time."""
     full = as_rows(replay.output)
-    probabilities = are_probabilities(full)
     right, log_probability = _right_and_log_probability(full, labels, probabilities)
     parts: list[tuple[Tensor, ...]] = []
     for some, outputs in replay.in_parts(replay.each_filter(), at_once):

@@ -11,12 +11,12 @@ from captum_classfilters._core.batches import Batch, Batches
 from captum_classfilters._core.devices import sums_device
 from captum_classfilters._core.layers import find_layers
 from captum_classfilters._core.outputs import (
-    are_probabilities,
     as_rows,
+    checked_rows,
     class_scores,
     log_probabilities,
-    scores_per_class,
 )
+from captum_classfilters._core.score_reader import OutputKind
 from captum_classfilters._core.tables import Table, Tabular, short_repr
 from captum_classfilters._core.types import Dataloader, Unpack
 from captum_classfilters._core.units import UnitTap, at_least_float32, check_finite, read_units
@@ -83,7 +83,7 @@ def activation_scores(
 
     Args:
 
-        model (nn.Module): The model, with logits or probabilities (N, C), or one logit.
+        model (nn.Module): The model, with logits or probabilities, (N, C) or one of them.
         layer (nn.Module or str): The layer, or its dotted name; an activation, if filters are to be
                     judged by what later layers read.
         dataloader (iterable): Batches of (inputs, labels).
@@ -116,7 +116,7 @@ def activation_scores(
     (module,) = find_layers(model, layer).values()
     tap = UnitTap(model, module, channel_dim)
     tap.differentiable = True
-    sums = _Sums(tap)
+    sums = _Sums(tap, OutputKind(model))
     num_images = read_units(
         model,
         [tap],
@@ -132,12 +132,11 @@ def activation_scores(
 class _Sums:
     """Sums over images and positions, where the model is."""
 
-    def __init__(self, tap: UnitTap) -> None:
-        self.tap = tap
+    def __init__(self, tap: UnitTap, kind: OutputKind) -> None:
+        self.tap, self.kind = tap, kind
         self.num_values = 0
         self.sums: Tensor | None = None  # (3, K): absolute activations, zeros and changes
         self.maximum: Tensor | None = None
-        self.probabilities: bool | None = None
 
     def add(self, batches: Batches, batch: Batch, output: object) -> None:
         """Add what one batch showed."""
@@ -160,15 +159,15 @@ class _Sums:
 
     def _slope(self, batches: Batches, batch: Batch, output: object) -> Tensor:
         """The derivative of the batch's loss at the layer, in its layout."""
-        num_classes = scores_per_class(output).shape[1]
-        scores = at_least_float32(as_rows(class_scores(output)))
-        if self.probabilities is None:  # of the first batch: the host waits for it
-            self.probabilities = are_probabilities(scores)
-        labels = batches.class_labels(batch, num_classes)
-        loss = F.nll_loss(log_probabilities(scores, self.probabilities), labels, reduction="sum")
+        source = self.tap.source  # of this run: the next line may run the model again
+        probabilities = self.kind.probabilities(batch.inputs, output, batches.check, batch.number)
+        scores = checked_rows(at_least_float32(as_rows(class_scores(output))))
+        logs = log_probabilities(scores, probabilities)
+        labels = batches.class_labels(batch, logs.shape[1])
+        loss = F.nll_loss(logs, labels, reduction="sum")
         slope = None
         if loss.requires_grad:
-            (slope,) = torch.autograd.grad(loss, self.tap.source, allow_unused=True)
+            (slope,) = torch.autograd.grad(loss, source, allow_unused=True)
         if slope is None:
             raise ValueError(
                 f"No gradient of the model's output reaches the layer {self.tap.name!r}: what "

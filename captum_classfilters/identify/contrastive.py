@@ -12,8 +12,8 @@ from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.batches import Batch, dataset_names, read_batches
 from captum_classfilters._core.labels import labels_of_scores
 from captum_classfilters._core.names import listed_names
-from captum_classfilters._core.outputs import scores_per_class
 from captum_classfilters._core.provenance import provenance
+from captum_classfilters._core.score_reader import ScoreReader
 from captum_classfilters._core.tables import Table, Tabular, import_pandas, short_repr
 from captum_classfilters._core.types import (
     AttributeKwargs,
@@ -467,10 +467,12 @@ class _Pass:
             device=self.device,
             show_progress=show_progress,
         ) as batches:
+            forward_func = self.source.method.forward_func
+            reader = ScoreReader(forward_func, batches, [self.source.method.layer])
             for batch in batches:
-                returned = self.source.method.forward_func(*batch.inputs)
-                batches.check_repeats(self.source.method.forward_func, batch, returned)
-                outputs = scores_per_class(returned)
+                returned = forward_func(*batch.inputs)
+                batches.check_repeats(forward_func, batch, returned)
+                outputs = reader.scores(batch, returned)
                 labels = labels_of_scores(outputs, batch.labels, batch.number)
                 yield batch, labels.cpu(), outputs.cpu()
 

@@ -27,8 +27,10 @@ def new_accuracy_sums(num_classes: int, num_filters: int) -> "AccuracySums":
     return AccuracySums(num_classes, num_filters)
 
 
-def changes_without(replay: SuffixReplay, labels: Tensor, at_once: int | None) -> "Changes":
+def changes_without(
+    replay: SuffixReplay, labels: Tensor, probabilities: bool, at_once: int | None
+) -> "Changes":
     """What becomes of a batch's images without each filter, to be added to such counts."""
     from captum_classfilters.identify.accuracy_sums import changes_of
 
-    return changes_of(replay, labels, at_once)
+    return changes_of(replay, labels, probabilities, at_once)

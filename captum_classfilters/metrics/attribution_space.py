@@ -174,7 +174,7 @@ class Space:
         orders[RANDOM] = random_orders(shape, 1, drawn)[0]
         costs = named_scores(cost, shape)
         costs[RANDOM] = _random_scores(next(iter(costs.values())), drawn)
-        lost = lost_scores(replay, removed, score_reader(replay.output, target, shape[0], "logit"))
+        lost = lost_scores(replay, removed, score_reader(replay, target, "logit"))
         check_finite(lost, each_in_words(removed))
         for name, own in costs.items():
             self._note(name, "infidelity", infidelity_of(own, removed, lost))
@@ -183,7 +183,7 @@ class Space:
         self._note_areas(replay, target, orders)
 
     def _note_areas(self, replay: Replay, target: Tensor, orders: dict[str, Tensor]) -> None:
-        read = score_reader(replay.output, target, replay.num_images, "probability")
+        read = score_reader(replay, target, "probability")
         sizes = curve_points(None, replay.num_filters, self.settings.points)
         removal = OrderedRemoval(
             replay, lambda outputs: torch.stack([read(output) for output in outputs]), sizes

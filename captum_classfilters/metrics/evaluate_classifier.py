@@ -1,27 +1,16 @@
 """Accuracy of a classifier, overall and for each class."""
 
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from captum_classfilters._core.batches import Batch, Batches, read_batches
+from captum_classfilters._core.batches import read_batches
 from captum_classfilters._core.devices import device_of
 from captum_classfilters._core.distributed import gather
-from captum_classfilters._core.heads import alike
-from captum_classfilters._core.labels import not_finite
-from captum_classfilters._core.outputs import (
-    are_probabilities,
-    as_rows,
-    class_scores,
-    log_probabilities,
-    scores_per_class,
-    two_classes,
-)
+from captum_classfilters._core.score_reader import ScoreReader
 from captum_classfilters._core.tables import Table, Tabular, short_repr
-from captum_classfilters._core.taps import hooked
-from captum_classfilters._core.types import Dataloader, Keywords, ModelInputs, Unpack
+from captum_classfilters._core.types import Dataloader, Keywords, Unpack
 
 
 @short_repr
@@ -127,80 +116,6 @@ def evaluate_classifier(
     return (counts or _Counts(num_classes, device_of(model) or torch.device("cpu"))).compute()
 
 
-class ScoreReader:
-    r"""
-    Scores of classes of one batch after another, checked.
-
-    Args:
-
-        model (nn.Module): The model.
-        batches (Batches): The batches that are read; checks are made when they settle.
-    """
-
-    def __init__(self, model: nn.Module, batches: Batches) -> None:
-        self.model, self._batches = model, batches
-        self._gives_probability: bool | None = None
-
-    def scores(self, batch: Batch, output: object) -> Tensor:
-        """Scores (N, C), C at least 2, of what the model returned for a batch."""
-        scores = as_rows(class_scores(output))
-        if scores.dim() == 2 and scores.shape[1] == 1:
-            scores = self._binary(batch, scores)
-        scores = scores_per_class(scores)
-        if len(scores) != batch.size:
-            raise ValueError(
-                f"The model returns {len(scores)} rows of scores for the {batch.size} images of "
-                f"batch {batch.number}; accuracy needs one row for each image."
-            )
-        self.check_finite(batch, scores)
-        return scores
-
-    def log_probabilities(self, batch: Batch, output: object) -> Tensor:
-        """Log-probabilities (N, C) of what the model returned, logits or probabilities alike."""
-        scores = as_rows(class_scores(output))
-        if scores.dim() == 2 and scores.shape[1] == 1:
-            binary = self._binary(batch, scores)
-            own = binary if self._gives_probability else scores
-            return log_probabilities(own, bool(self._gives_probability))
-        if self._gives_probability is None:
-            self._gives_probability = are_probabilities(scores)
-        return log_probabilities(scores_per_class(scores), self._gives_probability)
-
-    def check_finite(self, batch: Batch, scores: Tensor) -> None:
-        """Refuse, soon, scores (N, C) of which an image's largest is NaN or infinite."""
-        finite = scores.amax(1).isfinite()
-        self._batches.check(finite.all(), partial(not_finite, finite, batch.number))
-
-    def _binary(self, batch: Batch, scores: Tensor) -> Tensor:
-        """Scores (N, 2) of one output (N, 1): the logit z as (-z, z), a probability p as (1-p, p)."""
-        if self._gives_probability is None:
-            self._gives_probability = gives_probability(self.model, batch.inputs, scores)
-        if not self._gives_probability:
-            return two_classes(scores)
-        in_range = ((scores >= 0) & (scores <= 1)).all()
-        self._batches.check(in_range, partial(_neither, batch.number))
-        return torch.cat([1 - scores, scores], 1)
-
-
-def gives_probability(model: nn.Module, inputs: ModelInputs, scores: Tensor) -> bool:
-    """Whether the one output (N, 1) of a binary classifier is a probability, not a logit: it lies in
-    [0, 1] and is not what the last layer with weights puts out."""
-    if not bool(((scores >= 0) & (scores <= 1)).all()):
-        return False
-    last: list[Tensor] = []
-
-    def hook(_module: nn.Module, _inputs: object, output: object) -> None:
-        last[:] = [output] if isinstance(output, Tensor) else []
-
-    weighted = [m for m in model.modules() if next(m.parameters(recurse=False), None) is not None]
-    with hooked(weighted, hook):
-        model(*inputs)
-    if not last:
-        return True
-    own = last[0].flatten(2).mean(2) if last[0].dim() > 2 else last[0]
-    return own.numel() != scores.numel() or not bool(alike(own.reshape(scores.shape), scores))
-
-
 class _Counts:
     """What a classifier's scores are made of, on its device until they are asked for."""
 
@@ -234,12 +149,3 @@ class _Counts:
             confusion=confusion,
             num_images=int(confusion.sum()),
         )
-
-
-def _neither(batch: int) -> ValueError:
-    return ValueError(
-        "The model's one output looked like a probability of class 1 in the first batch, but batch "
-        f"{batch} has values outside [0, 1]. If it is a logit, say so: "
-        "ClassScores(model, lambda z: torch.stack([-z.flatten(), z.flatten()], 1)) in place of the "
-        "model."
-    )

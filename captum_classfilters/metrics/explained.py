@@ -15,6 +15,7 @@ from captum_classfilters._core.layers import layer_name, module_of
 from captum_classfilters._core.names import kind_of
 from captum_classfilters._core.outputs import class_scores
 from captum_classfilters._core.rules import FilterRule
+from captum_classfilters._core.score_reader import gives_probabilities
 from captum_classfilters._core.types import Attributions, ForwardFunc, Keywords
 from captum_classfilters.gate_space import FilterGate
 from captum_classfilters.metrics.filter_sensitivity import filter_scores_of, scores_filters
@@ -83,6 +84,13 @@ class PixelRemoval:
         self.batch_size = batch_size
         self.num_images, self.num_filters = len(inputs), inputs[0, 0].numel()
         self.output = class_scores(model(inputs))
+
+    @property
+    def gives_probabilities(self) -> bool:
+        """Whether the model returns probabilities, not logits, as this batch tells."""
+        return gives_probabilities(
+            self.output, module_of(self.model), lambda: self.model(self.inputs)
+        )
 
     def outputs(self, removed: Tensor) -> Tensor:
         """Outputs (P, N, C) without sets of pixels (P, K) or (P, N, K)."""

@@ -160,7 +160,7 @@ def filter_curves(
         magnitude = magnitude_control(model, layer, shape[1], weight_magnitude)
         orders[MAGNITUDE] = descending(magnitude).expand(shape)
         sizes = curve_points(num_filters, shape[1])
-        read = score_reader(replay.output, target, shape[0], score)
+        read = score_reader(replay, target, score)
         removal = OrderedRemoval(
             replay, lambda outputs: torch.stack([read(output) for output in outputs]), sizes
         )

@@ -159,7 +159,7 @@ def filter_infidelity(
         shape = (replay.num_images, replay.num_filters)
         named = named_scores(scores, shape)
         removed = torch.rand(n_perturb_samples, *shape, generator=generator) < drop_probability
-        read = score_reader(replay.output, target, shape[0], score)
+        read = score_reader(replay, target, score)
         lost = lost_scores(replay, removed, read)
         check_finite(lost, each_in_words(removed))
         each = replay.each_filter()

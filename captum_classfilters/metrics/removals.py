@@ -9,11 +9,10 @@ from captum_classfilters._core.arguments import whole_number
 from captum_classfilters._core.filter_weights import filter_weights
 from captum_classfilters._core.layers import find_layer, layer_name, module_of
 from captum_classfilters._core.ranking import first_of
-from captum_classfilters._core.types import ForwardFunc, Replay
+from captum_classfilters._core.types import Check, ForwardFunc, Replay
 from captum_classfilters.class_filters import ClassFilters
 
 RANDOM, MAGNITUDE = "random", "weight magnitude"
-Check = Callable[[Tensor, Callable[[], Exception]], None]
 
 
 def resolved_layer(model: ForwardFunc, layer: nn.Module | str) -> nn.Module:

@@ -16,13 +16,9 @@ from captum_classfilters._core.devices import device_of
 from captum_classfilters._core.distributed import is_main_process
 from captum_classfilters._core.guard import model_left_as_found
 from captum_classfilters._core.layers import along_filters, find_layer, layer_name
-from captum_classfilters._core.outputs import (
-    are_probabilities,
-    as_rows,
-    class_scores,
-    log_probabilities,
-)
+from captum_classfilters._core.outputs import as_rows, class_scores, log_probabilities
 from captum_classfilters._core.ranking import descending, random_orders
+from captum_classfilters._core.score_reader import gives_probabilities
 from captum_classfilters._core.tables import Table, Tabular, short_repr
 from captum_classfilters._core.taps import LayerTap, tapping
 from captum_classfilters._core.types import Dataloader, Unpack
@@ -244,7 +240,9 @@ class _Trial:
         self.after = [name for name, _ in after]
         if not self.after:
             raise ValueError(f"Nothing with weights follows the layer {self.layer!r}.")
-        self.probabilities = are_probabilities(as_rows(class_scores(output)))
+        self.probabilities = gives_probabilities(
+            output, self.model, lambda: self.model(*batch.inputs)
+        )
 
     def accuracy(self, removed: Tensor, train: Dataloader, test: Dataloader, seed: int) -> float:
         """Test accuracy without some filters, after training."""

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,19 +13,13 @@ from captum_classfilters._core.devices import on_device
 from captum_classfilters._core.guard import model_left_as_found
 from captum_classfilters._core.labels import class_labels
 from captum_classfilters._core.layers import module_of
-from captum_classfilters._core.outputs import (
-    are_probabilities,
-    as_rows,
-    class_scores,
-    log_probabilities,
-    scores_per_class,
-)
+from captum_classfilters._core.outputs import class_scores, log_probabilities, scores_per_class
 from captum_classfilters._core.replay.suffix_replay import SuffixReplay
-from captum_classfilters._core.types import Dataloader, ForwardFunc, Unpack
+from captum_classfilters._core.score_reader import ScoreReader
+from captum_classfilters._core.types import Check, Dataloader, ForwardFunc, Unpack
 from captum_classfilters.attr import LayerFilterAblation
-from captum_classfilters.metrics.evaluate_classifier import gives_probability
 from captum_classfilters.metrics.inputs import at_model
-from captum_classfilters.metrics.removals import Check, check_finite, each_in_words
+from captum_classfilters.metrics.removals import check_finite, each_in_words
 
 
 @dataclass(frozen=True)
@@ -39,14 +32,14 @@ class ReplayedBatch:
         replay (SuffixReplay): The replay.
         labels (Tensor): Shape (N,), on the CPU.
         check (Callable): Raises an error, soon, unless a bool on the device is true.
-        one_probability (bool): The model's one output is the probability of class 1.
+        gives_probabilities (bool): The model returns probabilities, not logits.
     """
 
     batch: Batch
     replay: SuffixReplay
     labels: Tensor
     check: Check
-    one_probability: bool
+    gives_probabilities: bool
 
     def check_finite(self, outputs: Tensor, removed: Tensor | None = None) -> None:
         """Refuse outputs (P, N, ...) without sets of filters (P, K) that are not finite."""
@@ -55,17 +48,13 @@ class ReplayedBatch:
 
     def classes(self, outputs: Tensor) -> Tensor:
         """Class scores (P, N, C), C at least 2, of outputs (P, N, ...)."""
-        return _classes(outputs, self.one_probability)
+        return _classes(outputs, self.gives_probabilities)
 
     def probabilities(self, outputs: Tensor) -> Tensor:
         """Probabilities of the classes (P, N, C) of outputs (P, N, ...)."""
-        if self.one_probability or self._are_probabilities:
+        if self.gives_probabilities:
             return self.classes(outputs)
         return log_probabilities(outputs.reshape(*outputs.shape[:2], -1)).exp()
-
-    @cached_property
-    def _are_probabilities(self) -> bool:
-        return are_probabilities(as_rows(self.replay.output))
 
 
 @contextmanager
@@ -122,13 +111,12 @@ def replaying(
     ) as batches:
 
         def each() -> Iterator[ReplayedBatch]:
-            one_probability: bool | None = None
+            reader = ScoreReader(ablation.forward_func, batches, [layer])
             for batch in batches:
                 replay = ablation.replay(layer, batch.inputs)
                 batches.check_repeats(ablation.forward_func, batch, replay.output)
-                if one_probability is None:
-                    one_probability = _is_one_probability(ablation.forward_func, batch, replay)
-                num_classes = _classes(replay.output[None], one_probability).shape[2]
+                probabilities = reader.probabilities(batch, replay.output)
+                num_classes = _classes(replay.output[None], probabilities).shape[2]
                 if (num_classes, replay.num_filters) != shape:
                     raise ValueError(
                         f"The table has {shape[0]} classes and {shape[1]} filters; the model has "
@@ -137,26 +125,17 @@ def replaying(
                 labels = class_labels(
                     on_device(batch.labels, "cpu"), batch.size, num_classes, batch.number
                 )
-                replayed = ReplayedBatch(batch, replay, labels, batches.check, one_probability)
+                replayed = ReplayedBatch(batch, replay, labels, batches.check, probabilities)
                 replayed.check_finite(replay.output[None])
                 yield replayed
 
         yield each()
 
 
-def _is_one_probability(model: ForwardFunc, batch: Batch, replay: SuffixReplay) -> bool:
-    scores = as_rows(replay.output)
-    if scores.shape[1:] != (1,) or not isinstance(model, nn.Module):
-        return False
-    return gives_probability(model, batch.inputs, scores)
-
-
-def _classes(outputs: Tensor, one_probability: bool) -> Tensor:
+def _classes(outputs: Tensor, probabilities: bool) -> Tensor:
     """Class scores (P, N, C) of outputs (P, N, ...)."""
-    if one_probability:
-        outputs = outputs.reshape(*outputs.shape[:2], 1)
-        return torch.cat([1 - outputs, outputs], 2)
-    return scores_per_class(outputs.flatten(0, 1)).unflatten(0, outputs.shape[:2])
+    rows = scores_per_class(outputs.flatten(0, 1), probabilities)
+    return rows.unflatten(0, outputs.shape[:2])
 
 
 def confusion_without(

@@ -23,10 +23,11 @@ from captum_classfilters._core.files import check_writable
 from captum_classfilters._core.filter_weights import filter_weights
 from captum_classfilters._core.guard import model_left_as_found
 from captum_classfilters._core.layers import find_layer, layer_name, module_of, unwrapped
-from captum_classfilters._core.outputs import are_probabilities, class_scores
+from captum_classfilters._core.outputs import class_scores
 from captum_classfilters._core.provenance import fingerprint
 from captum_classfilters._core.replay.checks import same_outputs
 from captum_classfilters._core.replay.suffix_replay import SuffixReplay
+from captum_classfilters._core.score_reader import OutputKind
 from captum_classfilters._core.tables import bound_repr
 from captum_classfilters._core.types import Dataloader, JsonDict, Keywords, ModelInputs, Unpack
 from captum_classfilters._core.warnings import warn
@@ -281,7 +282,7 @@ class _Network:
         self.images: dict[bool, list[tuple[ModelInputs, Tensor, Places]]] = {False: [], True: []}
         self.hardest_first = False
         self.fingerprints: dict[bool, str | None] = {False: None, True: None}
-        self._probabilities: bool | None = None
+        self._kind = OutputKind(forward_func, list(layers.values()))
         # Batches held in memory, run up to one layer.
         self._recorded: dict[bool, list[LabeledReplay]] = {}
         self._recorded_at = next(iter(layers))
@@ -300,8 +301,9 @@ class _Network:
                 replay = self._replay(self._recorded_at, batch.inputs)
                 batches.check_repeats(self.forward_func, batch, replay.output)
                 labels = checked_labels(batches, batch, replay.output)
-                if self._probabilities is None:
-                    self._probabilities = are_probabilities(class_scores(replay.output))
+                self._probabilities = self._kind.probabilities(
+                    batch.inputs, replay.output, batches.check, batch.number
+                )
                 places = places_of(batch)
                 recorded.append(LabeledReplay(replay, labels, self._probabilities, places))
                 self.images[report].append((batch.inputs, labels, places))
@@ -406,7 +408,6 @@ class _Network:
             return accuracy_without(self.replays(name, report, keep), ~masks[name])
 
     def _run(self, name: str, report: bool) -> Iterator[LabeledReplay]:
-        assert self._probabilities is not None
         for inputs, labels, places in self.images[report]:
             replay = self._replay(name, inputs)
             yield LabeledReplay(replay, labels, self._probabilities, places)

@@ -14,10 +14,11 @@ from captum_classfilters._core.batches import Batch, Batches, read_batches
 from captum_classfilters._core.layers import find_layer
 from captum_classfilters._core.outputs import (
     as_rows,
+    checked_rows,
     class_scores,
     log_probabilities,
-    scores_per_class,
 )
+from captum_classfilters._core.score_reader import OutputKind
 from captum_classfilters._core.tables import short_repr
 from captum_classfilters._core.types import Dataloader, JsonDict, Unpack
 
@@ -98,13 +99,18 @@ class LayerwiseFineTuning:
         )
         losses: list[Tensor] = []
         with _trained([parameter for group in groups for parameter in group["params"]], model):
+            kind = OutputKind(model)
             while len(losses) < self.num_steps:
-                self._read_once(model, optimizer, losses)
+                self._read_once(kind, model, optimizer, losses)
         values: list[float] = torch.stack(losses).tolist() if losses else []
         return values
 
     def _read_once(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, losses: list[Tensor]
+        self,
+        kind: OutputKind,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        losses: list[Tensor],
     ) -> None:
         """Train on a loader's batches until it ends or there are enough losses."""
         before = len(losses)
@@ -119,7 +125,7 @@ class LayerwiseFineTuning:
             show_progress=False,
         ) as batches:
             for batch in batches:
-                losses.append(_step(model, optimizer, batches, batch))
+                losses.append(_step(kind, model, optimizer, batches, batch))
                 batches.check(losses[-1].isfinite(), _not_finite)
                 if len(losses) == self.num_steps:
                     break
@@ -162,13 +168,18 @@ def _trained(parameters: list[nn.Parameter], model: nn.Module) -> Iterator[None]
 
 
 def _step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, batches: Batches, batch: Batch
+    kind: OutputKind,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: Batches,
+    batch: Batch,
 ) -> Tensor:
     """One step; its loss, where the model is."""
     optimizer.zero_grad(set_to_none=True)
-    scores = class_scores(model(*batch.inputs))
-    labels = batches.class_labels(batch, scores_per_class(scores).shape[1])
-    loss = F.nll_loss(log_probabilities(as_rows(scores)), labels)
+    scores = checked_rows(as_rows(class_scores(model(*batch.inputs))))
+    probabilities = kind.probabilities(batch.inputs, scores, batches.check, batch.number)
+    logs = log_probabilities(scores, probabilities)
+    loss = F.nll_loss(logs, batches.class_labels(batch, logs.shape[1]))
     loss.backward()
     optimizer.step()
     return loss.detach()

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.batches import read_batches
 from captum_classfilters._core.layers import find_layer, layer_name, module_of
-from captum_classfilters._core.outputs import are_probabilities, class_scores
 from captum_classfilters._core.replay.suffix_replay import SuffixReplay
+from captum_classfilters._core.score_reader import ScoreReader
 from captum_classfilters._core.tables import Table, Tabular, short_repr
 from captum_classfilters._core.types import Dataloader, Unpack
 from captum_classfilters.pruning.candidates import (
@@ -199,6 +199,7 @@ def accuracy_after_removal(
         unpack=unpack,
         show_progress=show_progress,
     ) as batches:
+        reader = ScoreReader(forward_func, batches, [module])
         for batch in batches:
             replay = SuffixReplay(forward_func, module, batch.inputs, channel_dim=channel_dim)
             batches.check_repeats(forward_func, batch, replay.output)
@@ -206,7 +207,7 @@ def accuracy_after_removal(
             labels = checked_labels(batches, batch, replay.output)
             if sets is None:
                 sets = _Sets(named, replay.num_filters)
-                probabilities = are_probabilities(class_scores(replay.output))
+            probabilities = reader.probabilities(batch, replay.output)
             sets.counts.add(
                 LabeledReplay(replay, labels, probabilities, places_of(batch)),
                 perturbations_per_eval,

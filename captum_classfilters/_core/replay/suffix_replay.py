@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from captum_classfilters._core.replay.checks import ReplayChecks, confirmed
 from captum_classfilters._core.replay.closed_form import ClosedForm
 from captum_classfilters._core.replay.module_state import ModuleState
 from captum_classfilters._core.replay.recorded_batch import RecordedBatch, plain_mode, reason_of
+from captum_classfilters._core.score_reader import gives_probabilities
 from captum_classfilters._core.types import ForwardFunc, ModelInputs
 
 logger = logging.getLogger("captum_classfilters")
@@ -124,6 +126,11 @@ class SuffixReplay(RecordedBatch):
         if self._closed is not None:
             return "closed form"
         return "replay" if self._cut else "whole model"
+
+    @cached_property
+    def gives_probabilities(self) -> bool:
+        """Whether the model returns probabilities, not logits, as this batch tells."""
+        return gives_probabilities(self.output, self.model, self._run_model)
 
     def each_filter(self) -> Tensor:
         """Every filter removed by itself: the identity (K, K), bool, on the CPU."""
