@@ -18,6 +18,7 @@ from captum_classfilters import (
 from captum_classfilters._core.layers import module_of
 from captum_classfilters._core.outputs import are_probabilities, log_probabilities, two_classes
 from captum_classfilters._core.score_reader import gives_probabilities
+from captum_classfilters.cli.folder_classes import answers_of
 from captum_classfilters.gates import ClassSpecificGate, GatedTrainer, GateSchedule, masking_test
 from captum_classfilters.heads import fine_tune
 from captum_classfilters.identify import activation_scores, confusion_filters
@@ -161,6 +162,7 @@ OF_FUNCTIONS = {
 }
 OF_MODULES = {
     "evaluate_classifier": lambda m, layer, data: evaluate_classifier(m, data, **QUIET).confusion,
+    "answers of a folder": lambda m, layer, data: answers_of(m, [x for x, _ in data]),
     "masking_test": lambda m, layer, data: (
         masking_test(m, layer, table_of(data), data, **QUIET).confusion
     ),

@@ -22,7 +22,6 @@ from torch.utils.data import DataLoader, Subset
 from captum_classfilters._core.files import write_figure, write_text
 from captum_classfilters._core.layers import find_layer
 from captum_classfilters._core.names import short_name
-from captum_classfilters._core.outputs import scores_per_class
 from captum_classfilters._core.types import Keywords
 from captum_classfilters.attr import (
     ClassFilterSaliency,
@@ -30,6 +29,7 @@ from captum_classfilters.attr import (
     LayerFilterContribution,
     LayerFilterFrequency,
 )
+from captum_classfilters.cli.folder_classes import answers_of
 from captum_classfilters.cli.folder_job import (
     FolderJob,
     open_folder,
@@ -134,8 +134,7 @@ def run_compare(job: FolderJob, write: Callable[[str], None] = print) -> Attribu
     chosen = opened.images
     images = torch.stack([chosen[place][0] for place in range(len(chosen))]).to(job.device)
     with torch.no_grad():
-        scores = [scores_per_class(model(part)) for part in images.split(job.batch_size)]
-        targets = torch.cat(scores).argmax(1)
+        targets = answers_of(model, images.split(job.batch_size))
     methods = {
         name: _class_filters(model, layer, job, dataset, chosen, targets, names)
         if name == CLASS_FILTERS

@@ -4,10 +4,10 @@ from collections.abc import Callable
 
 import torch
 
-from captum_classfilters._core.outputs import scores_per_class
 from captum_classfilters._core.tables import text_table
 from captum_classfilters.atlas.pictures import ShownImages, write_explained
 from captum_classfilters.attr import LayerFilterContribution
+from captum_classfilters.cli.folder_classes import answers_of
 from captum_classfilters.cli.folder_job import FolderJob, open_folder, write_manifest, write_rows
 from captum_classfilters.identify import identify_class_filters
 
@@ -49,7 +49,7 @@ def run_explain(job: FolderJob, write: Callable[[str], None] = print) -> list[di
     shown = ShownImages(chosen)
     with torch.no_grad():
         inputs = shown.inputs(places.tolist()).to(job.device)
-        answers = scores_per_class(opened.model(inputs)).argmax(1).cpu()
+        answers = answers_of(opened.model, [inputs]).cpu()
     known = table.selected.any(1)[answers]
     if not bool(known.any()):
         raise ValueError(

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from captum_classfilters._core.devices import device_of, on_device
 from captum_classfilters._core.files import read_text
 from captum_classfilters._core.outputs import scores_per_class
+from captum_classfilters._core.score_reader import OutputKind
 from captum_classfilters.cli.model_sources import ModelSource, places_of
+from captum_classfilters.metrics.removals import check_now
 
 if TYPE_CHECKING:
     from torchvision.datasets import ImageFolder
@@ -82,6 +84,16 @@ def num_outputs(model: nn.Module, images: Tensor) -> int:
             "the size, choose another --image-size."
         ) from error
     return scores_per_class(output).shape[1]
+
+
+def answers_of(model: nn.Module, parts: Sequence[Tensor]) -> Tensor:
+    """The class (N,) that a model names for each image of some batches."""
+    kind, answers = OutputKind(model), []
+    for number, images in enumerate(parts):
+        output = model(images)
+        probabilities = kind.probabilities((images,), output, check_now, number)
+        answers.append(scores_per_class(output, probabilities).argmax(1))
+    return torch.cat(answers)
 
 
 def _lines(path: Path, outputs: int) -> list[str]:

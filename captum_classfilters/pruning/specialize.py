@@ -144,9 +144,9 @@ def specialize(
         *Specialist*.
 
     Raises:
-        ValueError: Fewer than two classes, a class given twice or without filters, the head is not
-                    linear or does not end the model, the loader has no image of the classes; and
-                    as for :func:`prune_filters`.
+        ValueError: Fewer than two classes, a class given twice or without filters, the model has a
+                    single output, the head is not linear or does not end the model, the loader has
+                    no image of the classes; and as for :func:`prune_filters`.
 
     Examples::
 
@@ -235,6 +235,15 @@ def with_rows(model: nn.Module, name: str, rows: Sequence[int]) -> nn.Module:
         raise ValueError(
             f"The head {name!r} is {kind_of(head)}; expected an nn.Linear or an ungrouped "
             "1x1 convolution, whose rows are classes."
+        )
+    number = len(head.weight)
+    if max(rows) >= number:
+        raise ValueError(
+            "The model's one output tells its two classes apart already: there is no class to leave out. "
+            "To cut filters alone, use prune_filters."
+            if number == 1
+            else f"The head {name!r} has {number} outputs, and there is no class {max(rows)} among "
+            "them; give the head with head=, or tables of this model."
         )
     reason = computed_weight(model, head, name)
     if reason:

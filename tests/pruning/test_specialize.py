@@ -195,6 +195,16 @@ def test_bad_input():
     broken = [(torch.cat([x[:2], torch.full_like(x[:1], math.nan)]), torch.tensor([0, 1, 0]))]
     with pytest.raises(ValueError, match="NaN or Inf for image 2 of batch 0"):
         specialize(model, table, ["a", "b"], x, dataloader=broken, **QUIET)
+    one = nn.Sequential(nn.Conv2d(2, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(96, 1)).eval()
+    with pytest.raises(ValueError, match="one output tells its two classes apart already"):
+        specialize(one, table_of("1", 6, classes=2), ["a", "b"], x)
+    with pytest.raises(ValueError, match="has 3 outputs, and there is no class 3 among them"):
+        specialize(
+            model,
+            ClassFilters(torch.rand(4, 6), torch.ones(4), layer="stage2").select(2),
+            [0, 3],
+            x,
+        )
     hidden = nn.Sequential(
         nn.Conv2d(2, 6, 3), nn.Flatten(), nn.Linear(96, 4), nn.ReLU(), nn.Linear(4, 3)
     ).eval()
