@@ -8,7 +8,7 @@ import torch
 from captum.attr import LayerAttribution
 from torch import Tensor
 
-from captum_classfilters._core.arguments import arguments_checked
+from captum_classfilters._core.arguments import arguments_checked, check_confidence
 from captum_classfilters._core.batches import Batch, dataset_names, read_batches
 from captum_classfilters._core.labels import labels_of_scores
 from captum_classfilters._core.names import listed_names
@@ -92,8 +92,7 @@ class FilterContrast(Tabular):
         """
         from scipy.stats import t
 
-        if not 0 < confidence < 1:
-            raise ValueError(f"confidence={confidence} must lie between 0 and 1.")
+        check_confidence(confidence)
         tail = (1 - confidence) / 2 / (len(self.scores) if simultaneous else 1)
         reach = torch.as_tensor(t.isf(tail, self.degrees_of_freedom.numpy()))
         reach = reach * self.standard_errors
@@ -471,6 +470,7 @@ class _Pass:
             reader = ScoreReader(forward_func, batches, [self.source.method.layer])
             for batch in batches:
                 returned = forward_func(*batch.inputs)
+                self.source.adapt_to(returned)
                 batches.check_repeats(forward_func, batch, returned)
                 outputs = reader.scores(batch, returned)
                 labels = labels_of_scores(outputs, batch.labels, batch.number)

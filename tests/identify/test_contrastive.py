@@ -8,7 +8,7 @@ import torch
 from captum.attr import LayerGradientXActivation
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from captum_classfilters import (
@@ -223,6 +223,36 @@ class TestConfusion:
         assert isinstance(cell, FilterContrast)
         assert cell.interval().isnan().all()
         assert torch.isfinite(cell.scores).all()
+
+
+class Returns(nn.Module):
+    """A mapping with the logits of two classes; one logit z, half their difference; or its sigmoid."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.net, self.kind = pool_linear(classes=2), kind
+
+    def forward(self, x: Tensor) -> object:
+        scores = self.net(x)
+        if self.kind == "mapping":
+            return {"logits": scores}
+        z = (scores[:, 1:] - scores[:, :1]) / 2
+        return z if self.kind == "logit" else z.sigmoid()
+
+
+@pytest.mark.parametrize("kind", ["mapping", "logit", "probability"])
+def test_captums_methods_see_two_classes_whatever_the_model_returns(kind):
+    model, plain = Returns(kind).eval(), pool_linear(classes=2)
+    x, y = images(30), torch.arange(30) % 2
+    found = contrast_classes(LayerGradientXActivation(model, model.net[1]), [(x, y)], 1, 0, **QUIET)
+    expected = contrast_classes(LayerGradientXActivation(plain, plain[1]), [(x, y)], 1, 0, **QUIET)
+    if kind != "probability":
+        torch.testing.assert_close(found.scores, expected.scores)
+    counts = [
+        confusion_filters(LayerGradientXActivation(net, layer), [(x, y)], **QUIET).confusion
+        for net, layer in ((model, model.net[1]), (plain, plain[1]))
+    ]
+    assert torch.equal(*counts)
 
 
 def test_evidence_that_is_not_finite_is_refused():
