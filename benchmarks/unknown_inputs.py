@@ -5,8 +5,8 @@
 Known images are CIFAR-10's test split, unknown ones digits, photographs of Tiny-ImageNet and ImageNet cut
 square, all resized to 32x32, and noise. Each network runs once over each set; detectors get what it
 showed. The number of filters and the percentile of "combined" are chosen on the digits with ResNet-20
-and kept for all else. The scores stand once more without the photographs of CIFAR-10's own classes, whose
-wheels and wings are not unknown. Where pytorch-ood is installed, its DICE is compared, and its other
+and kept for all else. The scores stand once more without the photographs of CIFAR-10's own classes, which
+are not unknown. Where pytorch-ood is installed, its DICE is compared, and its other
 detectors stand beside them (PYTHONPATH may name it).
 """
 

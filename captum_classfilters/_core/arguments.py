@@ -9,7 +9,6 @@ from numbers import Number
 from types import NoneType, UnionType
 from typing import ParamSpec, TypeVar, get_args
 
-import torch
 from torch import Tensor
 
 from captum_classfilters._core.names import kind_of, shortened
@@ -62,8 +61,7 @@ def check_numbers(instance: object) -> None:
 def whole_number(value: object) -> int | None:
     """A whole number of any library, NumPy's for example, or one that a division left as a float, as an
     int; None of whatever is none: booleans, too."""
-    several = getattr(value, "shape", ()) != ()
-    if isinstance(value, bool) or getattr(value, "dtype", None) == torch.bool or several:
+    if _is_bool(value) or getattr(value, "shape", ()) != ():
         return None
     try:
         return operator.index(value)  # type: ignore[arg-type]
@@ -74,10 +72,26 @@ def whole_number(value: object) -> int | None:
     return int(number) if whole else None  # type: ignore[arg-type]
 
 
+def real_number(value: object) -> float | None:
+    """A number, also of an array of none dimensions, as a float; None of whatever is none."""
+    single = getattr(value, "shape", None) == ()
+    if _is_bool(value) or not (single or isinstance(value, Number)):
+        return None
+    try:
+        return float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, RuntimeError):
+        return None
+
+
 def check_confidence(confidence: float) -> None:
     """Raise unless an interval can have this coverage."""
     if not 0 < confidence < 1:
         raise ValueError(f"confidence={confidence} must lie between 0 and 1.")
+
+
+def _is_bool(value: object) -> bool:
+    """Whether a value is true or false, of any library."""
+    return isinstance(value, bool) or "bool" in str(getattr(value, "dtype", ""))
 
 
 def _kinds(annotation: object) -> tuple[type, ...]:
@@ -112,19 +126,6 @@ def _number(name: str, value: object, kinds: tuple[type, ...]) -> int | float:
         right += " or None" if NoneType in kinds else ""
         raise ValueError(f"{name}={shortened(value)}; expected {right}.")
     return number
-
-
-def real_number(value: object) -> float | None:
-    """A number, also of an array of none dimensions, as a float; None of whatever is none."""
-    single = getattr(value, "shape", None) == ()
-    if isinstance(value, bool) or "bool" in str(getattr(value, "dtype", "")):
-        return None
-    if not single and not isinstance(value, Number):
-        return None
-    try:
-        return float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError, RuntimeError):
-        return None
 
 
 def _wanted(name: str, kinds: tuple[type, ...], given: object) -> str:

@@ -463,6 +463,12 @@ def num_images(inputs: Sequence[object]) -> int:
     return next((len(part) for part in inputs if isinstance(part, Tensor) and part.dim()), 0)
 
 
+def check_now(right: Tensor, error: Callable[[], Exception]) -> None:
+    """Raise an error unless a bool of no axes is true: :meth:`Batches.check` for a single batch."""
+    if not bool(right):
+        raise error()
+
+
 def check_read_again(dataloader: Dataloader | None) -> None:
     """Raise if a loader, read more than once here, would be empty the second time."""
     if isinstance(dataloader, Iterable) and iter(dataloader) is dataloader:

@@ -193,12 +193,12 @@ def find_layers(
 ) -> dict[str, nn.Module]:
     """One layer or several, given as modules or dotted names, by their names."""
     several = [layers] if isinstance(layers, (str, nn.Module)) else layers
-    names = [name_of(model, layer) for layer in several]
-    modules = [
-        layer if isinstance(layer, nn.Module) else find_layer(model, name)
-        for layer, name in zip(several, names, strict=True)
-    ]
-    return {layer_name(model, module): module for module in modules}
+    found = {}
+    for layer in several:
+        name = name_of(model, layer)
+        module = layer if isinstance(layer, nn.Module) else find_layer(model, name)
+        found[layer_name(model, module)] = module
+    return found
 
 
 def declared_filters(layer: nn.Module) -> int | None:

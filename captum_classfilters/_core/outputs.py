@@ -90,6 +90,11 @@ def are_probabilities(scores: Tensor) -> bool:
     return bool(((scores >= 0).all(1) & sums_to_one).all())
 
 
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """A tensor of half precision in float32, others as they are."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 def log_probabilities(scores: Tensor, probabilities: bool = False) -> Tensor:
     r"""
     Log-probabilities of the classes, (..., C).
@@ -103,7 +108,7 @@ def log_probabilities(scores: Tensor, probabilities: bool = False) -> Tensor:
     one = scores.shape[-1] == 1
     if probabilities:
         # In float16 everything below 6e-5 would be the same.
-        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        scores = at_least_float32(scores)
         scores = _both(scores, probabilities) if one else scores
         return scores.clamp(min=torch.finfo(scores.dtype).tiny).log()
     if one:

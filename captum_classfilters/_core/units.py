@@ -14,7 +14,7 @@ from captum_classfilters._core.layers import (
     only_tensor,
     positions_last,
 )
-from captum_classfilters._core.outputs import scores_per_class
+from captum_classfilters._core.outputs import at_least_float32, scores_per_class
 from captum_classfilters._core.progress import Progress
 from captum_classfilters._core.tables import described
 from captum_classfilters._core.taps import LayerTap, tapping
@@ -42,11 +42,6 @@ def aggregated(maps: Tensor, aggregate: str) -> Tensor:
     """One number (N, U) for each map of (N, U, P), of half precision in float32."""
     check_aggregate(aggregate)
     return _AGGREGATES[aggregate](maps, torch.promote_types(maps.dtype, torch.float32))
-
-
-def at_least_float32(tensor: Tensor) -> Tensor:
-    """A tensor of half precision in float32, others as they are."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def check_aggregate(aggregate: object, known: Sequence[str] = get_args(Aggregate)) -> None:

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from captum_classfilters._core.batches import check_now
 from captum_classfilters._core.devices import device_of, on_device
 from captum_classfilters._core.files import read_text
 from captum_classfilters._core.outputs import scores_per_class
 from captum_classfilters._core.score_reader import OutputKind
 from captum_classfilters.cli.model_sources import ModelSource, places_of
-from captum_classfilters.metrics.removals import check_now
 
 if TYPE_CHECKING:
     from torchvision.datasets import ImageFolder

@@ -15,7 +15,13 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from tqdm.auto import tqdm
 
 from captum_classfilters._core.arguments import arguments_checked, check_numbers
-from captum_classfilters._core.batches import Batch, Batches, check_read_again, read_batches
+from captum_classfilters._core.batches import (
+    Batch,
+    Batches,
+    check_now,
+    check_read_again,
+    read_batches,
+)
 from captum_classfilters._core.checkpoints import is_safetensors, read_checkpoint
 from captum_classfilters._core.devices import device_of, on_device
 from captum_classfilters._core.distributed import is_main_process
@@ -28,7 +34,6 @@ from captum_classfilters._core.tables import described, model_name, short_repr
 from captum_classfilters._core.tensor_files import Schema, read_tensors, write_tensors
 from captum_classfilters._core.types import Check, Dataloader, Keywords, ModelInputs, Unpack
 from captum_classfilters.gates.class_specific_gate import ClassSpecificGate, gates_not_finite
-from captum_classfilters.metrics.removals import check_now
 
 Unit = Literal["epoch", "batch", "joint"]
 _FILE = Schema("gated_trainer", "captum_classfilters.GatedTrainer", 1, "GatedTrainer", "state")

@@ -12,6 +12,7 @@ from captum_classfilters._core.devices import sums_device
 from captum_classfilters._core.layers import find_layers
 from captum_classfilters._core.outputs import (
     as_rows,
+    at_least_float32,
     checked_rows,
     class_scores,
     log_probabilities,
@@ -19,7 +20,7 @@ from captum_classfilters._core.outputs import (
 from captum_classfilters._core.score_reader import OutputKind
 from captum_classfilters._core.tables import Table, Tabular, short_repr
 from captum_classfilters._core.types import Dataloader, Unpack
-from captum_classfilters._core.units import UnitTap, at_least_float32, check_finite, read_units
+from captum_classfilters._core.units import UnitTap, check_finite, read_units
 
 
 @short_repr

@@ -5,8 +5,9 @@ from torch import Tensor, nn
 
 from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.layers import find_layers
+from captum_classfilters._core.outputs import at_least_float32
 from captum_classfilters._core.types import Dataloader, Unpack
-from captum_classfilters._core.units import Rows, UnitTap, aggregated, at_least_float32
+from captum_classfilters._core.units import Rows, UnitTap, aggregated
 from captum_classfilters.identify.unit_scores import collect_units
 
 

@@ -470,7 +470,8 @@ class _Pass:
             reader = ScoreReader(forward_func, batches, [self.source.method.layer])
             for batch in batches:
                 returned = forward_func(*batch.inputs)
-                self.source.adapt_to(returned)
+                if batch.first_image == 0:
+                    self.source.adapt_to(returned)
                 batches.check_repeats(forward_func, batch, returned)
                 outputs = reader.scores(batch, returned)
                 labels = labels_of_scores(outputs, batch.labels, batch.number)

@@ -69,6 +69,8 @@ class Source:
         self.rule = self.method if isinstance(self.method, FilterRule) else None
         self.model = module_of(self.method.forward_func, [self.method.layer])
         self.layer_name = layer_name(self.model, self.method.layer)
+        if self.rule is None:
+            self._check_not_summed()
 
     @property
     def name(self) -> str:
@@ -208,7 +210,6 @@ class Source:
         if self.depends_on_target if self.rule is not None else self._takes_target:
             kwargs["target"] = target
         if self.rule is None:
-            self._check_not_summed()
             # LayerDeepLift hooks gradients before the layer, where frozen parameters leave none.
             inputs = tuple(
                 image.detach().requires_grad_() if image.is_floating_point() else image

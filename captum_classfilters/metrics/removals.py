@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_classfilters._core.arguments import whole_number
+from captum_classfilters._core.batches import check_now
 from captum_classfilters._core.filter_weights import filter_weights
 from captum_classfilters._core.layers import find_layer, layer_name, module_of
 from captum_classfilters._core.ranking import first_of
@@ -115,12 +116,6 @@ def magnitude_control(
 
 
 # -- what is not finite ---------------------------------------------------------------------------
-
-
-def check_now(right: Tensor, error: Callable[[], Exception]) -> None:
-    """Raise an error unless a bool of no axes is true."""
-    if not bool(right):
-        raise error()
 
 
 def check_finite(

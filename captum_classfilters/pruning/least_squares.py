@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from captum_classfilters._core.batches import read_batches
 from captum_classfilters._core.heads import alike
 from captum_classfilters._core.layers import find_layer
-from captum_classfilters._core.outputs import scores_per_class
+from captum_classfilters._core.outputs import at_least_float32, scores_per_class
 from captum_classfilters._core.taps import hooked
 from captum_classfilters._core.types import Dataloader
 from captum_classfilters.pruning.resumed_runs import ResumedRuns
@@ -176,15 +176,11 @@ class Seen:
 
     def see(self, inputs: Tensor, targets: Tensor) -> None:
         """Add rows of inputs and of targets."""
-        inputs, targets = _at_least_single(inputs), _at_least_single(targets)
+        # Rounded in half precision, products of rows are no covariance.
+        inputs, targets = at_least_float32(inputs), at_least_float32(targets)
         self.moments = self.moments + (inputs.T @ inputs).double().cpu()
         self.cross = self.cross + (targets.T @ inputs).double().cpu()
         self.rows += len(inputs)
-
-
-def _at_least_single(values: Tensor) -> Tensor:
-    """Values in single precision at least: rounded in half, products of rows are no covariance."""
-    return values.float() if values.element_size() < 4 else values
 
 
 class _SeenError(Exception):
@@ -238,7 +234,7 @@ def see_full(
             )
             for name, gradient in zip(outputs, gradients, strict=True):
                 rows = gradient if gradient.dim() == 2 else gradient.flatten(2).transpose(1, 2)
-                rows = _at_least_single(rows.flatten(0, -2))
+                rows = at_least_float32(rows.flatten(0, -2))
                 seen[name].fisher = seen[name].fisher + (rows.T @ rows).double().cpu()
     return seen
 

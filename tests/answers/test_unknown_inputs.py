@@ -225,6 +225,10 @@ def test_a_device_may_be_named_as_in_pytorch_ood():
         moved = ClassFilterOOD(Head().to(device), table(), head="fc")
         moved.fit([(KNOWN, LABELS)], device=device, **QUIET)
         found = moved.predict(IMAGE.to(device))
+        with pytest.raises(RuntimeError):  # inputs go there, where the model is not
+            ClassFilterOOD(Head(), table(), head="fc").fit(
+                [(KNOWN, LABELS)], device=device, **QUIET
+            )
     expected = detector.fit([(KNOWN, LABELS)], device="cpu", **QUIET).predict(IMAGE)
     torch.testing.assert_close(found, expected)
 
