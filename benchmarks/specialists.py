@@ -56,7 +56,7 @@ from captum_classfilters.pruning.specialize import with_rows
 SETTINGS = {0.25: 0, 0.11: 1}  # shares of the parameters, and epochs of training
 NAMES = ("full", "specialist", "random", "magnitude", "Torch-Pruning")
 FIRST = ((3, 5), (0, 1), (2, 7), (4, 6), (8, 9))  # cat and dog, and each other class once
-RATE = 2e-3
+RATE = 1e-3
 
 
 def main(given: Sequence[str] | None = None) -> None:

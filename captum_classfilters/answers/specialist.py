@@ -140,7 +140,7 @@ def build_specialist(
     unit: Unit = "parameters",
     low_rank: bool = True,
     epochs: int = 0,
-    learning_rate: float = 2e-3,
+    learning_rate: float = 1e-3,
     fold_norms: bool = True,
     head: nn.Module | str | None = None,
     class_names: ClassNames | None = None,
@@ -198,7 +198,7 @@ def build_specialist(
         epochs (int): Epochs of training afterwards.
                     Default: 0
         learning_rate (float): Of this training.
-                    Default: 2e-3
+                    Default: 1e-3
         fold_norms (bool): Fold batch normalizations, in the end, into the layers whose outputs they
                     read: less to compute for the same outputs. To train on, leave them.
                     Default: True

@@ -1,5 +1,7 @@
 """Layers split into two: reduced-rank regression by hand, sizes, and where ranks go."""
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -125,6 +127,23 @@ def test_a_kernel_that_reads_less_counts_and_does_what_it_should():
         # 42 positions are read, 4 by 3 are made.
         expected = {"parameters": 6 + 48 + 20 + 5, "multiply_adds": 6 * 42 + (48 + 20) * 12}[unit]
         assert count.of_split("0", Shape(5, 3, 6), Ranks(2, 4)) == expected
+
+
+def test_the_weights_of_parts_are_of_one_size():
+    """What training changes in each part is a like share of it; a number that is not read may be zero."""
+    torch.manual_seed(0)
+    layer, x = nn.Conv2d(6, 7, (3, 2)), torch.randn(2, 6, 5, 4)
+    reading, kernel = torch.randn(3, 6), 100 * torch.randn(4, 3, 6)
+    making = 0.01 * torch.randn(7, 4) * torch.tensor([1, 10, 0.1, 0])
+    parts = split_layer(layer, reading, kernel, making, torch.zeros(7))
+    weights = [part.get_parameter("weight").detach() for part in parts]
+    for made, read in itertools.pairwise(weights):
+        sizes = made.flatten(1).square().mean(1), read.transpose(0, 1).flatten(1).square().mean(1)
+        assert torch.allclose(sizes[0][:3], sizes[1][:3], rtol=0.02)
+    assert not weights[2][:, 3].any()
+    assert weights[1][3].any()
+    whole = torch.einsum("cr,rap,ai->cip", making, kernel, reading).reshape(layer.weight.shape)
+    assert torch.allclose(parts(x), nn.functional.conv2d(x, whole), rtol=1e-4, atol=1e-3)
 
 
 def test_what_is_read_is_fitted_to_what_is_made_of_it():
