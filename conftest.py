@@ -1,5 +1,6 @@
 """What every test and every docstring's example begins with."""
 
+import gc
 import random
 
 import numpy as np
@@ -13,3 +14,9 @@ def _seeded() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+def pytest_collection_finish() -> None:
+    """Have the garbage collector pass over what stays: the modules and the tests themselves."""
+    gc.collect()
+    gc.freeze()
