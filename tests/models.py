@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 #: For functions that show a progress bar.
 QUIET: dict[str, Any] = {"show_progress": False}
@@ -50,6 +51,12 @@ def known(value: Value | None) -> Value:
     """What a table or a result need not hold, but does hold here."""
     assert value is not None
     return value
+
+
+@torch.inference_mode()
+def made_in_inference_mode(value: Value) -> Value:
+    """A value with every tensor in it as inference mode makes them, which autograd does not keep."""
+    return tree_map_only(Tensor, torch.clone, value)
 
 
 def pool_linear(

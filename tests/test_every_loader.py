@@ -43,7 +43,7 @@ from captum_classfilters.metrics import (
 )
 from captum_classfilters.pruning import accuracy_after_removal, filter_importance_baselines
 from captum_classfilters.spectral import profile_graph, profile_images
-from tests.models import QUIET, batches, deep
+from tests.models import QUIET, batches, deep, made_in_inference_mode
 from tests.pretend_device import pretend
 
 
@@ -199,6 +199,8 @@ VARIANTS: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "labels as a list": lambda x, y: (x, y.tolist()),
     "labels as a column": lambda x, y: (x, y[:, None]),
     "a mapping": lambda x, y: {"pixel_values": x, "labels": y},
+    "labels in bytes": lambda x, y: (x, y.to(torch.uint8)),
+    "made in inference mode": lambda x, y: made_in_inference_mode((x, y)),
 }
 BAD = {
     "float labels": (lambda x, y: (x, y + 0.5), "float32"),

@@ -8,8 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from captum_classfilters._core.types import ModelInputs
-
 T = TypeVar("T")
 
 
@@ -46,9 +44,9 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
         return nullcontext()
 
 
-def ordinary(inputs: ModelInputs) -> ModelInputs:
-    """Inputs that autograd can record, whatever mode they were made in."""
-    return tuple(
-        part.clone() if isinstance(part, Tensor) and part.is_inference() else part
-        for part in inputs
-    )
+def ordinary(value: T) -> T:
+    """A value with every tensor in it such that autograd can keep it, whatever mode it was made in."""
+    with torch.inference_mode(False):  # a clone that is made in inference mode is of its kind again
+        return tree_map_only(
+            Tensor, lambda tensor: tensor.clone() if tensor.is_inference() else tensor, value
+        )

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from captum_classfilters._core.devices import on_device
+from captum_classfilters._core.devices import on_device, ordinary
 from captum_classfilters._core.names import kind_of
 from captum_classfilters._core.outputs import checked_rows
 
@@ -166,7 +166,7 @@ def not_finite(finite: Tensor, batch: int) -> ValueError:
 
 def _as_tensor(labels: object, batch: int) -> Tensor:
     try:
-        return torch.as_tensor(labels)
+        return ordinary(torch.as_tensor(labels))
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"The labels of batch {batch} are {kind_of(labels)} that is no tensor: {error}"

@@ -1,11 +1,15 @@
 """The one reading of Captum's targets: which score of each image is explained."""
 
+from typing import TypeVar, cast
+
 import torch
 from torch import Tensor
 
 from captum_classfilters._core.captum import TargetType, select_targets
-from captum_classfilters._core.devices import on_device
+from captum_classfilters._core.devices import on_device, ordinary
 from captum_classfilters._core.outputs import two_classes
+
+Target = TypeVar("Target", bound=TargetType)
 
 
 def own_scores(scores: Tensor, target: TargetType, num_images: int) -> Tensor:
@@ -26,7 +30,7 @@ def own_scores(scores: Tensor, target: TargetType, num_images: int) -> Tensor:
             )
         return scores.reshape(num_images)
     table = two_classes(scores)
-    selected: Tensor = select_targets(table, on_device(_long(target), table.device)).reshape(-1)
+    selected: Tensor = select_targets(table, on_device(as_taken(target), table.device)).reshape(-1)
     if len(selected) != num_images:
         raise AssertionError(
             f"The model returns {tuple(scores.shape)} for {num_images} images, and "
@@ -47,7 +51,7 @@ def class_indices(num_classes: int, target: TargetType, num_images: int) -> Tens
             "one for each image)."
         )
     table = torch.arange(num_classes).expand(num_images, num_classes)
-    selected: Tensor = select_targets(table, on_device(_long(target), "cpu"))
+    selected: Tensor = select_targets(table, on_device(as_taken(target), "cpu"))
     if selected.numel() not in (1, num_images):
         raise AssertionError(
             f"target={target!r} does not pick one class for each of {num_images} images."
@@ -55,11 +59,14 @@ def class_indices(num_classes: int, target: TargetType, num_images: int) -> Tens
     return selected.reshape(-1).expand(num_images)
 
 
-def _long(target: TargetType) -> TargetType:
-    """Class indices of any type of whole numbers, labels in bytes for example, as Captum takes them."""
+def as_taken(target: Target) -> Target:
+    """A target as Captum and autograd take it: class indices of any type of whole numbers, labels in
+    bytes for example, as int64, whatever mode they were made in."""
+    target = ordinary(target)
     if not isinstance(target, Tensor) or target.dtype == torch.bool:
         return target
-    return target if target.is_floating_point() or target.is_complex() else target.long()
+    whole = not (target.is_floating_point() or target.is_complex())
+    return cast(Target, target.long()) if whole else target
 
 
 def as_indices(target: TargetType) -> Tensor | None:

@@ -258,7 +258,7 @@ class LayerFilterAttribution(FilterRule, LayerAttribution):
     ) -> "Iterator[BatchReading]":
         """One forward pass, the model in evaluation mode and left as found."""
         images = ordinary(format_tensor_into_tuples(inputs))
-        extra = format_additional_forward_args(additional_forward_args) or ()
+        extra = ordinary(format_additional_forward_args(additional_forward_args) or ())
         derivative = self.needs_derivative and not scores_alone
         shared = SharedForward(
             self.forward_func,

@@ -20,6 +20,7 @@ from captum_classfilters._core.captum import (
     is_tuple,
     log_usage,
 )
+from captum_classfilters._core.devices import ordinary
 from captum_classfilters._core.guard import model_left_as_found
 from captum_classfilters._core.layers import (
     along_filters,
@@ -168,10 +169,9 @@ class ClassFilterSaliency(GradientAttribution):
         """
         was_tuple = is_tuple(inputs)
         points: tuple[Tensor, ...]
-        points, baselines = format_input_baseline(inputs, baselines)
-        points = tuple(point.clone() if point.is_inference() else point for point in points)
+        points, baselines = ordinary(format_input_baseline(inputs, baselines))
         chosen = self._chosen_filters(target, num_images(points))
-        extra = format_additional_forward_args(additional_forward_args) or ()
+        extra = ordinary(format_additional_forward_args(additional_forward_args) or ())
         if self.mode == "activation_map":
             attributions = self._maps(points, target, extra, n_steps, method, chosen)
         else:

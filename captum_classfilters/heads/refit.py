@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from captum_classfilters._core.arguments import arguments_checked
+from captum_classfilters._core.devices import ordinary
 from captum_classfilters._core.outputs import log_probabilities
 from captum_classfilters._core.types import Dataloader, Unpack
 from captum_classfilters.heads.decomposed_linear import DecomposedLinear
@@ -125,9 +126,8 @@ def fit_linear(
         # Half precision is too coarse for a line search.
         dtype = torch.promote_types(module.weight.dtype, torch.float32)
         twin = copy.deepcopy(module).to(dtype).requires_grad_()
-        features, labels = features.to(twin.weight), labels.to(twin.weight.device)
-        if features.is_inference():  # autograd does not keep such tensors
-            features, labels = features.clone(), labels.clone()
+        labels = labels.to(twin.weight.device, torch.int64)
+        features, labels = ordinary((features.to(twin.weight), labels))
         history = _minimize(twin, features, labels, weight_decay, label_smoothing, max_iterations)
     fitted = dict(twin.named_parameters())
     if not all(bool(parameter.isfinite().all()) for parameter in fitted.values()):

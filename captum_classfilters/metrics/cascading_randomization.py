@@ -16,7 +16,7 @@ from captum_classfilters._core.tables import Table, Tabular, short_repr
 from captum_classfilters._core.types import LayerMethod, ModelInputs
 from captum_classfilters.metrics.explained import check_is_function, explains
 from captum_classfilters.metrics.filter_sensitivity import filter_scores_of, scores_filters
-from captum_classfilters.metrics.inputs import at_model
+from captum_classfilters.metrics.inputs import at_model, taken_at
 from captum_classfilters.metrics.reset import reset_weights, weighted_modules
 
 
@@ -105,6 +105,7 @@ def cascading_randomization(
     """
     check_is_function(make_method)
     images, further, target = at_model(model, inputs, additional_forward_args, target)
+    options = taken_at(model, options)
     with model_left_as_found(model), torch.inference_mode(False):
         twin = copied(model).eval()
         method = make_method(twin)

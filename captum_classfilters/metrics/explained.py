@@ -19,6 +19,7 @@ from captum_classfilters._core.score_reader import gives_probabilities
 from captum_classfilters._core.types import Attributions, ForwardFunc, Keywords
 from captum_classfilters.gate_space import FilterGate
 from captum_classfilters.metrics.filter_sensitivity import filter_scores_of, scores_filters
+from captum_classfilters.metrics.inputs import taken_at
 from captum_classfilters.metrics.removals import check_names
 
 PIXELS = "pixels"
@@ -60,7 +61,7 @@ def explained_methods(methods: Mapping[str, object], model: nn.Module) -> "list[
             raise ValueError(f"{name!r} is {kind_of(method)}; expected an attribution.")
         if explains(method, model) is False:
             raise ValueError(f"{name!r} explains another model than the one given.")
-        result.append(Explained(name, method, dict(options)))
+        result.append(Explained(name, method, taken_at(model, dict(options))))
     return result
 
 

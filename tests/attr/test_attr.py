@@ -21,8 +21,11 @@ from captum_classfilters import (
     ClassFilters,
     ClassFilterSaliency,
     FilterGate,
+    LayerClassGate,
+    LayerFilterAblation,
     LayerFilterContribution,
     LayerFilterFrequency,
+    LayerSingularDirection,
 )
 from captum_classfilters.attr.layer_filter_frequency import strongest
 from tests.models import (
@@ -33,6 +36,7 @@ from tests.models import (
     deep,
     hooks_of,
     images,
+    made_in_inference_mode,
     pool_linear,
 )
 
@@ -224,6 +228,42 @@ def test_all_target_forms(layer, target):
     for index, one in enumerate(each):
         alone = method.attribute(x[index : index + 1], target=one)
         assert torch.allclose(together[index], alone[0], atol=1e-5)
+
+
+def class_saliency(model, **options):
+    return ClassFilterSaliency(model, "conv", chosen(4, 2), **options)
+
+
+GRADIENTS = {
+    "contribution": lambda model: LayerFilterContribution(model, "conv"),
+    "directions": lambda model: LayerSingularDirection(model, "conv", evidence="contribution"),
+    "saliency": class_saliency,
+    "saliency maps": lambda model: class_saliency(model, mode="activation_map"),
+    "ablation": lambda model: LayerFilterAblation(model, "conv"),
+    "class gate": lambda model: LayerClassGate(model, "conv", torch.arange(12.0).reshape(3, 4)),
+}
+
+
+@pytest.mark.parametrize("around", [torch.enable_grad, torch.inference_mode])
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_arguments_made_in_inference_mode(name, around):
+    left, right, _ = images(24).split(8)
+    arguments = {
+        "inputs": (left, right),
+        "target": torch.arange(8) % 3,
+        "additional_forward_args": torch.linspace(1, 2, 8)[:, None],
+    }
+    if name.startswith("saliency"):
+        arguments |= {"baselines": (right, left), "n_steps": 3}
+    method = GRADIENTS[name](TwoInputs())
+    expected = method.attribute(**arguments)
+    for made in ([argument] for argument in arguments):
+        with around():
+            found = method.attribute(
+                **{k: made_in_inference_mode(v) if k in made else v for k, v in arguments.items()}
+            )
+        for own, plain in zip(found, expected, strict=True):
+            assert torch.equal(own, plain)
 
 
 class TestContract:

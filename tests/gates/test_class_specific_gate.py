@@ -24,7 +24,16 @@ from captum_classfilters.gates import (
     gate_similarity,
     masking_test,
 )
-from tests.models import QUIET, batches, deep, hooks_of, images, known, pool_linear
+from tests.models import (
+    QUIET,
+    batches,
+    deep,
+    hooks_of,
+    images,
+    known,
+    made_in_inference_mode,
+    pool_linear,
+)
 from tests.pretend_device import host_reads, pretend
 
 
@@ -494,6 +503,16 @@ class TestTraining:
             ClassSpecificGate(3, 6).attach(copied.model, "stage2")
         copied.gate.detach()
         assert whole.gate.attached
+
+    @pytest.mark.parametrize("gated", [False, True])
+    def test_a_step_takes_a_batch_made_in_inference_mode(self, gated):
+        batch, found = (images(4), torch.tensor([0, 1, 2, 0])), []
+        for x, y in (batch, made_in_inference_mode(batch)):
+            model = deep()
+            gate = ClassSpecificGate(3, 6).attach(model, "stage2")
+            trainer = GatedTrainer(model, gate, torch.optim.SGD(model.parameters(), lr=0.1))
+            found.append(trainer.step(x, y, gated=gated))
+        assert found[0] == found[1]
 
     @pytest.mark.parametrize(
         "labels",

@@ -11,7 +11,7 @@ from captum_classfilters import LayerFilterContribution, decompose, refit_head
 from captum_classfilters.heads.refit import fit_linear
 from captum_classfilters.metrics import evaluate_classifier
 from tests.heads.common import HOLDING, QUIET, Net, data_for, separable, table_for
-from tests.models import known, pool_linear
+from tests.models import known, made_in_inference_mode, pool_linear
 
 
 class TestRefit:
@@ -56,6 +56,17 @@ class TestRefit:
         (loss + 0.05 * (layer.weight - start).square().sum()).backward()
         assert known(layer.weight.grad).abs().max() < 1e-4
         assert known(layer.bias.grad).abs().max() < 1e-4
+
+    @pytest.mark.parametrize(
+        "made",
+        [made_in_inference_mode, lambda labels: labels.to(torch.uint8)],
+        ids=["in inference mode", "of bytes"],
+    )
+    def test_labels_of_any_kind(self, made):
+        x, y = torch.rand(20, 4), torch.arange(20) % 3
+        layer = nn.Linear(4, 3)
+        twin = copy.deepcopy(layer)
+        assert fit_linear(layer, x, made(y)) == fit_linear(twin, x, y)
 
     def test_one_logit_minimizes_the_binary_cross_entropy(self):
         x, y = torch.rand(40, 4, dtype=torch.float64), torch.arange(40) % 2

@@ -5,8 +5,15 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from captum.attr import IntegratedGradients, LayerGradCam, LayerGradientXActivation, Saliency
+from captum.attr import (
+    IntegratedGradients,
+    LayerGradCam,
+    LayerGradientXActivation,
+    LayerIntegratedGradients,
+    Saliency,
+)
 from captum.metrics import sensitivity_max
+from torch.utils._pytree import tree_map_only
 
 from captum_classfilters import (
     ClassFilters,
@@ -39,7 +46,7 @@ from captum_classfilters.metrics import (
     remove_and_retrain,
     selectivity_filters,
 )
-from tests.models import QUIET, batches, deep, images
+from tests.models import QUIET, batches, deep, images, made_in_inference_mode
 from tests.pretend_device import pretend
 
 LABELS = torch.arange(8) % 3
@@ -163,7 +170,7 @@ WITH_GRADIENTS = {
             p(LABELS),
             boxes=boxes(p),
             batch_size=3,
-            baseline=0.1,
+            baseline=p(torch.tensor(0.1)),
             **QUIET,
         )
     ),
@@ -173,6 +180,13 @@ WITH_GRADIENTS = {
     "filter_max_sensitivity to gates": lambda m, p: filter_max_sensitivity(
         LayerFilterContribution(m, "stage1"), p(images()), target=1, space="gates"
     ),
+    "filter_max_sensitivity of Captum's method": lambda m, p: filter_max_sensitivity(
+        LayerIntegratedGradients(m, m.stage1),
+        p(images()),
+        target=p(LABELS),
+        n_perturb_samples=2,
+        baselines=p(torch.zeros_like(images())),
+    ),
     "explanation_for_sensitivity": lambda m, p: sensitivity_max(
         explanation_for_sensitivity(LayerGradCam(m, m.stage2)),
         images().to(device_of(m)),
@@ -181,6 +195,13 @@ WITH_GRADIENTS = {
     ),
     "cascading_randomization": lambda m, p: cascading_randomization(
         m, lambda twin: LayerFilterContribution(twin, "stage1"), p(images()), target=p(LABELS)
+    ),
+    "cascading_randomization of Captum's method": lambda m, p: cascading_randomization(
+        m,
+        lambda twin: LayerIntegratedGradients(twin, twin.stage1),
+        p(images()),
+        target=p(LABELS),
+        baselines=p(torch.zeros_like(images())),
     ),
     "remove_and_retrain": lambda m, p: remove_and_retrain(
         m, "stage1", table(), p(batches()), p(batches(20)), num_filters=[2], epochs=1,
@@ -263,3 +284,35 @@ def test_on_an_accelerator_with_gradients(name, at_hand):
     found = same_everywhere("meta", WITH_GRADIENTS[name], at_hand)
     if name != "explanation_for_sensitivity":  # Captum's own metric
         assert all(tensor.device.type == "cpu" for tensor in found)
+
+
+def of_gradients(data):
+    """Images, and all else of floats, that require gradients."""
+    wanted = lambda tensor: tensor.clone().requires_grad_(tensor.is_floating_point())  # noqa: E731
+    return tree_map_only(torch.Tensor, wanted, data)
+
+
+def of_small_numbers(dtype):
+    """Classes and filters, and all else of whole numbers, in another type."""
+    small = lambda tensor: tensor if tensor.is_floating_point() else tensor.to(dtype)  # noqa: E731
+    return lambda data: tree_map_only(torch.Tensor, small, data)
+
+
+KINDS_OF_DATA = {
+    "made in inference mode": made_in_inference_mode,
+    "that require gradients": of_gradients,
+    "of bytes": of_small_numbers(torch.uint8),
+    "of 16 bits": of_small_numbers(torch.int16),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", KINDS_OF_DATA)
+@pytest.mark.parametrize("name", WITHOUT_GRADIENTS | WITH_GRADIENTS)
+def test_data_of_any_kind_give_the_same(name, kind):
+    call = (WITHOUT_GRADIENTS | WITH_GRADIENTS)[name]
+    expected = tensors_of(call(deep(), lambda data: data))
+    found = tensors_of(call(deep(), KINDS_OF_DATA[kind]))
+    assert len(found) == len(expected) > 0
+    for own, plain in zip(found, expected, strict=True):
+        assert torch.equal(own.nan_to_num(), plain.nan_to_num())
