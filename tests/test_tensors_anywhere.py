@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from captum_classfilters import ClassFilters, gates, heads, pruning, spectral, testing
-from tests.metrics.test_any_device import tensors_of
+from tests.metrics.test_any_device import KINDS_OF_DATA, tensors_of
 from tests.pretend_device import pretend
 from tests.test_arguments import FUNCTIONS, STRICT
 
@@ -120,3 +120,16 @@ def test_tensors_there_or_one_of_them(function, given):
             moved = {name: given[name].to(device) for name in there}
             found = [tensor.cpu() for tensor in tensors_of(function(**{**given, **moved}))]
             torch.testing.assert_close(found, expected, equal_nan=True, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", KINDS_OF_DATA)
+@pytest.mark.parametrize(("function", "given"), CALLS, ids=[call[0].__name__ for call in CALLS])
+def test_tensors_of_any_kind(function, given, kind):
+    expected = tensors_of(function(**given))
+    found = tensors_of(function(**KINDS_OF_DATA[kind](given)))
+    torch.testing.assert_close(
+        [tensor.detach().double() for tensor in found],
+        [tensor.double() for tensor in expected],
+        equal_nan=True,
+    )

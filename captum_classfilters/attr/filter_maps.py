@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from captum_classfilters._core.arguments import arguments_checked
-from captum_classfilters._core.devices import device_of, on_device
+from captum_classfilters._core.devices import device_of, on_device, ordinary
 from captum_classfilters._core.guard import model_left_as_found
 from captum_classfilters._core.layers import find_layer
 from captum_classfilters._core.taps import LayerTap, tapping
@@ -108,12 +108,12 @@ def filter_gradient_maps(
         raise ValueError(f"images have shape {tuple(images.shape)}; expected (N, colors, H, W).")
     if blur is not None and not blur > 0:
         raise ValueError(f"blur={blur} must be positive, in pixels; None leaves the maps sharp.")
-    points = on_device(images.detach(), device_of(model)).clone().requires_grad_()
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
         model_left_as_found(model, evaluation=True, freeze=True),
     ):
+        points = on_device(images.detach(), device_of(model)).clone().requires_grad_()
         means = _maps(model, layer, points, channel_dim, any_layout=True)
         means = means.flatten(2).mean(2) if means.dim() > 2 else means
         chosen = _chosen(means, filters)
@@ -189,4 +189,5 @@ def _chosen(maps: Tensor, filters: Tensor | None) -> Tensor:
         raise ValueError(f"filters have {len(filters)} rows for {number} images.")
     if not filters.numel() or not 0 <= int(filters.min()) <= int(filters.max()) < width:
         raise ValueError(f"filters must name at least one of the layer's filters 0 to {width - 1}.")
-    return (filters if filters.dim() == 2 else filters.expand(number, -1)).to(maps.device)
+    filters = ordinary(filters.to(maps.device, torch.int64))
+    return filters if filters.dim() == 2 else filters.expand(number, -1)

@@ -294,7 +294,7 @@ def of_gradients(data):
 
 def of_small_numbers(dtype):
     """Classes and filters, and all else of whole numbers, in another type."""
-    small = lambda tensor: tensor if tensor.is_floating_point() else tensor.to(dtype)  # noqa: E731
+    small = lambda tensor: tensor.to(dtype) if tensor.dtype == torch.int64 else tensor  # noqa: E731
     return lambda data: tree_map_only(torch.Tensor, small, data)
 
 

@@ -18,6 +18,7 @@ from captum_classfilters.metrics import (
     filter_localization,
     localization,
 )
+from tests.metrics.test_any_device import KINDS_OF_DATA
 from tests.models import ChannelsLast, images, pool_linear
 
 
@@ -52,6 +53,18 @@ class TestFilterMaps:
         expected = gradient[0].square().sum(0).sqrt()
         expected = expected / expected.square().mean().sqrt()
         assert torch.allclose(maps[3, 1], expected, atol=1e-6)
+
+    @pytest.mark.parametrize("kind", KINDS_OF_DATA)
+    @pytest.mark.parametrize("around", [torch.enable_grad, torch.inference_mode])
+    @pytest.mark.parametrize("function", [filter_activation_maps, filter_gradient_maps])
+    def test_images_and_filters_of_any_kind(self, function, around, kind):
+        model, x, rows = pool_linear(), images(), torch.tensor([[0, 5], [1, 2]]).repeat(4, 1)
+        for filters in (rows, rows[0]):
+            expected = function(model, "1", x, filters)
+            with around():
+                own_images, own_filters = KINDS_OF_DATA[kind]((x, filters))
+                assert torch.equal(function(model, "1", own_images, filters), expected)
+                assert torch.equal(function(model, "1", x, own_filters), expected)
 
     def test_a_dead_filter_has_no_map(self):
         model = pool_linear()
