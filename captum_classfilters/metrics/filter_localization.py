@@ -52,7 +52,7 @@ class FilterLocalization(Tabular):
         iou (Tensor): Shape (C, K). Mean overlap over the class's images; NaN without any.
         precision (Tensor): Shape (C, K). Share of them whose overlap exceeds the threshold.
         filter_class (Tensor): Shape (K,). The class that a filter is related to.
-        thresholds (Tensor): Shape (K,). Activation above which a filter counts as active.
+        thresholds (Tensor): Shape (K,). Activation from which on a filter counts as active.
     """
 
     iou: Tensor
@@ -111,9 +111,10 @@ def filter_localization(
     Compare every filter's activation maps with the objects, class by class.
 
     A filter is active where its activation is among the highest ``share`` over *all* images, and
-    above its minimum. Maps are interpolated to the object's size before the threshold. A filter is
-    related to the class for which it reaches the largest precision (Liang et al.'s *ActivMap*
-    table, https://arxiv.org/abs/2007.08194).
+    above its minimum there: one that is zero at most positions would else be active everywhere. Both
+    are in the thresholds that come back. Maps are interpolated to the object's size before the
+    threshold. A filter is related to the class for which it reaches the largest precision (Liang et
+    al.'s *ActivMap* table, https://arxiv.org/abs/2007.08194).
 
     A filter's class is its best of C: on the same images its figures are too good. Pass ``thresholds``
     and ``filter_class`` of one half of the images when measuring the other.
@@ -130,7 +131,9 @@ def filter_localization(
         iou_threshold (float): Overlap that counts as found.
                     Default: 0.3
         num_classes (int, optional): C, where labels do not reach C - 1.
-        thresholds (Tensor, optional): Shape (K,), instead of ``share``.
+        thresholds (Tensor, optional): Shape (K,), instead of ``share``: a filter is active at each
+                    activation that reaches its threshold, so that what an image scores does not
+                    depend on the others.
                     Default: None
         filter_class (Tensor, optional): Shape (K,), instead of the best class.
                     Default: None
@@ -139,7 +142,8 @@ def filter_localization(
         *FilterLocalization*.
 
     Raises:
-        ValueError: Shapes do not fit, or ``share`` is out of range.
+        ValueError: Shapes do not fit, ``share`` is out of range, or ``filter_class`` names a class
+                    that is not there.
     """
     masks = _checked(activations, objects, labels, size)
     num_filters = activations.shape[1]
@@ -159,29 +163,48 @@ def filter_localization(
     precision = member.T @ (overlaps > iou_threshold).double() / count
     if filter_class is None:
         filter_class = assign_filters(precision)
-    elif filter_class.shape != (num_filters,):
+    else:
+        filter_class = _checked_classes(filter_class, num_filters, num_classes)
+    return FilterLocalization(iou, precision, filter_class, thresholds)
+
+
+def _checked_classes(filter_class: Tensor, num_filters: int, num_classes: int) -> Tensor:
+    """Classes of filters (K,) as int64 on the CPU."""
+    if filter_class.shape != (num_filters,):
         raise ValueError(
             f"filter_class has shape {tuple(filter_class.shape)} for {num_filters} filters."
         )
-    return FilterLocalization(iou, precision, filter_class.detach().cpu(), thresholds)
+    classes = filter_class.detach().cpu().long()
+    if not bool((classes == filter_class.cpu()).all()):
+        raise ValueError(f"filter_class is {filter_class.dtype}; expected class indices.")
+    if not 0 <= int(classes.min()) <= int(classes.max()) < num_classes:
+        raise ValueError(
+            f"filter_class runs from {int(classes.min())} to {int(classes.max())}; expected 0 to "
+            f"{num_classes - 1}, or num_classes= if these images lack the last classes."
+        )
+    return classes
 
 
 def _thresholds(maps: Tensor, share: float) -> Tensor:
-    """Of each filter (K,), the activation that a share of all positions of all images reaches."""
+    """Of each filter (K,), the activation that a share of all positions of all images reaches, and
+    that is above its minimum."""
     if not 0 < share < 1:
         raise ValueError(f"share={share} must lie between 0 and 1.")
     rows = maps.transpose(0, 1).flatten(1)
     above = max(1, round(share * rows.shape[1]))
-    return rows.kthvalue(rows.shape[1] - above + 1, dim=1).values
+    lowest = rows.amin(1)
+    # The next number; beside zero one that no mode of the processor takes for zero.
+    above_lowest = lowest.nextafter(lowest.new_tensor(torch.inf))
+    above_lowest = above_lowest.maximum(lowest + torch.finfo(lowest.dtype).tiny)
+    return rows.kthvalue(rows.shape[1] - above + 1, dim=1).values.maximum(above_lowest)
 
 
 def _overlaps(maps: Tensor, masks: Tensor, thresholds: Tensor) -> Tensor:
     """Overlap (N, K) of each image's object with what is active of each filter."""
-    floor = maps.amin((0, 2, 3))[:, None, None]
     overlaps = torch.zeros(maps.shape[:2], dtype=torch.float64)
     for row, own, mask in zip(overlaps, maps, masks, strict=True):
         large = F.interpolate(own[None], size=mask.shape, mode="bilinear", align_corners=False)[0]
-        active = (large >= thresholds[:, None, None]) & (large > floor)
+        active = large >= thresholds[:, None, None]
         both = (active & mask).flatten(1).sum(1).double()
         row.copy_(both / (active | mask).flatten(1).sum(1))
     return overlaps

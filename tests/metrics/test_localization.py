@@ -1,5 +1,6 @@
 """Maps of single filters, and whether maps find the object."""
 
+import math
 from typing import Literal
 
 import numpy as np
@@ -319,6 +320,47 @@ class TestFilterLocalization:
         own = [float(second.iou[c, k]) for k, c in enumerate(first.filter_class.tolist())]
         assert second.average_iou == pytest.approx(sum(own) / 4)
 
+    def test_with_thresholds_an_image_scores_the_same_among_any_others(self):
+        # Constant maps of 5, 6, 1 and 2 under a threshold of 4: all of the first two is active.
+        activations = torch.tensor([5.0, 6, 1, 2]).reshape(4, 1, 1, 1).expand(4, 1, 2, 2)
+        masks, labels = torch.ones(4, 3, 2, dtype=torch.bool), torch.tensor([0, 0, 1, 1])
+        masks[0, 0] = False  # four of six pixels
+        options = {"thresholds": torch.tensor([4.0]), "filter_class": torch.tensor([0])}
+        for chosen, expected in (
+            ([0, 1, 2, 3], [5 / 6, 0]),
+            ([0, 1], [5 / 6, math.nan]),
+            ([0], [4 / 6, math.nan]),
+        ):
+            data = activations[chosen], masks[chosen], labels[chosen]
+            found = filter_localization(*data, num_classes=2, **options)
+            assert found.iou[:, 0].tolist() == pytest.approx(expected, nan_ok=True)
+
+    def test_thresholds_of_filters_that_are_mostly_zero_hold_for_other_images(self):
+        # One pixel of nine fires, so the highest third ends among zeros, which are not active.
+        activations = torch.zeros(2, 1, 3, 3)
+        activations[:, 0, 1, 2] = torch.tensor([1e-30, 3.0])
+        masks, labels = activations[:, 0] > 0, torch.zeros(2, dtype=torch.int64)
+        both = filter_localization(activations, masks, labels)
+        assert both.iou.tolist() == [[1.0]]
+        one = filter_localization(
+            activations[:1], masks[:1], labels[:1], thresholds=both.thresholds
+        )
+        assert one.iou.tolist() == [[1.0]]
+        everywhere = filter_localization(activations, masks, labels, thresholds=torch.zeros(1))
+        assert everywhere.iou.tolist() == [[pytest.approx(1 / 9)]]
+
+    @pytest.mark.parametrize("dtype", [torch.int64, torch.int16, torch.uint8, torch.float32])
+    def test_classes_of_filters_in_any_type(self, dtype):
+        activations, boxes, labels = self.planted()
+        filter_class = torch.tensor([0, 1, 1, 0]).to(dtype)
+        found = filter_localization(
+            activations, boxes, labels, size=(8, 8), share=0.125, filter_class=filter_class
+        )
+        iou = found.iou
+        assert found.average_iou == pytest.approx(
+            float(iou[0, [0, 3]].sum() + iou[1, 1:3].sum()) / 4
+        )
+
     def test_bad_input(self):
         activations, boxes, labels = self.planted()
         for arguments, options, message in (
@@ -336,6 +378,16 @@ class TestFilterLocalization:
                 (activations, boxes, labels),
                 {"size": (8, 8), "filter_class": torch.zeros(3).long()},
                 "for 4 filters",
+            ),
+            (
+                (activations, boxes, labels),
+                {"size": (8, 8), "filter_class": torch.tensor([0, 1, 2, 1])},
+                "filter_class runs from 0 to 2; expected 0 to 1",
+            ),
+            (
+                (activations, boxes, labels),
+                {"size": (8, 8), "filter_class": torch.tensor([0, 1, 0.5, 1])},
+                "filter_class is torch.float32; expected class indices",
             ),
         ):
             with pytest.raises(ValueError, match=message):
