@@ -28,7 +28,8 @@ class Localization(Tabular):
         iou (Tensor): Shape (N,). Overlap (intersection over union) of the map above its threshold
                     with the object; for several maps of an image, their mean.
         box_iou (Tensor): Shape (N,). Overlap of the tight boxes around the map's largest connected
-                    part and around the object; 0 where the map has nothing above its threshold.
+                    part and around the object, for several parts of that size their mean; 0 where
+                    the map has nothing above its threshold.
         hit (Tensor): Shape (N,). Pointing game: 1 if the map's maximum lies on the object. Of
                     several equal maxima it is the share that does, so that a constant map scores as
                     a random point would.
@@ -350,6 +351,7 @@ def _overlap(kept: Tensor, mask: Tensor) -> float:
 
 
 def _box_overlap(kept: Tensor, object_box: Tensor) -> float:
+    """Mean over maps (n, H, W); of several largest parts none is more the map's than another."""
     overlaps = []
     edges = torch.tensor([0.0, 0.0, 1.0, 1.0], dtype=torch.float64)  # from centers to edges
     for one in kept:
@@ -358,10 +360,13 @@ def _box_overlap(kept: Tensor, object_box: Tensor) -> float:
             overlaps.append(0.0)
             continue
         sizes = np.bincount(parts.ravel())[1:]
-        rows, columns = ndimage.find_objects(parts)[int(sizes.argmax())]
-        box = [[columns.start, rows.start, columns.stop, rows.stop]]
-        found = torch.tensor(box, dtype=torch.float64)
-        overlaps.append(float(box_iou(found, (object_box + edges)[None])))
+        places = ndimage.find_objects(parts)
+        boxes = [
+            [columns.start, rows.start, columns.stop, rows.stop]
+            for rows, columns in (places[part] for part in np.flatnonzero(sizes == sizes.max()))
+        ]
+        found = torch.tensor(boxes, dtype=torch.float64)
+        overlaps.append(float(box_iou(found, (object_box + edges)[None]).mean()))
     return sum(overlaps) / len(overlaps)
 
 

@@ -149,6 +149,20 @@ class TestLocalization:
         )
         assert turned.box_iou.tolist() == [1]
 
+    @pytest.mark.parametrize("axes", [(), (1,), (2,), (1, 2)])
+    @pytest.mark.parametrize("transposed", [False, True])
+    def test_boxes_of_equally_large_parts_are_averaged(self, axes, transposed):
+        # Two parts of two pixels, one of a single one; the object is the first part's box, and one
+        # more pixel: overlaps of 2 / 3 and 0.
+        maps, objects = torch.zeros(1, 4, 6), torch.zeros(1, 4, 6, dtype=torch.bool)
+        maps[0, 0, :2] = maps[0, 2:, 5] = maps[0, 3, 0] = 1
+        objects[0, 0, :3] = True
+        maps, objects = maps.flip(axes), objects.flip(axes)
+        if transposed:
+            maps, objects = maps.mT, objects.mT
+        found = localization(maps, objects, rule="value", value=0.5)
+        assert found.box_iou.tolist() == pytest.approx([1 / 3])
+
     def test_nothing_above_the_threshold(self):
         found = localization(
             torch.zeros(1, 3, 3), torch.tensor([[0, 0, 1, 1]]), rule="value", value=1.0
