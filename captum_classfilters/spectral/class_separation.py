@@ -74,13 +74,17 @@ def class_jaccard(hypergraph: Hypergraph) -> NDArray[np.float64]:
     Returns:
         *numpy.ndarray* of shape (C, C). Where vertices are images, the mean over all pairs of
         different images of the two classes. Vertices without edges have no similarity to others
-        and do not count; NaN where nothing is left.
+        and do not count; NaN where nothing is left, as of a class of one image with itself.
 
     Raises:
         ValueError: The hypergraph has no classes.
     """
     classes = _classes(hypergraph)
-    return _between(_similarities(hypergraph.incidence), classes, hypergraph.num_classes)
+    similarities = _similarities(hypergraph.incidence)
+    between = _between(similarities, classes, hypergraph.num_classes)
+    if not hypergraph.of_images and np.array_equal(classes, np.arange(hypergraph.num_classes)):
+        np.fill_diagonal(between, similarities.diagonal())  # vertices are classes
+    return between
 
 
 @arguments_checked
@@ -307,8 +311,6 @@ def _between(
     similarities: NDArray[np.floating], classes: NDArray[np.int64], num_classes: int
 ) -> NDArray[np.float64]:
     """Mean similarity of different vertices of every two classes (C, C)."""
-    if len(classes) == num_classes and (classes == np.arange(num_classes)).all():
-        return similarities.astype(np.float64)
     member = np.zeros((num_classes, len(classes)), dtype=np.float32)
     member[classes, np.arange(len(classes))] = 1
     known = (~np.isnan(similarities)).astype(np.float32)

@@ -37,6 +37,8 @@ class Hypergraph(Tabular):
         classes (ndarray or None): Shape (V,), int64: each vertex's class, its own index where
                     vertices are classes. None for a dual.
         num_classes (int): C.
+        of_images (bool): Vertices are images, also where each class has one.
+                    Default: False
     """
 
     incidence: NDArray[np.bool_]
@@ -44,6 +46,7 @@ class Hypergraph(Tabular):
     edges: tuple[str, ...]
     classes: NDArray[np.int64] | None
     num_classes: int
+    of_images: bool = False
 
     def __post_init__(self) -> None:
         shape = (len(self.vertices), len(self.edges))
@@ -209,7 +212,8 @@ def class_hypergraph(
         return Hypergraph(incidence, names, edges, np.arange(len(names)), len(names))
     if vertices == "image":
         images = tuple(f"image {index}" for index in range(len(scores)))
-        return Hypergraph(membership.of_images(), images, edges, labels.numpy(), len(names))
+        incidence = membership.of_images()
+        return Hypergraph(incidence, images, edges, labels.numpy(), len(names), of_images=True)
     raise ValueError(f"vertices={vertices!r}; choose one of {list(get_args(Vertices))}.")
 
 

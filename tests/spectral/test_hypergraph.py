@@ -158,6 +158,17 @@ def test_scores_of_classes_by_definition(incidence):
     assert scores["empty_vertices"] == pytest.approx(isolated / len(incidence))
 
 
+@pytest.mark.parametrize("labels", [[0, 1, 2], [1, 2, 0], [2, 1, 0]])
+@pytest.mark.parametrize("vertices", ["class", "image"])
+def test_the_order_of_labels_does_not_matter_with_one_image_each(vertices, labels):
+    # Units of the images: 0 and 1, 1 and 2, 3; one of three units is shared.
+    scores = torch.tensor([[1.0, 1, 0, 0], [0, 1, 1, 0], [0, 0, 0, 1]])
+    matrix = class_jaccard(class_hypergraph(scores, torch.tensor(labels), vertices=vertices))
+    own = 1.0 if vertices == "class" else math.nan  # no pair of different images of a class
+    expected = np.array([[own, 1 / 3, 0], [1 / 3, own, 0], [0, 0, own]])
+    np.testing.assert_allclose(matrix[np.ix_(labels, labels)], expected, atol=1e-6)
+
+
 def test_scores_of_images_count_pairs_of_images():
     generator = np.random.default_rng(0)
     incidence = generator.random((12, 5)) < 0.5
