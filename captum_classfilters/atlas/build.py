@@ -89,7 +89,8 @@ def atlas(
                     Default: 8
         num_optimized (int): Filters that get an optimized image, those that most classes select.
                     Default: 0
-        significance (bool or LabelPermutation): Test each cell against permuted labels.
+        significance (bool or LabelPermutation): Test each cell against permuted labels; a
+                    ``LabelPermutation`` has its own seed.
                     Default: True
         to_display (Callable, optional): From an image to one in [0, 1], the inverse of a
                     normalization for example; by default each is stretched by itself.

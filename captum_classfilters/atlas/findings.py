@@ -182,7 +182,7 @@ class Survey:
             self.dataloader,
             num_filters=num_filters,
             class_names=class_names,
-            significance=significance,
+            significance=LabelPermutation(seed=self.seed) if significance is True else significance,
             **self.options,
         )
         rules = (CONTRIBUTION, FREQUENCY)
@@ -212,6 +212,7 @@ class Survey:
                 loader,
                 num_filters=[*sizes, table.num_filters],
                 repetitions=_REPETITIONS,
+                seed=self.seed,
                 **self.options,
             ),
         )

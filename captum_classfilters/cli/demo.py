@@ -191,7 +191,7 @@ def run_demo(
         )
     with _timed(seconds, "accuracy curve"):
         curve = accuracy_curve(
-            model, tables, digits.test, num_filters=KEPT, show_progress=show_progress
+            model, tables, digits.test, num_filters=KEPT, seed=seed, show_progress=show_progress
         )
     with _timed(seconds, "refitting of five heads"):
         refitted = _refitted(model, tables["contribution"], digits, show_progress)

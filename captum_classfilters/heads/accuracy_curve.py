@@ -94,6 +94,7 @@ def accuracy_curve(
     *,
     num_filters: Sequence[int] | None = None,
     repetitions: int = 5,
+    seed: int = 0,
     head: nn.Module | str | None = None,
     unpack: Unpack | None = None,
     show_progress: bool = True,
@@ -117,6 +118,8 @@ def accuracy_curve(
         repetitions (int): Number of random sets of filters in the control. Classes for which no table
                     has filters, those without images say, have none there either.
                     Default: 5
+        seed (int): Seed of the random sets; the global random state is not touched.
+                    Default: 0
         head (nn.Module or str, optional): The head, or its dotted name, as for :func:`decompose`.
                     Default: None
         unpack (Callable, optional): From a batch of another kind to the pair (inputs, labels).
@@ -150,7 +153,7 @@ def accuracy_curve(
     ]
     first = selections[0]
     nothing = torch.stack([(comes_in > first.shape[1]).all(1) for comes_in in selections]).all(0)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     if repetitions:
         for order in random_orders(first.shape, repetitions, generator):
             drawn = (1 + ranks(order)).masked_fill(nothing[:, None], first.shape[1] + 1)

@@ -12,13 +12,14 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
-from captum_classfilters import LayerFilterContribution
+from captum_classfilters import LabelPermutation, LayerFilterContribution
 from captum_classfilters.atlas import atlas
+from captum_classfilters.atlas.findings import Survey
 from captum_classfilters.atlas.layer_pages import clustered
 from captum_classfilters.atlas.site import number, percent, slug
 from captum_classfilters.cli.demo import load_digits, small_cnn, train_classifier
 from captum_classfilters.metrics import evaluate_classifier
-from tests.models import pool_linear
+from tests.models import known, pool_linear
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 NAMES = [
@@ -301,3 +302,29 @@ def test_clustered():
     known = [row % 3 for row in order if row < 6]
     assert sum(a != b for a, b in pairwise(known)) == 2
     assert clustered(torch.rand(1, 4)) == [0]
+
+
+def test_the_seed_is_that_of_everything_random():
+    model, x = pool_linear(filters=12), torch.randn(60, 2, 6, 6)
+    with torch.no_grad():  # every class is the answer to some images
+        model.get_parameter("4.bias").sub_(model(x).mean(0))
+        loader = DataLoader(TensorDataset(x, model(x).argmax(1)), batch_size=20)
+    options: dict[str, Any] = {"num_filters": 2, "num_exemplars": 1, "class_names": None}
+    found = []
+    for seed in (0, 1, 1):
+        survey = Survey(model, loader, loader, {"show_progress": False}, seed)
+        found.append(survey.layers(["1"], significance=True, **options)["1"])
+        own = LabelPermutation(seed=7)
+        given = survey.layers(["1"], significance=own, **options)["1"].table
+        assert given.provenance["significance"]["seed"] == 7
+    drawn = [
+        (
+            known(layer.curve).random_mean,
+            known(layer.class_curves).necessity["random"].tolist(),
+            known(layer.table.p_values).tolist(),
+        )
+        for layer in found
+    ]
+    assert drawn[1] == drawn[2]
+    assert not any(a == b for a, b in zip(*drawn[:2], strict=True))
+    assert [layer.table.provenance["significance"]["seed"] for layer in found] == [0, 1, 1]

@@ -112,6 +112,10 @@ class TestCurve:
         assert curve.random_mean[1] == pytest.approx(curve.full_accuracy)
         again = accuracy_curve(model, table_for(), data, num_filters=(2, 6), repetitions=8, **QUIET)
         assert again.random_mean == curve.random_mean
+        other = accuracy_curve(
+            model, table_for(), data, num_filters=(2, 6), repetitions=8, seed=1, **QUIET
+        )
+        assert other.random_mean[0] != curve.random_mean[0]
         single = accuracy_curve(model, table_for(), data, repetitions=1, **QUIET)
         assert single.random_standard_deviation == []  # of one draw there is none
         none = accuracy_curve(model, table_for(), data, repetitions=0, **QUIET)

@@ -1,7 +1,7 @@
 """Maps of single filters, and whether maps find the object."""
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -339,14 +339,14 @@ class TestFilterLocalization:
         activations = torch.tensor([5.0, 6, 1, 2]).reshape(4, 1, 1, 1).expand(4, 1, 2, 2)
         masks, labels = torch.ones(4, 3, 2, dtype=torch.bool), torch.tensor([0, 0, 1, 1])
         masks[0, 0] = False  # four of six pixels
-        options = {"thresholds": torch.tensor([4.0]), "filter_class": torch.tensor([0])}
+        own: dict[str, Any] = {"thresholds": torch.tensor([4.0]), "filter_class": torch.tensor([0])}
         for chosen, expected in (
             ([0, 1, 2, 3], [5 / 6, 0]),
             ([0, 1], [5 / 6, math.nan]),
             ([0], [4 / 6, math.nan]),
         ):
             data = activations[chosen], masks[chosen], labels[chosen]
-            found = filter_localization(*data, num_classes=2, **options)
+            found = filter_localization(*data, **{**own, "num_classes": 2})
             assert found.iou[:, 0].tolist() == pytest.approx(expected, nan_ok=True)
 
     def test_thresholds_of_filters_that_are_mostly_zero_hold_for_other_images(self):
