@@ -117,12 +117,9 @@ def coverage(clusters: Tensor, kept: Tensor) -> Coverage:
     """
     from scipy.stats import hypergeom
 
-    if kept.shape != clusters.shape or kept.dtype != torch.bool or clusters.dim() != 1:
-        raise ValueError(
-            f"kept is {kept.dtype} of shape {tuple(kept.shape)}; expected a bool mask of the "
-            f"clusters' shape, {tuple(clusters.shape)}."
-        )
-    clusters, kept = clusters.cpu(), kept.cpu()
+    if clusters.dim() != 1:
+        raise ValueError(f"clusters have shape {tuple(clusters.shape)}; expected (K,).")
+    clusters, kept = clusters.cpu(), _mask(kept, len(clusters))
     groups, sizes = clusters.unique(return_counts=True)
     alive = clusters[kept].unique()
     lost = [int(group) for group in groups if group not in alive]
@@ -149,7 +146,7 @@ def diversity(vectors: Tensor, kept: Tensor | Sequence[bool] | None = None) -> f
         *float* in [0, 1].
 
     Raises:
-        ValueError: Fewer than two filters, or a constant one.
+        ValueError: Fewer than two filters, or a constant one, or ``kept`` is no mask of them.
     """
     alike = _similarity(_rows(vectors, kept), "correlation").abs()
     num_filters = len(alike)
@@ -174,7 +171,7 @@ def effective_rank(vectors: Tensor, kept: Tensor | Sequence[bool] | None = None)
         *float* from 1 to min(K, D).
 
     Raises:
-        ValueError: The matrix is empty or zero.
+        ValueError: The matrix is empty or zero, or ``kept`` is no mask of its rows.
     """
     rows = _rows(vectors, kept)
     if rows.dim() != 2 or not bool(rows.abs().sum() > 0):
@@ -185,7 +182,18 @@ def effective_rank(vectors: Tensor, kept: Tensor | Sequence[bool] | None = None)
 def _rows(vectors: Tensor, kept: Tensor | Sequence[bool] | None = None) -> Tensor:
     """The vectors that are kept, as float64, on the CPU."""
     rows = vectors.detach().cpu().double()
-    return rows if kept is None else rows[torch.as_tensor(kept, device="cpu")]
+    return rows if kept is None else rows[_mask(kept, len(rows))]
+
+
+def _mask(kept: Tensor | Sequence[bool], number: int) -> Tensor:
+    """Which filters survive (K,), on the CPU: zeros and ones would be read as filters 0 and 1."""
+    mask = torch.as_tensor(kept, device="cpu")
+    if mask.dtype != torch.bool or mask.shape != (number,):
+        raise ValueError(
+            f"kept is {mask.dtype} of shape {tuple(mask.shape)}; expected a bool mask of shape "
+            f"({number},)."
+        )
+    return mask
 
 
 def _similarity(vectors: Tensor, kind: Similarity) -> Tensor:

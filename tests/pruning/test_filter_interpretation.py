@@ -234,9 +234,24 @@ def test_groups_bad_input():
         (lambda: diversity(torch.tensor([[1.0, 2], [1, 1]])), "Filter 1 is constant"),
         (lambda: diversity(vectors[:1]), "two or more"),
         (lambda: effective_rank(torch.zeros(2, 2)), "not all zero"),
+        (lambda: coverage(vectors, vectors[0] > 0), r"clusters have shape \(3, 3\)"),
     ]:
         with pytest.raises(ValueError, match=message):
             call()
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int16, torch.uint8, torch.float32])
+@pytest.mark.parametrize(
+    "call",
+    [diversity, effective_rank, lambda vectors, kept: coverage(vectors[:, 0].long(), kept)],
+    ids=["diversity", "effective_rank", "coverage"],
+)
+def test_zeros_and_ones_are_no_mask_and_no_indices(call, dtype):
+    vectors = torch.rand(4, 9, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(
+        ValueError, match=r"kept is torch\.\w+ of shape \(4,\); expected a bool mask"
+    ):
+        call(vectors, torch.tensor([1, 0, 1, 1]).to(dtype))
 
 
 # -- classes --------------------------------------------------------------------------------------
