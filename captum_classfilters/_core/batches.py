@@ -20,7 +20,7 @@ from captum_classfilters._core.distributed import (
     is_main_process,
     refuse_ranks,
 )
-from captum_classfilters._core.guard import held, model_left_as_found
+from captum_classfilters._core.guard import held, model_left_as_found, weights_change
 from captum_classfilters._core.labels import Memberships, class_labels, joined, memberships
 from captum_classfilters._core.names import kind_of
 from captum_classfilters._core.progress import Progress
@@ -358,7 +358,7 @@ def read_batches(
                 stack.enter_context(held(module))
         # Whatever the caller switched off around the call, Lightning's hooks for example.
         stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.set_grad_enabled(gradients or training))
+        stack.enter_context(weights_change() if training else torch.set_grad_enabled(gradients))
         batches = Batches(
             dataloader,
             None if where is None else _device(where),

@@ -69,6 +69,21 @@ def model_left_as_found(
 
 
 @contextmanager
+def weights_change() -> Iterator[None]:
+    """A block that trains, or changes weights between runs: gradients are recorded, whatever the
+    caller switched off, and a surrounding ``torch.autocast`` keeps its type, but casts weights anew at
+    each run. By itself it keeps casts until it ends, so that all runs would see the first weights."""
+    cached = torch.is_autocast_cache_enabled()
+    with torch.inference_mode(False), torch.enable_grad():
+        torch.set_autocast_cache_enabled(False)
+        try:
+            yield
+        finally:
+            torch.set_autocast_cache_enabled(cached)
+            torch.clear_autocast_cache()  # what the caller has run there before
+
+
+@contextmanager
 def held(model: nn.Module) -> Iterator[None]:
     """A block in which no other thread works on a model; refused inside one of its forward passes
     that this package runs, where its layers are being read."""

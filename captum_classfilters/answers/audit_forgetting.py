@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.batches import dataset_names
+from captum_classfilters._core.guard import weights_change
 from captum_classfilters._core.layers import find_layer
 from captum_classfilters._core.names import kind_of, listed_names
 from captum_classfilters._core.tables import Row, Table, Tabular, short_repr
@@ -210,7 +211,7 @@ def _linear_probe(features: Tensor, is_class: Tensor, asked: Tensor) -> Tensor:
         loss.backward()
         return loss.detach()
 
-    with torch.enable_grad():
+    with weights_change():
         optimizer.step(closure)
     found = parameters.detach()
     return ((asked - mean) / spread).double() @ found[:-1] + found[-1] > 0

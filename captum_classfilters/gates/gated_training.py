@@ -25,7 +25,7 @@ from captum_classfilters._core.batches import (
 from captum_classfilters._core.checkpoints import is_safetensors, read_checkpoint
 from captum_classfilters._core.devices import device_of, on_device, ordinary
 from captum_classfilters._core.distributed import is_main_process
-from captum_classfilters._core.guard import model_left_as_found
+from captum_classfilters._core.guard import model_left_as_found, weights_change
 from captum_classfilters._core.labels import class_labels, not_finite
 from captum_classfilters._core.nested import flattened, unflattened
 from captum_classfilters._core.outputs import as_rows, class_scores, log_probabilities, two_classes
@@ -284,10 +284,12 @@ class GatedTrainer:
             ValueError: The model and the gate differ in their number of classes, or the labels are no
                         classes of the gate.
         """
-        inputs = ordinary(images if isinstance(images, tuple) else (images,))
-        classes = class_labels(labels, len(inputs[0]), self.gate.num_classes, batch=0)
-        classes = on_device(classes, inputs[0].device)
-        loss, correct = self._step(Batch(0, 0, inputs, labels), classes, gated, check_now)
+        inputs = images if isinstance(images, tuple) else (images,)
+        with weights_change():
+            classes = class_labels(labels, len(inputs[0]), self.gate.num_classes, batch=0)
+            classes = on_device(classes, inputs[0].device)
+            batch = Batch(0, 0, ordinary(inputs), labels)
+            loss, correct = self._step(batch, classes, gated, check_now)
         return float(loss), int(correct)
 
     def _step(

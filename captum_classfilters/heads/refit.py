@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from captum_classfilters._core.arguments import arguments_checked
-from captum_classfilters._core.devices import ordinary
+from captum_classfilters._core.devices import ordinary, without_autocast
+from captum_classfilters._core.guard import weights_change
 from captum_classfilters._core.outputs import log_probabilities
 from captum_classfilters._core.types import Dataloader, Unpack
 from captum_classfilters.heads.decomposed_linear import DecomposedLinear
@@ -121,9 +122,8 @@ def fit_linear(
                     not.
     """
     _check(module, features, labels)
-    # Whatever the caller switched off around the call.
-    with torch.inference_mode(False), torch.enable_grad():
-        # Half precision is too coarse for a line search.
+    # Half precision is too coarse for a line search.
+    with weights_change(), without_autocast(module.weight.device):
         dtype = torch.promote_types(module.weight.dtype, torch.float32)
         twin = copy.deepcopy(module).to(dtype).requires_grad_()
         labels = labels.to(twin.weight.device, torch.int64)
@@ -152,8 +152,9 @@ def _minimize(
 ) -> list[float]:
     """Fit a module by L-BFGS; the objective before, and after each iteration."""
     start = module.weight.detach().clone()
+    parameters = list(module.parameters())
     optimizer = torch.optim.LBFGS(
-        module.parameters(),
+        parameters,
         max_iter=max_iterations,
         history_size=20,
         line_search_fn="strong_wolfe",
@@ -167,7 +168,11 @@ def _minimize(
         loss = loss + 0.5 * weight_decay * (module.weight - start).square().sum()
         if torch.is_grad_enabled():
             loss.backward()
-        history.append(float(loss.detach()))
+        value, iteration = float(loss.detach()), optimizer.state[parameters[0]]["n_iter"]
+        if iteration == len(history):
+            history.append(min([*history[-1:], value]))
+        else:  # a line search takes the best of the points it tried
+            history[iteration] = min(history[iteration], value)
         return loss
 
     optimizer.step(objective)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.captum import TargetType
 from captum_classfilters._core.copies import copied
-from captum_classfilters._core.guard import model_left_as_found
+from captum_classfilters._core.guard import model_left_as_found, weights_change
 from captum_classfilters._core.ranking import rank_correlation
 from captum_classfilters._core.tables import Table, Tabular, short_repr
 from captum_classfilters._core.types import LayerMethod, ModelInputs
@@ -106,7 +106,7 @@ def cascading_randomization(
     check_is_function(make_method)
     images, further, target = at_model(model, inputs, additional_forward_args, target)
     options = taken_at(model, options)
-    with model_left_as_found(model), torch.inference_mode(False):
+    with model_left_as_found(model), weights_change():
         twin = copied(model).eval()
         method = make_method(twin)
         if explains(method, model):
@@ -143,10 +143,9 @@ def _explanation(
     """(N, features) on the CPU."""
     if further:
         options = {**options, "additional_forward_args": further}
-    with torch.enable_grad():
-        attributions = method.attribute(
-            images if len(images) > 1 else images[0], target=target, **options
-        )
+    attributions = method.attribute(
+        images if len(images) > 1 else images[0], target=target, **options
+    )
     if scores_filters(method, attributions, (*images, *further)):
         return filter_scores_of(method, attributions).cpu().double()
     tensors = attributions if isinstance(attributions, (tuple, list)) else (attributions,)

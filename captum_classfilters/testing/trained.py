@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from captum_classfilters._core.arguments import arguments_checked
+from captum_classfilters._core.devices import without_autocast
+from captum_classfilters._core.guard import weights_change
 from captum_classfilters._core.tables import short_repr
 from captum_classfilters._core.tensor_files import Schema, read_tensors
 from captum_classfilters.testing.tasks import (
@@ -221,7 +223,8 @@ def trained_network(
     patterns = draw_patterns(task.num_concepts, generator)
     ordered = put_in_order(task, generator)
     weights = weights_of(axis, level, seed) if shipped else None
-    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+    plain = without_autocast(torch.device("cpu"))
+    with torch.random.fork_rng(devices=[]), weights_change(), plain:
         torch.default_generator.manual_seed(seed)
         model = skeleton([len(kinds) for kinds in ordered.kinds], task)
         weights = weights or train(task, ordered, patterns, generator)

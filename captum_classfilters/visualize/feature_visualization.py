@@ -11,7 +11,7 @@ from tqdm.auto import trange
 
 from captum_classfilters._core.arguments import arguments_checked, check_numbers
 from captum_classfilters._core.devices import device_of
-from captum_classfilters._core.guard import model_left_as_found
+from captum_classfilters._core.guard import model_left_as_found, weights_change
 from captum_classfilters._core.layers import (
     check_batch,
     find_layer,
@@ -321,7 +321,7 @@ def visualize_features(
             raise ValueError(f"transform={transform!r}; expected a callable, or None.")
         transform = RandomTransform()
     generator = torch.Generator().manual_seed(seed)
-    with torch.inference_mode(False), torch.enable_grad():
+    with weights_change():
         picture = _Picture(
             parametrization,
             (len(wanted), *image_shape),

@@ -78,6 +78,21 @@ class TestRefit:
         assert known(layer.weight.grad).abs().max() < 1e-4
         assert known(layer.bias.grad).abs().max() < 1e-4
 
+    @pytest.mark.parametrize("iterations", [1, 2, 5, 30])
+    def test_the_history_is_the_objective_after_each_iteration(self, iterations):
+        generator = torch.Generator().manual_seed(1)
+        x = 20 * torch.rand(40, 4, dtype=torch.float64, generator=generator)
+        y = torch.randint(0, 3, (40,), generator=generator)
+
+        layer = nn.Linear(4, 3).double()
+        nn.init.ones_(layer.weight)
+        nn.init.zeros_(layer.bias)
+        history = fit_linear(layer, x, y, weight_decay=0.1, max_iterations=iterations)
+        reached = F.cross_entropy(layer(x), y) + 0.05 * (layer.weight - 1).square().sum()
+        assert history[-1] == pytest.approx(float(reached.detach()), rel=1e-9)
+        assert history == sorted(history, reverse=True)
+        assert len(history) <= iterations + 1
+
     def test_flags_stay(self):
         layer = nn.Linear(4, 3)
         layer.bias.requires_grad_(False)

@@ -1,0 +1,100 @@
+"""Training inside the caller's ``torch.autocast``, which keeps casts of weights until it ends."""
+
+import copy
+
+import pytest
+import torch
+from captum.attr import LayerGradientXActivation
+from torch import nn
+
+from captum_classfilters import ClassSpecificGate, fine_tune, refit_head
+from captum_classfilters.gates import GatedTrainer
+from captum_classfilters.metrics import cascading_randomization
+from captum_classfilters.pruning import LayerwiseFineTuning
+
+QUIET = {"show_progress": False}
+
+
+def network():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Sequential(
+            nn.Conv2d(3, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 2)
+        )
+
+
+def separable():
+    x = torch.randn(40, 3, 5, 7, generator=torch.Generator().manual_seed(0))
+    y = (x[:, 0].mean((1, 2)) > 0).long()
+    return [(x[start : start + 10], y[start : start + 10]) for start in range(0, 40, 10)]
+
+
+def trainer_of(model):
+    gate = ClassSpecificGate(2, 6).attach(model, "1")
+    return GatedTrainer(model, gate, torch.optim.SGD(model.parameters(), lr=0.5))
+
+
+def stepped(model, gated):
+    trainer = trainer_of(model)
+    return [trainer.step(*batch, gated)[0] for batch in separable() * 3]
+
+
+TRAINERS = {
+    "fine_tune": lambda model: [
+        epoch.loss
+        for epoch in fine_tune(
+            model, separable(), separable(), epochs=4, learning_rate=0.05, **QUIET
+        )[1:]
+    ],
+    "refit_head": lambda model: refit_head(model, separable(), **QUIET),
+    "GatedTrainer.fit": lambda model: [
+        epoch.loss for epoch in trainer_of(model).fit(separable(), epochs=4, **QUIET)
+    ],
+    "GatedTrainer.step, plain": lambda model: stepped(model, gated=False),
+    "GatedTrainer.step, gated": lambda model: stepped(model, gated=True),
+    "LayerwiseFineTuning": LayerwiseFineTuning(separable(), 0.5, num_steps=12),
+}
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_what_trains_learns_as_without_it(name):
+    plain, model, train = network(), network(), TRAINERS[name]
+    expected = train(plain)
+    images = separable()[0][0]
+    with torch.autocast("cpu", torch.bfloat16):
+        model(images)  # the caller's own run, whose casts are kept
+        found = train(model)
+        trained = model(images).float()
+        kept = torch.is_autocast_cache_enabled()
+    assert kept
+    assert expected[-1] < expected[0] - 0.05
+    assert found[-1] == pytest.approx(expected[-1], abs=0.02)
+    torch.testing.assert_close(trained, model(images), atol=0.05, rtol=0.05)
+
+
+def test_a_randomized_model_explains_by_its_new_weights():
+    model, images = network(), separable()[0][0]
+    with torch.random.fork_rng():
+        expected = cascading_randomization(
+            model, lambda twin: LayerGradientXActivation(twin, twin[1]), images, target=1
+        )
+        with torch.autocast("cpu", torch.bfloat16):
+            found = cascading_randomization(
+                model, lambda twin: LayerGradientXActivation(twin, twin[1]), images, target=1
+            )
+    means = [result.rank_correlation.mean(1) for result in (found, expected)]
+    torch.testing.assert_close(*means, atol=0.05, rtol=0)
+    assert bool((found.rank_correlation < 0.9).any())
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("switched_off", [torch.no_grad, torch.inference_mode])
+def test_a_single_step_where_the_caller_records_no_gradients(gated, switched_off):
+    plain, model = network(), network()
+    expected = stepped(plain, gated)
+    trainer = trainer_of(model)
+    with switched_off():
+        found = [trainer.step(x.clone(), y.clone(), gated)[0] for x, y in separable() * 3]
+    assert found == expected
+    state = copy.deepcopy(plain.state_dict())
+    assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
