@@ -915,6 +915,22 @@ def check_selection(num_filters: int | None, mass: float | None) -> int | None:
     return num_filters
 
 
+def is_of_input(table: ClassFilters, layer: str) -> bool:
+    """Whether a table has the filters of the input of the layer of this name, not of its output."""
+    options = table.provenance.get("options") or {}
+    return table.layer == layer and bool(options.get("attribute_to_layer_input"))
+
+
+def check_of_output(table: ClassFilters, layer: str, what: str) -> None:
+    """Raise if what acts on the output of a layer is given the filters of its input."""
+    if is_of_input(table, layer):
+        raise ValueError(
+            f"The table has filters of the input of {layer!r} (attribute_to_layer_input=True), and "
+            f"{what} its output. Find the filters at the layer before, whose output that input is; or "
+            "give that layer's name beside the table, where a layer is taken."
+        )
+
+
 def check_class_names(class_names: ClassNames | None, num_classes: int | None) -> None:
     """Raise if names are given twice, or are not as many as there are classes."""
     names = listed_names(class_names, num_classes)

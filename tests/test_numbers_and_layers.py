@@ -9,15 +9,25 @@ import torch
 from torch import nn
 
 from captum_classfilters import (
+    ClassFilterSaliency,
     LayerClassGate,
     LayerFilterAblation,
     LayerFilterContribution,
     LayerFilterFrequency,
+    prune_filters,
 )
 from captum_classfilters._core.arguments import whole_number
+from captum_classfilters.gates import masking_test
 from captum_classfilters.heads import accuracy_curve, top_mass
 from captum_classfilters.identify import LabelPermutation, binomial_interval, exemplars
-from captum_classfilters.metrics import correlation_filters, filter_curves, validate
+from captum_classfilters.metrics import (
+    class_curves,
+    collateral_damage,
+    correlation_filters,
+    filter_curves,
+    validate,
+)
+from captum_classfilters.pruning import ClassFilterImportance, specialize
 from captum_classfilters.spectral import layer_svd, select_rank
 from captum_classfilters.testing import trained_network
 from captum_classfilters.visualize.arrays import chosen
@@ -146,3 +156,105 @@ def test_labels_of_every_form_are_validated():
     ]
     for card in cards[1:]:
         assert torch.equal(card.missing, cards[0].missing)
+
+
+# -- tables of a layer's input ----------------------------------------------------------------------
+
+
+def square():
+    """A layer with as many filters at its input as at its output."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 1),
+            nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        ).eval()  # fmt: skip
+    x = torch.randn(40, 3, 7, 9, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        scores = model(x)
+        labels = (scores - scores.mean(0)).argmax(1)
+        model[4].bias -= scores.mean(0)
+    return model, [(x, labels)]
+
+
+def tables_of_one_tensor(model, data):
+    """A table of the filters that go into the layer "2", and of the same, which come out of "1"."""
+    options = {"num_filters": 2, **QUIET}
+    at_input = LayerFilterAblation(model, "2").identify(
+        data, attribute_to_layer_input=True, **options
+    )
+    at_output = LayerFilterAblation(model, "1").identify(data, **options)
+    assert torch.equal(at_input.selected, at_output.selected)
+    return at_input, at_output
+
+
+def damages(damage):
+    return {**damage.control_recall, "own": damage.recall_change}
+
+
+ACTING: dict[str, Any] = {
+    "class_curves": lambda model, layer, table, data: (
+        class_curves(model, layer, table, data, **QUIET).necessity
+    ),
+    "collateral_damage": lambda model, layer, table, data: damages(
+        collateral_damage(model, layer, table, data, **QUIET)
+    ),
+    "masking_test": lambda model, layer, table, data: {
+        "recall": masking_test(model, layer, table, data, **QUIET).recall
+    },
+}
+
+
+@pytest.mark.parametrize("name", ACTING)
+def test_a_table_of_a_layers_input_acts_on_its_input(name):
+    model, data = square()
+    act, (at_input, at_output) = ACTING[name], tables_of_one_tensor(model, data)
+    found, expected = act(model, "2", at_input, data), act(model, "1", at_output, data)
+    torch.testing.assert_close(found, expected, equal_nan=True)
+    beside = act(model, "1", at_input, data)  # the layer that the caller names
+    torch.testing.assert_close(beside, expected, equal_nan=True)
+    assert any(
+        not torch.equal(values, expected[key])
+        for key, values in act(model, "3", at_output, data).items()
+    )
+
+
+def test_tables_of_input_and_output_are_not_mixed():
+    model, data = square()
+    at_input, _ = tables_of_one_tensor(model, data)
+    at_output = LayerFilterAblation(model, "2").identify(data, **QUIET)
+    with pytest.raises(ValueError, match="Some tables have filters of the input of '2'"):
+        class_curves(model, "2", {"in": at_input, "out": at_output}, data, **QUIET)
+
+
+REFUSING: dict[str, Any] = {
+    "prune_filters": lambda model, table, images: prune_filters(model, table, images),
+    "prune_filters, keep": lambda model, table, images: prune_filters(
+        model, "2", images, keep=table
+    ),
+    "prune_filters, mapping": lambda model, table, images: prune_filters(
+        model, {"2": table}, images
+    ),
+    "specialize": lambda model, table, images: specialize(model, table, [1, 3], images, head="4"),
+    "ClassFilterImportance": lambda model, table, images: ClassFilterImportance(
+        model, table, images
+    ),
+    "ClassFilterSaliency": lambda model, table, images: ClassFilterSaliency(model, "2", table),
+}
+
+
+@pytest.mark.parametrize("name", REFUSING)
+def test_a_table_of_a_layers_input_is_refused_by_what_acts_on_outputs(name):
+    model, data = square()
+    at_input, _ = tables_of_one_tensor(model, data)
+    with pytest.raises(ValueError, match=r"filters of the input of '2' .* the layer before"):
+        REFUSING[name](model, at_input, data[0][0])
+
+
+def test_filters_of_a_layers_input_are_removed_at_the_layer_before():
+    model, data = square()
+    at_input, at_output = tables_of_one_tensor(model, data)
+    images = data[0][0]
+    pruned = prune_filters(model, "1", images, keep=at_input)
+    expected = prune_filters(model, at_output, images)
+    assert torch.equal(pruned(images), expected(images))

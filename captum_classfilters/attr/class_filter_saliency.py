@@ -25,6 +25,7 @@ from captum_classfilters._core.guard import model_left_as_found
 from captum_classfilters._core.layers import (
     along_filters,
     find_layer,
+    layer_name,
     module_of,
 )
 from captum_classfilters._core.outputs import class_scores
@@ -33,7 +34,7 @@ from captum_classfilters._core.taps import LayerTap, tapping
 from captum_classfilters._core.targets import class_indices, own_scores
 from captum_classfilters._core.types import Attributions, ModelInputs
 from captum_classfilters.attr.layer_filter_contribution import LayerFilterContribution
-from captum_classfilters.class_filters import ClassFilters
+from captum_classfilters.class_filters import ClassFilters, check_of_output
 
 Mode = Literal["input_gradient", "activation_map"]
 
@@ -114,6 +115,8 @@ class ClassFilterSaliency(GradientAttribution):
         self.layer: Any = (
             find_layer(module_of(forward_func), layer) if isinstance(layer, str) else layer
         )
+        name = layer_name(module_of(forward_func, [self.layer]), self.layer)
+        check_of_output(class_filters, name, "saliency passes through")
         self.class_filters = class_filters
         self.device_ids = device_ids
         self.mode = mode

@@ -13,6 +13,7 @@ from captum_classfilters._core.tables import Table, Tabular, short_repr
 from captum_classfilters._core.types import Dataloader, Unpack
 from captum_classfilters.attr import LayerFilterAblation
 from captum_classfilters.class_filters import ClassFilters
+from captum_classfilters.metrics.removals import at_input_of
 from captum_classfilters.metrics.replayed_batches import confusion_without
 
 
@@ -97,7 +98,8 @@ def masking_test(
     Args:
 
         model (nn.Module): The model, with scores (N, C) or one logit.
-        layer (nn.Module or str): The layer that ``class_filters`` was found at.
+        layer (nn.Module or str): The layer that ``class_filters`` was found at; if at its input,
+                    filters are masked there.
         class_filters (ClassFilters): A table with a selection.
         dataloader (iterable): Batches of (images, labels), other ones than the table was found on.
         mode (str): ``"mask"`` removes a class's filters, ``"keep"`` removes all the others.
@@ -153,6 +155,7 @@ def masking_test(
         unpack=unpack,
         device=device,
         show_progress=show_progress,
+        at_input=at_input_of(model, module, {"": class_filters}),
     )
     counts, every = clean.sum(1).double(), torch.arange(class_filters.num_classes)
     without = without.unflatten(0, sets.shape[:2])  # (1 + repetitions, C, C, C)

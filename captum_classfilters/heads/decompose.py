@@ -19,7 +19,7 @@ from captum_classfilters._core.layers import (
 from captum_classfilters._core.outputs import class_scores
 from captum_classfilters._core.taps import hooked, tapped
 from captum_classfilters._core.types import ExampleInputs
-from captum_classfilters.class_filters import ClassFilters
+from captum_classfilters.class_filters import ClassFilters, is_of_input
 from captum_classfilters.heads.decomposed_linear import DecomposedLinear
 from captum_classfilters.heads.linear_head import (
     LinearHead,
@@ -295,14 +295,13 @@ def _checked_feed(
     """How the table's layer feeds the head on an example; raises if it does not, or if the head is
     not all that the scores come from."""
     layer = find_layer(model, class_filters.layer)
+    at_input = is_of_input(class_filters, class_filters.layer)
     features: list[Tensor] = []
     tensors: list[Tensor] = []
     with example_batch([model], example_inputs) as batch:
         with (
             tapped(head.module, lambda value: _keep(features, value), at_input=True),
-            tapped(
-                layer, lambda value: _keep(tensors, value), at_input=_found_at_input(class_filters)
-            ),
+            tapped(layer, lambda value: _keep(tensors, value), at_input=at_input),
         ):
             model(*batch.inputs)
         if features and tensors:
@@ -318,10 +317,6 @@ def _checked_feed(
         f"{shapes[0]} is neither the layer's tensor {shapes[1]}, nor its mean over positions, nor its "
         "flattened form."
     )
-
-
-def _found_at_input(class_filters: ClassFilters) -> bool:
-    return bool(class_filters.provenance.get("options", {}).get("attribute_to_layer_input"))
 
 
 def _keep(kept: list[Tensor], value: object) -> None:
@@ -341,7 +336,8 @@ def _feed(
     ]
     if tensor.dim() > 1 and len(fits) != 1:
         layer = find_layer(model, class_filters.layer)
-        fits = [layer_axis(model, layer, tensor, at_input=_found_at_input(class_filters))]
+        at_input = is_of_input(class_filters, class_filters.layer)
+        fits = [layer_axis(model, layer, tensor, at_input=at_input)]
     flat = features.flatten(1) if features.dim() > 2 else features
     return next((feed for axis in fits if (feed := how_layer_feeds(flat, tensor, axis))), None)
 

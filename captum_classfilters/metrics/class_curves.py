@@ -20,6 +20,7 @@ from captum_classfilters.metrics.removals import (
     RANDOM,
     OrderedRemoval,
     areas,
+    at_input_of,
     curve_points,
     kept_alone,
     magnitude_control,
@@ -110,7 +111,8 @@ def class_curves(
     Args:
 
         model (nn.Module or Callable): The model, or its forward function, with scores (N, C).
-        layer (nn.Module or str): The layer that the tables were found at, or its dotted name.
+        layer (nn.Module or str): The layer that the tables were found at, or its dotted name. Filters
+                    of tables found at its input are removed there.
         class_filters (ClassFilters or mapping of them): Tables, found on *other* images.
         dataloader (iterable): Batches of (inputs, labels).
         num_filters (sequence of int, optional): Points of the curves; 0, K, and with every number j
@@ -164,7 +166,8 @@ def class_curves(
     first = next(iter(tables.values()))
     shape = (first.num_classes, first.num_filters)
     layer = resolved_layer(model, layer)
-    magnitude = magnitude_control(model, layer, shape[1], weight_magnitude)
+    at_input = at_input_of(model, layer, tables)
+    magnitude = magnitude_control(model, layer, shape[1], weight_magnitude, at_input)
     sizes = curve_points(num_filters, shape[1])
     orders = {name: descending(table.scores) for name, table in tables.items()}
     orders[MAGNITUDE] = descending(magnitude).expand(shape)
@@ -179,6 +182,7 @@ def class_curves(
         unpack=unpack,
         device=device,
         show_progress=show_progress,
+        at_input=at_input,
     ) as batches:
         for replayed in batches:
             removal = OrderedRemoval(

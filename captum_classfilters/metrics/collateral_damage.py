@@ -17,6 +17,7 @@ from captum_classfilters.class_filters import ClassFilters
 from captum_classfilters.metrics.removals import (
     MAGNITUDE,
     RANDOM,
+    at_input_of,
     magnitude_control,
     resolved_layer,
     reversed_name,
@@ -158,7 +159,8 @@ def collateral_damage(
     Args:
 
         model (nn.Module or Callable): The model, or its forward function, with scores (N, C).
-        layer (nn.Module or str): The layer that the table was found at, or its dotted name.
+        layer (nn.Module or str): The layer that the table was found at, or its dotted name. Filters
+                    of a table found at its input are removed there.
         class_filters (ClassFilters): A table with a selection, found on *other* images.
         dataloader (iterable): Batches of (inputs, labels).
         classes (iterable of int or str, optional): Whose filters to remove, one class at a time; by
@@ -206,7 +208,8 @@ def collateral_damage(
         raise ValueError("repetitions must be at least 1: damage needs its control.")
     rows = _rows(class_filters, classes)
     layer = resolved_layer(model, layer)
-    magnitude = magnitude_control(model, layer, class_filters.num_filters, weight_magnitude)
+    number, at_input = class_filters.num_filters, at_input_of(model, layer, {"": class_filters})
+    magnitude = magnitude_control(model, layer, number, weight_magnitude, at_input)
     sets = _sets(class_filters, rows, magnitude, repetitions, seed)
     clean, without = confusion_without(
         LayerFilterAblation(model, layer, replacement=replacement, channel_dim=channel_dim),
@@ -217,6 +220,7 @@ def collateral_damage(
         unpack=unpack,
         device=device,
         show_progress=show_progress,
+        at_input=at_input,
     )
     sizes = [len(masks) * len(rows) for masks in sets.values()]
     parts = dict(zip(sets, without.split(sizes), strict=True))

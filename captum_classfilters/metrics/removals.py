@@ -11,7 +11,7 @@ from captum_classfilters._core.filter_weights import filter_weights
 from captum_classfilters._core.layers import find_layer, layer_name, module_of
 from captum_classfilters._core.ranking import first_of
 from captum_classfilters._core.types import Check, ForwardFunc, Replay
-from captum_classfilters.class_filters import ClassFilters
+from captum_classfilters.class_filters import ClassFilters, is_of_input
 
 RANDOM, MAGNITUDE = "random", "weight magnitude"
 
@@ -74,13 +74,28 @@ def named_tables(
     return tables
 
 
-def weight_magnitudes(model: ForwardFunc, layer: nn.Module, num_filters: int) -> Tensor | None:
+def at_input_of(model: ForwardFunc, layer: nn.Module, tables: Mapping[str, ClassFilters]) -> bool:
+    """Whether tables are of the filters of this layer's input; raises if only some are."""
+    name = layer_name(module_of(model, [layer]), layer)
+    found = {key: is_of_input(table, name) for key, table in tables.items()}
+    if len(set(found.values())) > 1:
+        raise ValueError(
+            f"Some tables have filters of the input of {name!r} (attribute_to_layer_input=True), others "
+            f"of its output: {found}; give tables of one kind at a time."
+        )
+    return any(found.values())
+
+
+def weight_magnitudes(
+    model: ForwardFunc, layer: nn.Module, num_filters: int, at_input: bool = False
+) -> Tensor | None:
     r"""
     Euclidean norm of each filter's weights: of the convolution or linear layer that makes the filters.
 
     It is looked for inside the layer, last one first, and then among the modules registered before
     it, nearest first; no graph of the model is needed. None where the layer's filters come from
-    several convolutions, so that no weight has as many.
+    several convolutions, so that no weight has as many. Those of the layer's input are made
+    before it.
     """
     owner = module_of(model, [layer])
     before: list[nn.Module] = []
@@ -88,7 +103,8 @@ def weight_magnitudes(model: ForwardFunc, layer: nn.Module, num_filters: int) ->
         if module is layer:
             break
         before.append(module)
-    for module in [*reversed(list(layer.modules())), *reversed(before)]:
+    inside = [] if at_input else list(layer.modules())
+    for module in [*reversed(inside), *reversed(before)]:
         weights = filter_weights(module)
         if weights is not None and len(weights) == num_filters:
             return weights.cpu().flatten(1).double().norm(dim=1)
@@ -96,11 +112,15 @@ def weight_magnitudes(model: ForwardFunc, layer: nn.Module, num_filters: int) ->
 
 
 def magnitude_control(
-    model: ForwardFunc, layer: nn.Module, num_filters: int, weight_magnitude: Tensor | None
+    model: ForwardFunc,
+    layer: nn.Module,
+    num_filters: int,
+    weight_magnitude: Tensor | None,
+    at_input: bool = False,
 ) -> Tensor:
     """The magnitudes (K,) that the caller gave, or those of the layer's weights."""
     if weight_magnitude is None:
-        magnitudes = weight_magnitudes(model, layer, num_filters)
+        magnitudes = weight_magnitudes(model, layer, num_filters, at_input)
         if magnitudes is not None:
             return magnitudes
         name = layer_name(module_of(model, [layer]), layer)

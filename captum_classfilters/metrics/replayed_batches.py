@@ -98,8 +98,10 @@ def replaying(
     unpack: Unpack | None = None,
     device: torch.device | str | None = None,
     show_progress: bool = True,
+    at_input: bool = False,
 ) -> Iterator[Iterator[ReplayedBatch]]:
-    """The batches of a loader for a model and a layer that fit tables of a shape (C, K)."""
+    """The batches of a loader for a model and a layer that fit tables of a shape (C, K); without
+    filters of the layer's input, if so."""
     model = module_of(ablation.forward_func, [layer])
     with read_batches(
         model,
@@ -113,7 +115,7 @@ def replaying(
         def each() -> Iterator[ReplayedBatch]:
             reader = ScoreReader(ablation.forward_func, batches, [layer])
             for batch in batches:
-                replay = ablation.replay(layer, batch.inputs)
+                replay = ablation.replay(layer, batch.inputs, at_input=at_input)
                 batches.check_repeats(ablation.forward_func, batch, replay.output)
                 probabilities = reader.probabilities(batch, replay.output)
                 num_classes = _classes(replay.output[None], probabilities).shape[2]

@@ -12,7 +12,7 @@ from captum_classfilters._core.filter_graph import FilterGraph
 from captum_classfilters._core.names import check_list
 from captum_classfilters._core.tables import described
 from captum_classfilters._core.types import ExampleInputs
-from captum_classfilters.class_filters import ClassFilters
+from captum_classfilters.class_filters import ClassFilters, check_of_output
 
 _REDUCTIONS = {
     "max": lambda scores: scores.max(0).values,
@@ -97,6 +97,7 @@ class ClassFilterImportance:
         return f"ClassFilterImportance(layer={described(list(self._names.values()))})"
 
     def _add(self, graph: FilterGraph, table: ClassFilters, scores: Tensor) -> None:
+        check_of_output(table, table.layer, "filters are removed at")
         layer = graph.layer(table.layer)
         number = graph.width(layer)[1]
         if number != table.num_filters:

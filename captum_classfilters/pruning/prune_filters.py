@@ -19,7 +19,7 @@ from captum_classfilters._core.filter_removal import (
 from captum_classfilters._core.guard import model_left_as_found
 from captum_classfilters._core.layers import name_of
 from captum_classfilters._core.types import ExampleInputs
-from captum_classfilters.class_filters import ClassFilters
+from captum_classfilters.class_filters import ClassFilters, check_of_output
 from captum_classfilters.pruning.pruning_order import PruningOrder
 
 Filters = Tensor | Sequence[int] | Sequence[bool]
@@ -110,6 +110,8 @@ def prune_filters(
         graph = FilterGraph(pruned, inputs)
         removal = Removal()
         for name, kept, removed in requests:
+            if isinstance(kept, ClassFilters):
+                check_of_output(kept, name, "filters are removed at")
             number = graph.width(graph.layer(name), channel_dim)[1]
             places = _removed(name, number, kept, removed)
             if places:

@@ -22,7 +22,7 @@ from captum_classfilters._core.outputs import class_scores, scores_per_class
 from captum_classfilters._core.tables import Table, Tabular, short_repr
 from captum_classfilters._core.types import Dataloader, ExampleInputs, ModelInputs, Unpack
 from captum_classfilters._core.warnings import warn
-from captum_classfilters.class_filters import ClassFilters
+from captum_classfilters.class_filters import ClassFilters, check_of_output
 from captum_classfilters.heads.decompose import find_head, replace_head
 from captum_classfilters.pruning.candidates import checked_labels
 from captum_classfilters.pruning.prune_filters import prune_filters
@@ -167,6 +167,7 @@ def specialize(
     rows, names = _chosen(tables, classes)
     kept = {}
     for table in tables:
+        check_of_output(table, table.layer, "filters are removed at")
         if table.layer in kept:
             raise ValueError(f"Two tables are of the layer {table.layer!r}.")
         kept[table.layer] = _needed(table, rows)
