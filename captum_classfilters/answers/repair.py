@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.heads import alike
+from captum_classfilters._core.image_keys import image_keys
 from captum_classfilters._core.layers import find_layer
 from captum_classfilters._core.ranking import descending, random_sets
 from captum_classfilters._core.tables import Row, Table, Tabular, short_repr
@@ -21,7 +22,6 @@ from captum_classfilters.class_filters import index_of_class
 from captum_classfilters.heads import replace_head
 from captum_classfilters.heads.linear_head import LinearHead, linear_head
 from captum_classfilters.identify.accuracy_reduction import paired_interval
-from captum_classfilters.identify.significance import image_keys
 
 Edit: TypeAlias = Literal["weights", "filters", "directions", "oblique"]
 

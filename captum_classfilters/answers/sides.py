@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from torch.utils.data import RandomSampler
 
 from captum_classfilters._core.batches import Batch, Batches, read_batches
+from captum_classfilters._core.image_keys import image_keys
 from captum_classfilters._core.layers import check_runs
 from captum_classfilters._core.score_reader import ScoreReader
 from captum_classfilters._core.tables import short_repr
 from captum_classfilters._core.types import Dataloader, ModelInputs, Unpack
 from captum_classfilters._core.units import Rows
 from captum_classfilters.heads.linear_head import HeadRun, LinearHead, run_head
-from captum_classfilters.identify.significance import image_keys
 
 #: Images with something: a loader of them, or a function from images without it to images with it.
 #: None where each batch has both.

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.batches import dataset_names
 from captum_classfilters._core.devices import device_of
+from captum_classfilters._core.image_keys import image_keys
 from captum_classfilters._core.names import check_list
 from captum_classfilters._core.tables import Row, Table, Tabular, short_repr
 from captum_classfilters._core.types import ClassNames, Dataloader, Unpack
@@ -24,7 +25,6 @@ from captum_classfilters.answers.specialist_builder import SpecialistBuilder, hi
 from captum_classfilters.class_filters import given_or_known_names, index_of_class
 from captum_classfilters.heads.linear_head import first_inputs, scoring_head
 from captum_classfilters.identify.accuracy_reduction import binomial_interval, paired_interval
-from captum_classfilters.identify.significance import image_keys
 from captum_classfilters.pruning.compare_networks import NetworkComparison, compare_networks
 from captum_classfilters.pruning.fold_batch_norms import fold_batch_norms
 from captum_classfilters.pruning.network_size import UNITS, Ranks, Unit

@@ -3,13 +3,15 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from captum_classfilters._core.arguments import arguments_checked
-from captum_classfilters._core.captum import TargetType, log_usage
+from captum_classfilters._core.captum import TargetType, format_tensor_into_tuples, log_usage
+from captum_classfilters._core.image_keys import generators_of_images
 from captum_classfilters._core.replay.suffix_replay import SuffixReplay
 from captum_classfilters._core.types import Attributions, JsonDict
 from captum_classfilters._core.warnings import warn
@@ -66,7 +68,8 @@ class LayerFilterShapley(FilterRemovalAttribution):
 
     Where the model ends in a linear head fed by the layer, logits need no further run: there the
     value is the filter's contribution. Up to ten filters all sets are run. Elsewhere values are the least
-    squares over random sets, each with its complement; other sets for each image of a batch. After
+    squares over random sets, each with its complement; other sets for each image, which depend on its
+    bytes and the seed alone, so that errors average out over a data set, in batches of any size. After
     Musco and Witter: *Provably accurate Shapley value estimation via leverage score sampling*, ICLR
     2025, https://arxiv.org/abs/2410.01917; sizes are drawn with chances between theirs, which are
     all alike, and those of the Shapley kernel. What comes before the layer runs once.
@@ -196,7 +199,10 @@ class LayerFilterShapley(FilterRemovalAttribution):
         widths: list[Tensor] = []
 
         def values_of(replay: SuffixReplay) -> Tensor:
-            values, half = self._values(replay, target, perturbations_per_eval, show_progress)
+            drawn = partial(generators_of_images, format_tensor_into_tuples(inputs), self.seed)
+            values, half = self._values(
+                replay, target, perturbations_per_eval, drawn, show_progress
+            )
             widths.append(half)
             return values
 
@@ -219,6 +225,7 @@ class LayerFilterShapley(FilterRemovalAttribution):
         replay: SuffixReplay,
         target: TargetType,
         perturbations_per_eval: int | None,
+        generators: Callable[[], list[torch.Generator]],
         show_progress: bool,
     ) -> tuple[Tensor, Tensor]:
         """Values of each image's filters and half the widths of their intervals, (N, K) each."""
@@ -243,13 +250,13 @@ class LayerFilterShapley(FilterRemovalAttribution):
         if exact:
             values, half = _solved(_all_sets(filters, images, worth), total, exact)
         else:
-            values, half = self._sampled(filters, images, total, worth, show_progress)
+            values, half = self._sampled(filters, generators(), total, worth, show_progress)
         return values.to(replay.output), half.float()
 
     def _sampled(
         self,
         filters: int,
-        images: int,
+        generators: list[torch.Generator],
         total: Tensor,
         worth: Callable[[Tensor], Tensor],
         show_progress: bool,
@@ -261,13 +268,12 @@ class LayerFilterShapley(FilterRemovalAttribution):
                 f"max_evaluations={self.max_evaluations} are too few for {filters} filters; give at "
                 f"least {4 * filters}."
             )
-        generator = torch.Generator().manual_seed(self.seed)
         bar = tqdm(total=2 * most, desc=f"{self.get_name()} attribution", disable=not show_progress)
         number = most if self.tolerance is None else min(most, 4 * filters)
         sets: _Sets | None = None
         with bar:
             while True:
-                drawn = _random_sets(filters, images, number, generator, worth)
+                drawn = _random_sets(filters, number, generators, worth)
                 sets = drawn if sets is None else sets.and_those(drawn)
                 bar.update(2 * number)
                 values, half = _solved(sets, total)
@@ -306,9 +312,8 @@ def _all_sets(filters: int, images: int, worth: Callable[[Tensor], Tensor]) -> _
 
 def _random_sets(
     filters: int,
-    images: int,
     number: int,
-    generator: torch.Generator,
+    generators: list[torch.Generator],
     worth: Callable[[Tensor], Tensor],
 ) -> _Sets:
     """Random sets, others for each image.
@@ -318,11 +323,11 @@ def _random_sets(
     """
     every = torch.arange(1, filters).double()
     chances = (every * (filters - every)).rsqrt()
-    drawn = torch.multinomial(chances, number * images, replacement=True, generator=generator)
-    sizes = 1 + drawn.reshape(number, images, 1)
-    ranks = torch.rand(number, images, filters, generator=generator).argsort(2).argsort(2)
-    stays = ranks < sizes
-    weights = chances[sizes[..., 0] - 1]  # the weight of the size over its chance
+    sizes = [torch.multinomial(chances, number, True, generator=own) for own in generators]
+    order = [torch.rand(number, filters, generator=own) for own in generators]
+    drawn = torch.stack(sizes, 1)
+    stays = torch.stack(order, 1).argsort(2).argsort(2) <= drawn[..., None]
+    weights = chances[drawn]  # the weight of the size over its chance
     return _Sets(stays, weights, worth(stays) - worth(~stays))
 
 

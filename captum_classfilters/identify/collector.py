@@ -24,6 +24,7 @@ from captum_classfilters._core.forward import (
     MapsNeededError,
     SharedForward,
 )
+from captum_classfilters._core.image_keys import image_keys
 from captum_classfilters._core.labels import Memberships
 from captum_classfilters._core.outputs import scores_per_class
 from captum_classfilters._core.progress import Count
@@ -35,7 +36,6 @@ from captum_classfilters.identify.significance import (
     EvidenceRecord,
     LabelPermutation,
     foreign_labels,
-    image_keys,
 )
 
 if TYPE_CHECKING:

@@ -1,6 +1,6 @@
 """Is a cell of the table more than chance? Label permutations and the false discovery rate."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Literal
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from captum_classfilters._core.arguments import arguments_checked, check_numbers
+from captum_classfilters._core.image_keys import mixed
 from captum_classfilters._core.tables import short_repr
 from captum_classfilters._core.types import JsonDict
 
@@ -159,28 +160,6 @@ class EvidenceRecord:
         return evidence[order], classes[order]
 
 
-def image_keys(inputs: Sequence[object]) -> Tensor:
-    """A number (N,) for each image of a batch that depends on its own bytes alone, where it is."""
-    tensors = [part for part in inputs if isinstance(part, Tensor) and part.dim()]
-    keys = torch.zeros(len(tensors[0]), dtype=torch.int64, device=tensors[0].device)
-    for part in tensors:
-        if len(part) != len(keys):
-            continue
-        flat = part.detach().reshape(len(part), -1).contiguous()
-        flat = flat.to(torch.uint8) if flat.dtype == torch.bool else flat.view(torch.uint8)
-        words = flat.view(torch.int32) if flat.shape[1] % 4 == 0 else flat
-        places = torch.arange(1, words.shape[1] + 1, device=words.device)
-        keys = _mixed(keys + (words * _mixed(places)).sum(1))
-    return keys
-
-
-def _mixed(numbers: Tensor) -> Tensor:
-    """Whole numbers thoroughly mixed, as Steele, Lea and Flood's SplitMix64 does."""
-    for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
-        numbers = (numbers ^ (numbers >> shift)) * factor
-    return numbers ^ (numbers >> 31)
-
-
 def foreign_labels(
     labels: Tensor, num_classes: int, keys: Tensor, seed: int, number: int
 ) -> list[Tensor]:
@@ -191,8 +170,8 @@ def foreign_labels(
         raise ValueError("Significance needs at least two classes; the model puts out one.")
     steps: list[Tensor] = []
     for place in range(min(number, num_classes - 1)):
-        start = _mixed(torch.tensor(seed + 7919 * place + 1, dtype=torch.int64)).to(keys.device)
-        step = 1 + _mixed(keys + start) % (num_classes - 1 - place)
+        start = mixed(torch.tensor(seed + 7919 * place + 1, dtype=torch.int64)).to(keys.device)
+        step = 1 + mixed(keys + start) % (num_classes - 1 - place)
         # The step counts the classes that are left: it skips those that were drawn, from the lowest.
         for drawn in torch.stack(steps).sort(0).values if steps else ():
             step = step + (step >= drawn)

@@ -155,6 +155,39 @@ def test_a_table_over_a_data_set():
     assert table.method == "LayerFilterShapley"
 
 
+@pytest.mark.parametrize("batch_size", [1, 7, 20])
+def test_sets_are_those_of_the_image_wherever_it_is_read(batch_size):
+    model, x = crowd(rows=20)
+    options: dict[str, Any] = {"tolerance": None, "max_evaluations": 60, "channel_dim": 1}
+    method = LayerFilterShapley(model, model.layer, **options)
+    expected = method.attribute(x, target=1)
+    state = torch.get_rng_state()
+    order = torch.arange(20).flip(0)
+    parts = [method.attribute(x[rows], target=1) for rows in order.split(batch_size)]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.allclose(torch.cat(parts)[order], expected, atol=1e-5)
+    other = LayerFilterShapley(model, model.layer, seed=1, **options).attribute(x, target=1)
+    assert not torch.allclose(other, expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("batch_size", [1, 10, 200])
+def test_errors_of_images_average_out_over_a_data_set(batch_size):
+    """Filters that no output depends on have the value 0, and tables say so within their errors."""
+    model, x = crowd(number=16, rows=200)
+    silent = torch.arange(16) >= 8
+    x = x.abs()  # images alike, so that the same sets err alike
+    x[:, silent] *= 1e-6
+    method = LayerFilterShapley(
+        model, model.layer, tolerance=None, max_evaluations=64, channel_dim=1
+    )
+    data = [(part, torch.ones(len(part), dtype=torch.int64)) for part in x.split(batch_size)]
+    table = method.identify(data, num_classes=2, significance=True, show_progress=False)
+    means, errors = table.scores[1, silent], table.standard_errors[1, silent]
+    single = method.attribute(x, target=1).flatten(1)[:, silent]
+    assert means.square().mean().sqrt() < 0.15 * single.square().mean().sqrt()
+    assert float((means.abs() / errors).max()) < 3.5
+
+
 @pytest.mark.parametrize("score", ["logit", "log_probability"])
 @pytest.mark.parametrize("layer", ["stage1", "stage2"])
 def test_an_accelerator_gives_the_cpus_values(layer, score):
