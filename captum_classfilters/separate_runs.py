@@ -86,7 +86,8 @@ class _Runs(nn.Module):
         self.next, self.training = 0, module.training
         same = {part: part for part in kept}
         for run in range(runs):
-            self.add_module(str(run), copied(module, same, share=True) if run else module)
+            # Not by add_module: a Sequential's own children have such names, too.
+            self._modules[str(run)] = copied(module, same, share=True) if run else module
 
     def forward(self, *inputs: object, **options: object) -> Any:
         if self.next == len(self._modules):

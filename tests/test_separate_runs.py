@@ -165,6 +165,28 @@ def test_one_module_at_several_places():
     assert rows["1.1"].shape == (2, 5, 3, 2)
 
 
+@pytest.mark.parametrize("number", [1, 2, 4])
+def test_a_sequential_whose_children_are_called_as_its_runs(number):
+    class Repeated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            parts = [nn.Conv2d(6, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 6, 1), nn.Tanh()]
+            self.stem, self.block = nn.Conv2d(3, 6, 3), nn.Sequential(*parts[:number])
+
+        def forward(self, x):
+            x = self.stem(x)
+            for _ in range(3):
+                x = self.block(x)
+            return x.mean((2, 3)) + self.block[0].bias
+
+    model, x = Repeated().eval(), torch.rand(4, 3, 5, 7)
+    separate = SeparateRuns(model, x)
+    assert torch.equal(separate(x), model(x))
+    names = [f"block.{run}.0" for run in range(3)]
+    assert all(list_filter_layers(separate, x)[name].shape == (4, 6, 3, 5) for name in names)
+    assert len({separate.get_submodule(f"wrapped_model.block.{run}") for run in range(3)}) == 3
+
+
 def test_the_refusal_leads_here(networks):
     model, _, _, x = networks
     with pytest.raises(ValueError, match=r"SeparateRuns\(model, example_inputs\).*'relu.0'"):
