@@ -696,13 +696,15 @@ class ClassFilters(Tabular):
             For sets of k1 and k2 of K filters chance is max(k1, k2) / K.
 
         Raises:
-            ValueError: The tables have different shapes.
+            ValueError: The tables have different shapes, or names of classes that differ; names that
+                        are only indices fit any.
         """
         if self._scores.shape != other._scores.shape:
             raise ValueError(
                 f"The tables have shapes {tuple(self._scores.shape)} and "
                 f"{tuple(other._scores.shape)}; only equal shapes can be compared."
             )
+        _check_same_classes(self, other)
         mine, theirs = self, other
         if num_filters is not None:
             mine, theirs = self.select(num_filters), other.select(num_filters)
@@ -1012,6 +1014,20 @@ def _check_shares(tables: Sequence[ClassFilters]) -> None:
                 f"Table {place} has the same numbers as one before it; if it is of the same images, "
                 "they are counted twice."
             )
+
+
+def _check_same_classes(left: ClassFilters, right: ClassFilters) -> None:
+    """Raise if rows of two tables are of other classes, as far as their names say."""
+    unnamed = names_of_classes(None, left.num_classes)
+    pairs = zip(left.class_names, right.class_names, strict=True)
+    different = [row for row, (own, other) in enumerate(pairs) if own != other]
+    if different and unnamed not in (left.class_names, right.class_names):
+        row = different[0]
+        raise ValueError(
+            f"The tables are not over the same classes: class {row} is {left.class_names[row]!r} in one "
+            f"and {right.class_names[row]!r} in the other, and classes are compared by their place. "
+            "Identify both with the same class_names in the same order."
+        )
 
 
 def _measured(table: ClassFilters) -> dict[str, object]:

@@ -210,6 +210,19 @@ class TestComparing:
         assert overlap.jaccard[0].tolist() == pytest.approx([1, 1 / 3, 1 / 3])
         assert overlap.classes_per_filter.tolist() == [2, 2, 2, 0]
 
+    @pytest.mark.parametrize("fits", [["cat", "dog", "fox"], ["0", "1", "2"], None])
+    @pytest.mark.parametrize("differs", [["fox", "cat", "dog"], ["cat", "dog", "wolf"]])
+    def test_refuses_classes_of_other_names(self, fits, differs):
+        scores, counts = torch.rand(3, 5), torch.tensor([4, 5, 6])
+        one, same, other = (
+            ClassFilters(scores, counts, class_names=names).select(2)
+            for names in (["cat", "dog", "fox"], fits, differs)
+        )
+        assert one.agreement(same).mean_overlap == 1
+        assert same.agreement(one).mean_rank_correlation == pytest.approx(1)
+        with pytest.raises(ValueError, match=r"class \d is '(cat|fox)' in one and '(fox|wolf)'"):
+            one.agreement(other)
+
     def test_refuses_other_shapes(self):
         with pytest.raises(ValueError, match="only equal shapes"):
             table().agreement(table(torch.rand(3, 5)))
