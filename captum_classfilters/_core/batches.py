@@ -106,6 +106,7 @@ class Batches:
         self._repeated: set[int] = set()
         self._waiting: list[tuple[Tensor, Callable[[list[bool]], None]]] = []
         self._bytes_kept = self._ahead = 0
+        self.kept_back: Callable[[], None] | None = None  # looks at batches that wait for others
 
     def __iter__(self) -> Iterator[Batch]:
         number = -1
@@ -247,6 +248,12 @@ class Batches:
                 own, values = values[: len(flags)], values[len(flags) :]
                 then(own)
 
+    def catch_up(self) -> None:
+        """Count all batches so far, those included that wait for others."""
+        if self.kept_back is not None:
+            self.kept_back()
+        self.settle()
+
     def memberships(self, block: Sequence[Batch], num_classes: int) -> Memberships:
         """Which image of several batches counts for which class; class indices that come from an
         accelerator are checked later."""
@@ -378,7 +385,7 @@ def read_batches(
                 own_ranks.agree(lambda: {"the measurement": description, **_facts_of(models)})
         except BaseException as error:
             if progress is not None:
-                progress.interrupted(error)
+                progress.interrupted(error, batches.catch_up)
             if own_ranks is not None and isinstance(error, Exception):
                 own_ranks.fail(error)
             raise

@@ -203,12 +203,16 @@ class Progress:
                 f"whose state {self._path} holds"
             )
 
-    def interrupted(self, error: BaseException) -> None:
-        """Save what is counted, and have the error carry the result for it."""
-        if self._is_refused or not self.images:
+    def interrupted(self, error: BaseException, catch_up: Callable[[], None]) -> None:
+        """Save what is counted, and have the error carry the result for all images so far.
+
+        What waits for other batches is not saved: it would be added up in other portions when the run
+        goes on, to a result that is not the same bit by bit.
+        """
+        if self._is_refused:
             return
         notes = []
-        if self._path is not None:
+        if self._path is not None and self.images:
             try:
                 self._save()
                 notes.append(
@@ -219,7 +223,9 @@ class Progress:
                 notes.append(f"The state could not be saved: {failure}")
         with suppress(Exception), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            partial = self._partial()
+            with suppress(Exception):  # the error that is there is the one to tell
+                catch_up()
+            partial = self._partial() if self.images else None
             if partial is not None:
                 error.partial = partial  # type: ignore[attr-defined]
                 notes.append(

@@ -159,11 +159,14 @@ class Collector:
             if not tally.source.shares_forward and batch.first_image >= tally.count.images:
                 self._add_attributed(tally, batches, batch)
 
-    def finish(self, batches: Batches) -> None:
-        """Look at what still waits, and at what contributions that are not exact miss."""
+    def look_at_blocks(self, batches: Batches) -> None:
+        """Add the batches that wait for others."""
         for group in self.groups:
             self._look_at_block(group, batches)
-        batches.settle()
+
+    def finish(self, batches: Batches) -> None:
+        """Look at what still waits, and at what contributions that are not exact miss."""
+        batches.catch_up()
         inexact = [tally for tally in self.tallies if tally.source.sums_up and not tally.exact]
         if not inexact or batches.first is None or self.num_classes is None:
             return

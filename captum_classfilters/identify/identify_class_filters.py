@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, overload
 
 import torch
@@ -325,6 +326,7 @@ def collect(
         progress=progress,
         ranks=ranks,
     ) as batches:
+        batches.kept_back = partial(collector.look_at_blocks, batches)
         for batch in batches:
             collector.add(batches, batch)
             if batch.first_image == 0:

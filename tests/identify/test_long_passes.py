@@ -187,6 +187,20 @@ def test_the_partial_table_is_that_of_the_images_before():
         assert partial.provenance["num_images"] == 70
 
 
+@pytest.mark.parametrize("at", [1, 2, 8, 11])
+@pytest.mark.parametrize(
+    "method", [LayerFilterContribution, LayerFilterFrequency, LayerFilterAblation]
+)
+def test_batches_that_wait_for_others_are_in_the_partial_table(method, at):
+    data = batches(**MANY)
+    with pytest.raises(StopError) as caught:
+        method(pool_linear(), "1").identify(Interrupted(data, at), show_progress=False)
+    expected = method(pool_linear(), "1").identify(data[:at], show_progress=False)
+    partial = caught.value.partial  # type: ignore[attr-defined]
+    assert torch.equal(partial.counts, expected.counts)
+    torch.testing.assert_close(partial.scores, expected.scores, equal_nan=True)
+
+
 def test_a_bad_batch_late_in_the_pass_leaves_what_came_before(tmp_path):
     data, path = batches(**MANY), tmp_path / "state"
     bad = list(data)
