@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from captum_classfilters._core.arguments import arguments_checked
@@ -40,6 +41,7 @@ Missing = Literal["error", "dense", "bias"]
 
 
 @arguments_checked
+@torch.inference_mode(False)
 def decompose(
     model: nn.Module,
     class_filters: ClassFilters,
@@ -112,6 +114,7 @@ def decompose(
 
 
 @arguments_checked
+@torch.inference_mode(False)
 def decomposed_head(
     model: nn.Module,
     class_filters: ClassFilters,

@@ -18,6 +18,7 @@ def linear_map(
     return F.linear(features.movedim(1, -1), weight, bias).movedim(-1, 1)
 
 
+@torch.inference_mode(False)
 def linear_layer(weight: Tensor, bias: Tensor | None, convolution_dims: int = 0) -> nn.Module:
     """An ``nn.Linear``, or an ``nn.Conv1d/2d/3d`` of kernel size 1, with this weight (C, F)."""
     kind: Any = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)[convolution_dims]

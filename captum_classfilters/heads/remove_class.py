@@ -29,6 +29,7 @@ class RemovedClass:
 
 
 @arguments_checked
+@torch.inference_mode(False)
 def remove_class(head: nn.Module, class_index: int) -> RemovedClass:
     r"""
     Remove one class from a linear or decomposed head.

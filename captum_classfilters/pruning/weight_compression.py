@@ -163,6 +163,7 @@ class CompressedLayer:
 
 
 @arguments_checked
+@torch.inference_mode(False)
 def magnitude_prune(model: nn.Module, layer: nn.Module | str, sparsity: float) -> nn.Module:
     r"""
     A copy of the model in which a share of a layer's smallest weights is zero, ready to be trained.
@@ -275,6 +276,7 @@ def encode_weights(weights: Tensor, codebook: Tensor, codes: Tensor) -> Compress
 
 
 @arguments_checked
+@torch.inference_mode(False)
 def compress_layer(
     model: nn.Module,
     layer: nn.Module | str,

@@ -54,6 +54,7 @@ class FactoredLayer(nn.Sequential):
 
 
 @arguments_checked
+@torch.inference_mode(False)
 def factor_layer(model: nn.Module, layer: nn.Module | str, *, rank: int | None = None) -> nn.Module:
     r"""
     A copy of a model in which the singular directions of one layer are filters of their own.

@@ -113,6 +113,7 @@ class Recovery:
 
 
 @arguments_checked
+@torch.inference_mode(False)
 def planted_network(num_classes: int = 4, leak: float = 0.0, seed: int = 0) -> PlantedNetwork:
     r"""
     Write a network whose class filters are known at every layer.

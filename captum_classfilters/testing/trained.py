@@ -142,6 +142,7 @@ class TrainedNetwork:
 
 
 @arguments_checked
+@torch.inference_mode(False)
 @_single_precision()
 def trained_network(
     axis: str, level: int = 1, seed: int = 0, *, shipped: bool = True

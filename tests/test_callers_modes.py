@@ -1,4 +1,5 @@
-"""Training inside the caller's ``torch.autocast``, which keeps casts of weights until it ends."""
+"""What the caller has switched on or off around a call makes no difference: ``torch.autocast``, which
+keeps casts of weights until it ends, ``torch.no_grad`` and ``torch.inference_mode``."""
 
 import copy
 
@@ -7,10 +8,20 @@ import torch
 from captum.attr import LayerGradientXActivation
 from torch import nn
 
-from captum_classfilters import ClassSpecificGate, fine_tune, refit_head
+from captum_classfilters import (
+    ClassSpecificGate,
+    LayerFilterContribution,
+    decompose,
+    fine_tune,
+    prune_filters,
+    refit_head,
+)
 from captum_classfilters.gates import GatedTrainer
+from captum_classfilters.heads import decomposed_head, remove_class
 from captum_classfilters.metrics import cascading_randomization
-from captum_classfilters.pruning import LayerwiseFineTuning
+from captum_classfilters.pruning import LayerwiseFineTuning, compress_layer, magnitude_prune
+from captum_classfilters.spectral import factor_layer
+from captum_classfilters.testing import planted_network, trained_network
 
 QUIET = {"show_progress": False}
 
@@ -98,3 +109,42 @@ def test_a_single_step_where_the_caller_records_no_gradients(gated, switched_off
     assert found == expected
     state = copy.deepcopy(plain.state_dict())
     assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
+
+
+MAKING = {
+    "decompose": lambda model, table, x: decompose(model, table),
+    "decompose, checked": lambda model, table, x: decompose(
+        model, table, missing="dense", dropped_means=torch.ones(6), example_inputs=x
+    ),
+    "decomposed_head": lambda model, table, x: decomposed_head(model, table)[1],
+    "to_dense": lambda model, table, x: decomposed_head(model, table)[1].to_dense(),
+    "remove_class": lambda model, table, x: remove_class(model[4], 0).head,
+    "remove_class, decomposed": lambda model, table, x: (
+        remove_class(decomposed_head(model, table)[1], 0).head
+    ),
+    "prune_filters": lambda model, table, x: prune_filters(model, "1", x, keep=table),
+    "magnitude_prune": lambda model, table, x: magnitude_prune(model, "0", 0.5),
+    "compress_layer": lambda model, table, x: compress_layer(model, "0", x, clusters=4).model,
+    "factor_layer": lambda model, table, x: factor_layer(model, "0"),
+    "planted_network": lambda model, table, x: planted_network().model,
+    "trained_network": lambda model, table, x: trained_network("shared").model,
+}
+
+
+@pytest.mark.parametrize("name", MAKING)
+def test_what_is_made_in_inference_mode_can_be_trained(name):
+    data = separable()
+    with torch.inference_mode():
+        model = network_made_outside()
+        table = LayerFilterContribution(model, "1").identify(data, num_filters=3, **QUIET)
+        made = MAKING[name](model, table, data[0][0])
+    tensors = [*made.named_parameters(), *made.named_buffers()]
+    assert tensors
+    assert [key for key, tensor in tensors if tensor.is_inference()] == []
+    for parameter in made.parameters():
+        parameter.requires_grad_()
+
+
+@torch.inference_mode(False)
+def network_made_outside():
+    return network()
