@@ -19,7 +19,12 @@ from captum_classfilters import (
 from captum_classfilters._core.arguments import whole_number
 from captum_classfilters.gates import masking_test
 from captum_classfilters.heads import accuracy_curve, top_mass
-from captum_classfilters.identify import LabelPermutation, binomial_interval, exemplars
+from captum_classfilters.identify import (
+    LabelPermutation,
+    accuracy_reduction,
+    binomial_interval,
+    exemplars,
+)
 from captum_classfilters.metrics import (
     class_curves,
     collateral_damage,
@@ -249,6 +254,14 @@ def test_a_table_of_a_layers_input_is_refused_by_what_acts_on_outputs(name):
     at_input, _ = tables_of_one_tensor(model, data)
     with pytest.raises(ValueError, match=r"filters of the input of '2' .* the layer before"):
         REFUSING[name](model, at_input, data[0][0])
+
+
+def test_a_table_of_accuracies_says_that_it_is_of_the_input():
+    model, data = square()
+    method = LayerFilterAblation(model, "2")
+    reduction = accuracy_reduction(method, data, attribute_to_layer_input=True, **QUIET)
+    with pytest.raises(ValueError, match="filters of the input of '2'"):
+        prune_filters(model, reduction.to_class_filters(2), data[0][0])
 
 
 def test_filters_of_a_layers_input_are_removed_at_the_layer_before():

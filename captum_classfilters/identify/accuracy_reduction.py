@@ -295,9 +295,12 @@ def accuracy_reduction(
                 "perturbations_per_eval": perturbations_per_eval,
             }
 
+        def result(sums: dict[str, Tensor]) -> AccuracyReduction:
+            return _result(sums, method, names, attribute_to_layer_input)
+
         def partial() -> AccuracyReduction | None:
             sums = counted.sums
-            return None if sums is None else _result(sums.of_this_process(), method, names)
+            return None if sums is None else result(sums.of_this_process())
 
         progress = Progress(counted, facts, partial, state_path, save_every)
         with _reading(
@@ -316,9 +319,9 @@ def accuracy_reduction(
                     batch, changes, labels, num_classes or scores.shape[1], replay.num_filters
                 )
             ranks.agree(progress.facts, counted.shape())
-    result = _result(counted.merged().compute(), method, names)
+    whole = result(counted.merged().compute())
     progress.finished()
-    return result
+    return whole
 
 
 class _Counted:
@@ -433,7 +436,10 @@ def metric_reduction(
 
 
 def _result(
-    sums: dict[str, Tensor], method: Ablation, class_names: Sequence[str] | None
+    sums: dict[str, Tensor],
+    method: Ablation,
+    class_names: Sequence[str] | None,
+    at_input: bool,
 ) -> AccuracyReduction:
     """The counts of all batches, with what they come from."""
     counts = sums["counts"]
@@ -449,8 +455,10 @@ def _result(
         layer=_only_layer(method)[1],
         provenance=provenance(
             module_of(method.forward_func, [method.layer]),
-            options=method.options,
-            feeds_head=None,
+            options={
+                **method.options,
+                **({"attribute_to_layer_input": True} if at_input else {}),
+            },
             num_images=int(counts.sum()),
         ),
     )

@@ -1,12 +1,13 @@
 """Evidence of batches, added up for any number of methods and layers."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from captum_classfilters._core.batches import (
     BATCHES_AHEAD,
@@ -291,8 +292,7 @@ class Collector:
         source = tally.source
         output = None
         if tally.sums is None and batch.first_image == 0:
-            with torch.no_grad():
-                output = source.method.forward_func(*batch.inputs)
+            output = self._first_output(tally, batch)
             _check_repeats(source, batches, batch, output)
             source.adapt_to(output)
         wanted = self._targets(batches, [batch], output)
@@ -308,6 +308,23 @@ class Collector:
                 self._update(tally, scores, wanted)
 
         batches.later([scores.finite], then)
+
+    def _first_output(self, tally: Tally, batch: Batch) -> object:
+        """What the model returns for the first batch, and in passing how the layer feeds the head."""
+        source = tally.source
+        layer, channel_dim = source.method.layer, getattr(source.method, "channel_dim", None)
+        function = source.method.forward_func
+        # A layer whose filters cannot be told, or that runs several times, is the method's to judge.
+        with suppress(ValueError, AssertionError):
+            if isinstance(layer, nn.Module):
+                shared = SharedForward(
+                    function, [LayerRequest(layer, channel_dim)], source.at_input
+                )
+                with shared.run(batch.inputs, batch.size) as reading:
+                    self._note(tally, shared, 0)
+                    return reading.output
+        with torch.no_grad():
+            return function(*batch.inputs)
 
     # -- both ----------------------------------------------------------------------------------------
 

@@ -9,15 +9,20 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from captum.attr import LayerGradientXActivation
 from torch import nn
 
 from captum_classfilters import (
     ClassFilters,
     DecomposedLinear,
+    LayerFilterAblation,
     LayerFilterContribution,
     LayerFilterFrequency,
+    LayerFilterShapley,
     LayerSingularDirection,
+    accuracy_curve,
     decompose,
+    identify_class_filters,
 )
 from captum_classfilters.heads import find_head, replace_head
 from tests.heads.common import QUIET, identified
@@ -271,3 +276,29 @@ class TestExports:
         session = onnxruntime.InferenceSession(buffer.getvalue())
         found = session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
         assert torch.allclose(torch.from_numpy(found), decomposed(x), atol=1e-5)
+
+
+@pytest.mark.parametrize("at_input", [False, True])
+@pytest.mark.parametrize(
+    "method", [LayerFilterAblation, LayerFilterShapley, LayerGradientXActivation]
+)
+def test_tables_of_any_method_at_the_layer_that_feeds_the_head(method, at_input):
+    model, data = pool_linear(), batches()
+    layer = "4" if at_input else "1"
+    module = model.get_submodule(layer)
+    table, expected = (
+        identify_class_filters(
+            kind(model, module), data, num_filters=3, attribute_to_layer_input=at_input, **QUIET
+        )
+        for kind in (method, LayerFilterContribution)
+    )
+    assert table.provenance["feeds_head"] == expected.provenance["feeds_head"] != {}
+    decomposed = decompose(model, table)
+    weight = decomposed.get_submodule("4").dense_weight()
+    assert torch.equal(weight != 0, table.selected & (model[4].weight != 0))
+    curve = accuracy_curve(model, {"own": table}, data, num_filters=[3], **QUIET)
+    assert 0 <= float(curve.accuracy["own"][0]) <= 1
+    before = method(model, model[0])  # which a ReLU follows
+    earlier = identify_class_filters(before, data, num_filters=3, **QUIET)
+    with pytest.raises(ValueError, match="The layer '0' does not feed the head '4'"):
+        decompose(model, earlier)
