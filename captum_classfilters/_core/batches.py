@@ -106,7 +106,8 @@ class Batches:
         self._repeated: set[int] = set()
         self._waiting: list[tuple[Tensor, Callable[[list[bool]], None]]] = []
         self._bytes_kept = self._ahead = 0
-        self.kept_back: Callable[[], None] | None = None  # looks at batches that wait for others
+        # Looks at batches that wait for others; without a cycle, which would keep the model alive.
+        self.kept_back: Callable[[Batches], None] | None = None
 
     def __iter__(self) -> Iterator[Batch]:
         number = -1
@@ -251,7 +252,7 @@ class Batches:
     def catch_up(self) -> None:
         """Count all batches so far, those included that wait for others."""
         if self.kept_back is not None:
-            self.kept_back()
+            self.kept_back(self)
         self.settle()
 
     def memberships(self, block: Sequence[Batch], num_classes: int) -> Memberships:

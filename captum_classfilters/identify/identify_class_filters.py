@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any, overload
 
 import torch
@@ -326,7 +325,7 @@ def collect(
         progress=progress,
         ranks=ranks,
     ) as batches:
-        batches.kept_back = partial(collector.look_at_blocks, batches)
+        batches.kept_back = collector.look_at_blocks
         for batch in batches:
             collector.add(batches, batch)
             if batch.first_image == 0:
