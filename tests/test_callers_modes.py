@@ -2,6 +2,8 @@
 keeps casts of weights until it ends, ``torch.no_grad`` and ``torch.inference_mode``."""
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -23,10 +25,10 @@ from captum_classfilters.pruning import LayerwiseFineTuning, compress_layer, mag
 from captum_classfilters.spectral import factor_layer
 from captum_classfilters.testing import planted_network, trained_network
 
-QUIET = {"show_progress": False}
+QUIET: dict[str, Any] = {"show_progress": False}
 
 
-def network():
+def network() -> nn.Sequential:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return nn.Sequential(
@@ -50,7 +52,7 @@ def stepped(model, gated):
     return [trainer.step(*batch, gated)[0] for batch in separable() * 3]
 
 
-TRAINERS = {
+TRAINERS: dict[str, Callable[[nn.Sequential], Any]] = {
     "fine_tune": lambda model: [
         epoch.loss
         for epoch in fine_tune(
@@ -87,11 +89,17 @@ def test_a_randomized_model_explains_by_its_new_weights():
     model, images = network(), separable()[0][0]
     with torch.random.fork_rng():
         expected = cascading_randomization(
-            model, lambda twin: LayerGradientXActivation(twin, twin[1]), images, target=1
+            model,
+            lambda twin: LayerGradientXActivation(twin, twin.get_submodule("1")),
+            images,
+            target=1,
         )
         with torch.autocast("cpu", torch.bfloat16):
             found = cascading_randomization(
-                model, lambda twin: LayerGradientXActivation(twin, twin[1]), images, target=1
+                model,
+                lambda twin: LayerGradientXActivation(twin, twin.get_submodule("1")),
+                images,
+                target=1,
             )
     means = [result.rank_correlation.mean(1) for result in (found, expected)]
     torch.testing.assert_close(*means, atol=0.05, rtol=0)

@@ -182,6 +182,7 @@ def test_errors_of_images_average_out_over_a_data_set(batch_size):
     )
     data = [(part, torch.ones(len(part), dtype=torch.int64)) for part in x.split(batch_size)]
     table = method.identify(data, num_classes=2, significance=True, show_progress=False)
+    assert table.standard_errors is not None
     means, errors = table.scores[1, silent], table.standard_errors[1, silent]
     single = method.attribute(x, target=1).flatten(1)[:, silent]
     assert means.square().mean().sqrt() < 0.15 * single.square().mean().sqrt()

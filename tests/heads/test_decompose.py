@@ -26,7 +26,7 @@ from captum_classfilters import (
 )
 from captum_classfilters.heads import find_head, replace_head
 from tests.heads.common import QUIET, identified
-from tests.models import batches, hooks_of, images, known, pool_linear
+from tests.models import batches, hooks_of, images, known, layer_at, pool_linear
 
 
 class TestDecomposedLinear:
@@ -294,7 +294,7 @@ def test_tables_of_any_method_at_the_layer_that_feeds_the_head(method, at_input)
     )
     assert table.provenance["feeds_head"] == expected.provenance["feeds_head"] != {}
     decomposed = decompose(model, table)
-    weight = decomposed.get_submodule("4").dense_weight()
+    weight = layer_at(decomposed, "4", DecomposedLinear).dense_weight()
     assert torch.equal(weight != 0, table.selected & (model[4].weight != 0))
     curve = accuracy_curve(model, {"own": table}, data, num_filters=[3], **QUIET)
     assert 0 <= float(curve.accuracy["own"][0]) <= 1
