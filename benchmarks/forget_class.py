@@ -4,7 +4,7 @@
 
 CIFAR-10's public ResNet-20. For each class: the head without its row, whose features are as before, and
 the features without the class's own prototype, or without what a linear probe reads. For one class also
-forgetting further down. Retrained, for some classes: networks that never saw the class in training their
+forgetting further down. Retrained, for each class: networks that never saw the class in training their
 last stage. The public network's first two stages are kept, its last stage and head drawn anew and trained
 on those of 10,000 images that are of other classes, and alike on all for a network to forget in.
 """
@@ -142,6 +142,7 @@ def beside_retrained(args: argparse.Namespace) -> None:
     read = in_batches(maps[few].float(), y[few], 250)
     full = Late(cifar10.last_stage_trained(maps, y, args.epochs, _kept(args, "trained"))).eval()
     table = Table("class", "probes learn from", "network", *COLUMNS)
+    found: dict[tuple[str, str], list[list[float]]] = {}
     for class_index in args.retrained:
         rest, file = y != class_index, _kept(args, f"trained-without-{class_index}")
         without = cifar10.last_stage_trained(maps[rest], y[rest], args.epochs, file)
@@ -157,6 +158,12 @@ def beside_retrained(args: argparse.Namespace) -> None:
         for source, train in learned.items():
             for name, numbers in audited(models, class_index, train, judge).items():
                 table.row(cifar10.CLASSES[class_index], source, name, *_cells(numbers))
+                found.setdefault((source, name), []).append(numbers)
+    for (source, name), rows in found.items():
+        numbers, own = torch.tensor(rows), torch.tensor(found[source, "retrained without"])
+        apart = (numbers - own)[(numbers - own).abs().argmax(0), torch.arange(len(COLUMNS))]
+        table.row("mean", source, name, *_cells(numbers.mean(0).tolist()))
+        table.row("furthest from retrained", source, name, *(f"{x:+.3f}" for x in apart.tolist()))
 
 
 def _kept(args: argparse.Namespace, name: str) -> Path | None:
@@ -178,7 +185,11 @@ def main(given: Sequence[str] | None = None) -> None:
     options.add_argument("--trained", type=int, default=10000, help="images to retrain with")
     options.add_argument("--epochs", type=int, default=4, help="of networks that are retrained")
     options.add_argument(
-        "--retrained", type=int, nargs="*", default=[3], help="classes that these never saw"
+        "--retrained",
+        type=int,
+        nargs="*",
+        default=[*range(10)],
+        help="classes that these never saw",
     )
     options.add_argument("--cache", type=Path, help="folder where maps and weights are kept")
     args = parsed(options, given, images=30, train=30, test=15, classes=1, epochs=1, retrained=[3])
