@@ -54,6 +54,13 @@ def numbers_of(values: object, what: str, *, missing: bool = False) -> Tensor:
     return tensor
 
 
+def pixels_of(values: object, what: str) -> Tensor:
+    """Pixels as :func:`numbers_of` has numbers, bytes divided by 255."""
+    tensor = tensor_of(values, what)
+    numbers = numbers_of(tensor, what)
+    return numbers / 255 if tensor.dtype == torch.uint8 else numbers
+
+
 def picture_of(
     image: object, channels: Channels = None, what: str = "the image"
 ) -> NDArray[np.float64]:
@@ -64,11 +71,9 @@ def picture_of(
     gray, unless three channels are chosen. Bytes are divided by 255; other values beyond [0, 1] are
     stretched to it.
     """
-    values = numbers_of(image, f"The pixels of {what}")
+    values = pixels_of(image, f"The pixels of {what}")
     if values.dim() != 3 or not values.numel():
         raise ValueError(f"{what} has shape {tuple(values.shape)}; expected (C, H, W).")
-    if getattr(image, "dtype", None) in (torch.uint8, np.uint8):
-        values = values / 255
     shown = _of_channels(values, channels)
     low, high = float(shown.min()), float(shown.max())
     if low < -_SLACK or high > 1 + _SLACK:

@@ -12,7 +12,7 @@ from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.names import check_list, kind_of, listed_names
 from captum_classfilters._core.types import ClassNames, DatasetLike, Keywords
 from captum_classfilters.identify.exemplars import Exemplars, slices_of
-from captum_classfilters.visualize.arrays import Channels, numbers_of, picture_of, show_picture
+from captum_classfilters.visualize.arrays import Channels, picture_of, pixels_of, show_picture
 from captum_classfilters.visualize.figures import (
     NEGATIVE,
     POSITIVE,
@@ -206,14 +206,13 @@ def _image(
             f"dataset[{index}] gives {kind_of(image)}; expected a Tensor (C, H, W): give the "
             "data set a transform such as torchvision's ToTensor(), or pass it as to_display."
         )
-    is_bytes = image.dtype in (torch.uint8, np.uint8)
-    values = numbers_of(image, f"The pixels of image {index}")
+    values = pixels_of(image, f"The pixels of image {index}")
     if values.dim() not in (2, 3, 4) or not values.numel():
         raise ValueError(
             f"image {index} has shape {tuple(values.shape)}; expected (C, H, W), a signal (C, L) or a "
             "volume (C, D, H, W)."
         )
-    return values / 255 if is_bytes else values
+    return values
 
 
 def _draw(

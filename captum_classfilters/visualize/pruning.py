@@ -15,9 +15,9 @@ from captum_classfilters.visualize.arrays import (
     Channels,
     check_channels,
     chosen,
-    numbers_of,
     out_of,
     picture_of,
+    pixels_of,
     show_picture,
     tensor_of,
 )
@@ -63,7 +63,7 @@ def plot_filter_grid(
 
     Filters that stay follow in the order of their indices. Weights of three channels are shown as
     colors around gray, others by their mean over the channels, red positive and blue negative;
-    each filter is scaled by itself. Where all values lie in [0, 1], they are taken for pictures.
+    each filter is scaled by itself. Bytes, and values that all lie in [0, 1], are taken for pictures.
 
     Args:
 
@@ -90,7 +90,7 @@ def plot_filter_grid(
         ValueError: Shapes do not fit, the order names a filter twice or one that is not there, or a
                     number is NaN or infinite.
     """
-    values = numbers_of(filters, "The filters")
+    values = pixels_of(filters, "The filters")
     if values.dim() != 4 or values.shape[-1] * values.shape[-2] < 2:
         raise ValueError(
             f"filters have shape {tuple(values.shape)}; expected (K, channels, h, w) with more "
@@ -216,7 +216,7 @@ def plot_class_bars(
         interpretations (FilterInterpretation or sequence): From
                     :func:`captum_classfilters.pruning.class_interpretation`.
         pictures (Tensor or ndarray, optional): A picture for each of them, (number, channels, h, w):
-                    weights, or the images that excite the filter most.
+                    weights, or the images that excite the filter most, bytes or in [0, 1].
                     Default: None
         most (int): Draw at most so many filters, those without which the accuracy over all images
                     changes most.
@@ -239,7 +239,7 @@ def plot_class_bars(
         if isinstance(interpretations, FilterInterpretation)
         else list(interpretations)
     )
-    drawn = None if pictures is None else numbers_of(pictures, "The pictures")
+    drawn = None if pictures is None else pixels_of(pictures, "The pictures")
     if not filters or (drawn is not None and len(drawn) != len(filters)):
         count = "no" if drawn is None else len(drawn)
         raise ValueError(f"{len(filters)} filters and {count} pictures: expected one for each.")

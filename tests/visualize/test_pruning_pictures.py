@@ -73,6 +73,20 @@ def test_class_bars_have_values_and_whiskers():
     assert plot_class_bars(one)[1].shape == (1, 1)
 
 
+@pytest.mark.parametrize("make", [torch.as_tensor, torch.Tensor.numpy], ids=["tensor", "array"])
+@pytest.mark.parametrize("name", ["plot_filter_grid", "plot_class_bars"])
+def test_bytes_are_pictures(name, make):
+    pictures = torch.tensor([[0, 51, 255], [204, 102, 1]], dtype=torch.uint8).repeat(2, 3, 1, 1)
+    one = FilterInterpretation(0, 0.5, (), ())
+    if name == "plot_filter_grid":
+        axes = plot_filter_grid(make(pictures), [0])[1][0]
+    else:
+        axes = plot_class_bars([one, one], make(pictures))[1][0, 0]
+    drawn = np.asarray(axes.images[0].get_array())
+    assert drawn.shape == (2, 3, 3)
+    np.testing.assert_allclose(drawn[..., 1], [[0, 0.2, 1], [0.8, 0.4, 1 / 255]], atol=1e-9)
+
+
 def test_bad_input():
     weights = torch.rand(4, 3, 3, 3)
     one = FilterInterpretation(0, 0.0, (), ())
