@@ -87,6 +87,22 @@ def listed_names(
     return names
 
 
+def names_that_cover(class_names: ClassNames | None, classes: Iterable[int]) -> list[str] | None:
+    """Class names that the user gave, where only some classes are known, not how many there are.
+
+    Raises:
+        ValueError: As for :func:`listed_names`, or one of the classes has no name.
+    """
+    names = listed_names(class_names)
+    nameless = [] if names is None else [class_ for class_ in classes if class_ >= len(names)]
+    if names is not None and nameless:
+        raise ValueError(
+            f"class_names has {len(names)} names, none for class {min(nameless)}; expected one for "
+            "each class."
+        )
+    return names
+
+
 def check_list(name: str, value: object) -> None:
     """Raise if an argument that takes several numbers or names is a single one."""
     single = getattr(value, "shape", None) == ()

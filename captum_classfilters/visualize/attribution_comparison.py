@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from captum_classfilters._core.arguments import arguments_checked
-from captum_classfilters._core.names import listed_names
+from captum_classfilters._core.names import names_that_cover
 from captum_classfilters._core.types import ClassNames
 from captum_classfilters.visualize.explanations import plot_explanations
 from captum_classfilters.visualize.figures import FigureAndGrid
@@ -38,16 +38,18 @@ def plot_comparison(
         *tuple* of figure and array of axes (images, 1 + number of methods).
 
     Raises:
-        ValueError: No method explains pixels.
+        ValueError: No method explains pixels, ``images`` is below 1, or a class has no name.
     """
     if not comparison.maps:
         raise ValueError(
             "No method of the comparison explains pixels; filters have no map to draw."
         )
+    if images is not None and images < 1:
+        raise ValueError(f"images={images}; expected a positive number.")
     num_images = len(comparison.images) if images is None else images
     targets = comparison.targets[:num_images]
-    names = listed_names(class_names)
-    titles = [names[target] if names else f"class {target}" for target in targets]
+    names = names_that_cover(class_names, comparison.targets)
+    titles = [names[target] if names is not None else f"class {target}" for target in targets]
     return plot_explanations(
         comparison.images[:num_images],
         {name: maps[:num_images] for name, maps in comparison.maps.items()},

@@ -5,11 +5,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from captum_classfilters._core.arguments import arguments_checked
-from captum_classfilters._core.names import check_list, kind_of, listed_names
+from captum_classfilters._core.names import check_list, kind_of, names_that_cover
 from captum_classfilters._core.types import ClassNames, DatasetLike, Keywords
 from captum_classfilters.identify.exemplars import Exemplars, slices_of
 from captum_classfilters.visualize.arrays import Channels, picture_of, pixels_of, show_picture
@@ -87,7 +86,7 @@ def plot_exemplars(
         channels (tuple of int, optional): Channels of the images to draw as red, green and blue; by
                     default one is gray, three are colors, and of other numbers the mean is drawn.
                     Default: None
-        class_names (sequence of str, optional): Names of the classes.
+        class_names (sequence of str, optional): Names of all classes.
                     Default: None
         title (str, optional): Title; by default layer and aggregate.
         plt_fig_axis (tuple, optional): Figure and axes (units, images) to draw on, of both sides if
@@ -97,12 +96,13 @@ def plot_exemplars(
         *tuple* of figure and array of axes (units, images).
 
     Raises:
-        ValueError: There is no such unit or side, patches are asked for without boxes, or an image
-                    cannot be drawn.
+        ValueError: There is no such unit or side, patches are asked for without boxes, a class has
+                    no name, or an image cannot be drawn.
     """
     check_list("units", units)
     _check_size(exemplars, dataset)
     num_places = _checked(exemplars, units, num_images, sides, patches)
+    names = names_that_cover(class_names, _labels(exemplars))
     patches = exemplars.highest.box is not None if patches is None else patches
     places = {
         (row, side, place): _place(exemplars, side, unit, place)
@@ -119,7 +119,6 @@ def plot_exemplars(
     cells += [("highest", place) for place in reversed(range(used["highest"]))]
     size = (max(1.15 * len(cells) + 0.6, 3.6), 1.4 * len(units) + 0.7)
     figure, grid = grid_of(plt_fig_axis, len(units), len(cells), size)
-    names = listed_names(class_names)
     for row, unit in enumerate(units):
         for axes, (side, place) in zip(grid[row], cells, strict=True):
             bare(axes)
@@ -171,6 +170,14 @@ def _check_size(exemplars: Exemplars, dataset: DatasetLike) -> None:
             f"dataset has {len(dataset)} entries, but image {last} is an exemplar; expected one image "
             "for each entry, in the loader's order, and no batches."
         )
+
+
+def _labels(exemplars: Exemplars) -> list[int]:
+    """The classes of all exemplars, as far as they are known."""
+    known = [exemplars.side(side).label for side in ("highest", "lowest")]
+    return sorted(
+        {int(label) for labels in known if labels is not None for label in labels.unique()}
+    )
 
 
 def _place(exemplars: Exemplars, side: Any, unit: int, place: int) -> _Place | None:

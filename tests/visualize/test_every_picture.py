@@ -779,6 +779,33 @@ def test_units_and_data_sets_of_exemplars():
         visualize.plot_exemplars(data.exemplars(), batches, [0])
 
 
+@pytest.mark.parametrize("names", [[], ["cat"], {0: "cat"}], ids=["none", "one", "by index"])
+@pytest.mark.parametrize("name", ["plot_exemplars", "plot_comparison"])
+def test_a_class_without_a_name_is_named(name, names):
+    data: Any = Data()
+    seen = data.exemplars()
+    label = torch.tensor([0, -1, 1]).repeat(data.filters, 1)  # -1 is not known
+    side = dataclasses.replace(seen.highest, label=label)
+    seen = dataclasses.replace(seen, highest=side, lowest=side)
+    draw = {
+        "plot_exemplars": lambda: visualize.plot_exemplars(
+            seen, [torch.rand(3, 8, 8)] * 3, [0], class_names=names
+        ),
+        "plot_comparison": lambda: visualize.plot_comparison(data.comparison(), class_names=names),
+    }[name]
+    first = len(names)
+    with pytest.raises(ValueError, match=f"class_names has {first} names, none for class {first};"):
+        draw()
+
+
+@pytest.mark.parametrize("images", [-1, 0])
+def test_images_of_a_comparison_are_a_positive_number(images):
+    with pytest.raises(ValueError, match=f"images={images}; expected a positive number"):
+        visualize.plot_comparison(Data().comparison(), images=images)
+    _, grid = visualize.plot_comparison(Data().comparison(), images=1)
+    assert len(grid) == 1
+
+
 def test_a_data_set_of_what_is_no_tensor():
     pil = pytest.importorskip("PIL.Image")
     pictures = [pil.new("RGB", (8, 8), (255, 0, 0))] * 3
