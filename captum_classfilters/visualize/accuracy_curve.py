@@ -1,5 +1,7 @@
 """Accuracy against the number of filters kept, with controls."""
 
+from collections.abc import Sequence
+
 from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters.heads.accuracy_curve import AccuracyCurve
 from captum_classfilters.visualize.figures import (
@@ -20,7 +22,7 @@ def plot_accuracy_curve(
     plt_fig_axis: FigureAndAxes | None = None,
 ) -> FigureAndAxes:
     r"""
-    Accuracy of the decomposed head against the number of filters each class keeps.
+    Accuracy of the decomposed head against the number of filters each class keeps, in rising order.
 
     Args:
 
@@ -32,7 +34,8 @@ def plot_accuracy_curve(
         *tuple* of figure and axes.
     """
     figure, axes = axes_of(plt_fig_axis, (6.4, 4.0))
-    x = curve.num_filters
+    order = sorted(range(len(curve.num_filters)), key=curve.num_filters.__getitem__)
+    x = [curve.num_filters[place] for place in order]
     axes.axhline(
         100 * curve.full_accuracy, color="black", linestyle="--", linewidth=1, label="all filters"
     )
@@ -40,22 +43,22 @@ def plot_accuracy_curve(
     for index, values in enumerate(curve.accuracy.values()):
         axes.plot(
             x,
-            [100 * value for value in values],
+            _percent(values, order),
             marker="os^Dv"[index % 5],
             markersize=5,
             color=COLORS[index % len(COLORS)],
             label=labels[index],
         )
     if curve.random_mean:
-        middle = [100 * value for value in curve.random_mean]
+        middle = _percent(curve.random_mean, order)
         axes.plot(x, middle, color=GRAY, linestyle=":", label="random filters")
         if curve.random_standard_deviation:
-            spread = [100 * value for value in curve.random_standard_deviation]
+            spread = _percent(curve.random_standard_deviation, order)
             low = [max(0.0, a - b) for a, b in zip(middle, spread, strict=True)]
             high = [min(100.0, a + b) for a, b in zip(middle, spread, strict=True)]
             axes.fill_between(x, low, high, color=GRAY, alpha=0.2, linewidth=0)
     axes.set_xscale("log")
-    ticks = _apart(sorted(x))
+    ticks = _apart(x)
     axes.set_xticks(ticks, [str(value) for value in ticks])
     axes.minorticks_off()
     axes.set_xlabel("filters kept for each class")
@@ -65,6 +68,10 @@ def plot_accuracy_curve(
     axes.grid(axis="y", color="0.9")
     quiet(axes)
     return figure, axes
+
+
+def _percent(shares: Sequence[float], order: Sequence[int]) -> list[float]:
+    return [100 * shares[place] for place in order]
 
 
 def _apart(numbers: list[int]) -> list[int]:

@@ -806,6 +806,20 @@ def test_images_of_a_comparison_are_a_positive_number(images):
     assert len(grid) == 1
 
 
+@pytest.mark.parametrize("order", [(2, 0, 1), (2, 1, 0), (0, 1, 2)])
+def test_an_accuracy_curve_rises_with_its_numbers(order):
+    numbers, values, spread = [1, 3, 50], [0.2, 0.4, 0.9], [0.05, 0.1, 0.02]
+    given = [[column[place] for place in order] for column in (numbers, values, spread)]
+    curve = AccuracyCurve(given[0], {"own": given[1]}, {}, 0.9, given[1], given[2], 10)
+    _, axes = visualize.plot_accuracy_curve(curve)
+    for line in axes.lines[1:]:  # the table's, and that of random filters
+        assert np.asarray(line.get_xdata()).tolist() == numbers
+        assert np.asarray(line.get_ydata()).tolist() == pytest.approx([20, 40, 90])
+    band = np.asarray(axes.collections[0].get_paths()[0].vertices)
+    edges = {(x, round(y)) for x, y in band.tolist()}
+    assert edges == {(1, 15), (1, 25), (3, 30), (3, 50), (50, 88), (50, 92)}
+
+
 def test_a_data_set_of_what_is_no_tensor():
     pil = pytest.importorskip("PIL.Image")
     pictures = [pil.new("RGB", (8, 8), (255, 0, 0))] * 3
