@@ -10,6 +10,7 @@ from torch import Tensor
 
 from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.tables import short_repr
+from captum_classfilters.spectral.routes import NEGLIGIBLE
 
 _GRID = 4097
 _MOST_ROUNDS = 200
@@ -158,7 +159,8 @@ def fit_marchenko_pastur(
 
     Args:
 
-        values (Tensor or array): Eigenvalues :math:`S^2 / d`, as from :func:`eigenvalues`.
+        values (Tensor or array): Eigenvalues :math:`S^2 / d`, as from :func:`eigenvalues`; those up to
+                    :math:`10^{-12}` of the largest are zero but for rounding, and left out.
         shape (tuple of int): Rows and columns of the matrix (of one group).
         tolerance (float): Eigenvalues up to ``(1 + tolerance)`` times the upper edge, beyond the
                     fluctuation of the largest eigenvalue of a random matrix,
@@ -183,7 +185,7 @@ def fit_marchenko_pastur(
         (0, 0.05)
     """
     smaller, larger = _checked_shape(shape)
-    numbers = np.sort(positive_numbers(values))
+    numbers = positive_numbers(values)
     unit = MarchenkoPastur(1.0, smaller / larger)
     margin = (1 + tolerance) * (1 + larger ** (-2 / 3))
     size = len(numbers)
@@ -240,11 +242,14 @@ def _checked_shape(shape: tuple[int, int]) -> tuple[int, int]:
 
 
 def positive_numbers(values: Tensor | ArrayLike) -> np.ndarray:
-    """Positive eigenvalues as numbers; rounding leaves zeros where the rank is not full."""
-    numbers = torch.as_tensor(values).detach().cpu().double().numpy().ravel()
+    """Positive eigenvalues, rising, without what rounding makes of zeros where the rank is not full, and
+    of equal ones: both are only known to a share of the largest."""
+    numbers = np.sort(torch.as_tensor(values).detach().cpu().double().numpy().ravel())
     if not np.isfinite(numbers).all():
         raise ValueError("The eigenvalues are not all finite.")
-    numbers = numbers[numbers > 0]
-    if len(numbers) == 0:
+    if not (numbers > 0).any():
         raise ValueError("There are no positive eigenvalues; the weight is zero or empty.")
-    return numbers
+    rounding = NEGLIGIBLE**2 * numbers[-1]  # squared, as eigenvalues are singular values squared
+    numbers = numbers[numbers > rounding]
+    new = np.diff(numbers, prepend=0.0) > rounding
+    return np.asarray(numbers[new][np.cumsum(new) - 1])

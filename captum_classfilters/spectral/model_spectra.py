@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -14,7 +15,11 @@ from captum_classfilters._core.guard import model_left_as_found
 from captum_classfilters._core.names import hint
 from captum_classfilters._core.tables import Row, Table, Tabular, short_repr
 from captum_classfilters.spectral.eigenvalues import eigenvalues
-from captum_classfilters.spectral.marchenko_pastur import MarchenkoPasturFit, fit_marchenko_pastur
+from captum_classfilters.spectral.marchenko_pastur import (
+    MarchenkoPasturFit,
+    fit_marchenko_pastur,
+    positive_numbers,
+)
 from captum_classfilters.spectral.model_svd import ModelSVD, model_svd
 from captum_classfilters.spectral.power_law import PowerLaw, fit_power_law, random_exponents
 from captum_classfilters.spectral.weight_matrix import UnfitWeightError, WeightMatrix, can_decompose
@@ -337,7 +342,7 @@ def _spectra(readers: dict[str, Reader], skipped: Mapping[str, str]) -> ModelSpe
         except UnfitWeightError as error:
             reasons[name] = str(error).rstrip(".")
             continue
-        if len(values[values > 0].unique()) < 2:
+        if not bool((values > 0).any()) or len(np.unique(positive_numbers(values))) < 2:
             reasons[name] = "fewer than two different positive eigenvalues"
             continue
         bulk = fit_marchenko_pastur(values, shape)

@@ -62,7 +62,9 @@ def fit_power_law(values: Tensor | ArrayLike, minimum: float | None = None) -> P
 
     Args:
 
-        values (Tensor or array): Eigenvalues, as from :func:`eigenvalues`; zeros are left out.
+        values (Tensor or array): Eigenvalues, as from :func:`eigenvalues`. Those up to
+                    :math:`10^{-12}` of the largest are zero but for rounding, and left out; those
+                    that differ by no more are equal.
         minimum (float, optional): A given beginning of the tail; by default searched for.
                     Default: None
 
@@ -82,7 +84,7 @@ def fit_power_law(values: Tensor | ArrayLike, minimum: float | None = None) -> P
         >>> round(fit_power_law(pareto, minimum=1.0).alpha, 2)
         5.0
     """
-    numbers = np.sort(positive_numbers(values))
+    numbers = positive_numbers(values)
     if len(np.unique(numbers)) < 2:
         raise ValueError(
             f"A power law needs at least two different positive eigenvalues; found {len(numbers)}, "

@@ -17,7 +17,7 @@ _RANDOMIZED_SHARE = 16
 # Columns, or rows, of a weight that are held in float64 at a time.
 _AT_ONCE = 512
 # Singular values below this share of the largest have no direction that the Gram matrix can tell.
-_NEGLIGIBLE = 1e-6
+NEGLIGIBLE = 1e-6
 
 
 def choose_route(rows: int, columns: int, rank: int | None, method: Method) -> str:
@@ -86,7 +86,7 @@ def _gram(matrix: Tensor, right: bool) -> tuple[Tensor, Tensor, Tensor | None] |
     squares, vectors = _eigenvectors(_minus_gram(matrix if wide else matrix.T))
     values = _roots(squares)
     # Only the other side's vectors are divided by the values; one side alone is always safe.
-    if (right or not wide) and values[-1] <= _NEGLIGIBLE * values[0]:
+    if (right or not wide) and values[-1] <= NEGLIGIBLE * values[0]:
         return None
     if wide and not right:
         return vectors.to(matrix.dtype), values, None

@@ -14,7 +14,7 @@ from captum_classfilters.spectral.marchenko_pastur import (
     fit_marchenko_pastur,
     marchenko_pastur_edge,
 )
-from captum_classfilters.spectral.routes import singular_values
+from captum_classfilters.spectral.routes import NEGLIGIBLE, singular_values
 
 
 def select_rank(
@@ -195,13 +195,14 @@ def _checked(values: Tensor | ArrayLike, shape: tuple[int, int]) -> Tensor:
 
 
 def _not_all_zero(values: Tensor) -> Tensor:
-    """Singular values in float64, of which one at least says something."""
+    """Singular values in float64, of which one at least says something; what rounding makes of zeros
+    is zero."""
     numbers = values.detach().cpu().double()
     if not bool(numbers.isfinite().all()):
         raise ValueError("Singular values must be finite; some are NaN or infinite.")
     if not bool((numbers > 0).any()):
         raise ValueError("All singular values are zero: there is nothing to choose from.")
-    return numbers
+    return numbers.where(numbers > NEGLIGIBLE * numbers.max(), 0.0)
 
 
 def _top_k(values: Tensor, shape: tuple[int, int], *, k: int) -> int:
@@ -216,7 +217,7 @@ def _energy(values: Tensor, shape: tuple[int, int], *, share: float = 0.9) -> in
 
 
 def _elbow(values: Tensor, shape: tuple[int, int]) -> int:
-    if len(values) < 3 or values[0] == values[-1]:
+    if len(values) < 3 or values[0] - values[-1] <= NEGLIGIBLE * values[0]:
         return len(values)
     place = torch.linspace(0, 1, len(values), dtype=torch.float64)
     height = (values - values[-1]) / (values[0] - values[-1])
@@ -231,7 +232,9 @@ def _gap(values: Tensor, shape: tuple[int, int]) -> int:
     positive = values[values > 0]
     if len(positive) < len(values):
         return len(positive)  # an infinite ratio
-    return int((values[:-1] / values[1:]).argmax()) + 1
+    ratios = values[:-1] / values[1:]
+    # The first of those that are equal but for rounding.
+    return int((ratios >= (1 - NEGLIGIBLE) * ratios.max()).int().argmax()) + 1
 
 
 def _marchenko_pastur(

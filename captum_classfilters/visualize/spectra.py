@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 
 from captum_classfilters._core.arguments import arguments_checked
+from captum_classfilters.spectral.marchenko_pastur import positive_numbers
 from captum_classfilters.spectral.model_spectra import (
     LayerSpectrum,
     ModelSpectra,
@@ -41,10 +42,10 @@ def plot_spectrum(
     r"""
     Eigenvalues of a layer's weight with the Marchenko-Pastur law of the bulk and the tail's power law.
 
-    On the left the density of all eigenvalues, with the law of a random matrix scaled to the share of
-    eigenvalues in the bulk, and a tick for each eigenvalue above its edge. On the right the share of
-    eigenvalues above each one, on logarithmic axes, where a power law is a straight line of slope
-    :math:`1 - \alpha`.
+    On the left the density of all eigenvalues that are not zero, with the law of a random matrix
+    scaled to the share of eigenvalues in the bulk, and a tick for each eigenvalue above its edge. On
+    the right the share of eigenvalues above each one, on logarithmic axes, where a power law is a
+    straight line of slope :math:`1 - \alpha`.
 
     Args:
 
@@ -57,7 +58,7 @@ def plot_spectrum(
     """
     figure, grid = grid_of(plt_fig_axis, 1, 2, (9.6, 3.8))
     pair = grid[0]
-    values = np.sort(spectrum.values[spectrum.values > 0].cpu().numpy())
+    values = positive_numbers(spectrum.values)
     _draw_bulk(pair[0], spectrum, values)
     _draw_tail(pair[1], spectrum, values)
     rows, columns = spectrum.shape

@@ -360,6 +360,65 @@ class TestSelectRank:
             permutation_threshold(torch.ones(2, 3), quantile=2)
 
 
+ROUNDING = [0.0, 2e-17, -2e-17]
+
+
+class TestRounding:
+    """What is zero, or equal, is so on every machine."""
+
+    @pytest.mark.parametrize("noise", ROUNDING)
+    def test_zeros_are_no_eigenvalues(self, noise):
+        values = torch.tensor([4.0, 2.0, 1.0, 0.5], dtype=torch.float64)
+        zeros = torch.tensor([noise, noise / 3, 0.0, 0.0, 0.0], dtype=torch.float64)
+        noisy = torch.cat([values, zeros]).sort(descending=True).values
+        assert fit_power_law(noisy) == fit_power_law(values)
+        assert fit_marchenko_pastur(noisy, (9, 12)) == fit_marchenko_pastur(values, (9, 12))
+        with pytest.raises(ValueError, match="two different positive"):
+            fit_power_law(torch.cat([values[:1], zeros]))
+
+    @pytest.mark.parametrize("noise", [-2e-16, 2e-16, 9e-16])
+    def test_equal_eigenvalues_are_equal(self, noise):
+        equal = torch.tensor([3.0, 3.0, 2.0, 1.0, 1.0], dtype=torch.float64)
+        noisy = equal + torch.tensor([0, -1, 0, 0, 1]) * noise
+        one, two = fit_power_law(noisy), fit_power_law(equal)
+        assert (one.alpha, one.distance) == pytest.approx((two.alpha, two.distance), rel=1e-9)
+        assert one.num_tail == two.num_tail
+        with pytest.raises(ValueError, match="two different positive"):
+            fit_power_law(noisy[:2])
+
+    @pytest.mark.parametrize("noise", ROUNDING)
+    @pytest.mark.parametrize("rule", ["gap", "gavish_donoho", "elbow", "energy", "effective_rank"])
+    def test_ranks_do_not_count_zeros(self, rule, noise):
+        zeros = [0.0] * 5
+        values = torch.tensor([4.0, 2.0, 1.0, *zeros], dtype=torch.float64)
+        noisy = values.clone()
+        noisy[3:6] = torch.tensor([abs(noise), abs(noise) / 2, abs(noise) / 1e9])
+        assert select_rank(noisy, (8, 9), rule) == select_rank(values, (8, 9), rule)
+        assert select_rank(noisy, (8, 9), "gap") == 3
+
+    @pytest.mark.parametrize("noise", [0.0, 2e-16, 4e-16])
+    @pytest.mark.parametrize(("rule", "rank"), [("elbow", 5), ("gap", 1)])
+    def test_ranks_of_flat_spectra(self, rule, rank, noise):
+        falling = torch.tensor([2.0, 2, 1, 0, 0], dtype=torch.float64)
+        assert select_rank(1 + noise * falling, (5, 7), rule) == rank
+
+    def test_layers_of_lower_rank(self):
+        basis = torch.linalg.qr(
+            torch.randn(12, 8, generator=torch.Generator().manual_seed(0)).double()
+        )
+        net = nn.Sequential(nn.Linear(12, 8), nn.Linear(8, 6)).double()
+        scale = torch.tensor([5.0, 4, 3, 2, 1, 0, 0, 0], dtype=torch.float64)
+        net.get_parameter("0.weight").data = scale[:, None] * basis.Q.T
+        net.get_parameter("1.weight").data = basis.Q[:8, :1] @ basis.Q[:6, :1].T  # of rank one
+        spectra = model_spectra(net)
+        assert [layer.name for layer in spectra] == ["0"]
+        assert spectra.skipped == {"1": "fewer than two different positive eigenvalues"}
+        _, (left, right) = plot_spectrum(spectra["0"])
+        assert known(left.get_legend()).get_texts()[0].get_text() == "5 eigenvalues"
+        assert right.lines[0].get_xdata() == pytest.approx([x / 8 for x in (1, 4, 9, 16, 25)])
+        assert right.lines[0].get_ydata() == pytest.approx([1, 0.8, 0.6, 0.4, 0.2])
+
+
 class TestModels:
     def net(self):
         torch.manual_seed(0)
