@@ -146,9 +146,10 @@ def close_names(name: str, names: Sequence[str], most: int = 3) -> list[str]:
     return list(near)[:most]
 
 
-def hint(name: str, names: Sequence[str], what: str = "names") -> str:
-    """What to say of a name that is not there: "Did you mean ...?", or which names there are."""
-    near = close_names(name, names)
+def hint(name: object, names: Sequence[str], what: str = "names") -> str:
+    """What to say of a name that is not there: "Did you mean ...?", or which names there are, as for
+    what is no name at all, a number in its place for example."""
+    near = close_names(name, names) if isinstance(name, str) else []
     if near:
         return f"Did you mean {', '.join(map(repr, near))}?"
     if not len(names):

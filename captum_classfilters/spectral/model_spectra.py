@@ -135,7 +135,7 @@ class ModelSpectra(Tabular):
         for layer in self.layers:
             if layer.name == name:
                 return layer
-        if name in self.skipped:
+        if isinstance(name, str) and name in self.skipped:
             raise KeyError(f"{name!r} was skipped: {self.skipped[name]}.")
         raise KeyError(
             f"{name!r} is not among the layers. {hint(name, [layer.name for layer in self.layers])}"

@@ -68,15 +68,19 @@ class ModelSVD(Tabular, Mapping[str, LayerSVD]):
         return len(self._sources)
 
     def __getitem__(self, name: str) -> LayerSVD:
+        self._source(name)
         if name not in self._kept:
-            if name in self.skipped:
-                raise KeyError(f"{name!r} was skipped: {self.skipped[name]}.")
-            if name not in self._sources:
-                raise KeyError(
-                    f"{name!r} is not among the layers. {hint(name, list(self._sources))}"
-                )
             self._kept[name] = self._decomposed(name)
         return self._kept[name]
+
+    def _source(self, name: str) -> Source:
+        """Where a layer's weight is; the error says why there is none."""
+        known = isinstance(name, str)
+        if known and name in self._sources:
+            return self._sources[name]
+        if known and name in self.skipped:
+            raise KeyError(f"{name!r} was skipped: {self.skipped[name]}.")
+        raise KeyError(f"{name!r} is not among the layers. {hint(name, list(self._sources))}")
 
     def __repr__(self) -> str:
         parts = [
@@ -106,7 +110,7 @@ class ModelSVD(Tabular, Mapping[str, LayerSVD]):
         Returns:
             *nn.Module*.
         """
-        return self._sources[name][0]
+        return self._source(name)[0]
 
     def held(self, name: str) -> LayerSVD | None:
         """A layer's decomposition if it is in memory already.
@@ -131,7 +135,7 @@ class ModelSVD(Tabular, Mapping[str, LayerSVD]):
         Returns:
             *WeightMatrix*.
         """
-        own, part = self._sources[name]
+        own, part = self._source(name)
         module = own if module is None else module
         if part is None:
             return weight_matrix(module, name)

@@ -11,7 +11,8 @@ import torch
 from scipy import sparse
 from torch import Tensor, nn
 
-from captum_classfilters._core.arguments import arguments_checked
+from captum_classfilters._core.arguments import arguments_checked, whole_number
+from captum_classfilters._core.names import kind_of
 from captum_classfilters._core.tables import short_repr
 from captum_classfilters._core.types import Dataloader, Directions, Unpack
 from captum_classfilters._core.units import (
@@ -133,9 +134,12 @@ class ImageProfiles(Sequence[Profile]):
     def __getitem__(self, index: int | slice) -> Profile:
         if isinstance(index, slice):
             raise TypeError("ImageProfiles take one index; use `of` for several images.")
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"There are {len(self)} images, not one with index {index}.")
-        return self.of([index % len(self)])
+        place = whole_number(index)
+        if place is None:
+            raise TypeError(f"ImageProfiles take the index of an image, not {kind_of(index)}.")
+        if not -len(self) <= place < len(self):
+            raise IndexError(f"There are {len(self)} images, not one with index {place}.")
+        return self.of([place % len(self)])
 
     def of(self, images: Sequence[int] | Tensor) -> Profile:
         """The sum of some images' profiles.

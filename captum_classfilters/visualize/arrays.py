@@ -1,6 +1,6 @@
 """What is drawn, as plain numbers: any type and device in, NaN named, images in [0, 1]."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -136,17 +136,19 @@ def chosen(
             raise ValueError(f"{what}={wanted}; expected a positive number.")
         order = sizes.nan_to_num(nan=-float("inf")).sort(descending=True, stable=True).indices
         return order[:number].sort().values
-    if isinstance(wanted, (str, int)):  # a bool
+    if isinstance(wanted, (str, int)) or not isinstance(wanted, Iterable):  # a bool, too
         raise ValueError(f"{what}={wanted!r}; expected a number, or a list.")
     known = {name: place for place, name in enumerate(names)}
-    places = [known.get(entry, entry) if isinstance(entry, str) else entry for entry in wanted]
-    for place in places:
-        if isinstance(place, str) or not 0 <= int(place) < size:
-            near = f", or names. {hint(place, names)}" if names and isinstance(place, str) else "."
-            raise ValueError(f"{what} hold {place!r}; expected 0 to {size - 1}{near}")
+    places = []
+    for entry in wanted:
+        place = known.get(entry) if isinstance(entry, str) else whole_number(entry)
+        if place is None or not 0 <= place < size:
+            near = f", or names. {hint(entry, names)}" if names and isinstance(entry, str) else "."
+            raise ValueError(f"{what} hold {entry!r}; expected 0 to {size - 1}{near}")
+        places.append(place)
     if not places:
         raise ValueError(f"{what} are empty; there is nothing to draw.")
-    return torch.tensor([int(place) for place in places])
+    return torch.tensor(places)
 
 
 def out_of(drawn: int, total: int, what: str) -> str:

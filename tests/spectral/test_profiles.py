@@ -293,3 +293,7 @@ def test_bad_input():
         similarity_matrix([])
     with pytest.raises(IndexError, match="24 images"):
         profiles[24]
+    for key, kind in (("0", "a str"), (1.5, "a float"), (None, "a NoneType")):
+        with pytest.raises(TypeError, match=f"the index of an image, not {kind}"):
+            profiles[key]  # type: ignore[call-overload]
+    assert profiles[np.int64(3)].size == profiles[3].size

@@ -2,6 +2,8 @@
 
 import copy
 import math
+import re
+from typing import Any
 
 import numpy as np
 import pytest
@@ -452,6 +454,19 @@ class TestModels:
         assert table.loc["0.0", "columns"] == 27
         with pytest.raises(ValueError, match="No layer has two"):
             model_spectra(nn.Linear(20, 1))
+
+    @pytest.mark.parametrize("key", [0, 1.5, None, b"0", ["0.0"], slice(0, 1)], ids=repr)
+    @pytest.mark.parametrize("read", [model_spectra, model_svd])
+    def test_a_key_that_is_no_name_is_named(self, read, key):
+        found: Any = read(self.net())
+        message = re.escape(f"{key!r} is not among the layers. The names are '0', '3'.")
+        with pytest.raises(KeyError, match=message):
+            found[key]
+        if read is model_svd:
+            assert key not in found
+            for ask in (found.module, found.matrix):
+                with pytest.raises(KeyError, match=message):
+                    ask(key)
 
     def test_no_layer_stops_the_others(self):
         torch.manual_seed(0)

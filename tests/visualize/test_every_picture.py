@@ -820,6 +820,25 @@ def test_an_accuracy_curve_rises_with_its_numbers(order):
     assert edges == {(1, 15), (1, 25), (3, 30), (3, 50), (50, 88), (50, 92)}
 
 
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [
+        ([None], "classes hold None; expected 0 to 2"),
+        ([1.5], r"classes hold 1\.5; expected 0 to 2"),
+        ([True], "classes hold True; expected 0 to 2"),
+        ([0, [1]], r"classes hold \[1\]; expected 0 to 2"),
+        (1.5, r"classes=1\.5; expected a number, or a list"),
+        (None, "classes=None; expected a number, or a list"),
+    ],
+)
+def test_rows_that_are_no_numbers_are_named(chosen, message):
+    with pytest.raises(ValueError, match=message):
+        visualize.plot_class_filters(Data().table(), classes=chosen)
+    rows: Any = [np.int64(2), torch.tensor(0)]
+    _, axes = visualize.plot_class_filters(Data().table(), classes=rows)
+    assert labels(axes, "y") == ["class 2", "class 0"]
+
+
 def test_a_data_set_of_what_is_no_tensor():
     pil = pytest.importorskip("PIL.Image")
     pictures = [pil.new("RGB", (8, 8), (255, 0, 0))] * 3
