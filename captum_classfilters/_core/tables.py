@@ -3,6 +3,7 @@
 import dataclasses
 import html
 import math
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence, Set, Sized
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
@@ -28,6 +29,8 @@ Row: TypeAlias = dict[str, Any]
 _MOST_ITEMS = 3
 _LONGEST = 60
 _LONGEST_LINE = 1000
+_WIDEST = 80  # of a printed column
+_UNPRINTED = ("Cc", "Cs", "Zl", "Zp")  # controls, half pairs, and what parts lines
 _MOST_ROWS = 40  # of a thousand classes, a cell of a notebook shows the first
 
 # Half transparent, so that text stays readable on a white and on a black page.
@@ -38,7 +41,8 @@ _CELL = "padding:.2em .7em;max-width:40em;overflow-wrap:anywhere;"
 @dataclass(frozen=True)
 class Table:
     r"""
-    A result's numbers, row by row: printed, in a notebook, or as a data frame.
+    A result's numbers, row by row: printed, in a notebook, or as a data frame. What is printed has a
+    line for each row; control characters are escaped, and text of more than 80 characters is cut.
 
     Args:
 
@@ -84,8 +88,11 @@ class Table:
     most: int | None = _MOST_ROWS
 
     def __str__(self) -> str:
-        columns, values = self._columns(), self._values()
-        cells = [self._cells(row) for row in values[: self.most]]
+        values = self._values()
+        columns, *cells = (
+            [_printed(cell) for cell in line]
+            for line in (self._columns(), *map(self._cells, values[: self.most]))
+        )
         widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
         words = self._are_words(values)
         lines = [
@@ -95,7 +102,8 @@ class Table:
             ).rstrip()
             for line in ((columns, *cells) if columns else ())
         ]
-        return "\n".join([*([self.title] if self.title else []), *lines, *self._notes()])
+        title = [_in_one_line(self.title)] if self.title else []
+        return "\n".join([*title, *lines, *map(_in_one_line, self._notes())])
 
     def html(self) -> str:
         """An HTML table with bars behind its numbers, its text escaped."""
@@ -334,6 +342,22 @@ def _range(value: object) -> Row:
     if not len(numbers):
         return {}
     return {"lowest": numbers.min(), "mean": numbers.mean(), "highest": numbers.max()}
+
+
+def _in_one_line(text: str) -> str:
+    """Text without what would break a line of a table, or move a terminal's cursor."""
+    return "".join(
+        repr(sign)[1:-1] if unicodedata.category(sign) in _UNPRINTED else sign for sign in text
+    )
+
+
+def _printed(cell: str) -> str:
+    """A cell in one line; a long one is cut in its middle, as similar names often differ in their ends."""
+    line = _in_one_line(cell)
+    if len(line) <= _WIDEST:
+        return line
+    end = _WIDEST // 2
+    return f"{line[: _WIDEST - end - 1].rstrip()}…{line[-end:].lstrip()}"
 
 
 def _escaped(text: str) -> str:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
+import pytest
 import torch
 from torch import nn
 
@@ -25,6 +26,45 @@ def test_a_table_by_hand():
     assert text_table([], title="nothing") == "nothing"
     assert text_table([{"a": np.float64(2)}]) == "    a\n2.000"
     assert text_table([{"a": 1}, {"b": 2}]) == "a\n1\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("new\nline", r"new\nline"),
+        ("a\r\tb", r"a\r\tb"),
+        ("\x1b[31mred", r"\x1b[31mred"),
+        ("two\u2028lines\x85", r"two\u2028lines\x85"),
+        ("half \ud83d", r"half \ud83d"),
+        ("猫\u3000の\xa0子 👩\u200d🔬", "猫\u3000の\xa0子 👩\u200d🔬"),  # spaces and joiners stay
+        (r"back\nslash", r"back\nslash"),
+    ],
+)
+def test_a_row_is_a_line_whatever_its_names_hold(name, shown):
+    table = Table([{"class": name, name: 3}, {"class": "dog", name: 12}], title=name, notes=[name])
+    title, *lines, note = str(table).split("\n")
+    width = len(shown)
+    assert title == note == shown
+    assert lines == [
+        f"{'class'.ljust(width)}  {shown}",
+        f"{shown}  {'3'.rjust(width)}",
+        f"{'dog'.ljust(width)}  {'12'.rjust(width)}",
+    ]
+    assert name in table.html()
+    assert table.frame()["class"].tolist() == [name, "dog"]
+
+
+def test_long_names_are_cut_in_print_alone():
+    names = [f"{'a long name ' * 25}{end}" for end in ("one", "two")]
+    table = Table([{"class": name, "images": 7} for name in names])
+    lines = str(table).split("\n")
+    assert 80 < max(map(len, lines)) <= 80 + 2 + len("images")
+    for line, end in zip(lines[1:], ("one", "two"), strict=True):
+        assert re.fullmatch(rf"a long name .*….*a long name {end} +7", line)
+    assert str(Table([{"": "x" * 80}])).split("\n") == ["", "x" * 80]
+    assert len(str(Table([{"": "x" * 81}])).split("\n")[1]) == 80
+    assert all(name in table.html() for name in names)
+    assert table.frame()["class"].tolist() == names
 
 
 def test_html_by_hand():
