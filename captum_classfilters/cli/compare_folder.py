@@ -21,7 +21,6 @@ from torch.utils.data import DataLoader, Subset
 
 from captum_classfilters._core.files import write_figure, write_text
 from captum_classfilters._core.layers import find_layer
-from captum_classfilters._core.names import short_name
 from captum_classfilters._core.types import Keywords
 from captum_classfilters.attr import (
     ClassFilterSaliency,
@@ -198,7 +197,7 @@ def _class_filters(
 def _draw(output: Path, comparison: AttributionComparison, names: list[str]) -> None:
     from captum_classfilters.visualize import plot_comparison
 
-    figure, _ = plot_comparison(comparison, class_names=[short_name(name) for name in names])
+    figure, _ = plot_comparison(comparison, class_names=names)
     write_figure(output / "comparison.png", figure)
 
 

@@ -26,6 +26,7 @@ from captum_classfilters.visualize.figures import (
     grid_of,
     headline,
     lines_of,
+    no_mathematics,
     short_name,
     short_names,
 )
@@ -109,7 +110,7 @@ def plot_explanations(
         for place, (name, values) in zip(axes[1:], maps.items(), strict=True):
             _draw_map(figure, place, values[row], picture, method, sign, outlier_perc, color_map)
             if row == 0:
-                place.set_title(lines_of(name, 24), size=9)
+                place.set_title(lines_of(no_mathematics(name), 24), size=9)
     grid[0, 0].set_title("image", size=9)
     for axes in grid.flat:
         bare(axes)

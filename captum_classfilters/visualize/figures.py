@@ -140,12 +140,17 @@ def short_number(value: float) -> str:
 
 def short_name(name: object, length: int = LONGEST_NAME, *, synonyms: bool = True) -> str:
     """A name that fits beside a picture, of so many characters, and is no mathematics."""
-    return shortened(name, length, synonyms=synonyms).replace("$", r"\$")
+    return no_mathematics(shortened(name, length, synonyms=synonyms))
+
+
+def no_mathematics(text: str) -> str:
+    """Text whose dollars Matplotlib draws; of a text once, as a second time it draws backslashes."""
+    return text.replace("$", r"\$")
 
 
 def lines_of(text: str, width: int) -> str:
     """A title in at most three lines, as narrow as its column."""
-    return "\n".join(textwrap.wrap(text.replace("$", r"\$"), width)[:3])
+    return "\n".join(textwrap.wrap(text, width)[:3])
 
 
 def short_names(

@@ -16,12 +16,13 @@ from torch.utils.data import Subset
 from torchvision.models import resnet18
 
 from captum_classfilters import ClassFilters
-from captum_classfilters.cli import demo
+from captum_classfilters.cli import compare_folder, demo
 from captum_classfilters.cli.compare_folder import _class_filters
 from captum_classfilters.cli.demo import run_demo
 from captum_classfilters.cli.folder_classes import _categories, _places
 from captum_classfilters.cli.main import main
 from captum_classfilters.cli.model_sources import ModelSource, places_of
+from captum_classfilters.metrics.compare_attributions import AttributionComparison
 from tests.models import images, pool_linear
 
 
@@ -333,6 +334,17 @@ class TestCommands:
         message = "for the classes dog, fox, of which the folder's other"
         with pytest.raises(ValueError, match=message):
             _class_filters(*given, torch.tensor([2, 1]), names)
+
+    def test_names_beside_compared_images_are_shortened_once(self, tmp_path, monkeypatch):
+        pictures = torch.rand(3, 3, 8, 8)
+        maps = {"saliency": torch.rand(3, 1, 8, 8)}
+        comparison = AttributionComparison(None, {}, pictures, [0, 2, 1], maps)
+        names = ["a long name of a kind of dog", "costs $5", "a long name of a kind of cat"]
+        drawn: list[Any] = []
+        monkeypatch.setattr(compare_folder, "write_figure", lambda _path, one: drawn.append(one))
+        compare_folder._draw(tmp_path, comparison, names)
+        beside = [axes.get_ylabel() for axes in drawn[0].axes if axes.get_ylabel()]
+        assert beside == ["a long name of a… [0]", "a long name of a… [1]", r"costs \$5"]
 
     def test_layers(self, capsys):
         assert main(["layers", "--model", "squeezenet1_1", "--image-size", "32"]) == 0

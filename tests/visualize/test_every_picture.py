@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import itertools
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -865,6 +866,15 @@ def test_names_are_short_and_stay_apart():
     figure.canvas.draw()  # dollars are not mathematics
     word = "Donaudampfschifffahrtsgesellschaft"
     assert visualize.figures.short_name(word) == f"{word[:24]}…"
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_dollars_are_drawn_as_they_are(name):
+    data = Data()
+    data.names, data.methods = ([f"cost$ {place}" for place in range(3)] for _ in range(2))
+    figure, _ = CALLS[name](data, visualize)
+    before = re.findall(r"cost(\\*)\$", "\n".join(texts(figure)))
+    assert set(before) <= {"\\"}
 
 
 def test_a_callers_headline_stays():
