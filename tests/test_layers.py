@@ -18,6 +18,7 @@ from captum_classfilters import (
     list_filter_layers,
 )
 from captum_classfilters._core.layers import (
+    UnknownAxisError,
     filter_axis,
     find_layer,
     layer_tensors,
@@ -296,6 +297,52 @@ def test_what_follows_weights_is_not_guessed() -> None:
         filter_axis(relu, tokens, before=nn.BatchNorm1d(6))
     assert filter_axis(relu, tokens, before=nn.BatchNorm1d(8)) == 2
     assert filter_axis(relu, tokens, before=nn.BatchNorm1d(5)) == 1
+
+
+class _Rows(nn.Module):
+    """Maps (N, K, H, W) to signals (N, K, H), without weights."""
+
+    def forward(self, maps: Tensor) -> Tensor:
+        return maps.relu().mean(3)
+
+
+class _HeadMadeFirst(nn.Module):
+    """The head is registered before what it runs behind, and is as wide as maps are high."""
+
+    def __init__(self, *head: nn.Module) -> None:
+        super().__init__()
+        self.conv, self.head, self.rows = nn.Conv2d(4, 6, 3), nn.Sequential(*head), _Rows()
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.rows(self.conv(images))[..., None]).mean((2, 3))
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        [nn.Conv2d(6, 5, 1)],
+        [nn.Conv2d(6, 5, (3, 1), stride=(2, 1))],
+        [nn.Conv2d(6, 5, 1), nn.BatchNorm2d(5)],
+    ],
+    ids=["convolution", "strided", "batch normalization"],
+)
+def test_maps_of_a_module_that_runs_later_are_not_taken_for_those_before(head: list) -> None:
+    model, images = _HeadMadeFirst(*head).eval(), torch.rand(4, 4, 7, 9)  # rows: (4, 6, 5)
+    data = [(images, torch.tensor([0, 1, 2, 0]))]
+    for method in (LayerFilterFrequency, LayerFilterAblation):
+        with pytest.raises(UnknownAxisError, match=r"run later.*channel_dim=1 or channel_dim=-1"):
+            method(model, "rows").identify(data, show_progress=False)
+        told = method(model, "rows", channel_dim=1)
+        assert told.identify(data, show_progress=False).num_filters == 6
+    assert "needs channel_dim=1" in list_filter_layers(model, images)["rows"].reason
+
+
+@pytest.mark.parametrize("size", [(2, 3), (4, 4), (3, 1)])  # as in vision transformers
+def test_patches_that_a_convolution_embeds_are_tokens(size: tuple[int, int]) -> None:
+    patches, tokens = nn.Conv2d(3, 8, size, stride=size), torch.rand(2, 5, 8)
+    assert filter_axis(nn.Dropout(), tokens, before=patches) == 2
+    with pytest.raises(UnknownAxisError, match="run later"):
+        filter_axis(nn.Dropout(), tokens, before=nn.Conv2d(3, 8, size))
 
 
 def test_more_axes_than_maps_have_are_not_guessed() -> None:

@@ -318,8 +318,10 @@ def filter_axis(
     as many modules say the other axis, or none has such a number, the block cannot be read without
     ``channel_dim``. A layer without weights, a ReLU for example, has the filters of the weighted module
     ``before`` it, if that is known and one axis has their number; with none before it, maps are read in
-    PyTorch's order (N, K, ...). What a block takes has its filters where the first weighted module
-    inside says, if they are as many as that takes, else where the module ``before`` left them.
+    PyTorch's order (N, K, ...). The last axis is not taken for the filters of a convolution that puts
+    out another number of axes, unless it embeds patches: it may run later. What a block takes has its
+    filters where the first weighted module inside says, if they are as many as that takes, else where
+    the module ``before`` left them.
     ``channel_dim`` overrules all.
     """
     if tensor.dim() < 2:
@@ -407,10 +409,21 @@ def _axis_after(before: nn.Module | None, layer: nn.Module, tensor: Tensor) -> i
         return 1  # maps of a convolution stay maps; other widths come from concatenation
     if first_fits == last_fits:
         raise _unknown_axis(layer, tensor, f"{'both have' if first_fits else 'neither has'} {of}")
+    if last_fits and _puts_out_maps(before) and tensor.dim() != _dimensions(before, tensor):
+        # Modules are known in the order in which they were made: it may well run later.
+        raise _unknown_axis(layer, tensor, f"the last has {of}, which may run later")
     if first_fits and isinstance(before, nn.Linear) and before.in_features == before.out_features:
         # It may have mixed tokens, whose number is then no number of filters.
         raise _unknown_axis(layer, tensor, f"axis 1 has {of}, which puts them on its last axis")
     return 1 if first_fits else last
+
+
+def _puts_out_maps(leaf: nn.Module) -> bool:
+    """Whether filters of a weighted leaf are on axis 1, and only another module moves them last; patches
+    that a convolution embeds become tokens by custom."""
+    if isinstance(leaf, nn.modules.conv._ConvNd):
+        return leaf.kernel_size != leaf.stride or set(leaf.stride) == {1}
+    return layer_layout(leaf) == "first" and not isinstance(leaf, nn.BatchNorm1d)
 
 
 def _keeps_axes(layer: nn.Module, dimensions: int) -> bool:
