@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
@@ -134,6 +135,9 @@ class LayerPages:
         }
         self.site.write(f"{self.folder}{name}", template, **shared, **values)
 
+    def _picture(self, name: str) -> Path:
+        return self.site.place(f"{self.folder}pictures", name)
+
     def _class(self, index: int) -> Entry:
         """A class's name, and its page where it has one."""
         name = self.names[index]
@@ -176,8 +180,9 @@ class LayerPages:
     # -- patches and filters --------------------------------------------------------------------
 
     def _strip(self, index: int) -> None:
-        place = self.site.place(f"{self.folder}pictures/filter-{index:04d}")
-        self.strips[index] = write_strip(place, self.findings.exemplars, self.shown.images, index)
+        self.strips[index] = write_strip(
+            self._picture, self.findings.exemplars, self.shown.images, index
+        )
 
     def _filter_page(self, index: int) -> None:
         scores = self.scores[self.classes, index]
@@ -245,9 +250,7 @@ class LayerPages:
         found = self.optimized.get(index)
         if found is None:
             return None
-        name = write_image(
-            self.site.place(f"{self.folder}pictures/optimized-{index:04d}.png"), found.image
-        )
+        name = write_image(self._picture(f"optimized-{index:04d}.png"), found.image)
         return {"src": f"pictures/{name}", "value": found.value, "done": found.has_gradient}
 
     # -- explained images -----------------------------------------------------------------------
@@ -280,9 +283,8 @@ class LayerPages:
     def _explain(self, start: int) -> None:
         indices = self._to_explain[start : start + _AT_ONCE]
         targets = [self._targets(image)[0] for image in indices]
-        self.site.place(f"{self.folder}pictures/image")
         scores = write_explained(
-            self.site.folder / f"{self.folder}pictures",
+            self._picture,
             self.shown.model,
             self.table,
             self.shown.images,
@@ -503,7 +505,7 @@ class LayerPages:
         columns = columns[by_class(scores[:, columns])]
         cells = self.scores[classes][:, columns]
         name = write_map(
-            self.site.place(f"{self.folder}pictures/scores.png"),
+            self._picture("scores.png"),
             cells,
             self.selected[classes][:, columns],
         )

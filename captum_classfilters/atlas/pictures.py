@@ -4,7 +4,7 @@ import io
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import torch
@@ -28,6 +28,9 @@ from captum_classfilters.visualize.figures import drawing
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+#: From the name of a picture to where it is written.
+Place: TypeAlias = Callable[[str], Path]
 
 PATCH, GAP = 96, 4  # pixels of a patch in a strip, and between two of them
 _STEPS = 20  # of Integrated Gradients
@@ -79,7 +82,7 @@ class ShownImages:
         return shown.movedim(-1, 0) if shown.dim() == 3 else shown[None]
 
 
-def write_strip(path: Path, strongest: Exemplars, images: ShownImages, unit: int) -> str:
+def write_strip(place: Place, strongest: Exemplars, images: ShownImages, unit: int) -> str:
     """The patches that drive a filter furthest, side by side; the name of the file, none without any."""
     from PIL import Image
 
@@ -88,15 +91,15 @@ def write_strip(path: Path, strongest: Exemplars, images: ShownImages, unit: int
         return ""
     patches = strongest.patches(images, unit)[:count]
     strip = Image.new("RGB", (count * (PATCH + GAP) - GAP, PATCH), (128, 128, 128))
-    for place, patch in enumerate(patches):
+    for column, patch in enumerate(patches):
         picture = _pil(patch.movedim(0, -1).numpy())
         scale = PATCH / max(picture.size)
         size = [max(1, round(scale * side)) for side in picture.size]
         how = Image.Resampling.NEAREST if max(picture.size) < _COARSE else Image.Resampling.BICUBIC
         left, top = ((PATCH - side) // 2 for side in size)
-        strip.paste(picture.resize(size, how), (place * (PATCH + GAP) + left, top))
+        strip.paste(picture.resize(size, how), (column * (PATCH + GAP) + left, top))
     coarse = max(max(patch.shape[1:]) for patch in patches) < _COARSE
-    return _write_image(path.with_suffix(".png" if coarse else ".jpg"), strip)
+    return _write_image(place(f"filter-{unit:04d}.{'png' if coarse else 'jpg'}"), strip)
 
 
 def num_patches(strongest: Exemplars, unit: int) -> int:
@@ -131,7 +134,7 @@ def write_map(path: Path, scores: Tensor, selected: Tensor) -> str:
 
 
 def write_explained(
-    folder: Path,
+    place: Place,
     model: nn.Module,
     table: ClassFilters,
     images: ShownImages,
@@ -145,7 +148,7 @@ def write_explained(
 
     Args:
 
-        folder (Path): Where the pictures go, ``<index>.png``.
+        place (Callable): From the name of a picture, ``<index>.png``, to where it goes.
         model (nn.Module): The model.
         table (ClassFilters): A table with a selection for each target.
         images (ShownImages): All images.
@@ -165,10 +168,10 @@ def write_explained(
         maps = _maps(model, table, inputs, target)
         method = LayerFilterContribution(model, table.layer)
         scores = method.filter_scores(method.attribute(inputs, target=target)).detach().cpu()
-    for place, index in enumerate(indices):
-        columns = {name: values[place : place + 1].detach().cpu() for name, values in maps.items()}
+    for row, index in enumerate(indices):
+        columns = {name: values[row : row + 1].detach().cpu() for name, values in maps.items()}
         figure, _ = plot_explanations(images[index][None], columns, titles=[""])
-        write_figure(folder / f"{index}.png", figure, dpi=72)
+        write_figure(place(f"{index}.png"), figure, dpi=72)
     return scores
 
 

@@ -1,13 +1,13 @@
 """A folder of pages: templates that become files, and what the files are called."""
 
-import json
 import re
 import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
 
 from captum_classfilters._core.extras import extra
-from captum_classfilters._core.files import check_writable_folder, read_text, write_text
+from captum_classfilters._core.files import write_text
+from captum_classfilters._core.results_folder import ResultsFolder
 
 MANIFEST = "atlas.json"
 _SCHEMA_VERSION = 1
@@ -45,31 +45,14 @@ class Site:
             "number": number,
             "percent": percent,
         }
-        check_writable_folder(folder)
-        if (folder / MANIFEST).exists():
-            if not overwrite:
-                raise ValueError(f"{folder} holds an atlas already; pass overwrite to replace it.")
-            self._clear()
-
-    def _clear(self) -> None:
-        """Remove the pages of an atlas, as its manifest lists them, so that none of them stays."""
-        manifest = self.folder / MANIFEST
-        try:
-            files = list(json.loads(read_text(manifest))["files"])
-        except (ValueError, KeyError, TypeError):
-            files = []
-        manifest.unlink()
-        inside = self.folder.resolve()
-        for name in files:
-            path = (inside / str(name)).resolve()
-            if path.is_relative_to(inside) and path.is_file():
-                path.unlink()
+        self._results = ResultsFolder(folder, MANIFEST)
+        if self._results.is_complete and not overwrite:
+            raise ValueError(f"{folder} holds an atlas already; pass overwrite to replace it.")
+        self._results.clear()
 
     def place(self, *parts: str) -> Path:
         """A file's path, in a folder that is there."""
-        path = self.folder.joinpath(*parts)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return path
+        return self._results.place(*parts)
 
     def write(self, name: str, template: str, **values: object) -> None:
         """Write a page; in it ``top`` leads to the site's first folder."""
@@ -82,13 +65,7 @@ class Site:
         for name in _STATIC:
             source, _, _ = self._environment.loader.get_source(self._environment, name)
             write_text(self.place(name), source)
-        files = sorted(
-            path.relative_to(self.folder).as_posix()
-            for path in self.folder.rglob("*")
-            if path.is_file()
-        )
-        manifest = {"schema_version": _SCHEMA_VERSION, **facts, "files": files}
-        write_text(self.place(MANIFEST), json.dumps(manifest, indent=1) + "\n")
+        self._results.finish({"schema_version": _SCHEMA_VERSION, **facts}, indent=1)
 
 
 def slug(index: int, name: str) -> str:

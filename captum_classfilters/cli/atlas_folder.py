@@ -58,7 +58,7 @@ def run_atlas(
         opened.model,
         opened.layer.split(","),
         opened.loader(find),
-        opened.output,
+        opened.output.path,
         test_dataloader=opened.loader(test),
         title=title or f"{job.model} on {Path(job.data).name}",
         class_names=opened.class_names,

@@ -1,7 +1,6 @@
 """Attributions compared on the user's own model and images."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,6 +20,7 @@ from torch.utils.data import DataLoader, Subset
 
 from captum_classfilters._core.files import write_figure, write_text
 from captum_classfilters._core.layers import find_layer
+from captum_classfilters._core.results_folder import ResultsFolder
 from captum_classfilters._core.types import Keywords
 from captum_classfilters.attr import (
     ClassFilterSaliency,
@@ -150,11 +150,10 @@ def run_compare(job: FolderJob, write: Callable[[str], None] = print) -> Attribu
         show_progress=job.show_progress,
     )
     write(str(comparison))  # first, so that a full disk costs the files alone
-    output.mkdir(parents=True, exist_ok=True)
     if comparison.maps and job.explain:
         _draw(output, comparison, names)
     _write_results(output, job, comparison, len(images))
-    write(f"\nTables, pictures and manifest.json are in {output}")
+    write(f"\nTables, pictures and manifest.json are in {output.path}")
     return comparison
 
 
@@ -194,20 +193,20 @@ def _class_filters(
     return ClassFilterSaliency(model, layer, table)
 
 
-def _draw(output: Path, comparison: AttributionComparison, names: list[str]) -> None:
+def _draw(output: ResultsFolder, comparison: AttributionComparison, names: list[str]) -> None:
     from captum_classfilters.visualize import plot_comparison
 
     figure, _ = plot_comparison(comparison, class_names=names)
-    write_figure(output / "comparison.png", figure)
+    write_figure(output.place("comparison.png"), figure)
 
 
 def _write_results(
-    output: Path, job: FolderJob, comparison: AttributionComparison, num_images: int
+    output: ResultsFolder, job: FolderJob, comparison: AttributionComparison, num_images: int
 ) -> None:
     tables = {"pixels": comparison.pixels, "filters": next(iter(comparison.filters.values()), None)}
     for name, table in tables.items():
         if table is None:
             continue
-        write_rows(output / f"{name}.csv", table.rows())
-    write_text(output / "comparison.txt", f"{comparison}\n")
+        write_rows(output.place(f"{name}.csv"), table.rows())
+    write_text(output.place("comparison.txt"), f"{comparison}\n")
     write_manifest(output, job, num_images)

@@ -57,9 +57,8 @@ def run_explain(job: FolderJob, write: Callable[[str], None] = print) -> list[di
             "class filters; add images."
         )
     places, answers = places[known], answers[known]
-    opened.output.mkdir(parents=True, exist_ok=True)
     scores = write_explained(
-        opened.output,
+        opened.output.place,
         opened.model,
         table,
         shown,
@@ -85,8 +84,8 @@ def run_explain(job: FolderJob, write: Callable[[str], None] = print) -> list[di
             for index in order.tolist()
         ]
     write(text_table(rows))
-    write_rows(opened.output / "explanations.csv", rows)
-    table.save(opened.output / "contribution.safetensors", overwrite=True)
+    write_rows(opened.output.place("explanations.csv"), rows)
+    table.save(opened.output.place("contribution.safetensors"), overwrite=True)
     write_manifest(opened.output, job, len(chosen))
-    write(f"\nPictures, tables and manifest.json are in {opened.output}")
+    write(f"\nPictures, tables and manifest.json are in {opened.output.path}")
     return rows

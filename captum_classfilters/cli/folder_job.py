@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,9 +14,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 
 from captum_classfilters._core.checkpoints import read_state_dict
-from captum_classfilters._core.files import check_writable_folder, open_regular, write_text
+from captum_classfilters._core.files import open_regular, write_text
 from captum_classfilters._core.guard import model_left_as_found
 from captum_classfilters._core.outputs import scores_per_class
+from captum_classfilters._core.results_folder import ResultsFolder
 from captum_classfilters.cli.folder_classes import assign_outputs
 from captum_classfilters.cli.model_sources import ModelSource, model_source
 
@@ -92,7 +92,7 @@ class OpenedFolder:
     Args:
 
         job (FolderJob): The job.
-        output (Path): Folder for the results; it is made when there are some.
+        output (ResultsFolder): Folder for the results; it is made when there are some.
         source (ModelSource): Where the model comes from.
         model (nn.Module): The model, where it computes.
         dataset (torchvision.datasets.ImageFolder): All images; labels are the model's outputs.
@@ -100,7 +100,7 @@ class OpenedFolder:
     """
 
     job: FolderJob
-    output: Path
+    output: ResultsFolder
     source: ModelSource
     model: nn.Module
     dataset: "ImageFolder"
@@ -194,6 +194,7 @@ def open_folder(
         source, job.checkpoint, job.num_classes or None, len(dataset.classes), job.random_weights
     ).to(job.device, getattr(torch, job.dtype))
     names = assign_outputs(dataset, model, source, job.class_names)
+    output.clear()  # once nothing is wrong with what the job was told
     return OpenedFolder(job, output, source, model, dataset, names)
 
 
@@ -349,17 +350,15 @@ def named_layer(job: FolderJob) -> str:
     return job.layer
 
 
-def prepared_output(job: FolderJob, known: Iterable[str]) -> Path:
-    """The folder for a job's results, once its options are checked; older results count no more."""
+def prepared_output(job: FolderJob, known: Iterable[str]) -> ResultsFolder:
+    """The folder for a job's results, once its options are checked."""
     _check_numbers(job)
     unknown = [name for name in job.methods if name not in known]
     if unknown or (known and not job.methods):
         raise ValueError(f"Unknown methods {unknown}; choose from {', '.join(known)}.")
-    output = Path(job.output)
-    if (output / "manifest.json").exists() and not job.overwrite:
-        raise ValueError(f"{output} holds results already; pass --overwrite to replace them.")
-    check_writable_folder(output)
-    (output / "manifest.json").unlink(missing_ok=True)
+    output = ResultsFolder(Path(job.output), "manifest.json")
+    if output.is_complete and not job.overwrite:
+        raise ValueError(f"{output.path} holds results already; pass --overwrite to replace them.")
     return output
 
 
@@ -388,18 +387,17 @@ def evenly_spread(dataset: "ImageFolder", limit: int | None) -> Subset[object]:
     return Subset(dataset, places)
 
 
-def write_manifest(output: Path, job: FolderJob, num_images: int) -> None:
+def write_manifest(output: ResultsFolder, job: FolderJob, num_images: int) -> None:
     """Last of all: a folder without it is not complete."""
-    manifest = {
+    facts = {
         "schema_version": SCHEMA_VERSION,
         "model": job.model,
         "layer": job.layer,
         "methods": list(job.methods),
         "num_filters": job.num_filters,
         "num_images": num_images,
-        "files": sorted(path.name for path in output.iterdir() if path.name != "manifest.json"),
     }
-    write_text(output / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+    output.finish(facts, indent=2)
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, object]]) -> None:

@@ -1,7 +1,6 @@
 """The main job on the user's own model and images."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from captum.attr import IntegratedGradients
@@ -10,6 +9,7 @@ from torch.utils.data import Subset
 
 from captum_classfilters._core.files import write_figure
 from captum_classfilters._core.names import short_name
+from captum_classfilters._core.results_folder import ResultsFolder
 from captum_classfilters._core.tables import text_table
 from captum_classfilters.attr import (
     ClassFilterSaliency,
@@ -65,13 +65,12 @@ def run_identify(job: FolderJob, write: Callable[[str], None] = print) -> dict[s
         show_progress=job.show_progress,
     )
     _report(tables, write)  # first, so that a full disk costs the files alone
-    output.mkdir(parents=True, exist_ok=True)
     for name, table in tables.items():
         write_table(output, name, table)
     if job.explain:
         _explain(output, model, job, tables, chosen)
     write_manifest(output, job, len(chosen))
-    write(f"\nTables, pictures and manifest.json are in {output}")
+    write(f"\nTables, pictures and manifest.json are in {output.path}")
     return tables
 
 
@@ -97,11 +96,11 @@ def layer_table(name: str, image_size: int | None) -> str:
     return str(list_filter_layers(model, images))
 
 
-def write_table(output: Path, name: str, table: ClassFilters) -> None:
+def write_table(output: ResultsFolder, name: str, table: ClassFilters) -> None:
     """Write a table, its long form as CSV, and its heat map."""
     from captum_classfilters.visualize import plot_class_filters
 
-    table.save(output / f"{name}.safetensors", overwrite=True)
+    table.save(output.place(f"{name}.safetensors"), overwrite=True)
     errors = table.standard_errors
     # Lists, not tensors: a thousand classes by hundreds of filters are a million cells.
     scores, selected = table.scores.tolist(), table.selected.int().tolist()
@@ -117,13 +116,13 @@ def write_table(output: Path, name: str, table: ClassFilters) -> None:
         )
     )
     columns = ("class", "filter", "score", "standard_error", "selected", "images")
-    write_csv(output / f"{name}.csv", columns, rows)
+    write_csv(output.place(f"{name}.csv"), columns, rows)
     figure, _ = plot_class_filters(table)
-    write_figure(output / f"{name}.png", figure)
+    write_figure(output.place(f"{name}.png"), figure)
 
 
 def _explain(
-    output: Path,
+    output: ResultsFolder,
     model: nn.Module,
     job: FolderJob,
     tables: dict[str, ClassFilters],
@@ -146,7 +145,7 @@ def _explain(
     figure, _ = plot_explanations(
         images, columns, titles=[names[label] for label in labels.tolist()]
     )
-    write_figure(output / "explanations.png", figure)
+    write_figure(output.place("explanations.png"), figure)
 
 
 def _report(tables: dict[str, ClassFilters], write: Callable[[str], None]) -> None:

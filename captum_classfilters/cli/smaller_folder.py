@@ -67,9 +67,8 @@ def run_decompose(job: FolderJob, write: Callable[[str], None] = print) -> Accur
     )
     small = decompose(opened.model, tables["contribution"], missing="bias")
     write(str(curve))
-    opened.output.mkdir(parents=True, exist_ok=True)
     figure, _ = plot_accuracy_curve(curve)
-    write_figure(opened.output / "accuracy_curve.png", figure)
+    write_figure(opened.output.place("accuracy_curve.png"), figure)
     rows = [
         {
             "num_filters": number,
@@ -78,9 +77,9 @@ def run_decompose(job: FolderJob, write: Callable[[str], None] = print) -> Accur
         }
         for place, number in enumerate(curve.num_filters)
     ]
-    write_rows(opened.output / "accuracy_curve.csv", rows)
+    write_rows(opened.output.place("accuracy_curve.csv"), rows)
     for name, table in tables.items():
-        table.save(opened.output / f"{name}.safetensors", overwrite=True)
+        table.save(opened.output.place(f"{name}.safetensors"), overwrite=True)
     _finish(opened, small, len(find) + len(test), write)
     return curve
 
@@ -133,14 +132,14 @@ def run_prune(
         f"\naccuracy on {len(test):,} other images: {scores['before']:.4f} before, {scores['after']:.4f} "
         f"after {len(weakest)} of {table.num_filters} filters of {opened.layer} were removed"
     )
-    opened.output.mkdir(parents=True, exist_ok=True)
-    write_text(opened.output / "networks.txt", f"{comparison}\n")
+    write_text(opened.output.place("networks.txt"), f"{comparison}\n")
     rows = [{"network": name, "accuracy": accuracy} for name, accuracy in scores.items()]
-    write_rows(opened.output / "accuracy.csv", rows)
+    write_rows(opened.output.place("accuracy.csv"), rows)
     write_rows(
-        opened.output / "removed.csv", [{"filter": index} for index in sorted(weakest.tolist())]
+        opened.output.place("removed.csv"),
+        [{"filter": index} for index in sorted(weakest.tolist())],
     )
-    table.save(opened.output / "contribution.safetensors", overwrite=True)
+    table.save(opened.output.place("contribution.safetensors"), overwrite=True)
     _finish(opened, small, len(find) + len(test), write)
     return comparison
 
@@ -157,6 +156,6 @@ def _finish(
 ) -> None:
     """Write the smaller network's weights, and last of all the manifest."""
     details = {"model": opened.job.model, "layer": opened.layer}
-    write_tensors(opened.output / "weights.safetensors", _WEIGHTS, small.state_dict(), details)
+    write_tensors(opened.output.place("weights.safetensors"), _WEIGHTS, small.state_dict(), details)
     write_manifest(opened.output, opened.job, num_images)
-    write(f"\nWeights, tables and manifest.json are in {opened.output}")
+    write(f"\nWeights, tables and manifest.json are in {opened.output.path}")

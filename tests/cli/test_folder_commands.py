@@ -161,6 +161,48 @@ def test_atlas(own, folder, tmp_path, capsys):
     assert "NAME=CHECKPOINT" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("command", "options", "again"),
+    [
+        ("identify", ["--explain", 1], ["--method", "frequency"]),
+        ("compare", ["--explain", 1, "--limit", 2], ["--limit", 2]),
+        ("explain", ["--explain", 3], ["--explain", 2]),
+        ("decompose", [], None),
+        ("prune", ["--share", 0.5], None),
+        ("atlas", ["--explain", 1], ["--explain", 0]),
+    ],
+)
+def test_overwrite_leaves_nothing_of_the_run_before(own, folder, tmp_path, command, options, again):
+    """Nor does the manifest list what another has put there, or is it removed."""
+    output, outside = tmp_path / "out", tmp_path / "outside.txt"
+    output.mkdir()
+    for path in (outside, output / "mine.txt"):
+        path.write_text("kept")
+    (output / "mine").mkdir()
+    manifest = output / ("atlas.json" if command == "atlas" else "manifest.json")
+
+    def files():
+        return {path.relative_to(output).as_posix() for path in output.rglob("*") if path.is_file()}
+
+    methods = ["--method", "saliency"] if command == "compare" else []
+    assert run(command, own, folder, output, *options, *methods) == 0
+    listed = json.loads(manifest.read_text())
+    assert set(listed["files"]) == files() - {manifest.name, "mine.txt"}
+    (output / "old.txt").write_text("of an earlier version")
+    listed["files"] += ["old.txt", "../outside.txt", "mine"]
+    manifest.write_text(json.dumps(listed))
+    # A run that is refused changes nothing.
+    before = files()
+    assert run(command, f"{own}_not_there", folder, output, "--overwrite", *options) == 2
+    assert files() == before
+    assert run(command, own, folder, output, "--overwrite", *(again or options), *methods) == 0
+    new = set(json.loads(manifest.read_text())["files"])
+    assert new == files() - {manifest.name, "mine.txt"}
+    assert "old.txt" not in new
+    assert again is None or new < set(listed["files"])
+    assert (output / "mine.txt").read_text() == outside.read_text() == "kept"
+
+
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
 def test_types_and_workers(own, folder, tmp_path, dtype):
     output = tmp_path / "out"
