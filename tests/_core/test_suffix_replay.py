@@ -275,6 +275,40 @@ def test_batch_dependent_model_runs_whole_and_says_so_once(caplog):
     assert sum("the whole model runs" in record.message for record in caplog.records) == 1
 
 
+@pytest.mark.parametrize("layer", ["3", "4", "5.1"])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_the_last_linear_layer_may_be_inside_of_the_layer_or_before_it(layer, rows, caplog):
+    """Replays do not run it again."""
+    head = nn.Sequential(nn.Flatten(), nn.Linear(6, 4), nn.Softplus(), nn.Linear(4, 5))
+    ends = nn.Sequential(nn.Softplus(), nn.Tanh())
+    model = nn.Sequential(
+        nn.Conv2d(3, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), head, nn.Hardtanh(-9, 9), ends
+    ).eval()
+    replay = SuffixReplay(model, model.get_submodule(layer), (torch.randn(4, 3, 8, 7),))
+    assert replay.way == "replay"
+    assert not caplog.records
+    removed = replay.each_filter()
+    expected = by_hand(model, replay.layer, replay.arguments, removed)
+    torch.testing.assert_close(replay.outputs(removed, rows), expected, rtol=1e-6, atol=1e-6)
+
+
+class AddsTheMean(nn.Sequential):
+    """Its last linear layer takes one row, however many images there are."""
+
+    def forward(self, tensor: Tensor) -> Tensor:
+        maps, first, second = self
+        means = maps(tensor).mean((2, 3))
+        return first(means) + second(means.mean(0, keepdim=True))
+
+
+def test_a_last_linear_layer_of_one_row_is_told_in_plain_words(caplog):
+    model = AddsTheMean(nn.Conv2d(3, 6, 3), nn.Linear(6, 5), nn.Linear(6, 5)).eval()
+    with caplog.at_level(logging.WARNING, logger="captum_classfilters"):
+        replay = SuffixReplay(model, model[0], (torch.randn(4, 3, 8, 7),))
+    assert replay.way == "whole model"
+    assert "(the last linear layer does not run as it did before)" in caplog.text
+
+
 def test_dropout_in_training_mode_runs_whole():
     model = MakesRandom().train()
     assert SuffixReplay(model, model.conv, (images(),)).way == "whole model"

@@ -126,9 +126,11 @@ class RecordedBatch:
 
     def _recorded_run(self, model: nn.Module | None) -> HeadRecord | None:
         runs: list[int] = []
+        before: list[Tensor | None] = []
 
         def take(value: object) -> None:
             runs.append(1)
+            before.append(head.features)
             # In-place successors overwrite a layer's output, so what is kept is a copy.
             self.activation = only_tensor(value, self.name).detach().clone()
 
@@ -140,7 +142,9 @@ class RecordedBatch:
             output = class_scores(self._run_model())
         check_runs(self.name, len(runs), self.layer)
         self.output = output.detach().clone()
-        self.seen = [self.output, *_features(head, 1)[0]]
+        # A linear layer inside the layer, or before it, runs no more, and its input is not changed.
+        self._head_follows = head.features is not before[-1]
+        self.seen = [self.output, *self._features(head, 1)[0]]
         self._state = ModuleState(self.model)
         head.settle(output)
         return head if head.is_output(output) else None
@@ -216,8 +220,15 @@ class RecordedBatch:
         """
         with record_head(self.model) as head:
             outputs = run().reshape(copies, *self.output.shape)
-        features = _features(head, copies)
+        features = self._features(head, copies)
         return [[outputs[copy], *features[copy]] for copy in range(copies)]
+
+    def _features(self, head: HeadRecord, copies: int) -> list[list[Tensor]]:
+        """What the last linear layer behind the layer was given in a run, for each copy."""
+        if not self._head_follows or head.features is None or len(head.features) % copies:
+            return [[] for _ in range(copies)]
+        rows = all_rows(head.features).detach().clone()
+        return [[part] for part in rows.unflatten(0, (copies, -1))]
 
     # -- what else is known ----------------------------------------------------------------------
 
@@ -237,14 +248,6 @@ class RecordedBatch:
         others = _latest is None or _latest() is not self
         _latest = weakref.ref(self)
         return moved or others
-
-
-def _features(head: HeadRecord, copies: int) -> list[list[Tensor]]:
-    """What the last linear layer of a run was given, for each copy."""
-    if head.features is None or len(head.features) % copies:
-        return [[] for _ in range(copies)]
-    rows = all_rows(head.features).detach().clone()
-    return [[part] for part in rows.unflatten(0, (copies, -1))]
 
 
 @contextmanager
