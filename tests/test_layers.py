@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from captum.attr import LayerActivation, LayerGradientXActivation
+from captum.attr import LayerActivation, LayerConductance, LayerGradientXActivation
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from captum_classfilters._core.layers import (
     only_tensor,
 )
 from captum_classfilters.identify import collect_features
+from captum_classfilters.metrics import compare_methods
 from captum_classfilters.metrics.filter_sensitivity import filter_scores_of
 from captum_classfilters.pruning import masked_filters
 from tests.models import deep
@@ -819,6 +820,27 @@ def test_layers_in_any_form(form: str) -> None:
         collect_features(net, "block", data, **quiet)[0],
         collect_features(plain, "block", data, **quiet)[0],
     )
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", [LayerGradientXActivation, LayerConductance])
+def test_methods_of_captum_say_which_layers_they_do_not_read(form: str, kind: type) -> None:
+    """And no comparison fails for that."""
+    net = _InAnyForm(form).eval()
+    data = [(torch.rand(6, 3, 5, 7), torch.tensor([0, 1, 2, 0, 1, 1]))]
+    expected = rf"{kind.__name__} reads layers of one tensor; 'block' handles an? \w+\."
+    with pytest.raises(ValueError, match=expected) as caught:
+        identify_class_filters(kind(net, net.block), data, show_progress=False)
+    assert caught.value.__cause__ is not None
+    found = compare_methods(net, "block", data, data, num_filters=2, show_progress=False)
+    assert list(found.skipped) == ["gradient x activation"]
+    assert "gradient x activation does not apply: LayerGradientXActivation reads" in str(found)
+    assert len(found.names) == 7
+    # Where the layer has a tensor, an error is the method's own.
+    with pytest.raises(TypeError, match="unexpected keyword argument 'steps'"):
+        identify_class_filters(
+            kind(net, net.head), data, attribute_kwargs={"steps": 3}, show_progress=False
+        )
 
 
 def test_two_tensors_are_not_one() -> None:

@@ -5,6 +5,7 @@ import inspect
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -24,6 +25,7 @@ from captum_classfilters._core.names import kind_of
 from captum_classfilters._core.outputs import scores_per_class
 from captum_classfilters._core.progress import described_options
 from captum_classfilters._core.rules import FilterRule
+from captum_classfilters._core.taps import tapped
 from captum_classfilters._core.types import AttributeKwargs, JsonDict, Keywords
 from captum_classfilters.class_scores import ClassScores
 
@@ -215,8 +217,14 @@ class Source:
                 image.detach().requires_grad_() if image.is_floating_point() else image
                 for image in inputs
             )
-        with torch.enable_grad():
-            attributions = self.method.attribute(inputs if len(inputs) > 1 else inputs[0], **kwargs)
+        try:
+            with torch.enable_grad():
+                attributions = self.method.attribute(
+                    inputs if len(inputs) > 1 else inputs[0], **kwargs
+                )
+        except (AssertionError, AttributeError, IndexError, KeyError, TypeError) as error:
+            self._check_reads_layer(inputs, error)
+            raise
         if not isinstance(attributions, Tensor):
             raise ValueError(
                 f"{self.name} at {self.layer_name!r} returned {kind_of(attributions)}; "
@@ -227,6 +235,24 @@ class Source:
             return self.rule.filter_scores(attributions, self.at_input)
         axis = attribution_axis(self.method, attributions, self.at_input)
         return REDUCTIONS[self.reduction](positions_last(attributions, axis))
+
+    def _check_reads_layer(self, inputs: tuple[Tensor, ...], error: Exception) -> None:
+        """Raise in words where a method of Captum failed at a layer of another form than it reads."""
+        if self.rule is not None:
+            return
+        seen: list[object] = []
+        tap = tapped(self.method.layer, seen.append, at_input=self.at_input)
+        with suppress(Exception), torch.no_grad(), tap:
+            self.method.forward_func(*inputs)
+        value = seen[0] if seen else None
+        if self.at_input and isinstance(value, tuple) and len(value) == 1:
+            value = value[0]
+        if seen and not isinstance(value, Tensor):
+            raise ValueError(
+                f"{self.name} reads layers of one tensor; {self.layer_name!r} handles "
+                f"{kind_of(value)}. Choose one of the layers inside it, or a method of this package, "
+                "which reads whatever holds a single one."
+            ) from error
 
 
 def sources_of(
