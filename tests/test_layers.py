@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from captum_classfilters import (
+    ClassScores,
     FilterGate,
     LayerFilterAblation,
     LayerFilterContribution,
@@ -26,7 +27,7 @@ from captum_classfilters._core.layers import (
     only_tensor,
 )
 from captum_classfilters.identify import collect_features
-from captum_classfilters.metrics import compare_methods
+from captum_classfilters.metrics import compare_attributions, compare_methods
 from captum_classfilters.metrics.filter_sensitivity import filter_scores_of
 from captum_classfilters.pruning import masked_filters
 from tests.models import deep
@@ -836,6 +837,9 @@ def test_methods_of_captum_say_which_layers_they_do_not_read(form: str, kind: ty
     assert list(found.skipped) == ["gradient x activation"]
     assert "gradient x activation does not apply: LayerGradientXActivation reads" in str(found)
     assert len(found.names) == 7
+    model, images = ClassScores(net), data[0][0]
+    with pytest.raises(ValueError, match=expected):
+        compare_attributions(model, {"one": kind(model, net.block)}, images, data[0][1])
     # Where the layer has a tensor, an error is the method's own.
     with pytest.raises(TypeError, match="unexpected keyword argument 'steps'"):
         identify_class_filters(

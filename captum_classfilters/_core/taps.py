@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -14,12 +14,14 @@ from captum_classfilters._core.layers import (
     check_runs,
     filter_axis,
     layer_name,
+    module_of,
     only_tensor,
     positions_last,
     weighted_before,
     with_tensors,
 )
-from captum_classfilters._core.types import Arguments, Keywords
+from captum_classfilters._core.names import kind_of
+from captum_classfilters._core.types import Arguments, Keywords, ModelInputs
 
 
 @contextmanager
@@ -94,6 +96,26 @@ def tapped(
         else:
             stack.enter_context(hooked([module], hook))
         yield
+
+
+def check_reads_layer(
+    name: str, method: Any, inputs: ModelInputs, error: Exception, *, at_input: bool = False
+) -> None:
+    """Raise in words where a method of Captum failed at a layer of another form than it reads."""
+    layer = method.layer
+    seen: list[object] = []
+    tap = tapped(layer, seen.append, at_input=at_input)
+    with suppress(Exception), torch.no_grad(), tap:
+        method.forward_func(*inputs)
+    value = seen[0] if seen else None
+    if at_input and isinstance(value, tuple) and len(value) == 1:
+        value = value[0]
+    if seen and not isinstance(value, Tensor):
+        where = layer_name(module_of(method.forward_func, [layer]), layer)
+        raise ValueError(
+            f"{name} reads layers of one tensor; {where!r} handles {kind_of(value)}. Choose one of the "
+            "layers inside it, or a method of this package, which reads whatever holds a single one."
+        ) from error
 
 
 def _running_eagerly() -> AbstractContextManager[object]:

@@ -5,7 +5,6 @@ import inspect
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -25,7 +24,7 @@ from captum_classfilters._core.names import kind_of
 from captum_classfilters._core.outputs import scores_per_class
 from captum_classfilters._core.progress import described_options
 from captum_classfilters._core.rules import FilterRule
-from captum_classfilters._core.taps import tapped
+from captum_classfilters._core.taps import check_reads_layer
 from captum_classfilters._core.types import AttributeKwargs, JsonDict, Keywords
 from captum_classfilters.class_scores import ClassScores
 
@@ -223,7 +222,8 @@ class Source:
                     inputs if len(inputs) > 1 else inputs[0], **kwargs
                 )
         except (AssertionError, AttributeError, IndexError, KeyError, TypeError) as error:
-            self._check_reads_layer(inputs, error)
+            if self.rule is None:
+                check_reads_layer(self.name, self.method, inputs, error, at_input=self.at_input)
             raise
         if not isinstance(attributions, Tensor):
             raise ValueError(
@@ -235,24 +235,6 @@ class Source:
             return self.rule.filter_scores(attributions, self.at_input)
         axis = attribution_axis(self.method, attributions, self.at_input)
         return REDUCTIONS[self.reduction](positions_last(attributions, axis))
-
-    def _check_reads_layer(self, inputs: tuple[Tensor, ...], error: Exception) -> None:
-        """Raise in words where a method of Captum failed at a layer of another form than it reads."""
-        if self.rule is not None:
-            return
-        seen: list[object] = []
-        tap = tapped(self.method.layer, seen.append, at_input=self.at_input)
-        with suppress(Exception), torch.no_grad(), tap:
-            self.method.forward_func(*inputs)
-        value = seen[0] if seen else None
-        if self.at_input and isinstance(value, tuple) and len(value) == 1:
-            value = value[0]
-        if seen and not isinstance(value, Tensor):
-            raise ValueError(
-                f"{self.name} reads layers of one tensor; {self.layer_name!r} handles "
-                f"{kind_of(value)}. Choose one of the layers inside it, or a method of this package, "
-                "which reads whatever holds a single one."
-            ) from error
 
 
 def sources_of(

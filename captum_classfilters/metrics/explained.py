@@ -16,6 +16,7 @@ from captum_classfilters._core.names import kind_of
 from captum_classfilters._core.outputs import class_scores
 from captum_classfilters._core.rules import FilterRule
 from captum_classfilters._core.score_reader import gives_probabilities
+from captum_classfilters._core.taps import check_reads_layer
 from captum_classfilters._core.types import Attributions, ForwardFunc, Keywords
 from captum_classfilters.gate_space import FilterGate
 from captum_classfilters.metrics.filter_sensitivity import filter_scores_of, scores_filters
@@ -153,6 +154,9 @@ class Explained:
             model = model.model if isinstance(model, FilterGate) else model
             output = model(inputs) if isinstance(model, nn.Module) else inputs
             if isinstance(output, Tensor):
+                layer = getattr(self.method, "layer", None)
+                if isinstance(layer, nn.Module) and not isinstance(self.method, FilterRule):
+                    check_reads_layer(type(self.method).__name__, self.method, (inputs,), error)
                 raise
             raise ValueError(
                 f"{self.name!r} needs a model that returns a Tensor, and this one returns "
