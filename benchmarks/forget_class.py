@@ -160,10 +160,10 @@ def beside_retrained(args: argparse.Namespace) -> None:
                 table.row(cifar10.CLASSES[class_index], source, name, *_cells(numbers))
                 found.setdefault((source, name), []).append(numbers)
     for (source, name), rows in found.items():
-        numbers, own = torch.tensor(rows), torch.tensor(found[source, "retrained without"])
-        apart = (numbers - own)[(numbers - own).abs().argmax(0), torch.arange(len(COLUMNS))]
-        table.row("mean", source, name, *_cells(numbers.mean(0).tolist()))
-        table.row("furthest from retrained", source, name, *(f"{x:+.3f}" for x in apart.tolist()))
+        table.row("mean", source, name, *_cells(torch.tensor(rows).mean(0).tolist()))
+        apart = torch.tensor(rows) - torch.tensor(found[source, "retrained without"])
+        furthest = apart[apart.abs().argmax(0), torch.arange(len(COLUMNS))].tolist()
+        table.row("furthest from retrained", source, name, *(f"{x:+.3f}" for x in furthest))
 
 
 def _kept(args: argparse.Namespace, name: str) -> Path | None:

@@ -48,7 +48,6 @@ class Site:
         self._results = ResultsFolder(folder, MANIFEST)
         if self._results.is_complete and not overwrite:
             raise ValueError(f"{folder} holds an atlas already; pass overwrite to replace it.")
-        self._results.clear()
 
     def place(self, *parts: str) -> Path:
         """A file's path, in a folder that is there."""

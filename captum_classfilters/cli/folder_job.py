@@ -194,7 +194,6 @@ def open_folder(
         source, job.checkpoint, job.num_classes or None, len(dataset.classes), job.random_weights
     ).to(job.device, getattr(torch, job.dtype))
     names = assign_outputs(dataset, model, source, job.class_names)
-    output.clear()  # once nothing is wrong with what the job was told
     return OpenedFolder(job, output, source, model, dataset, names)
 
 

@@ -16,6 +16,7 @@ from torch.utils.data import Subset
 from torchvision.models import resnet18
 
 from captum_classfilters import ClassFilters
+from captum_classfilters._core.results_folder import ResultsFolder
 from captum_classfilters.cli import compare_folder, demo
 from captum_classfilters.cli.compare_folder import _class_filters
 from captum_classfilters.cli.demo import run_demo
@@ -342,7 +343,7 @@ class TestCommands:
         names = ["a long name of a kind of dog", "costs $5", "a long name of a kind of cat"]
         drawn: list[Any] = []
         monkeypatch.setattr(compare_folder, "write_figure", lambda _path, one: drawn.append(one))
-        compare_folder._draw(tmp_path, comparison, names)
+        compare_folder._draw(ResultsFolder(tmp_path, "manifest.json"), comparison, names)
         beside = [axes.get_ylabel() for axes in drawn[0].axes if axes.get_ylabel()]
         assert beside == ["a long name of a… [0]", "a long name of a… [1]", r"costs \$5"]
 

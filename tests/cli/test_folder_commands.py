@@ -10,6 +10,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from captum_classfilters import LayerFilterContribution
+from captum_classfilters._core.results_folder import ResultsFolder
 from captum_classfilters.cli.folder_job import FolderJob, open_folder
 from captum_classfilters.cli.main import main
 from tests.cli.test_commands import checkpoint, folder
@@ -161,6 +162,10 @@ def test_atlas(own, folder, tmp_path, capsys):
     assert "NAME=CHECKPOINT" in capsys.readouterr().err
 
 
+def interrupted(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
 @pytest.mark.parametrize(
     ("command", "options", "again"),
     [
@@ -173,7 +178,8 @@ def test_atlas(own, folder, tmp_path, capsys):
     ],
 )
 def test_overwrite_leaves_nothing_of_the_run_before(own, folder, tmp_path, command, options, again):
-    """Nor does the manifest list what another has put there, or is it removed."""
+    """Nor does the manifest list what another has put there, or is it removed. A run that fails before it
+    writes leaves the earlier one's results."""
     output, outside = tmp_path / "out", tmp_path / "outside.txt"
     output.mkdir()
     for path in (outside, output / "mine.txt"):
@@ -194,6 +200,10 @@ def test_overwrite_leaves_nothing_of_the_run_before(own, folder, tmp_path, comma
     # A run that is refused changes nothing.
     before = files()
     assert run(command, f"{own}_not_there", folder, output, "--overwrite", *options) == 2
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ResultsFolder, "place", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(command, own, folder, output, "--overwrite", *options, *methods)
     assert files() == before
     assert run(command, own, folder, output, "--overwrite", *(again or options), *methods) == 0
     new = set(json.loads(manifest.read_text())["files"])
