@@ -12,8 +12,8 @@ from captum_classfilters._core.outputs import class_scores, two_classes
 from captum_classfilters._core.taps import hooked
 from captum_classfilters._core.types import ModelInputs
 from captum_classfilters.answers.sides import SeenBatch
-from captum_classfilters.heads.decomposed_linear import DecomposedLinear, linear_layer, linear_map
-from captum_classfilters.heads.linear_head import LinearHead
+from captum_classfilters.heads.decomposed_linear import DecomposedLinear, linear_layer
+from captum_classfilters.heads.linear_head import LinearHead, seen_through
 
 
 @dataclass(frozen=True)
@@ -146,8 +146,7 @@ class EditedHeads:
         return self._holds[seen.kind]
 
     def _output(self, features: Tensor, place: int) -> Tensor:
-        weight, bias = (part.to(features.device) for part in self.heads[place])
-        return linear_map(features, weight, bias, self.head.convolution_dims)
+        return seen_through(features, *self.heads[place], self.head.convolution_dims)
 
     def _after(self, follow: Callable[[Tensor], Tensor], seen: SeenBatch, place: int) -> Tensor:
         return two_classes(follow(self._output(seen.run.features, place)))

@@ -126,6 +126,16 @@ def replace_head(model: nn.Module, name: str, head: nn.Module) -> nn.Module:
     return copied(model, {old: head})
 
 
+def seen_through(
+    features: Tensor, weight: Tensor, bias: Tensor | None, convolution_dims: int
+) -> Tensor:
+    """:func:`linear_map` of features seen in a model, where they are and in the weight's type: a
+    model that opens autocast itself has them in another, and outside it nothing casts them."""
+    weight = weight.to(features.device)
+    bias = None if bias is None else bias.to(features.device)
+    return linear_map(features.to(weight.dtype), weight, bias, convolution_dims)
+
+
 @short_repr
 @dataclass(frozen=True)
 class LinearHead:
@@ -149,9 +159,8 @@ class LinearHead:
 
     def outputs(self, features: Tensor, weight: Tensor | None = None) -> Tensor:
         """What the head makes of features, with its own weight (C, F) or with another."""
-        own = (self.weight if weight is None else weight).to(features.device)
-        bias = None if self.bias is None else self.bias.to(features.device)
-        return linear_map(features, own, bias, self.convolution_dims)
+        own = self.weight if weight is None else weight
+        return seen_through(features, own, self.bias, self.convolution_dims)
 
     def outputs_of_few(self, features: Tensor, weight: Tensor) -> Tensor:
         """The same where most rows of a weight (C, F) are zero: these classes put out their bias."""
@@ -161,7 +170,7 @@ class LinearHead:
         axis = 1 if self.convolution_dims else features.dim() - 1
         bias = weight.new_zeros(len(weight)) if self.bias is None else self.bias
         bias = bias.to(features.device)
-        own = linear_map(
+        own = seen_through(
             features, weight.to(features.device)[rows], bias[rows], self.convolution_dims
         )
         shape = [*own.shape[:axis], len(weight), *own.shape[axis + 1 :]]

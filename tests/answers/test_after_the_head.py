@@ -132,6 +132,62 @@ def test_an_audit_and_a_detector_have_the_models_answers():
         detector(x[:0])
 
 
+class UnderAutocast(nn.Module):
+    """A model that opens autocast itself, so that its head reads bfloat16 and holds single precision."""
+
+    def __init__(self, head: list[nn.Module]) -> None:
+        super().__init__()
+        same = nn.Conv2d(6, 6, 1)
+        nn.init.dirac_(same.weight)
+        nn.init.zeros_(same.get_parameter("bias"))
+        self.layers = nn.Sequential(same, *head).eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.layers(x)
+
+
+def linear_or_maps(weight: Tensor, maps: bool) -> list[nn.Module]:
+    """Channels' means, weighed before or after the mean is taken."""
+    pooled = [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    if not maps:
+        return [*means(weight)]
+    head = nn.Conv2d(6, len(weight), 1)
+    head.weight.data = weight[:, :, None, None].clone()
+    nn.init.zeros_(head.get_parameter("bias"))
+    return [head, *pooled]
+
+
+@pytest.mark.parametrize("maps", [False, True])
+def test_features_of_another_type_than_the_head(maps):
+    """Counts are those of the edited models themselves, but for answers that rounding turns."""
+    plain, made_of, ((x, y),) = confused()
+    model = UnderAutocast(linear_or_maps(plain.get_parameter("2.weight").data, maps))
+    shortcuts = find_shortcuts(model, made_of, mark, **QUIET)
+    made = repair(model, shortcuts, [(x, y)], mark, outputs=[0], size=1, repetitions=3, **QUIET)
+    fixed = repair_confusion(model, made_of, [(x, y)], 1, 2, repetitions=3, **QUIET)
+    with torch.no_grad():
+        before, after = (
+            torch.stack([(network(seen).argmax(1) == y).sum() for seen in (x, mark(x))])
+            for network in (model, made.model)
+        )
+        told = (fixed.model(x).argmax(1) == 2) & (y == 1)
+    assert torch.equal(made.right[:2, 0], before)
+    assert (made.right[:2, 1] - after).abs().max() <= 3
+    assert not torch.equal(before, after)
+    assert abs(int(fixed.hits[0, 1]) - int(told.sum())) <= 3
+
+
+def test_an_audit_of_features_of_another_type_than_the_head():
+    plain, made_of, judged = confused()
+    weight = plain.get_parameter("2.weight").data
+    models = {"plain": plain, "rounded": UnderAutocast([*means(weight)])}
+    audit = audit_forgetting(models, 0, made_of, judged, **QUIET)
+    for name in ("forget_accuracy", "retain_accuracy", "other_classes_probe"):
+        one, other = getattr(audit, name).tolist()
+        assert other == pytest.approx(one, abs=0.03)
+
+
 def test_a_class_that_the_whole_model_still_names_is_told():
     """By a prior behind the head, or by a head that is a convolution."""
     model, _, ((x, y),) = confused()
