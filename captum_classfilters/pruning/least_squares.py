@@ -142,10 +142,12 @@ def _has_its_size(module: Weighted, inputs: Tensor, output: Tensor) -> bool:
     )
 
 
-def _rows_made(module: nn.Module, outputs: Tensor, where: Tensor) -> Tensor:
-    """Rows of a layer's output, or of one like it, at the same positions, (rows, C)."""
+def _rows_made(module: nn.Module, outputs: Tensor, where: Tensor | None = None) -> Tensor:
+    """Rows of a layer's output, or of one like it, at the same positions or at all, (rows, C)."""
     if isinstance(module, nn.Linear):
         return outputs.flatten(0, -2)
+    if where is None:
+        return outputs.flatten(2).transpose(1, 2).flatten(0, 1)
     index = where[:, None].expand(-1, outputs.shape[1], -1)
     return outputs.flatten(2).gather(2, index).transpose(1, 2).flatten(0, 1)
 
@@ -233,8 +235,7 @@ def see_full(
                 (centered * signs).sum(), list(outputs.values()), materialize_grads=True
             )
             for name, gradient in zip(outputs, gradients, strict=True):
-                rows = gradient if gradient.dim() == 2 else gradient.flatten(2).transpose(1, 2)
-                rows = at_least_float32(rows.flatten(0, -2))
+                rows = at_least_float32(_rows_made(modules[name], gradient))
                 seen[name].fisher = seen[name].fisher + (rows.T @ rows).double().cpu()
     return seen
 

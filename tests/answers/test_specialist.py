@@ -104,6 +104,47 @@ class SelfPadding(nn.Conv2d):
         return super().forward(F.pad(input, (0, 1, 0, 1)))
 
 
+class OfTokens(nn.Module):
+    """The layers of a network of 1x1 convolutions, on tokens."""
+
+    def __init__(self, network: nn.Sequential) -> None:
+        super().__init__()
+        for name in ("0", "2"):
+            layer = layer_at(network, name, nn.Conv2d)
+            linear = nn.Linear(layer.in_channels, layer.out_channels)
+            linear.weight.data = layer.weight.data.flatten(1).clone()
+            linear.bias.data = layer.get_parameter("bias").data.clone()
+            self.add_module(name, linear)
+        self.head = copy.deepcopy(network[-1])
+
+    def forward(self, x):
+        x = self.get_submodule("0")(x.flatten(2).transpose(1, 2)).relu()
+        return self.head(self.get_submodule("2")(x).relu().mean(1))
+
+
+def test_tokens_lose_the_filters_that_positions_do():
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Conv2d(2, 9, 1), nn.ReLU(), nn.Conv2d(9, 6, 1), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4),
+    ).eval()  # fmt: skip
+    balanced(network, "6")
+    data = [
+        (x[:, :, :3, :3], y) for x, y in labeled(network)
+    ]  # nine positions, as there are filters
+    options: Any = {"budget": 0.5, "low_rank": False, "epochs": 0, **QUIET}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it may guess
+        maps, tokens = (
+            build_specialist(model, [1, 3], data, **options)
+            for model in (network, OfTokens(network).eval())
+        )
+    assert maps.kept.keys() == tokens.kept.keys() == {"0", "2"}
+    for name, kept in maps.kept.items():
+        assert torch.equal(tokens.kept[name], kept)
+    assert torch.equal(tokens.right[:2], maps.right[:2])
+
+
 def test_a_layer_that_pads_by_itself_is_left_whole():
     """It is no matrix times what it reads; what it reads keeps its filters, what it makes may go."""
     torch.manual_seed(0)

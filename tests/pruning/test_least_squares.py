@@ -20,6 +20,7 @@ from captum_classfilters.pruning.least_squares import (
     root_of,
     see_again,
     see_full,
+    weighted,
 )
 from captum_classfilters.pruning.resumed_runs import ResumedRuns
 
@@ -367,6 +368,46 @@ def test_gradients_at_a_convolution_are_those_of_its_outputs():
         rows = gradients.flatten(0, 1)
     assert torch.allclose(seen["conv"].fisher.float(), rows.T @ rows, atol=1e-6)
     assert seen["conv"].rows == 3 * 2  # of two positions each
+
+
+class Tokens(nn.Module):
+    """Two layers of tokens (N, T, K), as linear layers or as the same 1x1 convolutions."""
+
+    def __init__(self, convolutions: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        kind = [nn.Linear(2, 4), nn.Linear(4, 6), nn.Linear(6, 3)]
+        self.convolutions, self.head = convolutions, kind.pop()
+        if convolutions:
+            linear, kind = kind, [nn.Conv2d(2, 4, 1), nn.Conv2d(4, 6, 1)]  # type: ignore[list-item]
+            for layer, same in zip(kind, linear, strict=True):
+                layer.weight.data = same.weight.data[:, :, None, None].clone()
+                layer.bias.data = same.bias.data.clone()
+        self.first, self.second = kind
+
+    def forward(self, x):
+        x = x if self.convolutions else x.flatten(2).transpose(1, 2)
+        maps = self.second(self.first(x).relu()).relu()
+        return self.head(maps.mean((2, 3) if self.convolutions else 1))
+
+
+@pytest.mark.parametrize(("height", "width"), [(5, 1), (2, 2), (3, 2)])  # 4 and 6 as the filters
+def test_tokens_are_seen_as_positions_of_a_convolution_are(height, width):
+    data = [(x[:, :, :height, :width], y) for x, y in images(3, 2)]
+    found = []
+    for convolutions in (False, True):
+        model = Tokens(convolutions).eval()
+        modules = {name: weighted(model, name) for name in ("first", "second", "head")}
+        found.append(see_full(model, modules, data, positions=100, seed=0))
+    for name in found[0]:
+        tokens, maps = (seen[name] for seen in found)
+        assert tokens.linear
+        assert (tokens.rows, tokens.fisher.shape) == (maps.rows, maps.fisher.shape)
+        for kind in ("moments", "cross", "fisher"):
+            torch.testing.assert_close(
+                getattr(tokens, kind), getattr(maps, kind), rtol=1e-5, atol=1e-5
+            )
+        assert float(tokens.fisher.abs().max()) > 1e-3
 
 
 def test_a_layer_with_a_forward_of_its_own_is_not_linear():
