@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from captum_classfilters._core.batches import read_batches
+from captum_classfilters._core.devices import without_autocast
 from captum_classfilters._core.heads import alike
 from captum_classfilters._core.layers import find_layer
 from captum_classfilters._core.outputs import at_least_float32, scores_per_class
@@ -180,8 +181,9 @@ class Seen:
         """Add rows of inputs and of targets."""
         # Rounded in half precision, products of rows are no covariance.
         inputs, targets = at_least_float32(inputs), at_least_float32(targets)
-        self.moments = self.moments + (inputs.T @ inputs).double().cpu()
-        self.cross = self.cross + (targets.T @ inputs).double().cpu()
+        with without_autocast(inputs.device):  # the model may have opened it around the layer
+            self.moments = self.moments + (inputs.T @ inputs).double().cpu()
+            self.cross = self.cross + (targets.T @ inputs).double().cpu()
         self.rows += len(inputs)
 
 

@@ -410,6 +410,23 @@ def test_tokens_are_seen_as_positions_of_a_convolution_are(height, width):
         assert float(tokens.fisher.abs().max()) > 1e-3
 
 
+class UnderAutocast(Two):
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return super().forward(x)
+
+
+def test_sums_of_rows_are_not_rounded_by_a_models_autocast():
+    model, data = UnderAutocast().eval(), images(30, 200)
+    seen = see_full(model, {"conv": model.conv}, data, positions=100, seed=0)["conv"]
+    x = torch.cat([batch for batch, _ in data])
+    read = torch.nn.functional.unfold(x, 3).transpose(1, 2).flatten(0, 1)
+    rows = torch.cat([read, torch.ones(len(read), 1)], 1).double()
+    torch.testing.assert_close(seen.moments, rows.T @ rows, rtol=1e-5, atol=1e-2)
+    made = torch.cat(seen.made).double()
+    torch.testing.assert_close(seen.cross, made.T @ rows, rtol=1e-5, atol=1e-2)
+
+
 def test_a_layer_with_a_forward_of_its_own_is_not_linear():
     class Squares(nn.Conv2d):
         def forward(self, input):
