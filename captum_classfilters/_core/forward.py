@@ -18,6 +18,7 @@ from captum_classfilters._core.heads import (
     record_head,
 )
 from captum_classfilters._core.layers import (
+    check_gradients_flow,
     check_numbers,
     layer_name,
     layer_tensors,
@@ -100,11 +101,11 @@ class _Reading(LayerTap):
     def take(self, value: Any) -> Any:
         """Read the layer's tensors; where gradients start at them, let copies go on."""
         tensors = self._tensors(value)
-        if self.differentiable and not torch.is_grad_enabled():
-            raise ValueError(
-                f"The model runs the layer {self.name!r} under torch.no_grad(), so no gradient "
-                "reaches it; choose a layer behind that part, or a method without gradients "
-                "(LayerFilterAblation); a checkpointed part is followed with use_reentrant=False."
+        if self.differentiable:
+            check_gradients_flow(
+                self.name,
+                "choose a layer behind that part, or a method without gradients "
+                "(LayerFilterAblation)",
             )
         if self.scale != 1:
             # A scale of zero removes even what is not finite.

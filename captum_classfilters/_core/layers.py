@@ -583,3 +583,12 @@ def check_runs(name: str, runs: int, module: nn.Module | None = None) -> None:
             f"its runs are the layers '{name}.0', '{name}.1', ...; or choose the block that contains "
             "one use of it."
         )
+
+
+def check_gradients_flow(name: str, advice: str) -> None:
+    """Raise if a layer, which runs just now, runs where no gradients are recorded."""
+    if not torch.is_grad_enabled():
+        raise ValueError(
+            f"The model runs the layer {name!r} under torch.no_grad(), so no gradient reaches it; "
+            f"{advice}; a checkpointed part is followed with use_reentrant=False."
+        )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from captum_classfilters._core.batches import read_batches
 from captum_classfilters._core.devices import without_autocast
 from captum_classfilters._core.heads import alike
-from captum_classfilters._core.layers import find_layer
+from captum_classfilters._core.layers import check_gradients_flow, find_layer
 from captum_classfilters._core.outputs import at_least_float32, scores_per_class
 from captum_classfilters._core.taps import hooked
 from captum_classfilters._core.types import Dataloader
@@ -24,7 +24,10 @@ _ROWS = 12_288  # ... where images are too few for so many rows
 _RIDGE = 1e-4  # of the mean second moment, so that inputs that are always zero do no harm
 _MOST_READ = 6_144  # numbers that a fitted layer reads: squares of them are held, and inverted
 _AT_ONCE = 32  # one in so many of the filters that are left goes in a step
-
+_LET_IT = (
+    "gradients tell which of its errors count, so let that part run with them (its weights stay as "
+    "they are)"
+)
 
 Weighted = nn.Linear | nn.Conv2d
 
@@ -209,6 +212,9 @@ def see_full(
 
     def hook(ran: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         name = names[ran]
+        check_gradients_flow(name, _LET_IT)
+        if not output.requires_grad:  # what it read was made without gradients
+            output = output.detach().requires_grad_()
         own, module = seen[name], modules[name]
         if not _has_its_size(module, inputs[0], output):
             own.linear = False
@@ -229,6 +235,7 @@ def see_full(
         hooked(modules.values(), hook),
     ):
         for batch in batches:
+            outputs.clear()
             inputs = [part.clone().requires_grad_() for part in batch.inputs]
             scores = scores_per_class(model(*inputs))
             centered = scores - scores.mean(1, keepdim=True)

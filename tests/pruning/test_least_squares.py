@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from captum_classfilters.pruning.least_squares import (
     Fit,
@@ -425,6 +426,50 @@ def test_sums_of_rows_are_not_rounded_by_a_models_autocast():
     torch.testing.assert_close(seen.moments, rows.T @ rows, rtol=1e-5, atol=1e-2)
     made = torch.cat(seen.made).double()
     torch.testing.assert_close(seen.cross, made.T @ rows, rtol=1e-5, atol=1e-2)
+
+
+class WithoutGradients(Two):
+    """A frozen part, and a head."""
+
+    def forward(self, x):
+        with torch.no_grad():
+            features = self.act(self.conv(x)).mean((2, 3))
+        return self.head(features)
+
+
+class Checkpointed(Two):
+    """The same part, run again in the backward pass."""
+
+    def forward(self, x):
+        def part(x):
+            return self.act(self.conv(x)).mean((2, 3))
+
+        return self.head(checkpoint(part, x, use_reentrant=True))
+
+
+@pytest.mark.parametrize("kind", [WithoutGradients, Checkpointed])
+def test_layers_that_run_without_gradients_are_named(kind):
+    model = kind().eval()
+    with pytest.raises(ValueError, match=r"'conv' under torch.no_grad.* use_reentrant=False"):
+        see_full(model, {"conv": model.conv, "head": model.head}, images(3), 4, 0)
+
+
+@pytest.mark.parametrize("where", ["image", "features"])
+def test_layers_behind_a_part_without_gradients_are_seen(where):
+    """Images that are made without gradients, and features that end them."""
+
+    class Detached(Two):
+        def forward(self, x):
+            x = x.detach() if where == "image" else x
+            maps = self.act(self.conv(x))
+            return self.head((maps.detach() if where == "features" else maps).mean((2, 3)))
+
+    model, plain, data = Detached().eval(), Two().eval(), images(3)
+    expected = see_full(plain, {"conv": plain.conv, "head": plain.head}, data, 100, 0)
+    seen = see_full(model, {"conv": model.conv, "head": model.head}, data, 100, 0)
+    assert torch.equal(seen["head"].fisher, expected["head"].fisher)
+    conv = expected["conv"].fisher * (where == "image")
+    assert torch.equal(seen["conv"].fisher, conv)
 
 
 def test_a_layer_with_a_forward_of_its_own_is_not_linear():
