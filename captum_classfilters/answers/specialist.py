@@ -221,7 +221,8 @@ def build_specialist(
     Raises:
         ValueError: Fewer than two classes, one given twice, unknown or with fewer than 20 images;
                     the budget is no share or cannot be reached; no layer can lose filters; there is
-                    no linear head that ends the model.
+                    no linear head that ends the model; a layer runs several times for parts of a
+                    batch, or without gradients.
 
     Examples::
 

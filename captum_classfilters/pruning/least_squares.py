@@ -1,5 +1,6 @@
 """A layer fitted, by least squares, to what it made in the full network, from fewer filters."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from captum_classfilters._core.batches import read_batches
 from captum_classfilters._core.devices import without_autocast
 from captum_classfilters._core.heads import alike
-from captum_classfilters._core.layers import check_gradients_flow, find_layer
+from captum_classfilters._core.layers import check_gradients_flow, check_runs, find_layer
 from captum_classfilters._core.outputs import at_least_float32, scores_per_class
 from captum_classfilters._core.taps import hooked
 from captum_classfilters._core.types import Dataloader
@@ -190,6 +191,17 @@ class Seen:
         self.rows += len(inputs)
 
 
+def _check_once(name: str, runs: int, images: int) -> None:
+    """Raise unless a layer made what it makes of a batch in one run."""
+    check_runs(name, min(1, runs))
+    if runs > 1:
+        raise ValueError(
+            f"The layer {name!r} was reached {runs} times in one forward pass of {images} images, so "
+            "it has no single output to be fitted to. A model that splits large batches must take "
+            f"{images} images at once: raise the size at which it splits them."
+        )
+
+
 class _SeenError(Exception):
     """The layers that are looked at have run."""
 
@@ -209,10 +221,12 @@ def see_full(
     seen = {name: Seen() for name in modules}
     names: dict[nn.Module, str] = {module: name for name, module in modules.items()}
     outputs: dict[str, Tensor] = {}
+    runs: Counter[str] = Counter()
 
     def hook(ran: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         name = names[ran]
         check_gradients_flow(name, _LET_IT)
+        runs[name] += 1
         if not output.requires_grad:  # what it read was made without gradients
             output = output.detach().requires_grad_()
         own, module = seen[name], modules[name]
@@ -236,8 +250,11 @@ def see_full(
     ):
         for batch in batches:
             outputs.clear()
+            runs.clear()
             inputs = [part.clone().requires_grad_() for part in batch.inputs]
             scores = scores_per_class(model(*inputs))
+            for name in modules:
+                _check_once(name, runs[name], batch.size)
             centered = scores - scores.mean(1, keepdim=True)
             signs = torch.randint(0, 2, scores.shape, generator=generator).to(centered) * 2 - 1
             gradients = torch.autograd.grad(

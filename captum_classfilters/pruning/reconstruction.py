@@ -77,7 +77,8 @@ class Reconstruction:
         self.readers = {name: self._readers(name) for name in sorted(layers, key=order.index)}
         read = {reader.name for readers in self.readers.values() for reader in readers}
         split = [name for name in order if name != head and self._can_be_split(name)]
-        modules = {name: weighted(model, name) for name in order if name in {head, *read, *split}}
+        once = [name for name in order if self.graph.runs[find_layer(model, name)] == 1]
+        modules = {name: weighted(model, name) for name in once if name in {head, *read, *split}}
         self.seen = see_full(model, modules, data, self.positions, seed)
         linear = {name for name, seen in self.seen.items() if seen.linear and seen.made}
         self.head = head if head in linear else ""

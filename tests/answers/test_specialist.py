@@ -145,6 +145,28 @@ def test_tokens_lose_the_filters_that_positions_do():
     assert torch.equal(tokens.right[:2], maps.right[:2])
 
 
+def test_a_head_that_runs_twice_is_not_fitted():
+    """In each image, that is; the layers before it lose filters all the same."""
+
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = doubled()[:7], nn.Linear(5, 4)
+
+        def forward(self, x):
+            features = self.body(x)
+            return (self.head(features) + self.head(features.square())) / 2
+
+    torch.manual_seed(1)
+    model = balanced(Twice().eval(), "head")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made = build_specialist(model, [1, 3], labeled(model), budget=0.65, low_rank=False, **QUIET)
+    head = layer_at(made.model, "head", nn.Linear)
+    assert torch.equal(head.weight, layer_at(model, "head", nn.Linear).weight[[1, 3]])
+    assert int(made.kept["body.0"].sum()) < 8
+
+
 def test_a_layer_that_pads_by_itself_is_left_whole():
     """It is no matrix times what it reads; what it reads keeps its filters, what it makes may go."""
     torch.manual_seed(0)

@@ -428,6 +428,19 @@ def test_sums_of_rows_are_not_rounded_by_a_models_autocast():
     torch.testing.assert_close(seen.cross, made.T @ rows, rtol=1e-5, atol=1e-2)
 
 
+@pytest.mark.parametrize("layer", ["conv", "head"])
+def test_layers_that_run_for_parts_of_a_batch_are_refused(layer):
+    class InParts(Two):
+        def forward(self, x):
+            return torch.cat([super(InParts, self).forward(part) for part in x.split(4)])
+
+    model = InParts().eval()
+    modules: dict[str, Weighted] = {layer: weighted(model, layer)}
+    see_full(model, modules, images(4, 3), 4, 0)
+    with pytest.raises(ValueError, match=rf"'{layer}' was reached 3 times .* of 9 images"):
+        see_full(model, modules, images(4, 9), 4, 0)
+
+
 class WithoutGradients(Two):
     """A frozen part, and a head."""
 
