@@ -193,7 +193,13 @@ def magnitude_prune(model: nn.Module, layer: nn.Module | str, sparsity: float) -
     left = module.weight.numel() if mask is None else int(mask.sum())
     # PyTorch rounds, of few weights up to all of them.
     amount = max(0, min(round(sparsity * left), left - 1))
-    prune.l1_unstructured(module, "weight", amount=amount)
+    # PyTorch views what it compares, which of channels-last weights it cannot, and its mask would
+    # give them another memory format.
+    sizes = module.weight.detach().contiguous()
+    prune.l1_unstructured(module, "weight", amount=amount, importance_scores=sizes)
+    own: Tensor = module.weight_orig  # type: ignore[assignment]
+    module.weight_mask = torch.empty_like(own).copy_(module.weight_mask)  # type: ignore[arg-type]
+    module.weight = module.weight_mask * own
     return pruned
 
 

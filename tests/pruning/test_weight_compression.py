@@ -172,6 +172,33 @@ def test_one_weight_stays_at_least(sparsity):
     assert int((tensor_of(twice, "0.weight") != 0).sum()) == max(1, 6 - round(6 * sparsity))
 
 
+@pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.7])
+@pytest.mark.parametrize(
+    ("layer", "memory_format", "size"),
+    [
+        (nn.Conv2d(4, 6, (3, 2)), torch.channels_last, (2, 4, 5, 7)),
+        (nn.ConvTranspose2d(4, 6, (3, 2)), torch.channels_last, (2, 4, 5, 7)),
+        (nn.Conv3d(4, 6, (1, 3, 2)), torch.channels_last_3d, (2, 4, 3, 5, 7)),
+    ],
+)
+def test_weights_in_another_memory_format(layer, memory_format, size, sparsity):
+    """The same weights go, once and again, and the format stays."""
+    plain, x = nn.Sequential(layer).eval(), torch.rand(size)
+    model = copy.deepcopy(plain).to(memory_format=memory_format)
+    found = []
+    for network in (plain, model):
+        once = magnitude_prune(network, "0", sparsity)
+        twice = magnitude_prune(once, "0", 0.5)
+        twice(x)  # PyTorch masks again in each forward pass
+        coded = compress_layer(network, "0", x, clusters=5, sparsity=sparsity, **QUIET)
+        found.append([tensor_of(each, "0.weight") for each in (once, twice, coded.model)])
+    number = layer.weight.numel()
+    assert int((found[0][0] == 0).sum()) == round(sparsity * number)
+    for expected, weight in zip(*found, strict=True):
+        assert torch.equal(weight, expected)
+        assert weight.is_contiguous(memory_format=memory_format)
+
+
 def test_bad_input():
     model, x = deep(), images()
     with pytest.raises(ValueError, match=r"sparsity=1"):
