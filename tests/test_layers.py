@@ -1,13 +1,22 @@
 """Which layers qualify, which axis holds their filters, and what is said of the others."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-from captum.attr import LayerActivation, LayerConductance, LayerGradientXActivation
+from captum.attr import (
+    LayerActivation,
+    LayerAttribution,
+    LayerConductance,
+    LayerFeatureAblation,
+    LayerGradientXActivation,
+    LayerIntegratedGradients,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from captum_classfilters import (
     ClassScores,
@@ -26,8 +35,14 @@ from captum_classfilters._core.layers import (
     named_layers,
     only_tensor,
 )
-from captum_classfilters.identify import collect_features
-from captum_classfilters.metrics import compare_attributions, compare_methods
+from captum_classfilters.identify import collect_features, contrast_classes
+from captum_classfilters.metrics import (
+    cascading_randomization,
+    compare_attributions,
+    compare_methods,
+    filter_max_sensitivity,
+    quantus_explanation,
+)
 from captum_classfilters.metrics.filter_sensitivity import filter_scores_of
 from captum_classfilters.pruning import masked_filters
 from tests.models import deep
@@ -845,6 +860,148 @@ def test_methods_of_captum_say_which_layers_they_do_not_read(form: str, kind: ty
         identify_class_filters(
             kind(net, net.head), data, attribute_kwargs={"steps": 3}, show_progress=False
         )
+
+
+class _Otherwise(nn.Module):
+    """A network that runs its layer in one of several ways that Captum's methods cannot read."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.way, self.conv, self.relu = way, nn.Conv2d(3, 6, 3), nn.ReLU()
+        self.fc: nn.Module = nn.Linear(6, 4)
+        if way == "quantized":
+            self.fc = torch.ao.quantization.quantize_dynamic(
+                nn.Sequential(self.fc), {nn.Linear}, dtype=torch.qint8
+            )
+
+    def features(self, images: Tensor) -> Tensor:
+        return self.relu(self.conv(images)).mean((2, 3))
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.way == "twice":
+            return self.fc(self.features(images) + self.features(images.flip(3)) / 2)
+        if self.way == "in chunks":
+            return torch.cat([self.fc(self.features(part)) for part in images.split(4)])
+        if self.way == "crops":
+            both = self.fc(self.features(torch.cat([images, images.flip(3)])))
+            return both.unflatten(0, (2, len(images))).mean(0)
+        if self.way == "no_grad":
+            with torch.no_grad():
+                features = self.features(images)
+            return self.fc(features)
+        if self.way == "reentrant":
+            features = checkpoint(self.features, images, use_reentrant=True)
+            return self.fc(features)
+        return self.fc(self.features(images))
+
+
+RUNS = {
+    "twice": r"'relu' was reached 2 times.*SeparateRuns",
+    "in chunks": r"'relu' was reached 2 times",
+    "crops": r"'relu' puts out (14 rows for 7|8 rows for 4) images: axis 0 is not the batch",
+    "traced": "'relu' is compiled by TorchScript.*give the module that it was made from",
+}
+GRADIENTS = {
+    "no_grad": r"runs the layer 'relu' under torch\.no_grad\(\)",
+    "reentrant": "use_reentrant=False",
+    "quantized": "No gradient of the model's output reaches the layer 'relu': .*quantized",
+}
+CAPTUMS: dict[str, Callable[..., LayerAttribution]] = {
+    "activation": LayerActivation,
+    "gradient x activation": LayerGradientXActivation,
+    "conductance": LayerConductance,
+    "integrated gradients": LayerIntegratedGradients,
+    "ablation": LayerFeatureAblation,
+}
+
+
+def _otherwise(way: str) -> Any:
+    net = _Otherwise(way).eval()
+    return torch.jit.trace(net, torch.rand(2, 3, 5, 6)) if way == "traced" else net
+
+
+def _seven() -> list[tuple[Tensor, Tensor]]:
+    return [(torch.rand(7, 3, 5, 6), torch.tensor([0, 1, 2, 3, 0, 1, 2]))]
+
+
+@pytest.mark.parametrize("way", RUNS)
+@pytest.mark.parametrize("kind", CAPTUMS)
+def test_methods_of_captum_read_layers_that_run_once(way: str, kind: str) -> None:
+    net = _otherwise(way)
+    with pytest.raises(ValueError, match=RUNS[way]):
+        identify_class_filters(CAPTUMS[kind](net, net.relu), _seven(), show_progress=False)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("way", GRADIENTS)
+@pytest.mark.parametrize("kind", ["gradient x activation", "conductance", "integrated gradients"])
+def test_methods_of_captum_say_where_no_gradient_leads(way: str, kind: str) -> None:
+    net, data = _otherwise(way), _seven()
+    method = CAPTUMS[kind](net, net.relu)
+    with pytest.raises(ValueError, match=GRADIENTS[way]) as caught:
+        identify_class_filters(method, data, show_progress=False)
+    assert caught.value.__cause__ is not None
+    for without in ("activation", "ablation"):
+        found = identify_class_filters(
+            CAPTUMS[without](net, net.relu), data, show_progress=False, num_filters=6
+        )
+        assert found.scores.shape == (4, 6)
+
+
+TASKS: dict[str, Callable[[nn.Module, Any], object]] = {
+    "contrast": lambda net, kind: contrast_classes(
+        kind(net, net.relu), _seven(), 0, 1, show_progress=False
+    ),
+    "compare": lambda net, kind: compare_attributions(
+        net, {"one": kind(net, net.relu)}, *_seven()[0]
+    ),
+    "sensitivity": lambda net, kind: filter_max_sensitivity(
+        kind(net, net.relu), _seven()[0][0], target=1
+    ),
+    "randomization": lambda net, kind: cascading_randomization(
+        net, lambda model: kind(model, model.relu), _seven()[0][0], target=1
+    ),
+    "quantus": lambda net, kind: quantus_explanation(lambda model: kind(model, model.relu))(
+        net, _seven()[0][0].numpy(), _seven()[0][1].numpy()
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("way", ["twice", "crops", *GRADIENTS])
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_says_which_layers_captum_cannot_read(way: str, task: str) -> None:
+    with pytest.raises(ValueError, match={**RUNS, **GRADIENTS}[way]):
+        TASKS[task](_otherwise(way), LayerGradientXActivation)
+
+
+def test_comparisons_leave_gradients_out_where_none_lead() -> None:
+    net, data = _otherwise("no_grad"), _seven()
+    found = compare_methods(net, "relu", data, list(data), num_filters=2, show_progress=False)
+    assert list(found.skipped) == ["gradient x activation"]
+    assert "under torch.no_grad()" in found.skipped["gradient x activation"]
+    assert "contribution" in found.names
+
+
+def test_a_method_that_weighs_all_runs_itself_judges_layers_itself() -> None:
+    class AllRuns(LayerAttribution):
+        def attribute(self, inputs: Tensor, target: Tensor) -> Tensor:
+            net: Any = self.forward_func
+            both = net.features(inputs) + net.features(inputs.flip(3)) / 2
+            return both * net.fc.weight[target]
+
+    net, data = _otherwise("twice"), _seven()
+    found = identify_class_filters(AllRuns(net, net.relu), data, show_progress=False)
+    (images, labels) = data[0]
+    with torch.no_grad():
+        terms = (net.features(images) + net.features(images.flip(3)) / 2) * net.fc.weight[labels]
+    torch.testing.assert_close(found.scores[1].float(), terms[labels == 1].mean(0))
+    short = _otherwise("plain")
+    method = AllRuns(short, short.relu)
+    setattr(method, "attribute", lambda inputs, target: torch.ones(3, 6))  # noqa: B010
+    with pytest.raises(ValueError, match="3 rows for 7 images: axis 0 is not the batch"):
+        identify_class_filters(method, data, show_progress=False)
 
 
 def test_two_tensors_are_not_one() -> None:

@@ -4,6 +4,7 @@ Captum's own third-party extensions import the same functions, so they are stabl
 but an underscore is an underscore: if Captum moves one, this file is the one to mend.
 """
 
+import captum.attr
 from captum._utils.common import _format_additional_forward_args as format_additional_forward_args
 from captum._utils.common import _format_output as format_output
 from captum._utils.common import _format_tensor_into_tuples as format_tensor_into_tuples
@@ -15,7 +16,17 @@ from captum.attr._utils.common import _format_input_baseline as format_input_bas
 from captum.log import log_usage
 from captum.metrics._core.sensitivity import default_perturb_func
 
+#: Captum's own methods at a layer: of a layer that runs several times they see the last run.
+CAPTUMS_LAYER_METHODS = tuple(
+    kind
+    for kind in vars(captum.attr).values()
+    if isinstance(kind, type)
+    and issubclass(kind, captum.attr.LayerAttribution)
+    and kind is not captum.attr.LayerAttribution
+)
+
 __all__ = [
+    "CAPTUMS_LAYER_METHODS",
     "BaselineType",
     "TargetType",
     "approximation_parameters",

@@ -18,11 +18,12 @@ from captum_classfilters._core.heads import (
     record_head,
 )
 from captum_classfilters._core.layers import (
-    check_gradients_flow,
     check_numbers,
     layer_name,
     layer_tensors,
     module_of,
+    no_gradient,
+    not_recorded,
     only_tensor,
     positions_last,
     unwrapped,
@@ -101,12 +102,8 @@ class _Reading(LayerTap):
     def take(self, value: Any) -> Any:
         """Read the layer's tensors; where gradients start at them, let copies go on."""
         tensors = self._tensors(value)
-        if self.differentiable:
-            check_gradients_flow(
-                self.name,
-                "choose a layer behind that part, or a method without gradients "
-                "(LayerFilterAblation)",
-            )
+        if self.differentiable and not torch.is_grad_enabled():
+            raise not_recorded(self.name)
         if self.scale != 1:
             # A scale of zero removes even what is not finite.
             tensors = [t * self.scale if self.scale else torch.zeros_like(t) for t in tensors]
@@ -576,11 +573,7 @@ def _filter_maps(tap: _Reading, place: int, batch: _BatchOfScores) -> FilterMaps
             return batch.weights(feed, positions, target)
         gradients = batch.gradients(target)
         if not any(id(part) in gradients for share in tap.shares for part in share):
-            raise ValueError(
-                f"No gradient of the model's output reaches the layer {name!r}: what follows it is "
-                "not differentiable (it runs under torch.no_grad(), is quantized or rounds) or does "
-                "not use it. LayerFilterAblation needs no gradient."
-            )
+            raise no_gradient(name)
         # One of several tensors may be unused: the output does not change with it.
         return _joined([positions_last(_gradient(part, gradients), axis) for part in shares])
 

@@ -498,6 +498,27 @@ def check_numbers(name: str, tensor: Tensor) -> None:
         )
 
 
+def not_recorded(
+    name: str,
+    advice: str = "choose a layer behind that part, or a method without gradients "
+    "(LayerFilterAblation)",
+) -> ValueError:
+    """The error of a layer that the model runs without a record for gradients."""
+    return ValueError(
+        f"The model runs the layer {name!r} under torch.no_grad(), so no gradient reaches it; "
+        f"{advice}; a checkpointed part is followed with use_reentrant=False."
+    )
+
+
+def no_gradient(name: str) -> ValueError:
+    """The error of a layer that the model's output does not depend on by gradients."""
+    return ValueError(
+        f"No gradient of the model's output reaches the layer {name!r}: what follows it is "
+        "not differentiable (it runs under torch.no_grad(), is quantized or rounds) or does "
+        "not use it. LayerFilterAblation needs no gradient."
+    )
+
+
 def check_batch(name: str, rows: int, num_images: int) -> None:
     """Raise if axis 0 of a layer's tensor is not the batch, as where an image is cut in windows."""
     if rows != num_images:
@@ -582,13 +603,4 @@ def check_runs(name: str, runs: int, module: nn.Module | None = None) -> None:
             "output. captum_classfilters.SeparateRuns(model, example_inputs) is the model in which "
             f"its runs are the layers '{name}.0', '{name}.1', ...; or choose the block that contains "
             "one use of it."
-        )
-
-
-def check_gradients_flow(name: str, advice: str) -> None:
-    """Raise if a layer, which runs just now, runs where no gradients are recorded."""
-    if not torch.is_grad_enabled():
-        raise ValueError(
-            f"The model runs the layer {name!r} under torch.no_grad(), so no gradient reaches it; "
-            f"{advice}; a checkpointed part is followed with use_reentrant=False."
         )

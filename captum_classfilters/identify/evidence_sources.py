@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from captum_classfilters._core.forward import FilterMaps
 from captum_classfilters._core.layers import (
     attribution_axis,
+    check_batch,
     declared_filters,
     layer_name,
     module_of,
@@ -24,7 +25,7 @@ from captum_classfilters._core.names import kind_of
 from captum_classfilters._core.outputs import scores_per_class
 from captum_classfilters._core.progress import described_options
 from captum_classfilters._core.rules import FilterRule
-from captum_classfilters._core.taps import check_reads_layer
+from captum_classfilters._core.taps import captum_reads_layer, check_reads_layer
 from captum_classfilters._core.types import AttributeKwargs, JsonDict, Keywords
 from captum_classfilters.class_scores import ClassScores
 
@@ -70,6 +71,7 @@ class Source:
         self.rule = self.method if isinstance(self.method, FilterRule) else None
         self.model = module_of(self.method.forward_func, [self.method.layer])
         self.layer_name = layer_name(self.model, self.method.layer)
+        self._looked = False  # whether the layer was seen to run once
         if self.rule is None:
             self._check_not_summed()
 
@@ -216,15 +218,11 @@ class Source:
                 image.detach().requires_grad_() if image.is_floating_point() else image
                 for image in inputs
             )
-        try:
-            with torch.enable_grad():
-                attributions = self.method.attribute(
-                    inputs if len(inputs) > 1 else inputs[0], **kwargs
-                )
-        except (AssertionError, AttributeError, IndexError, KeyError, TypeError) as error:
-            if self.rule is None:
-                check_reads_layer(self.name, self.method, inputs, error, at_input=self.at_input)
-            raise
+            if not self._looked:
+                check_reads_layer(self.method, inputs, at_input=self.at_input)
+                self._looked = True
+        with captum_reads_layer(self.method, inputs, self.at_input), torch.enable_grad():
+            attributions = self.method.attribute(inputs if len(inputs) > 1 else inputs[0], **kwargs)
         if not isinstance(attributions, Tensor):
             raise ValueError(
                 f"{self.name} at {self.layer_name!r} returned {kind_of(attributions)}; "
@@ -234,6 +232,7 @@ class Source:
         if self.rule is not None:
             return self.rule.filter_scores(attributions, self.at_input)
         axis = attribution_axis(self.method, attributions, self.at_input)
+        check_batch(self.layer_name, len(attributions), len(target))
         return REDUCTIONS[self.reduction](positions_last(attributions, axis))
 
 

@@ -194,10 +194,12 @@ def identify_class_filters(
         over a list of layers gives a list of tables.
 
     Raises:
-        ValueError: A layer is unknown, not reached exactly once or has no channel dimension; labels
-                    are not class indices; the loader is empty; activations are NaN or infinite (the
-                    class and the batch are named); ``num_filters`` exceeds K; ``state_path`` cannot
-                    be written, or holds the state of another model, method, option or data set.
+        ValueError: A layer is unknown, not reached exactly once (Captum's methods would read the last
+                    run alone), has no channel dimension, other rows than images, or no gradient
+                    where a method needs one; labels are not class indices; the loader is empty;
+                    activations are NaN or infinite (the class and the batch are named);
+                    ``num_filters`` exceeds K; ``state_path`` cannot be written, or holds the state
+                    of another model, method, option or data set.
 
     Examples::
 

@@ -13,6 +13,7 @@ from captum_classfilters._core.copies import copied
 from captum_classfilters._core.guard import model_left_as_found, weights_change
 from captum_classfilters._core.ranking import rank_correlation
 from captum_classfilters._core.tables import Table, Tabular, short_repr
+from captum_classfilters._core.taps import captum_reads_layer
 from captum_classfilters._core.types import LayerMethod, ModelInputs
 from captum_classfilters.metrics.explained import check_is_function, explains
 from captum_classfilters.metrics.filter_sensitivity import filter_scores_of, scores_filters
@@ -143,9 +144,10 @@ def _explanation(
     """(N, features) on the CPU."""
     if further:
         options = {**options, "additional_forward_args": further}
-    attributions = method.attribute(
-        images if len(images) > 1 else images[0], target=target, **options
-    )
+    with captum_reads_layer(method, (*images, *further)):
+        attributions = method.attribute(
+            images if len(images) > 1 else images[0], target=target, **options
+        )
     if scores_filters(method, attributions, (*images, *further)):
         return filter_scores_of(method, attributions).cpu().double()
     tensors = attributions if isinstance(attributions, (tuple, list)) else (attributions,)

@@ -154,9 +154,7 @@ class Explained:
             model = model.model if isinstance(model, FilterGate) else model
             output = model(inputs) if isinstance(model, nn.Module) else inputs
             if isinstance(output, Tensor):
-                layer = getattr(self.method, "layer", None)
-                if isinstance(layer, nn.Module) and not isinstance(self.method, FilterRule):
-                    check_reads_layer(type(self.method).__name__, self.method, (inputs,), error)
+                check_reads_layer(self.method, (inputs,), error)
                 raise
             raise ValueError(
                 f"{self.name!r} needs a model that returns a Tensor, and this one returns "

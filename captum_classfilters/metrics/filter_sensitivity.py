@@ -20,7 +20,7 @@ from captum_classfilters._core.layers import (
     positions_last,
 )
 from captum_classfilters._core.tables import short_repr
-from captum_classfilters._core.taps import tapped
+from captum_classfilters._core.taps import captum_reads_layer, check_reads_layer, tapped
 from captum_classfilters._core.types import Attributions, ModelInputs
 from captum_classfilters.gate_space import FilterGate
 from captum_classfilters.metrics.inputs import at_model, taken_at
@@ -151,8 +151,8 @@ def filter_max_sensitivity(
         *FilterSensitivity*.
 
     Raises:
-        ValueError: ``space`` is unknown, a number is out of range, or the attributions have no
-                    filters.
+        ValueError: ``space`` is unknown, a number is out of range, the attributions have no
+                    filters, or a method of Captum cannot read its layer.
 
     Examples::
 
@@ -192,17 +192,19 @@ def filter_max_sensitivity(
     if further:
         options["additional_forward_args"] = further
     with model_left_as_found(model, evaluation=True), torch.inference_mode(False):
+        check_reads_layer(method, (*moved, *further))
         torch.manual_seed(seed)
-        overall = sensitivity_max(
-            scores,
-            moved,
-            perturb_func=moved_a_little,
-            perturb_radius=perturb_radius,
-            n_perturb_samples=n_perturb_samples,
-            max_examples_per_batch=max_examples_per_batch,
-            target=target,
-            **options,
-        )
+        with captum_reads_layer(method, (*moved, *further)):
+            overall = sensitivity_max(
+                scores,
+                moved,
+                perturb_func=moved_a_little,
+                perturb_radius=perturb_radius,
+                n_perturb_samples=n_perturb_samples,
+                max_examples_per_batch=max_examples_per_batch,
+                target=target,
+                **options,
+            )
     return FilterSensitivity(overall.cpu(), _by_filter(seen[0], seen[1:]).cpu())
 
 
@@ -252,8 +254,10 @@ def scores_filters(method: object, attributions: object, inputs: ModelInputs) ->
         shapes.append(only_tensor(value, type(layer).__name__).shape)
 
     model = module_of(method.forward_func, [layer])
-    with model_left_as_found(model, evaluation=True), tapped(layer, note), torch.no_grad():
-        method.forward_func(*inputs)
+    with model_left_as_found(model, evaluation=True), torch.no_grad():
+        check_reads_layer(method, inputs)
+        with tapped(layer, note):
+            method.forward_func(*inputs)
     return bool(shapes) and attributions.shape[1:] == shapes[0][1:]
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from captum_classfilters._core.devices import device_of
 from captum_classfilters._core.layers import attribution_axis
+from captum_classfilters._core.taps import captum_reads_layer
 from captum_classfilters.metrics.explained import check_is_function
 from captum_classfilters.metrics.filter_sensitivity import scores_filters
 
@@ -66,7 +67,8 @@ def quantus_explanation(
         images = torch.as_tensor(numpy.asarray(inputs)).to(place, dtype)
         classes = torch.as_tensor(numpy.asarray(targets)).to(place, torch.int64)
         method = make_method(model)
-        raw = method.attribute(images, target=classes.reshape(-1), **{**options, **further})
+        with captum_reads_layer(method, (images,)):
+            raw = method.attribute(images, target=classes.reshape(-1), **{**options, **further})
         raw = raw[0] if isinstance(raw, tuple) else raw
         if isinstance(method, LayerAttribution):
             raw = _map(method, raw, images)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from captum_classfilters._core.batches import read_batches
 from captum_classfilters._core.devices import without_autocast
 from captum_classfilters._core.heads import alike
-from captum_classfilters._core.layers import check_gradients_flow, check_runs, find_layer
+from captum_classfilters._core.layers import check_runs, find_layer, not_recorded
 from captum_classfilters._core.outputs import at_least_float32, scores_per_class
 from captum_classfilters._core.taps import hooked
 from captum_classfilters._core.types import Dataloader
@@ -26,8 +26,8 @@ _RIDGE = 1e-4  # of the mean second moment, so that inputs that are always zero 
 _MOST_READ = 6_144  # numbers that a fitted layer reads: squares of them are held, and inverted
 _AT_ONCE = 32  # one in so many of the filters that are left goes in a step
 _LET_IT = (
-    "gradients tell which of its errors count, so let that part run with them (its weights stay as "
-    "they are)"
+    "gradients tell which of its errors count, so let that part run with them: its weights stay as "
+    "they are"
 )
 
 Weighted = nn.Linear | nn.Conv2d
@@ -225,7 +225,8 @@ def see_full(
 
     def hook(ran: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         name = names[ran]
-        check_gradients_flow(name, _LET_IT)
+        if not torch.is_grad_enabled():
+            raise not_recorded(name, _LET_IT)
         runs[name] += 1
         if not output.requires_grad:  # what it read was made without gradients
             output = output.detach().requires_grad_()
