@@ -2,7 +2,7 @@
 
 import copy
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.batches import Batch, Batches, check_read_again, read_batches
 from captum_classfilters._core.devices import device_of, on_device
+from captum_classfilters._core.layers import named_layers
 from captum_classfilters._core.score_reader import ScoreReader
 from captum_classfilters._core.tables import short_repr
 from captum_classfilters._core.types import Dataloader, Unpack
@@ -109,13 +110,16 @@ def fine_tune(
         ``train_accuracy`` on the batches as they were seen, and ``validation_accuracy``.
 
     Raises:
-        ValueError: A loader is empty or can be read only once, ``freeze`` is unknown, or the loss
-                    is not finite.
+        ValueError: A loader is empty or can be read only once, ``freeze`` is unknown, the loss
+                    is not finite, or nothing can be trained: all parameters are frozen, or no
+                    gradient leads to one, as through a quantized head.
     """
     if freeze not in ("nothing", "backbone", "batch_norm_statistics"):
         raise ValueError(
             f"freeze={freeze!r}; choose 'nothing', 'backbone' or 'batch_norm_statistics'."
         )
+    if freeze != "backbone":
+        _check_trainable(model)
     if epochs > 1:
         check_read_again(train_loader)
     if epochs > 0:
@@ -146,7 +150,9 @@ def fine_tune(
                 training=True,
                 show_progress=show_progress,
             ) as batches:
-                loss, accuracy = _one_epoch(model, batches, optimizer, scheduler, criterion)
+                loss, accuracy = _one_epoch(
+                    model, batches, trained, optimizer, scheduler, criterion
+                )
             best = max(entry.validation_accuracy for entry in history)
             history.append(measured(epoch, loss, accuracy))
             if history[-1].validation_accuracy > best:
@@ -179,6 +185,7 @@ class _Criterion:
 def _one_epoch(
     model: nn.Module,
     batches: Batches,
+    trained: Sequence[nn.Parameter],
     optimizer: torch.optim.Optimizer,
     scheduler: LRScheduler | None,
     criterion: _Criterion,
@@ -193,7 +200,10 @@ def _one_epoch(
         labels = batches.class_labels(batch, predicted.shape[1])
         loss = criterion(predicted, labels, _taught(teacher, batch))
         batches.check(loss.detach().isfinite(), _not_finite)
-        loss.backward()
+        if loss.requires_grad:
+            loss.backward()
+        if sums is None and all(parameter.grad is None for parameter in trained):
+            raise _no_gradient(model)
         optimizer.step()
         if scheduler is not None:
             scheduler.step()
@@ -236,16 +246,16 @@ def _best_state_kept(model: nn.Module) -> Iterator[Callable[[], None]]:
     flags = [
         (parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()
     ]
-    best: dict[str, Tensor] = {}
+    best: list[dict[str, Tensor]] = []
 
     def keep_state() -> None:
-        best.update(copy.deepcopy(model.state_dict()))
+        best[:] = [copy.deepcopy(model.state_dict())]  # with versions, which quantized layers read
 
     keep_state()
     try:
         yield keep_state
     finally:
-        model.load_state_dict(best)
+        model.load_state_dict(best[0])
         for module, flag in training:
             module.training = flag
         for parameter, requires_grad, gradient in flags:
@@ -255,6 +265,41 @@ def _best_state_kept(model: nn.Module) -> Iterator[Callable[[], None]]:
 
 def _not_finite() -> ValueError:
     return ValueError("The training loss is NaN or Inf; lower the learning rate.")
+
+
+def _check_trainable(model: nn.Module) -> None:
+    """Raise if no parameter of a model is to be trained."""
+    parameters = list(model.parameters())
+    if not any(parameter.requires_grad for parameter in parameters):
+        frozen = f"its {len(parameters)} parameters are frozen; model.requires_grad_(True) unfreezes them."
+        raise ValueError(
+            f"Nothing of the {type(model).__name__} can be trained: "
+            f"{frozen if parameters else 'it has no parameters.'}{_quantized(model)}"
+        )
+
+
+def _no_gradient(model: nn.Module) -> ValueError:
+    return ValueError(
+        "No gradient of the loss leads to any of the parameters that are to be trained: what follows "
+        "them runs under torch.no_grad(), detaches its tensors or is quantized, or does not use them."
+        f"{_quantized(model)}"
+    )
+
+
+def _quantized(model: nn.Module) -> str:
+    """What to do about quantized layers, for an error; nothing if there are none."""
+    names = [
+        name or type(module).__name__
+        for name, module in named_layers(model).items()
+        if type(module).__module__.startswith("torch.ao.nn.quantized")
+        and not name.endswith("_packed_params")
+    ]
+    if not names:
+        return ""
+    return (
+        f" Quantized layers cannot be trained ({', '.join(map(repr, names[:5]))}): fine-tune the "
+        "floating-point model, and quantize that."
+    )
 
 
 def _trained_parameters(model: nn.Module, head: nn.Module | None) -> list[nn.Parameter]:

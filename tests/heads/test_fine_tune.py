@@ -2,11 +2,13 @@
 
 import copy
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from captum_classfilters import fine_tune
@@ -190,3 +192,70 @@ class TestFineTune:
         wrong = [(torch.rand(4, 2, 6, 6), torch.tensor([0, 1, 2, 3]))]
         with pytest.raises(ValueError, match="Batch 0 has the label 3"):
             fine_tune(deep(), wrong, validation, **QUIET)
+
+
+def quantized(model: nn.Module, *layers: str) -> nn.Module:
+    """The model with some linear layers quantized dynamically."""
+    spec = dict.fromkeys(layers, torch.ao.quantization.default_dynamic_qconfig)
+    result: nn.Module = torch.ao.quantization.quantize_dynamic(model, spec, dtype=torch.qint8)
+    return result
+
+
+def three_linear() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 3)
+    )
+
+
+def no_grad_head() -> nn.Module:
+    class Detached(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(x.flatten(1)).detach()
+
+    return Detached()
+
+
+NOTHING_TO_TRAIN: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "frozen": (
+        lambda: three_linear().requires_grad_(False),
+        r"its 6 parameters are frozen; model\.requires_grad_\(True\) unfreezes them\.$",
+    ),
+    "all quantized": (
+        lambda: quantized(three_linear(), "1", "3", "5"),
+        r"no parameters\. Quantized layers cannot be trained \('1', '3', '5'\)",
+    ),
+    "quantized head": (
+        lambda: quantized(three_linear(), "5"),
+        r"No gradient of the loss leads to any.*cannot be trained \('5'\)",
+    ),
+    "detached": (no_grad_head, "No gradient of the loss leads to any.*does not use them"),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", NOTHING_TO_TRAIN)
+def test_where_nothing_can_be_trained(kind: str) -> None:
+    build, message = NOTHING_TO_TRAIN[kind]
+    model, data = build(), [(torch.rand(4, 2, 3), torch.tensor([0, 2, 1, 1]))]
+    flags = [(p.requires_grad, p.grad) for p in model.parameters()]
+    with pytest.raises(ValueError, match=message):
+        fine_tune(model, data, list(data), **QUIET)
+    assert [(p.requires_grad, p.grad) for p in model.parameters()] == flags
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_layers_behind_a_quantized_one_are_trained() -> None:
+    """Its state holds versions, without which it is not read back."""
+    model: Any = quantized(three_linear(), "1")
+    data = [(torch.rand(4, 2, 3), torch.tensor([0, 2, 1, 1]))]
+    before = copy.deepcopy(model[5].weight)
+    first = model[1](torch.ones(1, 6))
+    history = fine_tune(model, data, list(data), epochs=9, learning_rate=0.1, **QUIET)
+    assert max(epoch.validation_accuracy for epoch in history) > history[0].validation_accuracy
+    assert not torch.equal(before, model[5].weight)
+    assert torch.equal(first, model[1](torch.ones(1, 6)))
