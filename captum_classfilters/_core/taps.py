@@ -106,6 +106,23 @@ def tapped(
         yield
 
 
+def failing_layer(model: nn.Module, inputs: ModelInputs) -> nn.Module | None:
+    """The innermost module in which a forward pass fails; None if it does not fail."""
+    modules = [part for part in model.modules() if not isinstance(part, torch.jit.ScriptModule)]
+    running: list[nn.Module] = []
+
+    def leave(module: nn.Module, _inputs: object, _output: object) -> None:
+        while running.pop() is not module:  # what failed inside, and was caught there
+            pass
+
+    try:
+        with entered(modules, lambda module, _: running.append(module)), hooked(modules, leave):
+            model(*inputs)
+    except Exception:  # whatever a model raises
+        return running[-1] if running else model
+    return None
+
+
 @contextmanager
 def captum_reads_layer(
     method: object, inputs: ModelInputs, at_input: bool = False

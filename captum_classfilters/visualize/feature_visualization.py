@@ -15,10 +15,11 @@ from captum_classfilters._core.guard import model_left_as_found, weights_change
 from captum_classfilters._core.layers import (
     check_batch,
     find_layer,
+    layer_name,
     positions_last,
 )
 from captum_classfilters._core.tables import short_repr
-from captum_classfilters._core.taps import LayerTap, tapping
+from captum_classfilters._core.taps import LayerTap, failing_layer, tapping
 from captum_classfilters._core.warnings import warn
 
 Position = tuple[int, ...] | Literal["center"] | None
@@ -295,8 +296,8 @@ def visualize_features(
         *FeatureVisualization*.
 
     Raises:
-        ValueError: An option, a filter, a direction or a position does not fit the model, or an
-            objective becomes NaN.
+        ValueError: An option, a filter, a direction or a position does not fit the model, the model
+            takes no images of this shape, or an objective becomes NaN.
 
     Examples::
 
@@ -517,11 +518,31 @@ class _Probe:
         parts: list[list[Tensor]] = [[] for _ in range(self.num_objectives)]
         taps = [self._tap(module, parts) for module in self.by_layer]
         images = images if self.normalize is None else self.normalize(images)
-        with tapping(taps):
-            self.model(images.to(self.dtype))
+        images = images.to(self.dtype)
+        try:
+            with tapping(taps):
+                self.model(images)
+        except Exception as error:
+            self._check_takes(images, error)
+            raise
         for tap in taps:
             tap.check(self.num_objectives)
         return torch.stack([torch.stack(part).sum() for part in parts])
+
+    def _check_takes(self, images: Tensor, error: Exception) -> None:
+        """Raise in words if one of PyTorch's layers fails, not an objective, nor a module with words
+        of its own."""
+        if isinstance(error, torch.OutOfMemoryError):
+            return
+        with torch.no_grad():
+            failed = failing_layer(self.model, (images,))
+        if type(failed).__module__.startswith("torch.nn."):
+            name = f"{layer_name(self.model, failed)!r} ({type(failed).__name__})"
+            raise ValueError(
+                f"visualize_features makes images (N, C, H, W), here of shape {tuple(images.shape)}, and "
+                f"the model fails on them in its layer {name}. Give the image_shape that the model takes; "
+                "one of sequences, volumes or tokens takes no images."
+            ) from error
 
     def _tap(self, module: nn.Module, parts: list[list[Tensor]]) -> LayerTap:
         first = self.by_layer[module][0][1]

@@ -389,3 +389,48 @@ def test_sheet_of_optimized_images():
     assert [one.get_title()[0] for one in plot_features(seen)[1]] == ["0", "1", "2"]
     with pytest.raises(ValueError, match="2 names and 8 columns for 3 images"):
         plot_features(seen, ["a", "b"])
+
+
+class _Bounded(nn.Module):
+    """Takes images of one size only, as vision transformers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, images):
+        assert images.shape[2:] == (8, 6), "8 x 6 only"
+        return self.conv(images)
+
+
+NO_IMAGES = {
+    "sequences": lambda: nn.Sequential(nn.ReLU(), nn.Conv1d(3, 4, 3)),
+    "volumes": lambda: nn.Sequential(nn.ReLU(), nn.Conv3d(2, 4, 3)),
+    "tokens": lambda: nn.Sequential(nn.ReLU(), nn.Linear(6, 4)),
+    "normalized": lambda: nn.Sequential(nn.ReLU(), nn.BatchNorm1d(3)),
+    "indices": lambda: nn.Sequential(nn.ReLU(), nn.Embedding(5, 4)),
+    "nested": lambda: nn.Sequential(nn.ReLU(), nn.Sequential(nn.ReLU(), nn.Conv1d(3, 4, 3))),
+}
+
+
+@pytest.mark.parametrize("kind", NO_IMAGES)
+def test_models_that_take_no_such_images_are_told_by_their_layer(kind):
+    model = NO_IMAGES[kind]()
+    name = "1.1" if kind == "nested" else "1"
+    failed = type(model.get_submodule(name)).__name__
+    message = rf"images \(N, C, H, W\), here of shape \(1, 3, 9, 7\).*layer '{name}' \({failed}\)\."
+    with pytest.raises(ValueError, match=message) as caught:
+        visualize_features(model, of_filter("0", 1), (3, 9, 7), steps=1, transform=None, **QUIET)
+    assert caught.value.__cause__ is not None
+    assert not any(hooks_of(module) for module in model.modules())
+
+
+def test_errors_of_objectives_and_of_foreign_modules_are_their_own():
+    with pytest.raises(AssertionError, match="8 x 6 only"):
+        visualize_features(
+            nn.Sequential(nn.ReLU(), _Bounded()), of_filter("0", 1), (3, 9, 7), steps=1, **QUIET
+        )
+    with pytest.raises(ValueError, match=r"^filter=9; the layer '0' has filters 0 to 3"):
+        visualize_features(
+            nn.Sequential(nn.Conv2d(3, 4, 3)), of_filter("0", 9), (3, 9, 7), steps=1, **QUIET
+        )
