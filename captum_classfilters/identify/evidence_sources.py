@@ -12,6 +12,7 @@ import torch
 from captum.attr import LayerAttribution
 from torch import Tensor, nn
 
+from captum_classfilters._core.captum_layers import captum_reads_layer, check_reads_layer
 from captum_classfilters._core.forward import FilterMaps
 from captum_classfilters._core.layers import (
     attribution_axis,
@@ -25,7 +26,6 @@ from captum_classfilters._core.names import kind_of
 from captum_classfilters._core.outputs import scores_per_class
 from captum_classfilters._core.progress import described_options
 from captum_classfilters._core.rules import FilterRule
-from captum_classfilters._core.taps import captum_reads_layer, check_reads_layer
 from captum_classfilters._core.types import AttributeKwargs, JsonDict, Keywords
 from captum_classfilters.class_scores import ClassScores
 

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.captum import TargetType
+from captum_classfilters._core.captum_layers import captum_reads_layer
 from captum_classfilters._core.copies import copied
 from captum_classfilters._core.guard import model_left_as_found, weights_change
 from captum_classfilters._core.ranking import rank_correlation
 from captum_classfilters._core.tables import Table, Tabular, short_repr
-from captum_classfilters._core.taps import captum_reads_layer
 from captum_classfilters._core.types import LayerMethod, ModelInputs
 from captum_classfilters.metrics.explained import check_is_function, explains
 from captum_classfilters.metrics.filter_sensitivity import filter_scores_of, scores_filters

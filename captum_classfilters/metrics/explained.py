@@ -11,12 +11,12 @@ from captum.attr import LayerAttribution
 from torch import Tensor, nn
 
 from captum_classfilters._core.captum import TargetType
+from captum_classfilters._core.captum_layers import check_reads_layer
 from captum_classfilters._core.layers import layer_name, module_of
 from captum_classfilters._core.names import kind_of
 from captum_classfilters._core.outputs import class_scores
 from captum_classfilters._core.rules import FilterRule
 from captum_classfilters._core.score_reader import gives_probabilities
-from captum_classfilters._core.taps import check_reads_layer
 from captum_classfilters._core.types import Attributions, ForwardFunc, Keywords
 from captum_classfilters.gate_space import FilterGate
 from captum_classfilters.metrics.filter_sensitivity import filter_scores_of, scores_filters

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.captum import TargetType, default_perturb_func
+from captum_classfilters._core.captum_layers import captum_reads_layer, check_reads_layer
 from captum_classfilters._core.guard import model_left_as_found
 from captum_classfilters._core.layers import (
     attribution_axis,
@@ -20,7 +21,7 @@ from captum_classfilters._core.layers import (
     positions_last,
 )
 from captum_classfilters._core.tables import short_repr
-from captum_classfilters._core.taps import captum_reads_layer, check_reads_layer, tapped
+from captum_classfilters._core.taps import tapped
 from captum_classfilters._core.types import Attributions, ModelInputs
 from captum_classfilters.gate_space import FilterGate
 from captum_classfilters.metrics.inputs import at_model, taken_at

@@ -9,9 +9,9 @@ from captum.attr import Attribution, LayerAttribution
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
+from captum_classfilters._core.captum_layers import captum_reads_layer
 from captum_classfilters._core.devices import device_of
 from captum_classfilters._core.layers import attribution_axis
-from captum_classfilters._core.taps import captum_reads_layer
 from captum_classfilters.metrics.explained import check_is_function
 from captum_classfilters.metrics.filter_sensitivity import scores_filters
 
