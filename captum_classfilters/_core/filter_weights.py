@@ -2,12 +2,15 @@
 
 from torch import Tensor, nn
 
+from captum_classfilters._core.linear_maps import weight_at_inference
+
 
 def filter_weights(module: nn.Module) -> Tensor | None:
     r"""
     The weights that make each filter of a convolution or linear layer, (K, ...).
 
-    Transposed convolutions, which hold their weights by input, are turned, each group by itself.
+    They are those of inference, with masks, norms and parametrizations as they are now. Transposed
+    convolutions, which hold their weights by input, are turned, each group by itself.
 
     Args:
 
@@ -28,10 +31,9 @@ def filter_weights(module: nn.Module) -> Tensor | None:
         >>> filter_weights(torch.nn.ReLU()) is None
         True
     """
-    weight: object = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor) or weight.dim() < 2:
+    weight = weight_at_inference(module)
+    if weight is None or weight.dim() < 2:
         return None
-    weight = weight.detach()
     if not getattr(module, "transposed", False):
         return weight
     groups = int(getattr(module, "groups", 1))
@@ -41,10 +43,9 @@ def filter_weights(module: nn.Module) -> Tensor | None:
 def reading_weights(module: nn.Module) -> Tensor | None:
     """The weights with which a convolution or linear layer reads each of its inputs, (inputs, ...);
     in a grouped layer an input is read by the filters of its group alone."""
-    weight: object = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor) or weight.dim() < 2:
+    weight = weight_at_inference(module)
+    if weight is None or weight.dim() < 2:
         return None
-    weight = weight.detach()
     if getattr(module, "transposed", False):
         return weight
     groups = int(getattr(module, "groups", 1))

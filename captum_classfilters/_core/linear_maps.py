@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.parameter import is_lazy
-from torch.nn.utils.parametrize import type_before_parametrizations
+from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 
 from captum_classfilters._core.devices import device_of, without_autocast
 from captum_classfilters._core.guard import model_left_as_found
@@ -56,6 +56,26 @@ def weight_in_use(module: nn.Module) -> tuple[Tensor, str | None]:
             told = f"{type(error).__name__}: {error}"
             reason = f"its forward cannot be tried on random numbers ({told})"
         return layer.weight.detach(), reason  # type: ignore[operator]
+
+
+def holds_weight(module: nn.Module) -> bool:
+    """Whether a module has a tensor of this name, told without computing it: in training mode a
+    parametrization may change by being read, spectral normalization's does."""
+    if is_parametrized(module, "weight"):
+        return True
+    return isinstance(getattr(module, "weight", None), Tensor)
+
+
+def weight_at_inference(module: nn.Module) -> Tensor | None:
+    """The weight that a module computes with at inference, without gradients; None where it has no
+    such tensor. One that hooks derive in each run may be that of an earlier state of the layer, before
+    ``load_state_dict`` for example: a convolution or linear layer derives it anew here."""
+    if not holds_weight(module):
+        return None
+    if isinstance(module, LINEAR_MAPS) and _derived(module):
+        return weight_in_use(module)[0]
+    with as_in_use(module) as layer:
+        return layer.weight.detach()  # type: ignore[operator]
 
 
 def why_not_its_weight(module: nn.Module) -> str | None:

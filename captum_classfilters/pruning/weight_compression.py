@@ -16,6 +16,7 @@ from captum_classfilters._core.costs import before_and_after, inputs_of
 from captum_classfilters._core.extras import extra
 from captum_classfilters._core.guard import model_left_as_found
 from captum_classfilters._core.layers import check_runs, find_layer, name_of
+from captum_classfilters._core.linear_maps import weight_at_inference
 from captum_classfilters._core.names import kind_of
 from captum_classfilters._core.tables import Table, Tabular, short_repr
 from captum_classfilters._core.taps import hooked
@@ -195,7 +196,7 @@ def magnitude_prune(model: nn.Module, layer: nn.Module | str, sparsity: float) -
     amount = max(0, min(round(sparsity * left), left - 1))
     # PyTorch views what it compares, which of channels-last weights it cannot, and its mask would
     # give them another memory format.
-    sizes = module.weight.detach().contiguous()
+    sizes = weight_at_inference(module).contiguous()  # type: ignore[union-attr]
     prune.l1_unstructured(module, "weight", amount=amount, importance_scores=sizes)
     own: Tensor = module.weight_orig  # type: ignore[assignment]
     module.weight_mask = torch.empty_like(own).copy_(module.weight_mask)  # type: ignore[arg-type]

@@ -9,6 +9,7 @@ import torch.nn.utils.parametrizations as parametrizations
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
+from captum_classfilters._core.filter_weights import filter_weights, reading_weights
 from captum_classfilters._core.linear_maps import run_with_weight, why_not_its_weight
 from captum_classfilters.spectral import (
     FactoredLayer,
@@ -315,6 +316,34 @@ def test_a_forward_that_cannot_be_tried():
 
     reason = why_not_its_weight(Picky(3, 2))
     assert known(reason).startswith("its forward cannot be tried on random numbers (TypeError: ")
+
+
+DERIVED = {
+    "pruned": lambda layer: prune.random_unstructured(layer, "weight", 20),
+    "weight norm": parametrizations.weight_norm,
+    "spectral norm": parametrizations.spectral_norm,
+    "weight norm by hook": nn.utils.weight_norm,
+    "spectral norm by hook": nn.utils.spectral_norm,
+}
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("kind", DERIVED)
+def test_filters_have_the_weights_of_inference(kind, training):
+    torch.manual_seed(1)
+    saved, loaded = (made(lambda: DERIVED[kind](nn.Conv2d(3, 4, (3, 2)))) for _ in range(2))
+    with torch.no_grad():
+        for parameter in saved.parameters():  # as training would leave them
+            parameter.mul_(torch.rand_like(parameter) + 0.5)
+    loaded.load_state_dict(saved.state_dict())
+    loaded.train(training)
+    own, read = known(filter_weights(loaded)), known(reading_weights(loaded))
+    saved.eval()(torch.randn(1, 3, 5, 6))
+    torch.testing.assert_close(own, saved.weight.detach())
+    torch.testing.assert_close(read, saved.weight.detach().transpose(0, 1))
+    assert loaded.training == training
+    state = saved.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in loaded.state_dict().items())
 
 
 def test_layers_without_numbers_are_not_run():

@@ -17,6 +17,7 @@ from captum.metrics import infidelity, sensitivity_max
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.utils import prune
 from torch.utils.data import DataLoader, TensorDataset
 
 from captum_classfilters import (
@@ -40,6 +41,7 @@ from captum_classfilters.metrics import (
     remove_and_retrain,
 )
 from captum_classfilters.metrics.collateral_damage import CollateralDamage
+from captum_classfilters.metrics.removals import magnitude_control
 from tests.models import ChannelsLast, TwoInputs, batches, deep, images, joined, pool_linear
 
 TARGETS = torch.arange(8) % 3
@@ -374,6 +376,40 @@ def test_magnitude_control_follows_the_weights():
     given = filter_curves(model, "1", x, norms.expand(8, 6), target=TARGETS)
     assert torch.equal(curves.deletion["weight magnitude"], given.deletion["scores"])
     assert torch.equal(curves.insertion["weight magnitude"], given.insertion["scores"])
+
+
+DERIVED = {
+    "mask": lambda layer: prune.random_unstructured(layer, "weight", 20),
+    "weight norm": nn.utils.weight_norm,
+    "spectral norm": nn.utils.spectral_norm,
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm")
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("kind", DERIVED)
+def test_magnitude_control_follows_loaded_weights(kind, training):
+    def derived():
+        model = pool_linear()
+        DERIVED[kind](model[0])
+        return model.train(training)
+
+    saved, loaded = derived(), derived()
+    sizes = torch.tensor([3.0, 0.1, 2.0, 0.2, 1.0, 0.3])
+    with torch.no_grad():
+        for name in {"weight_orig", "weight_g"} & set(saved[0]._parameters):
+            saved[0].get_parameter(name).mul_(sizes.view(6, 1, 1, 1))
+    loaded.load_state_dict(saved.state_dict())  # and not run since, so that it holds other weights
+    saved.eval()(images())
+    norms = saved[0].weight.detach().flatten(1).norm(dim=1).double()
+    torch.testing.assert_close(magnitude_control(loaded, loaded[1], 6, None), norms)
+    table, options = (
+        table_of(pool_linear(), "1"),
+        {"measure": "probability", "show_progress": False},
+    )
+    expected = class_curves(saved, "1", table, batches(), weight_magnitude=norms, **options)
+    found = class_curves(loaded, "1", table, batches(), **options)
+    assert torch.equal(*(curves.necessity["weight magnitude"] for curves in (expected, found)))
 
 
 def test_random_curves_are_means_over_random_orders():

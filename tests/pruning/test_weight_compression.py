@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.utils import prune
 
 from captum_classfilters import fine_tune, prune_filters
 from captum_classfilters.metrics import evaluate_classifier
@@ -211,6 +212,20 @@ def test_bad_input():
         compress_layer(model, "stage1.0", x, clusters=0)
     with pytest.raises(ValueError, match="1 codes for 2 weights"):
         encode_weights(torch.ones(2), torch.ones(1), torch.zeros(1, dtype=torch.int64))
+
+
+def test_the_weights_of_a_loaded_mask_are_ranked():
+    saved, loaded = deep(seed=1), deep(seed=2)
+    for model in (saved, loaded):
+        prune.l1_unstructured(model.stage2[0], "weight", amount=0.25)
+    loaded.load_state_dict(saved.state_dict())  # and not run since, so that it holds other products
+    expected = magnitude_prune(saved, "stage2.0", 0.5).stage2[0].weight_mask
+    assert torch.equal(magnitude_prune(loaded, "stage2.0", 0.5).stage2[0].weight_mask, expected)
+    dense = [
+        compress_layer(model, "stage2.0", images(), clusters=4, sparsity=0.5).weights.to_dense()
+        for model in (saved, loaded)
+    ]
+    assert torch.equal(*dense)
 
 
 def test_compression_on_an_accelerator():
