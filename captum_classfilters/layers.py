@@ -242,13 +242,14 @@ class _Seen:
             record_head(model) as head,
         ):
             output = model(*inputs)
-        head.settle(output)
-        self.output: Tensor | None = None
-        with suppress(ValueError):  # the list is asked for before the scores are picked
-            self.output = class_scores(output)
+            head.settle(output)
+            self.output: Tensor | None = None
+            with suppress(ValueError):  # the list is asked for before the scores are picked
+                self.output = class_scores(output)
+            # Inside, since a parametrization may change by being read in training mode.
+            self.ends = head.is_output(self.output) and bool(head.computes_its_weight())
         self.head = head.module
         self.features = None if head.features is None else head.features.detach()
-        self.ends = head.is_output(self.output) and bool(head.computes_its_weight())
 
     def describe(self, module: nn.Module, told: int | None = None) -> FilterLayer:
         """A module as a row of the table, with the axis of its filters if that is known."""

@@ -19,7 +19,16 @@ from captum_classfilters import (
     list_filter_layers,
     prune_filters,
 )
-from captum_classfilters.pruning import prunable_layers
+from captum_classfilters._core.equality import same
+from captum_classfilters.heads import compare_heads, refit_head
+from captum_classfilters.metrics import class_curves, collateral_damage, filter_curves
+from captum_classfilters.pruning import (
+    compare_networks,
+    filter_importance_baselines,
+    prunable_layers,
+    specialize,
+)
+from captum_classfilters.pruning.baseline_scores import outgoing_weight_scores
 from tests.models import QUIET, batches, deep
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -171,6 +180,83 @@ def test_a_make_of_model_gives_the_plain_models_tables(make, method, layer):
         for one, found in ((model, plain), (deep(), table)):
             small = decompose(one, found, example_inputs=x.to(next(one.parameters()).dtype))
             assert small(x.to(next(one.parameters()).dtype)).shape == (len(x), 3)
+
+
+def scores_of(model: nn.Module) -> ClassFilters:
+    return METHODS["ablation"](model, "stage1")
+
+
+READ_WEIGHTS: dict[str, Callable[[nn.Module, Tensor], object]] = {
+    "list": lambda model, x: str(list_filter_layers(model, x)),
+    "baselines": lambda model, _x: filter_importance_baselines(
+        model, "stage1", batches(21), repetitions=1, **QUIET
+    ),
+    "outgoing": lambda model, x: outgoing_weight_scores(model, "stage1", x),
+    "class curves": lambda model, _x: (
+        class_curves(
+            model, "stage1", scores_of(deep()), batches(21), repetitions=1, **QUIET
+        ).necessity
+    ),
+    "collateral damage": lambda model, _x: (
+        collateral_damage(
+            model, "stage1", scores_of(deep()), batches(21), repetitions=1, **QUIET
+        ).control_recall
+    ),
+    "filter curves": lambda model, x: (
+        filter_curves(
+            model,
+            "stage1",
+            x,
+            torch.rand(len(x), 4, generator=torch.Generator().manual_seed(0)),
+            target=1,
+        ).deletion
+    ),
+    "compare heads": lambda model, x: (
+        compare_heads(model, model, x, repetitions=1).before.head_multiply_adds
+    ),
+    "compare networks": lambda model, x: (
+        compare_networks(model, model, x, repetitions=1).before.filters
+    ),
+    "decompose": lambda model, x: (
+        decompose(model, METHODS["contribution"](deep(), "stage2")).eval()(x).detach()
+    ),
+    "refit head": lambda model, _x: refused(refit_head, model, batches(21), **QUIET),
+    "specialize": lambda model, x: refused(specialize, model, scores_of(deep()), [0, 1], x),
+    "a layer for a tensor": lambda model, x: refused(
+        filter_curves,
+        model,
+        "stage1",
+        x,
+        torch.ones(1),
+        weight_magnitude=model.get_submodule("head"),
+    ),
+}
+
+
+def refused(call: Callable[..., object], *arguments: object, **options: object) -> str:
+    with pytest.raises(ValueError) as refusal:
+        call(*arguments, **options)
+    return str(refusal.value)
+
+
+@pytest.mark.parametrize("task", READ_WEIGHTS)
+def test_weights_that_change_by_being_read_in_training_mode(task):
+    def normed() -> nn.Module:
+        model = deep()
+        for name in ("stage1.0", "stage2.0", "head"):
+            layer = model.get_submodule(name)
+            parametrizations.spectral_norm(layer)
+            own = next(p for n, p in layer.named_parameters() if n.endswith("original"))
+            with torch.no_grad():  # as a step of training would
+                own.mul_(1 + torch.arange(own.numel()).reshape(own.shape) / own.numel())
+        return model
+
+    x = batches(21)[0][0]
+    expected, model = READ_WEIGHTS[task](normed().eval(), x), normed().train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    found = READ_WEIGHTS[task](model, x)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert same(found, expected)
 
 
 def test_a_frozen_backbone_has_no_gradient_inside():

@@ -9,8 +9,9 @@ from numbers import Number
 from types import NoneType, UnionType
 from typing import ParamSpec, TypeVar, get_args
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from captum_classfilters._core.linear_maps import holds_weight
 from captum_classfilters._core.names import kind_of, shortened
 
 P = ParamSpec("P")
@@ -129,7 +130,7 @@ def _number(name: str, value: object, kinds: tuple[type, ...]) -> int | float:
 
 
 def _wanted(name: str, kinds: tuple[type, ...], given: object) -> str:
-    if Tensor in kinds and isinstance(getattr(given, "weight", None), Tensor):  # a gate, a head
+    if Tensor in kinds and isinstance(given, nn.Module) and holds_weight(given):  # a gate, a head
         return f"a Tensor, as {name}.weight is"
     if Tensor in kinds:
         return f"a Tensor, as torch.as_tensor({name}) gives"

@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 
-from torch import Tensor, nn
+from torch import nn
 
 from captum_classfilters._core.devices import device_of, on_device, ordinary
 from captum_classfilters._core.layers import named_layers
+from captum_classfilters._core.linear_maps import holds_weight
 from captum_classfilters._core.tables import Table
 from captum_classfilters._core.types import ExampleInputs, ModelInputs
 
@@ -24,8 +25,7 @@ def num_outputs(model: nn.Module) -> dict[str, int]:
     seen: set[int] = set()
     for name, module in named_layers(model).items():
         width = getattr(module, "out_channels", getattr(module, "out_features", None))
-        weighted = isinstance(getattr(module, "weight", None), Tensor)
-        if weighted and isinstance(width, int) and id(module) not in seen:
+        if holds_weight(module) and isinstance(width, int) and id(module) not in seen:
             outputs[name] = width
         seen.add(id(module))
     return outputs

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from captum_classfilters._core.devices import without_autocast
 from captum_classfilters._core.layers import positions_last
+from captum_classfilters._core.linear_maps import holds_weight
 from captum_classfilters._core.outputs import class_scores
 from captum_classfilters._core.taps import hooked
 from captum_classfilters._core.types import ModelInputs
@@ -137,15 +138,15 @@ def computes_its_weight(module: nn.Module) -> bool:
 
     For questions that are asked without images. Hooks on the head count as part of it.
     """
-    weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor) or not is_linear(module):
+    if not is_linear(module) or not holds_weight(module):
         return False
     generator = torch.Generator().manual_seed(0)
-    shape = (4, weight.shape[1], *[1] * (weight.dim() - 2))
-    features = torch.randn(shape, generator=generator).to(weight)
     training = module.training
     try:
         module.eval()
+        weight: Tensor = module.weight  # type: ignore[assignment]
+        shape = (4, weight.shape[1], *[1] * (weight.dim() - 2))
+        features = torch.randn(shape, generator=generator).to(weight)
         with torch.no_grad(), record_head(module) as record:
             module(features)
         return record.logits is not None and bool(record.computes_its_weight())

@@ -95,10 +95,11 @@ def compare_heads(
     heads = [find_head(model, example_inputs)[1] for model in (before, after)]
     with example_batch([before, after], example_inputs) as batch:
         times = interleaved_seconds((before, after), (batch.inputs, batch.inputs), repetitions)
-    costs = [
-        _cost(model, head, own)
-        for model, head, own in zip((before, after), heads, times, strict=True)
-    ]
+        # Inside, since a parametrization may change by being read in training mode.
+        costs = [
+            _cost(model, head, own)
+            for model, head, own in zip((before, after), heads, times, strict=True)
+        ]
     return HeadComparison(*costs)
 
 

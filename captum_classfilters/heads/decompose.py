@@ -17,6 +17,7 @@ from captum_classfilters._core.layers import (
     layer_name,
     name_of,
 )
+from captum_classfilters._core.linear_maps import weight_at_inference
 from captum_classfilters._core.outputs import class_scores
 from captum_classfilters._core.taps import hooked, tapped
 from captum_classfilters._core.types import ExampleInputs
@@ -266,8 +267,8 @@ def _check_only_one(model: nn.Module, head: LinearHead) -> None:
     for other in model.modules():
         if other is head.module or not is_linear(other):
             continue
-        weight: Tensor = other.weight  # type: ignore[assignment]
-        if weight.flatten(1).shape == head.weight.shape:
+        weight = weight_at_inference(other)
+        if weight is not None and weight.flatten(1).shape == head.weight.shape:
             raise ValueError(
                 f"The head {head.name!r} and {layer_name(model, other)!r} have the same shape, "
                 f"{tuple(head.weight.shape)}. If the model adds them up, classes would still see all "

@@ -66,8 +66,7 @@ def refit_head(
     """
     linear, dataloader = scoring_head(model, dataloader, head, unpack=unpack, alone=False)
     name, module = linear.name, linear.module
-    trained = {id(parameter) for parameter in module.parameters()}
-    if linear.convolution_dims or id(module.weight) not in trained:
+    if linear.convolution_dims or module._parameters.get("weight") is None:
         raise ValueError(
             f"The head {name!r} ({type(module).__name__}) is not an nn.Linear with a weight of its "
             "own (a convolution, or a weight that is computed from others); use "

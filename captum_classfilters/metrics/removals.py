@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from captum_classfilters._core.arguments import whole_number
 from captum_classfilters._core.batches import check_now
 from captum_classfilters._core.filter_weights import filter_weights
+from captum_classfilters._core.guard import model_left_as_found
 from captum_classfilters._core.layers import find_layer, layer_name, module_of
 from captum_classfilters._core.ranking import first_of
 from captum_classfilters._core.types import Check, ForwardFunc, Replay
@@ -95,7 +96,7 @@ def weight_magnitudes(
     It is looked for inside the layer, last one first, and then among the modules registered before
     it, nearest first; no graph of the model is needed. None where the layer's filters come from
     several convolutions, so that no weight has as many. Those of the layer's input are made
-    before it.
+    before it. Weights are those of evaluation mode, which reading them does not change.
     """
     owner = module_of(model, [layer])
     before: list[nn.Module] = []
@@ -104,10 +105,11 @@ def weight_magnitudes(
             break
         before.append(module)
     inside = [] if at_input else list(layer.modules())
-    for module in [*reversed(inside), *reversed(before)]:
-        weights = filter_weights(module)
-        if weights is not None and len(weights) == num_filters:
-            return weights.cpu().flatten(1).double().norm(dim=1)
+    with model_left_as_found(owner, evaluation=True):
+        for module in [*reversed(inside), *reversed(before)]:
+            weights = filter_weights(module)
+            if weights is not None and len(weights) == num_filters:
+                return weights.cpu().flatten(1).double().norm(dim=1)
     return None
 
 

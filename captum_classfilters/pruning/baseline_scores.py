@@ -8,6 +8,7 @@ from captum_classfilters._core.batches import check_read_again, first_batch
 from captum_classfilters._core.costs import inputs_of
 from captum_classfilters._core.filter_graph import FilterGraph
 from captum_classfilters._core.filter_weights import filter_weights, reading_weights
+from captum_classfilters._core.guard import model_left_as_found
 from captum_classfilters._core.layers import module_named, name_of
 from captum_classfilters._core.types import Dataloader, ExampleInputs, Unpack
 from captum_classfilters.identify import activation_scores
@@ -43,9 +44,10 @@ def incoming_weight_scores(
     graph = FilterGraph(model, inputs_of(model, example_inputs))
     module = graph.layer(name_of(model, layer))
     scores = torch.zeros(graph.width(module, channel_dim)[1], dtype=torch.float64)
-    for source in graph.sources(module, channel_dim):
-        own = _sizes(filter_weights(source.module)).mean(1)
-        scores[source.places] = own[source.filters]
+    with model_left_as_found(model, evaluation=True):
+        for source in graph.sources(module, channel_dim):
+            own = _sizes(filter_weights(source.module)).mean(1)
+            scores[source.places] = own[source.filters]
     return scores
 
 
@@ -77,14 +79,15 @@ def outgoing_weight_scores(
     module = graph.layer(name_of(model, layer))
     num_filters = graph.width(module, channel_dim)[1]
     total, weights = torch.zeros(2, num_filters, dtype=torch.float64)
-    for source in graph.sources(module, channel_dim):
-        place_of = dict(zip(source.filters, source.places, strict=True))
-        reach = graph.reach(source.module)
-        for name, inputs in reach.consumers.items():
-            sizes = _sizes(reading_weights(module_named(model, name)))[inputs]
-            at = torch.tensor([place_of[own] for own in reach.read_filters[name]])
-            total.index_add_(0, at, sizes.sum(1))
-            weights.index_add_(0, at, torch.full_like(sizes[:, 0], sizes.shape[1]))
+    with model_left_as_found(model, evaluation=True):
+        for source in graph.sources(module, channel_dim):
+            place_of = dict(zip(source.filters, source.places, strict=True))
+            reach = graph.reach(source.module)
+            for name, inputs in reach.consumers.items():
+                sizes = _sizes(reading_weights(module_named(model, name)))[inputs]
+                at = torch.tensor([place_of[own] for own in reach.read_filters[name]])
+                total.index_add_(0, at, sizes.sum(1))
+                weights.index_add_(0, at, torch.full_like(sizes[:, 0], sizes.shape[1]))
     return total / weights.clamp(min=1)
 
 

@@ -237,7 +237,8 @@ def with_rows(model: nn.Module, name: str, rows: Sequence[int]) -> nn.Module:
             f"The head {name!r} is {kind_of(head)}; expected an nn.Linear or an ungrouped "
             "1x1 convolution, whose rows are classes."
         )
-    number = len(head.weight)
+    with model_left_as_found(model, evaluation=True):  # where reading a weight does not change it
+        number = len(head.weight)
     if max(rows) >= number:
         raise ValueError(
             "The model's one output tells its two classes apart already: there is no class to leave out. "
