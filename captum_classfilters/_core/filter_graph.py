@@ -308,19 +308,14 @@ def check_own_weights(model: nn.Module, module: nn.Module, name: str) -> None:
         raise ValueError(f"The model cannot be given new weights: {reason}.")
 
 
-def computed_weight(model: nn.Module, module: nn.Module, name: str) -> str:
-    """Why a module's tensors are not parameters of its own; empty if they are."""
-    calls: list[tuple[str, str]] = []
-    if parametrize.is_parametrized(module):
-        keys: Iterable[str] = module.parametrizations  # type: ignore[assignment]
-        calls += [("parametrize.remove_parametrizations", key) for key in keys]
-    for hook in module._forward_pre_hooks.values():
-        if isinstance(hook, prune.BasePruningMethod):
-            calls.append(("prune.remove", hook._tensor_name))
-        elif isinstance(hook, WeightNorm):
-            calls.append(("remove_weight_norm", hook.name))
-        elif isinstance(hook, SpectralNorm):
-            calls.append(("remove_spectral_norm", hook.name))
+def computed_weight(
+    model: nn.Module, module: nn.Module, name: str, *, may_be_masked: bool = False
+) -> str:
+    """Why a module's tensors are not parameters of its own; empty if they are. Where the weight
+    ``may_be_masked``, nothing else is asked about: neither masks of pruning nor the bias."""
+    calls = _derivations(module)
+    if may_be_masked:
+        calls = [(call, key) for call, key in calls if call != _MASKED and key == "weight"]
     if calls:
         path = next(own for own, other in model.named_modules() if other is module)
         here = f"model.get_submodule({path!r})"  # which knows wrappers by their names
@@ -330,7 +325,33 @@ def computed_weight(model: nn.Module, module: nn.Module, name: str) -> str:
             f"or a mask; make it a plain parameter first: {ways}"
         )
     plain = "weight" in module._parameters or getattr(module, "weight", None) is None
-    return "" if plain else f"the weight of {name!r} is not a parameter of its own"
+    if plain or (may_be_masked and is_masked(module)):
+        return ""
+    return f"the weight of {name!r} is not a parameter of its own"
+
+
+_MASKED = "prune.remove"
+
+
+def is_masked(module: nn.Module) -> bool:
+    """Whether pruning masks a module's weight."""
+    return (_MASKED, "weight") in _derivations(module)
+
+
+def _derivations(module: nn.Module) -> list[tuple[str, str]]:
+    """What computes tensors of a module: the call of ``torch.nn.utils`` that ends it, and the tensor."""
+    calls: list[tuple[str, str]] = []
+    if parametrize.is_parametrized(module):
+        keys: Iterable[str] = module.parametrizations  # type: ignore[assignment]
+        calls += [("parametrize.remove_parametrizations", key) for key in keys]
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, prune.BasePruningMethod):
+            calls.append((_MASKED, hook._tensor_name))
+        elif isinstance(hook, WeightNorm):
+            calls.append(("remove_weight_norm", hook.name))
+        elif isinstance(hook, SpectralNorm):
+            calls.append(("remove_spectral_norm", hook.name))
+    return calls
 
 
 def _changes_each(use: Use) -> bool:

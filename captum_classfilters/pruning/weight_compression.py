@@ -14,6 +14,7 @@ from captum_classfilters._core.batches import check_read_again
 from captum_classfilters._core.copies import copied
 from captum_classfilters._core.costs import before_and_after, inputs_of
 from captum_classfilters._core.extras import extra
+from captum_classfilters._core.filter_graph import computed_weight, is_masked
 from captum_classfilters._core.guard import model_left_as_found
 from captum_classfilters._core.layers import check_runs, find_layer, name_of
 from captum_classfilters._core.linear_maps import weight_at_inference
@@ -350,7 +351,7 @@ def compress_layer(
     reference = _weighted(first, name)
     small = magnitude_prune(model, name, sparsity) if sparsity is not None else copied(model)
     module = _weighted(small, name)
-    if prune.is_pruned(module):
+    if is_masked(module):
         prune.remove(module, "weight")
     weight = module.weight.detach()
     present = weight != 0
@@ -391,14 +392,9 @@ def _weighted(model: nn.Module, name: str) -> nn.modules.conv._ConvNd | nn.Linea
             f"The layer {name!r} is {kind_of(module)}; expected a convolution or a linear "
             "layer, whose weights can be compressed."
         )
-    own = module._parameters
-    if "weight" not in own and not (prune.is_pruned(module) and "weight_orig" in own):
-        raise ValueError(
-            f"The weight of {name!r} is computed from other parameters (a weight normalization or "
-            "another parametrization), which would undo the compression. Make it a weight of its "
-            "own first: torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight'), or "
-            "torch.nn.utils.remove_weight_norm(layer)."
-        )
+    reason = computed_weight(model, module, name, may_be_masked=True)
+    if reason:
+        raise ValueError(f"The next run would undo a compression of {name!r}: {reason}.")
     return module
 
 

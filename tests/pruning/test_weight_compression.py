@@ -240,18 +240,34 @@ def test_compression_on_an_accelerator():
     assert result.report == expected.report
 
 
-def test_weights_that_are_computed_are_refused():
-    for normalized in (nn.utils.parametrizations.weight_norm, nn.utils.weight_norm):
-        model = deep()
-        normalized(model.stage2[0])
-        for call in (
-            lambda m: compress_layer(m, "stage2.0", images()),
-            lambda m: magnitude_prune(m, "stage2.0", 0.5),
-        ):
-            with pytest.raises(ValueError, match=r"computed from other .*remove_weight_norm"):
-                call(model)
-    nn.utils.remove_weight_norm(model.stage2[0])
+@pytest.mark.filterwarnings("ignore:.*weight_norm")
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    "computed",
+    [
+        nn.utils.parametrizations.weight_norm,
+        nn.utils.parametrizations.spectral_norm,
+        nn.utils.weight_norm,
+        nn.utils.spectral_norm,
+    ],
+)
+def test_weights_that_are_computed_are_refused_until_the_advice_is_followed(computed, masked):
+    model = deep()
+    if masked:  # which need not be taken off
+        prune.random_unstructured(model.stage2[0], "bias", 2)
+    computed(model.stage2[0])
+    for call in (
+        lambda: compress_layer(model, "stage2.0", images()),
+        lambda: magnitude_prune(model, "stage2.0", 0.5),
+    ):
+        with pytest.raises(
+            ValueError, match=r"'stage2\.0': the weight of .* is computed"
+        ) as refusal:
+            call()
+    (advice,) = str(refusal.value).split("first: ")[1].removesuffix(".").split("; ")
+    eval(advice)
     assert compress_layer(model, "stage2.0", images(), clusters=3).report.weights[1] > 0
+    assert int((magnitude_prune(model, "stage2.0", 0.5).stage2[0].weight == 0).sum()) == 108
 
 
 def test_a_loader_for_both_networks_can_be_read_twice():
