@@ -20,15 +20,25 @@ from captum_classfilters import (
     prune_filters,
 )
 from captum_classfilters._core.equality import same
-from captum_classfilters.heads import compare_heads, refit_head
-from captum_classfilters.metrics import class_curves, collateral_damage, filter_curves
+from captum_classfilters.answers import forget_class
+from captum_classfilters.heads import compare_heads, find_head, fine_tune, refit_head
+from captum_classfilters.metrics import (
+    cascading_randomization,
+    class_curves,
+    collateral_damage,
+    filter_curves,
+    remove_and_retrain,
+)
 from captum_classfilters.pruning import (
     compare_networks,
+    compress_layer,
     filter_importance_baselines,
+    magnitude_prune,
     prunable_layers,
     specialize,
 )
 from captum_classfilters.pruning.baseline_scores import outgoing_weight_scores
+from captum_classfilters.spectral import layer_svd
 from tests.models import QUIET, batches, deep
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -334,6 +344,58 @@ def test_what_needs_a_module_says_so(kind, task):
     with pytest.raises(ValueError, match=message):
         NEED_A_MODULE[task](model, x)
     NEED_A_MODULE[task](plain, x)
+
+
+ON_QUANTIZED: dict[str, Callable[[nn.Module, Tensor], object]] = {
+    "find": lambda model, _x: find_head(model),
+    "find on a batch": find_head,
+    "decompose": lambda model, _x: decompose(model, METHODS["contribution"](deep(), "stage2")),
+    "refit": lambda model, _x: refit_head(model, batches(21), **QUIET),
+    "compare heads": lambda model, x: compare_heads(deep(), model, x),
+    "fine-tune": lambda model, _x: fine_tune(
+        model, batches(21), batches(9), epochs=1, freeze="backbone", **QUIET
+    ),
+    "specialize": lambda model, x: specialize(model, scores_of(deep()), [0, 1], x),
+    "specialize by name": lambda model, x: specialize(
+        model, scores_of(deep()), [0, 1], x, head="head"
+    ),
+    "forget": lambda model, _x: forget_class(model, batches(21), 0, **QUIET),
+    "prune weights": lambda model, _x: magnitude_prune(model, "head", 0.5),
+    "compress": lambda model, x: compress_layer(model, "head", x),
+    "retrain": lambda model, _x: remove_and_retrain(
+        model, "stage2", torch.arange(6.0), batches(21), batches(9), num_filters=[2], **QUIET
+    ),
+    "randomize": lambda model, x: cascading_randomization(
+        model, lambda twin: LayerFilterAblation(twin, "stage2"), x, target=0
+    ),
+    "decompose weights": lambda model, _x: layer_svd(model.get_submodule("head")),
+}
+
+
+@pytest.mark.parametrize("task", ON_QUANTIZED)
+def test_a_quantized_layer_is_called_so(task):
+    model = torch.ao.quantization.quantize_dynamic(deep(), {nn.Linear}, dtype=torch.qint8)
+    pattern = "Linear.* is quantized: its weight is packed integers.* floating-point"
+    with pytest.raises(ValueError, match=pattern):
+        ON_QUANTIZED[task](model, batches(21)[0][0])
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: torch.ao.nn.quantized.Linear(6, 3),
+        lambda: torch.ao.nn.quantized.Conv2d(6, 3, 1),
+        lambda: torch.ao.nn.quantized.dynamic.Linear(6, 3),
+        lambda: torch.ao.nn.intrinsic.quantized.LinearReLU(6, 3),
+    ],
+)
+def test_no_layer_before_a_quantized_head_is_taken_for_it(make):
+    if torch.backends.quantized.engine == "none":
+        pytest.skip("PyTorch was built without quantized operations")
+    with pytest.raises(ValueError, match=r"head '2' \(.*\) is quantized"):
+        find_head(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), make()))
+    inner = nn.Sequential(torch.ao.nn.quantized.Conv2d(3, 6, (3, 1)), nn.Linear(6, 2))
+    assert find_head(inner)[0] == "1"
 
 
 def test_quantized_activations_are_no_numbers_to_weigh():

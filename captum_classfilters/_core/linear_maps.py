@@ -78,6 +78,19 @@ def weight_at_inference(module: nn.Module) -> Tensor | None:
         return layer.weight.detach()  # type: ignore[operator]
 
 
+def is_quantized(module: nn.Module) -> bool:
+    """Whether a layer's weight is packed integers: PyTorch's quantized layers unpack it by a method."""
+    return callable(getattr(type(module), "weight", None))
+
+
+def check_not_quantized(module: nn.Module, called: str, instead: str) -> None:
+    """Raise if a layer's weight is packed integers; ``instead`` is what to use, and how."""
+    if is_quantized(module):
+        raise ValueError(
+            f"{called} is quantized: its weight is packed integers. {instead} that it was made from."
+        )
+
+
 def why_not_its_weight(module: nn.Module) -> str | None:
     """Why a layer is not the map of its weight and bias, or None; see :func:`weight_in_use`."""
     lazy = any(map(is_lazy, module.parameters()))

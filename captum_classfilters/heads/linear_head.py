@@ -14,6 +14,7 @@ from captum_classfilters._core.copies import copied
 from captum_classfilters._core.guard import model_left_as_found
 from captum_classfilters._core.heads import HeadRecord, alike, is_linear
 from captum_classfilters._core.layers import check_runs, find_layer, layer_name, name_of, unwrapped
+from captum_classfilters._core.linear_maps import check_not_quantized, is_quantized
 from captum_classfilters._core.names import kind_of
 from captum_classfilters._core.outputs import as_rows, class_scores
 from captum_classfilters._core.tables import short_repr
@@ -50,7 +51,7 @@ def find_head(
             f"The model is {kind_of(model)}; a head is found in, and replaced in, an "
             "nn.Module: pass the module that the function calls."
         )
-    heads = [m for m in model.modules() if is_linear(m) or isinstance(m, DecomposedLinear)]
+    heads = [m for m in model.modules() if _may_be_head(m)]
     if not heads:
         last = [type(m).__name__ for m in model.modules() if not list(m.children())][-3:]
         raise ValueError(
@@ -61,7 +62,23 @@ def find_head(
     if example_inputs is not None:
         with example_batch([model], example_inputs) as batch:
             head = _head_that_ran(model, heads, batch.inputs) or head
-    return layer_name(model, head), head
+    name = layer_name(model, head)
+    _check_not_quantized(head, name)
+    return name, head
+
+
+def _may_be_head(module: nn.Module) -> bool:
+    """Whether a module is by its class a head, one that is quantized among them: it is refused, and
+    no linear layer before it is taken in its place."""
+    if is_quantized(module):
+        return all(size == 1 for size in getattr(module, "kernel_size", ()))
+    return is_linear(module) or isinstance(module, DecomposedLinear)
+
+
+def _check_not_quantized(module: nn.Module, name: str) -> None:
+    check_not_quantized(
+        module, f"The head {name!r} ({type(module).__name__})", "Use the floating-point model"
+    )
 
 
 def _head_that_ran(
@@ -204,6 +221,7 @@ def linear_head(module: nn.Module, name: str = "head") -> LinearHead:
     Raises:
         ValueError: It is no linear layer, or computes something else than its weight says.
     """
+    _check_not_quantized(module, name)
     if not is_linear(module) and not isinstance(module, DecomposedLinear):
         raise ValueError(
             f"The head {name!r} is {kind_of(module)}, which cannot be decomposed; expected "

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_classfilters._core.filter_graph import check_own_weights
+from captum_classfilters._core.linear_maps import check_not_quantized, is_quantized
 from captum_classfilters._core.taps import tapped
 from captum_classfilters._core.types import ModelInputs
 
@@ -26,13 +27,16 @@ def weighted_modules(
 
     with ExitStack() as stack:
         for module in model.modules():
-            if next(module.parameters(recurse=False), None) is not None:
+            if is_quantized(module) or next(module.parameters(recurse=False), None) is not None:
                 stack.enter_context(tapped(module, partial(note, module), at_input=True))
         if after is not None:
             stack.enter_context(tapped(after, lambda _output: before.update(started)))
         stack.enter_context(torch.no_grad())
         model(*inputs)
     chosen = [(names[key], module) for key, module in started.items() if key not in before]
+    for name, module in chosen:
+        called = f"The layer {name!r} ({type(module).__name__}), which is to get new weights,"
+        check_not_quantized(module, called, "Use the floating-point model")
     renewed = {module for _, module in chosen}
     for module in model.modules():
         if renewed.intersection(module.modules()):  # of a parametrization, what it belongs to

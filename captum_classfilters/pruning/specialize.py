@@ -17,6 +17,7 @@ from captum_classfilters._core.guard import model_left_as_found
 from captum_classfilters._core.heads import alike, is_linear
 from captum_classfilters._core.labels import not_finite
 from captum_classfilters._core.layers import find_layer, name_of
+from captum_classfilters._core.linear_maps import check_not_quantized
 from captum_classfilters._core.names import check_list, kind_of
 from captum_classfilters._core.outputs import class_scores, scores_per_class
 from captum_classfilters._core.tables import Table, Tabular, short_repr
@@ -232,6 +233,9 @@ def _needed(table: ClassFilters, rows: Sequence[int]) -> Tensor:
 def with_rows(model: nn.Module, name: str, rows: Sequence[int]) -> nn.Module:
     """The model with only some outputs of its head."""
     head: Any = find_layer(model, name)
+    check_not_quantized(
+        head, f"The head {name!r} ({type(head).__name__})", "Use the floating-point model"
+    )
     if not is_linear(head):
         raise ValueError(
             f"The head {name!r} is {kind_of(head)}; expected an nn.Linear or an ungrouped "

@@ -17,7 +17,7 @@ from captum_classfilters._core.extras import extra
 from captum_classfilters._core.filter_graph import computed_weight, is_masked
 from captum_classfilters._core.guard import model_left_as_found
 from captum_classfilters._core.layers import check_runs, find_layer, name_of
-from captum_classfilters._core.linear_maps import weight_at_inference
+from captum_classfilters._core.linear_maps import check_not_quantized, weight_at_inference
 from captum_classfilters._core.names import kind_of
 from captum_classfilters._core.tables import Table, Tabular, short_repr
 from captum_classfilters._core.taps import hooked
@@ -387,6 +387,9 @@ def compress_layer(
 
 def _weighted(model: nn.Module, name: str) -> nn.modules.conv._ConvNd | nn.Linear:
     module = find_layer(model, name)
+    check_not_quantized(
+        module, f"The layer {name!r} ({type(module).__name__})", "Compress the floating-point layer"
+    )
     if not isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)):
         raise ValueError(
             f"The layer {name!r} is {kind_of(module)}; expected a convolution or a linear "

@@ -9,7 +9,8 @@ from torch.nn.parameter import is_lazy
 from captum_classfilters._core.linear_maps import (
     LINEAR_MAPS,
     TRANSPOSED,
-    as_in_use,
+    check_not_quantized,
+    weight_at_inference,
     weight_in_use,
 )
 from captum_classfilters._core.tables import short_repr
@@ -72,12 +73,8 @@ def weight_matrix(module: nn.Module, name: str | None = None) -> WeightMatrix:
         raise UnfitWeightError(
             f"{called} has no weight yet; run the model once so that it learns its shape."
         )
-    weight = _attribute(module)
-    if callable(weight) and not isinstance(weight, Tensor):
-        raise ValueError(
-            f"{called} is quantized: its weight is packed integers. Decompose the floating-point "
-            "layer that it was made from."
-        )
+    check_not_quantized(module, called, "Decompose the floating-point layer")
+    weight = weight_at_inference(module)
     if isinstance(module, nn.MultiheadAttention):
         raise ValueError(
             f"{called} holds several weights; `model_svd` lists its query, key and value projections "
@@ -101,14 +98,6 @@ def weight_matrix(module: nn.Module, name: str | None = None) -> WeightMatrix:
             "weight that it computes with: merge an adapter, convert a quantized or standardized one."
         )
     return result
-
-
-def _attribute(module: nn.Module) -> object:
-    """What a module calls its weight; reading a parametrized one may update buffers in training."""
-    if not can_decompose(module):
-        return getattr(module, "weight", None)
-    with as_in_use(module) as layer:
-        return getattr(layer, "weight", None)
 
 
 def unfold(weight: Tensor, kind: str, groups: int, called: str) -> WeightMatrix:
