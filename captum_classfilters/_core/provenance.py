@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from captum_classfilters._core.devices import device_of
+from captum_classfilters._core.guard import check_sizes
 from captum_classfilters._core.layers import unwrapped
 from captum_classfilters._core.types import JsonDict
 from captum_classfilters._version import __version__
@@ -21,6 +22,7 @@ def fingerprint(model: nn.Module | None) -> str | None:
     """SHA-256 over the names, shapes and bytes of a model's parameters and buffers."""
     if model is None:
         return None
+    check_sizes(model)
     device = device_of(model)
     if device is None or device.type != "cuda" or not torch.cuda.is_available():
         return _digest(model)

@@ -11,7 +11,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from captum_classfilters._core.batches import Batch, first_batch, read_batches
 from captum_classfilters._core.copies import copied
-from captum_classfilters._core.guard import model_left_as_found
+from captum_classfilters._core.guard import check_sizes, model_left_as_found
 from captum_classfilters._core.heads import HeadRecord, alike, is_linear
 from captum_classfilters._core.layers import check_runs, find_layer, layer_name, name_of, unwrapped
 from captum_classfilters._core.linear_maps import check_not_quantized, is_quantized
@@ -221,6 +221,7 @@ def linear_head(module: nn.Module, name: str = "head") -> LinearHead:
     Raises:
         ValueError: It is no linear layer, or computes something else than its weight says.
     """
+    check_sizes(module)
     _check_not_quantized(module, name)
     if not is_linear(module) and not isinstance(module, DecomposedLinear):
         raise ValueError(

@@ -15,7 +15,7 @@ from captum_classfilters._core.copies import copied
 from captum_classfilters._core.costs import before_and_after, inputs_of
 from captum_classfilters._core.extras import extra
 from captum_classfilters._core.filter_graph import computed_weight, is_masked
-from captum_classfilters._core.guard import model_left_as_found
+from captum_classfilters._core.guard import check_sizes, model_left_as_found
 from captum_classfilters._core.layers import check_runs, find_layer, name_of
 from captum_classfilters._core.linear_maps import check_not_quantized, weight_at_inference
 from captum_classfilters._core.names import kind_of
@@ -386,6 +386,7 @@ def compress_layer(
 
 
 def _weighted(model: nn.Module, name: str) -> nn.modules.conv._ConvNd | nn.Linear:
+    check_sizes(model)
     module = find_layer(model, name)
     check_not_quantized(
         module, f"The layer {name!r} ({type(module).__name__})", "Compress the floating-point layer"
