@@ -115,14 +115,14 @@ def cascading_randomization(
                 "make_method made a method for the model itself, which keeps its weights; it has to "
                 "use the model that it is called with."
             )
-        stages = weighted_modules(twin, (*images, *further))[::-1]
-        if not stages:
-            raise ValueError(f"No module of {type(model).__name__} with weights runs.")
 
         def explained() -> Tensor:
             return _explanation(method, images, target, further, options)
 
         original = explained()
+        stages = weighted_modules(twin, (*images, *further))[::-1]
+        if not stages:
+            raise ValueError(f"No module of {type(model).__name__} with weights runs.")
         torch.manual_seed(seed)
         signed, absolute = [], []
         for _, module in stages:
