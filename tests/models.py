@@ -73,6 +73,30 @@ def pool_linear(
     ).eval()
 
 
+class TwoScores(nn.Module):
+    """A binary classifier's one output z as scores of two classes, -z and z, by hand."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.net(x).reshape(-1)
+        return torch.stack([-z, z], 1)
+
+
+ONE_OUTPUT = {
+    "logit": nn.Identity(),
+    "row of logits": nn.Flatten(0),
+    "probability": nn.Sigmoid(),
+}
+
+
+def one_output(kind: str) -> nn.Sequential:
+    """A binary classifier with an output of one of these kinds, (N, 1) or (N,)."""
+    return nn.Sequential(*pool_linear(classes=1), ONE_OUTPUT[kind]).eval()
+
+
 def deep(seed: int = 0) -> Deep:
     """Two stages with batch normalization and in-place ReLU; "stage1" is an inner layer."""
     torch.manual_seed(seed)

@@ -20,6 +20,7 @@ _CHANNELS_FIRST = (
     nn.modules.instancenorm._InstanceNorm,
     nn.GroupNorm,
 )
+_FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial)
 _CHANNELS_LAST = (nn.Linear, nn.Bilinear, nn.LayerNorm, nn.Embedding)
 
 
@@ -79,7 +80,7 @@ def _referred_to(function: Any) -> Iterator[Any]:
     for cell in function.__closure__ or ():
         with suppress(ValueError):  # a cell that is still empty
             yield cell.cell_contents
-            if isinstance(cell.cell_contents, (types.FunctionType, functools.partial)):
+            if isinstance(cell.cell_contents, _FUNCTIONS):
                 yield from _referred_to(cell.cell_contents)
     yield from (
         function.__globals__[name]

@@ -20,6 +20,7 @@ from captum_classfilters._core.names import kind_of
 from captum_classfilters._core.types import DatasetLike
 from captum_classfilters.attr import ClassFilterSaliency, LayerFilterContribution
 from captum_classfilters.class_filters import ClassFilters
+from captum_classfilters.class_scores import per_class
 from captum_classfilters.identify.exemplars import Exemplars
 from captum_classfilters.visualize import plot_explanations
 from captum_classfilters.visualize.arrays import picture_of
@@ -179,11 +180,13 @@ def _maps(
     model: nn.Module, table: ClassFilters, inputs: Tensor, target: Tensor
 ) -> dict[str, Tensor]:
     maps = {
-        "Integrated Gradients": IntegratedGradients(model).attribute(
-            inputs, target=target, n_steps=_STEPS, internal_batch_size=len(inputs)
+        "Integrated Gradients": integrated_gradients(
+            model, inputs, target, internal_batch_size=len(inputs)
         )
     }
-    seen = LayerGradCam(model, find_layer(model, table.layer)).attribute(inputs, target=target)
+    with torch.no_grad():
+        scored = per_class(model, model(inputs))
+    seen = LayerGradCam(scored, find_layer(model, table.layer)).attribute(inputs, target=target)
     if isinstance(seen, Tensor) and seen.dim() == 4:
         maps["Grad-CAM"] = LayerAttribution.interpolate(
             seen, tuple(inputs.shape[2:]), interpolate_mode="bilinear"
@@ -193,6 +196,18 @@ def _maps(
         own = ClassFilterSaliency(model, table.layer, table)
     maps["class filters"] = own.attribute(inputs, target=target)
     return maps
+
+
+def integrated_gradients(
+    model: nn.Module, images: Tensor, target: Tensor, internal_batch_size: int
+) -> Tensor:
+    """Captum's Integrated Gradients of each image's class, whatever a model returns."""
+    with torch.no_grad():
+        scored = per_class(model, model(images[:internal_batch_size]))
+    attributions: Tensor = IntegratedGradients(scored).attribute(
+        images, target=target, n_steps=_STEPS, internal_batch_size=internal_batch_size
+    )
+    return attributions
 
 
 def _pil(picture: NDArray[np.floating]) -> "Image":

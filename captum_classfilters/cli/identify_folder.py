@@ -3,7 +3,6 @@
 from collections.abc import Callable
 
 import torch
-from captum.attr import IntegratedGradients
 from torch import nn
 from torch.utils.data import Subset
 
@@ -11,6 +10,7 @@ from captum_classfilters._core.files import write_figure
 from captum_classfilters._core.names import short_name
 from captum_classfilters._core.results_folder import ResultsFolder
 from captum_classfilters._core.tables import text_table
+from captum_classfilters.atlas.pictures import integrated_gradients
 from captum_classfilters.attr import (
     ClassFilterSaliency,
     LayerFilterContribution,
@@ -133,11 +133,7 @@ def _explain(
     places = torch.linspace(0, len(chosen) - 1, min(job.explain, len(chosen))).round().long()
     images = torch.stack([chosen[place][0] for place in places.tolist()]).to(job.device)
     labels = torch.tensor([chosen[place][1] for place in places.tolist()]).to(job.device)
-    columns = {
-        "Integrated Gradients": IntegratedGradients(model).attribute(
-            images, target=labels, n_steps=20, internal_batch_size=job.batch_size
-        )
-    }
+    columns = {"Integrated Gradients": integrated_gradients(model, images, labels, job.batch_size)}
     for name, table in tables.items():
         saliency = ClassFilterSaliency(model, job.layer, table, mode="activation_map")
         columns[f"{name} filters"] = saliency.attribute(images, target=labels)

@@ -23,11 +23,10 @@ from captum_classfilters._core.layers import (
     positions_last,
 )
 from captum_classfilters._core.names import kind_of
-from captum_classfilters._core.outputs import scores_per_class
 from captum_classfilters._core.progress import described_options
 from captum_classfilters._core.rules import FilterRule
 from captum_classfilters._core.types import AttributeKwargs, JsonDict, Keywords
-from captum_classfilters.class_scores import ClassScores
+from captum_classfilters.class_scores import explaining_classes
 
 Reduction = Literal["sum", "mean", "max", "abs_sum"]
 REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -143,13 +142,8 @@ class Source:
     def adapt_to(self, output: object) -> None:
         """Let a method of another package see scores (N, C), whatever the model returns: of a
         binary classifier's one logit z those of two classes, of an object its ``logits``."""
-        plain = isinstance(output, Tensor) and output.dim() == 2 and output.shape[1] > 1
-        if self.rule is not None or plain or self.model is None or not self._takes_target:
-            return
-        scored = ClassScores(self.model, scores_per_class)
-        self.method.forward_func = scored
-        if isinstance(getattr(self.method, "model", None), nn.Module):
-            setattr(self.method, "model", scored)  # noqa: B010 - Captum declares no such attribute
+        if self.rule is None and self._takes_target:
+            self.method = explaining_classes(self.method, output)
 
     @property
     def _takes_target(self) -> bool:

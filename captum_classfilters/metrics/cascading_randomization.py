@@ -17,7 +17,7 @@ from captum_classfilters._core.tables import Table, Tabular, short_repr
 from captum_classfilters._core.types import LayerMethod, ModelInputs
 from captum_classfilters.metrics.explained import check_is_function, explains
 from captum_classfilters.metrics.filter_sensitivity import filter_scores_of, scores_filters
-from captum_classfilters.metrics.inputs import at_model, taken_at
+from captum_classfilters.metrics.inputs import at_model, taken_at, with_classes_as_targets
 from captum_classfilters.metrics.reset import reset_weights, weighted_modules
 
 
@@ -119,6 +119,7 @@ def cascading_randomization(
         def explained() -> Tensor:
             return _explanation(method, images, target, further, options)
 
+        method = with_classes_as_targets(method, (*images, *further), target)
         original = explained()
         stages = weighted_modules(twin, (*images, *further))[::-1]
         if not stages:

@@ -1,9 +1,8 @@
 """Attributions of either space brought into one form: a score for each pixel or for each filter."""
 
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from captum.attr import LayerAttribution
 from torch import Tensor, nn
 
 from captum_classfilters._core.captum import TargetType
-from captum_classfilters._core.captum_layers import check_reads_layer
+from captum_classfilters._core.captum_layers import captum_reads_layer
 from captum_classfilters._core.layers import layer_name, module_of
 from captum_classfilters._core.names import kind_of
 from captum_classfilters._core.outputs import class_scores
@@ -20,7 +19,7 @@ from captum_classfilters._core.score_reader import gives_probabilities
 from captum_classfilters._core.types import Attributions, ForwardFunc, Keywords
 from captum_classfilters.gate_space import FilterGate
 from captum_classfilters.metrics.filter_sensitivity import filter_scores_of, scores_filters
-from captum_classfilters.metrics.inputs import taken_at
+from captum_classfilters.metrics.inputs import taken_at, with_classes_as_targets
 from captum_classfilters.metrics.removals import check_names
 
 PIXELS = "pixels"
@@ -125,6 +124,8 @@ class Explained:
     name: str
     method: Any
     options: Keywords
+    #: Of the method, or of a copy whose targets are classes.
+    _attribute: Callable[..., Attributions] | None = field(default=None, init=False)
 
     @property
     def gate(self) -> FilterGate | None:
@@ -134,32 +135,20 @@ class Explained:
 
     def raw(self, inputs: Tensor, target: TargetType) -> Attributions:
         """What the method itself returns."""
-        attribute = getattr(self.method, "attribute", self.method)
-        with self._told_of_objects(inputs), warnings.catch_warnings(), torch.enable_grad():
+        given = (inputs,) if self.gate is None else (self.gate.ones(len(inputs)), inputs)
+        if self._attribute is None:
+            method = with_classes_as_targets(self.method, given, target)
+            self._attribute = getattr(method, "attribute", method)
+        attribute = self._attribute
+        with captum_reads_layer(self.method, given), warnings.catch_warnings(), torch.enable_grad():
             # Said of every batch, and nothing that whoever compares could change.
             warnings.filterwarnings("ignore", "Input Tensor .* did not already require gradients")
             warnings.filterwarnings("ignore", r"Setting forward, backward hooks and attributes")
             if self.gate is None:
                 return attribute(inputs, target=target, **self.options)
-            gates = self.gate.ones(len(inputs))
-            return attribute(gates, target=target, additional_forward_args=inputs, **self.options)
-
-    @contextmanager
-    def _told_of_objects(self, inputs: Tensor) -> Iterator[None]:
-        """Say what is wrong where a method of another package fails at a model that returns an object."""
-        try:
-            yield
-        except Exception as error:
-            model = getattr(self.method, "forward_func", None)
-            model = model.model if isinstance(model, FilterGate) else model
-            output = model(inputs) if isinstance(model, nn.Module) else inputs
-            if isinstance(output, Tensor):
-                check_reads_layer(self.method, (inputs,), error)
-                raise
-            raise ValueError(
-                f"{self.name!r} needs a model that returns a Tensor, and this one returns "
-                f"{kind_of(output)}: compare ClassScores(model), with methods made of it."
-            ) from error
+            return attribute(
+                given[0], target=target, additional_forward_args=inputs, **self.options
+            )
 
     def space(self, inputs: Tensor, target: TargetType) -> tuple[str, nn.Module | None]:
         """``"pixels"``, or the layer's name and the layer."""

@@ -24,7 +24,7 @@ from captum_classfilters._core.tables import short_repr
 from captum_classfilters._core.taps import tapped
 from captum_classfilters._core.types import Attributions, ModelInputs
 from captum_classfilters.gate_space import FilterGate
-from captum_classfilters.metrics.inputs import at_model, taken_at
+from captum_classfilters.metrics.inputs import at_model, taken_at, with_classes_as_targets
 
 Explanation = Callable[..., tuple[Tensor, ...]]
 
@@ -177,6 +177,7 @@ def filter_max_sensitivity(
     model = module_of(method.forward_func)
     images, further, target = at_model(model, inputs, additional_forward_args, target)
     options = taken_at(model, options)
+    method = with_classes_as_targets(method, (*images, *further), target)
     moved, explained = images, method.attribute
     if space == "gates":
         method, gate = _gated(method)

@@ -14,6 +14,7 @@ from captum_classfilters._core.devices import device_of
 from captum_classfilters._core.layers import attribution_axis
 from captum_classfilters.metrics.explained import check_is_function
 from captum_classfilters.metrics.filter_sensitivity import scores_filters
+from captum_classfilters.metrics.inputs import with_classes_as_targets
 
 
 def quantus_explanation(
@@ -66,7 +67,7 @@ def quantus_explanation(
         dtype = torch.float32 if weights is None else weights.dtype
         images = torch.as_tensor(numpy.asarray(inputs)).to(place, dtype)
         classes = torch.as_tensor(numpy.asarray(targets)).to(place, torch.int64)
-        method = make_method(model)
+        method = with_classes_as_targets(make_method(model), (images,), classes)
         with captum_reads_layer(method, (images,)):
             raw = method.attribute(images, target=classes.reshape(-1), **{**options, **further})
         raw = raw[0] if isinstance(raw, tuple) else raw

@@ -10,16 +10,17 @@ from typing import Any
 
 import pytest
 import torch
+from captum.attr import IntegratedGradients, LayerAttribution, LayerGradCam
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from captum_classfilters import LabelPermutation, LayerFilterContribution
-from captum_classfilters.atlas import atlas
+from captum_classfilters.atlas import atlas, pictures
 from captum_classfilters.atlas.findings import Survey
 from captum_classfilters.atlas.layer_pages import clustered
 from captum_classfilters.atlas.site import number, percent, slug
 from captum_classfilters.cli.demo import load_digits, small_cnn, train_classifier
 from captum_classfilters.metrics import evaluate_classifier
-from tests.models import known, pool_linear
+from tests.models import ONE_OUTPUT, TwoScores, batches, images, known, one_output, pool_linear
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 NAMES = [
@@ -329,3 +330,29 @@ def test_the_seed_is_that_of_everything_random():
     assert drawn[1] == drawn[2]
     assert not any(a == b for a, b in zip(*drawn[:2], strict=True))
     assert [layer.table.provenance["significance"]["seed"] for layer in found] == [0, 1, 1]
+
+
+@pytest.mark.parametrize("kind", ONE_OUTPUT)
+def test_pictures_explain_the_classes_of_one_output(kind, monkeypatch, tmp_path):
+    """Of -z for class 0 and z for class 1, by every method that is drawn."""
+    model, drawn = one_output(kind), []
+    table = LayerFilterContribution(model, "1").identify(
+        [(x, y.clamp(max=1)) for x, y in batches()], num_filters=2, show_progress=False
+    )
+    given, target = images()[:5], torch.tensor([0, 1, 1, 0, 1])
+
+    monkeypatch.setattr(
+        pictures, "plot_explanations", lambda _, maps, **__: (drawn.append(maps), 0)
+    )
+    monkeypatch.setattr(pictures, "write_figure", lambda *_, **__: None)
+    shown = pictures.ShownImages(list(given / 10 + 0.5))
+    pictures.write_explained(tmp_path.joinpath, model, table, shown, range(5), target.tolist())
+    x, two = shown.inputs(range(5)), TwoScores(model)
+    wanted = {
+        "Integrated Gradients": IntegratedGradients(two).attribute(x, target=target, n_steps=20),
+        "Grad-CAM": LayerAttribution.interpolate(
+            LayerGradCam(two, model[1]).attribute(x, target=target), (6, 6), "bilinear"
+        ),
+    }
+    for name, maps in wanted.items():
+        torch.testing.assert_close(torch.cat([columns[name] for columns in drawn]), maps)

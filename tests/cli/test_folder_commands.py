@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from captum_classfilters import LayerFilterContribution
 from captum_classfilters._core.results_folder import ResultsFolder
+from captum_classfilters.cli.compare_folder import COMPARED
 from captum_classfilters.cli.folder_job import FolderJob, open_folder
 from captum_classfilters.cli.main import main
 from tests.cli.test_commands import checkpoint, folder
@@ -27,6 +28,15 @@ def network():
     return torch.nn.Sequential(
         torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1),
         torch.nn.Flatten(), torch.nn.Linear(8, 3))
+
+def binary():  # every image is one of class 1
+    model = network()
+    model[-1] = torch.nn.Linear(8, 1)
+    torch.nn.init.constant_(model[-1].bias, 2)
+    return model
+
+def probability():
+    return torch.nn.Sequential(*binary(), torch.nn.Sigmoid())
 
 def nothing():
     return 3
@@ -211,6 +221,26 @@ def test_overwrite_leaves_nothing_of_the_run_before(own, folder, tmp_path, comma
     assert "old.txt" not in new
     assert again is None or new < set(listed["files"])
     assert (output / "mine.txt").read_text() == outside.read_text() == "kept"
+
+
+@pytest.mark.parametrize("function", ["binary", "probability"])
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        ("identify", ["--explain", 2]),
+        ("explain", []),
+        ("compare", ["--limit", 4]),
+        ("decompose", []),
+        ("prune", []),
+        ("atlas", []),
+    ],
+)
+def test_every_command_takes_one_output(own, folder, tmp_path, command, options, function):
+    two = shutil.copytree(folder, tmp_path / "images", ignore=lambda *_: ["cat"])
+    assert len(list(two.iterdir())) == 2
+    methods = ["--method", *COMPARED] if command == "compare" else []
+    model, output = f"own_networks:{function}", tmp_path / "out"
+    assert run(command, model, two, output, *options, *methods) == 0
 
 
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])

@@ -66,6 +66,17 @@ def test_one_logit_is_two_classes(layer, shape):
     assert torch.allclose(captum["gradient"].scores, expected, atol=1e-6)
 
 
+def test_a_function_of_one_logit_is_what_captums_method_explains():
+    """Not the model inside it."""
+    model = pool_linear(classes=1)
+    data = [(x, y % 2) for x, y in batches()]
+    plain, tripled = (
+        identify_class_filters(LayerGradientXActivation(function, model[1]), data, **QUIET).scores
+        for function in (model, lambda x: 3 * model(x))
+    )
+    torch.testing.assert_close(tripled, 3 * plain)
+
+
 def test_one_logit_ablation_and_accuracy():
     model = pool_linear(classes=1)
     data = [(x, y % 2) for x, y in batches()]

@@ -8,12 +8,17 @@ from typing import Any
 import pytest
 import torch
 from captum.attr import (
+    DeepLift,
     GradientShap,
+    GuidedGradCam,
     InputXGradient,
     IntegratedGradients,
     LayerAttribution,
     LayerConductance,
     LayerGradCam,
+    LayerIntegratedGradients,
+    NoiseTunnel,
+    Occlusion,
     Saliency,
 )
 from captum.metrics import infidelity, sensitivity_max
@@ -22,7 +27,6 @@ from torch import nn
 
 from captum_classfilters import (
     ClassFilterSaliency,
-    ClassScores,
     FilterGate,
     LayerFilterContribution,
     LayerFilterFrequency,
@@ -35,7 +39,16 @@ from captum_classfilters.metrics import (
     filter_infidelity,
 )
 from captum_classfilters.visualize import plot_comparison
-from tests.models import QUIET, batches, deep, images, pool_linear
+from tests.models import (
+    ONE_OUTPUT,
+    QUIET,
+    TwoScores,
+    batches,
+    deep,
+    images,
+    one_output,
+    pool_linear,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:Input Tensor 0 did not already")
 TARGETS = torch.arange(8) % 3
@@ -382,7 +395,7 @@ def test_bad_input_says_what_would_be_right(methods, options, message):
         compare(model, methods(model), **options)
 
 
-def test_a_model_that_returns_an_object_is_wrapped_as_the_message_says():
+def test_methods_of_a_model_that_returns_an_object_are_compared_as_they_are():
     class Returns(nn.Module):
         def __init__(self):
             super().__init__()
@@ -399,13 +412,7 @@ def test_a_model_that_returns_an_object_is_wrapped_as_the_message_says():
         }
 
     model, plain = Returns().eval(), deep()
-    for name in ("pixels", "gates"):
-        with pytest.raises(
-            ValueError, match=f"'{name}' needs .* a SimpleNamespace: compare ClassSc"
-        ):
-            compare(model, {name: methods(model, model.net.stage1)[name]})
-    scored = ClassScores(model)
-    found = compare(scored, methods(scored, model.net.stage1))
+    found = compare(model, methods(model, model.net.stage1))
     expected = compare(plain, methods(plain, plain.stage1))
     assert found.pixels is not None
     assert expected.pixels is not None
@@ -417,6 +424,51 @@ def test_a_model_that_returns_an_object_is_wrapped_as_the_message_says():
         for name, values in theirs.values.items():
             for metric in values.keys() - {"seconds"}:
                 torch.testing.assert_close(ours.values[name][metric], values[metric])
+
+
+def captums(model, relu):
+    """Methods of Captum, with all the ways in which they hold their model."""
+    return {
+        "saliency": Saliency(model),
+        "occlusion": (Occlusion(model), {"sliding_window_shapes": (2, 3, 3)}),
+        "attribute": IntegratedGradients(model).attribute,
+        "function": InputXGradient(lambda x: model(x)),
+        "bound": InputXGradient(model.forward),
+        "hooks": DeepLift(model),
+        "noise": (NoiseTunnel(InputXGradient(model)), {"nt_samples": 3, "stdevs": 0.1}),
+        "made of two": GuidedGradCam(model, relu),
+        "one map": LayerGradCam(model, relu),
+        "layer": LayerConductance(model, relu),
+        "layer and another": LayerIntegratedGradients(model, relu),
+        "layer of a function": LayerConductance(lambda x: model(x), relu),
+        "gates": IntegratedGradients(FilterGate(model, relu)),
+    }
+
+
+@pytest.mark.parametrize("target", [0, 1, torch.tensor([0, 1, 1, 0, 1])])
+@pytest.mark.parametrize("kind", ONE_OUTPUT)
+def test_captums_methods_explain_the_classes_of_one_output(kind, target):
+    """Of -z for class 0 and z for class 1, as with a model that returns both."""
+    model = one_output(kind)
+    two = TwoScores(model)
+    options = {**QUIET, "n_perturb_samples": 3, "sensitivity_samples": 2, "points": 3}
+    found, expected = (
+        compare_attributions(own, captums(own, model[1]), images()[:5], target, **options)
+        for own in (model, two)
+    )
+    assert found.pixels is not None
+    assert expected.pixels is not None
+    for name, own in found.maps.items():
+        torch.testing.assert_close(own, expected.maps[name])
+    pairs = [
+        (found.pixels, expected.pixels),
+        *zip(found.filters.values(), expected.filters.values(), strict=True),
+    ]
+    assert sum(len(own.seconds) for own, _ in pairs) == 13
+    for own, theirs in pairs:
+        for name in own.seconds:
+            for metric in ("infidelity", "max_sensitivity"):
+                torch.testing.assert_close(own.values[name][metric], theirs.values[name][metric])
 
 
 def test_one_target_and_one_image():

@@ -42,7 +42,18 @@ from captum_classfilters.metrics import (
 )
 from captum_classfilters.metrics.collateral_damage import CollateralDamage
 from captum_classfilters.metrics.removals import magnitude_control
-from tests.models import ChannelsLast, TwoInputs, batches, deep, images, joined, pool_linear
+from tests.models import (
+    ONE_OUTPUT,
+    ChannelsLast,
+    TwoInputs,
+    TwoScores,
+    batches,
+    deep,
+    images,
+    joined,
+    one_output,
+    pool_linear,
+)
 
 TARGETS = torch.arange(8) % 3
 CASES = [(pool_linear, "1", 6), (deep, "stage1", 4), (deep, "stage2", 6)]
@@ -931,3 +942,34 @@ def test_a_layer_whose_weights_cannot_be_found():
     with pytest.raises(ValueError, match="pass weight_magnitude"):
         filter_curves(model, "split", images(), scores, target=0)
     filter_curves(model, "split", images(), scores, target=0, weight_magnitude=torch.arange(6.0))
+
+
+@pytest.mark.parametrize("target", [0, 1, torch.tensor([0, 1, 1, 0, 1])])
+@pytest.mark.parametrize("kind", ONE_OUTPUT)
+def test_captums_methods_explain_the_classes_of_one_output(kind, target):
+    """Of -z for class 0 and z for class 1, as with a model that returns both."""
+    model, x = one_output(kind), images()[:5]
+    two = TwoScores(model)
+
+    def conductance(net):
+        return LayerConductance(net, net.net[1] if isinstance(net, TwoScores) else net[1])
+
+    for space in ("images", "gates"):
+        found, expected = (
+            filter_max_sensitivity(conductance(net), x, target=target, space=space)
+            for net in (model, two)
+        )
+        torch.testing.assert_close(found.by_filter, expected.by_filter)
+    for method in (conductance, IntegratedGradients):
+        found, expected = (
+            cascading_randomization(net, method, x, target=target).rank_correlation
+            for net in (model, two)
+        )
+        torch.testing.assert_close(found, expected, equal_nan=True)
+
+
+def test_without_a_target_the_one_output_itself_is_explained():
+    model, x = one_output("logit"), images()[:5]
+    method = LayerConductance(model, model[1])
+    none, one = (filter_max_sensitivity(method, x, target=target).overall for target in (None, 1))
+    torch.testing.assert_close(none, one)

@@ -13,7 +13,16 @@ from captum_classfilters import (
     LayerFilterContribution,
 )
 from captum_classfilters.metrics import quantus_explanation
-from tests.models import ChannelsLast, batches, deep, images, pool_linear
+from tests.models import (
+    ONE_OUTPUT,
+    ChannelsLast,
+    TwoScores,
+    batches,
+    deep,
+    images,
+    one_output,
+    pool_linear,
+)
 
 TARGETS = torch.arange(8) % 3
 
@@ -42,6 +51,14 @@ def test_maps_are_sums_over_filters():
     expected = METHODS["contribution"](model).attribute(x, target=TARGETS).sum(1, keepdim=True)
     assert found.shape == (8, 1, 6, 6)
     assert torch.allclose(torch.from_numpy(found), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ONE_OUTPUT)
+def test_captums_methods_explain_the_classes_of_one_output(kind):
+    model, x, targets = one_output(kind), images().numpy(), TARGETS.clamp(max=1).numpy()
+    explain = quantus_explanation(IntegratedGradients)
+    found, expected = (explain(net, x, targets) for net in (model, TwoScores(model)))
+    torch.testing.assert_close(torch.from_numpy(found), torch.from_numpy(expected))
 
 
 def test_a_model_in_training_mode_stays_as_it_was():
