@@ -149,6 +149,6 @@ def _neither(batch: int) -> ValueError:
     return ValueError(
         "The model's one output looked like a probability of class 1 in the first batch, but batch "
         f"{batch} has values outside [0, 1]. If it is a logit, say so: "
-        "ClassScores(model, lambda z: torch.stack([-z.flatten(), z.flatten()], 1)) in place of the "
-        "model."
+        "ClassScores(model, lambda z: torch.stack([-z.flatten() / 2, z.flatten() / 2], 1)) in place of "
+        "the model, with the probabilities sigmoid(-z) and sigmoid(z)."
     )

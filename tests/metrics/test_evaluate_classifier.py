@@ -1,5 +1,6 @@
 """Accuracy and recall against scikit-learn, and what each kind of model means by its output."""
 
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import nn
 
 from captum_classfilters import ClassScores
 from captum_classfilters.metrics import evaluate_classifier
-from tests.models import QUIET, batches, joined, pool_linear
+from tests.models import QUIET, batches, joined, known, pool_linear
 from tests.pretend_device import host_reads, pretend
 
 
@@ -96,10 +97,13 @@ def test_one_logit_of_a_linear_layer_may_lie_between_zero_and_one():
 def test_one_output_that_is_neither_is_refused_and_the_advice_works():
     data = [(torch.tensor([0.2, 0.4]), torch.tensor([1, 1])), (torch.tensor([-2.0]), [0])]
     model = Returns(lambda z: z)
-    with pytest.raises(ValueError, match=r"batch 1 has values outside \[0, 1\].*ClassScores"):
+    with pytest.raises(ValueError, match=r"batch 1 has values outside \[0, 1\]") as refused:
         evaluate_classifier(model, data, **QUIET)
-    said = ClassScores(model, lambda z: torch.stack([-z.flatten(), z.flatten()], 1))
+    advice = re.search(r"ClassScores\(.*\)(?= in place)", str(refused.value))
+    said = eval(known(advice)[0], {"ClassScores": ClassScores, "torch": torch, "model": model})
     assert evaluate_classifier(said, data, **QUIET).accuracy == 1
+    z = torch.tensor([0.2, -2.0, 5.0])
+    torch.testing.assert_close(said(z).softmax(1), torch.stack([-z, z], 1).sigmoid())
 
 
 class TestBadInput:
