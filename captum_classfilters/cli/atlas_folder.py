@@ -8,7 +8,13 @@ from torch import Tensor
 
 from captum_classfilters._core.files import AnyPath
 from captum_classfilters.atlas import atlas
-from captum_classfilters.cli.folder_job import FolderJob, Prepared, load_model, open_folder
+from captum_classfilters.cli.folder_job import (
+    FolderJob,
+    Prepared,
+    check_number,
+    load_model,
+    open_folder,
+)
 
 
 def run_atlas(
@@ -43,6 +49,7 @@ def run_atlas(
     Raises:
         ValueError, OSError: With what was wrong, and what would be right.
     """
+    check_number("optimize", num_optimized)
     opened = open_folder(job, write=write)
     find, test = opened.halves()
     others = {}

@@ -8,7 +8,13 @@ from captum_classfilters._core.tables import text_table
 from captum_classfilters.atlas.pictures import ShownImages, write_explained
 from captum_classfilters.attr import LayerFilterContribution
 from captum_classfilters.cli.folder_classes import answers_of
-from captum_classfilters.cli.folder_job import FolderJob, open_folder, write_manifest, write_rows
+from captum_classfilters.cli.folder_job import (
+    FolderJob,
+    check_number,
+    open_folder,
+    write_manifest,
+    write_rows,
+)
 from captum_classfilters.identify import identify_class_filters
 
 _FILTERS_TOLD = 5
@@ -33,8 +39,7 @@ def run_explain(job: FolderJob, write: Callable[[str], None] = print) -> list[di
     Raises:
         ValueError, OSError: With what was wrong, and what would be right.
     """
-    if job.explain < 1:
-        raise ValueError(f"--explain {job.explain} must be at least 1.")
+    check_number("explain", job.explain, least=1)
     opened = open_folder(job, write=write)
     chosen, names = opened.images, opened.class_names
     method = LayerFilterContribution(opened.model, opened.layer)

@@ -30,6 +30,22 @@ DTYPES = ("float32", "float64", "bfloat16", "float16")
 _BROKEN_TOLD = 5
 
 
+_MANY = 2**31 - 1
+#: The least and the most that the number of an option may be: what memory and processes can hold.
+RANGES = {
+    "num_filters": (1, _MANY),
+    "num_classes": (1, 1_000_000),
+    "batch_size": (1, _MANY),
+    "image_size": (1, 16_384),
+    "limit": (1, _MANY),
+    "explain": (0, _MANY),
+    "num_workers": (0, 256),
+    "optimize": (0, _MANY),
+    "epochs": (1, _MANY),
+    "seed": (0, 2**32 - 1),  # as NumPy has them
+}
+
+
 @dataclass(frozen=True)
 class FolderJob:
     r"""
@@ -191,7 +207,7 @@ def open_folder(
     if job.skip_broken:
         _leave_out_broken(dataset, write)
     model = load_model(
-        source, job.checkpoint, job.num_classes or None, len(dataset.classes), job.random_weights
+        source, job.checkpoint, job.num_classes, len(dataset.classes), job.random_weights
     ).to(job.device, getattr(torch, job.dtype))
     names = assign_outputs(dataset, model, source, job.class_names)
     return OpenedFolder(job, output, source, model, dataset, names)
@@ -362,8 +378,9 @@ def prepared_output(job: FolderJob, known: Iterable[str]) -> ResultsFolder:
 
 
 def _check_numbers(job: FolderJob) -> None:
-    for name in ("num_filters", "batch_size", "image_size", "limit", "num_workers"):
-        check_at_least(name, getattr(job, name), int(name != "num_workers"))
+    for name in RANGES:
+        if hasattr(job, name):
+            check_number(name, getattr(job, name))
     if job.dtype not in DTYPES:
         raise ValueError(f"--dtype {job.dtype} is unknown; choose from {', '.join(DTYPES)}.")
     try:
@@ -373,10 +390,14 @@ def _check_numbers(job: FolderJob) -> None:
         raise ValueError(f"--device {job.device} cannot be used: {reason}") from error
 
 
-def check_at_least(name: str, value: int | None, least: int) -> None:
-    """Refuse an option's number if it is too small."""
-    if value is not None and value < least:
-        raise ValueError(f"--{name.replace('_', '-')} {value} must be at least {least}.")
+def check_number(name: str, value: int | None, least: int | None = None) -> None:
+    """Refuse an option's number that is too small, maybe by a command's own measure, or too large."""
+    lowest, most = RANGES[name]
+    lowest = lowest if least is None else least
+    if value is None or lowest <= value <= most:
+        return
+    bound = f"at least {lowest}" if value < lowest else f"at most {most}"
+    raise ValueError(f"--{name.replace('_', '-')} {value} must be {bound}.")
 
 
 def evenly_spread(dataset: "ImageFolder", limit: int | None) -> Subset[object]:

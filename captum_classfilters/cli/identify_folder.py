@@ -20,7 +20,7 @@ from captum_classfilters.class_filters import ClassFilters
 from captum_classfilters.cli.folder_classes import num_outputs
 from captum_classfilters.cli.folder_job import (
     FolderJob,
-    check_at_least,
+    check_number,
     load_model,
     open_folder,
     write_csv,
@@ -88,7 +88,7 @@ def layer_table(name: str, image_size: int | None) -> str:
     Raises:
         ValueError: There is no such classifier, or it takes no images of this size.
     """
-    check_at_least("image_size", image_size, 1)
+    check_number("image_size", image_size)
     source = model_source(name, image_size)
     model = load_model(source, None, None, 1000, random_weights=True)
     images = torch.randn(2, 3, source.size, source.size)

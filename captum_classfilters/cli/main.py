@@ -185,9 +185,10 @@ def _common(parser: argparse.ArgumentParser, run: object) -> None:
 
 def _demo(arguments: argparse.Namespace) -> int:
     from captum_classfilters.cli.demo import run_demo
+    from captum_classfilters.cli.folder_job import check_number
 
-    if arguments.epochs < 1:
-        raise ValueError(f"--epochs {arguments.epochs} must be at least 1.")
+    for name in ("epochs", "seed"):
+        check_number(name, getattr(arguments, name))
     run_demo(
         arguments.output,
         epochs=arguments.epochs,

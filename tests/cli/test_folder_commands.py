@@ -11,9 +11,10 @@ from torch.utils.data import DataLoader
 
 from captum_classfilters import LayerFilterContribution
 from captum_classfilters._core.results_folder import ResultsFolder
+from captum_classfilters.cli import folder_job
 from captum_classfilters.cli.compare_folder import COMPARED
 from captum_classfilters.cli.folder_job import FolderJob, open_folder
-from captum_classfilters.cli.main import main
+from captum_classfilters.cli.main import _parser, main
 from tests.cli.test_commands import checkpoint, folder
 
 __all__ = ["checkpoint", "folder"]  # fixtures
@@ -265,6 +266,57 @@ def test_errors_are_one_line(own, folder, tmp_path, capsys, model, options, mess
     error = capsys.readouterr().err.strip()
     assert message in error
     assert len(error.splitlines()) == 1
+
+
+NUMBERS = {  # the least that is taken
+    "--num-filters": 1, "--num-classes": 1, "--batch-size": 1, "--image-size": 1, "--limit": 1,
+    "--num-workers": 0,
+}  # fmt: skip
+OWN_NUMBERS = {
+    "identify": {"--explain": 0},
+    "explain": {"--explain": 1},
+    "compare": {"--explain": 0},
+    "decompose": {},
+    "prune": {},
+    "atlas": {"--explain": 0, "--optimize": 0},
+}
+
+
+def test_all_numbers_of_all_commands_are_known_here():
+    (commands,) = (a.choices for a in _parser()._actions if isinstance(a.choices, dict))
+    for name, command in commands.items():
+        own = {a.option_strings[0] for a in command._actions if a.type is int}
+        if name not in ("demo", "layers"):
+            assert own == {*NUMBERS, *OWN_NUMBERS[name]}, name
+        else:
+            assert own == {"demo": {"--epochs", "--seed"}, "layers": {"--image-size"}}[name]
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "least"),
+    [
+        (command, option, least)
+        for command, own in OWN_NUMBERS.items()
+        for option, least in {**NUMBERS, **own}.items()
+    ],
+)
+def test_numbers_are_checked_before_anything_is_read(
+    own, folder, tmp_path, capsys, monkeypatch, command, option, least
+):
+    monkeypatch.setattr(folder_job, "model_source", lambda *_: pytest.fail("a model was read"))
+    for value, bound in ((-1, "at least"), (least - 1, "at least"), (10**25, "at most")):
+        line = [command, "--model", own, "--data", str(folder), "--layer", "1", option, str(value)]
+        assert main([*line, "--output", str(tmp_path / "out")]) == 2
+        error = capsys.readouterr().err.strip()
+        assert f"{option} {value} must be {bound}" in error
+        assert "\n" not in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_shares_are_checked_before_anything_is_read(own, folder, tmp_path, capsys):
+    for value in (-1, 0, 1, 1e30, float("nan")):
+        assert run("prune", own, folder, tmp_path / "out", "--share", value) == 2
+        assert f"--share {float(value)} must lie between 0 and 1" in capsys.readouterr().err
 
 
 def test_broken_images_are_skipped_on_request(own, folder, tmp_path, capsys):
