@@ -28,7 +28,7 @@ from captum_classfilters.identify.accuracy_reduction import binomial_interval, p
 from captum_classfilters.pruning.compare_networks import NetworkComparison, compare_networks
 from captum_classfilters.pruning.fold_batch_norms import fold_batch_norms
 from captum_classfilters.pruning.network_size import UNITS, Ranks, Unit
-from captum_classfilters.pruning.specialize import check_rows, with_rows
+from captum_classfilters.pruning.specialize import check_rows, check_several_outputs, with_rows
 
 
 @short_repr
@@ -250,6 +250,7 @@ def build_specialist(
     check_one_input(inputs)
     found, dataloader = scoring_head(model, dataloader, head, unpack=unpack)
     name, number = found.name, len(found.weight)
+    check_several_outputs(number)
     names = given_or_known_names(class_names, dataset_names(dataloader), number)
     check_list("classes", classes)
     rows = [index_of_class(label, names) for label in classes]

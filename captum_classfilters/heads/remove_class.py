@@ -66,13 +66,13 @@ def remove_class(head: nn.Module, class_index: int) -> RemovedClass:
     """
     linear = linear_head(head)
     num_classes = len(linear.weight)
-    if not 0 <= class_index < num_classes:
-        raise ValueError(f"Class {class_index} is out of range: the head has {num_classes}.")
     if num_classes == 1:
         raise ValueError(
-            "The head has a single output, that of a binary classifier; its only class cannot be "
-            "removed."
+            "The head has a single output, which tells the two classes of a binary classifier apart; "
+            "neither can be removed."
         )
+    if not 0 <= class_index < num_classes:
+        raise ValueError(f"Class {class_index} is out of range: the head has {num_classes}.")
     keep = torch.arange(num_classes, device=linear.weight.device) != class_index
     weight = linear.weight[keep]
     bias = None if linear.bias is None else linear.bias[keep]

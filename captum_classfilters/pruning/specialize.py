@@ -230,6 +230,15 @@ def _needed(table: ClassFilters, rows: Sequence[int]) -> Tensor:
     return chosen.any(0)
 
 
+def check_several_outputs(number: int) -> None:
+    """Raise if a head has the one output of a binary classifier."""
+    if number == 1:
+        raise ValueError(
+            "The model's one output tells its two classes apart already: there is no class to leave out. "
+            "To cut filters alone, use prune_filters."
+        )
+
+
 def with_rows(model: nn.Module, name: str, rows: Sequence[int]) -> nn.Module:
     """The model with only some outputs of its head."""
     head: Any = find_layer(model, name)
@@ -243,12 +252,10 @@ def with_rows(model: nn.Module, name: str, rows: Sequence[int]) -> nn.Module:
         )
     with model_left_as_found(model, evaluation=True):  # where reading a weight does not change it
         number = len(head.weight)
+    check_several_outputs(number)
     if max(rows) >= number:
         raise ValueError(
-            "The model's one output tells its two classes apart already: there is no class to leave out. "
-            "To cut filters alone, use prune_filters."
-            if number == 1
-            else f"The head {name!r} has {number} outputs, and there is no class {max(rows)} among "
+            f"The head {name!r} has {number} outputs, and there is no class {max(rows)} among "
             "them; give the head with head=, or tables of this model."
         )
     reason = computed_weight(model, head, name)

@@ -13,7 +13,7 @@ from captum_classfilters.answers import build_specialist
 from captum_classfilters.answers.specialist_builder import recalibrate, tune
 from captum_classfilters.pruning import least_squares, multiply_adds
 from captum_classfilters.testing import planted_network
-from tests.models import QUIET, deep, layer_at
+from tests.models import ONE_OUTPUT, QUIET, deep, layer_at, one_output
 
 
 def doubled():
@@ -442,6 +442,17 @@ def test_bad_input():
         build_specialist(flat, [1, 3], data, **QUIET)
     with pytest.raises(ValueError, match="no linear head"):
         build_specialist(nn.Sequential(nn.Conv2d(2, 4, 3), nn.Flatten()), [1, 3], data, **QUIET)
+
+
+@pytest.mark.parametrize("classes", [[0, 1], ["yes", "no"], [0]])
+@pytest.mark.parametrize("kind", ONE_OUTPUT)
+def test_one_output_has_no_class_to_leave_out(kind, classes):
+    """Whatever classes are asked for: there are not as many rows to choose from."""
+    data = [(torch.rand(9, 2, 6, 6), torch.arange(9) % 2)]
+    with pytest.raises(
+        ValueError, match=r"one output tells its two classes apart already.*prune_f"
+    ):
+        build_specialist(one_output(kind), classes, data, **QUIET)
 
 
 def test_the_least_budget_that_the_error_names_works():

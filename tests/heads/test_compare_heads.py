@@ -63,7 +63,11 @@ class TestRemoveClass:
         dense = nn.Linear(4, 3)
         with pytest.raises(ValueError, match="out of range"):
             remove_class(dense, 3)
-        with pytest.raises(ValueError, match="only class"):
-            remove_class(nn.Linear(4, 1), 0)
         with pytest.raises(ValueError, match="is a Conv2d, which cannot be decomposed"):
             remove_class(nn.Conv2d(4, 3, 3), 0)
+
+
+@pytest.mark.parametrize("class_index", [0, 1])
+def test_neither_class_of_one_output_is_removed(class_index):
+    with pytest.raises(ValueError, match="tells the two classes of a binary classifier apart"):
+        remove_class(nn.Linear(4, 1), class_index)
