@@ -25,6 +25,7 @@ def assign_outputs(
     model: nn.Module,
     source: ModelSource,
     class_names: str | os.PathLike[str] | None = None,
+    num_classes: int | None = None,
 ) -> list[str]:
     r"""
     Find each folder's output, make it the label of the folder's images, and name all outputs.
@@ -40,6 +41,8 @@ def assign_outputs(
         source (ModelSource): Where it comes from.
         class_names (path, optional): A text file with a line for each output, in their order. A
                     folder is called like a line, or like the first word of one.
+        num_classes (int, optional): How many outputs there should be; a model of the user's own has as
+                    many as it has.
 
     Returns:
         *list* of C class names.
@@ -48,6 +51,11 @@ def assign_outputs(
         ValueError: Folders and outputs cannot be matched.
     """
     outputs = num_outputs(model, dataset[0][0][None])
+    if num_classes not in (None, outputs):
+        raise ValueError(
+            f"--num-classes {num_classes}, but {source.name} has {outputs} outputs (one logit counts for "
+            "two); leave --num-classes out."
+        )
     folders = list(dataset.classes)
     if len(folders) > outputs:
         raise ValueError(

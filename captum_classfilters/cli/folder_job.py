@@ -209,7 +209,7 @@ def open_folder(
     model = load_model(
         source, job.checkpoint, job.num_classes, len(dataset.classes), job.random_weights
     ).to(job.device, getattr(torch, job.dtype))
-    names = assign_outputs(dataset, model, source, job.class_names)
+    names = assign_outputs(dataset, model, source, job.class_names, job.num_classes)
     return OpenedFolder(job, output, source, model, dataset, names)
 
 

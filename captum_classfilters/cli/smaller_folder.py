@@ -62,6 +62,12 @@ def run_decompose(job: FolderJob, write: Callable[[str], None] = print) -> Accur
         class_names=opened.class_names,
         show_progress=job.show_progress,
     )
+    if not tables["contribution"].provenance.get("feeds_head"):
+        raise ValueError(
+            f"--layer {opened.layer} does not feed the head: its filters, or their means over positions, "
+            f"are not the head's inputs. `captum-classfilters layers --model {job.model}` lists which "
+            "layers do; `prune` takes others, too."
+        )
     curve = accuracy_curve(
         opened.model, tables, opened.loader(test), show_progress=job.show_progress
     )

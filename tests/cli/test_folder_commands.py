@@ -39,6 +39,10 @@ def binary():  # every image is one of class 1
 def probability():
     return torch.nn.Sequential(*binary(), torch.nn.Sigmoid())
 
+def two_layers():
+    return torch.nn.Sequential(
+        torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 8, 3), *network()[1:])
+
 def nothing():
     return 3
 
@@ -311,6 +315,29 @@ def test_numbers_are_checked_before_anything_is_read(
         assert f"{option} {value} must be {bound}" in error
         assert "\n" not in error
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("function", "outputs"), [("network", 3), ("binary", 2)])
+def test_the_number_of_classes_of_an_own_model_is_its_own(
+    own, folder, tmp_path, capsys, function, outputs
+):
+    model, options = f"own_networks:{function}", ["--limit", 2, "--num-classes"]
+    assert run("identify", model, folder, tmp_path / "out", *options, 7) == 2
+    error = capsys.readouterr().err.strip()
+    assert f"--num-classes 7, but {model} has {outputs} outputs" in error
+    assert "\n" not in error
+    two = shutil.copytree(folder, tmp_path / "images", ignore=lambda *_: ["cat"][outputs - 2 :])
+    assert run("identify", model, two, tmp_path / "out", *options, outputs) == 0
+
+
+def test_a_layer_that_cannot_be_decomposed_is_told_in_options(own, folder, tmp_path, capsys):
+    model = "own_networks:two_layers"
+    assert run("decompose", model, folder, tmp_path / "out") == 2
+    error = capsys.readouterr().err.strip()
+    assert "--layer 1 does not feed the head: its filters" in error
+    assert f"`captum-classfilters layers --model {model}`" in error
+    assert "head=" not in error
+    assert "\n" not in error
 
 
 def test_shares_are_checked_before_anything_is_read(own, folder, tmp_path, capsys):
