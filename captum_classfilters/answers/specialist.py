@@ -42,7 +42,8 @@ class ClassSpecialist(Tabular):
         model (nn.Module): The network; output *s* is class ``classes[s]`` of the full one.
         classes (tuple of int): The S classes, as indices of the full network's outputs.
         class_names (tuple of str): Their names.
-        kept (dict): For each layer that lost filters which of its (K,) stayed, bool.
+        kept (dict): For each convolution or linear layer that lost filters, also with those of
+                    another layer (a gate, a factor of a product), which of its (K,) stayed, bool.
         ranks (dict): Of the layers that are narrower ones in a row by now, the numbers that the kernel
                     among them reads and makes, ``(inputs, outputs)``.
         right (Tensor): Shape (2 + R, S), int64. Images of each class that are right: by the full
@@ -178,6 +179,7 @@ def build_specialist(
     https://arxiv.org/abs/1511.06530.
 
     Images of the classes are held in memory. Layers that a shortcut ties to others keep their filters.
+    Layers whose filters are multiplied lose them together.
 
     Args:
 

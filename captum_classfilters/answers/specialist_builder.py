@@ -44,7 +44,8 @@ class Built:
 
         model (nn.Module): The network.
         sizes (dict): Filters of each layer that can lose some.
-        kept (dict): For each layer that lost filters which of its (K,) stayed, bool.
+        kept (dict): For each layer that lost filters, also with those of another layer, which of its
+                    (K,) stayed, bool.
         ranks (dict): Of the layers that were split, the numbers that their kernels read and make.
     """
 
@@ -160,14 +161,15 @@ class SpecialistBuilder:
         kept = self.network.without(network, sizes, mask)
         if kept:
             network = prune_filters(network, kept, self.example)
+        left = self.network.left(kept)
         if most is not None:
-            ranks = self.network.low_rank(network, kept, most, self.size)
+            ranks = self.network.low_rank(network, left, most, self.size)
         if ranks:
-            self.network.split(network, kept, ranks)
+            self.network.split(network, left, ranks)
         again = copied(network)
         recalibrate(again, self.some)
         network = min((network, again), key=lambda candidate: loss_of(candidate, self.held))
-        return Built(network, sizes, kept, dict(ranks or {}))
+        return Built(network, sizes, left, dict(ranks or {}))
 
     def tune(self, network: nn.Module, epochs: int, learning_rate: float) -> None:
         """Train a network in place after the full one."""

@@ -88,10 +88,33 @@ class Reconstruction:
             for name, readers in self.readers.items()
             if readers and linear.issuperset(reader.name for reader in readers)
         }
+        self._leave_out_tied()
         self.roots = {name: root_of(self.seen[name].fisher) for name in linear}
         # Mirrored, they are other images of the same shape.
         pair = tuple(part[:2] for part in example_inputs)
         self.resumes = can_resume(model, order, pair, [part.flip(-1) for part in pair])
+
+    def _leave_out_tied(self) -> None:
+        """Of layers whose filters go together, the first loses them for all: each by itself would
+        take more from all, and have the readers use again what another has lost."""
+        tied: set[str] = set()
+        for name in list(self.readers):
+            if name in tied:
+                del self.readers[name]
+            else:
+                tied |= self.graph.reach(self.graph.layer(name)).removed.keys()
+
+    def left(self, kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """For each convolution or linear layer that loses filters once these alone are kept, itself
+        or with another, which of its own stay, (K,)."""
+        stays: dict[str, Tensor] = {}
+        for name, mask in kept.items():
+            gone = (~mask).nonzero()[:, 0].tolist()
+            for other, places in self.graph.reach(self.graph.layer(name), gone).removed.items():
+                if other in self.order:
+                    ones = torch.ones(self.num_filters(other), dtype=torch.bool)
+                    stays.setdefault(other, ones)[places] = False
+        return {name: stays[name] for name in self.order if name in stays}
 
     def _can_be_split(self, name: str) -> bool:
         """Whether two layers in a row can stand for a layer."""
@@ -193,34 +216,35 @@ class Reconstruction:
         return kept
 
     def low_rank(
-        self, model: nn.Module, kept: Mapping[str, Tensor], most: float, size: NetworkSize
+        self, model: nn.Module, left: Mapping[str, Tensor], most: float, size: NetworkSize
     ) -> dict[str, Ranks]:
-        """Ranks of layers of a network without some filters with which it is of such a size."""
-        layers = self._low_rank(self._runs(model, self.data), kept, self.splittable)
+        """Ranks of layers of a network without some filters with which it is of such a size;
+        ``left`` says what all layers have left."""
+        layers = self._low_rank(self._runs(model, self.data), left, self.splittable)
         own = sum(size.of_layer(name, layer.module) for name, layer in layers.items())
         return choose_ranks(layers, most - (size.of(model) - own), size)
 
     def split(
-        self, model: nn.Module, kept: Mapping[str, Tensor], ranks: Mapping[str, Ranks]
+        self, model: nn.Module, left: Mapping[str, Tensor], ranks: Mapping[str, Ranks]
     ) -> None:
         """Split layers of a network without some filters, in the order of their runs, each fitted to
         what it made in the full network from what it reads by then."""
         runs = self._runs(model, self.data)
         for name, own in ranks.items():
-            layer = self._low_rank(runs, kept, [name])[name]
+            layer = self._low_rank(runs, left, [name])[name]
             parts = layer.split(own)
             replace_module(model, layer.module, parts)
             runs.replaced(layer.module, parts)
         self._fit_head(runs)
 
     def _low_rank(
-        self, runs: ResumedRuns, kept: Mapping[str, Tensor], names: Sequence[str]
+        self, runs: ResumedRuns, left: Mapping[str, Tensor], names: Sequence[str]
     ) -> dict[str, LowRank]:
-        seen, layers = self._seen_again(runs, names, kept), {}
+        seen, layers = self._seen_again(runs, names, left), {}
         for name in names:
             root = self.roots[name]
-            if name in kept:
-                root = root_of(self.seen[name].fisher[kept[name]][:, kept[name]])
+            if name in left:
+                root = root_of(self.seen[name].fisher[left[name]][:, left[name]])
             layers[name] = LowRank(weighted(runs.model, name), seen[name], root)
         return layers
 
@@ -230,12 +254,12 @@ class Reconstruction:
             put_matrix(module, Fit(own[self.head], matrix_of(module)).matrix)
 
     def _seen_again(
-        self, runs: ResumedRuns, names: Sequence[str], kept: Mapping[str, Tensor] | None = None
+        self, runs: ResumedRuns, names: Sequence[str], left: Mapping[str, Tensor] | None = None
     ) -> dict[str, Seen]:
         """What layers read by now, beside what they, or those of their filters that are left, made."""
         modules = {name: weighted(runs.model, name) for name in names}
         made = {name: self.seen[name].made for name in names}
-        for name, mask in (kept or {}).items():
+        for name, mask in (left or {}).items():
             if name in made:
                 made[name] = [rows[:, mask.to(rows.device)] for rows in made[name]]
         return see_again(runs, modules, self.data, made, self.positions, self.seed)

@@ -97,6 +97,61 @@ class Residual(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
+class Gated(nn.Module):
+    """Filters weighed by what two layers make of their means, as in squeeze-and-excitation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.down, self.up = (
+            nn.Conv2d(2, 12, 3),
+            nn.Conv2d(12, 3, 1),
+            nn.Conv2d(3, 12, 1),
+        )
+
+    def forward(self, x):
+        x = self.first(x).relu()
+        return x * self.up(self.down(x.mean((2, 3), keepdim=True)).relu()).sigmoid()
+
+
+class Multiplied(nn.Module):
+    """The product of two layers' filters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(2, 12, 3), nn.Conv2d(2, 12, 3)
+
+    def forward(self, x):
+        return self.first(x) * self.second(x)
+
+
+def tied(kind):
+    """A network that begins with layers whose filters go together."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        kind(), nn.Conv2d(12, 10, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(10, 4),
+    )  # fmt: skip
+    return balanced(model.eval(), "5")
+
+
+@pytest.mark.parametrize("low_rank", [False, True])
+@pytest.mark.parametrize(("kind", "other"), [(Gated, "0.up"), (Multiplied, "0.second")])
+def test_layers_whose_filters_go_together(kind, other, low_rank):
+    model = tied(kind)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it may guess
+        result = build_specialist(
+            model, [1, 3], labeled(model), budget=0.3, low_rank=low_rank, **QUIET
+        )
+    assert torch.equal(result.kept["0.first"], result.kept[other])
+    assert result.parameters_kept <= 0.3
+    for name, kept in result.kept.items():
+        layer = result.model.get_submodule(name)
+        assert (name in result.ranks) == isinstance(layer, nn.Sequential)
+        last = layer[-1] if isinstance(layer, nn.Sequential) else layer
+        assert len(last.get_parameter("weight")) == int(kept.sum()) < len(kept)
+
+
 class SelfPadding(nn.Conv2d):
     """Pads by itself, more on one side, as EfficientNets taken over from TensorFlow do."""
 
