@@ -7,6 +7,7 @@ from torch import nn
 from captum_classfilters._core.devices import device_of, on_device, ordinary
 from captum_classfilters._core.layers import named_layers
 from captum_classfilters._core.linear_maps import holds_weight
+from captum_classfilters._core.stand_ins import StandIn
 from captum_classfilters._core.tables import Table
 from captum_classfilters._core.types import ExampleInputs, ModelInputs
 
@@ -25,7 +26,9 @@ def num_outputs(model: nn.Module) -> dict[str, int]:
     seen: set[int] = set()
     for name, module in named_layers(model).items():
         width = getattr(module, "out_channels", getattr(module, "out_features", None))
-        if holds_weight(module) and isinstance(width, int) and id(module) not in seen:
+        whole = isinstance(module, StandIn)  # which is told by its parts
+        new = not whole and id(module) not in seen and holds_weight(module)
+        if new and isinstance(width, int):
             outputs[name] = width
         seen.add(id(module))
     return outputs

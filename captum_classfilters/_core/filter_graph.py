@@ -22,6 +22,7 @@ from captum_classfilters._core.layers import (
     find_layer,
     layer_axis,
 )
+from captum_classfilters._core.stand_ins import StandIn
 from captum_classfilters._core.types import ModelInputs
 
 
@@ -325,6 +326,7 @@ def computed_weight(
             f"or a mask; make it a plain parameter first: {ways}"
         )
     plain = "weight" in module._parameters or getattr(module, "weight", None) is None
+    plain = plain or isinstance(module, StandIn)  # which is told by its parts
     if plain or (may_be_masked and is_masked(module)):
         return ""
     return f"the weight of {name!r} is not a parameter of its own"

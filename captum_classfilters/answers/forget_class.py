@@ -1,6 +1,5 @@
 """A class forgotten in the representation, in closed form."""
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -17,9 +16,11 @@ from captum_classfilters._core.batches import (
     read_batches,
 )
 from captum_classfilters._core.copies import copied
-from captum_classfilters._core.layers import find_layer, find_layers
+from captum_classfilters._core.layers import find_layer, find_layers, only_tensor, with_tensors
+from captum_classfilters._core.linear_maps import LINEAR_MAPS
 from captum_classfilters._core.outputs import scores_per_class
 from captum_classfilters._core.score_reader import ScoreReader
+from captum_classfilters._core.stand_ins import StandIn
 from captum_classfilters._core.types import ClassNames, Dataloader, ModelInputs, Unpack
 from captum_classfilters._core.units import Rows, UnitTap, aggregated, read_units
 from captum_classfilters._core.warnings import warn
@@ -95,7 +96,8 @@ def forget_class(
     Returns:
         *nn.Module*: The copy. In the place of the head stands an ``nn.Sequential`` of ``forget``, an
         ``nn.Linear`` (F, F), and ``head``, as it was; in the place of each layer one of ``layer`` and
-        ``forget``, a 1x1 convolution where it has maps.
+        ``forget``, a 1x1 convolution where it has maps. A model that reads of these what it read of the
+        layer, its weight say, finds it there.
 
     Raises:
         ValueError: There is no such class, a class has no images, the head is not linear, or the
@@ -128,14 +130,29 @@ def forget_class(
         own = copied(find_layer(changed, place))
         eraser = _eraser(seen, index, erase, linear.weight)
         eraser.requires_grad_(all(p.requires_grad for p in linear.module.parameters()))
-        parts = (
-            [("forget", eraser), ("head", own)] if at_head else [("layer", own), ("forget", eraser)]
-        )
-        around = nn.Sequential(OrderedDict(parts)).train(own.training)
+        if at_head:
+            around = StandIn({"forget": eraser, "head": own}, own)
+        else:
+            kind = StandIn if isinstance(own, LINEAR_MAPS) else _Erased
+            around = kind({"layer": own, "forget": eraser}, own)
         changed = replace_head(changed, place, around)
     if len(linear.weight) > 1:  # one output has no class of its own to leave
         _warn_unless_forgotten(changed, seen.examples, index, erase)
     return changed
+
+
+class _Erased(StandIn):
+    """A layer, which may take and put out more than one tensor, and what takes a class out of it."""
+
+    layer: nn.Module
+    forget: nn.Module
+
+    def forward(self, *inputs: object, **options: object) -> object:
+        output = self.layer(*inputs, **options)
+        if isinstance(output, Tensor):
+            return self.forget(output)
+        erased = self.forget(only_tensor(output, type(self.layer).__name__))
+        return with_tensors(output, [erased])
 
 
 def _check_inner_first(layers: list[str]) -> None:

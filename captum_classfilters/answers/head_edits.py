@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from captum_classfilters._core.heads import alike
 from captum_classfilters._core.outputs import class_scores, two_classes
+from captum_classfilters._core.stand_ins import take_settings
 from captum_classfilters._core.taps import hooked
 from captum_classfilters._core.types import ModelInputs
 from captum_classfilters.answers.sides import SeenBatch
@@ -62,6 +63,7 @@ class HeadEdit:
         """An ordinary layer that is the edited head."""
         weight, bias = self.weight_and_bias(head)
         layer = linear_layer(weight, bias, head.convolution_dims)
+        take_settings(layer, head.module)
         trains = next((p.requires_grad for p in head.module.parameters()), True)
         return layer.train(head.module.training).requires_grad_(trains)
 

@@ -19,6 +19,7 @@ from captum_classfilters._core.layers import (
 )
 from captum_classfilters._core.linear_maps import weight_at_inference
 from captum_classfilters._core.outputs import class_scores
+from captum_classfilters._core.stand_ins import take_settings
 from captum_classfilters._core.taps import hooked, tapped
 from captum_classfilters._core.types import ExampleInputs
 from captum_classfilters.class_filters import ClassFilters, is_of_input
@@ -159,6 +160,7 @@ def decomposed_head(
         offset = (linear.weight * ~mask) @ dropped_means.to(linear.weight)
         bias = offset if bias is None else bias + offset
     decomposed = DecomposedLinear(linear.weight, bias, mask, linear.convolution_dims)
+    take_settings(decomposed, linear.module)
     decomposed.train(linear.module.training)
     return linear.name, decomposed
 

@@ -8,6 +8,7 @@ from scipy.sparse.linalg import LinearOperator, cg
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
+from captum_classfilters._core.stand_ins import StandIn
 from captum_classfilters.pruning.least_squares import (
     Fit,
     Seen,
@@ -193,12 +194,13 @@ def split_layer(
         parts.append(last)
         weights.append(making)
     _equalize(weights)
-    row = nn.Sequential(*parts).to(like).requires_grad_(like.requires_grad)
+    row = StandIn({str(place): part for place, part in enumerate(parts)}, module)
+    row.to(like).requires_grad_(like.requires_grad)
     for part, weight in zip(parts, weights, strict=True):
         part.weight.data.copy_(weight.reshape(part.weight.shape))
     assert parts[-1].bias is not None
     parts[-1].bias.data.copy_(bias)
-    return row.train(module.training)
+    return row
 
 
 def _equalize(weights: list[Tensor]) -> None:

@@ -17,17 +17,19 @@ from captum_classfilters._core.linear_maps import (
     runs_pytorchs_forward,
     trial_inputs,
 )
+from captum_classfilters._core.stand_ins import StandIn
 from captum_classfilters.spectral.layer_svd import LayerSVD, matrix_svd
 from captum_classfilters.spectral.weight_matrix import weight_matrix
 
 
-class FactoredLayer(nn.Sequential):
+class FactoredLayer(StandIn):
     r"""
     A layer in two steps: to the signals of its singular directions, and back to its filters.
 
     ``directions`` is a layer of the same kind whose R filters are :math:`S V^\top`; ``combination``,
     a 1x1 convolution or linear layer with the weight *U* and the bias of the original, puts the
-    filters together: :math:`y = U \, (S \, \mathrm{conv}(x, V)) + b`.
+    filters together: :math:`y = U \, (S \, \mathrm{conv}(x, V)) + b`. A
+    model that reads the layer's settings, weight or bias finds them here.
 
     Args:
 
@@ -42,13 +44,14 @@ class FactoredLayer(nn.Sequential):
 
     @arguments_checked
     def __init__(self, layer: nn.Module, rank: int | None = None) -> None:
-        super().__init__()
         weight = weight_matrix(layer)
         svd = matrix_svd(weight, type(layer).__name__, rank, "auto", True)
         with model_left_as_found(None):  # new layers draw random weights first
-            self.add_module("directions", _directions(layer, svd, weight.matrices))
-            self.add_module("combination", _combination(layer, svd, weight.matrices))
-        self.train(layer.training)
+            parts = {
+                "directions": _directions(layer, svd, weight.matrices),
+                "combination": _combination(layer, svd, weight.matrices),
+            }
+        super().__init__(parts, layer)
         if not runs_pytorchs_forward(layer):
             _check_equal(layer, self if rank is None else FactoredLayer(layer))
 

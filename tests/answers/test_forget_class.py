@@ -111,6 +111,52 @@ def test_layers_further_down():
     assert layer_at(forgotten, "head.forget", nn.Linear).in_features == 6
 
 
+class Wrapping(nn.Module):
+    """A layer that puts its tensor into something, scaled by what it is told by name."""
+
+    def __init__(self, wrap) -> None:
+        super().__init__()
+        self.inner, self.wrap = nn.Conv2d(2, 5, 1), wrap
+
+    def forward(self, x, *, scale=1):
+        return self.wrap(self.inner(x) * scale)
+
+
+class Unwrapping(nn.Module):
+    """Takes the tensor out of what its first layer puts out."""
+
+    def __init__(self, wrap, unwrap) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.head, self.unwrap = Wrapping(wrap), nn.Linear(5, 3), unwrap
+
+    def forward(self, x):
+        assert self.first.inner.weight.dtype == x.dtype
+        return self.head(self.unwrap(self.first(x, scale=2)).relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("wrap", "unwrap"),
+    [
+        (lambda h: (h, None), lambda output: output[0]),
+        (lambda h: {"kept": True, "h": h}, lambda output: output["h"]),
+        (lambda h: [torch.ones(3, dtype=torch.int64), h], lambda output: output[1]),
+    ],
+)
+def test_layers_that_put_out_more_than_a_tensor(wrap, unwrap):
+    x, y = torch.randn(30, 2, 6, 7), torch.arange(30) % 3
+    x[:, 0] += y[:, None, None]
+    plain = Unwrapping(lambda h: h, lambda h: h).eval()
+    wrapped = Unwrapping(wrap, unwrap).eval()
+    options = {"erase": "probe", "layers": "first", **QUIET}
+    expected, found = (forget_class(model, [(x, y)], 1, **options) for model in (plain, wrapped))
+    eraser = layer_at(found, "first.forget", nn.Conv2d)
+    with torch.no_grad():
+        assert torch.allclose(found(x), expected(x), atol=1e-6)
+        made = unwrap(found.get_submodule("first")(x, scale=2))
+        assert torch.allclose(made, eraser(2 * plain.first.inner(x)), atol=1e-5)
+
+
 def test_bad_inputs():
     with pytest.raises(ValueError, match="erase='all'; choose"):
         forgetting(erase="all")
