@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import RandomSampler
 
 from captum_classfilters._core.batches import check_read_again, read_batches
-from captum_classfilters._core.layers import find_layer
+from captum_classfilters._core.layers import find_layer, named_layers
 from captum_classfilters._core.score_reader import ScoreReader
 from captum_classfilters._core.types import ClassNames, Dataloader, Keywords
 from captum_classfilters.attr import LayerFilterContribution, LayerFilterFrequency
@@ -265,7 +265,7 @@ class Survey:
         self, model: nn.Module, tables: Mapping[str, ClassFilters], num_filters: int
     ) -> Compared:
         """Another model on the same images, and its filters at the layers that it has, too."""
-        own = dict(model.named_modules())
+        own = named_layers(model)
         names = [name for name in tables if name in own]
         class_names = next(iter(tables.values())).class_names
         found = self._tables(model, names, num_filters, class_names, False) if names else {}

@@ -15,7 +15,12 @@ from captum_classfilters._core.copies import copied
 from captum_classfilters._core.devices import device_of
 from captum_classfilters._core.distributed import is_main_process
 from captum_classfilters._core.guard import model_left_as_found
-from captum_classfilters._core.layers import along_filters, find_layer, layer_name
+from captum_classfilters._core.layers import (
+    along_filters,
+    find_layer,
+    layer_name,
+    module_named,
+)
 from captum_classfilters._core.outputs import as_rows, class_scores, log_probabilities
 from captum_classfilters._core.ranking import descending, random_orders
 from captum_classfilters._core.score_reader import gives_probabilities
@@ -249,7 +254,7 @@ class _Trial:
         twin = copied(self.model)
         torch.manual_seed(seed)
         twin.eval().requires_grad_(False)
-        parts = [twin.get_submodule(name) for name in self.after]
+        parts = [module_named(twin, name) for name in self.after]
         for part in parts:
             reset_weights(part)
             for parameter in part.parameters(recurse=False):

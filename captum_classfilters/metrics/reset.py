@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_classfilters._core.filter_graph import check_own_weights
+from captum_classfilters._core.layers import plain_name, unwrapped
 from captum_classfilters._core.linear_maps import check_not_quantized, is_quantized
 from captum_classfilters._core.taps import tapped
 from captum_classfilters._core.types import ModelInputs
@@ -18,7 +19,8 @@ def weighted_modules(
 ) -> list[tuple[str, nn.Module]]:
     """Modules with weights of their own, by name, in the order in which they first start; or those
     that start only after a layer has ended."""
-    names = {id(module): name for name, module in model.named_modules()}
+    inner = unwrapped(model)
+    names = {id(module): plain_name(name) for name, module in inner.named_modules()}
     started: dict[int, nn.Module] = {}
     before: set[int] = set()
 
@@ -26,7 +28,7 @@ def weighted_modules(
         started.setdefault(id(module), module)
 
     with ExitStack() as stack:
-        for module in model.modules():
+        for module in inner.modules():
             if is_quantized(module) or next(module.parameters(recurse=False), None) is not None:
                 stack.enter_context(tapped(module, partial(note, module), at_input=True))
         if after is not None:
@@ -38,7 +40,7 @@ def weighted_modules(
         called = f"The layer {name!r} ({type(module).__name__}), which is to get new weights,"
         check_not_quantized(module, called, "Use the floating-point model")
     renewed = {module for _, module in chosen}
-    for module in model.modules():
+    for module in inner.modules():
         if renewed.intersection(module.modules()):  # of a parametrization, what it belongs to
             check_own_weights(model, module, names[id(module)])
     return chosen

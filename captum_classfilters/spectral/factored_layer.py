@@ -28,8 +28,8 @@ class FactoredLayer(StandIn):
 
     ``directions`` is a layer of the same kind whose R filters are :math:`S V^\top`; ``combination``,
     a 1x1 convolution or linear layer with the weight *U* and the bias of the original, puts the
-    filters together: :math:`y = U \, (S \, \mathrm{conv}(x, V)) + b`. A
-    model that reads the layer's settings, weight or bias finds them here.
+    filters together: :math:`y = U \, (S \, \mathrm{conv}(x, V)) + b`. A model that reads the layer's
+    settings, weight or bias finds them here.
 
     Args:
 
@@ -103,8 +103,8 @@ def factor_layer(model: nn.Module, layer: nn.Module | str, *, rank: int | None =
         )
     name = layer if isinstance(layer, str) else layer_name(model, layer)
     module = find_layer(model, name)
-    parent = model.get_submodule(name.rpartition(".")[0])
-    if isinstance(parent, nn.MultiheadAttention):
+    attentions = [part for part in model.modules() if isinstance(part, nn.MultiheadAttention)]
+    if any(module in attention.children() for attention in attentions):
         raise ValueError(
             f"The layer {name!r} belongs to a MultiheadAttention, which reads its weight without "
             "calling it; it cannot be replaced. Choose a layer outside."

@@ -10,7 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from captum_classfilters._core.arguments import arguments_checked
-from captum_classfilters._core.layers import find_layer, layer_name
+from captum_classfilters._core.layers import (
+    find_layer,
+    layer_name,
+    named_layers,
+    plain_name,
+    unwrapped,
+)
 from captum_classfilters._core.linear_maps import why_not_its_weight
 from captum_classfilters._core.names import hint
 from captum_classfilters._core.tables import Row, Table, Tabular
@@ -260,7 +266,8 @@ def _sources(model: nn.Module) -> tuple[dict[str, Source], dict[str, str]]:
     """Where each decomposable weight of a model is, and why others are not decomposable."""
     sources: dict[str, Source] = {}
     skipped: dict[str, str] = {}
-    for name, module in model.named_modules():
+    for full_name, module in unwrapped(model).named_modules():
+        name = plain_name(full_name)
         if can_decompose(module):
             called = name or type(module).__name__
             reason = why_not_its_weight(module)
@@ -281,9 +288,11 @@ def _chosen(
     if isinstance(layers, (str, nn.Module)) or not layers:
         told = "empty" if layers == [] else f"{layers!r}"
         raise ValueError(f"layers={told}; pass a list of layers or names, or None for all.")
-    chosen = {}
+    chosen, named = {}, named_layers(model)
     for layer in layers:
         name = layer if isinstance(layer, str) else layer_name(model, layer)
+        if name not in named:  # with names of wrappers, if it is one
+            name = layer_name(model, find_layer(model, name))
         if name not in sources:
             weight_matrix(find_layer(model, name), name)  # says what is wrong with it
             sources[name] = (find_layer(model, name), None)  # a second name of a shared layer

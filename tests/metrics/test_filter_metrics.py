@@ -667,6 +667,14 @@ def test_randomization_unmasks_what_ignores_the_model():
         assert torch.equal(before[name], value)
 
 
+def test_randomized_modules_of_a_wrapped_model_have_their_own_names():
+    check = cascading_randomization(
+        nn.DataParallel(deep()), lambda twin: LayerFilterContribution(twin, "stage2"), images(),
+        target=0,
+    )  # fmt: skip
+    assert check.modules == ["head", "stage2.1", "stage2.0", "stage1.1", "stage1.0"]
+
+
 def test_randomization_of_one_map_for_all_filters():
     """Grad-CAM's map has as many columns as the layer has filters; it is compared as a map."""
     check = cascading_randomization(

@@ -11,7 +11,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils import prune
 
-from captum_classfilters.spectral import layer_svd, model_svd, weight_matrix
+from captum_classfilters import ClassScores, LayerSingularDirection
+from captum_classfilters.spectral import (
+    direction_signals,
+    layer_svd,
+    model_spectra,
+    model_svd,
+    weight_matrix,
+)
 from tests.models import known
 
 SIZES = {1: (13,), 2: (9, 8), 3: (7, 6, 5)}
@@ -206,6 +213,20 @@ class TestModels:
         assert svds.routes() == {}
         with pytest.raises(KeyError, match=r"'5' is not among the layers\. The names are '0', '4'"):
             svds["5"]
+
+    @pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel, ClassScores])
+    def test_layers_of_wrapped_models_have_their_own_names(self, wrap):
+        net = nn.Sequential(self.net()[:3], nn.Flatten(), nn.Linear(70, 5)).eval()
+        wrapped, x = wrap(net), torch.randn(4, 3, 3, 3)
+        svds = model_svd(wrapped, right=True)
+        assert list(svds) == list(model_svd(net)) == ["0.0", "2"]
+        assert [layer.name for layer in model_spectra(wrapped)] == ["0.0", "2"]
+        inside = next(name for name, module in wrapped.named_modules() if module is net[2])
+        assert list(model_svd(wrapped, [inside, net[0][0]])) == ["2", "0.0"]
+        expected = LayerSingularDirection(net, "2").attribute(x, target=1)
+        found = LayerSingularDirection(wrapped, "2", svds=svds).attribute(x, target=1)
+        assert torch.allclose(found, expected, atol=1e-5)
+        assert direction_signals(wrapped, x, ["0.0"], svds=svds)["0.0"].shape == (4, 27)
 
     def test_cache(self, tmp_path):
         net, folder = self.net(), tmp_path / "svds"

@@ -9,12 +9,14 @@ from torch import nn
 
 import captum_classfilters
 from captum_classfilters import (
+    ClassScores,
     FilterGate,
     LayerFilterAblation,
     LayerFilterContribution,
     LayerSingularDirection,
     identify_class_filters,
 )
+from captum_classfilters._core.layers import find_layer
 from captum_classfilters._core.units import Aggregate
 from captum_classfilters.gates import masking_test
 from captum_classfilters.spectral import (
@@ -359,6 +361,18 @@ class TestFactoredLayer:
         assert isinstance(model[2], nn.Conv2d)
         assert isinstance(factored.get_submodule("2"), FactoredLayer)
         assert not factored.get_submodule("2").training
+
+    @pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel, ClassScores])
+    def test_layers_inside_of_wrapped_models(self, wrap):
+        model, x = nn.Sequential(in_place()).eval(), images()
+        for layer in ("0.2", model[0][2]):
+            factored = factor_layer(wrap(model), layer)
+            assert isinstance(find_layer(factored, "0.2"), FactoredLayer)
+            assert torch.allclose(factored(x), model(x), atol=1e-5)
+        for attention in (nn.MultiheadAttention(4, 2), nn.Sequential(nn.MultiheadAttention(4, 2))):
+            name = "out_proj" if isinstance(attention, nn.MultiheadAttention) else "0.out_proj"
+            with pytest.raises(ValueError, match="belongs to a MultiheadAttention"):
+                factor_layer(wrap(attention), name)
 
     def test_gates_and_ablation_of_directions(self):
         model, x = in_place(), images()
