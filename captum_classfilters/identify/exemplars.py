@@ -27,6 +27,7 @@ from captum_classfilters._core.units import (
     read_units,
     units_of,
 )
+from captum_classfilters._core.warnings import warn
 from captum_classfilters.identify.receptive_field import receptive_field
 
 Side = Literal["highest", "lowest"]
@@ -212,7 +213,9 @@ def exemplars(
         subtract_bias (bool): Subtract the layer's own bias b, if it has one, before projecting.
                     Default: True
         boxes (bool or mapping): Measure :func:`receptive_field`, which costs H + W forward passes
-                    of single images for each image size, or take what it returned before.
+                    of single images for each image size, or take what it returned before. There
+                    are none, and a warning says so, where it fails: its images are zeros, which
+                    a model may route past a layer.
                     Default: True
         channel_dim (int or mapping, optional): Axis of the filters where it cannot be told from the
                     layer, for all layers or by name.
@@ -359,7 +362,14 @@ def _boxes(
             "(N, C, D, H, W); pass boxes=False for others."
         )
     dims = {tap.name: tap.channel_dim for tap in taps if tap.channel_dim is not None}
-    fields = receptive_field(model, [tap.module for tap in taps], inputs[0], channel_dim=dims)
+    try:
+        fields = receptive_field(model, [tap.module for tap in taps], inputs[0], channel_dim=dims)
+    except ValueError as error:  # as where a model routes images; those of the data were read
+        warn(
+            "The exemplars have no boxes: images of zeros, on which receptive fields are measured, do "
+            f"not go through the model as those of the data do. {error} boxes=False does without."
+        )
+        return {}
     return on_device(fields, inputs[0].device)
 
 

@@ -245,6 +245,37 @@ def test_bad_input():
     assert found.num_images == 4
 
 
+class Routed(nn.Module):
+    """Bright images go through one layer, all others through another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.bright, self.dark = nn.Conv2d(2, 5, 3), nn.Conv2d(2, 5, 3)
+
+    def forward(self, x):
+        bright = x.mean((1, 2, 3)) > 0
+        made = x.new_zeros(len(x), 5)
+        for chosen, layer in ((bright, self.bright), (~bright, self.dark)):
+            if bool(chosen.any()):
+                made[chosen] = layer(x[chosen]).mean((2, 3))
+        return made
+
+
+def test_without_boxes_where_none_can_be_measured():
+    """Images of zeros, and of NaN, are not bright; all those of the data are."""
+    model, data = (
+        Routed(),
+        [(images(5) + 9, torch.zeros(5)), (images(3, seed=2) + 9, torch.ones(3))],
+    )
+    with pytest.warns(UserWarning, match="no boxes: images of zeros.*never reached.*boxes=False"):
+        found = exemplars(model, "bright", data, num_exemplars=2, **QUIET)["bright"]
+    expected = exemplars(model, "bright", data, num_exemplars=2, boxes=False, **QUIET)["bright"]
+    assert found.highest.box is None
+    assert torch.equal(found.highest.image, expected.highest.image)
+    assert found.num_images == 8
+
+
 def test_boxes_measured_before_are_used():
     model, data = deep(), batches()
     field = receptive_field(model, "stage2", images())
