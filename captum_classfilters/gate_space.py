@@ -16,11 +16,18 @@ from captum_classfilters._core.layers import (
     filters_before,
     find_layer,
     layer_name,
+    layer_tensors,
     module_of,
+    not_recorded,
 )
 from captum_classfilters._core.tables import bound_repr
-from captum_classfilters._core.taps import LayerTap, tapping
+from captum_classfilters._core.taps import BackwardTap, LayerTap, tapping
 from captum_classfilters._core.types import ForwardFunc
+
+_WITHOUT_GRADIENTS = (
+    "gate a layer behind that part, or take a method that only runs the model (Captum's "
+    "FeatureAblation)"
+)
 
 
 class FilterGate(nn.Module):
@@ -159,13 +166,21 @@ class FilterGate(nn.Module):
         """
         shares = self._shares(gates)
 
+        recorded = torch.is_grad_enabled()
+
         def gate(output: Tensor, axis: int) -> Tensor:
+            if recorded and gates.requires_grad and not torch.is_grad_enabled():
+                raise not_recorded(self.layer_name, _WITHOUT_GRADIENTS)
             return self._gated(shares.get(output.device, gates), output, axis)
 
         module = self._own_layer()
         tap = LayerTap(self.model, module, self.channel_dim, react=gate)
+        again = BackwardTap(module, tap.take) if recorded else None
         with tapping([tap]):
             result: Tensor = self._called(*inputs)  # type: ignore[misc]
+        tap.frozen = True
+        if again is not None:  # checkpointed layers run again, gated as now
+            again.follow(layer_tensors(result))
         check_runs(self.layer_name, max(map(len, tap.rows.values()), default=0), module)
         return result
 

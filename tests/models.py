@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
+from torch.utils.checkpoint import checkpoint
 
 #: For functions that show a progress bar.
 QUIET: dict[str, Any] = {"show_progress": False}
@@ -111,6 +112,28 @@ def deep(seed: int = 0) -> Deep:
     model.add_module("flatten", nn.Flatten())
     model.add_module("head", nn.Linear(6, 3))
     return model.eval()
+
+
+class Checkpointed(Deep):
+    """`deep()` whose stages run again in the backward pass."""
+
+    reentrant = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = list(self)
+        x = checkpoint(nn.Sequential(*parts[:2]), x, use_reentrant=self.reentrant)
+        return nn.Sequential(*parts[2:])(x)
+
+
+class CheckpointedReentrant(Checkpointed):
+    reentrant = True
+
+
+def checkpointed(reentrant: bool = False) -> Checkpointed:
+    """`deep()` under activation checkpointing."""
+    model: nn.Sequential = deep()
+    model.__class__ = CheckpointedReentrant if reentrant else Checkpointed
+    return model  # type: ignore[return-value]
 
 
 class TwoInputs(nn.Module):

@@ -10,7 +10,8 @@ import pytest
 import torch
 from captum.attr import FeatureAblation, IntegratedGradients, ShapleyValueSampling
 from captum.metrics import infidelity, infidelity_perturb_func_decorator, sensitivity_max
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from captum_classfilters import ClassScores, FilterGate, LayerFilterContribution
 from tests.models import (
@@ -222,3 +223,89 @@ def test_bad_layers():
     flat = nn.Sequential(nn.Flatten(0), nn.Unflatten(0, (8, -1)))
     with pytest.raises(ValueError, match="no channel dimension"):
         FilterGate(flat, "0")(torch.ones(8, 5), images())
+
+
+class Twice(nn.Module):
+    """Two squashed convolutions, which may run again in the backward pass, and two outputs."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.how = how
+        self.first = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Sigmoid())
+        self.second = nn.Sequential(nn.Conv2d(3, 5, 2), nn.Sigmoid())
+        self.head = nn.Linear(5, 3)
+
+    def maps(self, x: Tensor) -> Tensor:
+        if self.how == "nested":
+            return self.second(checkpoint(self.first, x, use_reentrant=False))
+        return self.second(self.first(x))
+
+    def scores(self, x: Tensor) -> Tensor:
+        return self.head(self.maps(x).mean((2, 3)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "whole":
+            return checkpoint(self.scores, x, use_reentrant=False)
+        if self.how == "plain":
+            return self.scores(x)
+        reentrant = self.how == "reentrant"
+        return self.head(checkpoint(self.maps, x, use_reentrant=reentrant).mean((2, 3)))
+
+
+def of_one_graph(model: Twice, layer: str) -> list[Tensor]:
+    """Gradients of two gated runs and two plain ones that are differentiated together."""
+    gate, x = FilterGate(model, layer), images(4)
+    one, two = (torch.rand(4, gate.num_filters).requires_grad_() for _ in range(2))
+    loss = gate(one, x).square().sum() + model(x).pow(3).sum()
+    loss = loss + (gate(two, 2 * x).square() * model(-x)).sum()
+    assert hooks_of(model) == 0
+    for keep in (True, False):
+        loss.backward(retain_graph=keep)
+        assert hooks_of(model) == 0
+    (slope,) = torch.autograd.grad(gate(one, x).square().sum(), one, create_graph=True)
+    (second,) = torch.autograd.grad(slope.square().sum(), one)
+    assert hooks_of(model) == 0
+    found = [one.grad, two.grad, second, *(p.grad for p in model.parameters())]
+    return [known(gradient) for gradient in found]
+
+
+@pytest.mark.parametrize("layer", ["first.0", "first", "second.0", "second"])
+@pytest.mark.parametrize("how", ["part", "nested", "whole"])
+def test_checkpointed_layers_are_gated_when_they_run_again(how, layer):
+    """Each in its own run, and no other run of the same model."""
+    torch.manual_seed(1)
+    expected = of_one_graph(Twice("plain"), layer)
+    torch.manual_seed(1)
+    torch.testing.assert_close(of_one_graph(Twice(how), layer), expected)
+
+
+@pytest.mark.parametrize("how", ["plain", "part", "whole"])
+def test_a_backward_pass_that_fails_leaves_no_hook(how):
+    model = Twice(how)
+    gate = FilterGate(model, "first")
+    gates = gate.ones(4).requires_grad_()
+    result = gate(gates, images(4))
+
+    def fail(_gradient: Tensor) -> None:
+        raise RuntimeError("no gradient, please")
+
+    gates.register_hook(fail)
+    with pytest.raises(RuntimeError, match="no gradient, please"):
+        result.sum().backward()
+    assert hooks_of(model) == 0
+
+
+def test_gates_in_a_reentrant_checkpoint_have_no_gradient():
+    model, x = Twice("reentrant"), images(4)
+    gate = FilterGate(model, "first")
+    options = {"target": 1, "additional_forward_args": x}
+    with pytest.raises(ValueError, match=r"'first'.*FeatureAblation.*use_reentrant=False") as error:
+        IntegratedGradients(gate).attribute(gate.ones(4), **options)
+    assert hooks_of(model) == 0
+    assert "FeatureAblation" in str(error.value)  # which is followed:
+    found = FeatureAblation(gate).attribute(gate.ones(4), **options)
+    expected = FeatureAblation(FilterGate(Twice("plain"), "first")).attribute(
+        gate.ones(4), **options
+    )
+    torch.testing.assert_close(found, expected)

@@ -92,7 +92,6 @@ class _Reading(LayerTap):
     feed: Feed | None = None
     keep_maps = maps_used = False
     differentiable = False
-    frozen = False  # in the backward pass, when checkpointed layers run again
 
     def begin(self) -> None:
         """Forget the last forward pass."""

@@ -499,6 +499,10 @@ def check_numbers(name: str, tensor: Tensor) -> None:
         )
 
 
+#: What to do about activation checkpointing, for errors of missing gradients.
+CHECKPOINTED = "a checkpointed part is followed with use_reentrant=False"
+
+
 def not_recorded(
     name: str,
     advice: str = "choose a layer behind that part, or a method without gradients "
@@ -507,7 +511,7 @@ def not_recorded(
     """The error of a layer that the model runs without a record for gradients."""
     return ValueError(
         f"The model runs the layer {name!r} under torch.no_grad(), so no gradient reaches it; "
-        f"{advice}; a checkpointed part is followed with use_reentrant=False."
+        f"{advice}; {CHECKPOINTED}."
     )
 
 

@@ -1,12 +1,14 @@
 """The one place that hooks a layer, to read its tensor or to put another in its place."""
 
 import sys
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from captum_classfilters._core.layers import (
     check_batch,
@@ -96,6 +98,56 @@ def tapped(
         yield
 
 
+class BackwardTap:
+    r"""
+    Taps a module's outputs also where a backward pass runs it again, as non-reentrant activation
+    checkpointing does, in a forward pass whose own hooks are gone by then.
+
+    The hook is there only during backward passes from the forward pass's outputs, and acts only on
+    what they run again of this forward pass: others of the same model, in the same graph, are left
+    alone.
+
+    Args:
+
+        module (nn.Module): The layer.
+        react (Callable): From its output to what takes its place.
+    """
+
+    def __init__(self, module: nn.Module, react: Callable[[object], object]) -> None:
+        self.module, self.react = module, react
+        self.handle: RemovableHandle | None = None
+        # Nodes of the graph are numbered as they are made, in each thread.
+        self.first = self.last = torch.autograd._get_sequence_nr()
+
+    def follow(self, outputs: Iterable[Tensor]) -> None:
+        """The forward pass is over and has put out this."""
+        self.last = torch.autograd._get_sequence_nr()
+        for node in {tensor.grad_fn for tensor in outputs} - {None}:
+            node.register_prehook(self._begin)  # type: ignore[union-attr]
+
+    def _begin(self, _gradients: object) -> None:
+        if self.handle is not None:  # of another output, in the same backward pass
+            return
+        self.handle = self.module.register_forward_hook(self._hook)
+
+        def end() -> None:
+            self._end()
+
+        weakref.finalize(end, self._end)  # a backward pass that fails forgets what was to end it
+        torch.autograd.Variable._execution_engine.queue_callback(end)
+
+    def _hook(self, _module: nn.Module, _inputs: object, output: object) -> object:
+        node = torch._C._current_autograd_node()  # None outside of backward passes
+        if node is None or not self.first <= node._sequence_nr() < self.last:
+            return None
+        return _in_the_form_of(output, self.react(output))
+
+    def _end(self) -> None:
+        if self.handle is not None:
+            self.handle.remove()
+            self.handle = None
+
+
 def failing_layer(model: nn.Module, inputs: ModelInputs) -> nn.Module | None:
     """The innermost module in which a forward pass fails; None if it does not fail."""
     modules = [part for part in model.modules() if not isinstance(part, torch.jit.ScriptModule)]
@@ -156,6 +208,9 @@ class LayerTap:
         self.channel_dim, self.at_input, self.react = channel_dim, at_input, react
         self._before = weighted_before(model, module)
         self.rows: dict[torch.device, list[int]] = {}  # of each run on each device
+        #: What runs now is a checkpointed layer once more, in the backward pass: it makes what it made
+        #: in the forward pass, and nothing of that is kept.
+        self.frozen = False
 
     def axis_of(self, tensor: Tensor) -> int:
         """The axis of the filters in the layer's tensor, or in one like it."""
@@ -167,7 +222,7 @@ class LayerTap:
 
     def begin(self) -> None:
         """Forget the last forward pass."""
-        self.rows = {}
+        self.rows, self.frozen = {}, False
 
     def take(self, value: object) -> Tensor | None:
         """See the layer's value pass; what is returned, if not None, takes its place."""
@@ -179,7 +234,9 @@ class LayerTap:
         """Count a run, of numbers that can be weighed; replicas of a data-parallel model run once on
         each device."""
         check_numbers(self.name, tensor)
-        self.rows.setdefault(tensor.device, []).append(tensor.shape[0] if tensor.dim() else 0)
+        if not self.frozen:
+            rows = self.rows.setdefault(tensor.device, [])
+            rows.append(tensor.shape[0] if tensor.dim() else 0)
 
     def check(self, num_images: int) -> None:
         """Raise if the layer did not run exactly once, with one row for each image."""
