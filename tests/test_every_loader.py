@@ -43,7 +43,7 @@ from captum_classfilters.metrics import (
 )
 from captum_classfilters.pruning import accuracy_after_removal, filter_importance_baselines
 from captum_classfilters.spectral import profile_graph, profile_images
-from tests.models import QUIET, batches, deep, made_in_inference_mode
+from tests.models import QUIET, batches, checkpointed, deep, hooks_of, made_in_inference_mode
 from tests.pretend_device import pretend
 
 
@@ -300,6 +300,28 @@ def test_outputs_of_any_form_give_the_same(name, kind, expected):
     model = deep()
     model.__class__ = kind
     same(run(name, model, data()), plain(name, expected))
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_checkpointed_layers_give_the_same(name, expected):
+    model = checkpointed()
+    same(run(name, model, data()), plain(name, expected))
+    assert hooks_of(model) == 0
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_reentrant_checkpoints_give_the_same_or_are_named(name, expected):
+    model = checkpointed(reentrant=True)
+    found = refusal = None
+    try:
+        found = run(name, model, data())
+    except ValueError as error:
+        refusal = str(error)
+    if refusal is None:
+        same(found, plain(name, expected))
+    else:
+        assert "use_reentrant=False" in refusal
+    assert hooks_of(model) == 0
 
 
 @pytest.mark.parametrize("name", ENTRIES)

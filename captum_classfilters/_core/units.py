@@ -11,6 +11,7 @@ from captum_classfilters._core.batches import Batch, Batches, read_batches
 from captum_classfilters._core.devices import on_device, without_autocast
 from captum_classfilters._core.layers import (
     find_layers,
+    not_recorded,
     only_tensor,
     positions_last,
 )
@@ -100,12 +101,17 @@ class UnitTap(LayerTap):
         """Keep what matters of the layer's value."""
         tensor = only_tensor(value, self.name)
         self.count(tensor)
+        if self.differentiable and not torch.is_grad_enabled():
+            raise not_recorded(self.name)
         if self.differentiable and not tensor.requires_grad:
             tensor = tensor.detach().requires_grad_()
-        self.seen = self.reduce(self.maps(tensor))
+        seen = self.reduce(self.maps(tensor))
+        if not self.frozen:
+            self.seen = seen
         if not self.differentiable:
             return None
-        self.source = tensor
+        if not self.frozen:
+            self.source = tensor
         return tensor.clone()  # what follows the layer may overwrite it
 
     def maps(self, tensor: Tensor) -> Tensor:
@@ -235,6 +241,7 @@ def read_units(
                 for tap in taps:
                     tap.check(batch.size)
                     check_finite(batches, batch, tap.name, tap.finite())
+                    tap.frozen = True
                 take(batches, batch, output)
             batches.check_repeats(model, batch, output)
     return batches.num_images

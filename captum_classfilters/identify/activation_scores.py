@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.batches import Batch, Batches
 from captum_classfilters._core.devices import sums_device
-from captum_classfilters._core.layers import find_layers
+from captum_classfilters._core.layers import find_layers, no_gradient
 from captum_classfilters._core.outputs import (
     as_rows,
     at_least_float32,
@@ -170,10 +170,7 @@ class _Sums:
         if loss.requires_grad:
             (slope,) = torch.autograd.grad(loss, source, allow_unused=True)
         if slope is None:
-            raise ValueError(
-                f"No gradient of the model's output reaches the layer {self.tap.name!r}: what "
-                "follows it is not differentiable or does not use it."
-            )
+            raise no_gradient(self.tap.name)
         return slope
 
     def result(self, num_images: int) -> ActivationScores:

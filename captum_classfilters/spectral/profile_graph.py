@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.batches import Batch, Batches
 from captum_classfilters._core.extras import extra
+from captum_classfilters._core.layers import CHECKPOINTED
 from captum_classfilters._core.names import kind_of
 from captum_classfilters._core.types import Dataloader, Directions, Unpack
 from captum_classfilters._core.units import UnitTap, read_units, units_of
@@ -84,8 +85,8 @@ def profile_graph(
 
     Raises:
         ImportError: networkx is missing.
-        ValueError: There are fewer than two layers, a later one does not depend on the one before
-            it, or an option is unknown or does not fit.
+        ValueError: There are fewer than two layers, no gradient of a later one reaches the one
+                    before it, or an option is unknown or does not fit.
 
     Examples::
 
@@ -247,8 +248,9 @@ class _Link:
             )
             if gradient is None:
                 raise ValueError(
-                    f"The layer {self.after.name!r} does not depend on {self.before.name!r}; give "
-                    "layers in the order in which they run."
+                    f"No gradient of the layer {self.after.name!r} reaches {self.before.name!r}: give "
+                    "layers in the order in which they run; quantized layers, rounding and "
+                    f"torch.no_grad() let no gradient through; {CHECKPOINTED}."
                 )
             slopes = self.before.projected(gradient)
             held.append((earlier.detach() * slopes).sum(2)[rows])

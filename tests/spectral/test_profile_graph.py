@@ -67,6 +67,18 @@ def test_convolutions_with_in_place_relu_follow_the_gradient():
     assert edges
 
 
+@pytest.mark.parametrize("kind", ["order", "quantized"])
+def test_layers_without_a_gradient_between_them_are_named(kind):
+    model, names = deep(), ["stage1", "head"]
+    if kind == "quantized":
+        model = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+    else:
+        names = names[::-1]
+    message = f"{names[1]!r} reaches {names[0]!r}: .*order in which they run; quantized layers"
+    with pytest.raises(ValueError, match=message):
+        profile_graph(model, names, batches(5), **QUIET)
+
+
 def test_directions():
     model = linear_pair()
     data = [
