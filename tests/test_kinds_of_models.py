@@ -2,25 +2,31 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
+from captum.attr import FeatureAblation, IntegratedGradients, Saliency
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
 
 from captum_classfilters import (
     ClassFilters,
+    ClassFilterSaliency,
+    FilterGate,
     LayerFilterAblation,
     LayerFilterContribution,
     LayerFilterFrequency,
     decompose,
+    fine_tune,
     list_filter_layers,
     prune_filters,
 )
 from captum_classfilters._core.equality import same
 from captum_classfilters.answers import ClassFilterOOD, forget_class
+from captum_classfilters.attr import filter_activation_maps, filter_gradient_maps
+from captum_classfilters.gates import ClassSpecificGate, GatedTrainer, GateSchedule
 from captum_classfilters.heads import (
     accuracy_curve,
     compare_heads,
@@ -34,6 +40,7 @@ from captum_classfilters.metrics import (
     class_curves,
     collateral_damage,
     filter_curves,
+    filter_max_sensitivity,
     remove_and_retrain,
 )
 from captum_classfilters.pruning import (
@@ -46,7 +53,8 @@ from captum_classfilters.pruning import (
 )
 from captum_classfilters.pruning.baseline_scores import outgoing_weight_scores
 from captum_classfilters.spectral import layer_svd
-from tests.models import QUIET, batches, deep
+from captum_classfilters.visualize import FeatureObjective, visualize_features
+from tests.models import QUIET, batches, checkpointed, deep, hooks_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 METHODS: dict[str, Callable[[nn.Module, str], ClassFilters]] = {
@@ -456,3 +464,111 @@ def test_lazy_modules_run_once_first(task):
         ON_LAZY[task](model)
     model(batches()[0][0])
     ON_LAZY[task](model)
+
+
+IMAGES = torch.randn(5, 2, 6, 6, generator=torch.Generator().manual_seed(3))
+TARGET = torch.tensor([0, 2, 1, 1, 0])
+
+
+def in_gates(method: Any, layer: str, **options: Any) -> Callable[[nn.Module], object]:
+    """Captum's own method over the gates of a layer."""
+
+    def call(model: nn.Module) -> object:
+        gate = FilterGate(model, layer)
+        gates = torch.linspace(0.2, 1, 5 * gate.num_filters).reshape(5, -1)
+        return method(gate).attribute(
+            gates, target=TARGET, additional_forward_args=(IMAGES,), **options
+        )
+
+    return call
+
+
+def gated(unit: str) -> Callable[[nn.Module], object]:
+    def call(model: nn.Module) -> object:
+        gate = ClassSpecificGate(3, 4).attach(model, "stage1")
+        optimizer = torch.optim.SGD([*model.parameters(), *gate.parameters()], lr=0.1)
+        schedule = GateSchedule(unit=unit, period=2)  # type: ignore[arg-type]
+        GatedTrainer(model, gate, optimizer, schedule=schedule).fit(batches(7), epochs=2, **QUIET)
+        return gate.weight.detach(), model.head.weight.detach()  # type: ignore[union-attr]
+
+    return call
+
+
+def tuned(model: nn.Module) -> object:
+    fine_tune(model, batches(7), batches(7), epochs=1, learning_rate=0.1, **QUIET)
+    return [parameter.detach() for parameter in model.parameters()]
+
+
+def saliency(mode: Literal["input_gradient", "activation_map"], **options: Any) -> Any:
+    """Through the chosen filters of one layer, to the images."""
+
+    def call(model: nn.Module) -> object:
+        found = METHODS["contribution"](deep(), "stage1")
+        method = ClassFilterSaliency(model, "stage1", found, mode=mode)
+        return method.attribute(IMAGES, target=TARGET, **options)
+
+    return call
+
+
+WITHOUT_A_LOADER: dict[str, Callable[[nn.Module], Any]] = {
+    "saliency of gates": in_gates(Saliency, "stage1", abs=False),
+    "saliency of the last layer's gates": in_gates(Saliency, "stage2", abs=False),
+    "integrated gradients of gates": in_gates(IntegratedGradients, "stage1.1", n_steps=3),
+    "ablation of gates": in_gates(FeatureAblation, "stage1"),
+    "gradient maps": lambda model: filter_gradient_maps(
+        model, "stage1", IMAGES, torch.tensor([3, 1])
+    ),
+    "gradients through filters": saliency("input_gradient"),
+    "their integral": saliency("input_gradient", n_steps=2),
+    "a class's map": saliency("activation_map"),
+    "activation maps": lambda model: filter_activation_maps(model, "stage1", IMAGES),
+    "sensitivity to gates": lambda model: filter_max_sensitivity(
+        LayerFilterContribution(model, "stage1"), IMAGES, target=TARGET, space="gates",
+        n_perturb_samples=2,
+    ),
+    "sensitivity to images": lambda model: filter_max_sensitivity(
+        LayerFilterContribution(model, "stage1"), IMAGES, target=TARGET, n_perturb_samples=2
+    ),
+    "features": lambda model: visualize_features(
+        model,
+        [FeatureObjective.of_filter("stage1", 3), FeatureObjective.of_direction("stage1.1", torch.ones(4))],
+        (2, 6, 6), steps=3, transform=None, **QUIET,
+    ).images,
+    "gated epochs": gated("epoch"),
+    "joint gated epochs": gated("joint"),
+    "fine-tuning": tuned,
+}  # fmt: skip
+
+
+def run_once(task: str, model: nn.Module) -> list[Tensor]:
+    torch.manual_seed(0)
+    found = WITHOUT_A_LOADER[task](model)
+    assert hooks_of(model) == 0
+    if isinstance(found, Tensor):
+        return [found.detach()]
+    parts = found if isinstance(found, (list, tuple)) else list(vars(found).values())
+    return [part.detach() for part in parts if isinstance(part, Tensor)]
+
+
+#: PyTorch trains nothing in a reentrant checkpoint whose inputs need no gradient, and warns of it.
+TRAIN = ("gated epochs", "joint gated epochs", "fine-tuning")
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("task", WITHOUT_A_LOADER)
+def test_checkpointed_layers_give_the_same_or_the_way_is_named(task, reentrant):
+    if reentrant and task in TRAIN:
+        pytest.skip("it is PyTorch's own")
+    model = checkpointed(reentrant)
+    found, refusal = [], None
+    try:
+        found = run_once(task, model)
+    except ValueError as error:
+        refusal = str(error)
+    assert hooks_of(model) == 0
+    if refusal is None:
+        assert found
+        torch.testing.assert_close(found, run_once(task, deep()))
+    else:
+        assert reentrant, refusal
+        assert "use_reentrant=False" in refusal

@@ -23,6 +23,7 @@ from captum_classfilters._core.captum import (
 from captum_classfilters._core.devices import ordinary
 from captum_classfilters._core.guard import model_left_as_found
 from captum_classfilters._core.layers import (
+    CHECKPOINTED,
     along_filters,
     find_layer,
     layer_name,
@@ -271,7 +272,7 @@ class ClassFilterSaliency(GradientAttribution):
         if not own.requires_grad or not all(tensor.requires_grad for tensor in tensors):
             raise ValueError(
                 f"No gradient flows from the output through the layer {tap.name!r} to the inputs: a "
-                "part of the model runs under torch.no_grad() or is not differentiable."
+                f"part of the model runs under torch.no_grad() or is not differentiable; {CHECKPOINTED}."
             )
         slopes = torch.autograd.grad(own, tensors, retain_graph=True, materialize_grads=True)
         shares = chosen.split([len(tensor) for tensor in tensors])

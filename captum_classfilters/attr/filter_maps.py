@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.devices import device_of, on_device, ordinary
 from captum_classfilters._core.guard import model_left_as_found
-from captum_classfilters._core.layers import find_layer
+from captum_classfilters._core.layers import CHECKPOINTED, find_layer
 from captum_classfilters._core.taps import LayerTap, tapping
 
 
@@ -101,8 +101,8 @@ def filter_gradient_maps(
         *Tensor* of shape (N, n, H, W), without unit. A filter without gradient has a map of zeros.
 
     Raises:
-        ValueError: The images have another shape, the layer does not run exactly once or lacks a
-                    filter, or ``blur`` is not positive.
+        ValueError: The images have another shape, the layer does not run exactly once, lacks a
+                    filter or has no gradient towards the images, or ``blur`` is not positive.
     """
     if images.dim() != 4:
         raise ValueError(f"images have shape {tuple(images.shape)}; expected (N, colors, H, W).")
@@ -167,6 +167,12 @@ def _maps(
     with tapping([tap]):
         model(images)
         tap.check(len(images))
+    if torch.is_grad_enabled() and not kept[0].requires_grad:
+        raise ValueError(
+            f"No gradient of the layer {tap.name!r} reaches the images: the model runs it, or what "
+            "stands before it, under torch.no_grad(), or detaches, quantizes or rounds there; "
+            f"{CHECKPOINTED}."
+        )
     if kept[0].dim() != 4 and not any_layout:
         raise ValueError(
             f"The layer {tap.name!r} puts out {tuple(kept[0].shape)} with its filters on axis 1; "

@@ -222,8 +222,11 @@ def see_full(
     names: dict[nn.Module, str] = {module: name for name, module in modules.items()}
     outputs: dict[str, Tensor] = {}
     runs: Counter[str] = Counter()
+    again = False  # checkpointed layers run once more, in the backward pass
 
     def hook(ran: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        if again:
+            return output.clone()
         name = names[ran]
         if not torch.is_grad_enabled():
             raise not_recorded(name, _LET_IT)
@@ -252,12 +255,14 @@ def see_full(
         for batch in batches:
             outputs.clear()
             runs.clear()
+            again = False
             inputs = [part.clone().requires_grad_() for part in batch.inputs]
             scores = scores_per_class(model(*inputs))
             for name in modules:
                 _check_once(name, runs[name], batch.size)
             centered = scores - scores.mean(1, keepdim=True)
             signs = torch.randint(0, 2, scores.shape, generator=generator).to(centered) * 2 - 1
+            again = True
             gradients = torch.autograd.grad(
                 (centered * signs).sum(), list(outputs.values()), materialize_grads=True
             )

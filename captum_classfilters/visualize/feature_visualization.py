@@ -13,9 +13,10 @@ from captum_classfilters._core.arguments import arguments_checked, check_numbers
 from captum_classfilters._core.devices import device_of
 from captum_classfilters._core.guard import model_left_as_found, weights_change
 from captum_classfilters._core.layers import (
-    check_batch,
+    CHECKPOINTED,
     find_layer,
     layer_name,
+    only_tensor,
     positions_last,
 )
 from captum_classfilters._core.tables import short_repr
@@ -374,7 +375,8 @@ def _ascend(
         if not values.requires_grad:
             raise ValueError(
                 "The objectives have no gradient towards the image: the model's forward pass detaches "
-                "its tensors, or runs under torch.no_grad, before the layers of the objectives."
+                "its tensors, or runs under torch.no_grad, before the layers of the objectives; "
+                f"{CHECKPOINTED}."
             )
         history.append(values.detach().cpu())
         _check_finite(history[-1], learning_rate)
@@ -515,8 +517,7 @@ class _Probe:
 
     def __call__(self, images: Tensor) -> Tensor:
         """Values (B,), in float32 at least."""
-        parts: list[list[Tensor]] = [[] for _ in range(self.num_objectives)]
-        taps = [self._tap(module, parts) for module in self.by_layer]
+        taps = [self._tap(module) for module in self.by_layer]
         images = images if self.normalize is None else self.normalize(images)
         images = images.to(self.dtype)
         try:
@@ -525,8 +526,14 @@ class _Probe:
         except Exception as error:
             self._check_takes(images, error)
             raise
-        for tap in taps:
+        parts: list[list[Tensor]] = [[] for _ in range(self.num_objectives)]
+        # Not in the forward pass: a checkpointed layer runs again later, without what is done there.
+        for tap, terms in zip(taps, self.by_layer.values(), strict=True):
             tap.check(self.num_objectives)
+            for index, term in terms:
+                tap.channel_dim = term.channel_dim
+                tensor = tap.tensor
+                parts[index].append(_value(term, tap.name, tensor, tap.axis_of(tensor), index))
         return torch.stack([torch.stack(part).sum() for part in parts])
 
     def _check_takes(self, images: Tensor, error: Exception) -> None:
@@ -544,18 +551,20 @@ class _Probe:
                 "one of sequences, volumes or tokens takes no images."
             ) from error
 
-    def _tap(self, module: nn.Module, parts: list[list[Tensor]]) -> LayerTap:
-        first = self.by_layer[module][0][1]
-        tap = LayerTap(self.model, module, first.channel_dim)
+    def _tap(self, module: nn.Module) -> "_Kept":
+        return _Kept(self.model, module, self.by_layer[module][0][1].channel_dim)
 
-        def take(tensor: Tensor, _axis: int) -> None:
-            check_batch(tap.name, len(tensor), self.num_objectives)
-            for index, term in self.by_layer[module]:
-                tap.channel_dim = term.channel_dim
-                parts[index].append(_value(term, tap.name, tensor, tap.axis_of(tensor), index))
 
-        tap.react = take
-        return tap
+class _Kept(LayerTap):
+    """Keeps a layer's tensor."""
+
+    tensor: Tensor
+
+    def take(self, value: object) -> Tensor:
+        """Keep the tensor; a copy goes on, as what follows may write into it."""
+        self.tensor = only_tensor(value, self.name)
+        self.count(self.tensor)
+        return self.tensor.clone()
 
 
 def _value(term: _Term, name: str, tensor: Tensor, axis: int, row: int) -> Tensor:

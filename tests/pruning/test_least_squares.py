@@ -453,11 +453,13 @@ class WithoutGradients(Two):
 class Checkpointed(Two):
     """The same part, run again in the backward pass."""
 
+    reentrant = True
+
     def forward(self, x):
         def part(x):
             return self.act(self.conv(x)).mean((2, 3))
 
-        return self.head(checkpoint(part, x, use_reentrant=True))
+        return self.head(checkpoint(part, x, use_reentrant=self.reentrant))
 
 
 @pytest.mark.parametrize("kind", [WithoutGradients, Checkpointed])
@@ -465,6 +467,20 @@ def test_layers_that_run_without_gradients_are_named(kind):
     model = kind().eval()
     with pytest.raises(ValueError, match=r"'conv' under torch.no_grad.* use_reentrant=False"):
         see_full(model, {"conv": model.conv, "head": model.head}, images(3), 4, 0)
+
+
+def test_layers_that_run_again_for_gradients_are_seen_once():
+    data, found = images(3, 2), []
+    model, plain = Checkpointed().eval(), Two().eval()
+    model.reentrant = False
+    for one in (plain, model):
+        modules: dict[str, Weighted] = {"conv": one.conv, "head": one.head}
+        found.append(see_full(one, modules, data, 4, 0))
+    for name, expected in found[0].items():
+        seen = found[1][name]
+        assert (seen.rows, seen.linear) == (expected.rows, expected.linear)
+        for part in ("moments", "cross", "fisher", "made"):
+            torch.testing.assert_close(getattr(seen, part), getattr(expected, part))
 
 
 @pytest.mark.parametrize("where", ["image", "features"])
