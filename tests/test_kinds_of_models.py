@@ -31,7 +31,6 @@ from captum_classfilters.heads import (
     accuracy_curve,
     compare_heads,
     find_head,
-    fine_tune,
     refit_head,
 )
 from captum_classfilters.identify import confusion_filters, contrast_classes
@@ -44,6 +43,7 @@ from captum_classfilters.metrics import (
     remove_and_retrain,
 )
 from captum_classfilters.pruning import (
+    LayerwiseFineTuning,
     compare_networks,
     compress_layer,
     filter_importance_baselines,
@@ -572,3 +572,78 @@ def test_checkpointed_layers_give_the_same_or_the_way_is_named(task, reentrant):
     else:
         assert reentrant, refusal
         assert "use_reentrant=False" in refusal
+
+
+class DetachedScores(Around):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).detach()
+
+
+class AllAgain(Around):
+    def forward(self, x: Tensor) -> Tensor:
+        scores: Tensor = checkpoint(self.net, x, use_reentrant=True)
+        return scores
+
+
+def quantized_head() -> nn.Module:
+    model = Around()
+    quantized: nn.Module = torch.ao.quantization.quantize_dynamic(
+        model, {nn.Linear}, dtype=torch.qint8
+    )
+    return quantized
+
+
+TRAINERS: dict[str, Callable[[nn.Module], object]] = {
+    "fine_tune": lambda model: fine_tune(model, batches(7), batches(7), epochs=1, **QUIET),
+    "layerwise": lambda model: LayerwiseFineTuning(batches(7), 0.1, num_steps=2)(model),
+    "retrained": lambda model: remove_and_retrain(
+        model, "net.stage1.2", {"a": torch.arange(4)}, batches(7), batches(7), num_filters=(2,),
+        epochs=1, seed=0, **QUIET,
+    ),
+    "gated": lambda model: gate_trainer(model).fit(batches(7), epochs=1, **QUIET),
+}  # fmt: skip
+
+
+def gate_trainer(model: nn.Module, **options: Any) -> GatedTrainer:
+    gate = ClassSpecificGate(3, 4).attach(model, "net.stage1")
+    parameters = [*model.parameters(), *gate.parameters()]
+    return GatedTrainer(model, gate, torch.optim.SGD(parameters, lr=0.1), **options)
+
+
+@pytest.mark.parametrize("kind", [DetachedScores, AllAgain, quantized_head])
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_training_that_no_gradient_leads_to_is_refused(trainer, kind):
+    message = r"No gradient of the loss leads to any .*quantized.*use_reentrant=False"
+    with pytest.raises(ValueError, match=message):
+        TRAINERS[trainer](kind())
+
+
+@pytest.mark.parametrize("gate_too", [False, True])
+@pytest.mark.parametrize("within", [False, True])
+@pytest.mark.parametrize("unit", ["epoch", "batch", "joint"])
+def test_the_gate_of_a_frozen_model_is_trained_by_gated_steps_alone(unit, within, gate_too):
+    model = Around().requires_grad_(False)
+    trainer = gate_trainer(model, schedule=GateSchedule(unit=unit))
+    gate = trainer.gate.requires_grad_(not gate_too)
+    if within:
+        model.add_module("gate", gate)
+    advice = r"gate\.requires_grad_\(True\)" if gate_too else r"schedule=GateSchedule\(period=1\)"
+    with pytest.raises(ValueError, match=rf"its 10 parameters are frozen.* {advice}"):
+        trainer.fit(batches(7), epochs=3, **QUIET)
+    gate.requires_grad_(True)  # the advice is followed:
+    before = gate.weight.detach().clone()
+    gated = GatedTrainer(model, gate, trainer.optimizer, schedule=GateSchedule(period=1))
+    gated.fit(batches(7), epochs=1, **QUIET)
+    assert not torch.equal(gate.weight, before)
+
+
+def test_a_frozen_gate_is_kept_while_the_model_is_trained():
+    model = Around()
+    trainer = gate_trainer(model, schedule=GateSchedule(period=1))
+    gate = trainer.gate.requires_grad_(False)
+    gate.project()  # as after any gated step
+    before = gate.weight.clone()
+    trainer.fit(batches(7), epochs=1, **QUIET)
+    assert torch.equal(gate.weight, before)
+    weight = model.get_parameter("net.head.weight")
+    assert not torch.equal(weight, Around().get_parameter("net.head.weight"))

@@ -32,6 +32,7 @@ from captum_classfilters._core.outputs import as_rows, class_scores, log_probabi
 from captum_classfilters._core.score_reader import OutputKind
 from captum_classfilters._core.tables import described, model_name, short_repr
 from captum_classfilters._core.tensor_files import Schema, read_tensors, write_tensors
+from captum_classfilters._core.trainable import compute_gradients
 from captum_classfilters._core.types import Check, Dataloader, Keywords, ModelInputs, Unpack
 from captum_classfilters.gates.class_specific_gate import ClassSpecificGate, gates_not_finite
 
@@ -243,7 +244,8 @@ class GatedTrainer:
 
         Raises:
             ValueError: A batch is no pair of images and labels, or model, labels and gate do not fit
-                        each other; the first batch is checked before anything is trained.
+                        each other; the first batch is checked before anything is trained. Or a step
+                        has nothing to train, as a plain one of a frozen model.
         """
         if epochs - len(self.history) > 1:
             check_read_again(train_loader)
@@ -281,8 +283,8 @@ class GatedTrainer:
             *tuple* of the loss and the number of correct predictions on the trained path.
 
         Raises:
-            ValueError: The model and the gate differ in their number of classes, or the labels are no
-                        classes of the gate.
+            ValueError: The model and the gate differ in their number of classes, the labels are no
+                        classes of the gate, or nothing that the step trains has a gradient.
         """
         inputs = images if isinstance(images, tuple) else (images,)
         with weights_change():
@@ -306,7 +308,7 @@ class GatedTrainer:
             loss, correct = self._judged(
                 batch, class_scores(self.model(*batch.inputs)), labels, check
             )
-            loss.backward()
+            self._compute_gradients(loss, optimizer)
             losses.append(loss)
         optimizer.step()
         if gated:
@@ -336,8 +338,14 @@ class GatedTrainer:
             loss, correct = self._judged(batch, self._scores(batch.inputs), labels, check)
             loss = self.gated_weight * loss
             loss = loss + self.regularization * self.regularizer(self.gate)
-            loss.backward()
+            self._compute_gradients(loss, self.gated_optimizer)
         return loss, correct
+
+    def _compute_gradients(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
+        advice = " To train the gate alone, gate every step: schedule=GateSchedule(period=1)."
+        if not self.gate.weight.requires_grad:
+            advice = " The gate is frozen as well; gate.requires_grad_(True) unfreezes it."
+        compute_gradients(loss, optimizer, self.model, self.gate.parameters(), advice)
 
     def _scores(self, inputs: ModelInputs) -> Tensor:
         """The model's scores, of as many classes as the gate has."""

@@ -15,9 +15,9 @@ from torch.optim.lr_scheduler import LRScheduler
 from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.batches import Batch, Batches, check_read_again, read_batches
 from captum_classfilters._core.devices import device_of, on_device
-from captum_classfilters._core.layers import named_layers
 from captum_classfilters._core.score_reader import ScoreReader
 from captum_classfilters._core.tables import short_repr
+from captum_classfilters._core.trainable import check_trainable, no_gradient_of_loss
 from captum_classfilters._core.types import Dataloader, Unpack
 from captum_classfilters.heads.linear_head import find_head, first_inputs
 from captum_classfilters.metrics.evaluate_classifier import evaluate_classifier
@@ -119,7 +119,7 @@ def fine_tune(
             f"freeze={freeze!r}; choose 'nothing', 'backbone' or 'batch_norm_statistics'."
         )
     if freeze != "backbone":
-        _check_trainable(model)
+        check_trainable(model)
     if epochs > 1:
         check_read_again(train_loader)
     if epochs > 0:
@@ -203,7 +203,7 @@ def _one_epoch(
         if loss.requires_grad:
             loss.backward()
         if sums is None and all(parameter.grad is None for parameter in trained):
-            raise _no_gradient(model)
+            raise no_gradient_of_loss(model)
         optimizer.step()
         if scheduler is not None:
             scheduler.step()
@@ -265,41 +265,6 @@ def _best_state_kept(model: nn.Module) -> Iterator[Callable[[], None]]:
 
 def _not_finite() -> ValueError:
     return ValueError("The training loss is NaN or Inf; lower the learning rate.")
-
-
-def _check_trainable(model: nn.Module) -> None:
-    """Raise if no parameter of a model is to be trained."""
-    parameters = list(model.parameters())
-    if not any(parameter.requires_grad for parameter in parameters):
-        frozen = f"its {len(parameters)} parameters are frozen; model.requires_grad_(True) unfreezes them."
-        raise ValueError(
-            f"Nothing of the {type(model).__name__} can be trained: "
-            f"{frozen if parameters else 'it has no parameters.'}{_quantized(model)}"
-        )
-
-
-def _no_gradient(model: nn.Module) -> ValueError:
-    return ValueError(
-        "No gradient of the loss leads to any of the parameters that are to be trained: what follows "
-        "them runs under torch.no_grad(), detaches its tensors or is quantized, or does not use them."
-        f"{_quantized(model)}"
-    )
-
-
-def _quantized(model: nn.Module) -> str:
-    """What to do about quantized layers, for an error; nothing if there are none."""
-    names = [
-        name or type(module).__name__
-        for name, module in named_layers(model).items()
-        if type(module).__module__.startswith("torch.ao.nn.quantized")
-        and not name.endswith("_packed_params")
-    ]
-    if not names:
-        return ""
-    return (
-        f" Quantized layers cannot be trained ({', '.join(map(repr, names[:5]))}): fine-tune the "
-        "floating-point model, and quantize that."
-    )
 
 
 def _trained_parameters(model: nn.Module, head: nn.Module | None) -> list[nn.Parameter]:

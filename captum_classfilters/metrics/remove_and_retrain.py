@@ -26,6 +26,7 @@ from captum_classfilters._core.ranking import descending, random_orders
 from captum_classfilters._core.score_reader import gives_probabilities
 from captum_classfilters._core.tables import Table, Tabular, short_repr
 from captum_classfilters._core.taps import LayerTap, tapping
+from captum_classfilters._core.trainable import compute_gradients
 from captum_classfilters._core.types import Dataloader, Unpack
 from captum_classfilters.class_filters import ClassFilters
 from captum_classfilters.metrics.evaluate_classifier import evaluate_classifier
@@ -278,7 +279,7 @@ class _Trial:
                 logs = log_probabilities(scores, self.probabilities)
                 loss = F.nll_loss(logs, batches.class_labels(batch, logs.shape[1]))
                 batches.check(loss.detach().isfinite(), _not_finite)
-                loss.backward()
+                compute_gradients(loss, optimizer, twin)
                 optimizer.step()
 
     def _without(self, twin: nn.Module, removed: Tensor) -> AbstractContextManager[None]:

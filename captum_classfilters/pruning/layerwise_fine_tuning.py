@@ -20,6 +20,7 @@ from captum_classfilters._core.outputs import (
 )
 from captum_classfilters._core.score_reader import OutputKind
 from captum_classfilters._core.tables import short_repr
+from captum_classfilters._core.trainable import compute_gradients
 from captum_classfilters._core.types import Dataloader, JsonDict, Unpack
 
 
@@ -180,7 +181,7 @@ def _step(
     probabilities = kind.probabilities(batch.inputs, scores, batches.check, batch.number)
     logs = log_probabilities(scores, probabilities)
     loss = F.nll_loss(logs, batches.class_labels(batch, logs.shape[1]))
-    loss.backward()
+    compute_gradients(loss, optimizer, model)
     optimizer.step()
     return loss.detach()
 
