@@ -39,7 +39,8 @@ class FilterGate(nn.Module):
     filter. Because the gates are the first argument and the images an additional forward argument,
     every Captum method and metric that explains *inputs* explains *filters* instead: pass ones as
     ``inputs``, zeros as ``baselines`` and the images as ``additional_forward_args``. The model runs in
-    the mode that it is in: ``model.eval()`` comes first.
+    the mode that it is in: ``model.eval()`` comes first. Where activation checkpointing runs the layer
+    again in the backward pass, it is gated again.
 
     Args:
 
@@ -162,7 +163,9 @@ class FilterGate(nn.Module):
 
         Raises:
             ValueError: The gates do not have the layer's number of filters, the layer puts out
-                    something other than one tensor, or it does not run exactly once.
+                    something other than one tensor, it does not run exactly once, or it runs
+                    without a record (``torch.no_grad()``, a reentrant checkpoint) though the gates
+                    need a gradient.
         """
         shares = self._shares(gates)
 
