@@ -52,10 +52,10 @@ class SeparateRuns(ModelWrapper):
 
     def __init__(self, model: nn.Module, example_inputs: ExampleInputs) -> None:
         super().__init__()
-        self.training = model.training
         inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
         inputs = on_device(inputs, device_of(model))
         self.wrapped_model = copied(model, share=True)
+        self.training = self.wrapped_model.training
         shared = _shared(self, inputs)
         if not shared:
             raise ValueError(

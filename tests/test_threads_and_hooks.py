@@ -4,14 +4,28 @@ import gc
 import os
 import threading
 import weakref
+from typing import ClassVar
 
 import pytest
 import torch
 from torch import nn
 
-from captum_classfilters import LayerFilterContribution, LayerFilterFrequency
+from captum_classfilters import (
+    ClassFilters,
+    LayerFilterContribution,
+    LayerFilterFrequency,
+    decompose,
+    prune_filters,
+)
 from captum_classfilters._core import guard
+from captum_classfilters._core.taps import hooked
+from captum_classfilters.answers.head_edits import HeadEdit
+from captum_classfilters.heads import replace_head
+from captum_classfilters.heads.linear_head import linear_head_of
+from captum_classfilters.identify import random_weights_null
 from captum_classfilters.metrics import evaluate_classifier
+from captum_classfilters.pruning import compress_layer, magnitude_prune, specialize
+from captum_classfilters.spectral import factor_layer
 from tests.models import QUIET
 from tests.test_model_left_as_found import ENTRIES, batches, make_model, snapshot
 
@@ -121,6 +135,88 @@ def test_what_is_no_forward_pass_of_a_running_call_may_call():
             return self.step(x)
 
     assert torch.equal(Whole()(torch.rand(1)), expected)
+
+
+def small_network():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)
+    )
+
+
+IMAGES = torch.rand(2, 3, 5, 6, generator=torch.Generator().manual_seed(0))
+CHOSEN = ClassFilters(
+    torch.tensor([[3.0, 2.0, 1.0, 0.0], [0.0, 1.0, 2.0, 3.0]]), torch.ones(2), layer="1"
+)
+CHOSEN = CHOSEN.select(num_filters=2)
+
+COPIES = {
+    "replace_head": lambda model: replace_head(model, "4", nn.Linear(4, 2)),
+    "decompose": lambda model: decompose(model, CHOSEN, head="4"),
+    "prune_filters": lambda model: prune_filters(model, "0", IMAGES, remove=[1]),
+    "specialize": lambda model: specialize(model, CHOSEN, [0, 1], IMAGES).model,
+    "factor_layer": lambda model: factor_layer(model, "0"),
+    "compress_layer": lambda model: compress_layer(model, "0", IMAGES, clusters=2).model,
+    "magnitude_prune": lambda model: magnitude_prune(model, "0", 0.5),
+    "edited": lambda model: HeadEdit(torch.zeros(4)).edited(model, linear_head_of(model, "4")),
+}
+
+
+@pytest.mark.parametrize("name", COPIES)
+def test_a_copy_made_while_another_thread_works_is_of_the_model_as_found(name):
+    """Not of the frozen one, in evaluation mode and with hooks, that a running pass works on."""
+    model, working, copied = small_network(), threading.Event(), threading.Event()
+    model[0].bias.requires_grad_(False)
+    in_training = COPIES[name](model)
+    expected = [parameter.requires_grad for parameter in in_training.parameters()]
+    assert True in expected
+    made: list[nn.Module] = []
+
+    def work():
+        with (
+            guard.model_left_as_found(model, evaluation=True, freeze=True),
+            hooked([model[0], model[4]], lambda _module, _inputs, _output: None),
+        ):
+            working.set()
+            copied.wait(0.3)  # long enough for a copy that does not wait
+
+    def copy():
+        made.append(COPIES[name](model))
+        copied.set()
+
+    threads = [threading.Thread(target=work), threading.Thread(target=copy)]
+    threads[0].start()
+    working.wait()
+    threads[1].start()
+    for thread in threads:
+        thread.join()
+    (own,) = made
+    assert [parameter.requires_grad for parameter in own.parameters()] == expected
+    assert all(module.training and not module._forward_hooks for module in own.modules())
+
+
+class Watched(nn.ReLU):
+    """Notes whether another thread could work on a model while it is being copied."""
+
+    model: ClassVar[list[nn.Module]] = []
+    free: ClassVar[list[bool]] = []
+
+    def __deepcopy__(self, memo):
+        lock = guard._lock_of(self.model[0])
+        other = threading.Thread(target=lambda: self.free.append(lock.acquire(blocking=False)))
+        other.start()
+        other.join()
+        return Watched()
+
+
+def test_random_networks_are_copied_while_no_other_thread_works(monkeypatch):
+    model = small_network()
+    model[2] = nn.Sequential(Watched(), model[2])
+    monkeypatch.setattr(Watched, "model", [model])
+    monkeypatch.setattr(Watched, "free", [])
+    data = [(IMAGES, torch.tensor([0, 1]))]
+    random_weights_null(LayerFilterContribution(model, "1"), data, repetitions=2, **QUIET)
+    assert Watched.free == [False, False]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are not forked here")

@@ -23,23 +23,21 @@ def copied(
     Modules that are ``replaced`` have others in their place, and are not copied. With ``share``, the
     copy has the model's own parameters and buffers.
     """
-    memo: dict[int, object] = {id(old): new for old, new in (replaced or {}).items()}
-    for parameter in model.parameters():
-        if share:
-            memo[id(parameter)] = parameter
-        elif not is_lazy(parameter):
-            clone = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
-            memo[id(parameter)] = clone
-    for buffer in model.buffers():
-        if share:
-            memo[id(buffer)] = buffer
-        elif not is_lazy(buffer):
-            memo[id(buffer)] = buffer.detach().clone()
-    for (
-        module
-    ) in model.modules():  # weights that norms and masks have computed, or kept activations
-        for value in tree_leaves(vars(module)):
-            if isinstance(value, Tensor) and not value.is_leaf:
-                memo.setdefault(id(value), value.detach().clone())
-    with held(model):  # hooks that a running pass has on it would be copied as well
+    with held(model):  # what a running pass has frozen or hooked would be copied as it is now
+        memo: dict[int, object] = {id(old): new for old, new in (replaced or {}).items()}
+        for parameter in model.parameters():
+            if share:
+                memo[id(parameter)] = parameter
+            elif not is_lazy(parameter):
+                clone = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+                memo[id(parameter)] = clone
+        for buffer in model.buffers():
+            if share:
+                memo[id(buffer)] = buffer
+            elif not is_lazy(buffer):
+                memo[id(buffer)] = buffer.detach().clone()
+        for module in model.modules():  # weights of norms and masks, or kept activations
+            for value in tree_leaves(vars(module)):
+                if isinstance(value, Tensor) and not value.is_leaf:
+                    memo.setdefault(id(value), value.detach().clone())
         return copy.deepcopy(model, memo)

@@ -15,7 +15,6 @@ from captum_classfilters.answers.head_edits import EditedHeads, HeadEdit, check_
 from captum_classfilters.answers.repair import check_new
 from captum_classfilters.answers.sides import Kept, SeenBatch, Side, see_loader
 from captum_classfilters.class_filters import given_or_known_names, index_of_class
-from captum_classfilters.heads import replace_head
 from captum_classfilters.heads.linear_head import LinearHead, scoring_head
 from captum_classfilters.identify.accuracy_reduction import paired_interval
 
@@ -217,7 +216,7 @@ def repair_confusion(
         edits.append(HeadEdit(made.means, removed))
     counter = _Counter(EditedHeads(model, own, edits), seen, pair)
     see_loader(model, own, judged, counter.add, **options)  # type: ignore[arg-type]
-    edited = replace_head(model, own.name, made.module(own))
+    edited = made.edited(model, own)
     counts = (counter.hits, counter.lost, counter.gained, counter.counts)
     return ConfusionRepair(edited, made.removed, names[pair[0]], names[pair[1]], *counts)
 

@@ -16,6 +16,7 @@ from captum_classfilters._core.batches import (
     read_batches,
 )
 from captum_classfilters._core.copies import copied
+from captum_classfilters._core.guard import held
 from captum_classfilters._core.layers import find_layer, find_layers, only_tensor, with_tensors
 from captum_classfilters._core.linear_maps import LINEAR_MAPS
 from captum_classfilters._core.outputs import scores_per_class
@@ -127,9 +128,10 @@ def forget_class(
     for place in [*inner, name]:
         at_head = place == name
         seen = _seen(changed, place, at_head, dataloader, index, unpack, show_progress)
-        own = copied(find_layer(changed, place))
-        eraser = _eraser(seen, index, erase, linear.weight)
-        eraser.requires_grad_(all(p.requires_grad for p in linear.module.parameters()))
+        with held(model):
+            own = copied(find_layer(changed, place))
+            trains = all(p.requires_grad for p in linear.module.parameters())
+        eraser = _eraser(seen, index, erase, linear.weight).requires_grad_(trains)
         if at_head:
             around = StandIn({"forget": eraser, "head": own}, own)
         else:

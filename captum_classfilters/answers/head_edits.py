@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from captum_classfilters._core.guard import held
 from captum_classfilters._core.heads import alike
 from captum_classfilters._core.outputs import class_scores, two_classes
 from captum_classfilters._core.stand_ins import take_settings
@@ -14,7 +15,7 @@ from captum_classfilters._core.taps import hooked
 from captum_classfilters._core.types import ModelInputs
 from captum_classfilters.answers.sides import SeenBatch
 from captum_classfilters.heads.decomposed_linear import DecomposedLinear, linear_layer
-from captum_classfilters.heads.linear_head import LinearHead, seen_through
+from captum_classfilters.heads.linear_head import LinearHead, replace_head, seen_through
 
 
 @dataclass(frozen=True)
@@ -59,13 +60,15 @@ class HeadEdit:
             moved = moved + self.shift
         return (weight - lost).to(own), moved.to(own)
 
-    def module(self, head: LinearHead) -> nn.Module:
-        """An ordinary layer that is the edited head."""
+    def edited(self, model: nn.Module, head: LinearHead) -> nn.Module:
+        """A copy of the model, an ordinary layer that is the edited head in the head's place."""
         weight, bias = self.weight_and_bias(head)
         layer = linear_layer(weight, bias, head.convolution_dims)
         take_settings(layer, head.module)
-        trains = next((p.requires_grad for p in head.module.parameters()), True)
-        return layer.train(head.module.training).requires_grad_(trains)
+        with held(model):
+            trains = next((p.requires_grad for p in head.module.parameters()), True)
+            layer.train(head.module.training).requires_grad_(trains)
+            return replace_head(model, head.name, layer)
 
 
 def check_editable(head: LinearHead) -> None:

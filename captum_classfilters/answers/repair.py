@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.heads import alike
 from captum_classfilters._core.image_keys import image_keys
-from captum_classfilters._core.layers import find_layer
 from captum_classfilters._core.ranking import descending, random_sets
 from captum_classfilters._core.tables import Row, Table, Tabular, short_repr
 from captum_classfilters._core.types import Dataloader, Unpack
@@ -19,8 +18,7 @@ from captum_classfilters.answers.head_edits import EditedHeads, HeadEdit, check_
 from captum_classfilters.answers.shortcuts import Shortcuts
 from captum_classfilters.answers.sides import Marked, SeenBatch, see_sides
 from captum_classfilters.class_filters import index_of_class
-from captum_classfilters.heads import replace_head
-from captum_classfilters.heads.linear_head import LinearHead, linear_head
+from captum_classfilters.heads.linear_head import LinearHead, linear_head_of
 from captum_classfilters.identify.accuracy_reduction import paired_interval
 
 Edit: TypeAlias = Literal["weights", "filters", "directions", "oblique"]
@@ -250,7 +248,7 @@ def repair(
         raise ValueError(f"edit={edit!r}; choose one of {', '.join(map(repr, get_args(Edit)))}.")
     if repetitions < 0:
         raise ValueError(f"repetitions={repetitions} must not be negative.")
-    head = linear_head(find_layer(model, shortcuts.head), shortcuts.head)
+    head = linear_head_of(model, shortcuts.head)
     check_editable(head)
     _check_same_head(head, shortcuts)
     chosen = _outputs(shortcuts, outputs)
@@ -264,7 +262,7 @@ def repair(
         unpack=unpack, show_progress=show_progress,
     )  # fmt: skip
     result = Repair(
-        replace_head(model, head.name, made.module(head)),
+        made.edited(model, head),
         edit,
         made.removed,
         made.directions,

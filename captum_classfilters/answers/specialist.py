@@ -269,7 +269,9 @@ def build_specialist(
         (judged,) = split(model, report_dataloader, (1.0,))
         _warn_of_used(fitted + held, judged)
     example = (fitted[0][0][:4].to(device_of(model)),)
-    full = with_rows(model, name, rows).eval()
+    full = with_rows(model, name, rows)
+    training = full.training
+    full.eval()
     check_rows(model, full, rows, example, name)
     builder = SpecialistBuilder(model, full, name, fitted, held, example, unit, seed, show_progress)
     best = builder.best(budget, low_rank)
@@ -281,7 +283,7 @@ def build_specialist(
         builder.tune(built.model, epochs, learning_rate)
         if fold_norms:
             fold_batch_norms(built.model, example)
-    best.model.train(model.training)
+    best.model.train(training)
     networks = [full, *(built.model for built in smaller)]
     hits = torch.stack([hits_of(network, judged) for network in networks])
     labels = torch.cat([y for _, y in judged])

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_classfilters._core.arguments import arguments_checked
+from captum_classfilters._core.guard import held
 from captum_classfilters._core.heads import alike, how_layer_feeds, is_linear
 from captum_classfilters._core.layers import (
     check_module,
@@ -30,7 +31,7 @@ from captum_classfilters.heads.linear_head import (
     check_scores_follow,
     example_batch,
     head_name,
-    linear_head,
+    linear_head_of,
     replace_head,
 )
 from captum_classfilters.heads.linear_head import (
@@ -161,7 +162,8 @@ def decomposed_head(
         bias = offset if bias is None else bias + offset
     decomposed = DecomposedLinear(linear.weight, bias, mask, linear.convolution_dims)
     take_settings(decomposed, linear.module)
-    decomposed.train(linear.module.training)
+    with held(model):
+        decomposed.train(linear.module.training)
     return linear.name, decomposed
 
 
@@ -200,7 +202,7 @@ def fit_to_head(
     check_module(model)
     check_inside(model)
     name = head_name(model, class_filters, example_inputs) if head is None else name_of(model, head)
-    linear = linear_head(find_layer(model, name), name)
+    linear = linear_head_of(model, name)
     feed = class_filters.provenance.get("feeds_head") or {}
     if feed:
         _check_layer(model, class_filters)

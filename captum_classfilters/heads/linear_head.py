@@ -11,7 +11,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from captum_classfilters._core.batches import Batch, first_batch, read_batches
 from captum_classfilters._core.copies import copied
-from captum_classfilters._core.guard import check_sizes, model_left_as_found
+from captum_classfilters._core.guard import check_sizes, held, model_left_as_found
 from captum_classfilters._core.heads import HeadRecord, alike, is_linear
 from captum_classfilters._core.layers import check_runs, find_layer, layer_name, name_of, unwrapped
 from captum_classfilters._core.linear_maps import check_not_quantized, is_quantized
@@ -256,6 +256,12 @@ def linear_head(module: nn.Module, name: str = "head") -> LinearHead:
     return LinearHead(name, module, head.weight, head.bias, head.convolution_dims)
 
 
+def linear_head_of(model: nn.Module, name: str) -> LinearHead:
+    """:func:`linear_head` of a model's layer, when no other thread has its hooks on it."""
+    with held(model):
+        return linear_head(find_layer(model, name), name)
+
+
 @short_repr
 @dataclass(frozen=True)
 class HeadRun:
@@ -358,7 +364,7 @@ def scoring_head(
     inputs = inputs[:1] if single else inputs
     check_inside(model)
     name = find_head(model, inputs)[0] if given is None else name_of(model, given)
-    head = linear_head(find_layer(model, name), name)
+    head = linear_head_of(model, name)
     with example_batch([model], inputs) as batch:
         check_scores_follow(model, head, batch.inputs, alone)
     return head, dataloader

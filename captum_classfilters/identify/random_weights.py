@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.batches import check_read_again
 from captum_classfilters._core.filter_graph import check_own_weights
-from captum_classfilters._core.guard import model_left_as_found
+from captum_classfilters._core.guard import held, model_left_as_found
 from captum_classfilters._core.layers import module_of
 from captum_classfilters._core.names import kind_of
 from captum_classfilters._core.tables import Table, Tabular, short_repr
@@ -158,7 +158,8 @@ def random_weights_null(
     with model_left_as_found(None):
         for own_seed in seeds:
             torch.manual_seed(own_seed)
-            twin = copy.deepcopy(method)
+            with held(model):  # what a running pass has frozen or hooked would be copied as it is
+                twin = copy.deepcopy(method)
             random_model = module_of(twin.forward_func)
             assert random_model is not None
             reinitialize(random_model)

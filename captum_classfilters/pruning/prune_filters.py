@@ -16,7 +16,7 @@ from captum_classfilters._core.filter_removal import (
     planned,
     remove_filters,
 )
-from captum_classfilters._core.guard import model_left_as_found
+from captum_classfilters._core.guard import held, model_left_as_found
 from captum_classfilters._core.layers import name_of
 from captum_classfilters._core.types import ExampleInputs
 from captum_classfilters.class_filters import ClassFilters, check_of_output
@@ -120,7 +120,8 @@ def prune_filters(
         if removal.masks:
             remove_filters(graph, removal, inputs, constants)
     if in_place:
-        replace_tensors(model, pruned)
+        with held(model):
+            replace_tensors(model, pruned)
         return model
     return pruned
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from captum_classfilters._core.batches import read_batches
 from captum_classfilters._core.costs import inputs_of
 from captum_classfilters._core.filter_graph import computed_weight
-from captum_classfilters._core.guard import model_left_as_found
+from captum_classfilters._core.guard import held, model_left_as_found
 from captum_classfilters._core.heads import alike, is_linear
 from captum_classfilters._core.labels import not_finite
 from captum_classfilters._core.layers import find_layer, name_of
@@ -261,15 +261,17 @@ def with_rows(model: nn.Module, name: str, rows: Sequence[int]) -> nn.Module:
     reason = computed_weight(model, head, name)
     if reason:
         raise ValueError(f"The head {name!r} cannot be cut to some classes: {reason}.")
-    shorter = copy.deepcopy(head)
-    index = torch.tensor(list(rows)).to(head.weight.device)
-    for part in ("weight", "bias"):
-        full = getattr(head, part)
-        if full is not None:
-            cut = nn.Parameter(full.detach()[index].clone(), requires_grad=full.requires_grad)
-            setattr(shorter, part, cut)
-    setattr(shorter, "out_features" if isinstance(head, nn.Linear) else "out_channels", len(rows))
-    return replace_head(model, name, shorter)
+    with held(model):
+        shorter = copy.deepcopy(head)
+        index = torch.tensor(list(rows)).to(head.weight.device)
+        for part in ("weight", "bias"):
+            full = getattr(head, part)
+            if full is not None:
+                cut = nn.Parameter(full.detach()[index].clone(), requires_grad=full.requires_grad)
+                setattr(shorter, part, cut)
+        width = "out_features" if isinstance(head, nn.Linear) else "out_channels"
+        setattr(shorter, width, len(rows))
+        return replace_head(model, name, shorter)
 
 
 def check_rows(

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.copies import copied
-from captum_classfilters._core.guard import model_left_as_found
+from captum_classfilters._core.guard import held, model_left_as_found
 from captum_classfilters._core.heads import alike
 from captum_classfilters._core.layers import find_layer, layer_name
 from captum_classfilters._core.linear_maps import (
@@ -109,8 +109,8 @@ def factor_layer(model: nn.Module, layer: nn.Module | str, *, rank: int | None =
             f"The layer {name!r} belongs to a MultiheadAttention, which reads its weight without "
             "calling it; it cannot be replaced. Choose a layer outside."
         )
-    factored = FactoredLayer(module, rank)
-    return copied(model, {module: factored})
+    with held(model):
+        return copied(model, {module: FactoredLayer(module, rank)})
 
 
 def _check_equal(layer: nn.Module, factored: nn.Module) -> None:

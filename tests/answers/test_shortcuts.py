@@ -13,7 +13,7 @@ from captum_classfilters.answers.head_edits import EditedHeads, HeadEdit
 from captum_classfilters.answers.relabeling import Relabeling
 from captum_classfilters.answers.repair import Edit
 from captum_classfilters.answers.sides import see_loader
-from captum_classfilters.heads import decompose, replace_head
+from captum_classfilters.heads import decompose
 from captum_classfilters.heads.linear_head import linear_head
 from captum_classfilters.identify import false_discovery_adjusted
 from captum_classfilters.identify.accuracy_reduction import paired_interval
@@ -486,9 +486,9 @@ def test_a_short_cut_that_did_not_hold_is_not_taken_later() -> None:
         unpack=None,
         show_progress=False,
     )
-    edited = replace_head(model, "head", edit.module(head))
+    edited = edit.edited(model, head)
     expected = torch.stack([model(features).argmax(1), edited(features).argmax(1)])
-    head_alone = edit.module(head)(features).argmax(1)
+    head_alone = edited.get_submodule("head")(features).argmax(1)
     differ = head_alone != expected[1]  # where the short cut would be wrong
     assert not differ[:12].any()  # it seems to hold first
     assert differ[12:].any()
