@@ -12,16 +12,27 @@ from torch import nn
 
 from captum_classfilters import (
     ClassSpecificGate,
+    LayerFilterAblation,
     LayerFilterContribution,
+    LayerFilterFrequency,
     decompose,
     fine_tune,
+    identify_class_filters,
+    list_filter_layers,
     prune_filters,
     refit_head,
 )
+from captum_classfilters._core.guard import model_left_as_found
 from captum_classfilters.gates import GatedTrainer
 from captum_classfilters.heads import decomposed_head, remove_class
 from captum_classfilters.metrics import cascading_randomization
-from captum_classfilters.pruning import LayerwiseFineTuning, compress_layer, magnitude_prune
+from captum_classfilters.pruning import (
+    GreedyFilterPruning,
+    LayerwiseFineTuning,
+    compress_layer,
+    magnitude_prune,
+    prunable_layers,
+)
 from captum_classfilters.spectral import factor_layer
 from captum_classfilters.testing import planted_network, trained_network
 
@@ -156,3 +167,96 @@ def test_what_is_made_in_inference_mode_can_be_trained(name):
 @torch.inference_mode(False)
 def network_made_outside():
     return network()
+
+
+@torch.inference_mode()
+def made_in_inference_mode() -> nn.Sequential:
+    return network()
+
+
+@torch.inference_mode()
+def converted_in_inference_mode() -> nn.Sequential:
+    return network_made_outside().double().float()
+
+
+X, Y = (
+    torch.randn(4, 3, 5, 7, generator=torch.Generator().manual_seed(1)),
+    torch.tensor([0, 1, 1, 0]),
+)
+
+WITHOUT_GRADIENTS = {
+    "contribution": lambda m: LayerFilterContribution(m, "1").identify([(X, Y)], **QUIET).scores,
+    "ablation": lambda m: LayerFilterAblation(m, "1").identify([(X, Y)], **QUIET).scores,
+    "frequency": lambda m: LayerFilterFrequency(m, "1", top_k=2).attribute(X, target=Y),
+    "layers": lambda m: [layer.num_filters for layer in list_filter_layers(m, X)],
+    "prunable": lambda m: [layer.name for layer in prunable_layers(m, X, **QUIET)],
+    "greedy": lambda m: GreedyFilterPruning(m, ["1"]).run([(X, Y)], num_filters=4, **QUIET).removed,
+    "prune": lambda m: prune_filters(m, "0", X, remove=[1])(X).detach(),
+}
+WITH_GRADIENTS = {
+    "attribute": lambda m: LayerFilterContribution(m, "0").attribute(X, target=Y),
+    "attribute of Captum's": lambda m: identify_class_filters(
+        LayerGradientXActivation(m, m[0]), [(X, Y)], **QUIET
+    ),
+    "fine_tune": lambda m: fine_tune(m, [(X, Y)], [(X, Y)], epochs=1, **QUIET),
+    "fine_tune the head": lambda m: fine_tune(
+        m, [(X, Y)], [(X, Y)], epochs=1, freeze="backbone", **QUIET
+    ),
+    "refit": lambda m: refit_head(m, [(X, Y)], **QUIET),
+    "by layers": lambda m: LayerwiseFineTuning([(X, Y)], 0.1, num_steps=1)(m),
+    "gated": lambda m: trainer_of(m).fit([(X, Y)], epochs=3, **QUIET),
+}
+
+
+def flags(model: nn.Module) -> list[Any]:
+    return [
+        *((p.requires_grad, p.grad) for p in model.parameters()),
+        *(module.training for module in model.modules()),
+    ]
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("made", [made_in_inference_mode, converted_in_inference_mode])
+@pytest.mark.parametrize("name", WITHOUT_GRADIENTS)
+def test_a_model_made_in_inference_mode(name, made, inside):
+    model, plain = made(), network()
+    before = flags(model)
+    with torch.inference_mode(inside):
+        found = WITHOUT_GRADIENTS[name](model)
+    assert str(found) == str(WITHOUT_GRADIENTS[name](plain))
+    assert flags(model) == before
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("made", [made_in_inference_mode, converted_in_inference_mode])
+@pytest.mark.parametrize("name", WITH_GRADIENTS)
+def test_a_model_made_in_inference_mode_takes_no_gradients(name, made, inside):
+    model = made()
+    before = flags(model)
+    with (
+        torch.inference_mode(inside),
+        pytest.raises(ValueError, match=r"torch\.inference_mode") as error,
+    ):
+        WITH_GRADIENTS[name](model)
+    assert "copy.deepcopy(model)" in str(error.value)
+    assert flags(model) == before
+    WITH_GRADIENTS[name](copy.deepcopy(model))  # what the message advises
+
+
+class Stubborn(nn.Parameter):
+    def requires_grad_(self, requires_grad=True):
+        if requires_grad:
+            raise RuntimeError("stays frozen")
+        return super().requires_grad_(False)
+
+
+def test_what_can_be_restored_is_although_a_parameter_cannot_be():
+    model = network()
+    model[4].weight = Stubborn(torch.zeros(2, 6))
+    with (
+        pytest.raises(RuntimeError, match="stays frozen"),
+        model_left_as_found(model, evaluation=True, freeze=True),
+    ):
+        pass
+    assert [name for name, p in model.named_parameters() if not p.requires_grad] == ["4.weight"]
+    assert all(module.training for module in model.modules())

@@ -20,7 +20,12 @@ from captum_classfilters._core.distributed import (
     is_main_process,
     refuse_ranks,
 )
-from captum_classfilters._core.guard import held, model_left_as_found, weights_change
+from captum_classfilters._core.guard import (
+    check_ordinary,
+    held,
+    model_left_as_found,
+    weights_change,
+)
 from captum_classfilters._core.labels import Memberships, class_labels, joined, memberships
 from captum_classfilters._core.names import kind_of
 from captum_classfilters._core.progress import Progress
@@ -363,6 +368,7 @@ def read_batches(
             if not training:
                 stack.enter_context(model_left_as_found(module, evaluation=True, freeze=True))
             elif module is not None:
+                check_ordinary(module)
                 stack.enter_context(held(module))
         # Whatever the caller switched off around the call, Lightning's hooks for example.
         stack.enter_context(torch.inference_mode(False))

@@ -5,14 +5,14 @@ import os
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
-from itertools import takewhile
+from contextlib import ExitStack, contextmanager
+from itertools import chain, takewhile
 from pathlib import Path
 from traceback import walk_stack
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 _FORWARD = nn.Module._call_impl.__code__
@@ -50,22 +50,33 @@ def model_left_as_found(
             yield
         return
     check_sizes(model)
-    with held(model), _random_state():
-        training = [(module, module.training) for module in model.modules()]
-        gradients = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-        try:
-            if evaluation:
-                _switch_to_evaluation(model)
-            if freeze:
-                for parameter, _, _ in gradients:
-                    parameter.requires_grad_(False)
-            yield
-        finally:
-            for module, flag in training:
-                module.training = flag
-            for parameter, requires_grad, gradient in gradients:
-                parameter.requires_grad_(requires_grad)
-                parameter.grad = gradient
+    with held(model), _random_state(), flags_restored(model):
+        if evaluation:
+            _switch_to_evaluation(model)
+        if freeze:
+            for parameter in model.parameters():
+                parameter.requires_grad_(False)
+        yield
+
+
+@contextmanager
+def flags_restored(model: nn.Module) -> Iterator[None]:
+    """A block after which training flags, ``requires_grad`` and ``grad`` are as before; each of them,
+    even if one cannot be restored."""
+    with ExitStack() as stack:
+        for module in model.modules():
+            stack.callback(setattr, module, "training", module.training)
+        for parameter in model.parameters():
+            stack.callback(_restore, parameter, parameter.requires_grad, parameter.grad)
+        yield
+
+
+def _restore(parameter: nn.Parameter, requires_grad: bool, gradient: Tensor | None) -> None:
+    if parameter.requires_grad != requires_grad:
+        # Of a tensor made in inference mode it is switched on there alone.
+        with torch.inference_mode(parameter.is_inference()):
+            parameter.requires_grad_(requires_grad)
+    parameter.grad = gradient
 
 
 @contextmanager
@@ -89,7 +100,22 @@ def held(model: nn.Module) -> Iterator[None]:
     that this package runs, where its layers are being read."""
     lock = _lock_of(model)
     with lock, _entering(model, lock):
-        yield
+        try:
+            yield
+        except RuntimeError as error:
+            if "nference tensor" in str(error):
+                check_ordinary(model)
+            raise
+
+
+def check_ordinary(model: nn.Module) -> None:
+    """Raise if a model has tensors that autograd cannot keep and training cannot change."""
+    if any(tensor.is_inference() for tensor in chain(model.parameters(), model.buffers())):
+        raise ValueError(
+            f"{type(model).__name__} has parameters or buffers that were made, or converted, under "
+            "torch.inference_mode(): PyTorch takes no gradients through them and does not change "
+            "them. Outside of that mode, copy.deepcopy(model) has ordinary ones."
+        )
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.batches import Batch, Batches, check_read_again, read_batches
 from captum_classfilters._core.devices import device_of, on_device
+from captum_classfilters._core.guard import check_ordinary, flags_restored
 from captum_classfilters._core.score_reader import ScoreReader
 from captum_classfilters._core.tables import short_repr
 from captum_classfilters._core.trainable import check_trainable, no_gradient_of_loss
@@ -118,6 +119,7 @@ def fine_tune(
         raise ValueError(
             f"freeze={freeze!r}; choose 'nothing', 'backbone' or 'batch_norm_statistics'."
         )
+    check_ordinary(model)
     if freeze != "backbone":
         check_trainable(model)
     if epochs > 1:
@@ -242,25 +244,17 @@ def _teaching(teacher: nn.Module | None) -> Iterator[None]:
 def _best_state_kept(model: nn.Module) -> Iterator[Callable[[], None]]:
     """Call what is given to keep the model's state; the one kept last is the model's in the end.
     Modes and gradients are as before."""
-    training = [(module, module.training) for module in model.modules()]
-    flags = [
-        (parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()
-    ]
     best: list[dict[str, Tensor]] = []
 
     def keep_state() -> None:
         best[:] = [copy.deepcopy(model.state_dict())]  # with versions, which quantized layers read
 
     keep_state()
-    try:
-        yield keep_state
-    finally:
-        model.load_state_dict(best[0])
-        for module, flag in training:
-            module.training = flag
-        for parameter, requires_grad, gradient in flags:
-            parameter.requires_grad_(requires_grad)
-            parameter.grad = gradient
+    with flags_restored(model):
+        try:
+            yield keep_state
+        finally:
+            model.load_state_dict(best[0])
 
 
 def _not_finite() -> ValueError:

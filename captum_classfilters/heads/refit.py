@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.devices import ordinary, without_autocast
-from captum_classfilters._core.guard import weights_change
+from captum_classfilters._core.guard import check_ordinary, weights_change
 from captum_classfilters._core.outputs import log_probabilities
 from captum_classfilters._core.types import Dataloader, Unpack
 from captum_classfilters.heads.decomposed_linear import DecomposedLinear
@@ -120,6 +120,7 @@ def fit_linear(
         ValueError: Shapes or labels do not fit, features are not finite, or so large that the fit is
                     not.
     """
+    check_ordinary(module)
     _check(module, features, labels)
     # Half precision is too coarse for a line search.
     with weights_change(), without_autocast(module.weight.device):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from captum_classfilters._core.arguments import check_numbers
 from captum_classfilters._core.batches import Batch, Batches, read_batches
+from captum_classfilters._core.guard import check_ordinary, flags_restored
 from captum_classfilters._core.layers import find_layer
 from captum_classfilters._core.outputs import (
     as_rows,
@@ -149,23 +150,16 @@ class LayerwiseFineTuning:
 def _trained(parameters: list[nn.Parameter], model: nn.Module) -> Iterator[None]:
     """Training mode but for batch normalization, and gradients for these parameters alone."""
     trained = {id(parameter) for parameter in parameters}
-    flags = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-    training = [(module, module.training) for module in model.modules()]
-    try:
+    check_ordinary(model)
+    with flags_restored(model):
         model.train()
         for module in model.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.eval()
-        for parameter, _, _ in flags:
+        for parameter in model.parameters():
             parameter.requires_grad_(id(parameter) in trained)
             parameter.grad = None
         yield
-    finally:
-        for module, flag in training:
-            module.training = flag
-        for parameter, requires_grad, gradient in flags:
-            parameter.requires_grad_(requires_grad)
-            parameter.grad = gradient
 
 
 def _step(
