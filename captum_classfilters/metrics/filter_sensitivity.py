@@ -153,7 +153,8 @@ def filter_max_sensitivity(
 
     Raises:
         ValueError: ``space`` is unknown, a number is out of range, the attributions have no
-                    filters, or a method of Captum cannot read its layer.
+                    filters (the method explains the input, say), or a method of Captum cannot
+                    read its layer.
 
     Examples::
 
@@ -167,6 +168,8 @@ def filter_max_sensitivity(
         >>> filter_max_sensitivity(method, torch.rand(4, 3, 6, 6), target=1).by_filter.shape
         torch.Size([4, 8])
     """
+    if hasattr(method, "layer"):  # others may explain gates
+        check_explains_layer(method)
     if space not in ("images", "gates"):
         raise ValueError(f"space={space!r}; choose 'images' or 'gates'.")
     if not perturb_radius > 0 or n_perturb_samples < 1:
@@ -223,23 +226,32 @@ def filter_scores_of(method: object, attributions: object) -> Tensor:
         *Tensor* of shape (N, K), detached.
 
     Raises:
-        ValueError: There are several tensors, or no filters.
+        ValueError: There are several tensors, or no filters: the method explains the input, say.
     """
-    layer, name = getattr(method, "layer", None), type(method).__name__
+    name = type(method).__name__
     if isinstance(attributions, (tuple, list)) and len(attributions) > 1:
         raise ValueError(
             f"{name} returned {len(attributions)} tensors; filter scores are those of one layer that "
             "puts out one tensor."
         )
     tensor = only_tensor(attributions, name).detach()
+    if tensor.dim() > 2 or hasattr(method, "layer"):  # others may explain gates (N, K)
+        check_explains_layer(method)
     if tensor.dim() == 2:
         return tensor.contiguous()
-    if not isinstance(layer, nn.Module):
-        raise ValueError(
-            f"{name} has no layer, so that its attributions {tuple(tensor.shape)} have no filters; "
-            "explanation_for_sensitivity takes it to captum.metrics.sensitivity_max."
-        )
+    if not isinstance(method.layer, nn.Module):  # type: ignore[attr-defined]
+        raise ValueError(f"{name} has a list of layers; take them one by one.")
     return positions_last(tensor, attribution_axis(method, tensor)).sum(2).contiguous()
+
+
+def check_explains_layer(method: object) -> None:
+    """Raise unless a method explains its layer: others have one, and explain the input through it."""
+    name = type(method).__name__
+    if not isinstance(method, LayerAttribution):
+        raise ValueError(
+            f"{name} is no LayerAttribution: it explains the model's input, whose channels are not "
+            "filters. explanation_for_sensitivity takes it to captum.metrics.sensitivity_max."
+        )
 
 
 def scores_filters(method: object, attributions: object, inputs: ModelInputs) -> bool:

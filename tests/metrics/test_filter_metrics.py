@@ -7,10 +7,12 @@ import pytest
 import torch
 from captum.attr import (
     FeatureAblation,
+    GuidedGradCam,
     IntegratedGradients,
     LayerConductance,
     LayerGradCam,
     LayerGradientXActivation,
+    NeuronGradient,
     Saliency,
 )
 from captum.metrics import infidelity, sensitivity_max
@@ -22,6 +24,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from captum_classfilters import (
     ClassFilters,
+    ClassFilterSaliency,
     FilterGate,
     LayerFilterAblation,
     LayerFilterContribution,
@@ -356,6 +359,29 @@ def test_captums_layer_methods_have_filter_scores():
         8,
         4,
     )
+
+
+EXPLAINING_THE_INPUT: dict[str, Any] = {
+    "class filters": lambda m: ClassFilterSaliency(m, "stage1", CLASS_TABLE),
+    "a neuron": lambda m: NeuronGradient(m, m.stage1),
+    "guided": lambda m: GuidedGradCam(m, m.stage1),
+    "pixels": Saliency,
+}
+CLASS_TABLE = ClassFilters(torch.arange(12.0).view(3, 4), torch.ones(3), layer="stage1").select(2)
+
+
+@pytest.mark.parametrize("kind", EXPLAINING_THE_INPUT)
+@pytest.mark.parametrize("space", ["images", "gates"])
+def test_colors_are_no_filters(kind, space):
+    model, x = deep(), images()
+    method = EXPLAINING_THE_INPUT[kind](model)
+    options = {"neuron_selector": (0, 1, 2)} if kind == "a neuron" else {"target": 0}
+    name = type(method).__name__
+    if space == "images" or hasattr(method, "layer"):
+        with pytest.raises(ValueError, match=f"{name} is no LayerAttribution: it explains the"):
+            filter_max_sensitivity(method, x, space=space, **options)
+    with pytest.raises(ValueError, match=f"{name} is no LayerAttribution: it explains the"):
+        filter_scores_of(method, method.attribute(x, **options))
 
 
 # -- curves ---------------------------------------------------------------------------------------
@@ -889,7 +915,7 @@ def constant_gate():
         ),
         (
             lambda m, x, s: filter_max_sensitivity(Saliency(m), x, target=0),
-            "Saliency has no layer",
+            "Saliency is no LayerAttribution",
         ),
         (
             lambda m, x, s: filter_max_sensitivity(
