@@ -1,7 +1,7 @@
 """One forward pass over a batch for any number of layers, and derivatives of the scores there."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from captum_classfilters._core.heads import (
     HeadRecord,
     alike,
     candidate_feed,
+    in_another_row,
     record_head,
 )
 from captum_classfilters._core.layers import (
@@ -29,7 +30,7 @@ from captum_classfilters._core.layers import (
     unwrapped,
     with_tensors,
 )
-from captum_classfilters._core.outputs import class_scores, two_classes
+from captum_classfilters._core.outputs import as_rows, class_scores, two_classes
 from captum_classfilters._core.taps import LayerTap, tapping
 from captum_classfilters._core.targets import as_indices, class_indices, own_scores
 from captum_classfilters._core.types import ForwardFunc, JsonDict, Keywords, ModelInputs
@@ -303,6 +304,8 @@ class SharedForward:
         self.head_name: str | None = None
         self._head_module: nn.Module | None = None
         self._feeds_known = False
+        self.in_order = True  # each of the head's outputs is the score of its own class
+        self._order_open = False
         self._taps = []
         for request in requests:
             tap = _Reading(self.model, request.module, request.channel_dim, at_input)
@@ -331,11 +334,17 @@ class SharedForward:
     def learned(self) -> JsonDict:
         """What the batches so far have shown, for a run that goes on where this one stops."""
         layers = [[tap.feed, tap.by_weights, tap.maps_used] for tap in self._taps]
-        return {"head": self.head_name, "known": self._feeds_known, "layers": layers}
+        return {
+            "head": self.head_name,
+            "known": self._feeds_known,
+            "in_order": self.in_order,
+            "layers": layers,
+        }
 
     def recall(self, learned: JsonDict) -> None:
         """Go on from what an earlier run has learned."""
         self.head_name, self._feeds_known = learned["head"], learned["known"]
+        self.in_order = learned.get("in_order", True)  # not in files of earlier versions
         if self.head_name is not None and self.model is not None:
             self._head_module = unwrapped(self.model).get_submodule(self.head_name)
         for tap, (feed, by_weights, maps_used) in zip(self._taps, learned["layers"], strict=True):
@@ -356,6 +365,24 @@ class SharedForward:
             assert reading is not None
             reading.earlier = earlier
             yield reading
+
+    def see_order(self, inputs: ModelInputs, output: object) -> None:
+        """After the first batch, see whether the head's outputs are in the order of the scores; the
+        model runs again where it returned something else than the head's own tensor."""
+        if not self._order_open:
+            return
+        self._order_open = False
+        head: Any = self._head_module
+        scores = as_rows(class_scores(output)).detach()
+        number, classes = len(head.weight), scores.shape[1]
+        if number == 1 and classes <= 2:
+            return
+        axis = -1 if isinstance(head, nn.Linear) else 1
+        with torch.no_grad():
+            self.in_order = (
+                number == classes
+                and in_another_row(self.forward_func, head, axis, inputs, scores) is None
+            )
 
     @property
     def means_are_enough(self) -> bool:
@@ -451,6 +478,9 @@ class SharedForward:
             self.head_name = layer_name(self.model, head.module) if head.module else None
             self._head_module = head.module
             self._feeds_known = True
+            with suppress(ValueError):  # scores that the model hides do not tell
+                fed = head.module is not None and any(tap.feed for tap in self._taps)
+                self._order_open = fed and not head.is_output(class_scores(output))
         holds = self._holds(output, candidates, head) if weighted else []
         if self._needs_gradients and not differentiable:
             return output, None

@@ -14,8 +14,8 @@ from captum_classfilters._core.devices import without_autocast
 from captum_classfilters._core.layers import positions_last
 from captum_classfilters._core.linear_maps import holds_weight
 from captum_classfilters._core.outputs import class_scores
-from captum_classfilters._core.taps import hooked
-from captum_classfilters._core.types import ModelInputs
+from captum_classfilters._core.taps import hooked, tapped
+from captum_classfilters._core.types import ForwardFunc, ModelInputs
 
 Feed = Literal["identical", "mean", "flatten"]
 
@@ -107,6 +107,53 @@ class HeadRecord:
         """Bias (C,), zeros where the layer has none."""
         bias = getattr(self.module, "bias", None)
         return self.weight.new_zeros(len(self.weight)) if bias is None else bias.detach()
+
+
+def in_another_row(
+    forward_func: ForwardFunc,
+    head: nn.Module,
+    axis: int,
+    inputs: ModelInputs,
+    before: Tensor,
+) -> tuple[int, int] | None:
+    r"""
+    An output of a head that is not the score of its own class, and the class whose score it raises.
+
+    The model runs again, and for each image one of the outputs is raised: the score that rises most
+    must be that of the same class.
+
+    Args:
+
+        forward_func (Callable): The model.
+        head (nn.Module): Its head.
+        axis (int): Axis of the head's outputs, as many as there are classes.
+        inputs (tuple): A batch.
+        before (Tensor): Shape (N, C) or (N, C, ...), the scores of the batch.
+
+    Returns:
+        *tuple* of the output and the class, or None.
+    """
+    number = before.shape[1]
+    images = torch.arange(len(before), device=before.device)
+    classes = images % number if len(images) >= number else images * number // len(images)
+
+    def raised(output: Tensor) -> Tensor | None:
+        if len(output) != len(classes):  # crops of images, in whatever order
+            return None
+        rise = output.amax() - output.amin() + 1
+        rows = output.movedim(axis, 1).clone()
+        rows[images.to(output.device), classes.to(output.device)] += rise
+        return rows.movedim(1, axis)
+
+    with tapped(head, raised):
+        moved = class_scores(forward_func(*inputs)) - before
+    moved = (moved.flatten(2).mean(2) if moved.dim() > 2 else moved).double()
+    changed = moved.abs().amax(1) > 1e-4 * before.double().abs().max()
+    other = (moved.argmax(1) != classes) & changed
+    if not bool(other.any()):
+        return None
+    image = int(other.nonzero()[0, 0])
+    return int(classes[image]), int(moved[image].argmax())
 
 
 def linear_output(weight: Tensor, bias: Tensor, features: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from captum_classfilters.class_filters import ClassFilters, is_of_input
 from captum_classfilters.heads.decomposed_linear import DecomposedLinear
 from captum_classfilters.heads.linear_head import (
     LinearHead,
+    check_found_in_order,
     check_inside,
     check_scores_follow,
     example_batch,
@@ -79,8 +80,9 @@ def decompose(
                     accuracy where few filters are kept.
                     Default: None
         example_inputs (Tensor or tuple, optional): A batch on which to check that the layer feeds
-                    the head, that the scores follow from the head alone, and that the copy does
-                    what it should.
+                    the head, that the scores follow from the head alone, each output for its own
+                    class, and that the copy does what it should. Without it the table's notes of
+                    its own images are relied on.
                     Default: None
 
     Returns:
@@ -146,8 +148,10 @@ def decomposed_head(
         ValueError: As for :func:`decompose`.
     """
     fit = fit_to_head(model, class_filters, head, example_inputs)
-    if head is None and example_inputs is None and not class_filters.provenance.get("exact"):
-        _check_only_one(model, fit.head)
+    if example_inputs is None:
+        check_found_in_order(fit.head, class_filters.provenance.get("feeds_head") or {})
+        if head is None and not class_filters.provenance.get("exact"):
+            _check_only_one(model, fit.head)
     linear = fit.head
     mask = _without_missing(fit.rows(class_filters.selected), class_filters, missing)
     mask, bias = mask.to(linear.weight.device), linear.bias

@@ -1,9 +1,10 @@
 """A model's last linear layer: found, seen to be linear, run, replaced."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain, islice
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from captum_classfilters._core.batches import Batch, first_batch, read_batches
 from captum_classfilters._core.copies import copied
 from captum_classfilters._core.guard import check_sizes, held, model_left_as_found
-from captum_classfilters._core.heads import HeadRecord, alike, is_linear
+from captum_classfilters._core.heads import HeadRecord, alike, in_another_row, is_linear
 from captum_classfilters._core.layers import check_runs, find_layer, layer_name, name_of, unwrapped
 from captum_classfilters._core.linear_maps import check_not_quantized, is_quantized
 from captum_classfilters._core.names import kind_of
@@ -428,28 +429,21 @@ def _check_order(model: nn.Module, head: LinearHead, inputs: ModelInputs, before
             f"The model has scores of {before.shape[1]} classes, and its head {head.name!r} "
             f"{number} outputs. {_of_its_own(head)}"
         )
-    images = torch.arange(len(before), device=before.device)
-    classes = images % number if len(images) >= number else images * number // len(images)
-
-    def raised(output: Tensor) -> Tensor | None:
-        if len(output) != len(classes):  # crops of images, in whatever order
-            return None
-        rise = output.amax() - output.amin() + 1
-        rows = output.movedim(1 if head.convolution_dims else -1, 1).clone()
-        rows[images.to(output.device), classes.to(output.device)] += rise
-        return rows.movedim(1, 1 if head.convolution_dims else -1)
-
-    with tapped(head.module, raised):
-        moved = class_scores(model(*inputs)) - before
-    moved = (moved.flatten(2).mean(2) if moved.dim() > 2 else moved).double()
-    changed = moved.abs().amax(1) > 1e-4 * before.double().abs().max()
-    other = (moved.argmax(1) != classes) & changed
-    if bool(other.any()):
-        image = int(other.nonzero()[0, 0])
+    other = in_another_row(model, head.module, 1 if head.convolution_dims else -1, inputs, before)
+    if other is not None:
         raise ValueError(
-            f"Output {int(classes[image])} of the head {head.name!r} is not the score of class "
-            f"{int(classes[image])}: it raises that of class {int(moved[image].argmax())}. "
-            f"{_of_its_own(head)}"
+            f"Output {other[0]} of the head {head.name!r} is not the score of class {other[0]}: it "
+            f"raises that of class {other[1]}. {_of_its_own(head)}"
+        )
+
+
+def check_found_in_order(head: LinearHead, feed: Mapping[str, Any]) -> None:
+    """Raise if the images of a table have shown that a head's outputs are in another order than the
+    classes."""
+    if feed.get("name") == head.name and feed.get("in_order") is False:
+        raise ValueError(
+            f"The outputs of the head {head.name!r} were not the scores of the classes, in their "
+            f"order, when the table was made; example_inputs=, a batch, says which. {_of_its_own(head)}"
         )
 
 

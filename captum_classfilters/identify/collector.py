@@ -50,7 +50,7 @@ class Tally:
     source: Source
     sums: "ClassFilterSums | None" = None
     record: EvidenceRecord | None = None
-    feed: dict[str, str] | None = None
+    feed: dict[str, str | bool] | None = None
     exact: bool | None = None
     missing: float | None = None  # see Source.missing
     count: Count = field(default_factory=Count)  # of the images in `sums`
@@ -193,6 +193,7 @@ class Collector:
             return
         source = group.tallies[0].source
         _check_repeats(source, batches, batch, reading.output, reading.earlier)
+        group.shared.see_order(batch.inputs, reading.output)
         self._settle_later(group, batches, [batch], scores, wanted, reading.holds)
 
     def _look_at_block(self, group: _Group, batches: Batches) -> None:
@@ -282,6 +283,8 @@ class Collector:
         feed = shared.feed(place)
         if feed is not None and shared.head_name is not None:
             tally.feed = {"name": shared.head_name, "by": feed}
+            if not shared.in_order:
+                tally.feed["in_order"] = False
         rule = tally.source.rule
         if rule is not None and rule.needs_derivative:
             tally.exact = shared.exact(place)
@@ -321,8 +324,10 @@ class Collector:
                     function, [LayerRequest(layer, channel_dim)], source.at_input
                 )
                 with shared.run(batch.inputs, batch.size) as reading:
-                    self._note(tally, shared, 0)
-                    return reading.output
+                    pass
+                shared.see_order(batch.inputs, reading.output)
+                self._note(tally, shared, 0)
+                return reading.output
         with torch.no_grad():
             return function(*batch.inputs)
 
@@ -447,7 +452,11 @@ class Collector:
             if tally.sums is None:  # this rank's share was empty
                 tally.sums = new_sums(shape[0], shape[1], tally.source.counts_votes)
             feeds, exact, missing = zip(*(note[place] for note in notes), strict=True)
-            tally.feed = next((feed for feed in feeds if feed), None)
+            # One rank that saw another order is enough.
+            seen = sorted(
+                (feed for feed in feeds if feed), key=lambda feed: feed.get("in_order", True)
+            )
+            tally.feed = next(iter(seen), None)
             tally.missing = next((share for share in missing if share is not None), None)
             known = [value for value in exact if value is not None]
             tally.exact = all(known) if known else None

@@ -302,3 +302,81 @@ def test_tables_of_any_method_at_the_layer_that_feeds_the_head(method, at_input)
     earlier = identify_class_filters(before, data, num_filters=3, **QUIET)
     with pytest.raises(ValueError, match="The layer '0' does not feed the head '4'"):
         decompose(model, earlier)
+
+
+class Ended(nn.Sequential):
+    """A network that does something to its head's output."""
+
+    end = staticmethod(lambda scores: scores)
+
+    def forward(self, x):
+        return self.end(super().forward(x))
+
+
+def ended(end, dims=0):
+    torch.manual_seed(0)
+    front = [nn.Conv2d(2, 5, 3), nn.ReLU()]
+    if not dims:
+        front += [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    model = Ended(*front, nn.Conv2d(5, 3, 1) if dims else nn.Linear(5, 3)).eval()
+    model.end = end
+    return model
+
+
+def pooled(maps):
+    return maps.relu().mean((2, 3))
+
+
+IN_ORDER = {
+    "a temperature": (lambda scores: scores / 3, 0),
+    "a softmax": (lambda scores: scores.softmax(1), 0),
+    "a clip": (lambda scores: scores.clip(-0.1, 0.1), 0),
+    "a prior": (lambda scores: scores + torch.tensor([0.0, 4.0, 1.0]), 0),
+    "an object": (lambda scores: {"logits": scores}, 0),
+    "pooling": (pooled, 2),
+}
+IN_ANOTHER_ORDER = {
+    "permuted": (lambda scores: scores[:, [2, 0, 1]], 0),
+    "permuted, with a temperature": (lambda scores: scores[:, [0, 2, 1]] / 3, 0),
+    "turned": (lambda scores: -scores, 0),
+    "pooled and permuted": (lambda maps: pooled(maps)[:, [2, 0, 1]], 2),
+}
+METHODS = [LayerFilterContribution, LayerFilterAblation, LayerGradientXActivation]
+
+
+@pytest.mark.parametrize("kind", METHODS)
+@pytest.mark.parametrize("name", [*IN_ORDER, *IN_ANOTHER_ORDER])
+def test_a_head_in_another_order_than_the_classes_is_refused_without_a_batch(name, kind, tmp_path):
+    """Row c of it is another class's, and would get the filters of class c."""
+    right = name in IN_ORDER
+    model = ended(*(IN_ORDER if right else IN_ANOTHER_ORDER)[name])
+    data = [(torch.randn(6, 2, 5, 6), torch.arange(6) % 3) for _ in range(2)]
+    table = identify_class_filters(kind(model, model[1]), data, num_filters=2, **QUIET)
+    table.save(tmp_path / "table")
+    for own in (table, ClassFilters.load(tmp_path / "table")):
+        if right:
+            small = decompose(model, own, missing="bias")
+            head = layer_at(small, own.provenance["feeds_head"]["name"], DecomposedLinear)
+            assert torch.equal(head.mask, own.selected)
+            continue
+        for head in (None, model[len(model) - 1]):
+            with pytest.raises(ValueError, match="were not the scores of the classes, in their"):
+                decompose(model, own, head=head)
+        with pytest.raises(ValueError, match="is not the score of class"):
+            decompose(model, own, example_inputs=data[0][0])
+
+
+def test_a_run_that_goes_on_knows_the_order_of_the_head(tmp_path):
+    model = ended(IN_ANOTHER_ORDER["permuted"][0])
+    data = [(torch.randn(6, 2, 5, 6), torch.arange(6) % 3) for _ in range(4)]
+
+    def stopped():
+        yield from data[:2]
+        raise KeyboardInterrupt
+
+    method = LayerFilterContribution(model, "1")
+    state = {"state_path": tmp_path / "state", **QUIET}
+    with pytest.raises(KeyboardInterrupt):
+        method.identify(stopped(), **state)
+    table = method.identify(data, **state)
+    assert table.provenance["feeds_head"]["in_order"] is False
