@@ -1,7 +1,7 @@
 """The one loop over a user's data: what a batch is, where it goes, what is refused, and when."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, NoReturn
@@ -458,6 +458,20 @@ def chosen_images(inputs: ModelInputs, places: Tensor | slice) -> ModelInputs:
         else part
         for part in inputs
     )
+
+
+def of_few(call: Callable[[ModelInputs], Tensor], inputs: ModelInputs, size: int) -> Tensor:
+    """What a function makes of some images of a batch, a row for each. Of a model that takes only
+    batches of the very ``size`` of theirs, the images are repeated until they are as many."""
+    number = num_images(inputs)
+    try:
+        return call(inputs)
+    except RuntimeError as error:
+        if number >= size:
+            raise
+        with suppress(RuntimeError):
+            return call(chosen_images(inputs, torch.arange(size) % number))[:number]
+        raise error
 
 
 def _few_repeat(model: Callable[..., object], batch: Batch, output: object) -> bool:

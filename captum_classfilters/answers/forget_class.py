@@ -13,13 +13,14 @@ from captum_classfilters._core.batches import (
     chosen_images,
     dataset_names,
     num_images,
+    of_few,
     read_batches,
 )
 from captum_classfilters._core.copies import copied
 from captum_classfilters._core.guard import held
 from captum_classfilters._core.layers import find_layer, find_layers, only_tensor, with_tensors
 from captum_classfilters._core.linear_maps import LINEAR_MAPS
-from captum_classfilters._core.outputs import scores_per_class
+from captum_classfilters._core.outputs import class_scores, scores_per_class
 from captum_classfilters._core.score_reader import ScoreReader
 from captum_classfilters._core.stand_ins import StandIn
 from captum_classfilters._core.types import ClassNames, Dataloader, ModelInputs, Unpack
@@ -177,7 +178,7 @@ class _Seen:
     labels: Tensor
     num_classes: int
     convolution_dims: int
-    examples: list[ModelInputs]
+    examples: list[tuple[ModelInputs, int]]  # images of the class, and how many their batch had
 
 
 class _Reader(UnitTap):
@@ -204,15 +205,16 @@ def _seen(
     tap = _Reader(model, find_layer(model, name), at_input=at_input)
     tap.reduce = lambda maps: (aggregated(maps, "mean"),)
     means, labels, classes = Rows(), Rows(), [0]
-    examples: list[ModelInputs] = []
+    examples: list[tuple[ModelInputs, int]] = []
 
     def take(batches: Batches, batch: Batch, output: object) -> None:
         classes[0] = scores_per_class(output).shape[1]
         means.add(tap.seen[0])
         own = batches.class_labels(batch, classes[0])
         labels.add(own)
-        if sum(map(num_images, examples)) < _EXAMPLES:
-            examples.append(chosen_images(batch.inputs, (own == class_index).nonzero()[:, 0]))
+        if sum(num_images(inputs) for inputs, _ in examples) < _EXAMPLES:
+            places = (own == class_index).nonzero()[:, 0]
+            examples.append((chosen_images(batch.inputs, places), batch.size))
 
     read_units(model, [tap], dataloader, "forget", take, unpack=unpack, show_progress=show_progress)
     axis, dims = tap.form
@@ -228,7 +230,7 @@ def _seen(
         torch.cat(labels.pieces()),
         classes[0],
         convolution_dims,
-        [inputs for inputs in examples if num_images(inputs)],
+        [(inputs, size) for inputs, size in examples if num_images(inputs)],
     )
 
 
@@ -254,15 +256,16 @@ def _eraser(seen: _Seen, class_index: int, erase: Erase, like: Tensor) -> nn.Mod
 
 
 def _warn_unless_forgotten(
-    model: nn.Module, examples: list[ModelInputs], class_index: int, erase: Erase
+    model: nn.Module, examples: list[tuple[ModelInputs, int]], class_index: int, erase: Erase
 ) -> None:
     """Warn if the changed model still names the class on images of it."""
     named: list[Tensor] = []
-    loader = [(inputs, None) for inputs in examples]
+    loader = [(inputs, None) for inputs, _ in examples]
     with read_batches(model, loader, "forgotten", labeled=False, show_progress=False) as batches:
         reader = ScoreReader(model, batches)
-        for batch in batches:
-            scores = reader.scores(batch, model(*batch.inputs))
+        for batch, (_, size) in zip(batches, examples, strict=True):
+            returned = of_few(lambda inputs: class_scores(model(*inputs)), batch.inputs, size)
+            scores = reader.scores(batch, returned)
             named.append((scores.argmax(1) == class_index).cpu())
     share = float(torch.cat(named).double().mean())
     if share > _STILL_NAMED:

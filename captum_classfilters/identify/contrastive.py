@@ -9,7 +9,7 @@ from captum.attr import LayerAttribution
 from torch import Tensor
 
 from captum_classfilters._core.arguments import arguments_checked, check_confidence
-from captum_classfilters._core.batches import Batch, dataset_names, read_batches
+from captum_classfilters._core.batches import Batch, dataset_names, of_few, read_batches
 from captum_classfilters._core.labels import labels_of_scores
 from captum_classfilters._core.names import listed_names
 from captum_classfilters._core.provenance import provenance
@@ -483,7 +483,11 @@ class _Pass:
         """Evidence for one target minus that for another, and the margin as a last column."""
         images = tuple(image[chosen.to(image.device)] for image in batch.inputs)
         evidence = [
-            self.source.attributed(images, targets.to(batch.device))
+            of_few(
+                lambda given: self.source.attributed(given[:-1], given[-1]),
+                (*images, targets.to(batch.device)),
+                batch.size,
+            )
             for targets in (favored, against)
         ]
         finite = (evidence[0] - evidence[1]).isfinite().all(1).cpu()

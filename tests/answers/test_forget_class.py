@@ -259,3 +259,18 @@ def test_classes_have_names_and_one_output_two_of_them():
     assert not torch.allclose(first(FEATURES), second(FEATURES))
     with pytest.raises(ValueError, match="Class 2 is out of range; there are 2 classes"):
         forget_class(single, [(FEATURES, LABELS % 2)], 2, **QUIET)
+
+
+class OneSize(nn.Sequential):
+    """Takes batches of six images only."""
+
+    def forward(self, x):
+        return super().forward(x.view(6, 4))
+
+
+@pytest.mark.parametrize("erase", ["prototype", "probe"])
+def test_a_model_of_one_batch_size_forgets(erase):
+    model = end()
+    forgotten = forgetting(OneSize(*model).eval(), erase=erase)
+    expected = forgetting(model, erase=erase)
+    torch.testing.assert_close(forgotten(FEATURES), expected(FEATURES))

@@ -288,3 +288,28 @@ def test_scores_that_are_not_finite_are_no_predictions(value):
         confusion_filters(method, data, **QUIET)
     with pytest.raises(ValueError, match="NaN or Inf for image 1 of batch 1"):
         contrast_classes(method, data, 0, 2, **QUIET)
+
+
+class OneSize(nn.Sequential):
+    """Takes batches of six images only."""
+
+    def forward(self, x):
+        return super().forward(x.view(6, 2, 5, 7))
+
+
+@pytest.mark.parametrize("kind", [LayerFilterContribution, LayerGradientXActivation])
+def test_a_model_of_one_batch_size_has_contrasts(kind):
+    torch.manual_seed(0)
+    parts = [nn.Conv2d(2, 5, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 3)]
+    fixed, free = OneSize(*parts).eval(), nn.Sequential(*parts).eval()
+    x = torch.randn(12, 2, 5, 7)
+    data = [(part, torch.tensor([0, 1, 2, 0, 1, 1])) for part in x.split(6)]
+    own, expected = (contrast_classes(kind(m, m[1]), data, 0, 1, **QUIET) for m in (fixed, free))
+    torch.testing.assert_close(own.scores, expected.scores)
+    assert own.num_images == expected.num_images == 10
+    own, expected = (confusion_filters(kind(m, m[1]), data, **QUIET) for m in (fixed, free))
+    assert torch.equal(own.confusion, expected.confusion)
+    assert expected.confusion.sum() > expected.confusion.trace()
+    for pair in ((i, j) for i in range(3) for j in range(3) if i != j):
+        if expected.confusion[pair]:
+            torch.testing.assert_close(own.cell(*pair).scores, expected.cell(*pair).scores)
