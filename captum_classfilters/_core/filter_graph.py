@@ -268,8 +268,9 @@ class FilterGraph:
         return Source(module, self.names[module], filters, places.tolist())
 
     def mask_point(self, module: nn.Module) -> nn.Module:
-        """Where removing filters of a weighted layer means zero: behind the normalization and
-        activation modules that directly follow it. Any other layer is its own mask point."""
+        """Where removing filters of a weighted layer means zero: behind the last of the normalization
+        and activation modules that follow it, with no more than functions of single filters between.
+        Any other layer is its own mask point."""
         point, here = module, self.trace.outputs[module]
         if not isinstance(module, WEIGHTED):
             return module

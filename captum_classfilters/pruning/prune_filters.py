@@ -48,9 +48,10 @@ def prune_filters(
     equals the network in which the filters are set to zero in the layer's output. This is checked,
     on the example inputs and on random ones of the same range, in the outputs and where the filters
     are read; where filters cannot be followed, or the check fails, the error says what stands in
-    their way. A convolution or linear layer is masked behind the normalization and activation
-    modules that directly follow it (zeroing the weights alone would leave the bias and the shift of
-    the batch normalization alive); any other layer, for example a block, in its own output.
+    their way. A convolution or linear layer is masked behind the last of the normalization and
+    activation modules that follow it (zeroing the weights alone would leave the bias and the shift
+    of the batch normalization alive), also where what has no module, the function ``relu`` or the
+    addition of a number, stands between; any other layer, for example a block, in its own output.
 
     What later layers make of a filter that is zero may be a constant: a batch normalization after a
     concatenation (DenseNet) or behind a depthwise convolution (MobileNet) shifts it. Such constants

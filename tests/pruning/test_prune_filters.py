@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from captum_classfilters import ClassFilters, prune_filters
+from captum_classfilters._core.taps import hooked
 from captum_classfilters.pruning import (
     ClassFilterImportance,
     GreedyFilterPruning,
@@ -110,6 +111,25 @@ def test_masking_stands_behind_normalization_and_activation(named):
     assert close(outputs_of(prune_filters(model, named, x, remove=[1, 2]), x), expected)
     zeroed = masked_outputs(model, x, {"stage1.0": [1, 2]})
     assert not close(zeroed, expected)  # the batch normalization's shift is alive
+
+
+@pytest.mark.parametrize("between", [lambda x: x + 1, lambda x: x.sigmoid(), nn.functional.relu])
+def test_masking_stands_behind_an_activation_whatever_function_is_between(between):
+    class Between(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.act = nn.Conv2d(2, 5, 3), nn.PReLU(5)
+            self.last = nn.Linear(5, 3)
+
+        def forward(self, x):
+            return self.last(self.act(between(self.first(x))).mean((2, 3)))
+
+    torch.manual_seed(0)
+    model, x = Between().eval(), torch.randn(3, 2, 6, 7)
+    small = prune_filters(model, "first", x, remove=[1, 4])
+    keep = torch.tensor([1.0, 0, 1, 1, 0])[:, None, None]
+    with hooked([model.act], lambda _module, _inputs, output: output * keep):
+        torch.testing.assert_close(small(x), model(x))
 
 
 def test_inner_convolution_of_a_residual_block():
