@@ -1,5 +1,6 @@
 """Which layers qualify, which axis holds their filters, and what is said of the others."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -1061,3 +1062,48 @@ def test_a_layer_is_found_by_every_name_that_it_has():
         for wrong in ("stage1.9", "stage1.", ".stage1", "stage1..0", "", "head.weight", "forward"):
             with pytest.raises(ValueError, match="has no layer"):
                 find_layer(wrapped, wrong)
+
+
+@dataclasses.dataclass
+class Held:
+    maps: torch.Tensor
+    other: object = None
+
+
+class Holding(nn.ReLU):
+    kind: type = Held
+
+    def forward(self, x):
+        return self.kind(super().forward(x))
+
+
+def holding(kind):
+    class Whole(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.act, self.head = nn.Conv2d(2, 5, 3), Holding(), nn.Linear(5, 3)
+            self.act.kind = kind
+
+        def forward(self, x):
+            return self.head(self.act(self.conv(x)).maps.mean((2, 3)))
+
+    torch.manual_seed(0)
+    return Whole().eval()
+
+
+@pytest.mark.parametrize(
+    "method", [LayerFilterContribution, LayerFilterAblation, LayerFilterFrequency]
+)
+def test_data_classes_are_read_once_they_are_registered(method):
+    data = [(torch.randn(4, 2, 5, 6), torch.tensor([0, 1, 2, 0]))]
+    with pytest.raises(ValueError, match=r"torch\.export\.register_dataclass\(Held\)"):
+        method(holding(Held), "act").identify(data, show_progress=False)
+    known = dataclasses.make_dataclass("Known", ["maps", ("other", object, None)])
+    torch.export.register_dataclass(known)
+    model = holding(known)
+    own = method(model, "act").identify(data, show_progress=False)
+    plain = nn.Sequential(
+        model.conv, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), model.head
+    ).eval()
+    expected = method(plain, "1").identify(data, show_progress=False)
+    torch.testing.assert_close(own.scores, expected.scores)

@@ -1,5 +1,6 @@
 """Finding layers, their names and the axis that holds their filters."""
 
+import dataclasses
 import functools
 import types
 from collections.abc import Iterator, Sequence
@@ -565,10 +566,16 @@ def only_tensor(value: object, name: str) -> Tensor:
     """The single tensor that a layer takes or puts out, by itself or beside what is no tensor."""
     tensors = layer_tensors(value)
     if len(tensors) != 1:
+        kind = type(value).__name__
+        advice = (
+            f"torch.export.register_dataclass({kind}) lets PyTorch look into this data class, or "
+            "choose one of the layers inside"
+            if dataclasses.is_dataclass(value) and not tensors
+            else "choose one of the layers inside it, or explain single images with a method whose "
+            "`attribute` takes layers of several tensors"
+        )
         raise ValueError(
-            f"The layer {name!r} handles a {_kinds(value)}, not a single tensor; choose one of "
-            "the layers inside it, or explain single images with a method whose `attribute` takes "
-            "layers of several tensors."
+            f"The layer {name!r} handles a {_kinds(value)}, not a single tensor; {advice}."
         )
     return tensors[0]
 

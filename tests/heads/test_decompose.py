@@ -359,9 +359,9 @@ def test_a_head_in_another_order_than_the_classes_is_refused_without_a_batch(nam
             head = layer_at(small, own.provenance["feeds_head"]["name"], DecomposedLinear)
             assert torch.equal(head.mask, own.selected)
             continue
-        for head in (None, model[len(model) - 1]):
+        for given in (None, model[len(model) - 1]):
             with pytest.raises(ValueError, match="were not the scores of the classes, in their"):
-                decompose(model, own, head=head)
+                decompose(model, own, head=given)
         with pytest.raises(ValueError, match="is not the score of class"):
             decompose(model, own, example_inputs=data[0][0])
 

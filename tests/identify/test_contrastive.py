@@ -307,9 +307,9 @@ def test_a_model_of_one_batch_size_has_contrasts(kind):
     own, expected = (contrast_classes(kind(m, m[1]), data, 0, 1, **QUIET) for m in (fixed, free))
     torch.testing.assert_close(own.scores, expected.scores)
     assert own.num_images == expected.num_images == 10
-    own, expected = (confusion_filters(kind(m, m[1]), data, **QUIET) for m in (fixed, free))
-    assert torch.equal(own.confusion, expected.confusion)
-    assert expected.confusion.sum() > expected.confusion.trace()
+    errors, without = (confusion_filters(kind(m, m[1]), data, **QUIET) for m in (fixed, free))
+    assert torch.equal(errors.confusion, without.confusion)
+    assert without.confusion.sum() > without.confusion.trace()
     for pair in ((i, j) for i in range(3) for j in range(3) if i != j):
-        if expected.confusion[pair]:
-            torch.testing.assert_close(own.cell(*pair).scores, expected.cell(*pair).scores)
+        if without.confusion[pair]:
+            torch.testing.assert_close(errors.cell(*pair).scores, without.cell(*pair).scores)

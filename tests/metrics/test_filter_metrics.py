@@ -361,13 +361,13 @@ def test_captums_layer_methods_have_filter_scores():
     )
 
 
+CLASS_TABLE = ClassFilters(torch.arange(12.0).view(3, 4), torch.ones(3), layer="stage1").select(2)
 EXPLAINING_THE_INPUT: dict[str, Any] = {
     "class filters": lambda m: ClassFilterSaliency(m, "stage1", CLASS_TABLE),
     "a neuron": lambda m: NeuronGradient(m, m.stage1),
     "guided": lambda m: GuidedGradCam(m, m.stage1),
     "pixels": Saliency,
 }
-CLASS_TABLE = ClassFilters(torch.arange(12.0).view(3, 4), torch.ones(3), layer="stage1").select(2)
 
 
 @pytest.mark.parametrize("kind", EXPLAINING_THE_INPUT)
