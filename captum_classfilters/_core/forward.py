@@ -372,9 +372,10 @@ class SharedForward:
         if not self._order_open:
             return
         self._order_open = False
-        head: Any = self._head_module
+        head = self._head_module
+        assert head is not None
         scores = as_rows(class_scores(output)).detach()
-        number, classes = len(head.weight), scores.shape[1]
+        number, classes = len(head.weight), scores.shape[1]  # type: ignore[arg-type]
         if number == 1 and classes <= 2:
             return
         axis = -1 if isinstance(head, nn.Linear) else 1

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain, islice
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -437,7 +436,7 @@ def _check_order(model: nn.Module, head: LinearHead, inputs: ModelInputs, before
         )
 
 
-def check_found_in_order(head: LinearHead, feed: Mapping[str, Any]) -> None:
+def check_found_in_order(head: LinearHead, feed: Mapping[str, object]) -> None:
     """Raise if the images of a table have shown that a head's outputs are in another order than the
     classes."""
     if feed.get("name") == head.name and feed.get("in_order") is False:
