@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from captum.attr import LayerActivation
 from torch import nn
 
 from captum_classfilters import (
@@ -14,9 +15,11 @@ from captum_classfilters import (
     LayerFilterAblation,
     LayerFilterContribution,
     LayerFilterFrequency,
+    identify_class_filters,
     prune_filters,
 )
 from captum_classfilters._core.arguments import whole_number
+from captum_classfilters.attr import filter_gradient_maps
 from captum_classfilters.gates import masking_test
 from captum_classfilters.heads import accuracy_curve, top_mass
 from captum_classfilters.identify import (
@@ -30,10 +33,12 @@ from captum_classfilters.metrics import (
     collateral_damage,
     correlation_filters,
     filter_curves,
+    filter_scores_of,
+    selectivity_regularizer,
     validate,
 )
 from captum_classfilters.pruning import ClassFilterImportance, specialize
-from captum_classfilters.spectral import layer_svd, select_rank
+from captum_classfilters.spectral import layer_svd, profile_images, select_rank
 from captum_classfilters.testing import trained_network
 from captum_classfilters.visualize.arrays import chosen
 from tests.models import QUIET, batches, images, pool_linear
@@ -271,3 +276,85 @@ def test_filters_of_a_layers_input_are_removed_at_the_layer_before():
     pruned = prune_filters(model, "1", images, keep=at_input)
     expected = prune_filters(model, at_output, images)
     assert torch.equal(pruned(images), expected(images))
+
+
+class Weighted(nn.Module):
+    """Places of three filters, of 4 x 5 numbers, that weigh one half and one in turn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.keep = nn.Identity()
+        self.register_buffer("weights", torch.tensor([[0.5], [1], [0.5], [1]], dtype=torch.half))
+
+    def forward(self, x):
+        return (self.keep(x) * self.weights).float().sum((2, 3))
+
+
+LARGE = 3 * 2.0**14  # which half precision holds; no two of them, though
+OF_PLACES, OF_WEIGHTS = 20 * LARGE, 15 * LARGE
+
+
+def own_scores(kind: type[LayerFilterContribution], x: torch.Tensor) -> torch.Tensor:
+    method = kind(Weighted(), "keep")
+    return method.filter_scores(method.attribute(x, target=0))
+
+
+class Attributed(LayerFilterContribution):
+    """Whose identification asks ``attribute``."""
+
+    def attribute(self, *args, **kwargs):
+        return super().attribute(*args, **kwargs)
+
+
+def identified(x: torch.Tensor, kind: Any = LayerActivation, **options: Any) -> torch.Tensor:
+    model, labels = Weighted(), torch.arange(len(x)) % 3
+    layer = model.keep if kind is LayerActivation else "keep"
+    return identify_class_filters(kind(model, layer), [(x, labels)], **options, **QUIET).scores
+
+
+SUMS = {
+    "filter_scores": (lambda x: own_scores(LayerFilterContribution, x)[:, 0], OF_WEIGHTS),
+    "filter_scores_of": (
+        lambda x: filter_scores_of(LayerActivation(model := Weighted(), model.keep), x),
+        OF_PLACES,
+    ),
+    "identify, sum": (identified, OF_PLACES),
+    "identify, abs_sum": (lambda x: identified(-x, reduction="abs_sum"), OF_PLACES),
+    "identify, by the rule": (
+        lambda x: identified(x, LayerFilterContribution).diagonal(),
+        OF_WEIGHTS,
+    ),
+    "identify, by attribute": (lambda x: identified(x, Attributed).diagonal(), OF_WEIGHTS),
+    "delta": (
+        lambda x: LayerFilterContribution(Weighted(), "keep").attribute(
+            x, target=0, return_convergence_delta=True
+        )[1],
+        0,
+    ),
+    "selectivity": (lambda x: selectivity_regularizer(x, torch.arange(len(x)) // 3), 0),
+    "positions": (
+        lambda x: torch.tensor(
+            profile_images(
+                Weighted(), "keep", [(x, torch.arange(len(x)) % 3)], kind="position", **QUIET
+            )
+            .weights["keep"]
+            .sum(1)
+        ),
+        1,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SUMS)
+def test_sums_that_half_precision_does_not_hold(name):
+    call, expected = SUMS[name]
+    found = call(torch.full((6, 3, 4, 5), LARGE, dtype=torch.half))
+    assert torch.allclose(found.double(), torch.tensor(expected, dtype=torch.float64))
+
+
+def test_squares_that_half_precision_does_not_hold():
+    layer = nn.Conv2d(1, 2, 1, bias=False).half()
+    nn.init.constant_(layer.weight, 2.0**-10)  # of a mean of 20: its square is zero
+    x = torch.rand(3, 1, 4, 5).half()
+    maps = filter_gradient_maps(nn.Sequential(layer), "0", x, torch.tensor([1, 0]))
+    assert torch.allclose(maps, torch.ones_like(maps), atol=1e-3)

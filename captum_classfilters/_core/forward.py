@@ -30,7 +30,12 @@ from captum_classfilters._core.layers import (
     unwrapped,
     with_tensors,
 )
-from captum_classfilters._core.outputs import as_rows, class_scores, two_classes
+from captum_classfilters._core.outputs import (
+    as_rows,
+    at_least_float32,
+    class_scores,
+    two_classes,
+)
 from captum_classfilters._core.taps import LayerTap, tapping
 from captum_classfilters._core.targets import as_indices, class_indices, own_scores
 from captum_classfilters._core.types import ForwardFunc, JsonDict, Keywords, ModelInputs
@@ -177,6 +182,7 @@ class FilterMaps:
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         """The sum (N, K) over positions of activations times weights (N, K, P) or (N, K, 1)."""
+        weights = at_least_float32(weights)  # half precision may not hold the sums
         if weights.shape[2] == 1:
             return self.means * (weights[:, :, 0] * self.num_positions)
         return (self.maps * weights).sum(2)

@@ -15,7 +15,7 @@ from captum_classfilters._core.layers import check_runs
 from captum_classfilters._core.score_reader import ScoreReader
 from captum_classfilters._core.tables import short_repr
 from captum_classfilters._core.types import Dataloader, ModelInputs, Unpack
-from captum_classfilters._core.units import Rows
+from captum_classfilters._core.units import Rows, aggregated
 from captum_classfilters.heads.linear_head import HeadRun, LinearHead, run_head
 
 #: Images with something: a loader of them, or a function from images without it to images with it.
@@ -63,7 +63,9 @@ class Kept:
     def add(self, seen: "SeenBatch") -> None:
         """Add a batch."""
         features = seen.run.features
-        self.features.add(features.flatten(2).mean(2) if features.dim() > 2 else features)
+        self.features.add(
+            aggregated(features.flatten(2), "mean") if features.dim() > 2 else features
+        )
         self.log_probabilities.add(seen.reader.log_probabilities(seen.batch, seen.run.output))
         self.scores.add(seen.scores)
         self.labels.add(seen.labels)

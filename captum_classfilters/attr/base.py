@@ -38,6 +38,7 @@ from captum_classfilters._core.types import (
     Keywords,
     Unpack,
 )
+from captum_classfilters._core.units import aggregated
 from captum_classfilters.identify.identify_class_filters import identify_class_filters
 
 if TYPE_CHECKING:
@@ -182,12 +183,12 @@ class LayerFilterAttribution(FilterRule, LayerAttribution):
                         Default: False
 
         Returns:
-            *Tensor* of shape (N, K).
+            *Tensor* of shape (N, K); of half precision in float32, which holds the sums.
         """
         layer = self.layer if isinstance(self.layer, nn.Module) else None
         model = module_of(self.forward_func, self._layers())
         axis = layer_axis(model, layer, attributions, self.channel_dim, attribute_to_layer_input)
-        return positions_last(attributions, axis).sum(2)
+        return aggregated(positions_last(attributions, axis), "sum")
 
     @arguments_checked
     def identify(

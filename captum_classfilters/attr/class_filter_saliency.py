@@ -29,7 +29,7 @@ from captum_classfilters._core.layers import (
     layer_name,
     module_of,
 )
-from captum_classfilters._core.outputs import class_scores
+from captum_classfilters._core.outputs import at_least_float32, class_scores
 from captum_classfilters._core.tables import bound_repr
 from captum_classfilters._core.taps import LayerTap, tapping
 from captum_classfilters._core.targets import class_indices, own_scores
@@ -304,7 +304,7 @@ class ClassFilterSaliency(GradientAttribution):
             )
         axis = tap.axis_of(attributions)
         masked = attributions * self._mask(chosen, attributions, axis)
-        maps = masked.sum(axis, keepdim=True).movedim(axis, 1)
+        maps = at_least_float32(masked).sum(axis, keepdim=True).movedim(axis, 1)
         if maps.dim() < 3:
             raise ValueError(
                 "mode='activation_map' needs a layer with positions, (N, K, H, W) for example; "
@@ -345,4 +345,4 @@ def _like_input(maps: Tensor, image: Tensor) -> Tensor:
         return torch.zeros(image.shape, dtype=_real(image), device=image.device)
     modes = {3: "linear", 4: "bilinear", 5: "trilinear"}
     spread = F.interpolate(maps, size=image.shape[2:], mode=modes[maps.dim()], align_corners=False)
-    return spread.expand_as(image) / image.shape[1]
+    return (spread.expand_as(image) / image.shape[1]).to(_real(image))

@@ -8,6 +8,7 @@ from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.devices import device_of, on_device, ordinary
 from captum_classfilters._core.guard import model_left_as_found
 from captum_classfilters._core.layers import CHECKPOINTED, find_layer
+from captum_classfilters._core.outputs import at_least_float32
 from captum_classfilters._core.taps import LayerTap, tapping
 
 
@@ -122,7 +123,7 @@ def filter_gradient_maps(
             one = means.gather(1, chosen[:, column : column + 1]).sum()
             last = column + 1 == chosen.shape[1]
             (gradient,) = torch.autograd.grad(one, points, retain_graph=not last)
-            gradients.append(gradient.norm(dim=1))
+            gradients.append(at_least_float32(gradient).norm(dim=1))
     maps = torch.stack(gradients, 1)
     root = maps.square().mean((2, 3), keepdim=True).sqrt()
     maps = maps / torch.where(root > 0, root, torch.ones_like(root))

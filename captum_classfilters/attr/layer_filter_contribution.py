@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.captum import TargetType, approximation_parameters, log_usage
 from captum_classfilters._core.forward import BatchReading, FilterMaps
-from captum_classfilters._core.outputs import class_scores
+from captum_classfilters._core.outputs import at_least_float32, class_scores
 from captum_classfilters._core.targets import own_scores
 from captum_classfilters._core.types import Attributions, Keywords
 from captum_classfilters.attr.base import LayerFilterAttribution, Layers, WeightedFilterAttribution
@@ -201,4 +201,4 @@ class LayerFilterContribution(WeightedFilterAttribution, GradientAttribution):
 
 def _total(parts: tuple[Tensor, ...]) -> Tensor:
     """The sum of all contributions of each image (N,)."""
-    return torch.stack([part.detach().flatten(1).sum(1) for part in parts]).sum(0)
+    return torch.stack([at_least_float32(part.detach()).flatten(1).sum(1) for part in parts]).sum(0)

@@ -4,9 +4,9 @@ import copy
 import inspect
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from captum.attr import LayerAttribution
@@ -23,18 +23,14 @@ from captum_classfilters._core.layers import (
     positions_last,
 )
 from captum_classfilters._core.names import kind_of
+from captum_classfilters._core.outputs import at_least_float32
 from captum_classfilters._core.progress import described_options
 from captum_classfilters._core.rules import FilterRule
 from captum_classfilters._core.types import AttributeKwargs, JsonDict, Keywords
+from captum_classfilters._core.units import aggregated
 from captum_classfilters.class_scores import explaining_classes
 
 Reduction = Literal["sum", "mean", "max", "abs_sum"]
-REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "sum": lambda maps: maps.sum(2),
-    "mean": lambda maps: maps.mean(2),
-    "max": lambda maps: maps.amax(2),
-    "abs_sum": lambda maps: maps.abs().sum(2),
-}
 _DEFAULT_FILTERS = 5
 _NO_OPTIONS = {"layer", "device_ids"}  # of a method: where it looks, and where that runs
 #: What the call itself gives ``attribute``, for each batch; else its table would say something else.
@@ -197,7 +193,7 @@ class Source:
                 error,
             )
             return None
-        together = attributions.detach().flatten(1).sum(1) - delta
+        together = at_least_float32(attributions.detach()).flatten(1).sum(1) - delta
         share = float(delta[counted].abs().sum() / together[counted].abs().sum())
         return share if math.isfinite(share) else None
 
@@ -227,7 +223,7 @@ class Source:
             return self.rule.filter_scores(attributions, self.at_input)
         axis = attribution_axis(self.method, attributions, self.at_input)
         check_batch(self.layer_name, len(attributions), len(target))
-        return REDUCTIONS[self.reduction](positions_last(attributions, axis))
+        return aggregated(positions_last(attributions, axis), self.reduction)
 
 
 def sources_of(
@@ -237,8 +233,10 @@ def sources_of(
     reduction: Reduction,
 ) -> list[Source]:
     """The methods given, alone or several, each at each of its layers."""
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction={reduction!r}; choose one of {', '.join(REDUCTIONS)}.")
+    if reduction not in get_args(Reduction):
+        raise ValueError(
+            f"reduction={reduction!r}; choose one of {', '.join(get_args(Reduction))}."
+        )
     several = isinstance(methods, (Mapping, Sequence))
     kwargs_of: dict[Any, Any] = (
         dict(attribute_kwargs or {}) if several else {0: dict(attribute_kwargs or {})}

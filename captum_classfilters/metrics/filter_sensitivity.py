@@ -20,9 +20,11 @@ from captum_classfilters._core.layers import (
     only_tensor,
     positions_last,
 )
+from captum_classfilters._core.outputs import at_least_float32
 from captum_classfilters._core.tables import short_repr
 from captum_classfilters._core.taps import tapped
 from captum_classfilters._core.types import Attributions, ModelInputs
+from captum_classfilters._core.units import aggregated
 from captum_classfilters.gate_space import FilterGate
 from captum_classfilters.metrics.inputs import at_model, taken_at, with_classes_as_targets
 
@@ -223,7 +225,7 @@ def filter_scores_of(method: object, attributions: object) -> Tensor:
         attributions (Tensor): What it returned for a layer of one tensor.
 
     Returns:
-        *Tensor* of shape (N, K), detached.
+        *Tensor* of shape (N, K), detached; of half precision in float32, which holds the sums.
 
     Raises:
         ValueError: There are several tensors, or no filters: the method explains the input, say.
@@ -238,10 +240,10 @@ def filter_scores_of(method: object, attributions: object) -> Tensor:
     if tensor.dim() > 2 or hasattr(method, "layer"):  # others may explain gates (N, K)
         check_explains_layer(method)
     if tensor.dim() == 2:
-        return tensor.contiguous()
+        return at_least_float32(tensor).contiguous()
     if not isinstance(method.layer, nn.Module):  # type: ignore[attr-defined]
         raise ValueError(f"{name} has a list of layers; take them one by one.")
-    return positions_last(tensor, attribution_axis(method, tensor)).sum(2).contiguous()
+    return aggregated(positions_last(tensor, attribution_axis(method, tensor)), "sum").contiguous()
 
 
 def check_explains_layer(method: object) -> None:

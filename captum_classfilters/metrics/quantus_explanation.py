@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from captum_classfilters._core.captum_layers import captum_reads_layer
 from captum_classfilters._core.devices import device_of
 from captum_classfilters._core.layers import attribution_axis
+from captum_classfilters._core.outputs import at_least_float32
 from captum_classfilters.metrics.explained import check_is_function
 from captum_classfilters.metrics.filter_sensitivity import scores_filters
 from captum_classfilters.metrics.inputs import with_classes_as_targets
@@ -91,6 +92,6 @@ def _map(method: LayerAttribution, raw: Tensor, images: Tensor) -> Tensor:
             f"to interpolate to images {tuple(images.shape)}; choose a convolutional layer."
         )
     if scores_filters(method, raw, (images,)):
-        raw = raw.sum(attribution_axis(method, raw)).unsqueeze(1)
+        raw = at_least_float32(raw).sum(attribution_axis(method, raw)).unsqueeze(1)
     mode = {3: "linear", 4: "bilinear", 5: "trilinear"}[images.dim()]
     return LayerAttribution.interpolate(raw, tuple(images.shape[2:]), mode)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from captum_classfilters._core.arguments import arguments_checked
+from captum_classfilters._core.outputs import at_least_float32
 from captum_classfilters.identify.new_sums import new_sums
 from captum_classfilters.metrics.features import checked_features
 
@@ -116,7 +117,8 @@ def selectivity_regularizer(activations: Tensor | Sequence[Tensor], labels: Tens
     terms = []
     for activation in layers:
         index = index.to(activation.device)
-        values = activation.flatten(2).mean(2) if activation.dim() > 2 else activation
+        values = at_least_float32(activation)  # whose sums half precision may not hold
+        values = values.flatten(2).mean(2) if values.dim() > 2 else values
         total = values.new_zeros(len(present), values.shape[1]).index_add(0, index, values)
         means = total / torch.bincount(index)[:, None]
         terms.append(class_selectivity_index(means).mean())

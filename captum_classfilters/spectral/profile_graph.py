@@ -15,6 +15,7 @@ from captum_classfilters._core.batches import Batch, Batches
 from captum_classfilters._core.extras import extra
 from captum_classfilters._core.layers import CHECKPOINTED
 from captum_classfilters._core.names import kind_of
+from captum_classfilters._core.outputs import at_least_float32
 from captum_classfilters._core.types import Dataloader, Directions, Unpack
 from captum_classfilters._core.units import UnitTap, read_units, units_of
 from captum_classfilters.spectral.influential import influential
@@ -253,7 +254,7 @@ class _Link:
                     f"torch.no_grad() let no gradient through; {CHECKPOINTED}."
                 )
             slopes = self.before.projected(gradient)
-            held.append((earlier.detach() * slopes).sum(2)[rows])
+            held.append((at_least_float32(earlier.detach()) * slopes).sum(2)[rows])
             columns += [unit] * len(rows)
             if len(columns) * earlier.shape[1] >= _ENTRIES_AT_ONCE:
                 self._weigh(held, columns, batch)

@@ -289,7 +289,7 @@ def profile_images(
 def _scores(maps: Tensor, kind: Kind, aggregate: str | None) -> Seen:
     """Scores (N, U) of a batch's maps, and the places of elements."""
     if kind == "position":
-        return (torch.linalg.vector_norm(maps, dim=1),)
+        return (aggregated(maps.transpose(1, 2), "l2"),)
     if kind == "element":
         return tuple(maps.max(2))  # the place of the first of equal values
     how = aggregate or ("mean" if kind == "direction" else "max")
