@@ -23,7 +23,8 @@ class FilterRule:
     layer: Any
     channel_dim: int | None = None
 
-    #: Scores are whole numbers, votes for example: they are counted without rounding.
+    #: Scores of this class's rule are whole numbers, votes for example: they are counted without
+    #: rounding. A subclass with another rule says it again if it still holds.
     counts_votes: ClassVar[bool] = False
     #: An image's evidence is another one for another target.
     depends_on_target: bool = True
@@ -51,6 +52,19 @@ class FilterRule:
             if _RULE & vars(kind).keys():
                 return True
             if _ATTRIBUTE & vars(kind).keys():
+                return False
+        return False
+
+    @property
+    def has_whole_scores(self) -> bool:
+        """Whether the scores are whole numbers by ``counts_votes``, which speaks of the rule of its
+        class alone: another one written below it may give any numbers."""
+        if not self.has_current_rule or _RULE & vars(self).keys():
+            return False
+        for kind in type(self).__mro__:
+            if "counts_votes" in vars(kind):
+                return self.counts_votes
+            if _RULE & vars(kind).keys():
                 return False
         return False
 

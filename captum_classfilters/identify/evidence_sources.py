@@ -109,7 +109,7 @@ class Source:
     @property
     def counts_votes(self) -> bool:
         """Whether scores are whole numbers."""
-        return self.rule is not None and self.rule.counts_votes
+        return self.rule is not None and self.rule.has_whole_scores
 
     @property
     def default_num_filters(self) -> int:

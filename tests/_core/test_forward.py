@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,8 @@ from captum_classfilters import (
 from captum_classfilters._core.forward import LayerRequest, MapsNeededError, SharedForward
 from captum_classfilters._core.heads import HeadRecord, computes_its_weight, record_head
 from captum_classfilters.attr import LayerFilterAttribution, WeightedFilterAttribution
+from captum_classfilters.attr.layer_filter_frequency import strongest
+from captum_classfilters.identify import LabelPermutation
 from tests.models import QUIET, batches, deep, hooks_of, images, joined, pool_linear
 from tests.pretend_device import pretend
 
@@ -228,6 +231,40 @@ class TestRules:
         patched.attribute = changed  # type: ignore[method-assign]
         table = patched.identify(data, **QUIET)
         assert torch.allclose(table.scores, 3 * self.table(plain, data), atol=1e-6)
+
+    @pytest.mark.parametrize("changed", ["attribute", "filter_scores", "scores_from"])
+    @pytest.mark.parametrize("at", ["class", "object"])
+    def test_votes_with_another_rule_are_no_whole_numbers(self, changed, at):
+        model, data = pool_linear(), batches()
+        plain = LayerFilterFrequency(model, "1", top_k=2)
+        original = getattr(plain, changed)
+        quarter = lambda *args, **kwargs: original(*args, **kwargs) / 4  # noqa: E731
+        if at == "class":
+            members = {changed: lambda self, *args, **kwargs: quarter(*args, **kwargs)}
+            kind: Any = type("Quarter", (LayerFilterFrequency,), members)
+            method = kind(model, "1", top_k=2)
+        else:
+            method = LayerFilterFrequency(model, "1", top_k=2)
+            setattr(method, changed, quarter)
+        expected = plain.identify(data, **QUIET).scores / 4
+        test = LabelPermutation(permutations=19)
+        table = method.identify(data, significance=test, **QUIET)
+        assert torch.allclose(table.scores, expected)
+        assert table.p_values is not None
+
+    def test_votes_of_another_rule_that_are_said_to_be_some(self):
+        class Weakest(LayerFilterFrequency):
+            counts_votes = True
+
+            def scores_from(self, maps, target=None):
+                return strongest(-maps.means, self.top_k).to(maps.means.dtype)
+
+        class Named(LayerFilterFrequency):
+            """Changes nothing."""
+
+        model = pool_linear()
+        assert Weakest(model, "1").has_whole_scores
+        assert Named(model, "1").has_whole_scores
 
     def test_a_method_without_a_rule_says_so(self):
         class Nothing(LayerFilterAttribution):
