@@ -39,10 +39,12 @@ class Validity(Tabular):
     Args:
 
         missing (Tensor): Shape (C,). Change of the class's score, as a share of it, when half of its
-                    images lose the label; NaN for a class without images or whose score is not
-                    positive.
+                    images lose the label; NaN for a class of fewer than two images or whose score is
+                    not positive.
         extra (Tensor): Shape (C,). The same, when other images gain the label, as many as have it in
                     the mean.
+        extra_share (Tensor): Shape (C,). How many images gain the label, as a share of those that have
+                    it. Of two classes, one has no more for the other than all but two.
         stability (Tensor): Shape (C,). Share of filters that two halves of the images both select.
         chance (float): That share for random filters.
         shuffled (Tensor): Shape (C,). Share of the filters that are selected with shuffled labels, too.
@@ -54,6 +56,7 @@ class Validity(Tabular):
 
     missing: Tensor
     extra: Tensor
+    extra_share: Tensor
     stability: Tensor
     chance: float
     shuffled: Tensor
@@ -79,7 +82,17 @@ class Validity(Tabular):
     @property
     def verdict(self) -> str:
         """What the numbers say, in a sentence or two."""
-        if self.passes:
+        not_measured = [
+            f"{name} labels"
+            for name, changes in (("missing", self.missing), ("extra", self.extra))
+            if not _measured(changes)
+        ]
+        if not_measured:
+            said = (
+                f"Not measured: {' and '.join(not_measured)}. No class to test has selected filters "
+                "whose scores add up to more than zero."
+            )
+        elif self.passes:
             said = "The scores speak of the label: they fall when images lose it and when others gain it."
         elif self.falls_with_extra_labels:
             said = (
@@ -92,31 +105,35 @@ class Validity(Tabular):
             said = (
                 "The scores do not depend on the labels as they should: they fall in neither test."
             )
-        if not float(self.stability.nanmean()) >= _STABLE:
+        if float(self.stability.nanmean()) < _STABLE:
             said += " Other images select other filters: take more images or fewer filters."
         return said
 
     def _tables(self) -> list[Table]:
         known = {
-            "missing labels": (self.missing, self.falls_with_missing_labels),
-            "extra labels": (self.extra, self.falls_with_extra_labels),
-            "filters in both halves": (self.stability, None),
-            "filters with shuffled labels": (self.shuffled, None),
-            "purity of the strongest images": (self.purity, None),
+            "missing labels": (self.missing, _said(self.missing)),
+            "extra labels": (self.extra, _said(self.extra)),
+            "filters in both halves": (self.stability, ""),
+            "filters with shuffled labels": (self.shuffled, ""),
+            "purity of the strongest images": (self.purity, ""),
         }
         rows = [
             {
                 "check": name,
                 "mean": float(values.nanmean()),
-                "smallest": float(values.nan_to_num(nan=math.inf).min()),
-                "largest": float(values.nan_to_num(nan=-math.inf).max()),
-                "verdict": {True: "falls", False: "does not fall", None: ""}[falls],
+                "smallest": float(values.nanquantile(0)),
+                "largest": float(values.nanquantile(1)),
+                "verdict": said if _measured(values) else "not measured",
             }
-            for name, (values, falls) in known.items()
+            for name, (values, said) in known.items()
             if values is not None
         ]
         title = f"{self.method}, {self.num_filters} filters per class"
-        notes = (self.verdict, f"Random filters are in both halves with {self.chance:.3f}.")
+        notes = [self.verdict]
+        if not math.isnan(self.chance):
+            notes.append(f"Random filters are in both halves with {self.chance:.3f}.")
+        times = float(self.extra_share.nanmean())
+        notes.append(f"Extra labels are {times:.2f} times as many as a class's own.")
         return [Table(rows, title=title, notes=notes, bars=())]
 
 
@@ -145,13 +162,15 @@ def validate(
       subtracted for them.
 
     The classes are divided in three at random; two thirds lose half of their images to the last, and
-    so on in turn. What is compared is the mean score of the ``num_filters`` filters that the
-    true labels select. Scores *fall* if the mean change over classes is below -.05, and below 0 with
-    confidence .95 (Student's t, one-sided).
+    so on in turn. Of two classes, each loses half of its images to the other; then it loses as many as
+    the other has, or all but two if it has no more. What is compared is the mean score of the
+    ``num_filters`` filters that the true labels select. Scores *fall* if the mean change over classes
+    is below -.05, and below 0 with confidence .95 (Student's t, one-sided).
 
     Beside these: which filters two halves of the images select, which are selected with shuffled
     labels, and, with ``features``, the share of the class among the 20 images that its filters answer
-    to most. Seven identifications in all, of which two use half of the images; each passes over the data.
+    to most. Seven identifications in all (of two classes eight), of which two use half of the images;
+    each passes over the data.
 
     Args:
 
@@ -173,8 +192,9 @@ def validate(
         table.
 
     Raises:
-        ValueError: The loader is empty or gives other images each time, there are fewer than two classes
-            with images, ``num_filters`` or ``features`` does not fit, or labels are no class indices.
+        ValueError: The loader is empty or gives other images each time, fewer than two classes have two
+            images or more, ``num_filters`` or ``features`` does not fit, or labels are no class
+            indices.
 
     Examples::
 
@@ -203,7 +223,7 @@ def validate(
     if features is not None:
         features, *_ = checked_features(features, labels, table.num_classes)
     generator = torch.Generator().manual_seed(seed)
-    missing, extra = _changes(identify, data, chosen, generator)
+    missing, extra, extra_share = _changes(identify, data, chosen, generator)
     half = _halves(labels, generator)
     halves = [_identified(identify, data.only(part)).select(num_filters) for part in (half, ~half)]
     agreement = halves[0].agreement(halves[1])
@@ -211,6 +231,7 @@ def validate(
     return Validity(
         missing=missing,
         extra=extra,
+        extra_share=extra_share,
         stability=agreement.overlap,
         chance=agreement.mean_chance,
         shuffled=chosen.agreement(_identified(identify, mixed).select(num_filters)).overlap,
@@ -232,18 +253,23 @@ def _changes(
     data: "_Relabeled",
     chosen: ClassFilters,
     generator: torch.Generator,
-) -> tuple[Tensor, Tensor]:
-    """Changes of each class's score where labels are missing, and where there are extra ones."""
-    if int((chosen.counts > 0).sum()) < 2:
-        raise ValueError("Labels can move only where two classes have images.")
-    extra = torch.full((chosen.num_classes,), math.nan, dtype=torch.float64)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Changes of each class's score where labels are missing, and where there are extra ones; how many
+    these are, as a share of the class's own."""
+    if int((chosen.counts > 1).sum()) < 2:
+        raise ValueError(
+            "Labels can move only where two classes have images, at least two each: half of them lose "
+            f"their label. The classes have {', '.join(map(str, chosen.counts.tolist()))}."
+        )
+    extra, share = torch.full((2, chosen.num_classes), math.nan, dtype=torch.float64)
     missing = []
-    for moved, gaining in _moves(data.true, chosen.counts, generator):
+    for moved, losing, gaining in _moves(data.true, chosen.counts, generator):
         change = _change(chosen, _identified(identify, data.with_labels(moved)))
+        gained = moved[moved != data.true].bincount(minlength=chosen.num_classes)
         extra[gaining] = change[gaining]
-        change[gaining] = math.nan
-        missing.append(change)
-    return torch.stack(missing).nanmean(0), extra
+        share[gaining] = (gained / chosen.counts)[gaining].double()
+        missing.append(torch.full_like(change, math.nan).index_copy(0, losing, change[losing]))
+    return torch.stack(missing).nanmean(0), extra, share
 
 
 class _Relabeled:
@@ -311,27 +337,43 @@ def _rows(inputs: ModelInputs, kept: Tensor, size: int) -> ModelInputs:
 
 def _moves(
     labels: Tensor, counts: Tensor, generator: torch.Generator
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Labels after a move, and which classes gained; the others lost half of their images."""
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Labels after a move; classes that lost half of their images; classes that gained about as many
+    as they have. Of two classes, these are two moves."""
     with_images = counts.nonzero()[:, 0]
     mixed = with_images[torch.randperm(len(with_images), generator=generator)]
     for gaining in mixed.tensor_split(_FOLDS):
         if not len(gaining):  # of two classes
             continue
-        losing = [class_ for class_ in with_images.tolist() if class_ not in gaining.tolist()]
-        moving = torch.cat([_half(labels == class_, generator) for class_ in losing])
+        losing = with_images[~torch.isin(with_images, gaining) & (counts[with_images] > 1)]
+        if not len(losing):
+            continue
+        moving = torch.cat([_half(labels == class_, generator) for class_ in losing.tolist()])
         drawn = torch.multinomial(
             counts[gaining].double(), len(moving), replacement=True, generator=generator
         )
         moved = labels.clone()
         moved[moving] = gaining[drawn]
-        yield moved, gaining
+        if len(with_images) > 2:
+            yield moved, losing, gaining[drawn.unique()]
+            continue
+        yield moved, losing, gaining[:0]
+        own, others = int(counts[gaining]), int(counts[losing])
+        number = min(own, max(others - 2, others // 2))
+        moved = labels.clone()
+        moved[_some(labels == losing, number, generator)] = gaining
+        yield moved, losing[:0], gaining
 
 
 def _half(members: Tensor, generator: torch.Generator) -> Tensor:
     """Half of the images (N,) that are marked, at random."""
+    return _some(members, int(members.sum()) // 2, generator)
+
+
+def _some(members: Tensor, number: int, generator: torch.Generator) -> Tensor:
+    """So many of the images (N,) that are marked, at random."""
     images = members.nonzero()[:, 0]
-    return images[torch.randperm(len(images), generator=generator)[: len(images) // 2]]
+    return images[torch.randperm(len(images), generator=generator)[:number]]
 
 
 def _halves(labels: Tensor, generator: torch.Generator) -> Tensor:
@@ -346,6 +388,14 @@ def _change(chosen: ClassFilters, other: ClassFilters) -> Tensor:
     """By how much the scores of selected filters changed, as a share of them, (C,)."""
     before, after = ((scores * chosen.selected).sum(1) for scores in (chosen.scores, other.scores))
     return (after / before - 1).masked_fill(~(before > 0), math.nan)
+
+
+def _measured(values: Tensor) -> bool:
+    return bool(values.isfinite().any())
+
+
+def _said(changes: Tensor) -> str:
+    return "falls" if _falls(changes) else "does not fall"
 
 
 def _falls(changes: Tensor) -> bool:

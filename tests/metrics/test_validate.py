@@ -165,6 +165,69 @@ class TestValidate:
         assert card.extra.isfinite().all()
         assert card.passes
 
+    @pytest.mark.parametrize(
+        ("sizes", "shares"),
+        [
+            ((40, 40), [38 / 40] * 2),  # two are left of the other
+            ((12, 40), [1, 10 / 40]),
+            ((2, 3), [1 / 2, 1 / 3]),
+            ((40,) * 3, [1] * 3),  # half of two others
+        ],
+    )
+    def test_extra_labels_are_as_many_as_a_class_has(self, sizes, shares):
+        labels = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+        seen = []
+
+        def identify(loader):
+            seen.append(joined(loader)[1])
+            return correlation(loader)
+
+        hot = nn.functional.one_hot(labels, len(sizes)).float()
+        card = validate(identify, [(hot, labels)], num_filters=1)
+        assert card.extra_share.tolist() == pytest.approx(shares)
+        assert f"Extra labels are {sum(shares) / len(shares):.2f} times" in str(card)
+        if len(sizes) == 2:  # of each class: half of it moves; then as many come as it has
+            moves = [(int((m == 1).sum()), int((m == 0).sum())) for m in seen[1:5]]
+            a, b = sizes
+            extra = round(shares[0] * a), round(shares[1] * b)
+            assert sorted(moves) == sorted(
+                [
+                    (b - b // 2, a + b // 2),
+                    (b + a // 2, a - a // 2),
+                    (b - extra[0], a + extra[0]),
+                    (b + extra[1], a - extra[1]),
+                ]
+            )
+
+    def test_what_was_not_measured_is_not_judged(self):
+        def nothing(loader):
+            labels = joined(loader)[1]
+            return ClassFilters(torch.zeros(3, 7), counts=labels.bincount(minlength=3))
+
+        card = validate(nothing, [(torch.rand(12, 7), torch.arange(12) % 3)], num_filters=2)
+        assert not card.passes
+        assert card.verdict.startswith("Not measured: missing labels and extra labels.")
+        rows = card.to_pandas()
+        assert rows["verdict"].tolist() == ["not measured"] * 4
+        assert rows[["mean", "smallest", "largest"]].isna().all(axis=None)
+        assert "nan" not in str(card)
+
+    def test_a_class_of_one_image_loses_none(self):
+        labels = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1, 1, 2])
+
+        def padded(loader):
+            return correlation_filters(*joined(loader), num_classes=3)
+
+        card = validate(padded, [(nn.functional.one_hot(labels).float(), labels)], num_filters=1)
+        assert card.missing.isnan().tolist() == [False, False, True]
+
+    @pytest.mark.parametrize("labels", [[0, 1, 2], [0, 0, 0, 1], [3, 3, 0]])
+    def test_labels_too_few_to_move(self, labels):
+        y = torch.tensor(labels)
+        counts = ", ".join(map(str, y.bincount().tolist()))
+        with pytest.raises(ValueError, match=f"at least two each.* have {counts}"):
+            validate(correlation, [(torch.rand(len(y), 7), y)], num_filters=2)
+
     def test_a_method_over_a_model_left_as_found(self):
         net = nn.Sequential(
             nn.Conv2d(3, 7, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(7, 4)
