@@ -55,8 +55,9 @@ def mutual_information_matrix(
         num_classes (int, optional): C. By default the largest label plus one.
         num_neighbors (int): q.
                     Default: 3
-        balanced (bool): For each class, use its images and an equal number of others, drawn with
-                    ``seed``. The attainable bound is then ln 2 for every class.
+        balanced (bool): For each class, use as many of its images as of others: all on the smaller
+                    side, and as many of the other, drawn with ``seed``. The attainable bound is then
+                    ln 2 for every class that has images and others.
                     Default: False
         seed (int): Seed of the noise and of the draw.
                     Default: 0
@@ -142,7 +143,7 @@ def mutual_information_bound(
     The largest mutual information that any response can have with each class's indicator.
 
     This is the indicator's entropy :math:`H(1[y = c])`: 0.325 nats for ten classes of equal size,
-    0.0079 for a thousand, ln 2 for balanced draws.
+    0.0079 for a thousand, ln 2 for balanced draws; zero for a class without images, or without others.
 
     Args:
 
@@ -159,30 +160,35 @@ def mutual_information_bound(
     """
     classes, number = checked_labels(labels, labels.numel(), num_classes)
     counts = torch.bincount(classes, minlength=number).to(torch.float64)
-    share = torch.full_like(counts, 0.5) if balanced else counts / counts.sum()
+    share = counts / counts.sum()
+    if balanced:
+        share = torch.where((share > 0) & (share < 1), 0.5, share)
     other = 1 - share
     return -(torch.xlogy(share, share) + torch.xlogy(other, other))
 
 
 def _jittered(column: Floats, noise: np.random.Generator) -> Floats:
-    """Scaled to unit variance, ties decided by noise of relative size 1e-10."""
-    deviation = column.std()
-    scaled = column / deviation if deviation > 0 else column
-    size = 1e-10 * max(1.0, float(np.abs(scaled).mean()))
-    jittered: Floats = scaled + size * noise.standard_normal(len(scaled))
+    """Scaled to unit variance, ties decided by noise of relative size 1e-10: relative to the spread,
+    where scikit-learn, which does not center, takes a mean that is larger."""
+    centered = column - column.mean()
+    deviation = centered.std()
+    scaled = centered / deviation if deviation > 0 else centered
+    jittered: Floats = scaled + 1e-10 * noise.standard_normal(len(scaled))
     return jittered
 
 
 def _balanced_draws(
     classes: Integers, number: int, noise: np.random.Generator
 ) -> dict[int, Integers]:
-    """For each class its images and as many others."""
+    """For each class as many of its images as of others: all of the fewer."""
     draws = {}
     for class_ in range(number):
         members = np.flatnonzero(classes == class_)
         others = np.flatnonzero(classes != class_)
         if len(members) and len(others):
             size = min(len(members), len(others))
+            if len(members) > size:
+                members = np.sort(noise.choice(members, size=size, replace=False))
             drawn = noise.choice(others, size=size, replace=False)
             draws[class_] = np.concatenate([members, np.sort(drawn)])
     return draws

@@ -10,6 +10,7 @@ from sklearn.feature_selection import mutual_info_classif
 from captum_classfilters.metrics import mutual_information as module
 from captum_classfilters.metrics import (
     mutual_information_bound,
+    mutual_information_filters,
     mutual_information_matrix,
     mutual_information_score,
 )
@@ -119,6 +120,43 @@ def test_balanced_uses_as_many_others_as_members():
     balanced = mutual_information_matrix(telling[:, None], labels, balanced=True)[:, 0]
     assert plain[3] == pytest.approx(float(mutual_information_bound(labels)[3]), abs=0.02)
     assert balanced[3] == pytest.approx(np.log(2), abs=0.02)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 0.97])
+def test_balanced_draws_have_as_many_on_both_sides(share):
+    labels = (torch.arange(1000) < 1000 * share).long()
+    telling = (labels + 0.01 * torch.rand(1000, dtype=torch.float64))[:, None]
+    matrix = mutual_information_matrix(telling, labels, balanced=True)
+    again = mutual_information_matrix(telling, labels, balanced=True)
+    assert torch.equal(matrix, again)
+    assert matrix[:, 0].tolist() == pytest.approx([np.log(2)] * 2, abs=0.03)
+    bound = mutual_information_bound(labels, balanced=True)
+    assert bound.tolist() == pytest.approx([np.log(2)] * 2)
+    table = mutual_information_filters(telling, labels, balanced=True)
+    assert torch.equal(table.scores, matrix)
+
+
+@pytest.mark.parametrize("balanced", [False, True])
+@pytest.mark.parametrize("labels", [[0, 2] * 50, [1] * 40])
+def test_the_bound_of_a_class_without_images_or_others_is_zero(labels, balanced):
+    y = torch.tensor(labels)
+    bound = mutual_information_bound(y, num_classes=4, balanced=balanced)
+    expected = [np.log(2) if 0 < labels.count(c) < len(labels) else 0 for c in range(4)]
+    assert bound.tolist() == pytest.approx(expected)
+    features = torch.rand(len(y), 2, dtype=torch.float64)
+    matrix = mutual_information_matrix(features, y, num_classes=4, balanced=balanced)
+    assert not matrix[torch.tensor(expected) == 0].any()
+
+
+@pytest.mark.parametrize("offset", [1e4, -1e6])
+def test_an_offset_decides_nothing(offset):
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(120) % 3
+    features = 0.01 * torch.randn(120, 5, dtype=torch.float64, generator=generator)
+    features[labels == 1, 2] += 0.02
+    expected = mutual_information_matrix(features, labels)
+    found = mutual_information_matrix(features + offset, labels)
+    assert torch.allclose(found, expected, rtol=0, atol=1e-6)
 
 
 def test_threads_and_seed_decide_nothing_else():
