@@ -103,7 +103,7 @@ class Recovery:
     Args:
 
         precision (float): Share of the selected cells that were planted; NaN if none is selected.
-        recall (float): Share of the planted cells that are selected.
+        recall (float): Share of the planted cells that are selected; NaN if none was planted.
         num_selected (int): Number of selected cells.
     """
 
@@ -203,7 +203,8 @@ def recovery(
         class_filters (ClassFilters): The table.
         truth (Tensor or array): Shape (C, K), bool.
         as_many (bool): Select as many filters for each class as were planted, instead of taking
-                    the table's selection; precision and recall are then equal.
+                    the table's selection; precision and recall are then equal, unless the table
+                    has fewer filters to select: a score of zero is no evidence.
                     Default: False
 
     Returns:
@@ -223,10 +224,10 @@ def recovery(
             best = class_filters.select(num_filters=number).selected[row] if number else False
             selected[row] = best
     found = int((selected & truth).sum())
-    number = int(selected.sum())
+    number, planted = int(selected.sum()), int(truth.sum())
     return Recovery(
         precision=found / number if number else float("nan"),
-        recall=found / int(truth.sum()),
+        recall=found / planted if planted else float("nan"),
         num_selected=number,
     )
 

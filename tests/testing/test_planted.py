@@ -1,5 +1,7 @@
 """The planted networks are what they say, and methods are measured against them."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -113,6 +115,18 @@ def test_recovery_by_hand():
     assert nothing.recall == 0.0
     with pytest.raises(ValueError, match="truth has shape"):
         recovery(table, truth[:, :2])
+
+
+def test_recovery_where_nothing_was_planted_or_scores():
+    truth = torch.tensor([[True, True, False, False], [False, True, True, False]])
+    scores = torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.0, 1.0, 1.0, 0.0]])
+    table = ClassFilters(scores, torch.ones(2))
+    found = recovery(table, truth, as_many=True)  # a zero is not selected
+    assert (found.precision, found.recall, found.num_selected) == (1.0, 0.75, 3)
+    for as_many, number in ((True, 0), (False, 2)):
+        none = recovery(table.select(num_filters=1), torch.zeros(2, 4).bool(), as_many=as_many)
+        assert math.isnan(none.recall)
+        assert none.num_selected == number
 
 
 def test_selectivity_table_has_the_index_for_its_largest_values():
