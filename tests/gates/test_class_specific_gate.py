@@ -3,7 +3,7 @@
 import copy
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -24,6 +24,7 @@ from captum_classfilters.gates import (
     gate_similarity,
     masking_test,
 )
+from captum_classfilters.gates.class_specific_gate import Regularizer
 from tests.models import (
     QUIET,
     batches,
@@ -120,6 +121,18 @@ def test_regularizer_family():
     assert signed.density == pytest.approx(3.25 / 6)
     with pytest.raises(ValueError, match="kind='l3'"):
         gate.regularizer("l3")
+
+
+@pytest.mark.parametrize("kind", get_args(Regularizer))
+@pytest.mark.parametrize("initial", [0.0, 0.5])
+def test_regularizers_have_gradients_everywhere(kind, initial):
+    gate = ClassSpecificGate(2, 5, initial=initial)
+    gate.regularizer(kind).backward()
+    assert gate.weight.grad is not None
+    assert gate.weight.grad.isfinite().all()
+    if kind == "l12":  # the column's sum, 1, by the norm of five of them
+        expected = torch.full((2, 5), 0.0 if initial == 0 else 5**-0.5)
+        assert torch.allclose(gate.weight.grad, expected)
 
 
 class TestHook:
