@@ -192,8 +192,9 @@ class LayerFilterShapley(FilterRemovalAttribution):
         Raises:
             ValueError: The layer handles several tensors, has no channel dimension or does not run
                         exactly once; ``layer_baselines`` do not fit its tensor; ``max_evaluations`` is
-                        below four times the number of filters; ``"resample"`` is asked of a single
-                        image; the score is NaN without some filters.
+                        below four times the number of filters, or for up to three filters below the
+                        2, 4 or 8 sets that there are; ``"resample"`` is asked of a single image; the
+                        score is NaN without some filters.
             AssertionError: The target does not pick one output of each image.
         """
         widths: list[Tensor] = []
@@ -266,7 +267,7 @@ class LayerFilterShapley(FilterRemovalAttribution):
         if most < 2 * filters:
             raise ValueError(
                 f"max_evaluations={self.max_evaluations} are too few for {filters} filters; give at "
-                f"least {4 * filters}."
+                f"least {min(4 * filters, 2**filters)}."
             )
         bar = tqdm(total=2 * most, desc=f"{self.get_name()} attribution", disable=not show_progress)
         number = most if self.tolerance is None else min(most, 4 * filters)

@@ -225,6 +225,22 @@ def test_nan_without_filters_is_named_and_nan_with_all_of_them_is_handed_on(numb
     )
 
 
+@pytest.mark.parametrize(("filters", "least"), [(1, 2), (2, 4), (3, 8), (4, 16), (5, 20)])
+def test_fewest_evaluations(filters, least):
+    """All sets of three filters are eight, fewer than four times three."""
+    model = Game(two_outputs(lambda f: f.prod(1)))
+    x = torch.full((2, filters, 1, 1), 2.0)
+    enough, few = (
+        LayerFilterShapley(
+            model, model.layer, channel_dim=1, max_evaluations=number, tolerance=None
+        )
+        for number in (least, least - 1)
+    )
+    assert enough.attribute(x, target=1).shape == x.shape
+    with pytest.raises(ValueError, match=f"too few for {filters} filters; give at least {least}"):
+        few.attribute(x, target=1)
+
+
 def test_bad_input():
     model, x = crowd(rows=2)
     with pytest.raises(ValueError, match=r"tolerance=0\.0: expected a positive share"):
