@@ -11,6 +11,7 @@ from torch import nn
 
 from captum_classfilters import (
     ClassFilterSaliency,
+    ClassSpecificGate,
     LayerClassGate,
     LayerFilterAblation,
     LayerFilterContribution,
@@ -20,8 +21,8 @@ from captum_classfilters import (
 )
 from captum_classfilters._core.arguments import whole_number
 from captum_classfilters.attr import filter_gradient_maps
-from captum_classfilters.gates import masking_test
-from captum_classfilters.heads import accuracy_curve, top_mass
+from captum_classfilters.gates import GatedTrainer, masking_test
+from captum_classfilters.heads import accuracy_curve, fine_tune, top_mass
 from captum_classfilters.identify import (
     LabelPermutation,
     accuracy_reduction,
@@ -34,10 +35,11 @@ from captum_classfilters.metrics import (
     correlation_filters,
     filter_curves,
     filter_scores_of,
+    remove_and_retrain,
     selectivity_regularizer,
     validate,
 )
-from captum_classfilters.pruning import ClassFilterImportance, specialize
+from captum_classfilters.pruning import ClassFilterImportance, LayerwiseFineTuning, specialize
 from captum_classfilters.spectral import layer_svd, profile_images, select_rank
 from captum_classfilters.testing import trained_network
 from captum_classfilters.visualize.arrays import chosen
@@ -358,3 +360,48 @@ def test_squares_that_half_precision_does_not_hold():
     x = torch.rand(3, 1, 4, 5).half()
     maps = filter_gradient_maps(nn.Sequential(layer), "0", x, torch.tensor([1, 0]))
     assert torch.allclose(maps, torch.ones_like(maps), atol=1e-3)
+
+
+def pairs(dtype: torch.dtype, number: int = 2) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(9) % 3
+    return [(torch.randn(9, 2, 6, 6, generator=generator).to(dtype), labels)] * number
+
+
+def trained_with_gates(dtype: torch.dtype, number: int) -> None:
+    model = pool_linear().to(dtype)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    gate = ClassSpecificGate(3, 6).attach(model, "1")
+    GatedTrainer(model, gate, optimizer).fit(pairs(dtype, number), epochs=4, **QUIET)
+
+
+TRAINERS = {
+    "fine_tune": lambda dtype, n: fine_tune(
+        pool_linear().to(dtype), pairs(dtype, n), pairs(dtype), epochs=1, **QUIET
+    ),
+    "remove_and_retrain": lambda dtype, n: remove_and_retrain(
+        pool_linear().to(dtype), "1", torch.arange(6.0), pairs(dtype, n), pairs(dtype),
+        num_filters=[1], epochs=2, repetitions=1, **QUIET,
+    ),
+    "gates": trained_with_gates,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("number", [1, 3])
+@pytest.mark.parametrize("name", TRAINERS)
+def test_no_learning_rate_trains_float16(name, number):
+    with pytest.raises(
+        ValueError, match=r"is NaN or Inf\. Parameters in float16 .*model\.float\(\)"
+    ):
+        TRAINERS[name](torch.float16, number)
+    for dtype in (torch.bfloat16, torch.float32):  # as the error says
+        TRAINERS[name](dtype, number)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_layers_that_are_fine_tuned_in_float16(dtype):
+    rounds = LayerwiseFineTuning(pairs(dtype), num_steps=9, learning_rates=6e4)
+    with pytest.raises(ValueError, match="loss is NaN or Inf") as error:
+        rounds(pool_linear().to(dtype))
+    assert ("model.float()" in str(error.value)) == (dtype == torch.float16)
+    assert ("Lower the learning rate" in str(error.value)) == (dtype == torch.float32)

@@ -2,7 +2,7 @@
 
 import copy
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Literal
 
@@ -20,6 +20,7 @@ from captum_classfilters._core.layers import (
     layer_name,
 )
 from captum_classfilters._core.taps import LayerTap, tapping
+from captum_classfilters._core.training import half_precision_advice
 
 Projection = Literal["rescale", "euclidean"]
 Regularizer = Literal["hinge", "l1", "column_limit", "l12", "column_maximum"]
@@ -344,11 +345,11 @@ class ClassSpecificGate(nn.Module):
         return copied
 
 
-def gates_not_finite() -> ValueError:
-    """The error for gates that hold NaN or Inf."""
+def gates_not_finite(parameters: Iterable[Tensor] = ()) -> ValueError:
+    """The error for gates that hold NaN or Inf, beside the parameters of a model that is trained."""
     return ValueError(
         "The gates hold NaN or Inf: an input or the loss was not finite, or the gate's learning rate "
-        "is too high."
+        f"is too high.{half_precision_advice(parameters)}"
     )
 
 

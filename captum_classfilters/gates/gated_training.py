@@ -32,7 +32,7 @@ from captum_classfilters._core.outputs import as_rows, class_scores, log_probabi
 from captum_classfilters._core.score_reader import OutputKind
 from captum_classfilters._core.tables import described, model_name, short_repr
 from captum_classfilters._core.tensor_files import Schema, read_tensors, write_tensors
-from captum_classfilters._core.trainable import compute_gradients
+from captum_classfilters._core.training import compute_gradients, not_finite_in_training
 from captum_classfilters._core.types import Check, Dataloader, Keywords, ModelInputs, Unpack
 from captum_classfilters.gates.class_specific_gate import ClassSpecificGate, gates_not_finite
 
@@ -382,7 +382,14 @@ class GatedTrainer:
                 gated = self.schedule.is_gated(epoch, batch.number)
                 loss, right = self._step(batch, labels, gated, batches.check)
                 if gated:
-                    batches.check(self.gate.weight.detach().isfinite().all(), gates_not_finite)
+                    batches.check(
+                        self.gate.weight.detach().isfinite().all(),
+                        partial(gates_not_finite, self.model.parameters()),
+                    )
+                batches.check(
+                    loss.detach().isfinite(),
+                    partial(not_finite_in_training, self.model.parameters()),
+                )
                 losses.append(loss)
                 correct.append(right)
                 gated_batches += gated

@@ -5,6 +5,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -18,7 +19,11 @@ from captum_classfilters._core.devices import device_of, on_device
 from captum_classfilters._core.guard import check_ordinary, flags_restored
 from captum_classfilters._core.score_reader import ScoreReader
 from captum_classfilters._core.tables import short_repr
-from captum_classfilters._core.trainable import check_trainable, no_gradient_of_loss
+from captum_classfilters._core.training import (
+    check_trainable,
+    no_gradient_of_loss,
+    not_finite_in_training,
+)
 from captum_classfilters._core.types import Dataloader, Unpack
 from captum_classfilters.heads.linear_head import find_head, first_inputs
 from captum_classfilters.metrics.evaluate_classifier import evaluate_classifier
@@ -201,7 +206,7 @@ def _one_epoch(
         predicted = reader.log_probabilities(batch, model(*batch.inputs))
         labels = batches.class_labels(batch, predicted.shape[1])
         loss = criterion(predicted, labels, _taught(teacher, batch))
-        batches.check(loss.detach().isfinite(), _not_finite)
+        batches.check(loss.detach().isfinite(), partial(not_finite_in_training, trained))
         if loss.requires_grad:
             loss.backward()
         if sums is None and all(parameter.grad is None for parameter in trained):
@@ -214,6 +219,8 @@ def _one_epoch(
         sums = own if sums is None else sums + own
     if sums is None:
         raise ValueError("The training loader is empty: there is no image to train on.")
+    if not all(bool(parameter.isfinite().all()) for parameter in trained):  # since the last step
+        raise not_finite_in_training(trained, "model after an epoch")
     total, right_answers = sums.tolist()
     return total / batches.num_images, right_answers / batches.num_images
 
@@ -255,10 +262,6 @@ def _best_state_kept(model: nn.Module) -> Iterator[Callable[[], None]]:
             yield keep_state
         finally:
             model.load_state_dict(best[0])
-
-
-def _not_finite() -> ValueError:
-    return ValueError("The training loss is NaN or Inf; lower the learning rate.")
 
 
 def _trained_parameters(model: nn.Module, head: nn.Module | None) -> list[nn.Parameter]:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +27,7 @@ from captum_classfilters._core.ranking import descending, random_orders
 from captum_classfilters._core.score_reader import gives_probabilities
 from captum_classfilters._core.tables import Table, Tabular, short_repr
 from captum_classfilters._core.taps import LayerTap, tapping
-from captum_classfilters._core.trainable import compute_gradients
+from captum_classfilters._core.training import compute_gradients, not_finite_in_training
 from captum_classfilters._core.types import Dataloader, Unpack
 from captum_classfilters.class_filters import ClassFilters
 from captum_classfilters.metrics.evaluate_classifier import evaluate_classifier
@@ -278,7 +279,9 @@ class _Trial:
                 scores = as_rows(class_scores(twin(*batch.inputs)))
                 logs = log_probabilities(scores, self.probabilities)
                 loss = F.nll_loss(logs, batches.class_labels(batch, logs.shape[1]))
-                batches.check(loss.detach().isfinite(), _not_finite)
+                batches.check(
+                    loss.detach().isfinite(), partial(not_finite_in_training, twin.parameters())
+                )
                 compute_gradients(loss, optimizer, twin)
                 optimizer.step()
 
@@ -299,7 +302,3 @@ class _Trial:
             return tensor.masked_fill(along_filters(mask, tensor, axis), 0)
 
         return tapping([LayerTap(twin, layer, self.channel_dim, react=remove)])
-
-
-def _not_finite() -> ValueError:
-    return ValueError("The training loss is NaN or Inf; lower the learning rate.")

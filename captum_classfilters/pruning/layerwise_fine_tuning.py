@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from captum_classfilters._core.outputs import (
 )
 from captum_classfilters._core.score_reader import OutputKind
 from captum_classfilters._core.tables import short_repr
-from captum_classfilters._core.trainable import compute_gradients
+from captum_classfilters._core.training import compute_gradients, not_finite_in_training
 from captum_classfilters._core.types import Dataloader, JsonDict, Unpack
 
 
@@ -128,7 +129,9 @@ class LayerwiseFineTuning:
         ) as batches:
             for batch in batches:
                 losses.append(_step(kind, model, optimizer, batches, batch))
-                batches.check(losses[-1].isfinite(), _not_finite)
+                batches.check(
+                    losses[-1].isfinite(), partial(not_finite_in_training, model.parameters())
+                )
                 if len(losses) == self.num_steps:
                     break
         if len(losses) == before:
@@ -178,7 +181,3 @@ def _step(
     compute_gradients(loss, optimizer, model)
     optimizer.step()
     return loss.detach()
-
-
-def _not_finite() -> ValueError:
-    return ValueError("The loss of fine-tuning is NaN or Inf; lower the learning rates.")

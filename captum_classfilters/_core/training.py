@@ -1,4 +1,4 @@
-"""Whether there is anything to train, and whether a loss leads to it."""
+"""Whether there is anything to train, whether a loss leads to it, and what to say where that ends in NaN."""
 
 from collections.abc import Iterable
 
@@ -55,6 +55,22 @@ def no_gradient_of_loss(model: nn.Module) -> ValueError:
         "No gradient of the loss leads to any of the parameters that are to be trained: what follows "
         "them runs under torch.no_grad(), detaches its tensors or is quantized, or does not use them; "
         f"{CHECKPOINTED}.{_quantized(model)}"
+    )
+
+
+def not_finite_in_training(parameters: Iterable[Tensor], what: str = "training loss") -> ValueError:
+    """The error for a loss, or what was learned, that is NaN or infinite."""
+    advice = half_precision_advice(parameters) or " Lower the learning rate."
+    return ValueError(f"The {what} is NaN or Inf.{advice}")
+
+
+def half_precision_advice(parameters: Iterable[Tensor]) -> str:
+    """How to train what is in float16, as a sentence; nothing if there is none."""
+    if all(parameter.dtype != torch.float16 for parameter in parameters):
+        return ""
+    return (
+        " Parameters in float16 are too coarse to train, at any learning rate (Adam's eps of 1e-8 is "
+        "zero there): train model.float() or model.bfloat16() on images of that type."
     )
 
 
