@@ -394,9 +394,13 @@ def cholesky(moments: Tensor, ridge: float) -> tuple[Tensor, float]:
         whole = moments.clone()
         whole.diagonal().add_(ridge * 10**power)
         factor, failed = torch.linalg.cholesky_ex(whole)
-        if not failed:
+        if not failed and bool(factor.isfinite().all()):  # of infinite moments, some succeed
             return factor, ridge * 10**power
-    raise ValueError("What the model's layers make of the images is too large, or not a number.")
+    raise ValueError(
+        "What the model's layers make of the images, or how its scores depend on it, is too large, or "
+        "not a number: sums of squares are beyond single precision. Normalize the images, or scale "
+        "the head's weight and bias down."
+    )
 
 
 def root_of(fisher: Tensor) -> Tensor:

@@ -533,3 +533,15 @@ def test_a_head_that_ends_in_a_loss_of_its_own_is_fitted():
     with torch.no_grad():
         loss = F.cross_entropy(result.model(x), y)
     assert loss < 0.69
+
+
+@pytest.mark.parametrize("low_rank", [False, True])
+@pytest.mark.parametrize("scale", [1e20, 1e30])  # whose squares single precision does not hold
+def test_a_head_too_large_for_single_precision(scale, low_rank):
+    model = balanced(doubled())
+    data = labeled(model)
+    layer_at(model, "7", nn.Linear).weight.data.mul_(scale)
+    with pytest.raises(
+        ValueError, match=r"beyond single precision\. Normalize the images, or scale"
+    ):
+        build_specialist(model, [1, 3], data, budget=0.6, low_rank=low_rank, **QUIET)

@@ -14,6 +14,7 @@ from captum_classfilters.pruning.least_squares import (
     _patches,
     _positions,
     can_be_fitted,
+    cholesky,
     matrix_of,
     positions_for,
     put_matrix,
@@ -134,9 +135,20 @@ def test_rounding_that_leaves_no_positive_matrix_gets_a_larger_ridge():
     ridge = 0.1
     expected = seen.cross @ torch.linalg.inv(seen.moments + ridge * torch.eye(2).double())
     assert torch.allclose(found, expected)
-    seen.moments = torch.full((2, 2), float("nan")).double()
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("where", ["diagonal", "one", "off"])
+def test_moments_that_are_not_finite(number, where):
+    moments = torch.eye(3).double()
+    if where == "diagonal":
+        moments.diagonal().fill_(number)
+    elif where == "one":
+        moments[1, 1] = number
+    else:
+        moments[0, 2] = moments[2, 0] = number
     with pytest.raises(ValueError, match="too large, or not a number"):
-        Fit(seen, torch.zeros(2, 2).double())
+        cholesky(moments, 1e-8)
 
 
 @pytest.mark.parametrize(
