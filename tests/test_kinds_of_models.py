@@ -489,7 +489,7 @@ def gated(unit: str) -> Callable[[nn.Module], object]:
         optimizer = torch.optim.SGD([*model.parameters(), *gate.parameters()], lr=0.1)
         schedule = GateSchedule(unit=unit, period=2)  # type: ignore[arg-type]
         GatedTrainer(model, gate, optimizer, schedule=schedule).fit(batches(7), epochs=2, **QUIET)
-        return gate.weight.detach(), model.head.weight.detach()  # type: ignore[union-attr]
+        return gate.weight.detach(), model.get_parameter("head.weight").detach()
 
     return call
 

@@ -95,13 +95,18 @@ def test_a_replaced_layer_has_what_a_model_reads(kind):
         assert torch.allclose(compiled(x), expected, atol=1e-5)
 
 
+def convolution(model: nn.Module, name: str) -> nn.Conv2d:
+    """The layer, or what stands for it."""
+    return model.get_submodule(name)  # type: ignore[return-value]
+
+
 @pytest.mark.parametrize("layers", ["stem", "conv"])
 def test_weight_and_bias_are_those_of_the_row(layers):
     """As where a model multiplies with them, without calling the layer."""
     model = Looking().eval()
-    x = torch.randn(3, model.get_submodule(layers).in_channels, 6, 5)
+    x = torch.randn(3, convolution(model, layers).in_channels, 6, 5)
     for changed in (forgotten(model, layers=layers), factor_layer(model, layers, rank=3)):
-        row = changed.get_submodule(layers)
+        row = convolution(changed, layers)
         expected = F.conv2d(x, row.weight, row.bias, row.stride)
         assert torch.allclose(row(x), expected, atol=1e-5)
 
@@ -110,14 +115,14 @@ def test_the_parts_are_counted_and_not_the_row():
     factored = factor_layer(Looking(), "conv", rank=2)
     expected = {"stem": 8, "conv.directions": 2, "conv.combination": 7, "fc": 4}
     assert num_outputs(factored) == expected
-    before = factored.get_submodule("conv").weight
-    assert not torch.equal(reinitialize(factored).get_submodule("conv").weight, before)
+    before = convolution(factored, "conv").weight
+    assert not torch.equal(convolution(reinitialize(factored), "conv").weight, before)
 
 
 def test_a_decomposed_convolution_has_its_settings():
     head = nn.Conv2d(5, 3, 1)
     model = nn.Sequential(nn.Conv2d(2, 5, 1), head)
     table = ClassFilters(torch.ones(3, 5), torch.ones(3, dtype=torch.int64), layer="0")
-    found = decompose(model, table.select(num_filters=2), head="1")[1]
+    found = decompose(model, table.select(num_filters=2), head="1").get_submodule("1")
     for name in ("kernel_size", "stride", "padding", "dilation", "groups", "out_channels"):
         assert getattr(found, name) == getattr(head, name)

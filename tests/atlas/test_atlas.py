@@ -341,9 +341,11 @@ def test_pictures_explain_the_classes_of_one_output(kind, monkeypatch, tmp_path)
     )
     given, target = images()[:5], torch.tensor([0, 1, 1, 0, 1])
 
-    monkeypatch.setattr(
-        pictures, "plot_explanations", lambda _, maps, **__: (drawn.append(maps), 0)
-    )
+    def keep(_images, maps, **_options):
+        drawn.append(maps)
+        return None, 0
+
+    monkeypatch.setattr(pictures, "plot_explanations", keep)
     monkeypatch.setattr(pictures, "write_figure", lambda *_, **__: None)
     shown = pictures.ShownImages(list(given / 10 + 0.5))
     pictures.write_explained(tmp_path.joinpath, model, table, shown, range(5), target.tolist())

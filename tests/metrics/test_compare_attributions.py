@@ -465,10 +465,10 @@ def test_captums_methods_explain_the_classes_of_one_output(kind, target):
         *zip(found.filters.values(), expected.filters.values(), strict=True),
     ]
     assert sum(len(own.seconds) for own, _ in pairs) == 13
-    for own, theirs in pairs:
-        for name in own.seconds:
+    for mine, theirs in pairs:
+        for name in mine.seconds:
             for metric in ("infidelity", "max_sensitivity"):
-                torch.testing.assert_close(own.values[name][metric], theirs.values[name][metric])
+                torch.testing.assert_close(mine.values[name][metric], theirs.values[name][metric])
 
 
 def test_one_target_and_one_image():

@@ -440,12 +440,19 @@ def test_magnitude_control_follows_loaded_weights(kind, training):
     saved.eval()(images())
     norms = saved[0].weight.detach().flatten(1).norm(dim=1).double()
     torch.testing.assert_close(magnitude_control(loaded, loaded[1], 6, None), norms)
-    table, options = (
-        table_of(pool_linear(), "1"),
-        {"measure": "probability", "show_progress": False},
+    table = table_of(pool_linear(), "1")
+    expected, found = (
+        class_curves(
+            model,
+            "1",
+            table,
+            batches(),
+            measure="probability",
+            weight_magnitude=given,
+            show_progress=False,
+        )
+        for model, given in ((saved, norms), (loaded, None))
     )
-    expected = class_curves(saved, "1", table, batches(), weight_magnitude=norms, **options)
-    found = class_curves(loaded, "1", table, batches(), **options)
     assert torch.equal(*(curves.necessity["weight magnitude"] for curves in (expected, found)))
 
 
@@ -986,7 +993,7 @@ def test_captums_methods_explain_the_classes_of_one_output(kind, target):
     two = TwoScores(model)
 
     def conductance(net):
-        return LayerConductance(net, net.net[1] if isinstance(net, TwoScores) else net[1])
+        return LayerConductance(net, net.get_submodule("net.1" if net is two else "1"))
 
     for space in ("images", "gates"):
         found, expected = (
@@ -995,11 +1002,11 @@ def test_captums_methods_explain_the_classes_of_one_output(kind, target):
         )
         torch.testing.assert_close(found.by_filter, expected.by_filter)
     for method in (conductance, IntegratedGradients):
-        found, expected = (
+        one, other = (
             cascading_randomization(net, method, x, target=target).rank_correlation
             for net in (model, two)
         )
-        torch.testing.assert_close(found, expected, equal_nan=True)
+        torch.testing.assert_close(one, other, equal_nan=True)
 
 
 def test_without_a_target_the_one_output_itself_is_explained():

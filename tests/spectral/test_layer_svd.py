@@ -222,7 +222,7 @@ class TestModels:
         assert list(svds) == list(model_svd(net)) == ["0.0", "2"]
         assert [layer.name for layer in model_spectra(wrapped)] == ["0.0", "2"]
         inside = next(name for name, module in wrapped.named_modules() if module is net[2])
-        assert list(model_svd(wrapped, [inside, net[0][0]])) == ["2", "0.0"]
+        assert list(model_svd(wrapped, [inside, net.get_submodule("0.0")])) == ["2", "0.0"]
         expected = LayerSingularDirection(net, "2").attribute(x, target=1)
         found = LayerSingularDirection(wrapped, "2", svds=svds).attribute(x, target=1)
         assert torch.allclose(found, expected, atol=1e-5)

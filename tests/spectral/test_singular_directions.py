@@ -365,7 +365,7 @@ class TestFactoredLayer:
     @pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel, ClassScores])
     def test_layers_inside_of_wrapped_models(self, wrap):
         model, x = nn.Sequential(in_place()).eval(), images()
-        for layer in ("0.2", model[0][2]):
+        for layer in ("0.2", model.get_submodule("0.2")):
             factored = factor_layer(wrap(model), layer)
             assert isinstance(find_layer(factored, "0.2"), FactoredLayer)
             assert torch.allclose(factored(x), model(x), atol=1e-5)
