@@ -16,6 +16,7 @@ Integers = NDArray[np.int64]
 
 # So many balls are counted at once that what they take stays in a processor's cache.
 _BLOCK = 8192
+_FAR = 1e3  # from zero, in standard deviations: a filter's responses are within a few
 
 
 @arguments_checked
@@ -168,12 +169,14 @@ def mutual_information_bound(
 
 
 def _jittered(column: Floats, noise: np.random.Generator) -> Floats:
-    """Scaled to unit variance, ties decided by noise of relative size 1e-10: relative to the spread,
-    where scikit-learn, which does not center, takes a mean that is larger."""
-    centered = column - column.mean()
-    deviation = centered.std()
-    scaled = centered / deviation if deviation > 0 else centered
-    jittered: Floats = scaled + 1e-10 * noise.standard_normal(len(scaled))
+    """Scaled to unit variance, ties decided by noise of relative size 1e-10, as scikit-learn does it;
+    responses far from zero are centered first, where such noise would drown the spread."""
+    deviation = column.std()
+    scaled = column / deviation if deviation > 0 else column
+    if deviation > 0 and float(np.abs(scaled).mean()) > _FAR:
+        scaled = (column - column.mean()) / deviation
+    size = 1e-10 * max(1.0, float(np.abs(scaled).mean()))
+    jittered: Floats = scaled + size * noise.standard_normal(len(scaled))
     return jittered
 
 
