@@ -614,6 +614,8 @@ def gate_trainer(model: nn.Module, **options: Any) -> GatedTrainer:
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_training_that_no_gradient_leads_to_is_refused(trainer, kind):
     message = r"No gradient of the loss leads to any .*quantized.*use_reentrant=False"
+    if trainer == "retrained" and kind is quantized_head:  # whose weights are renewed before
+        message = r"'net\.head'.* is quantized: .* Use the floating-point model"
     with pytest.raises(ValueError, match=message):
         TRAINERS[trainer](kind())
 

@@ -291,7 +291,7 @@ def _chosen(
     chosen, named = {}, named_layers(model)
     for layer in layers:
         name = layer if isinstance(layer, str) else layer_name(model, layer)
-        if name not in named:  # with names of wrappers, if it is one
+        if name not in named and name not in sources:  # with names of wrappers, if it is one
             name = layer_name(model, find_layer(model, name))
         if name not in sources:
             weight_matrix(find_layer(model, name), name)  # says what is wrong with it
