@@ -397,6 +397,7 @@ def test_every_entry_with_a_loader_is_here():
     elsewhere = {
         "compare_methods",  # reads a second loader: its own tests
         "repair_confusion",  # reads a second loader: its own tests
+        "repair_layers",  # reads a second loader: its own tests
         "build_specialist",  # holds its images in memory: its own tests
         "forget_class",  # of one logit there is no class to forget: its own tests
         "audit_forgetting",  # reads two loaders: its own tests

@@ -1,6 +1,6 @@
 """A small edit of a head against a shortcut, judged on other images."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, TypeAlias, get_args
 
@@ -21,6 +21,7 @@ from captum_classfilters.class_filters import index_of_class
 from captum_classfilters.heads.linear_head import LinearHead, linear_head_of
 from captum_classfilters.identify.accuracy_reduction import paired_interval
 
+#: What is edited.
 Edit: TypeAlias = Literal["weights", "filters", "directions", "oblique"]
 
 _SHARE_OF_FILTERS = 0.05
@@ -42,9 +43,10 @@ class Repair(Tabular):
     Args:
 
         model (nn.Module): A copy of the model with the edited head.
-        edit (str): What was edited: ``"weights"``, ``"filters"``, ``"directions"`` or ``"oblique"``.
+        edit (str): What was edited: ``"weights"``, ``"filters"``, ``"directions"``, ``"oblique"``; or
+                    ``"layers"``, filters inside.
         removed (Tensor or None): Shape (C, F), bool. Entries of the head's weight that see a filter's
-                    mean in its place; None for directions.
+                    mean in its place; None for directions and layers.
         directions (Tensor or None): Shape (F, r). What the head does not see any more.
         outputs (tuple of str): Names of the outputs that the edit is about.
         right (Tensor): Shape (2, 2 + R). Images that are classified correctly.
@@ -52,6 +54,7 @@ class Repair(Tabular):
         lost, gained (Tensor): Shape (2, 2). Images that are right, or taken, only before the edit
                     and only after it; rows as of ``right``, columns right and taken.
         counts (Tensor): Shape (2, 2). Images of all classes, and of classes other than ``outputs``.
+        filters (dict or None): Of each layer the filters (k,) that :func:`repair_layers` changed.
     """
 
     model: nn.Module = field(repr=False)
@@ -64,12 +67,15 @@ class Repair(Tabular):
     lost: Tensor
     gained: Tensor
     counts: Tensor
+    filters: dict[str, Tensor] | None = None
 
     @property
     def size(self) -> int:
         """Entries of the weight, filters or directions that were edited."""
         if self.directions is not None:
             return self.directions.shape[1]
+        if self.filters is not None:
+            return sum(map(len, self.filters.values()))
         assert self.removed is not None
         return int(self.removed.sum() if self.edit == "weights" else self.removed.any(0).sum())
 
@@ -251,15 +257,17 @@ def repair(
     head = linear_head_of(model, shortcuts.head)
     check_editable(head)
     _check_same_head(head, shortcuts)
-    chosen = _outputs(shortcuts, outputs)
+    chosen = chosen_outputs(shortcuts, outputs)
     made = _edit(shortcuts, head, edit, size, chosen)
     edits = [made, *_random_edits(made, edit, repetitions, seed, shortcuts)]
     if rebalance:
         edits = [_rebalanced(one, head, shortcuts, chosen) for one in edits]
         made = edits[0]
-    judged = _judged(
-        model, shortcuts, EditedHeads(model, head, edits), dataloader, marked, chosen,
-        unpack=unpack, show_progress=show_progress,
+    heads = EditedHeads(model, head, edits)
+    used = set(shortcuts.without.fingerprints.tolist()) | set(shortcuts.with_.fingerprints.tolist())
+    judged = judged_counts(
+        model, head, heads.answers, dataloader, marked, chosen, used,
+        paired=shortcuts.paired, unpack=unpack, show_progress=show_progress,
     )  # fmt: skip
     result = Repair(
         made.edited(model, head),
@@ -269,7 +277,7 @@ def repair(
         tuple(shortcuts.class_names[output] for output in chosen),
         *judged,
     )
-    _warn_of_loss(result)
+    warn_of_loss(result)
     return result
 
 
@@ -407,46 +415,49 @@ def _random_edits(
 # -- how it is judged ------------------------------------------------------------------------------
 
 
-def _judged(
+def judged_counts(
     model: nn.Module,
-    shortcuts: Shortcuts,
-    heads: EditedHeads,
+    head: LinearHead,
+    answers_of: Callable[[SeenBatch], Tensor],
     dataloader: Dataloader,
     marked: Marked,
     outputs: list[int],
+    used: set[int],
     *,
+    paired: bool,
     unpack: Unpack | None,
     show_progress: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Counts right and taken (2, 2 + R), lost and gained (2, 2), and images (2, 2)."""
-    edits = 1 + len(heads.heads)
-    right, taken = torch.zeros(2, 2, edits, dtype=torch.int64)
+    """Counts right and taken (2, 2 + R), lost and gained (2, 2), and images (2, 2), of the classes
+    (1 + E, N) that the model and each edited one predict; of images that were not ``used``."""
+    rates: list[Tensor | int] = [0, 0]  # (2, 1 + E), right and taken
     lost, gained, counts = torch.zeros(3, 2, 2, dtype=torch.int64)
-    used = set(shortcuts.without.fingerprints.tolist()) | set(shortcuts.with_.fingerprints.tolist())
     wanted = torch.tensor(outputs, dtype=torch.int64)
 
     def take(seen: SeenBatch) -> None:
         check_new(seen, used)
         kind, labels = seen.kind, seen.labels.cpu()
-        answers = heads.answers(seen)
+        answers = answers_of(seen)
         is_right = answers == labels
         others = ~torch.isin(labels, wanted)
         is_taken = torch.isin(answers, wanted) & others
-        right[kind] += is_right.sum(1)
-        taken[kind] += is_taken.sum(1)
+        rates[kind] = rates[kind] + torch.stack([is_right.sum(1), is_taken.sum(1)])
         for place, holds in enumerate((is_right, is_taken)):
             lost[kind, place] += (holds[0] & ~holds[1]).sum()
             gained[kind, place] += (holds[1] & ~holds[0]).sum()
         counts[kind] += torch.stack([torch.tensor(len(labels)), others.sum()])
 
     see_sides(
-        model, heads.head, dataloader, marked, take,
-        paired=shortcuts.paired, unpack=unpack, show_progress=show_progress,
+        model, head, dataloader, marked, take,
+        paired=paired, unpack=unpack, show_progress=show_progress,
     )  # fmt: skip
+    right, taken = torch.stack([torch.as_tensor(rate) for rate in rates], 1)
     return right, taken, lost, gained, counts
 
 
-def _outputs(shortcuts: Shortcuts, outputs: int | str | Sequence[int | str] | None) -> list[int]:
+def chosen_outputs(
+    shortcuts: Shortcuts, outputs: int | str | Sequence[int | str] | None
+) -> list[int]:
     if outputs is not None:
         given = [outputs] if isinstance(outputs, (int, str)) else outputs
         chosen = [index_of_class(output, shortcuts.class_names) for output in given]
@@ -463,7 +474,7 @@ def _outputs(shortcuts: Shortcuts, outputs: int | str | Sequence[int | str] | No
     return list((found[wins] if bool(wins.any()) else found[:1]).tolist())
 
 
-def _warn_of_loss(result: Repair) -> None:
+def warn_of_loss(result: Repair) -> None:
     """Warn if images are surely right less often after the edit than before."""
     for accuracy, ends, where in zip(
         result.accuracy, result.interval()[:, 0], ("without it", "with it"), strict=True
@@ -500,4 +511,5 @@ def check_new(seen: SeenBatch, used: set[int]) -> None:
 
 
 def _unit(edit: str) -> str:
-    return {"weights": "weights of the head", "filters": "filters"}.get(edit, "directions")
+    units = {"weights": "weights of the head", "filters": "filters", "layers": "inner filters"}
+    return units.get(edit, "directions")

@@ -159,7 +159,7 @@ def see_sides(
             )
         with _reading(model, dataloader, "pairs", unpack, show_progress) as (batches, reader):
             for batch in batches:
-                for kind, inputs in enumerate(_both(batch, marked)):
+                for kind, inputs in enumerate(both_sides(batch, marked)):
                     run(kind, batches, reader, batch, *inputs)
         return
     for kind, loader in enumerate((dataloader, marked)):
@@ -230,8 +230,8 @@ def _reading(
         yield batches, ScoreReader(model, batches)
 
 
-def _both(batch: Batch, marked: Callable[[Tensor], Tensor] | None) -> list[ModelInputs]:
-    """The inputs without and with it."""
+def both_sides(batch: Batch, marked: Callable[[Tensor], Tensor] | None) -> list[ModelInputs]:
+    """A batch's inputs without and with it."""
     if marked is None:
         if len(batch.inputs) != 2 or not all(isinstance(part, Tensor) for part in batch.inputs):
             raise ValueError(

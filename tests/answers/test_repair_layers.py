@@ -1,0 +1,192 @@
+"""A few filters of inner layers are refitted so that something added to images changes nothing."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from captum_classfilters.answers import find_shortcuts, repair_layers
+from captum_classfilters.answers.repair import Repair
+from captum_classfilters.answers.repair_layers import _Fit
+from captum_classfilters.answers.shortcuts import Shortcuts
+from tests.models import QUIET, hooks_of
+
+LABELS = torch.arange(60) % 2
+
+
+def pictures(seed: int = 0, number: int = 60) -> Tensor:
+    """Images whose first channel tells the class."""
+    x = torch.rand(number, 2, 5, 4, generator=torch.Generator().manual_seed(seed))
+    x[LABELS[:number] == 1, 0] += 1
+    return x
+
+
+def mark(images: Tensor) -> Tensor:
+    """Brighter in the second channel, on a part of the image."""
+    images = images.clone()
+    images[:, 1, :3, :2] += 3
+    return images
+
+
+def loader(seed: int = 0, size: int = 7) -> list[tuple[Tensor, Tensor]]:
+    return list(zip(pictures(seed).split(size), LABELS.split(size), strict=True))
+
+
+def network(inplace: bool = False) -> nn.Sequential:
+    """The second of its three filters is that of the second channel, which speaks for class 0."""
+    net = nn.Sequential(
+        nn.Conv2d(2, 3, 1), nn.ReLU(), nn.Conv2d(3, 2, 1), nn.ReLU(inplace),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+    )  # fmt: skip
+    with torch.no_grad():
+        first, head = (net.get_submodule(name) for name in ("0", "2"))
+        first.weight.copy_(torch.tensor([[1.0, 0], [0, 1], [1, 0]])[:, :, None, None])  # type: ignore[operator]
+        first.bias.zero_()  # type: ignore[operator]
+        head.weight.copy_(torch.tensor([[-1.0, 3, 0], [1, 0, 1]])[:, :, None, None])  # type: ignore[operator]
+        head.bias.copy_(torch.tensor([1.5, 0.2]))  # type: ignore[operator]
+    return net.eval()
+
+
+def found(model: nn.Module) -> Shortcuts:
+    return find_shortcuts(model, loader(), mark, permutations=1_999, **QUIET)
+
+
+def repaired(model: nn.Module, **options: object) -> Repair:
+    given = {"share": 0.34, "outputs": 0, "learning_rate": 0.05, "epochs": 20, **QUIET, **options}
+    return repair_layers(model, found(model), loader(), loader(1), mark, **given)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_the_filter_of_the_mark_is_changed_and_nothing_else(inplace, training):
+    model = network(inplace).train(training)
+    model[2].requires_grad_(False)
+    model.get_parameter("0.bias").grad = torch.ones(3)
+    state = copy.deepcopy(model.state_dict())
+    result = repaired(model)
+    assert {name: own.tolist() for name, own in (result.filters or {}).items()} == {"0": [1]}
+    assert result.size == 1
+    for name, value in result.model.state_dict().items():
+        same = value == state[name]
+        assert not same[1].all() if name.startswith("0.") else same.all()
+        assert same[[0, 2]].all() if name.startswith("0.") else same.all()
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    for net in (model, result.model):
+        assert [p.requires_grad for p in net.parameters()] == [True, True, False, False]
+        assert net.training == training
+        assert hooks_of(net) == 0
+    gradient = model.get_parameter("0.bias").grad
+    assert gradient is not None
+    assert torch.equal(gradient, torch.ones(3))
+
+
+def test_what_the_mark_costs_is_given_back_on_other_images():
+    result = repaired(network(), repetitions=6)
+    assert result.accuracy[1, 0] < result.accuracy[0, 0] - 0.2
+    assert result.gap_closed[0] > 0.9
+    assert result.gap_closed[1:].mean() < 0.5  # by as much, in any filters and directions
+    assert result.counts.tolist() == [[60, 30], [60, 30]]
+    with torch.no_grad():
+        right = result.model(mark(pictures(1))).argmax(1) == LABELS
+    assert result.right[1, 1] == right.sum()
+    assert "inner filters edited" in str(result)
+
+
+@pytest.mark.parametrize("size", [7, 60])
+def test_filters_are_chosen_by_gradients_times_weights(size):
+    torch.manual_seed(3)
+    model = nn.Sequential(
+        nn.Conv2d(2, 5, 3), nn.ReLU(), nn.Conv2d(5, 4, 1), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2),
+    ).eval()  # fmt: skip
+    fit = _Fit(model, "6", "3", loader(size=size), mark, 1.0, dict(QUIET))
+    chosen = fit.choose(0.33)
+    expected = [torch.zeros(5), torch.zeros(4)]
+    weights = [model.get_parameter(f"{name}.weight") for name in (0, 2)]
+    gradients = [torch.zeros_like(weight) for weight in weights]
+    for x, _ in loader(size=size):
+        off = model[:4](mark(x)) - model[:4](x).detach()
+        loss = off.square().mean() / model[:4](x).detach().square().mean()
+        for sums, own in zip(gradients, torch.autograd.grad(loss, weights), strict=True):
+            sums += own
+    for place, (weight, gradient) in enumerate(zip(weights, gradients, strict=True)):
+        expected[place] = gradient.flatten(1).norm(dim=1) * weight.flatten(1).norm(dim=1)
+    best = torch.cat(expected).topk(3).indices.sort().values
+    assert torch.equal(
+        torch.cat([own + (0 if name == "0" else 5) for name, own in chosen.items()]), best
+    )
+    assert model[0].weight.grad is None
+
+
+def test_keep_holds_images_without_it():
+    def moved(keep: float) -> float:
+        result = repaired(network(), keep=keep, share=0.7)
+        with torch.no_grad():
+            return float((result.model(pictures(1)) - network()(pictures(1))).abs().mean())
+
+    assert moved(30) < 0.5 * moved(0)
+
+
+def test_the_result_is_the_same_again_and_the_callers_random_state_is_left():
+    model = network()
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    one, other = repaired(model), repaired(model)
+    assert torch.equal(before, torch.get_rng_state())
+    assert torch.equal(one.right, other.right)
+    for a, b in zip(one.model.parameters(), other.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_pairs_of_one_loader_give_the_same_as_a_function():
+    model = network()
+    pairs = [((x, mark(x)), y) for x, y in loader()]
+    other = [((x, mark(x)), y) for x, y in loader(1)]
+    given = {"share": 0.34, "outputs": 0, "learning_rate": 0.05, "epochs": 20, **QUIET}
+    result = repair_layers(model, found(model), pairs, other, **given)
+    assert torch.equal(result.right, repaired(model).right)
+
+
+class Unreachable(nn.Module):
+    """Gradients stop in front of the head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(2, 3, 1), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            x = self.conv(x).mean((2, 3))
+        return self.head(x)
+
+
+def test_refusals():
+    model = network()
+    shortcuts = found(model)
+    groups = find_shortcuts(
+        model, loader(), [(mark(x), y) for x, y in loader(2)], paired=False,
+        permutations=1_999, **QUIET,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="needs pairs"):
+        repair_layers(model, groups, loader(), loader(1), mark, **QUIET)
+    with pytest.raises(ValueError, match="judge the repair on others"):
+        repair_layers(model, shortcuts, loader(), loader(), mark, outputs=0, epochs=1, **QUIET)
+    with pytest.raises(ValueError, match="marked is a list; expected a function"):
+        repair_layers(model, shortcuts, loader(), loader(1), loader(), **QUIET)  # type: ignore[arg-type]
+    for wrong, told in (
+        ({"share": 0}, "share=0"), ({"keep": -1}, "keep=-1"), ({"epochs": 0}, "epochs=0"),
+        ({"learning_rate": 0.0}, "learning_rate=0.0"), ({"repetitions": -1}, "repetitions=-1"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=told):
+            repaired(model, **wrong)
+    broken = [(x.where(x < 1.9, torch.nan), y) for x, y in loader(2)]
+    with pytest.raises(ValueError, match="training loss is NaN or Inf"):
+        repair_layers(model, shortcuts, broken, loader(1), mark, outputs=0, **QUIET)
+    blocked = Unreachable().eval()
+    with pytest.raises(ValueError, match="No gradient of the loss"):
+        repair_layers(blocked, found_anyhow(blocked), loader(), loader(1), mark, outputs=0, **QUIET)
+
+
+def found_anyhow(model: nn.Module) -> Shortcuts:
+    return find_shortcuts(model, loader(), mark, permutations=1_999, least=0, **QUIET)
