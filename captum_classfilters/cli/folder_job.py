@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset, default_collate
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 1
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 _BROKEN_TOLD = 5
-
+_TIFF_BITS = 258  # the tag that says how many bits a value has
 
 _MANY = 2**31 - 1
 #: The least and the most that the number of an option may be: what memory and processes can hold.
@@ -330,18 +331,42 @@ def _image(path: str) -> "Image":
     """An image in three colors.
 
     Raises:
-        ValueError: The file is damaged, or no image.
+        ValueError: The file is damaged, no image, or one whose white is not known.
     """
     from PIL import Image
 
     try:
         with open_regular(path) as file:
-            return Image.open(file).convert("RGB")
-    except (OSError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+            return _in_colors(Image.open(file))
+    except (OSError, SyntaxError, EOFError, ValueError, Image.DecompressionBombError) as error:
         reason = str(error).partition(" <")[0]  # without the file's name inside this process
         raise ValueError(
             f"{path} is no image that can be read: {reason}; --skip-broken goes on without such files."
         ) from error
+
+
+def _in_colors(image: "Image") -> "Image":
+    """An image as one of 8 bits in three colors. Pillow cuts values of more bits off at 255, so that all
+    but the darkest of 16 bits would be white; here they are scaled."""
+    from PIL import Image
+
+    # Of integers of 32 bits, PNG and PGM hold 16; how white is what a TIFF holds, it does not say.
+    integers = image.mode == "I" and image.format in ("PNG", "PPM")
+    if image.mode in ("I", "F") and not integers:
+        values = "floats" if image.mode == "F" else "integers of 32 bits"
+        raise ValueError(
+            f"its values are {values}, of which white is not known, so convert it to 8 bits"
+        )
+    if not (integers or image.mode.startswith("I;16")):
+        return image.convert("RGB")
+    tags = getattr(image, "tag_v2", {})
+    bits = tags.get(_TIFF_BITS, (16,))[0]  # a TIFF may hold 12
+    gray, white = np.asarray(image), 2**bits - 1
+    if not 0 <= gray.min() <= gray.max() <= white:
+        raise ValueError(
+            f"its values are {gray.min()} to {gray.max()}, not 0 to {white}, so convert it to 8 bits"
+        )
+    return Image.fromarray(np.round(gray * (255 / white)).astype(np.uint8)).convert("RGB")
 
 
 def _rows(state: dict[str, Tensor], name: str) -> int:

@@ -3,9 +3,13 @@
 import errno
 import os
 import shutil
+import struct
 
+import numpy as np
 import pytest
+from PIL import Image
 
+from captum_classfilters.cli.folder_job import _image
 from captum_classfilters.cli.main import main
 from tests.cli.test_commands import arguments, checkpoint, folder
 
@@ -93,3 +97,69 @@ def test_names_that_are_no_text_are_spelled_out(own_folder, checkpoint, tmp_path
     output = tmp_path / "out"
     assert main(arguments(own_folder, checkpoint, output)) == 0
     assert "d\\udcf6g,0," in (output / "contribution.csv").read_text("utf-8")
+
+
+SHADES = np.array([[0, 1, 17, 100], [128, 200, 254, 255]])
+
+
+def as_pgm(path, image):
+    height, width = image.shape
+    path.write_bytes(b"P5 %d %d 65535\n" % (width, height) + image.astype(">u2").tobytes())
+
+
+def as_tiff_of_12_bits(path, image):
+    """Two values in three bytes, as Pillow reads and does not write them."""
+    height, width = image.shape
+    first, second = image[:, ::2], image[:, 1::2]
+    packed = np.stack([first >> 4, (first & 15) << 4 | second >> 8, second & 255], -1)
+    data = packed.astype(np.uint8).tobytes()
+    tags = [(256, width), (257, height), (258, 12), (259, 1), (262, 1), (273, 8)]
+    tags += [(277, 1), (278, height), (279, len(data))]
+    start = 8 + len(data)
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    header = struct.pack("<2sHI", b"II", 42, start)
+    path.write_bytes(header + data + struct.pack("<H", len(tags)) + entries + bytes(4))
+
+
+def saved(path, image, kind):
+    Image.fromarray(image.astype(kind)).save(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "write", "factor"),
+    [
+        ("8.png", lambda path, image: saved(path, image, np.uint8), 1),
+        ("16.png", lambda path, image: saved(path, image, np.uint16), 257),
+        ("16.tif", lambda path, image: saved(path, image, np.uint16), 257),
+        ("big-endian.tif", lambda path, image: saved(path, image, ">u2"), 257),
+        ("16.pgm", as_pgm, 257),
+        ("12.tif", as_tiff_of_12_bits, 4095 / 255),
+    ],
+)
+def test_gray_of_more_bits_is_the_gray_of_8_bits(tmp_path, name, write, factor):
+    write(tmp_path / name, np.round(SHADES * factor).astype(np.int64))
+    read = np.asarray(_image(str(tmp_path / name)))
+    assert (read == SHADES[..., None]).all()
+    assert read.shape == (2, 4, 3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        (np.float32, "are floats, of which white is not known"),
+        (np.int32, "are integers of 32 bits"),
+    ],
+)
+def test_gray_whose_white_is_not_known_is_refused(
+    own_folder, checkpoint, tmp_path, capsys, kind, told
+):
+    image = own_folder / "dog" / "1.tif"
+    saved(image, SHADES, kind)
+    assert main(arguments(own_folder, checkpoint, tmp_path / "out")) == 2
+    assert f"{image} is no image that can be read: its values {told}" in capsys.readouterr().err
+    command = [*arguments(own_folder, checkpoint, tmp_path / "out"), "--skip-broken"]
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    assert f"skipped: {image}" in printed
+    assert "convert it to 8 bits" in printed
+    assert "1 of 10 files are broken and skipped" in printed
