@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import inspect
 import pkgutil
+import re
 from collections.abc import Callable, Iterator
 from decimal import Decimal
 from fractions import Fraction
@@ -22,10 +23,17 @@ from captum_classfilters._core.names import kind_of
 from captum_classfilters._core.tables import Tabular
 from captum_classfilters.gates import GateSchedule
 from captum_classfilters.heads import diversity, psi
-from captum_classfilters.pruning import LayerwiseFineTuning
-from captum_classfilters.spectral import fit_marchenko_pastur, fit_power_law, select_rank
+from captum_classfilters.identify import exemplars
+from captum_classfilters.metrics.removals import curve_points, one_or_several
+from captum_classfilters.pruning import LayerwiseFineTuning, selectivity_test
+from captum_classfilters.spectral import (
+    fit_marchenko_pastur,
+    fit_power_law,
+    profile_images,
+    select_rank,
+)
 from captum_classfilters.testing import recovery
-from captum_classfilters.visualize import RandomTransform
+from captum_classfilters.visualize import RandomTransform, plot_exemplars, plot_filter_grid
 
 
 def public_objects() -> Iterator[tuple[str, Any]]:
@@ -284,6 +292,51 @@ def test_the_advice_works_by_position_too():
     assert psi(torch.as_tensor(features), torch.as_tensor(labels)) is not None
     with pytest.raises(TypeError, match="missing 1 required positional argument: 'labels'"):
         psi(torch.as_tensor(features))  # type: ignore[call-arg]
+
+
+NO_INDICES = {
+    "floats": ([0.0, 1.7], "torch.float32 of shape (2,)"),
+    "a float array": (np.array([1.0]), "torch.float64 of shape (1,)"),
+    "another mask": ([True, False], "torch.bool of shape (2,)"),
+    "a table": (torch.zeros(3, 3, dtype=torch.bool), "torch.bool of shape (3, 3)"),
+    "names": (["a", "b"], "['a', 'b']"),
+}
+
+
+@pytest.mark.parametrize("kind", NO_INDICES)
+def test_what_is_no_list_of_indices_is_named(kind):
+    """As integers, a mask would be the indices 0 and 1, and floats be cut off."""
+    given, found = NO_INDICES[kind]
+    data = [(torch.rand(3, 2, 6, 5), torch.arange(3))]
+    model = torch.nn.Sequential(torch.nn.Conv2d(2, 3, 3))
+    profiles = profile_images(model, "0", data, show_progress=False)
+    seen = exemplars(model, "0", data, show_progress=False)["0"]
+    dataset, weights, half = data[0][0], torch.rand(3, 2, 3, 3), torch.arange(3) < 2
+    for name, call in (
+        ("images", lambda: profiles.of(given)),
+        ("units", lambda: plot_exemplars(seen, dataset, given)),
+        ("order", lambda: plot_filter_grid(weights, given)),
+        ("order", lambda: selectivity_test(given, half, 1)),
+    ):
+        with pytest.raises(ValueError, match=re.escape(f"{name}: {found}; expected whole numbers")):
+            call()
+
+
+def test_units_are_drawn_by_a_mask():
+    data = [(torch.rand(3, 2, 6, 5), torch.arange(3))]
+    seen = exemplars(torch.nn.Sequential(torch.nn.Conv2d(2, 4, 3)), "0", data, show_progress=False)[
+        "0"
+    ]
+    mask = torch.tensor([False, False, True, True])
+    _, grid = plot_exemplars(seen, data[0][0], mask)
+    assert [axes.get_ylabel() for axes in grid[:, 0]] == ["filter 2", "filter 3"]
+
+
+@pytest.mark.parametrize("given", [[1.7], [True, False], ["1"]])
+def test_numbers_of_filters_are_whole(given):
+    for points in (one_or_several, lambda given: curve_points(given, 4)):
+        with pytest.raises(ValueError, match=re.escape(f"num_filters={given}; expected whole")):
+            points(given)
 
 
 @pytest.mark.parametrize("given", [np.asarray, Tensor.tolist])

@@ -9,13 +9,15 @@ from numbers import Number
 from types import NoneType, UnionType
 from typing import ParamSpec, TypeVar, get_args
 
+import torch
 from torch import Tensor, nn
 
 from captum_classfilters._core.linear_maps import holds_weight
-from captum_classfilters._core.names import kind_of, shortened
+from captum_classfilters._core.names import check_list, kind_of, shortened
 
 P = ParamSpec("P")
 R = TypeVar("R")
+_WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _PACKAGE = __name__.partition(".")[0]
 
 
@@ -82,6 +84,33 @@ def real_number(value: object) -> float | None:
         return float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError, RuntimeError):
         return None
+
+
+def indices_of(name: str, given: object, number: int | None = None) -> list[int]:
+    """Indices that are given as such, or, where they are some of ``number`` in no order of their own, as
+    a mask. As indices a mask would be 0 and 1, and floats be cut off.
+
+    Examples::
+
+        >>> from captum_classfilters._core.arguments import indices_of
+        >>> indices_of("images", [4, 0]), indices_of("images", [True, False, True], 3)
+        ([4, 0], [0, 2])
+    """
+    check_list(name, given)
+    try:
+        values = torch.as_tensor(given if hasattr(given, "shape") else list(given))  # type: ignore[call-overload]
+    except (TypeError, ValueError, RuntimeError):
+        values, found = torch.tensor(torch.nan), shortened(given)
+    else:
+        found = f"{values.dtype} of shape {tuple(values.shape)}"
+    if values.dtype == torch.bool and number is not None and values.shape == (number,):
+        return values.nonzero()[:, 0].tolist()
+    if values.shape == (0,):
+        return []
+    if values.dim() != 1 or values.dtype not in _WHOLE:
+        mask = "" if number is None else f", or a bool mask of shape ({number},)"
+        raise ValueError(f"{name}: {found}; expected whole numbers of shape (n,), indices{mask}.")
+    return values.tolist()
 
 
 def check_confidence(confidence: float) -> None:

@@ -10,6 +10,7 @@ from captum_classfilters._core.batches import check_now
 from captum_classfilters._core.filter_weights import filter_weights
 from captum_classfilters._core.guard import model_left_as_found
 from captum_classfilters._core.layers import find_layer, layer_name, module_of
+from captum_classfilters._core.names import shortened
 from captum_classfilters._core.ranking import first_of
 from captum_classfilters._core.types import Check, ForwardFunc, Replay
 from captum_classfilters.class_filters import ClassFilters, is_of_input
@@ -187,7 +188,13 @@ def one_or_several(num_filters: Iterable[int] | int) -> list[int]:
         raise ValueError(
             f"num_filters={num_filters!r}; expected numbers of filters, [1, 2, 5] say."
         )
-    return list(num_filters)
+    given = list(num_filters)
+    numbers = [number for item in given if (number := whole_number(item)) is not None]
+    if len(numbers) != len(given):
+        raise ValueError(
+            f"num_filters={shortened(given)}; expected whole numbers of filters, [1, 2, 5] say."
+        )
+    return numbers
 
 
 def curve_points(num_filters: Sequence[int] | None, most: int, default: int = 16) -> list[int]:
@@ -197,7 +204,7 @@ def curve_points(num_filters: Sequence[int] | None, most: int, default: int = 16
         chosen = {round(step * most / steps) for step in range(steps + 1)}
     else:
         num_filters = one_or_several(num_filters)
-        chosen = {int(size) for size in num_filters}
+        chosen = set(num_filters)
         if not chosen or min(chosen) < 0 or max(chosen) > most:
             raise ValueError(
                 f"num_filters={list(num_filters)} must be numbers from 0 to {most}, the layer's."

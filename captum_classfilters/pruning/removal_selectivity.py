@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from captum_classfilters._core.arguments import arguments_checked
+from captum_classfilters._core.arguments import arguments_checked, indices_of
 from captum_classfilters._core.tables import short_repr
 
 if TYPE_CHECKING:
@@ -98,8 +98,7 @@ def selectivity_test(
         raise ValueError(
             f"selective is {kind.dtype} of shape {tuple(kind.shape)}; expected a mask."
         )
-    listed: Any = getattr(order, "order", order)
-    removed = [int(index) for index in listed]
+    removed = indices_of("order", getattr(order, "order", order))
     num_filters = len(kind)
     if len(set(removed)) != len(removed) or not set(removed) <= set(range(num_filters)):
         raise ValueError(f"The order must name each of the {num_filters} filters at most once.")

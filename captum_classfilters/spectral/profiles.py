@@ -11,7 +11,7 @@ import torch
 from scipy import sparse
 from torch import Tensor, nn
 
-from captum_classfilters._core.arguments import arguments_checked, whole_number
+from captum_classfilters._core.arguments import arguments_checked, indices_of, whole_number
 from captum_classfilters._core.names import kind_of
 from captum_classfilters._core.tables import short_repr
 from captum_classfilters._core.types import Dataloader, Directions, Unpack
@@ -137,24 +137,29 @@ class ImageProfiles(Sequence[Profile]):
         place = whole_number(index)
         if place is None:
             raise TypeError(f"ImageProfiles take the index of an image, not {kind_of(index)}.")
-        if not -len(self) <= place < len(self):
-            raise IndexError(f"There are {len(self)} images, not one with index {place}.")
-        return self.of([place % len(self)])
+        return self.of([place])
 
     def of(self, images: Sequence[int] | Tensor) -> Profile:
         """The sum of some images' profiles.
 
         Args:
 
-            images (sequence of int or Tensor): Their indices.
+            images (sequence of int or Tensor): Their indices, or a bool mask of shape (N,).
 
         Returns:
             *Profile*.
+
+        Raises:
+            ValueError: They are neither.
+            IndexError: There is no such image.
         """
-        rows = torch.as_tensor(images, dtype=torch.int64).numpy()
+        rows = indices_of("images", images, len(self))
+        for place in rows:
+            if not -len(self) <= place < len(self):
+                raise IndexError(f"There are {len(self)} images, not one with index {place}.")
         counts, totals = {}, {}
         for name, matrix in self.weights.items():
-            chosen = matrix[rows]
+            chosen = matrix[np.array(rows, dtype=np.int64)]
             totals[name] = sparse.csr_array(chosen.sum(0)[None])
             counts[name] = sparse.csr_array((chosen > 0).astype(np.int64).sum(0)[None])
         return Profile(self.kind, counts, totals, len(rows))

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from torch import Tensor
 
-from captum_classfilters._core.arguments import arguments_checked
-from captum_classfilters._core.names import check_list, kind_of, names_that_cover
+from captum_classfilters._core.arguments import arguments_checked, indices_of
+from captum_classfilters._core.names import kind_of, names_that_cover
 from captum_classfilters._core.types import ClassNames, DatasetLike, Keywords
 from captum_classfilters.identify.exemplars import Exemplars, slices_of
 from captum_classfilters.visualize.arrays import Channels, picture_of, pixels_of, show_picture
@@ -45,7 +45,7 @@ class _Place:
 def plot_exemplars(
     exemplars: Exemplars,
     dataset: DatasetLike,
-    units: Sequence[int],
+    units: Sequence[int] | Tensor,
     *,
     num_images: int = 5,
     sides: Literal["highest", "lowest", "both"] = "both",
@@ -71,7 +71,7 @@ def plot_exemplars(
         exemplars (Exemplars): One layer's, from :func:`captum_classfilters.identify.exemplars`.
         dataset (sequence): ``dataset[i]`` is image i of the loader's order, or a pair that starts
                     with it.
-        units (sequence of int): Which filters or directions.
+        units (sequence of int or Tensor): Which filters or directions, or a bool mask of all.
         num_images (int): Images for each side.
                     Default: 5
         sides (str): ``"highest"``, ``"lowest"`` or ``"both"``.
@@ -99,7 +99,7 @@ def plot_exemplars(
         ValueError: There is no such unit or side, patches are asked for without boxes, a class has
                     no name, or an image cannot be drawn.
     """
-    check_list("units", units)
+    units = indices_of("units", units, exemplars.num_units)
     _check_size(exemplars, dataset)
     num_places = _checked(exemplars, units, num_images, sides, patches)
     names = names_that_cover(class_names, _labels(exemplars))

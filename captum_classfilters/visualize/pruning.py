@@ -7,7 +7,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from captum_classfilters._core.arguments import arguments_checked
+from captum_classfilters._core.arguments import arguments_checked, indices_of
 from captum_classfilters.pruning import PruningOrder
 from captum_classfilters.pruning.class_interpretation import ClassEffect, FilterInterpretation
 from captum_classfilters.pruning.removal_curve import RemovalCurves
@@ -98,7 +98,7 @@ def plot_filter_grid(
         )
     check_channels(channels, values.shape[1])
     num_filters = len(values)
-    removed = [int(index) for index in (order.order if isinstance(order, PruningOrder) else order)]
+    removed = indices_of("order", order.order if isinstance(order, PruningOrder) else order)
     if len(set(removed)) != len(removed) or not set(removed) <= set(range(num_filters)):
         raise ValueError(f"The order must name each of the {num_filters} filters at most once.")
     marked = None if marked is None else tensor_of(marked, "The marks").cpu()

@@ -59,7 +59,7 @@ class TestCurve:
         for numbers, message in (
             ((7,), "out of range"),
             ((0,), "out of range"),
-            ((2.5,), "not a whole number"),
+            ((2.5,), "expected whole numbers"),
             ((), "num_filters is empty"),
         ):
             with pytest.raises(ValueError, match=message):

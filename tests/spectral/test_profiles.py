@@ -225,6 +225,18 @@ def test_class_profiles_are_sums():
     assert profiles[-1].counts["stage1"].sum() == profiles[23].counts["stage1"].sum()
 
 
+def test_images_are_taken_by_a_mask():
+    profiles = profile_images(deep(), "stage1", batches(), share=0.4, **QUIET)
+    expected = profiles.by_class()[1].totals["stage1"].toarray()
+    mask = profiles.labels == 1
+    for chosen in (mask, mask.numpy(), mask.tolist(), mask.nonzero()[:, 0]):
+        summed = profiles.of(chosen)
+        assert summed.num_images == int(mask.sum())
+        np.testing.assert_array_equal(summed.totals["stage1"].toarray(), expected)
+    assert profiles.of([]).num_images == 0
+    assert profiles.of(range(5)).num_images == 5
+
+
 def test_similarities_equal_scikit_learn():
     model, data = deep(), batches()
     profiles = profile_images(model, ["stage1", "stage2"], data, share=0.4, **QUIET)
@@ -293,6 +305,8 @@ def test_bad_input():
         similarity_matrix([])
     with pytest.raises(IndexError, match="24 images"):
         profiles[24]
+    with pytest.raises(IndexError, match="not one with index -25"):
+        profiles.of([0, -25])
     for key, kind in (("0", "a str"), (1.5, "a float"), (None, "a NoneType")):
         with pytest.raises(TypeError, match=f"the index of an image, not {kind}"):
             profiles[key]  # type: ignore[call-overload]
