@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import networkx
 
 GraphKind = Literal["channel", "direction"]
+_ROUNDING = 1e-12  # of a mean: what rounding leaves of the spread of equal numbers
 _ENTRIES_AT_ONCE = 2**22  # of contributions that are weighed together
 
 
@@ -152,7 +153,8 @@ def distance_matrix(
         directed (bool): Follow edges forwards only.
                     Default: False
         kernel (bool): Return :math:`1 - \exp(-d / 2 s)`, with s the standard deviation of the
-                    finite distances between different nodes, and 1 where there is no path.
+                    finite distances between different nodes (their mean, where all are equal), and 1
+                    where there is no path.
                     Default: False
 
     Returns:
@@ -174,13 +176,16 @@ def distance_matrix(
         return nodes, np.zeros((0, 0))
     lengths = networkx.to_scipy_sparse_array(graph, nodelist=nodes, weight="length", dtype=float)
     distances = np.asarray(sparse.csgraph.dijkstra(lengths, directed=directed))
+    if not directed:  # a path's two ways sum its lengths in opposite orders, which round apart
+        distances = np.minimum(distances, distances.T)
     if not kernel:
         return nodes, distances
     different = ~np.eye(len(nodes), dtype=bool)
     finite = distances[different & np.isfinite(distances)]
-    spread = float(finite.std()) if len(finite) else 0.0
-    # Equal distances have no spread; any scale then keeps their order.
-    spread = spread if spread > 0 else float(finite.mean()) if len(finite) else 1.0
+    spread, mean = (float(finite.std()), float(finite.mean())) if len(finite) else (0.0, 0.0)
+    # Equal distances have no spread but what rounding leaves; any scale then keeps their order.
+    if spread <= _ROUNDING * mean:
+        spread = mean or 1.0
     return nodes, 1 - np.exp(-distances / (2 * spread))
 
 
@@ -193,7 +198,8 @@ def persistence(
 
     Args:
 
-        distances (ndarray): Shape (n, n), symmetric, as :func:`distance_matrix` gives undirected.
+        distances (ndarray): Shape (n, n), symmetric up to rounding, as :func:`distance_matrix` gives
+                    undirected.
         max_dimension (int): Highest dimension.
                     Default: 1
 
@@ -210,13 +216,20 @@ def persistence(
         raise ValueError(
             f"distances is {kind_of(distances)}; take the second of what distance_matrix returns."
         ) from error
-    if values.ndim != 2 or not np.array_equal(values, values.T, equal_nan=False):
+    if values.ndim != 2 or values.shape != values.T.shape or not _is_symmetric(values):
         raise ValueError(
             f"distances have shape {values.shape} and must be a symmetric matrix; take those of "
             "distance_matrix with directed=False."
         )
     ripser = extra("ripser", "persistence").ripser
+    values = np.minimum(values, values.T)
     return list(ripser(values, distance_matrix=True, maxdim=max_dimension)["dgms"])
+
+
+def _is_symmetric(values: NDArray[np.float64]) -> bool:
+    """Whether a square matrix is symmetric, but for what single precision rounds off; NaN is not."""
+    largest = np.abs(values[np.isfinite(values)]).max(initial=0.0)
+    return bool(np.allclose(values, values.T, rtol=1e-6, atol=1e-9 * largest))
 
 
 class _Link:

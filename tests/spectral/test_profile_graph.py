@@ -147,9 +147,42 @@ def test_distances():
     spread = np.std([2, 3, 1, 4])
     np.testing.assert_allclose(kernel, 1 - np.exp(-np.array(expected) / (2 * spread)))
     assert distance_matrix(networkx.DiGraph())[1].shape == (0, 0)
-    single = networkx.DiGraph()
-    single.add_edge(0, 1, length=3.0)
-    assert distance_matrix(single, kernel=True)[1][0, 1] == pytest.approx(1 - np.exp(-0.5))
+
+
+@pytest.mark.parametrize(
+    ("pairs", "length"), [(1, 3.0), (5, 10 / 3), (6, 10 / 3), (7, 0.1), (2, 0.0)]
+)
+def test_the_kernel_of_equal_distances(pairs, length):
+    """Rounding may leave a spread that is none."""
+    graph = networkx.DiGraph()
+    for pair in range(pairs):
+        graph.add_edge(("a", pair), ("b", pair), length=length)
+    kernel = distance_matrix(graph, kernel=True)[1]
+    if length:
+        np.testing.assert_allclose(kernel[::2, 1::2].diagonal(), 1 - np.exp(-0.5))
+    assert (kernel.diagonal() == 0).all()
+    assert np.isfinite(kernel).all()
+
+
+def rounding_path():
+    """0.1 + 0.2 + 0.3 is not 0.3 + 0.2 + 0.1."""
+    graph = networkx.DiGraph()
+    for ends, length in (("ab", 0.1), ("bc", 0.2), ("cd", 0.3)):
+        graph.add_edge(*ends, length=length)
+    return graph
+
+
+@pytest.mark.parametrize("kernel", [False, True])
+def test_undirected_distances_are_symmetric(kernel):
+    distances = distance_matrix(rounding_path(), kernel=kernel)[1]
+    assert (distances == distances.T).all()
+    assert len(distances) == 4
+
+
+def test_persistence_of_paths_that_round():
+    pytest.importorskip("ripser")
+    components, _ = persistence(distance_matrix(rounding_path())[1])
+    np.testing.assert_allclose(components[:-1, 1], [0.1, 0.2, 0.3])
 
 
 def test_persistence():
@@ -166,7 +199,13 @@ def test_persistence():
     assert loops[0, 0] == pytest.approx(step, rel=1e-5)
     with pytest.raises(ValueError, match="directed=False"):
         persistence(distance_matrix(chain(), directed=True)[1])
-    wrong: list[Any] = [chain(), distance_matrix(chain())]
+    single = np.linalg.norm((points[:, None] - points[None]).astype(np.float32), axis=-1)
+    single[0, 5] *= 1 + 1e-7  # other ways of computing it round apart
+    np.testing.assert_allclose(persistence(single)[1], loops, rtol=1e-5)
+    uneven = np.array(distances)
+    uneven[0, 5] *= 1.001
+    missing = np.full((3, 3), np.nan)
+    wrong: list[Any] = [chain(), distance_matrix(chain()), uneven, missing, np.zeros((1, 3))]
     for distances in wrong:
         with pytest.raises(ValueError, match=r"distances (is|have).*distance_matrix"):
             persistence(distances)
