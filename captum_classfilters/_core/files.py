@@ -9,7 +9,7 @@ import stat
 import time
 from collections.abc import Iterable
 from contextlib import suppress
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, TextIO, TypeAlias
 
 try:
     import fcntl
@@ -158,6 +158,14 @@ def write_figure(path: AnyPath, figure: "Figure", dpi: int = 110) -> None:
     buffer = io.BytesIO()
     figure.savefig(buffer, format=os.path.splitext(path)[1].lstrip("."), dpi=dpi)
     write_atomically(path, buffer.getvalue())
+
+
+def end_nowhere(stream: TextIO) -> None:
+    """Let a stream of the process write nowhere: also what it still holds, which Python flushes at its
+    own end."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 def check_writable(path: AnyPath) -> None:

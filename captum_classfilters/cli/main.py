@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 from captum_classfilters._version import __version__
+from captum_classfilters.cli.streams import readers_may_leave
 
 if TYPE_CHECKING:
     from captum_classfilters.cli.folder_job import FolderJob
@@ -19,11 +20,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments (sequence of str, optional): By default those of the process.
 
     Returns:
-        *int*: 0, or 2 after an error that the message on standard error explains.
+        *int*: 0; 2 after an error that the message on standard error explains; 130 after Ctrl-C. Where
+        nobody reads what is printed any more, the command goes on, and writes its files.
     """
-    parsed = _parser().parse_args(arguments)
+    with readers_may_leave():
+        return _run(_parser().parse_args(arguments))
+
+
+def _run(parsed: argparse.Namespace) -> int:
     try:
         return int(parsed.run(parsed))
+    except KeyboardInterrupt:
+        if parsed.debug:
+            raise
+        print("captum-classfilters: interrupted", file=sys.stderr)
+        return 130  # as shells have it
     except (ValueError, OSError, ImportError) as error:
         if parsed.debug:
             raise

@@ -2,7 +2,9 @@
 
 import csv
 import json
+import os
 import shutil
+import sys
 
 import pytest
 import torch
@@ -177,7 +179,7 @@ def test_atlas(own, folder, tmp_path, capsys):
     assert "NAME=CHECKPOINT" in capsys.readouterr().err
 
 
-def interrupted(*_: object) -> None:
+def interrupted(*_: object, **__: object) -> None:
     raise KeyboardInterrupt
 
 
@@ -217,8 +219,7 @@ def test_overwrite_leaves_nothing_of_the_run_before(own, folder, tmp_path, comma
     assert run(command, f"{own}_not_there", folder, output, "--overwrite", *options) == 2
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ResultsFolder, "place", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            run(command, own, folder, output, "--overwrite", *options, *methods)
+        assert run(command, own, folder, output, "--overwrite", *options, *methods) == 130
     assert files() == before
     assert run(command, own, folder, output, "--overwrite", *(again or options), *methods) == 0
     new = set(json.loads(manifest.read_text())["files"])
@@ -361,6 +362,56 @@ def test_broken_images_are_skipped_on_request(own, folder, tmp_path, capsys):
         path.write_bytes(b"no image")
     assert run("identify", own, mine, tmp_path / "other", "--skip-broken") == 2
     assert "All 9 files" in capsys.readouterr().err
+
+
+@pytest.fixture
+def unread(monkeypatch):
+    """Standard output and error of a process that nobody reads any more."""
+    streams = []
+
+    def unread(name, buffering):
+        reader, writer = os.pipe()
+        os.close(reader)
+        streams.append(os.fdopen(writer, "w", buffering=buffering))
+        monkeypatch.setattr(sys, name, streams[-1])
+
+    yield unread
+    for stream in streams:
+        stream.close()  # as at the end of a process: flushes what it holds
+
+
+@pytest.mark.parametrize(
+    "command", ["identify", "explain", "compare", "decompose", "prune", "atlas"]
+)
+@pytest.mark.parametrize("buffering", [1, -1])  # of a line, as of -u, and of a block
+def test_readers_that_leave_cost_no_files(own, folder, tmp_path, unread, command, buffering):
+    output = tmp_path / "out"
+    given = ["--model", own, "--data", str(folder), "--layer", "1", "--output", str(output)]
+    for name in ("stdout", "stderr"):
+        unread(name, buffering)
+    assert main([command, *given, "--image-size", "32", "--limit", "6"]) == 0
+    assert (output / ("atlas.json" if command == "atlas" else "manifest.json")).exists()
+
+
+def test_readers_that_leave_before_an_error(tmp_path, unread):
+    unread("stderr", 1)
+    assert main(["layers", "--model", "resnet19"]) == 2
+
+
+@pytest.mark.parametrize("command", ["identify", "explain", "atlas", "demo", "layers"])
+def test_an_interrupt_is_one_line(own, folder, tmp_path, monkeypatch, capsys, command):
+    monkeypatch.setattr("captum_classfilters.cli.demo.load_digits", interrupted)
+    monkeypatch.setattr("captum_classfilters.cli.identify_folder.load_model", interrupted)
+    monkeypatch.setattr("captum_classfilters.cli.folder_job.load_model", interrupted)
+    if command == "layers":
+        code = main(["layers", "--model", "resnet18"])
+    elif command == "demo":
+        code = main(["demo", "--output", str(tmp_path / "out"), "--quiet"])
+    else:
+        code = run(command, own, folder, tmp_path / "out")
+    assert code == 130
+    assert capsys.readouterr().err == "captum-classfilters: interrupted\n"
+    assert not (tmp_path / "out" / "manifest.json").exists()
 
 
 def test_a_networks_own_weights_are_taken(own, folder, tmp_path):
