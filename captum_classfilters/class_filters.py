@@ -13,7 +13,7 @@ from torch import Tensor
 
 from captum_classfilters._core.arguments import arguments_checked, check_confidence, whole_number
 from captum_classfilters._core.equality import same
-from captum_classfilters._core.names import hint, kind_of, listed_names, shortened
+from captum_classfilters._core.names import counted, hint, kind_of, listed_names, shortened
 from captum_classfilters._core.ranking import descending, highest, rank_correlation, ranks
 from captum_classfilters._core.tables import (
     Row,
@@ -162,7 +162,7 @@ class ClassRow(Tabular):
         rows = [dict(zip(known, cells, strict=True)) for cells in zip(*known.values(), strict=True)]
         chosen = int(self.selected.sum())
         title = (
-            f"{self.name}: {self.count:,} images, {chosen:,} of {len(rows):,} filters selected, "
+            f"{self.name}: {counted(self.count, 'image')}, {chosen:,} of {len(rows):,} filters selected, "
             f"{self.method} at {self.layer}"
         )
         formats = {"p_value": ".2g", "q_value": ".2g", "score": ".4g", "standard_error": ".2g"}
@@ -595,9 +595,8 @@ class ClassFilters(Tabular):
         """Warn of some classes (C,), bool, if there are any: how many, and the first names."""
         names = [self.class_names[row] for row in classes.nonzero()[:, 0].tolist()]
         if names:
-            number = "1 class" if len(names) == 1 else f"{len(names)} classes"
             shown = ", ".join(names[:10]) + (" ..." if len(names) > 10 else "")
-            warn(message.format(number, shown))
+            warn(message.format(counted(len(names), "class"), shown))
 
     # -- joining ---------------------------------------------------------------------------------
 

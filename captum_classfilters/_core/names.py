@@ -49,6 +49,23 @@ def kind_of(value: object) -> str:
     return f"{'an' if name[0] in 'aeiouAEIO' else 'a'} {name}"
 
 
+def plural(number: int, one: str) -> str:
+    """The noun of one thing as it is of so many."""
+    return one if number == 1 else one + ("es" if one.endswith("s") else "s")
+
+
+def counted(number: int, one: str) -> str:
+    """So many of a thing, in words.
+
+    Examples::
+
+        >>> from captum_classfilters._core.names import counted
+        >>> counted(1, "output"), counted(1200, "class")
+        ('1 output', '1,200 classes')
+    """
+    return f"{number:,} {plural(number, one)}"
+
+
 def listed_names(
     class_names: ClassNames | None, num_classes: int | None = None
 ) -> list[str] | None:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.batches import dataset_names
+from captum_classfilters._core.names import counted
 from captum_classfilters._core.ranking import descending, random_sets
 from captum_classfilters._core.tables import Table, Tabular, short_repr
 from captum_classfilters._core.types import ClassNames, Dataloader, Unpack
@@ -100,7 +101,7 @@ class ConfusionRepair(Tabular):
         ]
         formats = dict.fromkeys(("before", "after", "bias instead", "random edits"), ".4f")
         formats |= dict.fromkeys(("change", "low", "high"), "+.4f")
-        title = f"{int(self.removed.sum()):,} weights of the head edited, judged on other images"
+        title = f"{counted(int(self.removed.sum()), 'weight')} of the head edited, judged on other images"
         if not bool(self.removed.any()):
             title = (
                 "The model is unchanged: of the edits that were tried, none turns more of the cell's images "

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.heads import alike
 from captum_classfilters._core.image_keys import image_keys
+from captum_classfilters._core.names import counted
 from captum_classfilters._core.ranking import descending, random_sets
 from captum_classfilters._core.tables import Row, Table, Tabular, short_repr
 from captum_classfilters._core.types import Dataloader, Unpack
@@ -116,7 +117,7 @@ class Repair(Tabular):
 
     def _tables(self) -> list[Table]:
         interval = self.interval()
-        told = self.outputs[0] if len(self.outputs) == 1 else f"{len(self.outputs)} outputs"
+        told = self.outputs[0] if len(self.outputs) == 1 else counted(len(self.outputs), "output")
         measures = ((self.accuracy, "accuracy"), (self.taken_rate, f"taken for {told}"))
         rows: list[Row] = []
         for place, (shares, name) in enumerate(measures):
@@ -137,7 +138,8 @@ class Repair(Tabular):
         formats |= dict.fromkeys(("change", "low", "high"), "+.4f")
         closed = float(self.gap_closed[0])
         title = (
-            f"{self.size:,} {_unit(self.edit)} edited, judged on {int(self.counts[0, 0]):,} other images "
+            f"{edited_units(self.edit, self.size)} edited, judged on "
+            f"{counted(int(self.counts[0, 0]), 'other image')} "
             f"without it and {int(self.counts[1, 0]):,} with it"
         )
         notes = [] if closed != closed else [f"{closed:.0%} of the accuracy that it costs is back"]
@@ -296,7 +298,7 @@ def _edit(
             "The images with it have the same features as those without it, so there is nothing to edit."
         )
     if size is not None and not 1 <= size <= most:
-        raise ValueError(f"size={size} is out of range; choose 1 to {most} {_unit(edit)}.")
+        raise ValueError(f"size={size} is out of range; choose 1 to {edited_units(edit, most)}.")
     means = shortcuts.without.features.double().mean(0)
     if directions is not None:
         default = min(most, max(1, num_filters // _FILTERS_PER_DIRECTION))
@@ -482,9 +484,9 @@ def warn_of_loss(result: Repair) -> None:
         (before, after), (low, high) = accuracy[:2].tolist(), ends.tolist()
         if high < 0:
             warn(
-                f"The edit of {result.size} {_unit(result.edit)} lowers the accuracy of images {where} from "
-                f"{before:.3f} to {after:.3f} (95 % interval of the change {low:+.3f} to {high:+.3f}); try "
-                "a smaller size or another edit."
+                f"The edit of {edited_units(result.edit, result.size)} lowers the accuracy of images {where} "
+                f"from {before:.3f} to {after:.3f} (95 % interval of the change {low:+.3f} to {high:+.3f}); "
+                "try a smaller size or another edit."
             )
 
 
@@ -510,6 +512,8 @@ def check_new(seen: SeenBatch, used: set[int]) -> None:
         )
 
 
-def _unit(edit: str) -> str:
-    units = {"weights": "weights of the head", "filters": "filters", "layers": "inner filters"}
-    return units.get(edit, "directions")
+def edited_units(edit: str, size: int) -> str:
+    """What an edit of this size edits, in words."""
+    if edit == "weights":
+        return f"{counted(size, 'weight')} of the head"
+    return counted(size, {"filters": "filter", "layers": "inner filter"}.get(edit, "direction"))

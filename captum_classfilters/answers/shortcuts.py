@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.batches import dataset_names
-from captum_classfilters._core.names import listed_names
+from captum_classfilters._core.names import counted, listed_names
 from captum_classfilters._core.provenance import provenance
 from captum_classfilters._core.ranking import descending
 from captum_classfilters._core.tables import Table, Tabular, short_repr
@@ -125,14 +125,14 @@ class Shortcuts(Tabular):
 
     def _tables(self) -> list[Table]:
         clean, marked = self.accuracy()
-        images = f"{len(self.without.labels):,}"
+        before, after = (len(side.labels) for side in (self.without, self.with_))
         kind = (
-            f"{images} pairs" if self.paired else f"{images} and {len(self.with_.labels):,} images"
+            counted(before, "pair") if self.paired else f"{before:,} and {counted(after, 'image')}"
         )
         title = (
-            f"{len(self.filters)} of {len(self.filter_q):,} filters of {self.head} carry it, into "
-            f"{len(self.outputs)} of {len(self.output_q):,} outputs; accuracy {clean:.4f} without it, "
-            f"{marked:.4f} with it, {kind}"
+            f"carried by {len(self.filters)} of {counted(len(self.filter_q), 'filter')} of {self.head}, "
+            f"into {len(self.outputs)} of {counted(len(self.output_q), 'output')}; accuracy "
+            f"{clean:.4f} without it, {marked:.4f} with it, {kind}"
         )
         rows = [
             {

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.batches import Batch, Batches, read_batches
+from captum_classfilters._core.names import counted
 from captum_classfilters._core.outputs import two_classes
 from captum_classfilters._core.ranking import random_orders, ranks
 from captum_classfilters._core.replay.recorded_batch import plain_mode
@@ -82,7 +83,7 @@ class AccuracyCurve(Tabular):
             }
             for place, number in enumerate(self.num_filters)
         ]
-        title = f"accuracy on {self.num_images} images, {self.full_accuracy:.3f} with every filter"
+        title = f"accuracy on {counted(self.num_images, 'image')}, {self.full_accuracy:.3f} with every filter"
         return [Table(rows, title=title)]
 
 

@@ -16,7 +16,7 @@ from captum_classfilters._core.distributed import Ranks, gather, ranks_together
 from captum_classfilters._core.files import AnyPath
 from captum_classfilters._core.labels import check_num_classes, labels_of_scores
 from captum_classfilters._core.layers import layer_name, module_of
-from captum_classfilters._core.names import listed_names
+from captum_classfilters._core.names import counted, listed_names
 from captum_classfilters._core.outputs import (
     two_classes,
 )
@@ -86,7 +86,7 @@ class AccuracyReduction(Tabular):
         ]
         title = (
             f"without a filter of {self.layer}: accuracy {self.accuracy:.4f} on "
-            f"{int(self.counts.sum()):,} images of {len(self.class_names):,} classes"
+            f"{counted(int(self.counts.sum()), 'image')} of {counted(len(self.class_names), 'class')}"
         )
         bars = ("accuracy reduction", "increase of the loss")
         formats = dict.fromkeys(("accuracy reduction", "low", "high", bars[1]), "+.4f")

@@ -10,6 +10,7 @@ from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.batches import Batch, Batches
 from captum_classfilters._core.devices import sums_device
 from captum_classfilters._core.layers import find_layers, no_gradient
+from captum_classfilters._core.names import counted
 from captum_classfilters._core.outputs import (
     as_rows,
     at_least_float32,
@@ -60,7 +61,7 @@ class ActivationScores(Tabular):
         rows = [
             dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)
         ]
-        title = f"activations of {self.layer} on {self.num_images:,} images"
+        title = f"activations of {self.layer} on {counted(self.num_images, 'image')}"
         return [Table(rows, dict.fromkeys(titles, ".4g"), title)]
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from captum_classfilters._core.arguments import arguments_checked, check_confidence
 from captum_classfilters._core.batches import Batch, dataset_names, of_few, read_batches
 from captum_classfilters._core.labels import labels_of_scores
-from captum_classfilters._core.names import listed_names
+from captum_classfilters._core.names import counted, listed_names
 from captum_classfilters._core.provenance import provenance
 from captum_classfilters._core.score_reader import ScoreReader
 from captum_classfilters._core.tables import Table, Tabular, import_pandas, short_repr
@@ -160,7 +160,7 @@ class FilterContrast(Tabular):
         ]
         title = (
             f"{self.favored} rather than {self.against}: margin {self.margin:.3g}, "
-            f"{self.num_images:,} images, {self.method} at {self.layer}"
+            f"{counted(self.num_images, 'image')}, {self.method} at {self.layer}"
         )
         return [Table(rows, dict.fromkeys(("evidence", "low", "high"), ".3g"), title)]
 
@@ -206,7 +206,9 @@ class ConfusionFilters(Tabular):
                 }
             )
         right, total = int(self.confusion.diagonal().sum()), int(self.confusion.sum())
-        return [Table(rows, title=f"{right:,} of {total:,} images right", bars=("images",))]
+        return [
+            Table(rows, title=f"{right:,} of {counted(total, 'image')} right", bars=("images",))
+        ]
 
     def cell(self, true: int | str, predicted: int | str) -> FilterContrast:
         """The filters behind one cell.

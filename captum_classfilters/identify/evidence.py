@@ -14,7 +14,7 @@ from captum_classfilters._core.batches import dataset_names
 from captum_classfilters._core.distributed import ranks_together
 from captum_classfilters._core.files import AnyPath
 from captum_classfilters._core.labels import check_num_classes
-from captum_classfilters._core.names import listed_names
+from captum_classfilters._core.names import counted, listed_names
 from captum_classfilters._core.progress import Progress
 from captum_classfilters._core.provenance import Provenance
 from captum_classfilters._core.tables import Table, Tabular, short_repr
@@ -113,7 +113,7 @@ class Evidence(Tabular):
             }
             for index, label in enumerate(self.labels)
         ]
-        title = f"{self.method} at {self.layer}: {len(rows):,} images"
+        title = f"{self.method} at {self.layer}: {counted(len(rows), 'image')}"
         return [Table(rows, {"evidence": ".4g"}, title)]
 
     @property

@@ -13,6 +13,7 @@ from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.batches import Batch, Batches
 from captum_classfilters._core.devices import on_device
 from captum_classfilters._core.files import AnyPath
+from captum_classfilters._core.names import counted
 from captum_classfilters._core.progress import Count, Progress, described_options
 from captum_classfilters._core.provenance import provenance
 from captum_classfilters._core.tables import Row, Table, Tabular, short_repr
@@ -98,7 +99,7 @@ class Exemplars(Tabular):
                     if side.label is not None:
                         row["label"] = side.label[unit, place]
                     rows += [row] if image >= 0 else []
-        return [Table(rows, {"score": ".4g"}, f"{self.layer}, {self.num_images:,} images")]
+        return [Table(rows, {"score": ".4g"}, f"{self.layer}, {counted(self.num_images, 'image')}")]
 
     @property
     def num_units(self) -> int:

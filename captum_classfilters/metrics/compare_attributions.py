@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from captum_classfilters._core.arguments import arguments_checked, check_confidence
 from captum_classfilters._core.distributed import is_main_process
 from captum_classfilters._core.guard import model_left_as_found
+from captum_classfilters._core.names import counted
 from captum_classfilters._core.tables import Row, Table, Tabular, import_pandas, short_repr
 from captum_classfilters.metrics.attribution_space import METRICS, Settings, Space, spaces_of
 from captum_classfilters.metrics.explained import PIXELS, explained_methods
@@ -140,7 +141,9 @@ class AttributionTable(Tabular):
                 row["peak MiB"] = None if memory is None else memory / 2**20
             rows.append(row)
         num_images = len(next(iter(next(iter(self.values.values())).values())))
-        title = f"{self.space}: {num_images} images, mean ± half width of the 95% interval"
+        title = (
+            f"{self.space}: {counted(num_images, 'image')}, mean ± half width of the 95% interval"
+        )
         return [Table(rows, {"ms/image": ".2f", "peak MiB": ".1f"}, title)]
 
     def _cell(self, method: str, metric: str) -> str:

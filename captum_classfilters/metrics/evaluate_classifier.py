@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from captum_classfilters._core.batches import read_batches
 from captum_classfilters._core.devices import device_of
 from captum_classfilters._core.distributed import gather
+from captum_classfilters._core.names import counted
 from captum_classfilters._core.score_reader import ScoreReader
 from captum_classfilters._core.tables import Table, Tabular, short_repr
 from captum_classfilters._core.types import Dataloader, Keywords, Unpack
@@ -50,7 +51,7 @@ class ClassifierScores(Tabular):
         top5 = (
             "" if self.top5_accuracy is None else f", {self.top5_accuracy:.4f} among the first five"
         )
-        title = f"accuracy {self.accuracy:.4f}{top5}, {self.num_images:,} images"
+        title = f"accuracy {self.accuracy:.4f}{top5}, {counted(self.num_images, 'image')}"
         return [Table(rows, title=title, bars=("recall",))]
 
 

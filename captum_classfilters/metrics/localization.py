@@ -11,6 +11,7 @@ from torch import Tensor
 from torchvision.ops import box_iou, masks_to_boxes
 
 from captum_classfilters._core.arguments import arguments_checked
+from captum_classfilters._core.names import counted
 from captum_classfilters._core.tables import Table, Tabular, short_repr
 
 Rule = Literal["share", "level", "value"]
@@ -53,7 +54,7 @@ class Localization(Tabular):
             for index in range(len(self.iou))
         ]
         title = (
-            f"{len(rows):,} images: mean overlap {self.average_iou:.3f}, of boxes "
+            f"{counted(len(rows), 'image')}: mean overlap {self.average_iou:.3f}, of boxes "
             f"{float(self.box_iou.mean()):.3f}, pointing game {self.pointing_game:.3f}"
         )
         return [Table(rows, title=title)]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.batches import Batch, Batches, read_batches
-from captum_classfilters._core.names import kind_of
+from captum_classfilters._core.names import counted, kind_of
 from captum_classfilters._core.ranking import descending
 from captum_classfilters._core.tables import Table, Tabular, short_repr
 from captum_classfilters._core.types import Dataloader, ModelInputs, Unpack
@@ -128,7 +128,7 @@ class Validity(Tabular):
             for name, (values, said) in known.items()
             if values is not None
         ]
-        title = f"{self.method}, {self.num_filters} filters per class"
+        title = f"{self.method}, {counted(self.num_filters, 'filter')} per class"
         notes = [self.verdict]
         if not math.isnan(self.chance):
             notes.append(f"Random filters are in both halves with {self.chance:.3f}.")

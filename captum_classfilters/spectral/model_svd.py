@@ -18,7 +18,7 @@ from captum_classfilters._core.layers import (
     unwrapped,
 )
 from captum_classfilters._core.linear_maps import why_not_its_weight
-from captum_classfilters._core.names import hint
+from captum_classfilters._core.names import counted, hint
 from captum_classfilters._core.tables import Row, Table, Tabular
 from captum_classfilters._core.tensor_files import Schema, read_tensors, write_tensors
 from captum_classfilters._core.warnings import warn
@@ -90,7 +90,7 @@ class ModelSVD(Tabular, Mapping[str, LayerSVD]):
 
     def __repr__(self) -> str:
         parts = [
-            f"{len(self)} layers of {type(self.model).__name__}",
+            f"{counted(len(self), 'layer')} of {type(self.model).__name__}",
             f"{len(self._kept)} decomposed",
         ]
         parts += [f"{len(self.skipped)} skipped"] if self.skipped else []

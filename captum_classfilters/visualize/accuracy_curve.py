@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from captum_classfilters._core.arguments import arguments_checked
+from captum_classfilters._core.names import counted
 from captum_classfilters.heads.accuracy_curve import AccuracyCurve
 from captum_classfilters.visualize.figures import (
     COLORS,
@@ -63,7 +64,7 @@ def plot_accuracy_curve(
     axes.minorticks_off()
     axes.set_xlabel("filters kept for each class")
     axes.set_ylabel("accuracy, %")
-    axes.set_title(title or f"decomposed head on {curve.num_images:,} images", loc="left")
+    axes.set_title(title or f"decomposed head on {counted(curve.num_images, 'image')}", loc="left")
     axes.legend(frameon=False, loc="best")
     axes.grid(axis="y", color="0.9")
     quiet(axes)

@@ -3,6 +3,7 @@
 import torch
 
 from captum_classfilters._core.arguments import arguments_checked
+from captum_classfilters._core.names import counted
 from captum_classfilters.identify.contrastive import FilterContrast
 from captum_classfilters.visualize.figures import (
     NEGATIVE,
@@ -68,7 +69,7 @@ def plot_filter_contrast(
     told = [
         f"{contrast.method} at {contrast.layer}",
         exactness(contrast.provenance),
-        f"{contrast.num_images:,} images",
+        counted(contrast.num_images, "image"),
         "intervals cut" if cut else "",
     ]
     axes.set_title(title or ", ".join(filter(None, told)), loc="left", fontsize=10)

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from captum_classfilters._core.arguments import arguments_checked
+from captum_classfilters._core.names import counted
 from captum_classfilters.metrics.compare_methods import MethodComparison
 from captum_classfilters.visualize.figures import (
     COLORS,
@@ -61,7 +62,7 @@ def plot_method_comparison(
         panel.set_yticks(range(len(names)), names)
         panel.tick_params(labelsize=8, labelleft=place == 0)
     layer = next(iter(comparison.tables.values())).layer
-    told = f"methods at {layer}, {k} filters for each class"
+    told = f"methods at {layer}, {counted(k, 'filter')} for each class"
     headline(figure, title, told, x=0.01, ha="left")
     return figure, axes
 

@@ -8,6 +8,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from captum_classfilters._core.arguments import arguments_checked, indices_of
+from captum_classfilters._core.names import counted
 from captum_classfilters.pruning import PruningOrder
 from captum_classfilters.pruning.class_interpretation import ClassEffect, FilterInterpretation
 from captum_classfilters.pruning.removal_curve import RemovalCurves
@@ -188,7 +189,7 @@ def plot_removal_curves(
     axes.set_xlim(0, 100 * max(steps, 1) / curves.num_filters)
     axes.set_xlabel(f"filters of {curves.layer} removed, % of {curves.num_filters}")
     axes.set_ylabel("accuracy, %")
-    axes.set_title(title or f"accuracy on {curves.num_images:,} images", loc="left")
+    axes.set_title(title or f"accuracy on {counted(curves.num_images, 'image')}", loc="left")
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8)
     axes.grid(axis="y", color="0.9")
     quiet(axes)

@@ -3,8 +3,9 @@
 import torch
 
 from captum_classfilters._core.arguments import arguments_checked
+from captum_classfilters._core.names import counted, plural
 from captum_classfilters.answers.confusion import ConfusionRepair
-from captum_classfilters.answers.repair import Repair
+from captum_classfilters.answers.repair import Repair, edited_units
 from captum_classfilters.answers.shortcuts import Shortcuts
 from captum_classfilters.visualize.arrays import out_of
 from captum_classfilters.visualize.figures import (
@@ -108,7 +109,7 @@ def plot_confusion_repair(
     axes.set_xlabel("change, points of these images")
     size = int(repair.removed.sum())
     edited = (
-        f"{size:,} of the head's {repair.removed.numel():,} weights edited"
+        f"{size:,} of the head's {counted(repair.removed.numel(), 'weight')} edited"
         if size
         else "No edit was found: model unchanged"
     )
@@ -131,13 +132,15 @@ def _draw_shortcuts(
     axes.invert_yaxis()
     for row, output in enumerate(shown):
         before, after = shortcuts.predicted[output].tolist()
-        filters = ", ".join(map(str, shortcuts.carriers(output, 3).tolist()))
-        text = f" {before:,} → {after:,} images; filters {filters}"
+        filters = shortcuts.carriers(output, 3).tolist()
+        text = f" {before:,} → {counted(after, 'image')}"
+        if filters:
+            text += f"; {plural(len(filters), 'filter')} {', '.join(map(str, filters))}"
         axes.text(float(sizes[row]), row, text, va="center", fontsize=7)
     axes.set_xlim(0, 1.8 * float(sizes.max()) if len(shown) and float(sizes.max()) > 0 else 1)
     axes.set_xlabel("rise of the output, standard deviations without it")
-    told = f"{len(shortcuts.filters):,} filters of {shortcuts.head} carry it"
-    count = out_of(len(shown), len(shortcuts.outputs), "outputs") or f"{len(shown)} outputs"
+    told = f"carried by {counted(len(shortcuts.filters), 'filter')} of {shortcuts.head}"
+    count = out_of(len(shown), len(shortcuts.outputs), "outputs") or counted(len(shown), "output")
     axes.set_title(title or f"{told}, into {count}", loc="left", fontsize=10)
     quiet(axes)
     return figure, axes
@@ -158,13 +161,13 @@ def _draw_repair(
         axes.plot(random.numpy(), rows, "x", color=GRAY, label="random edits, mean")
     axes.plot(before.numpy(), rows, "o", color="black", fillstyle="none", label="before")
     axes.plot(after.numpy(), rows, "o", color=COLORS[0], label="after")
-    told = repair.outputs[0] if len(repair.outputs) == 1 else f"{len(repair.outputs)} outputs"
+    told = repair.outputs[0] if len(repair.outputs) == 1 else counted(len(repair.outputs), "output")
     (taken,) = short_names([f"taken for {told}"])
     names = [f"{name}, {where}" for name in ("accuracy", taken) for where in ("without", "with")]
     axes.set_yticks(rows, names, fontsize=8)
     axes.invert_yaxis()
     axes.set_xlabel("% of the images")
-    edited = f"{repair.size:,} {repair.edit} edited"
+    edited = f"{edited_units(repair.edit, repair.size)} edited"
     axes.set_title(title or edited, loc="left", fontsize=10)
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8)
     axes.grid(axis="x", color="0.9")

@@ -260,7 +260,7 @@ def test_only_directions_that_there_are():
     fixed = repair(model, found, judged, one, **QUIET)
     assert fixed.directions is not None
     assert fixed.directions.abs().argmax(0).tolist() == [150]
-    with pytest.raises(ValueError, match="size=2 is out of range; choose 1 to 1 directions"):
+    with pytest.raises(ValueError, match=r"size=2 is out of range; choose 1 to 1 direction\."):
         repair(model, found, judged, one, size=2, **QUIET)
     same = find_shortcuts(model, [(x[:200], y[:200])], lambda images: images, **QUIET)
     with pytest.raises(ValueError, match="the same features as those without it"):

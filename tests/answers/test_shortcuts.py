@@ -17,6 +17,8 @@ from captum_classfilters.heads import decompose
 from captum_classfilters.heads.linear_head import linear_head
 from captum_classfilters.identify import false_discovery_adjusted
 from captum_classfilters.identify.accuracy_reduction import paired_interval
+from captum_classfilters.metrics import evaluate_classifier
+from captum_classfilters.visualize import plot_shortcuts
 from tests.models import QUIET, known
 
 WEIGHT = torch.tensor([[2.0, 0.0, 0.0, 0.0], [0.0, 2.0, 0.0, 0.5], [0.0, 0.0, 2.0, 3.0]])
@@ -493,6 +495,23 @@ def test_a_short_cut_that_did_not_hold_is_not_taken_later() -> None:
     assert not differ[:12].any()  # it seems to hold first
     assert differ[12:].any()
     assert torch.equal(torch.cat(answers, 1), expected)
+
+
+def test_one_of_a_kind_is_told_in_the_singular(found):
+    """In tables and in pictures."""
+    assert "carried by 1 of 4 filters of 2, into 1 of 3 outputs; " in str(found)
+    _, axes = plot_shortcuts(found)
+    assert axes.get_title(loc="left") == "carried by 1 filter of 2, into 1 output"
+    before, after = found.predicted[2].tolist()
+    assert [text.get_text() for text in axes.texts] == [f" {before} → {after} images; filter 3"]
+    pair = [(images(1)[0], images(1)[1])]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        one = repair(net(), found, data(seed=1), stamp, edit="weights", size=1, **QUIET)
+    assert "1 weight of the head edited, judged on 60 other images" in str(one)
+    _, axes = plot_shortcuts(one)
+    assert axes.get_title(loc="left") == "1 weight of the head edited"
+    assert str(evaluate_classifier(net(), pair, **QUIET)).count("1 image") == 1
 
 
 def test_images_that_are_no_pairs_are_reported():
