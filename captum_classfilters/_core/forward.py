@@ -24,7 +24,6 @@ from captum_classfilters._core.layers import (
     layer_tensors,
     module_of,
     no_gradient,
-    not_recorded,
     only_tensor,
     positions_last,
     unwrapped,
@@ -107,8 +106,8 @@ class _Reading(LayerTap):
     def take(self, value: Any) -> Any:
         """Read the layer's tensors; where gradients start at them, let copies go on."""
         tensors = self._tensors(value)
-        if self.differentiable and not torch.is_grad_enabled():
-            raise not_recorded(self.name)
+        if self.differentiable:
+            self.check_recorded()
         if self.scale != 1:
             # A scale of zero removes even what is not finite.
             tensors = [t * self.scale if self.scale else torch.zeros_like(t) for t in tensors]

@@ -16,6 +16,7 @@ from captum_classfilters._core.layers import (
     check_runs,
     filter_axis,
     layer_name,
+    not_recorded,
     only_tensor,
     positions_last,
     weighted_before,
@@ -208,8 +209,8 @@ class LayerTap:
         self.channel_dim, self.at_input, self.react = channel_dim, at_input, react
         self._before = weighted_before(model, module)
         self.rows: dict[torch.device, list[int]] = {}  # of each run on each device
-        #: What runs now is a checkpointed layer once more, in the backward pass: it makes what it made
-        #: in the forward pass, and nothing of that is kept.
+        #: What runs now is the layer once more, checkpointed, in the backward pass, or the whole model on
+        #: the same images: it makes what it made in the forward pass, and nothing of that is kept.
         self.frozen = False
 
     def axis_of(self, tensor: Tensor) -> int:
@@ -237,6 +238,11 @@ class LayerTap:
         if not self.frozen:
             rows = self.rows.setdefault(tensor.device, [])
             rows.append(tensor.shape[0] if tensor.dim() else 0)
+
+    def check_recorded(self, *advice: str) -> None:
+        """Raise if the forward pass makes no record for gradients here; a later run need not."""
+        if not self.frozen and not torch.is_grad_enabled():
+            raise not_recorded(self.name, *advice)
 
     def check(self, num_images: int) -> None:
         """Raise if the layer did not run exactly once, with one row for each image."""

@@ -11,7 +11,6 @@ from captum_classfilters._core.batches import Batch, Batches, read_batches
 from captum_classfilters._core.devices import on_device, without_autocast
 from captum_classfilters._core.layers import (
     find_layers,
-    not_recorded,
     only_tensor,
     positions_last,
 )
@@ -101,8 +100,8 @@ class UnitTap(LayerTap):
         """Keep what matters of the layer's value."""
         tensor = only_tensor(value, self.name)
         self.count(tensor)
-        if self.differentiable and not torch.is_grad_enabled():
-            raise not_recorded(self.name)
+        if self.differentiable:
+            self.check_recorded()
         if self.differentiable and not tensor.requires_grad:
             tensor = tensor.detach().requires_grad_()
         seen = self.reduce(self.maps(tensor))

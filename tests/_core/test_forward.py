@@ -319,6 +319,20 @@ def test_no_gradient_is_said_by_name():
     assert hooks_of(model) == hooks_of(rounded) == 0
 
 
+def test_a_model_that_was_read_may_run_again_without_gradients():
+    model, x = Net(after=torch.tanh).eval(), images(3)
+    shared = SharedForward(model, [LayerRequest(model.relu, derivative=True)])
+    slopes = []
+    for again in (False, True):
+        with shared.run((x,), 3) as reading:
+            if again:
+                with torch.no_grad():
+                    model(2 * x)
+            slopes.append(reading.layers[0][0].derivative(0))
+    assert torch.equal(*slopes)
+    assert slopes[0].abs().sum() > 0
+
+
 @pytest.mark.parametrize("reentrant", [False])
 def test_checkpointed_layers(reentrant):
     class Checkpointed(nn.Module):

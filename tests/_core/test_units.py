@@ -77,6 +77,27 @@ def test_maps_of_filters_and_of_directions():
     assert torch.equal(projected_bias(model[1], matrix), torch.zeros(2))  # a ReLU has none
 
 
+@pytest.mark.parametrize("recorded", [True, False])
+def test_a_tap_that_is_frozen_lets_the_model_run_again(recorded):
+    """As whoever asks whether one output is a probability does, without gradients."""
+    model, x = pool_linear(), images(3)
+    tap = UnitTap(model, model[0])
+    tap.differentiable = True
+    with tapping([tap]):
+        output = model(x)
+        source, (seen,) = tap.source, tap.seen
+        tap.frozen = True
+        with torch.set_grad_enabled(recorded):
+            assert torch.equal(model(2 * x), model[1:](model[0](2 * x)))
+        tap.check(3)
+        assert tap.source is source
+        assert tap.seen[0] is seen
+        assert torch.autograd.grad(output.sum(), source)[0].abs().sum() > 0
+        tap.frozen = False
+        with torch.no_grad(), pytest.raises(ValueError, match=r"layer '0' under torch.no_grad\(\)"):
+            model(x)
+
+
 def test_projections_keep_their_precision_under_autocast():
     model = pool_linear()
     tap = UnitTap(model, model[1], directions=torch.eye(6)[:, :2])
