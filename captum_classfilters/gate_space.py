@@ -1,6 +1,7 @@
 """Gate space: a model whose inputs are the gates of one layer's filters."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +9,7 @@ from torch.nn.parallel.scatter_gather import scatter
 
 from captum_classfilters._core.arguments import arguments_checked
 from captum_classfilters._core.devices import device_of
+from captum_classfilters._core.guard import held
 from captum_classfilters._core.layers import (
     along_filters,
     check_batch,
@@ -21,7 +23,7 @@ from captum_classfilters._core.layers import (
     not_recorded,
 )
 from captum_classfilters._core.tables import bound_repr
-from captum_classfilters._core.taps import BackwardTap, LayerTap, tapping
+from captum_classfilters._core.taps import BackwardTap, LayerTap, tapping_for
 from captum_classfilters._core.types import ForwardFunc
 
 _WITHOUT_GRADIENTS = (
@@ -40,7 +42,8 @@ class FilterGate(nn.Module):
     every Captum method and metric that explains *inputs* explains *filters* instead: pass ones as
     ``inputs``, zeros as ``baselines`` and the images as ``additional_forward_args``. The model runs in
     the mode that it is in: ``model.eval()`` comes first. Where activation checkpointing runs the layer
-    again in the backward pass, it is gated again.
+    again in the backward pass, it is gated again; the gate itself may be checkpointed, too. Threads may
+    share the model: they wait for each other's forward passes.
 
     Args:
 
@@ -178,14 +181,22 @@ class FilterGate(nn.Module):
 
         module = self._own_layer()
         tap = LayerTap(self.model, module, self.channel_dim, react=gate)
-        again = BackwardTap(module, tap.take) if recorded else None
-        with tapping([tap]):
+        owner = (self.model, self._function, self.layer)
+        again = BackwardTap(module, tap.take, owner) if recorded else None
+        with self._alone(), tapping_for(owner, tap):
             result: Tensor = self._called(*inputs)  # type: ignore[misc]
         tap.frozen = True
         if again is not None:  # checkpointed layers run again, gated as now
             again.follow(layer_tensors(result))
         check_runs(self.layer_name, max(map(len, tap.rows.values()), default=0), module)
         return result
+
+    def _alone(self) -> AbstractContextManager[None]:
+        """A block in which no other thread works on the model. A backward pass that runs the gate
+        again does not wait: it may be in a thread of its own, and who waits for it hold the model."""
+        if torch._C._current_autograd_node() is not None:
+            return nullcontext()
+        return held(self.layer if self.model is None else self.model)
 
     def _own_layer(self) -> nn.Module:
         """The gated layer; in a data-parallel replica of the gate, the replica's layer."""

@@ -4,6 +4,7 @@ import copy
 import functools
 import gc
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -278,6 +279,52 @@ def test_checkpointed_layers_are_gated_when_they_run_again(how, layer):
     expected = of_one_graph(Twice("plain"), layer)
     torch.manual_seed(1)
     torch.testing.assert_close(of_one_graph(Twice(how), layer), expected)
+
+
+def slopes_of(run: Callable[[Tensor], Tensor], gates: Tensor) -> Tensor:
+    own = gates.clone().requires_grad_()
+    run(own).logsumexp(1).sum().backward()
+    return known(own.grad)
+
+
+def second_to(run: Callable[[Tensor, Tensor], Tensor], x: Tensor, own: Tensor) -> Tensor:
+    return run(own, x)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("how", ["plain", "part", "nested", "whole"])
+@pytest.mark.parametrize("layer", ["first", "second.0"])
+def test_a_gate_that_is_checkpointed_gates_once_when_it_runs_again(layer, how, reentrant):
+    model, x = Twice(how), images(4)
+    gate = FilterGate(model, layer)
+    gates = torch.linspace(0.1, 1, gate.num_filters).expand(4, -1)
+    expected = slopes_of(lambda own: FilterGate(Twice("plain"), layer)(own, x), gates)
+
+    def made_anew(own: Tensor, x: Tensor) -> Tensor:
+        return FilterGate(model, layer)(own, x)
+
+    for run in (gate, made_anew):
+        again = functools.partial(checkpoint, run, use_reentrant=reentrant)
+        found = slopes_of(functools.partial(second_to, again, x), gates)
+        torch.testing.assert_close(found, expected)
+        assert hooks_of(model) == 0
+
+
+@pytest.mark.parametrize("outer", [False, True])
+def test_a_gate_of_a_checkpointed_gate_of_the_same_layer(outer):
+    """Where the inner one runs again, the outer one gates again, and the inner one gates by itself."""
+    model, x = Twice("plain"), images(4)
+    gates = torch.linspace(0.1, 1, 3).expand(4, -1)
+    expected = slopes_of(lambda own: FilterGate(model, "first")(own * own.flip(1), x), gates)
+    inner = FilterGate(model, "first")
+
+    def run(own: Tensor) -> Tensor:
+        again = functools.partial(checkpoint, inner, own.flip(1), use_reentrant=False)
+        gate = FilterGate(again, model.first)
+        return checkpoint(gate, own, x, use_reentrant=False) if outer else gate(own, x)
+
+    torch.testing.assert_close(slopes_of(run, gates), expected)
+    assert hooks_of(model) == 0
 
 
 @pytest.mark.parametrize("how", ["plain", "part", "whole"])

@@ -1,17 +1,21 @@
 """One entry at a time works on a model: threads wait, and calls from its own hooks are refused."""
 
+import functools
 import gc
 import os
 import threading
+import time
 import weakref
 from typing import ClassVar
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from captum_classfilters import (
     ClassFilters,
+    FilterGate,
     LayerFilterContribution,
     LayerFilterFrequency,
     decompose,
@@ -26,10 +30,8 @@ from captum_classfilters.identify import random_weights_null
 from captum_classfilters.metrics import evaluate_classifier
 from captum_classfilters.pruning import compress_layer, magnitude_prune, specialize
 from captum_classfilters.spectral import factor_layer
-from tests.models import QUIET
+from tests.models import QUIET, hooks_of
 from tests.test_model_left_as_found import ENTRIES, batches, make_model, snapshot
-
-WITHOUT_GUARD = {"gate"}  # it is a model, and may be part of another
 
 
 def test_threads_on_one_model_wait_for_each_other():
@@ -81,7 +83,102 @@ def test_threads_on_a_model_and_on_its_wrapper():
     assert snapshot(model) == before
 
 
-@pytest.mark.parametrize("name", sorted(set(ENTRIES) - WITHOUT_GUARD))
+@pytest.mark.parametrize("how", ["plain", "part", "whole", "outside"])
+def test_gradients_of_gates_in_two_threads(how):
+    """Each thread has its own numbers, however its layers run again in the backward pass."""
+
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.conv, self.relu, self.head = nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Linear(4, 2)
+
+        def features(self, x):
+            for _ in range(3):  # time for the other thread
+                time.sleep(1e-4)
+            return self.relu(self.conv(x)).sigmoid().mean((2, 3))
+
+        def scores(self, x):
+            return self.head(self.features(x))
+
+        def forward(self, x):
+            if how == "whole":
+                return again(self.scores, x)
+            return self.head(again(self.features, x) if how == "part" else self.features(x))
+
+    again = functools.partial(checkpoint, use_reentrant=False)
+    gate = FilterGate(Network(), "relu")
+    run = functools.partial(again, gate) if how == "outside" else gate
+    given = [torch.linspace(low, 1 - low, 4).expand(2, 4) for low in (0.0, 0.9)]
+
+    def slope(gates):
+        own = gates.clone().requires_grad_()
+        return torch.autograd.grad(run(own, IMAGES).logsumexp(1).sum(), own)[0]
+
+    expected = [slope(gates) for gates in given]
+    wrong: list[object] = []
+
+    def work(place):
+        try:
+            for _ in range(20):
+                if not torch.allclose(slope(given[place]), expected[place], rtol=1e-4, atol=0):
+                    wrong.append(place)
+        except Exception as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=work, args=(place,)) for place in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert hooks_of(gate) == 0
+
+
+def test_a_gate_waits_for_another_thread_unless_a_backward_pass_runs_it_again():
+    model, working, done = small_network(), threading.Event(), threading.Event()
+    gate = FilterGate(model, "1")
+    gates = gate.ones(2).requires_grad_()
+    score = checkpoint(gate, gates, IMAGES, use_reentrant=False).sum()
+
+    def hold():
+        with guard.held(model):
+            working.set()
+            done.wait(10)
+
+    seen: list[bool] = []
+    holder = threading.Thread(target=hold)
+    holder.start()
+    working.wait()
+    waiting = threading.Thread(target=lambda: seen.append(gate(gates, IMAGES).requires_grad))
+    waiting.start()
+    score.backward()  # the holder may itself wait for such a pass
+    assert gates.grad is not None
+    waiting.join(0.2)
+    assert not seen
+    done.set()
+    holder.join()
+    waiting.join()
+    assert seen == [True]
+
+
+def test_a_gate_may_be_part_of_a_model():
+    class Whole(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate = FilterGate(small_network(), "1")
+
+        def forward(self, x):
+            return self.gate(self.gate.ones(len(x)), x)
+
+    model = Whole()
+    data = [(IMAGES, torch.tensor([0, 1]))]
+    expected = LayerFilterContribution(small_network(), "1").identify(data, **QUIET)
+    found = LayerFilterContribution(model, "gate.model.1").identify(data, **QUIET)
+    torch.testing.assert_close(found.scores, expected.scores)
+
+
+@pytest.mark.parametrize("name", sorted(ENTRIES))
 def test_a_call_from_a_hook_of_a_running_call_is_refused(name):
     model = make_model()
     refusals: list[str] = []

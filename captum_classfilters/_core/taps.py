@@ -1,6 +1,7 @@
 """The one place that hooks a layer, to read its tensor or to put another in its place."""
 
 import sys
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -24,6 +25,9 @@ from captum_classfilters._core.layers import (
 )
 from captum_classfilters._core.types import Arguments, Keywords, ModelInputs
 
+# PyTorch calls a hook that another thread is just registering or removing without the inputs given by
+# their names, of a run that the hook is not for.
+
 
 @contextmanager
 def hooked(
@@ -33,7 +37,10 @@ def hooked(
     the block; what it returns, if not None, takes the output's place. Inputs given by their names
     come after those that are not."""
 
-    def call(module: nn.Module, inputs: Arguments, named: Keywords, output: Any) -> Any:
+    def call(module: nn.Module, inputs: Arguments, *given: Any) -> Any:
+        if len(given) < 2:  # of another thread
+            return None
+        named, output = given
         return hook(module, (*inputs, *named.values()), output)
 
     with ExitStack() as stack:
@@ -51,7 +58,9 @@ def entered(
     """Call a function with each of these modules and its inputs whenever it is about to run in the
     block. Inputs given by their names come last."""
 
-    def call(module: nn.Module, inputs: Arguments, named: Keywords) -> None:
+    def call(module: nn.Module, inputs: Arguments, named: Keywords | None = None) -> None:
+        if named is None:  # of another thread
+            return
         react(module, (*inputs, *named.values()))
 
     with ExitStack() as stack:
@@ -78,7 +87,9 @@ def tapped(
                     Default: False
     """
 
-    def pre_hook(_module: nn.Module, inputs: Arguments, named: Keywords) -> Any:
+    def pre_hook(_module: nn.Module, inputs: Arguments, named: Keywords | None = None) -> Any:
+        if named is None:  # of another thread
+            return None
         given = (*inputs, *named.values())
         taken: Any = _in_the_form_of(given, react(given))
         if taken is None:
@@ -105,18 +116,19 @@ class BackwardTap:
     checkpointing does, in a forward pass whose own hooks are gone by then.
 
     The hook is there only during backward passes from the forward pass's outputs, and acts only on
-    what they run again of this forward pass: others of the same model, in the same graph, are left
-    alone.
+    what they run again of this forward pass: others of the same model, in the same graph or in
+    another thread, are left alone. Where the whole of the owner runs again, it taps by itself.
 
     Args:
 
         module (nn.Module): The layer.
         react (Callable): From its output to what takes its place.
+        owner (object): Whose forward pass it is, as :func:`tapping_for` is told.
     """
 
-    def __init__(self, module: nn.Module, react: Callable[[object], object]) -> None:
-        self.module, self.react = module, react
-        self.handle: RemovableHandle | None = None
+    def __init__(self, module: nn.Module, react: Callable[[object], object], owner: object) -> None:
+        self.module, self.react, self.owner = module, react, owner
+        self.handles: dict[int, RemovableHandle] = {}  # by backward pass
         # Nodes of the graph are numbered as they are made, in each thread.
         self.first = self.last = torch.autograd._get_sequence_nr()
 
@@ -127,26 +139,33 @@ class BackwardTap:
             node.register_prehook(self._begin)  # type: ignore[union-attr]
 
     def _begin(self, _gradients: object) -> None:
-        if self.handle is not None:  # of another output, in the same backward pass
+        backward = torch._C._current_graph_task_id()
+        if backward in self.handles:  # of another output
             return
-        self.handle = self.module.register_forward_hook(self._hook)
+
+        def hook(_module: nn.Module, _inputs: object, output: object) -> object:
+            if torch._C._current_graph_task_id() != backward or not self._concerned():
+                return None
+            return _in_the_form_of(output, self.react(output))
 
         def end() -> None:
-            self._end()
+            self._end(backward)
 
-        weakref.finalize(end, self._end)  # a backward pass that fails forgets what was to end it
+        self.handles[backward] = self.module.register_forward_hook(hook)
+        # A backward pass that fails forgets what was to end it.
+        weakref.finalize(end, self._end, backward)
         torch.autograd.Variable._execution_engine.queue_callback(end)
 
-    def _hook(self, _module: nn.Module, _inputs: object, output: object) -> object:
-        node = torch._C._current_autograd_node()  # None outside of backward passes
-        if node is None or not self.first <= node._sequence_nr() < self.last:
-            return None
-        return _in_the_form_of(output, self.react(output))
+    def _concerned(self) -> bool:
+        """Whether what runs is what this forward pass ran."""
+        node = torch._C._current_autograd_node()
+        if node is None or self.owner in _owners():
+            return False
+        return bool(self.first <= node._sequence_nr() < self.last)
 
-    def _end(self) -> None:
-        if self.handle is not None:
-            self.handle.remove()
-            self.handle = None
+    def _end(self, backward: int) -> None:
+        if backward in self.handles:
+            self.handles.pop(backward).remove()
 
 
 def failing_layer(model: nn.Module, inputs: ModelInputs) -> nn.Module | None:
@@ -239,10 +258,10 @@ class LayerTap:
             rows = self.rows.setdefault(tensor.device, [])
             rows.append(tensor.shape[0] if tensor.dim() else 0)
 
-    def check_recorded(self, *advice: str) -> None:
+    def check_recorded(self) -> None:
         """Raise if the forward pass makes no record for gradients here; a later run need not."""
         if not self.frozen and not torch.is_grad_enabled():
-            raise not_recorded(self.name, *advice)
+            raise not_recorded(self.name)
 
     def check(self, num_images: int) -> None:
         """Raise if the layer did not run exactly once, with one row for each image."""
@@ -258,3 +277,40 @@ def tapping(taps: Sequence[LayerTap]) -> Iterator[None]:
             tap.begin()
             stack.enter_context(tapped(tap.module, tap.take, at_input=tap.at_input))
         yield
+
+
+_this_thread = threading.local()
+
+
+def _owners() -> list[object]:
+    """Whose forward passes are running in this thread, of those that `tapping_for` taps."""
+    owners: list[object] = vars(_this_thread).setdefault("owners", [])
+    return owners
+
+
+@contextmanager
+def tapping_for(owner: object, tap: LayerTap) -> Iterator[None]:
+    r"""
+    Tap a layer in a forward pass that another thread, or a backward pass, may run as well.
+
+    What runs in another thread is tapped if that is a part of this forward pass, as replicas of a
+    data-parallel model are: not a forward pass of its own, nor what a backward pass runs again.
+
+    Args:
+
+        owner (object): What runs the layer; equal for the same thing run again.
+        tap (LayerTap): The layer.
+    """
+    thread, owners = threading.get_ident(), _owners()
+
+    def take(value: object) -> Tensor | None:
+        apart = _owners() or torch._C._current_autograd_node() is not None
+        return None if threading.get_ident() != thread and apart else tap.take(value)
+
+    tap.begin()
+    owners.append(owner)
+    try:
+        with tapped(tap.module, take, at_input=tap.at_input):
+            yield
+    finally:
+        owners.pop()
