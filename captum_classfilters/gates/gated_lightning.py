@@ -40,7 +40,8 @@ class ClassGateCallback(Callback):
 
     In the steps that the schedule says, ``training_step`` runs with the gate on; its loss is that of the
     gated path. The regularizer's gradient is added before the optimizer steps, and the gate is
-    projected afterwards. Nothing in the ``LightningModule`` changes, but that one of its optimizers
+    projected afterwards; where gradients are accumulated over batches, these are the steps in which a
+    gated batch takes part. Nothing in the ``LightningModule`` changes, but that one of its optimizers
     must hold the gate's parameters; the simplest way is to make the gate an attribute of the module.
     Lightning's checkpoints hold the gate, and a run that is resumed from one goes on exactly.
 
@@ -106,7 +107,11 @@ class ClassGateCallback(Callback):
         self.regularizer = regularizer or (lambda gate: gate.regularizer())
         self.labels = labels
         self._open = ExitStack()
-        self._gated = False
+        self._forget()
+
+    def _forget(self) -> None:
+        self._gated = False  # a gated batch took part in the gradients since the last step
+        self._stepped = False  # the gate's optimizer takes a step with them in this batch
 
     def on_fit_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Check that the gate is trained.
@@ -114,6 +119,7 @@ class ClassGateCallback(Callback):
         Raises:
             ValueError: No optimizer holds the gate's parameters.
         """
+        self._forget()
         self.gate.to(pl_module.device)
         if not any(self._holds(optimizer) for optimizer in trainer.optimizers):
             raise ValueError(
@@ -125,15 +131,13 @@ class ClassGateCallback(Callback):
         self, trainer: "Trainer", pl_module: "LightningModule", batch: object, batch_idx: int
     ) -> None:
         """Switch the gate on, if it is its turn."""
-        self._gated = self.schedule.is_gated(trainer.current_epoch, batch_idx)
-        if self._gated:
+        if self.schedule.is_gated(trainer.current_epoch, batch_idx):
+            self._gated = True
             self._open = ExitStack()
             self._open.enter_context(self.gate.gating(self.labels(batch)))
 
-    def on_before_backward(
-        self, trainer: "Trainer", pl_module: "LightningModule", loss: Tensor
-    ) -> None:
-        """Switch the gate off; the loss has been computed."""
+    def on_after_backward(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
+        """Switch the gate off; layers that run once more for gradients have been gated once more."""
         self._open.close()
 
     def on_before_optimizer_step(
@@ -142,6 +146,7 @@ class ClassGateCallback(Callback):
         """Add the regularizer's gradient, after any loss scaling has been undone."""
         if not self._gated or not self._holds(optimizer):
             return
+        self._stepped = True
         weight = self.gate.weight
         with torch.enable_grad():
             term = self.regularization * self.regularizer(self.gate)
@@ -157,10 +162,14 @@ class ClassGateCallback(Callback):
         batch: object,
         batch_idx: int,
     ) -> None:
-        """Project the gate."""
-        if self._gated:
+        """Project the gate, if there was a step."""
+        with suppress(
+            ValueError
+        ):  # a skipped batch, of which there is no loss, may not run the layer
+            self._open.close()
+        if self._stepped:
             self.gate.project()
-        self._gated = False
+            self._forget()
 
     def on_exception(
         self, trainer: "Trainer", pl_module: "LightningModule", exception: BaseException
@@ -168,7 +177,7 @@ class ClassGateCallback(Callback):
         """Switch the gate off."""
         with suppress(BaseException):
             self._open.__exit__(type(exception), exception, exception.__traceback__)
-        self._gated = False
+        self._forget()
 
     def state_dict(self) -> dict[str, Any]:
         """The gate, for Lightning's checkpoint."""

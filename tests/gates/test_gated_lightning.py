@@ -2,10 +2,12 @@
 
 import logging
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 from captum_classfilters import ClassSpecificGate
@@ -43,7 +45,7 @@ def data():
     return DataLoader(TensorDataset(*separable()), batch_size=24)
 
 
-def trainer_of(callback, epochs):
+def trainer_of(callback, epochs, **options):
     return lightning.Trainer(
         max_epochs=epochs,
         accelerator="cpu",
@@ -52,12 +54,13 @@ def trainer_of(callback, epochs):
         enable_progress_bar=False,
         enable_model_summary=False,
         enable_checkpointing=False,
+        **options,
     )
 
 
-def fit(module, epochs, checkpoint=None, schedule=None):
+def fit(module, epochs, checkpoint=None, schedule=None, **options):
     callback = ClassGateCallback(module.gate, regularization=0.05, schedule=schedule)
-    trainer = trainer_of(callback, epochs)
+    trainer = trainer_of(callback, epochs, **options)
     trainer.fit(module, data(), ckpt_path=checkpoint)
     return trainer
 
@@ -83,6 +86,64 @@ def test_callback_is_gated_trainer_step_for_step(schedule):
     assert not torch.allclose(gate.weight, torch.full((3, 6), 0.5))
     for key, value in model.state_dict().items():
         assert torch.allclose(value.float(), module.net.state_dict()[key].float(), atol=1e-5), key
+
+
+@pytest.mark.parametrize("batches_each_step", [1, 2, 3])
+@pytest.mark.parametrize("schedule", [GateSchedule("batch", 2), GateSchedule("batch", 4, 2)])
+def test_gradients_added_up_over_batches(schedule, batches_each_step):
+    """A step in which a gated batch takes part has the regularizer and the projection."""
+    module, twin = Classifier(), Classifier()
+    fit(module, 2, schedule=schedule, accumulate_grad_batches=batches_each_step)
+    (optimizer,), (scheduler,) = twin.configure_optimizers()
+    steps = []
+    for epoch in range(2):
+        gated = False
+        for number, batch in enumerate(data(), 1):
+            turn = schedule.is_gated(epoch, number - 1)
+            gated |= turn
+            with twin.gate.gating(batch[1]) if turn else nullcontext():
+                loss = twin.training_step(batch, number) / batches_each_step
+            loss.backward()
+            if number % batches_each_step == 0 or number == len(data()):
+                if gated:
+                    (0.05 * twin.gate.regularizer()).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                if gated:
+                    twin.gate.project()
+                steps.append(gated)
+                gated = False
+        scheduler.step()
+    assert True in steps
+    for key, value in module.state_dict().items():
+        assert torch.allclose(value.float(), twin.state_dict()[key].float(), atol=1e-5), key
+    assert torch.equal(module.gate.weight.max(0).values, torch.ones(6))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_layers_that_run_once_more_for_gradients_are_gated_once_more(reentrant):
+    class Checkpointed(Classifier):
+        def training_step(self, batch, number):
+            x = batch[0].requires_grad_()  # which a reentrant checkpoint needs
+            maps = checkpoint(self.net[:2], x, use_reentrant=reentrant)
+            return F.cross_entropy(self.net[2:](maps), batch[1])
+
+    plain, module = Classifier().eval(), Checkpointed().eval()
+    for trained in (plain, module):
+        fit(trained, 2, schedule=GateSchedule("batch", 2))
+    assert not torch.equal(plain.gate.weight, ClassSpecificGate(3, 6).weight)
+    assert torch.allclose(plain.gate.weight, module.gate.weight, atol=1e-6)
+
+
+def test_a_batch_that_is_skipped_leaves_the_gate_off():
+    class Skips(Classifier):
+        def training_step(self, batch, number):
+            return None if number == len(data()) - 1 else super().training_step(batch, number)
+
+    module = Skips()
+    fit(module, 2, schedule=GateSchedule(period=1))
+    with module.gate.gating(images().new_zeros(8).long()):  # not on
+        module.net(images())
 
 
 def test_resuming_goes_on_exactly(tmp_path):
