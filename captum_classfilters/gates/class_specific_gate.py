@@ -17,7 +17,6 @@ from captum_classfilters._core.layers import (
     check_runs,
     filter_axis,
     find_layer,
-    layer_name,
 )
 from captum_classfilters._core.taps import LayerTap, tapping
 from captum_classfilters._core.training import half_precision_advice
@@ -49,6 +48,10 @@ class ClassSpecificGate(nn.Module):
 
     The gate is attached to any layer of any model, which does not change the model. It acts inside
     :meth:`gating` only: **prediction always uses the ungated path**.
+
+    A copy of what holds both model and gate has its gate attached to the copied layer: of a pickle
+    always, of :func:`copy.deepcopy` if it comes upon the model first, as in a module that is given its
+    network before its gate. Otherwise, and where a gate is copied alone, call :meth:`attach` again.
 
     Source: Liang, Ouyang, Zeng, Su, He, Xia, Zhu, Zhang: *Training Interpretable Convolutional Neural
     Networks by Differentiating Class-specific Filters*, ECCV 2020,
@@ -140,13 +143,21 @@ class ClassSpecificGate(nn.Module):
         module = find_layer(model, layer) if isinstance(layer, str) else layer
         if not any(part is module for part in model.modules()):
             raise ValueError(f"The layer {type(module).__name__} is not part of the model.")
-        name = layer_name(model, module)
-        other = _gate_of[module]() if module in _gate_of else None
-        if other is not None:
-            raise ValueError(f"Another gate is attached to the layer {name!r}; detach() it first.")
-        _gate_of[module] = weakref.ref(self)
-        self._tap = LayerTap(model, module, channel_dim)
+        tap = LayerTap(model, module, channel_dim)
+        self._take_place(tap)
+        if self._tap is None:
+            raise ValueError(
+                f"Another gate is attached to the layer {tap.name!r}; detach() it first."
+            )
         return self
+
+    def _take_place(self, tap: LayerTap | None) -> None:
+        """Be attached to a layer, unless another gate is."""
+        if tap is not None and _gate_at(tap.module) in (None, self):
+            _gate_of[tap.module] = weakref.ref(self)
+            self._tap = tap
+        else:
+            self._tap = None
 
     def detach(self) -> None:
         """Attach the gate to no layer; without one, nothing happens."""
@@ -331,7 +342,8 @@ class ClassSpecificGate(nn.Module):
             f"projection={self.projection!r}{place}"
         )
 
-    # A copy is attached to the copy of its layer, where whatever holds both is copied.
+    # A copy is attached to the copy of its layer, where whatever holds both is copied. Whether a layer
+    # that has not been copied yet will be, or the gate is copied alone, cannot be told here.
     def __deepcopy__(self, memo: dict[int, object]) -> "ClassSpecificGate":
         copied = ClassSpecificGate(
             self.num_classes, self.num_filters, projection=self.projection
@@ -340,9 +352,17 @@ class ClassSpecificGate(nn.Module):
         copied.train(self.training).weight.requires_grad_(self.weight.requires_grad)
         memo[id(self)] = copied
         if self._tap is not None and id(self._tap.module) in memo:  # the layer is copied, too
-            copied._tap = copy.deepcopy(self._tap, memo)
-            _gate_of[copied._tap.module] = weakref.ref(copied)
+            copied._take_place(copy.deepcopy(self._tap, memo))
         return copied
+
+    def __setstate__(self, state: dict[str, object]) -> None:  # of a pickle, or copy.copy
+        super().__setstate__(state)
+        self._take_place(self._tap)
+
+
+def _gate_at(layer: nn.Module) -> ClassSpecificGate | None:
+    """The gate that is attached to a layer."""
+    return _gate_of[layer]() if layer in _gate_of else None
 
 
 def gates_not_finite(parameters: Iterable[Tensor] = ()) -> ValueError:

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import pickle
 from collections.abc import Callable
 from typing import Any, get_args
 
@@ -492,6 +493,22 @@ class TestTraining:
         assert not copied.weight.requires_grad
         assert copy.deepcopy(ClassSpecificGate(3, 6)).weight.requires_grad
 
+    @pytest.mark.parametrize("first", ["model", "gate"])
+    def test_which_copies_are_attached(self, first):
+        """As the gate's page says."""
+        model, gate = deep(), ClassSpecificGate(3, 6)
+        whole: Any = nn.ModuleDict({first: {"model": model, "gate": gate}[first]})
+        whole.update({"model": model, "gate": gate})
+        assert next(iter(whole)) == first
+        gate.attach(model, "stage2")
+        assert pickle.loads(pickle.dumps(whole))["gate"].attached
+        copied = copy.deepcopy(whole)
+        assert copied["gate"].attached == (first == "model")
+        if first == "gate":
+            with pytest.raises(ValueError, match=r"not attached.*attach\("):
+                copied["gate"].gating(images()).__enter__()
+            assert copied["gate"].attach(copied["model"], "stage2").attached
+
     def test_a_copy_of_a_gate_is_not_attached(self):
         gate = ClassSpecificGate(3, 6).attach(deep(), "stage2")
         with torch.no_grad():
@@ -516,6 +533,21 @@ class TestTraining:
             ClassSpecificGate(3, 6).attach(copied.model, "stage2")
         copied.gate.detach()
         assert whole.gate.attached
+
+    @pytest.mark.parametrize(
+        "copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))]
+    )
+    def test_a_layer_has_one_gate_in_copies_too(self, copied):
+        model = deep()
+        gate = ClassSpecificGate(3, 6).attach(model, "stage2")
+        model, own = copied((model, gate))
+        with pytest.raises(ValueError, match="Another gate is attached to the layer 'stage2'"):
+            ClassSpecificGate(3, 6).attach(model, "stage2")
+        assert not copy.copy(own).attached
+        assert own.attached
+        own.detach()
+        assert ClassSpecificGate(3, 6).attach(model, "stage2").attached
+        assert gate.attached
 
     @pytest.mark.parametrize("gated", [False, True])
     def test_a_step_takes_a_batch_made_in_inference_mode(self, gated):
