@@ -413,6 +413,56 @@ def test_no_layer_before_a_quantized_head_is_taken_for_it(make):
     assert find_head(inner)[0] == "1"
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: torch.ao.nn.quantized.Embedding(7, 4),
+        lambda: torch.ao.nn.quantized.dynamic.GRU(4, 6),
+        lambda: torch.ao.nn.quantized.DeQuantize(),
+    ],
+)
+def test_quantized_layers_that_are_not_linear_are_no_heads(make):
+    if torch.backends.quantized.engine == "none":
+        pytest.skip("PyTorch was built without quantized operations")
+    assert find_head(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), make()))[0] == "0"
+
+
+class SoftAttention(nn.Module):
+    """Its weights are computed from the maps, by a method of that name."""
+
+    def weight(self, maps: Tensor) -> Tensor:
+        return maps.mean(1, keepdim=True).flatten(2).softmax(2).unflatten(2, maps.shape[2:])
+
+    def forward(self, maps: Tensor) -> Tensor:
+        return (maps * self.weight(maps)).sum((2, 3))
+
+
+class EndsInAttention(nn.Module):
+    """The attention is registered after the head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.relu, self.head = nn.Conv2d(3, 5, 3), nn.ReLU(), nn.Linear(5, 4)
+        self.pool = SoftAttention()
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores: Tensor = self.head(self.pool(self.relu(self.conv(x))))
+        return scores
+
+
+def test_a_method_called_weight_quantizes_nothing():
+    model, x = EndsInAttention().eval(), torch.rand(3, 3, 6, 7)
+    assert find_head(model)[0] == find_head(model, x)[0] == "head"
+    found = cascading_randomization(
+        model, lambda twin: LayerFilterContribution(twin, "relu"), x, target=1
+    )
+    assert found.modules == ["head", "conv"]
+    with pytest.raises(ValueError, match="no weight") as refused:
+        layer_svd(model.pool)
+    assert "quantized" not in str(refused.value)
+
+
 def test_quantized_activations_are_no_numbers_to_weigh():
     torch.manual_seed(0)
     model = nn.Sequential(
@@ -614,8 +664,8 @@ def gate_trainer(model: nn.Module, **options: Any) -> GatedTrainer:
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_training_that_no_gradient_leads_to_is_refused(trainer, kind):
     message = r"No gradient of the loss leads to any .*quantized.*use_reentrant=False"
-    if trainer == "retrained" and kind is quantized_head:  # whose weights are renewed before
-        message = r"'net\.head'.* is quantized: .* Use the floating-point model"
+    if trainer == "retrained" and kind is quantized_head:  # draws weights anew before it trains
+        message = r"'net\.head' \(Linear\), which is to get new weights, is quantized"
     with pytest.raises(ValueError, match=message):
         TRAINERS[trainer](kind())
 

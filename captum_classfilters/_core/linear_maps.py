@@ -23,6 +23,11 @@ LINEAR_MAPS = (nn.Linear, *CONVOLUTIONS, *TRANSPOSED)
 
 _CONVOLVE = (F.conv1d, F.conv2d, F.conv3d)
 _TRANSPOSE = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+_QUANTIZED = (
+    "torch.ao.nn.quantized",
+    "torch.ao.nn.intrinsic.quantized",
+    "torch.ao.nn.sparse.quantized",
+)
 _INPUTS = 4
 _LARGE = 100  # entries of a kernel from which one input is enough
 _MOST_COLUMNS = 64
@@ -79,8 +84,11 @@ def weight_at_inference(module: nn.Module) -> Tensor | None:
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """Whether a layer's weight is packed integers: PyTorch's quantized layers unpack it by a method."""
-    return callable(getattr(type(module), "weight", None))
+    """Whether a layer's weight is packed integers. PyTorch's quantized layers unpack it by a method; a
+    method of that name in a class from elsewhere says nothing, so the package is asked for, too."""
+    kind = type(module)
+    packs = callable(getattr(kind, "weight", None)) or hasattr(kind, "_weight_bias")
+    return packs and any(base.__module__.startswith(_QUANTIZED) for base in kind.__mro__)
 
 
 def check_not_quantized(module: nn.Module, called: str, instead: str) -> None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_classfilters._core.layers import CHECKPOINTED, named_layers
+from captum_classfilters._core.linear_maps import is_quantized
 
 
 def compute_gradients(
@@ -79,8 +80,7 @@ def _quantized(model: nn.Module) -> str:
     names = [
         name or type(module).__name__
         for name, module in named_layers(model).items()
-        if type(module).__module__.startswith("torch.ao.nn.quantized")
-        and not name.endswith("_packed_params")
+        if is_quantized(module) and not name.endswith("_packed_params")
     ]
     if not names:
         return ""

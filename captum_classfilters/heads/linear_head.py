@@ -70,8 +70,9 @@ def find_head(
 def _may_be_head(module: nn.Module) -> bool:
     """Whether a module is by its class a head, one that is quantized among them: it is refused, and
     no linear layer before it is taken in its place."""
-    if is_quantized(module):
-        return all(size == 1 for size in getattr(module, "kernel_size", ()))
+    if is_quantized(module):  # embeddings and recurrent layers are none
+        kernel = getattr(module, "kernel_size", None)
+        return hasattr(module, "in_features") if kernel is None else all(k == 1 for k in kernel)
     return is_linear(module) or isinstance(module, DecomposedLinear)
 
 
