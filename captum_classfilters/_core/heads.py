@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from captum_classfilters._core.devices import without_autocast
+from captum_classfilters._core.guard import model_left_as_found
 from captum_classfilters._core.layers import positions_last
 from captum_classfilters._core.linear_maps import holds_weight
 from captum_classfilters._core.outputs import class_scores
@@ -115,12 +116,14 @@ def in_another_row(
     axis: int,
     inputs: ModelInputs,
     before: Tensor,
-) -> tuple[int, int] | None:
+) -> tuple[int, int | None] | None:
     r"""
     An output of a head that is not the score of its own class, and the class whose score it raises.
 
-    The model runs again, and for each image one of the outputs is raised: the score that rises most
-    must be that of the same class.
+    The model runs again, and for each image one of the outputs is raised above all of the head's: the
+    score of the same class must rise most, or be the highest then. It need not rise most where scores
+    are normalized: those far below zero come nearer to it. Nor need it be the highest where a prior is
+    added. What a random layer seems to do is judged by two runs with the same random numbers.
 
     Args:
 
@@ -131,7 +134,7 @@ def in_another_row(
         before (Tensor): Shape (N, C) or (N, C, ...), the scores of the batch.
 
     Returns:
-        *tuple* of the output and the class, or None.
+        *tuple* of the output and the class, None in its place if no score rises; or None.
     """
     number = before.shape[1]
     images = torch.arange(len(before), device=before.device)
@@ -145,15 +148,32 @@ def in_another_row(
         rows[images.to(output.device), classes.to(output.device)] += rise
         return rows.movedim(1, axis)
 
-    with tapped(head, raised):
-        moved = class_scores(forward_func(*inputs)) - before
-    moved = (moved.flatten(2).mean(2) if moved.dim() > 2 else moved).double()
-    changed = moved.abs().amax(1) > 1e-4 * before.double().abs().max()
-    other = (moved.argmax(1) != classes) & changed
-    if not bool(other.any()):
+    with model_left_as_found(None), tapped(head, raised):
+        after = class_scores(forward_func(*inputs))
+    found = _not_raised(before, after, classes)
+    if found is None:
         return None
-    image = int(other.nonzero()[0, 0])
-    return int(classes[image]), int(moved[image].argmax())
+    with model_left_as_found(None):
+        return _not_raised(class_scores(forward_func(*inputs)), after, classes)
+
+
+def _not_raised(before: Tensor, after: Tensor, classes: Tensor) -> tuple[int, int | None] | None:
+    """The first class of an image's own whose score is not what rose, and which rose instead."""
+    before, after = (
+        (scores.flatten(2).mean(2) if scores.dim() > 2 else scores).double()
+        for scores in (before, after)
+    )
+    known = before.isfinite() & after.isfinite()  # classes may be switched off
+    moved = (after - before).masked_fill(~known, 0)
+    least = 1e-4 * before.masked_fill(~before.isfinite(), 0).abs().max()
+    others = after.scatter(1, classes[:, None], -torch.inf)
+    highest = after.gather(1, classes[:, None])[:, 0] > others.amax(1)
+    wrong = (moved.abs().amax(1) > least) & (moved.argmax(1) != classes) & ~highest
+    if not bool(wrong.any()):
+        return None
+    image = int(wrong.nonzero()[0, 0])
+    rise, other = moved[image].max(0)
+    return int(classes[image]), int(other) if bool(rise > least) else None
 
 
 def linear_output(weight: Tensor, bias: Tensor, features: Tensor) -> Tensor:

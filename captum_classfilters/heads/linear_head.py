@@ -402,7 +402,10 @@ def check_scores_follow(
 def _check_alone(model: nn.Module, head: LinearHead, inputs: ModelInputs) -> None:
     """Raise if the model's scores change with what its head does not see."""
     outputs: list[Tensor] = []
-    with tapped(head.module, lambda output: outputs.append(output.clone())):
+    with (
+        model_left_as_found(None),  # random layers draw the same again
+        tapped(head.module, lambda output: outputs.append(output.clone())),
+    ):
         before = class_scores(model(*inputs))
     check_runs(head.name, min(1, len(outputs)))
     if len({output.device for output in outputs}) > 1:  # replicas, in an order of their own
@@ -431,9 +434,10 @@ def _check_order(model: nn.Module, head: LinearHead, inputs: ModelInputs, before
         )
     other = in_another_row(model, head.module, 1 if head.convolution_dims else -1, inputs, before)
     if other is not None:
+        does = "lowers that score" if other[1] is None else f"raises that of class {other[1]}"
         raise ValueError(
             f"Output {other[0]} of the head {head.name!r} is not the score of class {other[0]}: it "
-            f"raises that of class {other[1]}. {_of_its_own(head)}"
+            f"{does}. {_of_its_own(head)}"
         )
 
 
@@ -450,8 +454,10 @@ def check_found_in_order(head: LinearHead, feed: Mapping[str, object]) -> None:
 def _of_its_own(head: LinearHead) -> str:
     return (
         "Name the layer that puts out the scores with head=, or pass a model whose head has one "
-        "output for each class, in their order: of a head whose outputs are picked or put in another "
-        f"order, replace_head(model, {head.name!r}, layer) with those rows in an nn.Linear."
+        "output for each class, in their order. Where a step after the head picks its outputs, puts "
+        "them in another order or negates them, leave that step out (of the forward, or the wrapper) "
+        f"and give the head its rows: replace_head(inner, {head.name!r}, layer), where inner is the "
+        "model without the step and layer an nn.Linear with those rows."
     )
 
 

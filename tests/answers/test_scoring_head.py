@@ -221,7 +221,7 @@ def test_a_mean_of_two_heads_is_refused(name):
 
 def test_the_advice_works():
     model = OtherOrder()
-    with pytest.raises(ValueError, match=r"Output 0 of the head 'fc'.*replace_head\(model, 'fc'"):
+    with pytest.raises(ValueError, match=r"Output 0 of the head 'fc'.*replace_head\(inner, 'fc'"):
         forget_class(model, images(), 1, **QUIET)
     picked = ClassScores(Net(), lambda scores: scores[:, [2, 0]])
     with pytest.raises(ValueError, match="scores of 2 classes, and its head 'fc' 5 outputs"):

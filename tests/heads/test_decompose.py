@@ -14,6 +14,7 @@ from torch import nn
 
 from captum_classfilters import (
     ClassFilters,
+    ClassScores,
     DecomposedLinear,
     LayerFilterAblation,
     LayerFilterContribution,
@@ -364,6 +365,74 @@ def test_a_head_in_another_order_than_the_classes_is_refused_without_a_batch(nam
                 decompose(model, own, head=given)
         with pytest.raises(ValueError, match="is not the score of class"):
             decompose(model, own, example_inputs=data[0][0])
+
+
+BESIDE_NORMALIZED = {
+    "logit norm": lambda scores: F.normalize(scores, dim=1) / 0.04,
+    "layer norm": lambda scores: F.layer_norm(scores, (3,)),
+    "z-scores": lambda scores: (
+        (scores - scores.mean(1, keepdim=True)) / scores.std(1, keepdim=True)
+    ),
+    "noise": lambda scores: scores + 3 * torch.randn_like(scores),
+    "dropout": lambda scores: F.dropout(scores, 0.5, True),
+    "dropout, normalized": lambda scores: F.normalize(F.dropout(scores, 0.3, True), dim=1),
+    "noise and a softmax": lambda scores: (scores + torch.randn_like(scores)).softmax(1),
+}
+TURNS = {
+    "permuted": (
+        lambda scores: scores[:, [0, 2, 1]],
+        r"Output [12] .* raises that of class [12]\.",
+    ),
+    "negated": (lambda scores: -scores, r"Output \d .* lowers that score\."),
+    "one negated": (lambda scores: scores * torch.tensor([1.0, 1, -1]), "Output 2 .* class 2: it"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The model gives different", "ignore:Filters that lower")
+@pytest.mark.parametrize("turn", [None, *TURNS])
+@pytest.mark.parametrize("name", BESIDE_NORMALIZED)
+def test_the_order_is_seen_behind_norms_and_noise(name, turn):
+    """A class on top rises less there than one far below zero, which comes nearer to zero."""
+    before, message = TURNS[turn] if turn else (lambda scores: scores, "")
+    model = ended(lambda scores: BESIDE_NORMALIZED[name](before(scores)))
+    with torch.no_grad():
+        model[4].bias.copy_(torch.tensor([8.0, 1, -9]))
+    x, y = torch.randn(18, 2, 5, 6), torch.arange(18) % 3
+    table = LayerFilterContribution(model, model[1]).identify([(x, y)], num_filters=2, **QUIET)
+    if turn is None:
+        for given in ({}, {"example_inputs": x}):
+            small = decompose(model, table, missing="bias", **given)
+            assert torch.equal(layer_at(small, "4", DecomposedLinear).mask, table.selected)
+        return
+    with pytest.raises(ValueError, match="were not the scores of the classes, in their"):
+        decompose(model, table)
+    general = name != "noise" and turn == "negated"  # the others rise, where scores are normalized
+    with pytest.raises(ValueError, match=r"is not the score of class" if general else message):
+        decompose(model, table, example_inputs=x)
+
+
+@pytest.mark.filterwarnings("ignore:Filters that lower")
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("step", ["permuted", "negated"])
+def test_the_advice_about_a_heads_order_works(step, wrapped):
+    """The step leaves the forward, or the wrapper, and the head of the model inside gets its rows."""
+    end = TURNS[step][0]
+    inner = ended(lambda scores: scores)
+    model = ClassScores(inner, end) if wrapped else ended(end)
+    data = [(torch.randn(9, 2, 5, 6), torch.arange(9) % 3)]
+    table = LayerFilterContribution(model, inner[1] if wrapped else "1").identify(data, **QUIET)
+    with pytest.raises(ValueError, match=r"inner is the model without the step") as refused:
+        decompose(model, table.select(2), missing="bias")
+    assert "replace_head(inner, '4', layer)" in str(refused.value)
+    layer = nn.Linear(5, 3)
+    with torch.no_grad():
+        layer.weight.copy_(end(inner[4].weight.T).T)
+        layer.bias.copy_(end(inner[4].bias[None])[0])
+    followed = replace_head(inner, "4", layer)
+    torch.testing.assert_close(followed(data[0][0]), model(data[0][0]))
+    table = LayerFilterContribution(followed, "1").identify(data, num_filters=2, **QUIET)
+    assert table.provenance["feeds_head"] == {"name": "4", "by": "mean"}
+    decompose(followed, table, missing="bias", example_inputs=data[0][0])
 
 
 def test_a_run_that_goes_on_knows_the_order_of_the_head(tmp_path):
