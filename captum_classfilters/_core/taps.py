@@ -29,10 +29,9 @@ from captum_classfilters._core.types import Arguments, Keywords, ModelInputs
 # their names, of a run that the hook is not for.
 
 
-@contextmanager
 def hooked(
     modules: Iterable[nn.Module], hook: Callable[[nn.Module, Any, Any], object]
-) -> Iterator[None]:
+) -> AbstractContextManager[None]:
     """Call a function with each of these modules, its inputs and its output whenever it has run in
     the block; what it returns, if not None, takes the output's place. Inputs given by their names
     come after those that are not."""
@@ -43,11 +42,20 @@ def hooked(
         named, output = given
         return hook(module, (*inputs, *named.values()), output)
 
+    return watched(modules, call)
+
+
+@contextmanager
+def watched(
+    modules: Iterable[nn.Module],
+    hook: Callable[[nn.Module, Arguments, Keywords, Any], object],
+) -> Iterator[None]:
+    """As :func:`hooked`, with inputs given by their names apart."""
     with ExitStack() as stack:
         stack.enter_context(_running_eagerly())
         for module in modules:
             if not isinstance(module, torch.jit.ScriptModule):  # would refuse, or never call
-                stack.callback(module.register_forward_hook(call, with_kwargs=True).remove)
+                stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
         yield
 
 

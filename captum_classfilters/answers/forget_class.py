@@ -23,7 +23,15 @@ from captum_classfilters._core.linear_maps import LINEAR_MAPS
 from captum_classfilters._core.outputs import class_scores, scores_per_class
 from captum_classfilters._core.score_reader import ScoreReader
 from captum_classfilters._core.stand_ins import StandIn
-from captum_classfilters._core.types import ClassNames, Dataloader, ModelInputs, Unpack
+from captum_classfilters._core.taps import watched
+from captum_classfilters._core.types import (
+    Arguments,
+    ClassNames,
+    Dataloader,
+    Keywords,
+    ModelInputs,
+    Unpack,
+)
 from captum_classfilters._core.units import Rows, UnitTap, aggregated, read_units
 from captum_classfilters._core.warnings import warn
 from captum_classfilters.class_filters import given_or_known_names, index_of_class
@@ -136,7 +144,8 @@ def forget_class(
         if at_head:
             around = StandIn({"forget": eraser, "head": own}, own)
         else:
-            kind = StandIn if isinstance(own, LINEAR_MAPS) else _Erased
+            # A plain row can be traced and scripted.
+            kind = StandIn if isinstance(own, LINEAR_MAPS) or seen.is_plain else _Erased
             around = kind({"layer": own, "forget": eraser}, own)
         changed = replace_head(changed, place, around)
     if len(linear.weight) > 1:  # one output has no class of its own to leave
@@ -170,14 +179,16 @@ def _check_inner_first(layers: list[str]) -> None:
 
 @dataclass(frozen=True)
 class _Seen:
-    """A layer's means (N, K) for images and their labels (N,), the form of its tensor, and the inputs
-    for some images of the class."""
+    """A layer's means (N, K) for images and their labels (N,), the form of its tensor, whether it is
+    called with one input and puts out a tensor by itself, and the inputs for some images of the
+    class."""
 
     name: str
     means: Tensor
     labels: Tensor
     num_classes: int
     convolution_dims: int
+    is_plain: bool
     examples: list[tuple[ModelInputs, int]]  # images of the class, and how many their batch had
 
 
@@ -202,9 +213,10 @@ def _seen(
     show_progress: bool,
 ) -> _Seen:
     """Read a layer on all images."""
-    tap = _Reader(model, find_layer(model, name), at_input=at_input)
+    layer = find_layer(model, name)
+    tap = _Reader(model, layer, at_input=at_input)
     tap.reduce = lambda maps: (aggregated(maps, "mean"),)
-    means, labels, classes = Rows(), Rows(), [0]
+    means, labels, classes, plain = Rows(), Rows(), [0], [True]
     examples: list[tuple[ModelInputs, int]] = []
 
     def take(batches: Batches, batch: Batch, output: object) -> None:
@@ -216,7 +228,13 @@ def _seen(
             places = (own == class_index).nonzero()[:, 0]
             examples.append((chosen_images(batch.inputs, places), batch.size))
 
-    read_units(model, [tap], dataloader, "forget", take, unpack=unpack, show_progress=show_progress)
+    def note(_layer: nn.Module, inputs: Arguments, named: Keywords, output: object) -> None:
+        plain[0] &= len(inputs) == 1 and not named and isinstance(output, Tensor)
+
+    with watched([layer], note):
+        read_units(
+            model, [tap], dataloader, "forget", take, unpack=unpack, show_progress=show_progress
+        )
     axis, dims = tap.form
     if axis not in (1, dims - 1):
         raise ValueError(
@@ -230,6 +248,7 @@ def _seen(
         torch.cat(labels.pieces()),
         classes[0],
         convolution_dims,
+        plain[0],
         [(inputs, size) for inputs, size in examples if num_images(inputs)],
     )
 

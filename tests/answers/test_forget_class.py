@@ -157,6 +157,51 @@ def test_layers_that_put_out_more_than_a_tensor(wrap, unwrap):
         assert torch.allclose(made, eraser(2 * plain.first.inner(x)), atol=1e-5)
 
 
+COMPILERS = {
+    "fx": lambda model, _x: torch.fx.symbolic_trace(model),
+    "script": lambda model, _x: torch.jit.script(model),
+    "export": lambda model, x: torch.export.export(model, (x,)).module(),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # TorchScript is old
+@pytest.mark.parametrize("compiler", COMPILERS)
+@pytest.mark.parametrize("layer", ["0", "0.0", "0.1", "1", "3"])
+def test_copies_are_compiled_as_the_model_is(layer, compiler):
+    """What puts out a tensor by itself is followed by a layer, whatever it is."""
+    torch.manual_seed(0)
+    block = nn.Sequential(nn.Conv2d(2, 5, 3), nn.BatchNorm2d(5))
+    pool = nn.AdaptiveAvgPool2d(1)
+    model = nn.Sequential(block, nn.ReLU(), pool, nn.Flatten(), nn.Linear(5, 3)).eval()
+    x, y = torch.randn(30, 2, 6, 7), torch.arange(30) % 3
+    x[:, 0] += y[:, None, None]
+    copy = forget_class(model, [(x, y)], 1, layers=layer, erase="probe", **QUIET).eval()
+    with torch.no_grad():
+        assert torch.allclose(COMPILERS[compiler](copy, x)(x), copy(x), atol=1e-6)
+        assert not torch.allclose(model(x), copy(x), atol=1e-3)
+
+
+class ByName(nn.Module):
+    """Gives its first layer the only input by its name."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.head = Wrapping(lambda h: h), nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.head(self.first(x=x).relu().mean((2, 3)))
+
+
+def test_a_layer_given_its_input_by_name():
+    model, x, y = ByName().eval(), torch.randn(30, 2, 6, 7), torch.arange(30) % 3
+    copy = forget_class(model, [(x, y)], 1, layers="first", erase="probe", **QUIET)
+    eraser = layer_at(copy, "first.forget", nn.Conv2d)
+    with torch.no_grad():
+        made = copy.get_submodule("first")(x=x)
+        assert torch.allclose(made, eraser(model.first.inner(x)), atol=1e-6)
+
+
 def test_bad_inputs():
     with pytest.raises(ValueError, match="erase='all'; choose"):
         forgetting(erase="all")
