@@ -11,6 +11,7 @@ from torch import nn
 
 from captum_classfilters import ClassFilters, decompose
 from captum_classfilters._core.costs import num_outputs
+from captum_classfilters._core.stand_ins import StandIn
 from captum_classfilters.answers import build_specialist, forget_class
 from captum_classfilters.identify import reinitialize
 from captum_classfilters.spectral import factor_layer
@@ -109,6 +110,40 @@ def test_weight_and_bias_are_those_of_the_row(layers):
         row = convolution(changed, layers)
         expected = F.conv2d(x, row.weight, row.bias, row.stride)
         assert torch.allclose(row(x), expected, atol=1e-5)
+
+
+ROWS = {
+    "depthwise": (nn.Conv2d(6, 6, 3, groups=6), nn.Conv2d(6, 6, 1)),
+    "grouped": (nn.Conv2d(6, 4, (3, 2), groups=2, bias=False), nn.Conv2d(4, 4, 1)),
+    "before a grouped one": (nn.Conv2d(6, 4, 1), nn.Conv2d(4, 8, (2, 3), groups=2)),
+    "both grouped": (nn.Conv2d(6, 4, (3, 2), groups=2), nn.Conv2d(4, 8, 1, groups=2)),
+    "other groups": (nn.Conv2d(6, 12, (3, 2), groups=3), nn.Conv2d(12, 8, 1, groups=2)),
+    "transposed": (nn.ConvTranspose2d(6, 4, (3, 2), groups=2), nn.Conv2d(4, 4, 1)),
+    "three": (nn.Conv2d(6, 6, 1), nn.Conv2d(6, 6, 3, groups=3), nn.Conv2d(6, 5, 1)),
+}
+
+
+@pytest.mark.parametrize("within", [False, True])
+@pytest.mark.parametrize("kind", ROWS)
+def test_rows_of_groups_compute_what_their_weight_says(kind, within):
+    """Settings and weight belong together, also where the layer is one of the parts."""
+    parts = ROWS[kind]
+    layer = next(part for part in parts if part.kernel_size != (1, 1))
+    row = StandIn({str(place): part for place, part in enumerate(parts)}, layer if within else None)
+    convolve = F.conv_transpose2d if kind == "transposed" else F.conv2d
+    x = torch.randn(3, 6, 5, 7)
+    expected = convolve(x, row.weight, row.bias, groups=row.groups)
+    torch.testing.assert_close(row(x), expected, atol=1e-5, rtol=1e-4)
+    assert row.groups == (2 if kind == "both grouped" else 1)
+
+
+def test_a_part_is_not_taken_for_the_row():
+    """What else the layer has, is."""
+    layer = nn.Conv2d(6, 4, 3, stride=2, groups=2)
+    row = StandIn({"layer": layer, "follow": nn.ReLU()}, layer)
+    for name in ("weight", "bias", "groups"):
+        assert not hasattr(row, name)
+    assert row.stride == (2, 2)
 
 
 def test_the_parts_are_counted_and_not_the_row():
