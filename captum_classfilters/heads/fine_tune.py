@@ -201,6 +201,7 @@ def _one_epoch(
     reader = ScoreReader(model, batches)
     teacher = None if criterion.teacher is None else ScoreReader(criterion.teacher, batches)
     sums: Tensor | None = None
+    before = _not_finite(trained)
     for batch in batches:
         optimizer.zero_grad(set_to_none=True)
         predicted = reader.log_probabilities(batch, model(*batch.inputs))
@@ -219,10 +220,19 @@ def _one_epoch(
         sums = own if sums is None else sums + own
     if sums is None:
         raise ValueError("The training loader is empty: there is no image to train on.")
-    if not all(bool(parameter.isfinite().all()) for parameter in trained):  # since the last step
+    now = _not_finite(trained)  # after the last step, whose loss nobody has computed
+    if any(number > earlier for number, earlier in zip(now, before, strict=True)):
         raise not_finite_in_training(trained, "model after an epoch")
     total, right_answers = sums.tolist()
     return total / batches.num_images, right_answers / batches.num_images
+
+
+def _not_finite(parameters: Sequence[Tensor]) -> tuple[int, int]:
+    """How many numbers are NaN or infinite, and how many NaN; a mask may hold minus infinity from the
+    start."""
+    seen = [parameter.detach() for parameter in parameters]
+    number = sum(int((~tensor.isfinite()).sum()) for tensor in seen)
+    return number, sum(int(tensor.isnan().sum()) for tensor in seen)
 
 
 def _taught(teacher: ScoreReader | None, batch: Batch) -> Tensor | None:

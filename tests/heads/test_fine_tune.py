@@ -248,6 +248,28 @@ def test_where_nothing_can_be_trained(kind: str) -> None:
     assert [(p.requires_grad, p.grad) for p in model.parameters()] == flags
 
 
+class Masked(nn.Module):
+    """A trainable mask of its scores switches the last class off."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc, self.mask = nn.Linear(6, 4), nn.Parameter(torch.tensor([0, 0, 0, -torch.inf]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores: Tensor = self.fc(x.flatten(1)) + self.mask
+        return scores
+
+
+def test_what_was_infinite_before_may_stay_so() -> None:
+    model, data = Masked(), [(torch.rand(7, 2, 3), torch.arange(7) % 3)]
+    fine_tune(model, data, list(data), epochs=2, **QUIET)
+    assert model.mask[3] == -torch.inf
+    with pytest.raises(ValueError, match="The model after an epoch is NaN or Inf"):
+        # A single step, whose loss was finite.
+        fine_tune(model, data, list(data), learning_rate=torch.inf, **QUIET)
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_layers_behind_a_quantized_one_are_trained() -> None:
     """Its state holds versions, without which it is not read back."""
