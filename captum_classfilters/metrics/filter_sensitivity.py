@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from captum.attr import LayerAttribution
+from captum.attr import GuidedGradCam, LayerAttribution, NeuronAttribution, NoiseTunnel
 from captum.metrics import sensitivity_max
 from torch import Tensor, nn
 
@@ -25,6 +25,7 @@ from captum_classfilters._core.tables import short_repr
 from captum_classfilters._core.taps import tapped
 from captum_classfilters._core.types import Attributions, ModelInputs
 from captum_classfilters._core.units import aggregated
+from captum_classfilters.attr import ClassFilterSaliency
 from captum_classfilters.gate_space import FilterGate
 from captum_classfilters.metrics.inputs import at_model, taken_at, with_classes_as_targets
 
@@ -132,7 +133,8 @@ def filter_max_sensitivity(
 
     Args:
 
-        method (LayerAttribution): Of this package or of Captum, with a layer of K filters.
+        method (LayerAttribution): Of this package or of Captum, with a layer of K filters; or an
+                    attribution of one's own that has a ``layer``, or that returns scores (N, K).
         inputs (Tensor or tuple[Tensor, ...]): Input of the model, N examples first.
         target (int, tuple, Tensor or list, optional): In any of Captum's forms.
                     Default: None
@@ -170,7 +172,7 @@ def filter_max_sensitivity(
         >>> filter_max_sensitivity(method, torch.rand(4, 3, 6, 6), target=1).by_filter.shape
         torch.Size([4, 8])
     """
-    if hasattr(method, "layer"):  # others may explain gates
+    if hasattr(_without_noise(method), "layer"):  # others may explain gates
         check_explains_layer(method)
     if space not in ("images", "gates"):
         raise ValueError(f"space={space!r}; choose 'images' or 'gates'.")
@@ -237,23 +239,40 @@ def filter_scores_of(method: object, attributions: object) -> Tensor:
             "puts out one tensor."
         )
     tensor = only_tensor(attributions, name).detach()
-    if tensor.dim() > 2 or hasattr(method, "layer"):  # others may explain gates (N, K)
-        check_explains_layer(method)
+    inner = _without_noise(method)
+    if tensor.dim() > 2 or hasattr(inner, "layer"):  # others may explain gates (N, K)
+        check_explains_layer(inner)
     if tensor.dim() == 2:
         return at_least_float32(tensor).contiguous()
-    if not isinstance(method.layer, nn.Module):  # type: ignore[attr-defined]
+    if not hasattr(inner, "layer"):
+        raise ValueError(
+            f"{name} has no attribute 'layer', so the filters of its attributions "
+            f"{tuple(tensor.shape)} cannot be told; return one score for each filter, (N, K)."
+        )
+    if not isinstance(inner.layer, nn.Module):
         raise ValueError(f"{name} has a list of layers; take them one by one.")
-    return aggregated(positions_last(tensor, attribution_axis(method, tensor)), "sum").contiguous()
+    return aggregated(positions_last(tensor, attribution_axis(inner, tensor)), "sum").contiguous()
 
 
 def check_explains_layer(method: object) -> None:
-    """Raise unless a method explains its layer: others have one, and explain the input through it."""
-    name = type(method).__name__
-    if not isinstance(method, LayerAttribution):
+    """Raise for a method that is known to explain the input; some have a layer, through which they do.
+    One that is neither Captum's nor ours is believed."""
+    inner = _without_noise(method)
+    of_input = isinstance(inner, (ClassFilterSaliency, GuidedGradCam, NeuronAttribution))
+    captums = type(inner).__module__.startswith("captum.")
+    if of_input or (captums and not isinstance(inner, LayerAttribution)):
         raise ValueError(
-            f"{name} is no LayerAttribution: it explains the model's input, whose channels are not "
-            "filters. explanation_for_sensitivity takes it to captum.metrics.sensitivity_max."
+            f"{type(inner).__name__} is no LayerAttribution: it explains the model's input, whose "
+            "channels are not filters. explanation_for_sensitivity takes it to "
+            "captum.metrics.sensitivity_max."
         )
+
+
+def _without_noise(method: object) -> Any:
+    """The method that a NoiseTunnel smooths, which has the layer."""
+    while isinstance(method, NoiseTunnel):
+        method = method.attribution_method
+    return method
 
 
 def scores_filters(method: object, attributions: object, inputs: ModelInputs) -> bool:

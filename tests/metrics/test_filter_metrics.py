@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from captum.attr import (
+    Attribution,
     FeatureAblation,
     GuidedGradCam,
     IntegratedGradients,
@@ -13,6 +14,7 @@ from captum.attr import (
     LayerGradCam,
     LayerGradientXActivation,
     NeuronGradient,
+    NoiseTunnel,
     Saliency,
 )
 from captum.metrics import infidelity, sensitivity_max
@@ -382,6 +384,52 @@ def test_colors_are_no_filters(kind, space):
             filter_max_sensitivity(method, x, space=space, **options)
     with pytest.raises(ValueError, match=f"{name} is no LayerAttribution: it explains the"):
         filter_scores_of(method, method.attribute(x, **options))
+
+
+class OfOnesOwn(Attribution):
+    """Explains a layer, by a class that is no LayerAttribution, in maps or in scores."""
+
+    def __init__(self, model, layer, as_scores):
+        super().__init__(model)
+        self.layer, self.as_scores = layer, as_scores
+
+    def attribute(self, inputs, target=None):
+        maps = LayerConductance(self.forward_func, self.layer).attribute(inputs, target=target)
+        return maps.sum((2, 3)) if self.as_scores else maps
+
+
+class Floating(Attribution):
+    """Explains what it will."""
+
+    def attribute(self, inputs, target=None):
+        return torch.ones(len(inputs[0]), 4, 3, 2)
+
+
+@pytest.mark.parametrize("as_scores", [False, True])
+def test_a_method_of_ones_own_is_believed(as_scores):
+    model, x = deep(), images()
+    expected = LayerConductance(model, model.stage1)
+    own = OfOnesOwn(model, model.stage1, as_scores)
+    options = {"target": 0, "n_perturb_samples": 2}
+    found = filter_max_sensitivity(own, x, **options).by_filter
+    assert torch.equal(found, filter_max_sensitivity(expected, x, **options).by_filter)
+    scores = filter_scores_of(own, own.attribute(x, target=0))
+    assert torch.equal(scores, filter_scores_of(expected, expected.attribute(x, target=0)))
+    with pytest.raises(ValueError, match="Floating has no attribute 'layer', so the filters of"):
+        filter_max_sensitivity(Floating(model), x, target=0)
+
+
+def test_noise_around_a_layer_method_is_of_its_layer():
+    model, x = deep(), images()
+    method = LayerConductance(model, model.stage1)
+    smooth, options = NoiseTunnel(method), {"nt_samples": 2, "stdevs": 0.0, "target": 0}
+    scores = filter_scores_of(smooth, smooth.attribute(x, **options))
+    torch.testing.assert_close(scores, filter_scores_of(method, method.attribute(x, target=0)))
+    found = filter_max_sensitivity(smooth, x, n_perturb_samples=2, **options)
+    assert found.by_filter.shape == scores.shape
+    of_input = NoiseTunnel(Saliency(model))
+    with pytest.raises(ValueError, match="Saliency is no LayerAttribution: it explains the"):
+        filter_scores_of(of_input, of_input.attribute(x, **options))
 
 
 # -- curves ---------------------------------------------------------------------------------------
