@@ -37,10 +37,15 @@ def rank_correlation(left: Tensor, right: Tensor) -> Tensor:
 
     result = torch.full((len(left),), float("nan"), dtype=torch.float64)
     usable = torch.isfinite(left).all(1) & torch.isfinite(right).all(1)
-    usable &= (left.std(1) > 0) & (right.std(1) > 0) if left.shape[1] > 1 else False
+    usable &= _varies(left) & _varies(right) if left.shape[1] > 1 else False
     for row in usable.nonzero()[:, 0].tolist():
         result[row] = spearman_corrcoef(left[row], right[row])
     return result
+
+
+def _varies(rows: Tensor) -> Tensor:
+    """Whether the numbers of a row differ; the deviation of equal ones may be above zero by rounding."""
+    return rows.amax(1) > rows.amin(1)
 
 
 def random_orders(shape: Sequence[int], repetitions: int, generator: torch.Generator) -> Tensor:

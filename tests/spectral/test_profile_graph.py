@@ -185,6 +185,15 @@ def test_persistence_of_paths_that_round():
     np.testing.assert_allclose(components[:-1, 1], [0.1, 0.2, 0.3])
 
 
+@pytest.mark.parametrize("length", [0.1, 0.7, 3.0])
+def test_equal_distances_keep_their_scale(length):
+    """Their deviation is not always zero."""
+    all_alike = networkx.DiGraph()
+    all_alike.add_edges_from([(a, b) for a in range(4) for b in range(a)], length=length)
+    kernel = distance_matrix(all_alike, kernel=True)[1]
+    np.testing.assert_allclose(kernel, (1 - np.exp(-0.5)) * (1 - np.eye(4)))
+
+
 def test_persistence():
     pytest.importorskip("ripser")
     angles = np.linspace(0, 2 * np.pi, 12, endpoint=False)
