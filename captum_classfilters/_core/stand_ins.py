@@ -3,7 +3,6 @@
 import inspect
 from collections import OrderedDict
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +59,7 @@ class StandIn(nn.Sequential):
             raise AttributeError(f"{type(self).__name__} has no groups")
         return groups.pop() if len(groups) == 1 else 1
 
-    def _linear(self) -> list[Any]:
+    def _linear(self) -> list[nn.Linear | nn.modules.conv._ConvNd]:
         """The parts, if the row equals one convolution or linear layer."""
         parts = [part for part in self if isinstance(part, _LINEAR)]
         if len(parts) < len(self):

@@ -48,7 +48,7 @@ def hooked(
 @contextmanager
 def watched(
     modules: Iterable[nn.Module],
-    hook: Callable[[nn.Module, Arguments, Keywords, Any], object],
+    hook: Callable[[nn.Module, Arguments, Keywords, object], object],
 ) -> Iterator[None]:
     """As :func:`hooked`, with inputs given by their names apart."""
     with ExitStack() as stack:

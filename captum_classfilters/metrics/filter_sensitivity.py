@@ -268,7 +268,7 @@ def check_explains_layer(method: object) -> None:
         )
 
 
-def _without_noise(method: object) -> Any:
+def _without_noise(method: object) -> object:
     """The method that a NoiseTunnel smooths, which has the layer."""
     while isinstance(method, NoiseTunnel):
         method = method.attribution_method
