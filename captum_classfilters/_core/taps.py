@@ -36,10 +36,7 @@ def hooked(
     the block; what it returns, if not None, takes the output's place. Inputs given by their names
     come after those that are not."""
 
-    def call(module: nn.Module, inputs: Arguments, *given: Any) -> Any:
-        if len(given) < 2:  # of another thread
-            return None
-        named, output = given
+    def call(module: nn.Module, inputs: Arguments, named: Keywords, output: object) -> object:
         return hook(module, (*inputs, *named.values()), output)
 
     return watched(modules, call)
@@ -51,11 +48,17 @@ def watched(
     hook: Callable[[nn.Module, Arguments, Keywords, object], object],
 ) -> Iterator[None]:
     """As :func:`hooked`, with inputs given by their names apart."""
+
+    def call(module: nn.Module, inputs: Arguments, *given: Any) -> object:
+        if len(given) < 2:  # of another thread
+            return None
+        return hook(module, inputs, *given)
+
     with ExitStack() as stack:
         stack.enter_context(_running_eagerly())
         for module in modules:
             if not isinstance(module, torch.jit.ScriptModule):  # would refuse, or never call
-                stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
+                stack.callback(module.register_forward_hook(call, with_kwargs=True).remove)
         yield
 
 

@@ -1041,7 +1041,9 @@ def test_captums_methods_explain_the_classes_of_one_output(kind, target):
     two = TwoScores(model)
 
     def conductance(net):
-        return LayerConductance(net, net.get_submodule("net.1" if isinstance(net, TwoScores) else "1"))
+        return LayerConductance(
+            net, net.get_submodule("net.1" if isinstance(net, TwoScores) else "1")
+        )
 
     for space in ("images", "gates"):
         found, expected = (
