@@ -306,6 +306,7 @@ NO_INDICES = {
 @pytest.mark.parametrize("kind", NO_INDICES)
 def test_what_is_no_list_of_indices_is_named(kind):
     """As integers, a mask would be the indices 0 and 1, and floats be cut off."""
+    given: Any
     given, found = NO_INDICES[kind]
     data = [(torch.rand(3, 2, 6, 5), torch.arange(3))]
     model = torch.nn.Sequential(torch.nn.Conv2d(2, 3, 3))

@@ -400,8 +400,8 @@ def test_the_order_is_seen_behind_norms_and_noise(name, turn):
     x, y = torch.randn(18, 2, 5, 6), torch.arange(18) % 3
     table = LayerFilterContribution(model, model[1]).identify([(x, y)], num_filters=2, **QUIET)
     if turn is None:
-        for given in ({}, {"example_inputs": x}):
-            small = decompose(model, table, missing="bias", **given)
+        for given in (None, x):
+            small = decompose(model, table, missing="bias", example_inputs=given)
             assert torch.equal(layer_at(small, "4", DecomposedLinear).mask, table.selected)
         return
     with pytest.raises(ValueError, match="were not the scores of the classes, in their"):

@@ -409,20 +409,21 @@ class Floating(Attribution):
 def test_a_method_of_ones_own_is_believed(as_scores):
     model, x = deep(), images()
     expected = LayerConductance(model, model.stage1)
-    own = OfOnesOwn(model, model.stage1, as_scores)
-    options = {"target": 0, "n_perturb_samples": 2}
+    own: Any = OfOnesOwn(model, model.stage1, as_scores)
+    options: dict[str, Any] = {"target": 0, "n_perturb_samples": 2}
     found = filter_max_sensitivity(own, x, **options).by_filter
     assert torch.equal(found, filter_max_sensitivity(expected, x, **options).by_filter)
     scores = filter_scores_of(own, own.attribute(x, target=0))
     assert torch.equal(scores, filter_scores_of(expected, expected.attribute(x, target=0)))
     with pytest.raises(ValueError, match="Floating has no attribute 'layer', so the filters of"):
-        filter_max_sensitivity(Floating(model), x, target=0)
+        filter_max_sensitivity(Floating(model), x, target=0)  # type: ignore[arg-type]
 
 
 def test_noise_around_a_layer_method_is_of_its_layer():
     model, x = deep(), images()
     method = LayerConductance(model, model.stage1)
-    smooth, options = NoiseTunnel(method), {"nt_samples": 2, "stdevs": 0.0, "target": 0}
+    smooth = NoiseTunnel(method)
+    options: dict[str, Any] = {"nt_samples": 2, "stdevs": 0.0, "target": 0}
     scores = filter_scores_of(smooth, smooth.attribute(x, **options))
     torch.testing.assert_close(scores, filter_scores_of(method, method.attribute(x, target=0)))
     found = filter_max_sensitivity(smooth, x, n_perturb_samples=2, **options)

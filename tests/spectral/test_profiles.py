@@ -230,7 +230,7 @@ def test_images_are_taken_by_a_mask():
     expected = profiles.by_class()[1].totals["stage1"].toarray()
     mask = profiles.labels == 1
     for chosen in (mask, mask.numpy(), mask.tolist(), mask.nonzero()[:, 0]):
-        summed = profiles.of(chosen)
+        summed = profiles.of(chosen)  # type: ignore[arg-type]
         assert summed.num_images == int(mask.sum())
         np.testing.assert_array_equal(summed.totals["stage1"].toarray(), expected)
     assert profiles.of([]).num_images == 0
