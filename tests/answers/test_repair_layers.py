@@ -90,7 +90,7 @@ def test_what_the_mark_costs_is_given_back_on_other_images():
     with torch.no_grad():
         right = result.model(mark(pictures(1))).argmax(1) == LABELS
     assert result.right[1, 1] == right.sum()
-    assert "inner filters edited" in str(result)
+    assert "1 inner filter edited" in str(result)
 
 
 @pytest.mark.parametrize("size", [7, 60])
