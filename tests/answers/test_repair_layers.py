@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from captum_classfilters.answers import find_shortcuts, repair_layers
 from captum_classfilters.answers.repair import Repair
-from captum_classfilters.answers.repair_layers import _Fit
+from captum_classfilters.answers.repair_layers import _Fit, _rate
 from captum_classfilters.answers.shortcuts import Shortcuts
 from tests.models import QUIET, hooks_of
 
@@ -100,12 +100,16 @@ def test_filters_are_chosen_by_gradients_times_weights(size):
         nn.Conv2d(2, 5, 3), nn.ReLU(), nn.Conv2d(5, 4, 1), nn.ReLU(),
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2),
     ).eval()  # fmt: skip
-    fit = _Fit(model, "6", "3", loader(size=size), mark, 1.0, dict(QUIET))
+    with torch.no_grad():
+        for weight in (model.get_parameter("0.weight"), model.get_parameter("2.weight")):
+            weight[::2] *= 6  # so that neither lengths nor gradients decide alone
+    data = [(x * (1 + 9 * place), y) for place, (x, y) in enumerate(loader(size=size))]
+    fit = _Fit(model, "6", "3", data, mark, 1.0, dict(QUIET))
     chosen = fit.choose(0.33)
     expected = [torch.zeros(5), torch.zeros(4)]
     weights = [model.get_parameter(f"{name}.weight") for name in (0, 2)]
     gradients = [torch.zeros_like(weight) for weight in weights]
-    for x, _ in loader(size=size):
+    for x, _ in data:
         off = model[:4](mark(x)) - model[:4](x).detach()
         loss = off.square().mean() / model[:4](x).detach().square().mean()
         for sums, own in zip(gradients, torch.autograd.grad(loss, weights), strict=True):
@@ -117,6 +121,35 @@ def test_filters_are_chosen_by_gradients_times_weights(size):
         torch.cat([own + (0 if name == "0" else 5) for name, own in chosen.items()]), best
     )
     assert model[0].weight.grad is None
+
+
+def test_what_is_done_in_place_behind_the_layer_is_not_compared():
+    one, other = (repaired(network(inplace)).model for inplace in (False, True))
+    for a, b in zip(one.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("total", [1, 4, 5, 37])
+def test_the_learning_rate_rises_for_a_fifth_and_falls(total):
+    rates = [_rate(step, total) for step in range(total)]
+    top = rates.index(max(rates))
+    assert min(rates) > 0
+    assert max(rates) == 1
+    assert top == max(0, -(-total // 5) - 1)
+    assert rates[: top + 1] == sorted(rates[: top + 1])
+    assert rates[top:] == sorted(rates[top:], reverse=True)
+    assert total < 5 or rates[-1] < 0.4
+
+
+def test_norms_are_those_of_evaluation():
+    model = nn.Sequential(nn.BatchNorm2d(2), *network()).eval()
+    with torch.no_grad():
+        model.get_buffer("0.running_mean").fill_(0.4)
+    expected = repaired(model).model
+    found = repaired(model.train()).model
+    assert model.training
+    for name, value in found.state_dict().items():
+        assert torch.equal(value, expected.state_dict()[name]), name
 
 
 def test_keep_holds_images_without_it():
