@@ -258,7 +258,7 @@ def repair(
         raise ValueError(f"repetitions={repetitions} must not be negative.")
     head = linear_head_of(model, shortcuts.head)
     check_editable(head)
-    _check_same_head(head, shortcuts)
+    check_same_head(head, shortcuts)
     chosen = chosen_outputs(shortcuts, outputs)
     made = _edit(shortcuts, head, edit, size, chosen)
     edits = [made, *_random_edits(made, edit, repetitions, seed, shortcuts)]
@@ -266,9 +266,8 @@ def repair(
         edits = [_rebalanced(one, head, shortcuts, chosen) for one in edits]
         made = edits[0]
     heads = EditedHeads(model, head, edits)
-    used = set(shortcuts.without.fingerprints.tolist()) | set(shortcuts.with_.fingerprints.tolist())
     judged = judged_counts(
-        model, head, heads.answers, dataloader, marked, chosen, used,
+        model, head, heads.answers, dataloader, marked, chosen, found_on(shortcuts),
         paired=shortcuts.paired, unpack=unpack, show_progress=show_progress,
     )  # fmt: skip
     result = Repair(
@@ -490,7 +489,7 @@ def warn_of_loss(result: Repair) -> None:
             )
 
 
-def _check_same_head(head: LinearHead, shortcuts: Shortcuts) -> None:
+def check_same_head(head: LinearHead, shortcuts: Shortcuts) -> None:
     own = head.weight.cpu().double()
     if own.shape[1] != shortcuts.weight.shape[1] or not torch.equal(
         own, shortcuts.weight[-len(own) :]
@@ -499,6 +498,12 @@ def _check_same_head(head: LinearHead, shortcuts: Shortcuts) -> None:
             f"The head {head.name!r} of this model has another weight than the one that the shortcuts "
             "were found in; find them in this model."
         )
+
+
+def found_on(shortcuts: Shortcuts) -> set[int]:
+    """Fingerprints of the images that shortcuts were found on."""
+    sides = (shortcuts.without, shortcuts.with_)
+    return {key for side in sides for key in side.fingerprints.tolist()}
 
 
 def check_new(seen: SeenBatch, used: set[int]) -> None:

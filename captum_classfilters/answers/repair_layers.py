@@ -30,7 +30,14 @@ from captum_classfilters._core.ranking import descending
 from captum_classfilters._core.taps import tapped
 from captum_classfilters._core.training import no_gradient_of_loss, not_finite_in_training
 from captum_classfilters._core.types import Dataloader, Keywords, ModelInputs, Unpack
-from captum_classfilters.answers.repair import Repair, chosen_outputs, judged_counts, warn_of_loss
+from captum_classfilters.answers.repair import (
+    Repair,
+    check_same_head,
+    chosen_outputs,
+    found_on,
+    judged_counts,
+    warn_of_loss,
+)
 from captum_classfilters.answers.shortcuts import Shortcuts
 from captum_classfilters.answers.sides import SeenBatch, both_sides
 from captum_classfilters.heads.linear_head import linear_head_of
@@ -41,6 +48,7 @@ _RISE = 0.2  # of all steps, in which the learning rate rises
 Marked = Callable[[Tensor], Tensor] | None
 
 
+@torch.inference_mode(False)
 @arguments_checked
 def repair_layers(
     model: nn.Module,
@@ -118,8 +126,9 @@ def repair_layers(
     A warning says if images without it or with it are surely right less often after the edit.
 
     Raises:
-        ValueError: The shortcuts are of groups, images to judge on were used to fit, nothing before the
-            layer can be trained, or a number is out of range.
+        ValueError: The shortcuts are of groups or of another head, images to judge on were used to find or
+            to fit, nothing before the layer can be trained, the layer puts out only zeros without it, or a
+            number is out of range.
 
     Examples::
 
@@ -154,6 +163,7 @@ def repair_layers(
         )
     check_read_again(dataloader)
     head = linear_head_of(model, shortcuts.head)
+    check_same_head(head, shortcuts)
     chosen = chosen_outputs(shortcuts, outputs)
     place = shortcuts.head if layer is None else name_of(model, layer)
     options: Keywords = {"unpack": unpack, "show_progress": show_progress}
@@ -163,8 +173,8 @@ def repair_layers(
     generator = torch.Generator().manual_seed(seed)
     random = [_random_edit(model, fit, filters, generator) for _ in range(repetitions)]
     counts = judged_counts(
-        model, head, partial(_answers, [fit.edited, *random]), judged, marked, chosen, fit.used,
-        paired=True, unpack=unpack, show_progress=show_progress,
+        model, head, partial(_answers, [fit.edited, *random]), judged, marked, chosen,
+        fit.used | found_on(shortcuts),        paired=True, unpack=unpack, show_progress=show_progress,
     )  # fmt: skip
     names = tuple(shortcuts.class_names[output] for output in chosen)
     result = Repair(fit.edited, "layers", None, None, names, *counts, filters=filters)
@@ -203,11 +213,7 @@ class _Fit:
         self.place, self.keep = place, keep
         self.dataloader, self.marked, self.options = dataloader, marked, options
         self.used: set[int] = set()
-        self.layers: dict[str, Any] = {
-            name: module
-            for name, module in _weighted(self.edited).items()
-            if module is not find_layer(self.edited, head)
-        }
+        self.layers = _weighted(self.edited, find_layer(self.edited, head))
 
     def choose(self, share: float) -> dict[str, Tensor]:
         """The filters of each layer whose weights matter most for the images with it."""
@@ -228,10 +234,11 @@ class _Fit:
             }
         if not sizes:
             raise no_gradient_of_loss(self.model)
+        self.layers = {name: self.layers[name] for name in sizes}  # those before the layer
         scores = torch.cat([own.detach().cpu().double() for own in sizes.values()])
         best = descending(scores)[: max(1, round(share * len(scores)))]
         kept = torch.zeros(len(scores), dtype=torch.bool)
-        kept[best] = True
+        kept[best] = scores[best] > 0  # filters without weights have no size to change by
         parts = kept.split([len(own) for own in sizes.values()])
         return {
             name: part.nonzero()[:, 0]
@@ -253,7 +260,7 @@ class _Fit:
                 optimizer.zero_grad()
                 loss.backward()
                 for name, module in layers.items():
-                    for parameter in module.parameters(recurse=False):
+                    for parameter in _own(module):
                         if parameter.grad is not None:
                             parameter.grad[others[name]] = 0
                 optimizer.step()
@@ -270,7 +277,7 @@ class _Fit:
         """The parameters of some layers, which alone are trained in the block."""
         with model_left_as_found(self.model, evaluation=True), flags_restored(self.edited):
             self.edited.eval().requires_grad_(False)
-            trained = [p for module in layers.values() for p in module.parameters(recurse=False)]
+            trained = [parameter for module in layers.values() for parameter in _own(module)]
             for parameter in trained:
                 parameter.requires_grad_(True)
                 parameter.grad = None
@@ -293,7 +300,8 @@ class _Fit:
                     self.used.update(image_keys(inputs).tolist())
                 with torch.no_grad():
                     target = self._output(self.model, without)
-                size = target.square().mean().clamp(min=torch.finfo(target.dtype).tiny)
+                size = target.square().mean()
+                batches.check(size != 0, partial(_only_zeros, self.place, batch.number))
                 off = [
                     (self._output(self.edited, inputs) - target).square().mean() / size
                     for inputs in (with_, without)
@@ -314,14 +322,36 @@ class _Fit:
         return found[0]
 
 
-def _weighted(model: nn.Module) -> dict[str, nn.Module]:
-    """Layers whose filters can be given other weights, each once."""
-    found: dict[str, nn.Module] = {}
+def _only_zeros(place: str, number: int) -> ValueError:
+    return ValueError(
+        f"The layer {place!r} puts out only zeros for the images without it of batch {number}, so there is "
+        "nothing to compare with; give larger batches, or another layer."
+    )
+
+
+def _weighted(model: nn.Module, head: nn.Module) -> dict[str, Any]:
+    """Layers whose filters can be given other weights: each weight once, and not the head's."""
+    found: dict[str, Any] = {}
+    reasons, seen = [], {id(getattr(head, "weight", None))}
     for name, module in named_layers(model).items():
-        plain = isinstance(module, LINEAR_MAPS) and not isinstance(module, TRANSPOSED)
-        if plain and module not in found.values() and not computed_weight(model, module, name):
+        if not isinstance(module, LINEAR_MAPS) or module is head:
+            continue
+        if isinstance(module, TRANSPOSED):
+            reasons.append(f"{name!r} is a transposed convolution")
+        elif reason := computed_weight(model, module, name):
+            reasons.append(reason)
+        elif id(module.weight) not in seen:
+            seen.add(id(module.weight))
             found[name] = module
+    if not found:
+        told = reasons[0] if reasons else "there is no convolution or linear layer but the head"
+        raise ValueError(f"No layer of the model can be refitted: {told}.")
     return found
+
+
+def _own(module: Any) -> list[nn.Parameter]:
+    """The weight and the bias, which have a row for each filter."""
+    return [module.weight] if module.bias is None else [module.weight, module.bias]
 
 
 def _sizes(module: nn.Module) -> Tensor:

@@ -216,6 +216,16 @@ def test_refusals():
     broken = [(x.where(x < 1.9, torch.nan), y) for x, y in loader(2)]
     with pytest.raises(ValueError, match="training loss is NaN or Inf"):
         repair_layers(model, shortcuts, broken, loader(1), mark, outputs=0, **QUIET)
+    with pytest.raises(ValueError, match="were used to find"):
+        repair_layers(model, shortcuts, loader(3), loader(), mark, outputs=0, epochs=1, **QUIET)
+    other = network()
+    with torch.no_grad():
+        other.get_parameter("2.weight").mul_(2)
+    with pytest.raises(ValueError, match="another weight than the one that the shortcuts"):
+        repair_layers(other, shortcuts, loader(), loader(1), mark, outputs=0, **QUIET)
+    dark = [(x * 0 - 1, y) for x, y in loader(2)]
+    with pytest.raises(ValueError, match=r"'1' puts out only zeros .* of batch 0"):
+        repair_layers(model, shortcuts, dark, loader(1), mark, layer="1", outputs=0, **QUIET)
     blocked = Unreachable().eval()
     with pytest.raises(ValueError, match="No gradient of the loss"):
         repair_layers(blocked, found_anyhow(blocked), loader(), loader(1), mark, outputs=0, **QUIET)
@@ -223,3 +233,102 @@ def test_refusals():
 
 def found_anyhow(model: nn.Module) -> Shortcuts:
     return find_shortcuts(model, loader(), mark, permutations=1_999, least=0, **QUIET)
+
+
+def test_masked_layers_are_refused_until_the_advice_is_followed():
+    model = network()
+    torch.nn.utils.prune.l1_unstructured(model[0], "weight", amount=1)
+    with pytest.raises(ValueError, match="No layer of the model can be refitted") as refusal:
+        repaired(model)
+    eval(str(refusal.value).split("first: ")[1].removesuffix("."))
+    assert repaired(model).size == 1
+
+
+class Around(nn.Module):
+    """A network with a layer that does not run, and one whose weight is the head's or another's."""
+
+    def __init__(self, tied: str | None = None) -> None:
+        super().__init__()
+        self.net, self.idle = network(), nn.Linear(7, 50)
+        self.again = nn.Conv2d(3, 3, 1, bias=False)
+        with torch.no_grad():
+            self.again.weight.copy_(torch.eye(3)[:, :, None, None])
+        self.last = nn.Conv2d(3, 3, 1, bias=False)
+        self.last.weight = self.again.weight if tied == "another" else self.last.weight
+        self.tied = tied
+        if tied == "head":
+            self.again.weight = self.net.get_parameter("2.weight")
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.net[:2](x)
+        if self.tied == "head":
+            x = x + self.again(x)[:, [0, 1, 1]] / 10
+        if self.tied == "another":
+            x = self.last(self.again(x))
+        return self.net[2:](x)
+
+
+def test_random_edits_are_of_layers_before_the_layer():
+    model = Around()
+    found_here = find_shortcuts(model, loader(), mark, permutations=1_999, head="net.2", **QUIET)
+    fit = _Fit(model, "net.2", "net.2", loader(), mark, 1.0, dict(QUIET))
+    fit.choose(0.5)
+    assert list(fit.layers) == ["net.0"]
+    result = repair_layers(
+        model, found_here, loader(), loader(1), mark, share=1, outputs=0, repetitions=3, **QUIET
+    )
+    assert (result.right[1, 2:] != result.right[1, 0]).any()
+
+
+@pytest.mark.parametrize("tied", ["head", "another"])
+def test_a_shared_weight_is_one_and_the_heads_is_left(tied):
+    model = Around(tied)
+    with torch.no_grad():
+        model.again.weight.add_(0.01)
+    state = copy.deepcopy(model.state_dict())
+    shortcuts = find_shortcuts(
+        model, loader(), mark, permutations=1_999, head="net.2", least=0, **QUIET
+    )
+    result = repair_layers(
+        model, shortcuts, loader(), loader(1), mark, share=1, outputs=0, epochs=2, **QUIET
+    )
+    after = result.model.state_dict()
+    assert torch.equal(after["net.2.weight"], state["net.2.weight"])
+    assert result.filters is not None
+    assert "last" not in result.filters
+    for name, filters in result.filters.items():
+        changed = (after[f"{name}.weight"] != state[f"{name}.weight"]).flatten(1).any(1)
+        assert changed.nonzero()[:, 0].tolist() == filters.tolist()
+
+
+def test_filters_without_weights_stay_without():
+    model = network()
+    with torch.no_grad():
+        model.get_parameter("0.weight")[2] = 0
+    result = repaired(model, share=1, repetitions=4)
+    assert {name: own.tolist() for name, own in (result.filters or {}).items()} == {"0": [0, 1]}
+    assert not result.model.get_parameter("0.weight")[2].any()
+
+
+class Scaled(nn.Conv2d):
+    """With a parameter that has no row for each filter."""
+
+    def __init__(self) -> None:
+        super().__init__(2, 3, 1)
+        self.gain = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.gain
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_further_parameters_are_left_alone(inference):
+    model = network()
+    scaled = Scaled()
+    scaled.load_state_dict(model[0].state_dict(), strict=False)
+    model[0] = scaled.eval()
+    with torch.inference_mode(inference):
+        result = repaired(model)
+    assert result.model.get_parameter("0.gain") == 1
+    assert result.gap_closed[0] > 0.9
+    assert not result.model.get_parameter("0.weight").is_inference()
