@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,7 @@ from captum_classfilters.answers.shortcuts import Shortcuts
 from captum_classfilters.answers.sides import SeenBatch, both_sides
 from captum_classfilters.heads.linear_head import linear_head_of
 
+_Layer: TypeAlias = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 _RISE = 0.2  # of all steps, in which the learning rate rises
 
 #: A function from images without it to images with it; None where each batch has both.
@@ -273,7 +274,7 @@ class _Fit:
                 raise not_finite_in_training(trained, "model after an epoch")
 
     @contextmanager
-    def _training(self, layers: Mapping[str, nn.Module]) -> Iterator[list[nn.Parameter]]:
+    def _training(self, layers: Mapping[str, _Layer]) -> Iterator[list[nn.Parameter]]:
         """The parameters of some layers, which alone are trained in the block."""
         with model_left_as_found(self.model, evaluation=True), flags_restored(self.edited):
             self.edited.eval().requires_grad_(False)
@@ -329,9 +330,9 @@ def _only_zeros(place: str, number: int) -> ValueError:
     )
 
 
-def _weighted(model: nn.Module, head: nn.Module) -> dict[str, Any]:
+def _weighted(model: nn.Module, head: nn.Module) -> dict[str, _Layer]:
     """Layers whose filters can be given other weights: each weight once, and not the head's."""
-    found: dict[str, Any] = {}
+    found: dict[str, _Layer] = {}
     reasons, seen = [], {id(getattr(head, "weight", None))}
     for name, module in named_layers(model).items():
         if not isinstance(module, LINEAR_MAPS) or module is head:
@@ -349,9 +350,10 @@ def _weighted(model: nn.Module, head: nn.Module) -> dict[str, Any]:
     return found
 
 
-def _own(module: Any) -> list[nn.Parameter]:
+def _own(module: _Layer) -> list[nn.Parameter]:
     """The weight and the bias, which have a row for each filter."""
-    return [module.weight] if module.bias is None else [module.weight, module.bias]
+    names = ("weight",) if module.bias is None else ("weight", "bias")
+    return [module.get_parameter(name) for name in names]
 
 
 def _sizes(module: nn.Module) -> Tensor:
