@@ -43,6 +43,8 @@ from captum_classfilters.answers.sides import SeenBatch, both_sides
 from captum_classfilters.heads.linear_head import linear_head_of
 
 _Layer: TypeAlias = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
+_Off: TypeAlias = Callable[[int], Tensor]  # of a side
+_WITHOUT, _WITH = 0, 1
 _RISE = 0.2  # of all steps, in which the learning rate rises
 
 #: A function from images without it to images with it; None where each batch has both.
@@ -175,7 +177,7 @@ def repair_layers(
     random = [_random_edit(model, fit, filters, generator) for _ in range(repetitions)]
     counts = judged_counts(
         model, head, partial(_answers, [fit.edited, *random]), judged, marked, chosen,
-        fit.used | found_on(shortcuts),        paired=True, unpack=unpack, show_progress=show_progress,
+        fit.used | found_on(shortcuts), paired=True, unpack=unpack, show_progress=show_progress,
     )  # fmt: skip
     names = tuple(shortcuts.class_names[output] for output in chosen)
     result = Repair(fit.edited, "layers", None, None, names, *counts, filters=filters)
@@ -214,18 +216,19 @@ class _Fit:
         self.place, self.keep = place, keep
         self.dataloader, self.marked, self.options = dataloader, marked, options
         self.used: set[int] = set()
+        self.steps = 0  # in an epoch
         self.layers = _weighted(self.edited, find_layer(self.edited, head))
 
     def choose(self, share: float) -> dict[str, Tensor]:
         """The filters of each layer whose weights matter most for the images with it."""
         with self._training(self.layers) as trained:
-            self.steps = 0
 
-            def add_gradients(with_: Tensor, _: Tensor) -> Tensor:
-                if with_.requires_grad:
-                    with_.backward()
+            def add_gradients(off: _Off) -> Tensor:
+                loss = off(_WITH)
+                if loss.requires_grad:
+                    loss.backward()
                 self.steps += 1
-                return with_
+                return loss
 
             self._each_batch("pairs, to choose filters", add_gradients, trained)
             sizes = {
@@ -256,8 +259,8 @@ class _Fit:
             optimizer = torch.optim.Adam(trained, lr=learning_rate)
             scheduler = LambdaLR(optimizer, partial(_rate, total=total))
 
-            def step(with_: Tensor, without: Tensor) -> Tensor:
-                loss = with_ + self.keep * without
+            def step(off: _Off) -> Tensor:
+                loss = off(_WITH) + self.keep * off(_WITHOUT)
                 optimizer.zero_grad()
                 loss.backward()
                 for name, module in layers.items():
@@ -287,28 +290,28 @@ class _Fit:
     def _each_batch(
         self,
         description: str,
-        step: Callable[[Tensor, Tensor], Tensor],
+        step: Callable[[_Off], Tensor],
         trained: Sequence[nn.Parameter],
     ) -> None:
-        """Call a function with how far the copy is off with it and without it, for each batch of pairs,
-        in shares of what the model puts out without it. It returns the loss."""
+        """Call a function for each batch of pairs with what tells how far the copy is off on either
+        side, in shares of what the model puts out without it. It returns the loss."""
         with read_batches(
             self.edited, self.dataloader, description, training=True, labeled=False, **self.options
         ) as batches:
             for batch in batches:
-                without, with_ = both_sides(batch, self.marked)
-                for inputs in (without, with_):
+                sides = both_sides(batch, self.marked)
+                for inputs in sides:
                     self.used.update(image_keys(inputs).tolist())
                 with torch.no_grad():
-                    target = self._output(self.model, without)
-                size = target.square().mean()
-                batches.check(size != 0, partial(_only_zeros, self.place, batch.number))
-                off = [
-                    (self._output(self.edited, inputs) - target).square().mean() / size
-                    for inputs in (with_, without)
-                ]
-                loss = step(off[0], off[1]).detach()
+                    target = self._output(self.model, sides[_WITHOUT])
+                batches.check(target.any(), partial(_only_zeros, self.place, batch.number))
+                loss = step(partial(self._off, sides, target)).detach()
                 batches.check(loss.isfinite(), partial(not_finite_in_training, trained))
+
+    def _off(self, sides: Sequence[ModelInputs], target: Tensor, side: int) -> Tensor:
+        """How far the copy is off on one side."""
+        apart = self._output(self.edited, sides[side]) - target
+        return apart.square().mean() / target.square().mean()
 
     def _output(self, model: nn.Module, inputs: ModelInputs) -> Tensor:
         """What the layer puts out."""
@@ -356,17 +359,16 @@ def _own(module: _Layer) -> list[nn.Parameter]:
     return [module.get_parameter(name) for name in names]
 
 
-def _sizes(module: nn.Module) -> Tensor:
+def _sizes(module: _Layer) -> Tensor:
     """Lengths of the weights of each filter, (K,)."""
-    return at_least_float32(module.weight.detach()).flatten(1).norm(dim=1)  # type: ignore[operator]
+    return at_least_float32(module.weight.detach()).flatten(1).norm(dim=1)
 
 
-def _others(module: nn.Module, filters: Tensor) -> Tensor:
+def _others(module: _Layer, filters: Tensor) -> Tensor:
     """Which of a layer's filters are not named, (K,), where the layer is."""
-    weight: Tensor = module.weight  # type: ignore[assignment]
-    others = torch.ones(len(weight), dtype=torch.bool)
+    others = torch.ones(len(module.weight), dtype=torch.bool)
     others[filters] = False
-    return others.to(weight.device)
+    return others.to(module.weight.device)
 
 
 def _rate(step: int, total: int) -> float:
@@ -397,8 +399,8 @@ def _random_edit(
 
 def _changes(model: nn.Module, fit: _Fit, name: str) -> Tensor:
     """By what share of its length each filter's weight was changed, (K,)."""
-    before, after = find_layer(model, name), fit.layers[name]
-    apart = (after.weight.detach() - before.weight.detach()).flatten(1).norm(dim=1)  # type: ignore[operator]
+    before: _Layer = find_layer(model, name)  # type: ignore[assignment]
+    apart = (fit.layers[name].weight - before.weight).detach().flatten(1).norm(dim=1)
     return (apart / _sizes(before).clamp(min=1e-12)).cpu()
 
 

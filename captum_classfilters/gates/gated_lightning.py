@@ -163,9 +163,8 @@ class ClassGateCallback(Callback):
         batch_idx: int,
     ) -> None:
         """Project the gate, if there was a step."""
-        with suppress(
-            ValueError
-        ):  # a skipped batch, of which there is no loss, may not run the layer
+        # A skipped batch, of which there is no loss, may not run the layer.
+        with suppress(ValueError):
             self._open.close()
         if self._stepped:
             self.gate.project()
