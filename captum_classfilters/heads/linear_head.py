@@ -63,7 +63,7 @@ def find_head(
         with example_batch([model], example_inputs) as batch:
             head = _head_that_ran(model, heads, batch.inputs) or head
     name = layer_name(model, head)
-    _check_not_quantized(head, name)
+    check_head_not_quantized(head, name)
     return name, head
 
 
@@ -76,7 +76,8 @@ def _may_be_head(module: nn.Module) -> bool:
     return is_linear(module) or isinstance(module, DecomposedLinear)
 
 
-def _check_not_quantized(module: nn.Module, name: str) -> None:
+def check_head_not_quantized(module: nn.Module, name: str) -> None:
+    """Raise if a head's weight is packed integers."""
     check_not_quantized(
         module, f"The head {name!r} ({type(module).__name__})", "Use the floating-point model"
     )
@@ -223,7 +224,7 @@ def linear_head(module: nn.Module, name: str = "head") -> LinearHead:
         ValueError: It is no linear layer, or computes something else than its weight says.
     """
     check_sizes(module)
-    _check_not_quantized(module, name)
+    check_head_not_quantized(module, name)
     if not is_linear(module) and not isinstance(module, DecomposedLinear):
         raise ValueError(
             f"The head {name!r} is {kind_of(module)}, which cannot be decomposed; expected "

@@ -17,7 +17,6 @@ from captum_classfilters._core.guard import held, model_left_as_found
 from captum_classfilters._core.heads import alike, is_linear
 from captum_classfilters._core.labels import not_finite
 from captum_classfilters._core.layers import find_layer, name_of
-from captum_classfilters._core.linear_maps import check_not_quantized
 from captum_classfilters._core.names import check_list, kind_of
 from captum_classfilters._core.outputs import class_scores, scores_per_class
 from captum_classfilters._core.tables import Table, Tabular, short_repr
@@ -25,6 +24,7 @@ from captum_classfilters._core.types import Dataloader, ExampleInputs, ModelInpu
 from captum_classfilters._core.warnings import warn
 from captum_classfilters.class_filters import ClassFilters, check_of_output
 from captum_classfilters.heads.decompose import find_head, replace_head
+from captum_classfilters.heads.linear_head import check_head_not_quantized
 from captum_classfilters.pruning.candidates import checked_labels
 from captum_classfilters.pruning.prune_filters import prune_filters
 
@@ -242,9 +242,7 @@ def check_several_outputs(number: int) -> None:
 def with_rows(model: nn.Module, name: str, rows: Sequence[int]) -> nn.Module:
     """The model with only some outputs of its head."""
     head: Any = find_layer(model, name)
-    check_not_quantized(
-        head, f"The head {name!r} ({type(head).__name__})", "Use the floating-point model"
-    )
+    check_head_not_quantized(head, name)
     if not is_linear(head):
         raise ValueError(
             f"The head {name!r} is {kind_of(head)}; expected an nn.Linear or an ungrouped "
